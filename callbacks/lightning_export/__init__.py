@@ -1,0 +1,3 @@
+"""lightning_export: each new best checkpoint in every deployment format asked for, proven, measured, published."""
+
+from lightning_export.callback import ExportCallback as ExportCallback

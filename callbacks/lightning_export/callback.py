@@ -1,0 +1,426 @@
+"""`ExportCallback`: the skin between a Lightning trainer and the engine."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Concatenate, Literal, ParamSpec
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from typing_extensions import override
+
+from lightning_export.best import Best, bases, best_of, checkpointer, tail
+from lightning_export.capture import Spy, hold, save
+from polyexport import BadRequest, Engine, ExportFailed, Format, Report, Request, ToolMissing, console, plan
+from polyexport.engine import unfinished
+from polyexport.formats import resolve
+from polyexport.module import UNAVAILABLE, as_call, selected
+from polyexport.report import STATES, Checkpoint, State
+from polyexport.sinks import Sink
+from polyexport.sinks.remote import copy_to
+from polyexport.sinks.wandb import wandb
+
+P = ParamSpec("P")
+
+
+def _harmless(
+    hook: Callable[Concatenate[Any, P], None],
+) -> Callable[Concatenate[Any, P], None]:
+    """A hook that tells what went wrong and lets training go on."""
+
+    @functools.wraps(hook)
+    def guarded(self: Any, *args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            hook(self, *args, **kwargs)
+        except BadRequest:
+            raise  # a mistake in the arguments, found in the sanity check at the latest: nothing is lost yet
+        except Exception as error:  # promise one: whatever goes wrong here is ours, and training goes on
+            rank_zero_warn(f"ExportCallback: {hook.__name__} failed, training goes on: {type(error).__name__}: {error}")
+
+    return guarded
+
+
+class ExportCallback(Callback):
+    """Export each new best checkpoint to deployment formats, prove each artifact against PyTorch, time and publish it.
+
+    Everything happens in worker processes from a copy of the checkpoint; training goes on undisturbed. When `fit` ends,
+    what is still under way is finished, the newest export is timed, and all are published.
+
+    Args:
+        formats: Names, aliases or `Format` values: `["onnx", "openvino"]`.
+        into: Folder for the exports, or an fsspec URL that finished ones are copied to. By default `exports/` in the
+            folder of the run.
+        when: `"improved"` for each new best, `"fit_end"` for the last one only.
+        module: What to export: None for the LightningModule's `forward`, a dotted attribute (`"model.backbone"`), or a
+            function of the LightningModule that returns a module of it.
+        inputs: None for what `forward` received from the first validation batch, else a function of that batch that
+            returns a tensor, a tuple of positional arguments, or a dict of keyword arguments.
+        dynamic: True frees the batch axis, False none; or input name -> {axis: name}.
+        fail_on: States that make `fit` raise `ExportFailed` once everything is written.
+        timeout: Seconds that one conversion or verification may take.
+        workers: How many conversions run side by side; by default half the cores, at least two.
+        publish: `"auto"` for W&B when the trainer has a `WandbLogger`, or functions that take the report.
+        monitor: Which `ModelCheckpoint` to follow, by what it monitors, where there are several.
+        keep: How many exports stay on disk; the newest always does. By default all.
+        bench: Whether to time the artifacts when `fit` ends.
+
+    Attributes:
+        reports: The finished exports of this run, the oldest first.
+
+    Raises:
+        UnknownFormat: a format's name is none.
+        BadRequest: an argument is impossible, or (when `fit` starts) nothing tells what `forward` takes.
+    """
+
+    def __init__(
+        self,
+        formats: Sequence[str | Format],
+        *,
+        into: str | Path | None = None,
+        when: Literal["improved", "fit_end"] = "improved",
+        module: str | Callable[[Any], Any] | None = None,
+        inputs: Callable[[Any], Any] | None = None,
+        dynamic: bool | Mapping[str, Mapping[int, str]] = True,
+        fail_on: Sequence[State] = (),
+        timeout: float = 600.0,
+        workers: int | None = None,
+        publish: Literal["auto"] | Sequence[Sink] = "auto",
+        monitor: str | None = None,
+        keep: int | None = None,
+        bench: bool = True,
+    ) -> None:
+        super().__init__()
+        self.formats = resolve(formats)
+        plan.steps(self.formats)
+        _check_arguments(when=when, fail_on=fail_on, timeout=timeout, workers=workers, publish=publish, keep=keep)
+        self.into = into
+        self.when = when
+        self.module = module
+        self.inputs = inputs
+        self.dynamic = dynamic
+        self.fail_on = tuple(fail_on)
+        self.timeout = timeout
+        self.workers = workers
+        self.publish = publish
+        self.monitor = monitor
+        self.keep = keep
+        self.bench = bench
+        self.reports: list[Report] = []
+        self._engine: Engine | None = None
+        self._futures: list[Future[Report]] = []
+        self._tail: Callback | None = None
+        self._spy: Spy | None = None
+        self._captured: Path | None = None
+        self._notes: tuple[str, ...] = ()
+        self._seen: Best | None = None
+        self._active = False
+
+    # --- before training ----------------------------------------------------------------------------------------------
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._active = stage == "fit" and not trainer.fast_dev_run  # type: ignore[attr-defined]  # set by a connector
+        if not self._active:
+            return
+        self.reports = []
+        if isinstance(self.module, str) and not is_overridden("configure_model", pl_module):
+            selected(pl_module, self.module)
+        if not _validates(trainer, pl_module) and self.inputs is None and _example(pl_module) is None:
+            raise BadRequest(
+                "ExportCallback does not know what forward takes: there is no validation batch to capture it from; "
+                "give the trainer validation data, set example_input_array on the module, or give "
+                "inputs=<a function of the batch> (it then gets the first training batch)"
+            )
+        model_checkpoint = checkpointer(_callbacks(trainer), self.monitor)
+        if self.monitor is not None and model_checkpoint is None:
+            monitors = [each.monitor for each in _callbacks(trainer) if "ModelCheckpoint" in bases(each)]
+            raise BadRequest(f"monitor={self.monitor!r}: no ModelCheckpoint has it; they monitor {monitors}")
+        if model_checkpoint is not None:
+            if self._tail is None:
+                self._tail = tail(model_checkpoint, self._look)
+            others = [each for each in _callbacks(trainer) if each is not self._tail]
+            trainer.callbacks = [*others, self._tail]  # type: ignore[attr-defined]  # a new list: others may hold the old
+        if trainer.is_global_zero:
+            self._preflight(distributed=trainer.world_size > 1)
+
+    def _preflight(self, *, distributed: bool) -> None:
+        """Make the toolchains that are missing, or say before the first epoch what will be skipped.
+
+        Other ranks would wait for this one, so a distributed run makes them in the background, when they are needed.
+        """
+        self._engine = Engine(workers=self.workers, timeout=self.timeout)
+        missing = {chain for chains in plan.toolchains(self.formats).values() for chain in chains if not chain.ready}
+        for chain in sorted(missing, key=lambda each: each.name):
+            if distributed:
+                rank_zero_info(f"ExportCallback: toolchain {chain.name} is installed when it is needed")
+                continue
+            try:
+                chain.interpreter(lambda line: rank_zero_info(f"ExportCallback: {line}"))
+            except ToolMissing as error:
+                rank_zero_warn(f"ExportCallback: what needs {chain.name} will be skipped: {error}")
+
+    # --- what forward takes -------------------------------------------------------------------------------------------
+
+    @override
+    @_harmless
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if self._capturing(trainer) and self.inputs is None and batch_idx == 0 and dataloader_idx == 0:
+            self._spy = Spy(selected(pl_module, self.module))
+
+    @override
+    @_harmless
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if not self._capturing(trainer) or batch_idx or dataloader_idx:
+            return
+        call = None
+        if self._spy is not None:
+            self._spy.remove()
+            call, self._spy = self._spy.call, None
+        self._capture(trainer, pl_module, self._call(pl_module, batch, call, early=trainer.sanity_checking))
+
+    @override
+    @_harmless
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Without validation, `inputs` and `example_input_array` are asked at the first training batch."""
+        if self._capturing(trainer) and not _validates(trainer, pl_module):
+            self._capture(trainer, pl_module, self._call(pl_module, batch, None, early=False))
+
+    def _capturing(self, trainer: Trainer) -> bool:
+        return self._active and trainer.is_global_zero and self._captured is None
+
+    def _call(
+        self, pl_module: LightningModule, batch: Any, seen: tuple[Any, Any] | None, *, early: bool
+    ) -> tuple[Any, Any] | None:
+        """The arguments of forward: from `inputs`, else as seen, else from `example_input_array`."""
+        if self.inputs is not None:
+            return as_call(self.inputs(batch))
+        if seen is not None:
+            return seen
+        if self.module is None and _example(pl_module) is not None:
+            return as_call(_example(pl_module))
+        what = "forward" if self.module is None else f"forward of module={self.module!r}"
+        message = (
+            f"ExportCallback does not know what to feed: {what} was not called on the first validation batch; call it "
+            "in validation_step, set example_input_array on the module, give module=<the part that is called>, or give "
+            "inputs=<a function of the batch>"
+        )
+        if early:  # the sanity check: nothing is lost yet
+            raise BadRequest(message)
+        self._active = False
+        rank_zero_warn(f"{message}. Nothing is exported.")
+        return None
+
+    def _capture(self, trainer: Trainer, pl_module: LightningModule, call: tuple[Any, Any] | None) -> None:
+        if call is None:
+            return
+        folder = Path(tempfile.mkdtemp(prefix=".capture-", dir=_made(self._parent(trainer))))
+        self._captured = folder
+        note = save(pl_module, self.module, *call, folder)
+        if note:
+            self._notes = (note,)
+            rank_zero_warn(f"ExportCallback: {note}")
+
+    # --- a new best ---------------------------------------------------------------------------------------------------
+
+    @_harmless
+    def _look(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """After each hook in which a checkpoint may have been written; must cost next to nothing."""
+        if self.when == "improved" and self._captured is not None and not trainer.sanity_checking:
+            self._export_best(trainer)
+
+    def _export_best(self, trainer: Trainer) -> bool:
+        """Hand over the best checkpoint if it is a new one; False where there is none on disk."""
+        model_checkpoint = checkpointer(_callbacks(trainer), self.monitor)
+        best = best_of(model_checkpoint) if model_checkpoint is not None else None
+        if best is None:
+            return False
+        if best.is_same(self._seen):
+            return True
+        if "://" not in best.path and not os.path.exists(best.path):
+            return False  # AsyncCheckpointIO is still writing it: the next hook comes, at the latest when fit ends
+        self._seen = best
+        work = self._work(trainer)
+        held = hold(best.path, work / "source")
+        score = None if best.monitor is None or best.score is None else float(best.score)
+        self._submit(
+            trainer, work, Path(best.path).stem, Checkpoint(best.path, monitor=best.monitor, score=score), held
+        )
+        return True
+
+    def _export_live(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """No checkpoint was written: export the weights as they are when fit ends, and say so."""
+        work = self._work(trainer)
+        if any(word in type(trainer.strategy).__name__ for word in ("FSDP", "DeepSpeed", "ModelParallel")):
+            reason = (
+                "no ModelCheckpoint wrote a checkpoint, and this strategy shards the weights; add a ModelCheckpoint"
+            )
+            (work / "source" / UNAVAILABLE).write_text(reason, encoding="utf-8")
+        else:
+            torch.save(pl_module.state_dict(), work / "source" / "weights.pt")
+        name = f"epoch={trainer.current_epoch}-step={trainer.global_step}"
+        self._notes += ("no ModelCheckpoint wrote a best checkpoint: these are the weights when fit ended",)
+        self._submit(trainer, work, name, Checkpoint(f"{name} (weights when fit ended)"), None)
+
+    def _work(self, trainer: Trainer) -> Path:
+        assert self._captured is not None, "nothing is exported before its inputs are known"
+        work = unfinished(self._parent(trainer))
+        for file in self._captured.iterdir():
+            os.link(file, work / "source" / file.name)
+        return work
+
+    def _submit(self, trainer: Trainer, work: Path, name: str, checkpoint: Checkpoint, held: str | None) -> None:
+        assert self._engine is not None, "rank zero has an engine from setup on"
+        at = replace(checkpoint, epoch=trainer.current_epoch, global_step=trainer.global_step)
+        request = Request(work, name, self.formats, self.dynamic, at, self._notes, held, keep=self.keep)
+        self._futures.append(self._engine.submit(request))
+
+    def _parent(self, trainer: Trainer) -> Path:
+        """Where exports lie. Nothing here may broadcast: only rank zero asks."""
+        if self.into is not None and "://" not in str(self.into):
+            return Path(self.into).absolute()
+        model_checkpoint = checkpointer(_callbacks(trainer), self.monitor)
+        directory = getattr(model_checkpoint, "dirpath", None)
+        if directory and "://" not in str(directory):
+            run = Path(directory)
+            return (run.parent if run.name == "checkpoints" else run).absolute() / "exports"
+        logger = trainer.logger
+        if logger is not None and logger.save_dir:
+            version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+            return Path(logger.save_dir, str(logger.name), version, "exports").absolute()
+        return Path(trainer.default_root_dir, "exports").absolute()
+
+    # --- the end ------------------------------------------------------------------------------------------------------
+
+    @override
+    @_harmless
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._engine is None or self._captured is None or not self._active:
+            return
+        if not self._export_best(trainer) and not self._futures:
+            self._export_live(trainer, pl_module)
+        with ThreadPoolExecutor(1) as pool:
+            try:
+                console.wait(pool.submit(self._drain), lambda: self._engine.doing if self._engine else {})
+            except BaseException:
+                self._close()  # ends what the pool would wait for
+                raise
+        for report in self.reports:
+            for sink in self._sinks(trainer):
+                self._publish(sink, report)
+        if self.reports:
+            console.show(self.reports[-1])
+
+    def _drain(self) -> None:
+        """Finish what is under way; time the newest, now that the machine is quiet."""
+        assert self._engine is not None, "only rank zero drains"
+        for future in self._futures:
+            try:
+                self.reports.append(future.result())
+            except CancelledError:
+                continue  # a newer best took its place
+            except Exception as error:  # one export that cannot be written must not hide the others
+                rank_zero_warn(f"ExportCallback: an export was lost: {type(error).__name__}: {error}")
+        self._futures.clear()
+        self.reports = [report for report in self.reports if report.folder.exists()]
+        if self.reports and self.bench:
+            self.reports[-1] = self._engine.bench(self.reports[-1], self.formats)
+
+    def _sinks(self, trainer: Trainer) -> Iterator[Sink]:
+        if self.into is not None and "://" in str(self.into):
+            yield copy_to(str(self.into))
+        if self.publish != "auto":
+            yield from self.publish
+            return
+        for logger in trainer.loggers:
+            if "WandbLogger" in bases(logger):
+                run: Any = logger
+                yield wandb(run.experiment)
+
+    def _publish(self, sink: Sink, report: Report) -> None:
+        try:
+            sink(report)
+        except Exception as error:  # a sink talks to the world, and the world may fail in any way
+            name = getattr(sink, "__qualname__", repr(sink)).split(".")[0]
+            rank_zero_warn(f"ExportCallback: publishing to {name} failed: {type(error).__name__}: {error}")
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._close()
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._close()
+        failed = [o for report in self.reports[-1:] for o in report.outcomes if o.state in self.fail_on]
+        if stage == "fit" and failed:
+            for logger in trainer.loggers:  # the trainer would do so right after this hook
+                logger.finalize("success")
+            listed = "; ".join(f"{outcome.format} is {outcome.state}: {outcome.reason}" for outcome in failed)
+            raise ExportFailed(f"fit finished, but {listed} (see {self.reports[-1].folder / 'report.md'})")
+
+    def _close(self) -> None:
+        """Leave nothing running and nothing half-written."""
+        if self._spy is not None:
+            self._spy.remove()
+            self._spy = None
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
+        if self._captured is not None:
+            shutil.rmtree(self._captured, ignore_errors=True)
+            self._captured = None
+        self._futures.clear()
+
+
+def _check_arguments(
+    *, when: str, fail_on: Sequence[str], timeout: float, workers: int | None, publish: Any, keep: int | None
+) -> None:
+    if when not in ("improved", "fit_end"):
+        raise BadRequest(f"when={when!r}; known: 'improved', 'fit_end'")
+    unknown = [state for state in ([fail_on] if isinstance(fail_on, str) else fail_on) if state not in STATES]
+    if unknown or isinstance(fail_on, str):
+        raise BadRequest(f"fail_on={fail_on!r}; give a list of states; known: {', '.join(STATES)}")
+    if timeout <= 0 or (workers is not None and workers < 1):
+        raise BadRequest(f"timeout={timeout}, workers={workers}: both must be greater than zero")
+    if keep is not None and keep < 1:
+        raise BadRequest(f"keep={keep}; the newest export always stays, so give 1 or more, or None for all")
+    if publish != "auto" and (isinstance(publish, str) or not all(callable(sink) for sink in publish)):
+        raise BadRequest(f"publish={publish!r}; give 'auto' or a list of functions that take the report")
+
+
+def _callbacks(trainer: Trainer) -> list[Any]:
+    return list(trainer.callbacks)  # type: ignore[attr-defined]  # set by a connector
+
+
+def _example(pl_module: LightningModule) -> Any:
+    return getattr(pl_module, "example_input_array", None)
+
+
+def _validates(trainer: Trainer, pl_module: LightningModule) -> bool:
+    """Whether fit will run a validation loop, as far as that can be told before the loaders exist."""
+    has_data = trainer.fit_loop.epoch_loop.val_loop._data_source.is_defined()
+    return bool(is_overridden("validation_step", pl_module) and has_data and trainer.limit_val_batches)
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

@@ -1,0 +1,99 @@
+"""What forward received on the first validation batch, and the module's structure: taken once, without touching either.
+
+The spy stands in for `forward` during one batch. It is not a forward hook, because those also fire when Lightning sends
+`validation_step` through `forward` under DDP, and do not fire where `forward` is called by its name.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from polyexport.module import UNAVAILABLE, Select, save_call, save_structure, save_traced
+
+
+class Spy:
+    """Takes copies of the arguments of the first call of `module.forward`; `remove` leaves no trace of it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._own = module.__dict__.get("forward")
+        self.call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        forward = module.forward
+
+        def spy(*args: Any, **kwargs: Any) -> Any:
+            if self.call is None and not torch.compiler.is_compiling():
+                # copies, before forward can change them in place
+                self.call = pytree.tree_map_only(torch.Tensor, _copy, (args, kwargs))
+            return forward(*args, **kwargs)
+
+        module.__dict__["forward"] = spy
+
+    def remove(self) -> None:
+        """Put back what was there."""
+        if self._own is None:
+            self._module.__dict__.pop("forward", None)
+        else:
+            self._module.__dict__["forward"] = self._own
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().to("cpu", copy=True)
+
+
+def save(root: nn.Module, select: Select, args: Any, kwargs: Any, folder: Path) -> str:
+    """Write structure and call into `folder`; returns a note where it was not done the usual way.
+
+    A module that cannot be pickled is traced here and now; where that fails too, the reason is written in its place.
+    """
+    save_call(args, kwargs, folder)
+    try:
+        save_structure(root, select, folder)
+        return ""
+    except Exception as error:  # any attribute of the user's module may refuse to be pickled, with any exception
+        why = f"the module cannot be pickled ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+    (folder / "structure.pkl").unlink(missing_ok=True)
+    try:
+        with isolate_rng():
+            save_traced(root, select, args, kwargs, folder)
+        return f"{why}, so it was traced in the training process"
+    except Exception as error:  # torch.export raises what it pleases
+        reason = f"{why}, nor traced ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+        (folder / UNAVAILABLE).write_text(reason, encoding="utf-8")
+        return reason
+
+
+def hold(checkpoint: str, folder: Path) -> str | None:
+    """Make sure that the weights survive the deletion of `checkpoint`, without reading them.
+
+    A hard link `folder/weights.pt` where that works; on another file system a hidden link beside the checkpoint, whose
+    path is returned, as is a URL; a copy only where the file system has no links.
+    """
+    if "://" in checkpoint:
+        return checkpoint
+    source = os.path.realpath(checkpoint)
+    if os.path.isdir(source):
+        reason = (
+            f"the checkpoint {checkpoint} is a folder of shards; consolidate it with "
+            "`python -m lightning.pytorch.utilities.consolidate_checkpoint` and export the result"
+        )
+        (folder / UNAVAILABLE).write_text(reason, encoding="utf-8")
+        return None
+    try:
+        os.link(source, folder / "weights.pt")
+        return None
+    except OSError:
+        hidden = f"{os.path.dirname(source)}/.{os.path.basename(source)}.{folder.parent.name}"
+    try:
+        os.link(source, hidden)
+        return hidden
+    except OSError:
+        shutil.copyfile(source, folder / "weights.pt")
+        return None

@@ -1,0 +1,66 @@
+"""What a terminal shows: the table, and what is being done while one waits."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from polyexport.report import COLUMNS, Report, rows
+
+T = TypeVar("T")
+
+_STYLES = {
+    "verified": "green",
+    "degraded": "yellow",
+    "unverified": "yellow",
+    "mismatch": "red",
+    "failed": "red",
+    "skipped": "dim",
+    "baseline": "dim",
+}
+_NUMBERS = ("size", "max error", "noise floor", "p50", "p95", "speed-up")
+
+
+def table(report: Report) -> Table:
+    """The report as a rich table; empty columns are left out."""
+    found = rows(report)
+    shown = [column for column in COLUMNS if any(row[column] for row in found)]
+    drawn = Table(title=f"{report.folder.name}", title_justify="left")
+    for column in shown:
+        drawn.add_column(column, justify="right" if column in _NUMBERS else "left", overflow="fold")
+    for row in found:
+        drawn.add_row(*(row[column] for column in shown), style=_STYLES[row["state"]])
+    return drawn
+
+
+def show(report: Report, console: Console | None = None) -> None:
+    """Print the table, the notes and where everything lies."""
+    console = console or Console()
+    console.print(table(report))
+    for note in report.notes:
+        console.print(f"note: {note}", highlight=False, markup=False)
+    console.print(f"export: {report.folder}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"report: {report.folder / 'report.md'}", highlight=False, markup=False, soft_wrap=True)
+
+
+def wait(work: Future[T], doing: Callable[[], Mapping[str, str]], console: Console | None = None) -> T:
+    """Wait for `work`, with a line for everything that is being done."""
+    columns = (SpinnerColumn(), TextColumn("{task.fields[name]:<14} {task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        lines: dict[str, TaskID] = {}
+        while not work.done():
+            now = doing()
+            for name in set(lines) - set(now):
+                progress.remove_task(lines.pop(name))
+            for name, what in now.items():
+                if name not in lines:
+                    lines[name] = progress.add_task(what, total=None, name=name)
+                progress.update(lines[name], description=what)
+            time.sleep(0.1)
+    return work.result()

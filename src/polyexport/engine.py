@@ -1,0 +1,438 @@
+"""The engine: takes requests, builds them one after another in the background, and leaves finished folders behind.
+
+Requirements:
+* `submit` returns at once. One request is built at a time; a newer one takes the place of one that still waits.
+* A folder appears under its name only when it is complete; `best` points to the newest complete one.
+* An earlier export of the same checkpoint, with the same question asked, is not repeated.
+* Nothing is left running after `close`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from polyexport import toolchain
+from polyexport.build import Bounds, Build, Runner, declare
+from polyexport.errors import BadRequest
+from polyexport.format import Format
+from polyexport.formats import known, resolve
+from polyexport.job import Batch, Job
+from polyexport.latency import ROUNDS, Latency, summarise
+from polyexport.process import Conversation, Workers, environment
+from polyexport.records import decode, encode, read_json, write_json
+from polyexport.reference import Dynamic, Reference
+from polyexport.report import Checkpoint, Model, Outcome, Report
+from polyexport.spec import ExportSpec
+
+BEST = "best"
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One checkpoint to export.
+
+    Attributes:
+        work: The unfinished folder, from `unfinished`; its `source` holds the module (see `polyexport.module`).
+        name: What the finished folder is called.
+        formats: What to make of it.
+        dynamic: Which input axes are free.
+        checkpoint: Where the weights come from, as far as it is known yet.
+        notes: What the report has to say about how it came to be.
+        held: Where the weights still are, if not in the folder: a path, to be moved, or an fsspec URL, to be copied.
+        best: Whether `best` beside the finished folder is to point to it.
+        keep: How many finished folders may stay in the parent folder; None for all.
+    """
+
+    work: Path
+    name: str
+    formats: tuple[Format, ...]
+    dynamic: Dynamic = True
+    checkpoint: Checkpoint = field(default_factory=lambda: Checkpoint(""))
+    notes: tuple[str, ...] = ()
+    held: str | None = None
+    best: bool = True
+    keep: int | None = None
+
+    @property
+    def final(self) -> Path:
+        """Where the finished folder will lie."""
+        return self.work.parent / self.name
+
+    @property
+    def question(self) -> dict[str, Any]:
+        """What makes another export of the same weights a different one."""
+        return {"formats": sorted(each.name for each in self.formats), "dynamic": self.dynamic}
+
+
+class Engine:
+    """Builds exports in worker processes.
+
+    Args:
+        workers: How many jobs run side by side; by default half the cores, at least two.
+        timeout: Seconds that one conversion or verification may take.
+    """
+
+    def __init__(self, *, workers: int | None = None, timeout: float = 600.0) -> None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        count = workers if workers is not None else max(2, cores // 2)
+        if count < 1 or timeout <= 0:
+            raise BadRequest(f"workers={workers}, timeout={timeout}: both must be greater than zero")
+        self._cores = cores
+        self._bounds = Bounds(timeout=timeout, threads=max(1, cores // count))
+        self._workers = Workers()
+        self._slots = ThreadPoolExecutor(count, thread_name_prefix="polyexport-slot")
+        self._queue = ThreadPoolExecutor(1, thread_name_prefix="polyexport-queue")
+        self._waiting: tuple[Future[Report], Request] | None = None
+        self._lock = threading.Lock()
+        self._doing: dict[str, str] = {}
+        self._unfinished: set[Path] = set()
+
+    def submit(self, request: Request) -> Future[Report]:
+        """Queue a request; a waiting one is cancelled and its folder removed."""
+        with self._lock:
+            if self._waiting is not None:
+                future, older = self._waiting
+                if future.cancel():
+                    self._remove(older.work)
+            self._unfinished.add(request.work)
+            future = self._queue.submit(self._export, request)
+            self._waiting = (future, request)
+        return future
+
+    @property
+    def doing(self) -> Mapping[str, str]:
+        """What is being done right now: format name to a few words."""
+        return dict(self._doing)
+
+    def close(self) -> None:
+        """End every worker, drop what waits and remove unfinished folders. Can be called twice."""
+        self._workers.end_all()
+        self._queue.shutdown(wait=True, cancel_futures=True)
+        self._slots.shutdown(wait=True, cancel_futures=True)
+        for folder in tuple(self._unfinished):
+            self._remove(folder)
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    # --- one request --------------------------------------------------------------------------------------------------
+
+    def _export(self, request: Request) -> Report:
+        start = time.perf_counter()
+        self._watch("model", "running PyTorch")
+        runner = Runner(
+            request.work,
+            request.final,
+            workers=self._workers,
+            slots=self._slots,
+            bounds=self._bounds,
+            sys_path=tuple(entry or os.getcwd() for entry in sys.path),
+        )
+        if request.held:
+            _fetch(request.held, request.work / "source" / "weights.pt")
+        job = Job("prepare", options={"dynamic": request.dynamic})
+        ended, command = runner.run(job, toolchain.HOST, "prepare", "logs/model.log")
+        self._watch("model", "")
+        if not ended.ok:
+            outcomes = tuple(
+                Outcome(each.name, each.precision, "failed", f"the module cannot be rebuilt: {ended.error}",
+                        log="logs/model.log", reproduce=command)
+                for each in request.formats
+            )  # fmt: skip  # the call reads better on two lines than on eight
+            report = Report(request.checkpoint, None, outcomes, notes=request.notes)
+            return self._finish(request, report, start)
+        reference = decode(Reference, ended.value)
+        earlier = _earlier(request, reference.checkpoint_sha256)
+        if earlier is not None:
+            self._remove(request.work)
+            self._point(request)
+            return earlier
+        outcomes = Build(runner, request.formats, reference, self._watch).outcomes()
+        spec = reference.spec
+        report = Report(
+            checkpoint=replace(request.checkpoint, sha256=reference.checkpoint_sha256),
+            model=Model(reference.class_name, reference.parameters, spec.inputs, spec.outputs),
+            outcomes=outcomes,
+            environment=reference.environment,
+            notes=(*request.notes, *reference.notes),
+        )
+        manifest = {
+            "checkpoint": report.checkpoint,
+            "question": request.question,
+            "spec": spec,
+            "environment": reference.environment,
+            "noise": reference.noise,
+            "artifacts": {
+                outcome.format: {
+                    "path": outcome.artifact.path,
+                    "precision": outcome.precision,
+                    "inputs": outcome.inputs,
+                    "outputs": outcome.outputs,
+                    "toolchain": outcome.toolchain,
+                }
+                for outcome in outcomes
+                if outcome.artifact
+            },
+        }
+        write_json(request.work / "manifest.json", manifest)
+        return self._finish(request, report, start)
+
+    def _finish(self, request: Request, report: Report, start: float) -> Report:
+        """Write the report, give the folder its name, point `best` to it, remove what is too old."""
+        if self._workers.closed:
+            raise InterruptedError("the engine was closed")
+        report = replace(report, seconds=time.perf_counter() - start, folder=request.work)
+        report.save()
+        if request.final.exists():  # another checkpoint under the same name: the newer takes the place
+            stale = unfinished(request.final.parent)
+            request.final.rename(stale / "old")
+            request.work.rename(request.final)
+            shutil.rmtree(stale, ignore_errors=True)
+        else:
+            request.work.rename(request.final)
+        self._unfinished.discard(request.work)
+        if report.model is not None:
+            self._point(request)
+        _prune(request.final, request.keep)
+        return replace(report, folder=request.final)
+
+    def _point(self, request: Request) -> None:
+        if request.best:
+            point_best(request.final)
+
+    def _watch(self, name: str, doing: str) -> None:
+        if doing:
+            self._doing[name] = doing
+        else:
+            self._doing.pop(name, None)
+
+    def _remove(self, folder: Path) -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        self._unfinished.discard(folder)
+
+    # --- latency ------------------------------------------------------------------------------------------------------
+
+    def bench(self, report: Report, formats: Iterable[Format] = ()) -> Report:
+        """Time every artifact that runs, and eager PyTorch, in alternating rounds on all cores; saves the report.
+
+        Call it when the machine is quiet. A runtime that fails here keeps its state and gets no latency.
+        """
+        declared = {each.name: each for each in (*known().values(), *formats)}
+        runnable = [o for o in report.outcomes if o.parity is not None and o.artifact is not None]
+        if report.model is None or not runnable:
+            return report
+        root = report.folder
+        manifest = read_json(root / "manifest.json")
+        spec = decode(ExportSpec, manifest["spec"])
+        runner = Runner(
+            root,
+            root,
+            workers=self._workers,
+            slots=self._slots,
+            bounds=replace(self._bounds, threads=self._cores, nice=0),
+            sys_path=tuple(sys.path),
+        )
+        batch = (Batch("validation_batch.npz"),)
+        with contextlib.ExitStack() as stack:
+            talks: dict[str | None, Conversation] = {}
+            for outcome in (None, *runnable):
+                name = outcome.format if outcome else None
+                chain, job, gpu = toolchain.HOST, Job("bench", None, spec=spec, batches=batch), False
+                if outcome is not None and outcome.artifact is not None:
+                    each = declared[outcome.format]
+                    route = next(route for route in each.routes if route.name == outcome.route)
+                    chain = toolchain.find(each.runtime or route.toolchain)
+                    own = None if known().get(each.name) is each else declare(root, each)
+                    signature = replace(spec, inputs=outcome.inputs, outputs=outcome.outputs)
+                    job, gpu = (
+                        Job("bench", name, own, source=outcome.artifact.path, spec=signature, batches=batch),
+                        each.needs_gpu,
+                    )
+                path = runner.place(job, chain, f"{name or 'pytorch'}.bench")
+                log = root / "logs" / f"{name or 'model'}.log"
+                around = environment(threads=self._cores, gpu=gpu, host=chain.in_host)
+                self._watch(name or "pytorch", "measuring")
+                talks[name] = stack.enter_context(
+                    self._workers.conversation(
+                        chain.command(), path, log, timeout=self._bounds.timeout, environment=around
+                    )
+                )
+            measured = dict(_rounds(talks, spec.sizes.get("batch", 1), self._cores))
+            self._doing.clear()
+        baseline = measured.pop(None, None)
+        outcomes = tuple(_with_latency(outcome, measured.get(outcome.format), baseline) for outcome in report.outcomes)
+        report = replace(report, outcomes=outcomes, baseline=baseline)
+        report.save()
+        return report
+
+
+def _rounds(talks: Mapping[str | None, Conversation], batch: int, threads: int) -> Iterator[tuple[str | None, Latency]]:
+    """Let the runtimes take turns, one at a time, round after round."""
+    cold = {name: talk.answer() for name, talk in talks.items()}
+    samples: dict[str | None, list[float]] = {name: [] for name, hello in cold.items() if hello}
+    memory: dict[str | None, int | None] = {}
+    for _ in range(ROUNDS):
+        for name in tuple(samples):
+            talks[name].ask()
+            answer = talks[name].answer()
+            if answer is None:
+                del samples[name]
+                continue
+            samples[name] += answer["samples_ms"]
+            memory[name] = answer["peak_memory_bytes"]
+    for name, taken in samples.items():
+        yield (
+            name,
+            summarise(
+                taken,
+                batch=batch,
+                threads=threads,
+                device="cpu",
+                load_seconds=cold[name]["load_seconds"],
+                first_ms=cold[name]["first_ms"],
+                peak_memory_bytes=memory[name],
+            ),
+        )
+
+
+def _with_latency(outcome: Outcome, latency: Latency | None, baseline: Latency | None) -> Outcome:
+    if latency is None:
+        return outcome
+    if baseline is not None:
+        latency = replace(latency, speedup=baseline.p50_ms / latency.p50_ms)
+    spent = (latency.first_ms + sum(latency.samples_ms)) / 1e3 + latency.load_seconds
+    return replace(outcome, latency=latency, seconds={**outcome.seconds, "bench": spent})
+
+
+# --- folders ----------------------------------------------------------------------------------------------------------
+
+_UNFINISHED = ".unfinished-"
+
+
+def unfinished(parent: Path) -> Path:
+    """A new folder in `parent` for an export that is not complete yet.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    folder = parent / f"{_UNFINISHED}{secrets.token_hex(4)}"
+    (folder / "source").mkdir(parents=True)
+    return folder
+
+
+def _fetch(held: str, target: Path) -> None:
+    if "://" not in held:
+        shutil.move(held, target)
+        return
+    import fsspec
+
+    with fsspec.open(held, "rb") as source, target.open("wb") as file:
+        shutil.copyfileobj(source, file)
+
+
+def finished(parent: Path) -> list[Path]:
+    """The complete exports in `parent`, the oldest first."""
+    reports = [path for path in parent.glob("*/report.json") if not path.parent.is_symlink()]
+    reports = [path for path in reports if not path.parent.name.startswith(_UNFINISHED)]
+    return [path.parent for path in sorted(reports, key=lambda path: path.stat().st_mtime_ns)]
+
+
+def point_best(folder: Path) -> None:
+    """Let `best` beside `folder` point to it: a link, or where links do not work, a file with the folder's name."""
+    best = folder.parent / BEST
+    temporary = folder.parent / f".{BEST}-{secrets.token_hex(4)}"
+    try:
+        temporary.symlink_to(folder.name, target_is_directory=True)
+    except OSError:
+        temporary.write_text(folder.name, encoding="utf-8")
+    temporary.replace(best)
+
+
+def _prune(newest: Path, keep: int | None) -> None:
+    """Remove the oldest exports beyond `keep`; the newest, the best, always stays."""
+    if keep is None:
+        return
+    old = [folder for folder in finished(newest.parent) if folder != newest]
+    for folder in old[: max(0, len(old) - max(keep - 1, 0))]:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _earlier(request: Request, sha256: str) -> Report | None:
+    """The finished export of the same weights under the same name, if the same was asked of it."""
+    try:
+        manifest = read_json(request.final / "manifest.json")
+        report = Report.load(request.final)
+    except (OSError, ValueError):
+        return None
+    if not all(known().get(each.name) is each for each in request.formats):
+        return None  # a format of the user's own may have changed under its name
+    same = manifest["checkpoint"]["sha256"] == sha256 and manifest["question"] == encode(request.question)
+    return report if same else None
+
+
+# --- without Lightning ------------------------------------------------------------------------------------------------
+
+
+def export(
+    module: Any,
+    inputs: Any,
+    formats: Iterable[str | Format],
+    into: str | Path,
+    *,
+    dynamic: Dynamic = True,
+    bench: bool = True,
+    timeout: float = 600.0,
+    workers: int | None = None,
+) -> Report:
+    """Export a PyTorch module: convert it, prove each artifact against it, time them.
+
+    Args:
+        module: A `torch.nn.Module` with its weights; it is not changed. It is exported in eval mode, as float32.
+        inputs: What forward takes: a tensor, a tuple of positional arguments, or a dict of keyword arguments. Parity is
+            judged on it, so give real data.
+        formats: Names, aliases or `Format` values.
+        into: Folder that becomes the export. An earlier export in it is replaced.
+        dynamic: True frees the batch axis, False none; or input name -> {axis: name}.
+        bench: Whether to time the artifacts.
+        timeout: Seconds that one conversion or verification may take.
+        workers: How many jobs run side by side; by default half the cores, at least two.
+
+    Returns:
+        The report, which also lies in `into` as `report.json` and `report.md`.
+
+    Raises:
+        UnknownFormat: a name that is none.
+        BadRequest: the module or the inputs cannot be taken apart.
+    """
+    import torch
+
+    from polyexport.module import as_call, save_call, save_structure
+
+    chosen = resolve(formats)
+    final = Path(into).absolute()
+    final.parent.mkdir(parents=True, exist_ok=True)
+    work = unfinished(final.parent)
+    try:
+        args, kwargs = as_call(inputs)
+        save_call(args, kwargs, work / "source")
+        save_structure(module, None, work / "source")
+        torch.save(module.state_dict(), work / "source" / "weights.pt")
+        with Engine(workers=workers, timeout=timeout) as engine:
+            report = engine.submit(Request(work, final.name, chosen, dynamic, best=False)).result()
+            return engine.bench(report, chosen) if bench else report
+    finally:
+        shutil.rmtree(work, ignore_errors=True)

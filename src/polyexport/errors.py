@@ -1,0 +1,37 @@
+"""What can go wrong, as one tree.
+
+```
+PolyexportError
+├── UnknownFormat      a name that is no format
+├── BadRequest         an argument, a module or an input that cannot be exported
+├── ToolMissing        a program, package or device that this machine lacks -> state `skipped`
+├── CannotRun          made, but nothing here can run it                    -> state `unverified`
+└── ExportFailed       raised after `fit`, only where `fail_on` asks for it
+```
+
+A converter's own exceptions are not wrapped: they become the `reason` of an outcome.
+"""
+
+
+class PolyexportError(Exception):
+    """Base of every error that polyexport raises on purpose."""
+
+
+class UnknownFormat(PolyexportError, ValueError):
+    """A name that is neither a format nor an alias."""
+
+
+class BadRequest(PolyexportError, ValueError):
+    """An argument, module or input that cannot be exported; the message says what to give instead."""
+
+
+class ToolMissing(PolyexportError, RuntimeError):
+    """A tool is not on this machine; the message says where to get it."""
+
+
+class CannotRun(PolyexportError, RuntimeError):
+    """An artifact exists, but nothing on this machine can run it; the message says why."""
+
+
+class ExportFailed(PolyexportError, RuntimeError):
+    """A format ended in a state that the caller listed in `fail_on`."""

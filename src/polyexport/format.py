@@ -1,0 +1,112 @@
+"""The three concepts of a format: what it is, the routes that lead to it, how far it may be from PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from polyexport.spec import Arrays, ExportSpec
+
+Runner = Callable[[Arrays], Arrays]
+"""A loaded artifact: named arrays in, named arrays out. The only interface to a runtime."""
+
+Convert = Callable[[Path, Path, ExportSpec], None]
+"""`convert(source, target, spec)`: read the upstream artifact at `source`, write the artifact to `target`."""
+
+MODULE = "module"
+"""The upstream of a root route: the folder of a PyTorch module, read by `polyexport.module.load`."""
+
+
+class Load(Protocol):
+    """How a format opens an artifact."""
+
+    def __call__(self, path: Path, spec: ExportSpec, *, threads: int) -> Runner:
+        """Open the artifact at `path` for CPU inference with `threads` threads.
+
+        Raises:
+            CannotRun: nothing on this machine can run it.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Tolerance:
+    """How far an output may be from PyTorch's; None switches a check off.
+
+    An element passes when `|y - ref| <= atol * max|ref| + rtol * |ref|`. `misses` is the share of elements that may
+    fail, `cosine` the least cosine similarity of a whole output, `top1` the least share of rows whose greatest element
+    stays where it was (where the last axis looks like classes).
+    """
+
+    rtol: float | None
+    atol: float | None
+    misses: float
+    cosine: float
+    top1: float
+
+    @staticmethod
+    def for_precision(precision: str) -> Tolerance:
+        """The default for the precision that the artifact really computes in."""
+        return _TOLERANCES[precision]
+
+
+_TOLERANCES = {
+    "float32": Tolerance(rtol=1e-3, atol=1e-4, misses=0.0, cosine=0.99999, top1=1.0),
+    "float16": Tolerance(rtol=1e-2, atol=5e-3, misses=1e-3, cosine=0.9999, top1=0.99),
+    "bfloat16": Tolerance(rtol=5e-2, atol=2e-2, misses=1e-2, cosine=0.999, top1=0.98),
+    "int8": Tolerance(rtol=None, atol=None, misses=1.0, cosine=0.99, top1=0.95),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """One way to a format. Routes are tried in order, and parity is the judge.
+
+    Attributes:
+        name: What the report calls it.
+        upstream: What `convert` reads: `"module"`, or the name of another format.
+        toolchain: The requirement file in `toolchains/` that `convert` runs in.
+        convert: Writes the artifact.
+    """
+
+    name: str
+    upstream: str
+    toolchain: str
+    convert: Convert
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """A deployment format: everything the engine has to know about it.
+
+    Attributes:
+        name: Its name in `formats=[...]`, in the report and on disk.
+        description: One line for a human.
+        url: The vendor's page.
+        artifact: File name inside the format's folder; `"."` where the folder itself is the artifact.
+        routes: The ways to it, the preferred one first.
+        load: Opens an artifact; None where no machine can run it.
+        runtime: The toolchain that `load` runs in; by default that of the route that made the artifact.
+        precision: What the artifact computes in: `float32`, `float16`, `bfloat16` or `int8`.
+        tolerance: By default the one that belongs to `precision`.
+        aliases: Other names for it.
+        needs_gpu: Whether its workers may see the GPU.
+    """
+
+    name: str
+    description: str
+    url: str
+    artifact: str
+    routes: tuple[Route, ...]
+    load: Load | None
+    runtime: str | None = None
+    precision: str = "float32"
+    tolerance: Tolerance | None = None
+    aliases: tuple[str, ...] = ()
+    needs_gpu: bool = False
+
+    @property
+    def limits(self) -> Tolerance:
+        """The tolerance that parity is judged by."""
+        return self.tolerance or Tolerance.for_precision(self.precision)

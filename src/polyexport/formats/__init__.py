@@ -1,0 +1,48 @@
+"""The formats: one file each, found by file name, declared on its last lines as `FORMAT = Format(...)`.
+
+A file may declare several precisions of one format: `FORMATS = (Format(...), Format(...))`.
+"""
+
+from __future__ import annotations
+
+import pkgutil
+from collections.abc import Iterable, Mapping
+from functools import cache
+from importlib import import_module
+from types import MappingProxyType
+
+from polyexport.errors import UnknownFormat
+from polyexport.format import Format
+
+
+@cache
+def known() -> Mapping[str, Format]:
+    """Every format by name, in alphabetical order."""
+    found: dict[str, Format] = {}
+    for info in pkgutil.iter_modules(__path__):
+        module = import_module(f"{__name__}.{info.name}")
+        for declared in getattr(module, "FORMATS", None) or (module.FORMAT,):
+            found[declared.name] = declared
+    return MappingProxyType(dict(sorted(found.items())))
+
+
+def resolve(formats: Iterable[str | Format]) -> tuple[Format, ...]:
+    """Names, aliases and `Format` values to formats, in the order given, each once.
+
+    Raises:
+        UnknownFormat: a name that is none; the message lists the known ones.
+    """
+    by_alias = {alias: each for each in known().values() for alias in each.aliases}
+    if isinstance(formats, str | Format):
+        formats = (formats,)
+    chosen: dict[str, Format] = {}
+    for given in formats:
+        each = given if isinstance(given, Format) else known().get(given) or by_alias.get(given)
+        if each is None:
+            names = ", ".join(known())
+            aliases = ", ".join(f"{alias} = {each.name}" for alias, each in sorted(by_alias.items()))
+            raise UnknownFormat(f"no format {given!r}; known formats: {names} (aliases: {aliases})")
+        chosen[each.name] = each
+    if not chosen:
+        raise UnknownFormat(f"no format was given; known formats: {', '.join(known())}")
+    return tuple(chosen.values())

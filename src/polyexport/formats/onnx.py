@@ -1,0 +1,110 @@
+"""ONNX: the exchange format that most runtimes read, run here by ONNX Runtime.
+
+https://onnx.ai/onnx/
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from polyexport.format import MODULE, Format, Route, Runner
+from polyexport.spec import Arrays, ExportSpec
+
+if TYPE_CHECKING:
+    import onnx
+
+_PROTOBUF_LIMIT = 2_000_000_000  # one ONNX file is one protobuf message, and that may have 2 GiB
+
+
+def convert_program(source: Path, target: Path, spec: ExportSpec) -> None:
+    """Translate the traced program with `torch.onnx`'s exporter of the dynamo era."""
+    import torch
+
+    program = torch.export.load(source)
+    size = sum(tensor.numel() * tensor.element_size() for tensor in program.state_dict.values())
+    torch.onnx.export(
+        program,
+        (),
+        target,
+        dynamo=True,
+        input_names=list(spec.input_names),
+        output_names=list(spec.output_names),
+        external_data=size > _PROTOBUF_LIMIT,
+        verbose=False,
+    )
+    _finish(target, spec)
+
+
+def convert_trace(source: Path, target: Path, spec: ExportSpec) -> None:
+    """Trace and translate the module with the TorchScript exporter, which takes some models that dynamo does not."""
+    import torch
+
+    from polyexport import module
+
+    axes = {tensor.name: tensor.dynamic for tensor in (*spec.inputs, *spec.outputs) if tensor.dynamic}
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore", DeprecationWarning)  # it is the fallback, by intent
+        torch.onnx.export(
+            module.load(source),
+            module.example(source, spec),
+            str(target),
+            dynamo=False,
+            input_names=list(spec.input_names),
+            output_names=list(spec.output_names),
+            dynamic_axes=axes,
+            opset_version=17,
+            verbose=False,
+        )
+    _finish(target, spec)
+
+
+def _finish(path: Path, spec: ExportSpec) -> None:
+    """Give the dynamic axes their names, and the file its metadata."""
+    import onnx
+
+    model = onnx.load(path, load_external_data=False)
+    named = {tensor.name: tensor for tensor in (*spec.inputs, *spec.outputs)}
+    for value in (*model.graph.input, *model.graph.output):
+        _name_axes(value, named[value.name].dynamic)
+    onnx.helper.set_model_props(model, dict(spec.metadata))
+    onnx.save(model, path)
+
+
+def _name_axes(value: onnx.ValueInfoProto, names: dict[int, str]) -> None:
+    for axis, dimension in enumerate(value.type.tensor_type.shape.dim):
+        if axis in names and not dimension.HasField("dim_value"):
+            dimension.dim_param = names[axis]
+
+
+def load(path: Path, spec: ExportSpec, *, threads: int) -> Runner:
+    """Run it with ONNX Runtime on the CPU."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    outputs = [output.name for output in session.get_outputs()]
+    wanted = {given.name for given in session.get_inputs()}
+
+    def run(inputs: Arrays) -> Arrays:
+        # an input that forward never reads is not part of the graph
+        feed = {name: array for name, array in inputs.items() if name in wanted}
+        return dict(zip(outputs, session.run(outputs, feed), strict=True))
+
+    return run
+
+
+FORMAT = Format(
+    name="onnx",
+    description="ONNX graph, for ONNX Runtime and most other runtimes",
+    url="https://onnx.ai/onnx/",
+    artifact="model.onnx",
+    routes=(
+        Route("dynamo", upstream="pt2", toolchain="onnx", convert=convert_program),
+        Route("torchscript", upstream=MODULE, toolchain="onnx", convert=convert_trace),
+    ),
+    load=load,
+)

@@ -1,0 +1,84 @@
+"""OpenVINO IR: Intel's runtime for CPUs, GPUs and NPUs.
+
+https://docs.openvino.ai/
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from polyexport.format import Format, Route, Runner
+from polyexport.spec import Arrays, ExportSpec
+
+
+def convert_onnx(source: Path, target: Path, spec: ExportSpec) -> None:
+    """Read the ONNX graph."""
+    import openvino
+
+    _save(openvino.convert_model(str(source)), target, spec)
+
+
+def convert_torchscript(source: Path, target: Path, spec: ExportSpec) -> None:
+    """Read the TorchScript trace."""
+    import openvino
+    import torch
+
+    shapes = [
+        (
+            openvino.PartialShape([-1 if isinstance(size, str) else size for size in tensor.shape]),
+            _element(tensor.dtype),
+        )
+        for tensor in spec.inputs
+    ]
+    _save(openvino.convert_model(torch.jit.load(str(source)), input=shapes), target, spec)
+
+
+def _element(dtype: str) -> Any:
+    import numpy as np
+    import openvino
+
+    return openvino.Type(np.dtype(dtype))
+
+
+def _save(model: Any, target: Path, spec: ExportSpec) -> None:
+    """Name the ports, embed the metadata, write `.xml` and `.bin` in full precision."""
+    import openvino
+
+    for ports, tensors in ((model.inputs, spec.inputs), (model.outputs, spec.outputs)):
+        if len(ports) == len(tensors):
+            for port, tensor in zip(ports, tensors, strict=True):
+                port.get_tensor().set_names({tensor.name})
+    for key, value in spec.metadata.items():
+        model.set_rt_info(value, ["polyexport", key])
+    openvino.save_model(model, str(target), compress_to_fp16=False)
+
+
+def load(path: Path, spec: ExportSpec, *, threads: int) -> Runner:
+    """Run it on the CPU in float32, which some processors would otherwise round to bfloat16."""
+    import openvino
+
+    core = openvino.Core()
+    core.set_property("CPU", {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads})
+    compiled = core.compile_model(str(path), "CPU")
+    known = set().union(*(port.get_names() for port in compiled.inputs))
+
+    def run(inputs: Arrays) -> Arrays:
+        answer = compiled({name: array for name, array in inputs.items() if name in known}, share_inputs=True)
+        return {tensor.name: answer[tensor.name] for tensor in spec.outputs}
+
+    return run
+
+
+FORMAT = Format(
+    name="openvino",
+    aliases=("ov",),
+    description="OpenVINO IR, for Intel CPUs, GPUs and NPUs",
+    url="https://docs.openvino.ai/",
+    artifact="model.xml",
+    routes=(
+        Route("onnx", upstream="onnx", toolchain="openvino", convert=convert_onnx),
+        Route("torchscript", upstream="torchscript", toolchain="openvino", convert=convert_torchscript),
+    ),
+    load=load,
+)

@@ -1,0 +1,48 @@
+"""PT2: PyTorch's own graph of a whole program, the source that most other formats are made from.
+
+https://docs.pytorch.org/docs/stable/export.html
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from polyexport.format import MODULE, Format, Route, Runner
+from polyexport.spec import ExportSpec
+
+
+def convert(source: Path, target: Path, spec: ExportSpec) -> None:
+    """Trace the module once with `torch.export`, its dynamic axes free."""
+    import torch
+
+    from polyexport import module
+
+    dim = torch.export.Dim
+    # DYNAMIC, not AUTO: an axis that the trace fixes must be an error here, not a surprise later
+    shapes = tuple({axis: dim.DYNAMIC for axis in tensor.dynamic} for tensor in spec.inputs)
+    program = torch.export.export(
+        module.load(source), module.example(source, spec), dynamic_shapes=shapes or None, strict=False
+    )
+    torch.export.save(program, target, extra_files={"polyexport.json": json.dumps(dict(spec.metadata))})
+
+
+def load(path: Path, spec: ExportSpec, *, threads: int) -> Runner:
+    """Run the saved program with PyTorch."""
+    import torch
+
+    from polyexport.module import as_runner
+
+    torch.set_num_threads(threads)
+    return as_runner(torch.export.load(path).module(), spec)
+
+
+FORMAT = Format(
+    name="pt2",
+    aliases=("torch_export",),
+    description="torch.export program, for PyTorch 2 and everything that is built from it",
+    url="https://docs.pytorch.org/docs/stable/export.html",
+    artifact="model.pt2",
+    routes=(Route("torch.export", upstream=MODULE, toolchain="torch", convert=convert),),
+    load=load,
+)

@@ -1,0 +1,46 @@
+"""TorchScript: a traced module that runs in C++ and in old PyTorch, without Python.
+
+https://docs.pytorch.org/docs/stable/jit.html
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+
+from polyexport.format import MODULE, Format, Route, Runner
+from polyexport.spec import ExportSpec
+
+
+def convert(source: Path, target: Path, spec: ExportSpec) -> None:
+    """Trace the module with `torch.jit.trace`; all axes stay as free as the module's own code leaves them."""
+    import torch
+
+    from polyexport import module
+
+    with warnings.catch_warnings(), torch.inference_mode():
+        warnings.simplefilter("ignore", DeprecationWarning)  # TorchScript is frozen, and still what mobile and C++ run
+        traced = torch.jit.trace(module.load(source), module.example(source, spec), strict=False, check_trace=False)
+        torch.jit.save(traced, str(target), _extra_files={"polyexport.json": json.dumps(dict(spec.metadata))})
+
+
+def load(path: Path, spec: ExportSpec, *, threads: int) -> Runner:
+    """Run the saved trace with PyTorch."""
+    import torch
+
+    from polyexport.module import as_runner
+
+    torch.set_num_threads(threads)
+    return as_runner(torch.jit.load(str(path)).eval(), spec)
+
+
+FORMAT = Format(
+    name="torchscript",
+    aliases=("jit",),
+    description="TorchScript trace, for libtorch in C++",
+    url="https://docs.pytorch.org/docs/stable/jit.html",
+    artifact="model.torchscript",
+    routes=(Route("trace", upstream=MODULE, toolchain="torch", convert=convert),),
+    load=load,
+)

@@ -1,0 +1,66 @@
+"""What is asked of a worker, as it lies on disk."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from polyexport.spec import ExportSpec
+
+Kind = Literal["prepare", "convert", "verify", "bench"]
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What a worker has to do. `source`, `target` and `batches` are relative to the export's folder.
+
+    Attributes:
+        kind: Which of the four jobs.
+        format: The format's name; None where PyTorch itself is meant.
+        declared: File with the pickled `Format`, for one that is not ours.
+        route: The route's name, for `convert`.
+        source: What is read: an artifact, or the folder of a module.
+        target: What is written, for `convert`.
+        spec: The signature.
+        batches: Arrays with inputs and reference outputs, the validation batch first, each with its dynamic sizes.
+        noise: Noise floor of each output.
+        threads: Of the runtime.
+        nice: Added to the process's niceness.
+        sys_path: The training process's import path, for modules that are pickled by reference.
+        options: What only one kind of job knows.
+    """
+
+    kind: Kind
+    format: str | None = None
+    declared: str | None = None
+    route: str | None = None
+    source: str = "source"
+    target: str = ""
+    spec: ExportSpec | None = None
+    batches: tuple[Batch, ...] = ()
+    noise: Mapping[str, float] = field(default_factory=dict)
+    threads: int = 1
+    nice: int = 0
+    sys_path: tuple[str, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """A file of named arrays, inputs and reference outputs together, and the sizes of its dynamic axes."""
+
+    path: str
+    sizes: Mapping[str, int] = field(default_factory=dict)
+
+
+def result_path(job_path: Path) -> Path:
+    """Where a job's result is written."""
+    return job_path.with_suffix(".result.json")
+
+
+def reproduce(command: tuple[str, ...], job_path: Path) -> str:
+    """The shell command that runs a job again without touching the export."""
+    return shlex.join([*command, str(job_path), "--scratch"])

@@ -1,0 +1,108 @@
+"""How long one call takes. Pure functions over callables and samples; the machine's clock is an argument."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+MIN_SAMPLES = 100
+ROUNDS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Latency:
+    """Wall-clock time of one call on the validation batch, named numpy arrays in to named numpy arrays out.
+
+    Percentiles are over the raw calls in `samples_ms`, taken in rounds that alternate with the other formats', so that
+    drift of the machine hits all alike; `p99_ms` is None below 100 samples. `load_seconds` and `first_ms` are the cold
+    start. `peak_memory_bytes` is the resident peak of the whole process that served the calls. `speedup` is eager
+    PyTorch's median over this one's, from the same rounds.
+    """
+
+    p50_ms: float
+    p90_ms: float
+    p95_ms: float
+    p99_ms: float | None
+    throughput_per_second: float
+    batch: int
+    threads: int
+    device: str
+    load_seconds: float
+    first_ms: float
+    peak_memory_bytes: int | None
+    samples_ms: tuple[float, ...]
+    speedup: float | None = None
+
+    @property
+    def samples(self) -> int:
+        """How many calls were timed."""
+        return len(self.samples_ms)
+
+
+def timed_ms(call: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
+    """Milliseconds of one call."""
+    start = clock()
+    call()
+    return (clock() - start) * 1e3
+
+
+def warm_up(
+    call: Callable[[], object],
+    *,
+    count: int = 5,
+    seconds: float = 0.2,
+    clock: Callable[[], float] = time.perf_counter,
+) -> int:
+    """Call until both `count` calls and `seconds` have gone by; returns how many it took."""
+    start, calls = clock(), 0
+    while calls < count or clock() - start < seconds:
+        call()
+        calls += 1
+    return calls
+
+
+def sample_ms(
+    call: Callable[[], object],
+    *,
+    count: int = MIN_SAMPLES // ROUNDS,
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[float]:
+    """Milliseconds of each of `count` calls."""
+    return [timed_ms(call, clock) for _ in range(count)]
+
+
+def summarise(
+    samples_ms: Sequence[float],
+    *,
+    batch: int,
+    threads: int,
+    device: str,
+    load_seconds: float,
+    first_ms: float,
+    peak_memory_bytes: int | None,
+) -> Latency:
+    """Percentiles (linear interpolation between the nearest ranks) and throughput of raw samples.
+
+    Raises:
+        ValueError: there are no samples.
+    """
+    if not samples_ms:
+        raise ValueError("no latency samples")
+    p50, p90, p95, p99 = (float(value) for value in np.percentile(samples_ms, [50, 90, 95, 99]))
+    return Latency(
+        p50_ms=p50,
+        p90_ms=p90,
+        p95_ms=p95,
+        p99_ms=p99 if len(samples_ms) >= MIN_SAMPLES else None,
+        throughput_per_second=max(batch, 1) * len(samples_ms) * 1e3 / sum(samples_ms),
+        batch=batch,
+        threads=threads,
+        device=device,
+        load_seconds=load_seconds,
+        first_ms=first_ms,
+        peak_memory_bytes=peak_memory_bytes,
+        samples_ms=tuple(samples_ms),
+    )

@@ -1,0 +1,41 @@
+"""Any finished artifact back as a callable on named arrays."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from polyexport.errors import BadRequest
+from polyexport.format import Runner
+from polyexport.formats import known
+from polyexport.records import decode, read_json
+from polyexport.spec import ExportSpec, TensorSpec
+
+
+def load(path: str | Path, *, threads: int = 1) -> Runner:
+    """Open an exported format, `load("exports/best/onnx")`, in its own runtime.
+
+    Args:
+        path: A format's folder inside an export.
+        threads: Of the runtime.
+
+    Returns:
+        A function from named input arrays to named output arrays; the names stand in `manifest.json`.
+
+    Raises:
+        BadRequest: there is no export at `path`.
+        CannotRun: nothing on this machine can run it.
+    """
+    folder = Path(path)
+    manifest_path = folder.parent / "manifest.json"
+    if not manifest_path.is_file():
+        raise BadRequest(f"{folder} is not a format of an export: {manifest_path} does not exist")
+    artifacts = read_json(manifest_path)["artifacts"]
+    if folder.name not in artifacts:
+        raise BadRequest(f"{folder} was not exported; {folder.parent} has {', '.join(artifacts) or 'nothing'}")
+    if folder.name not in known():
+        raise BadRequest(f"{folder.name} is not a format of this version; known formats: {', '.join(known())}")
+    each, about = known()[folder.name], artifacts[folder.name]
+    if each.load is None:
+        raise BadRequest(f"{each.name} cannot be run on any host")
+    inputs, outputs = (tuple(decode(TensorSpec, tensor) for tensor in about[side]) for side in ("inputs", "outputs"))
+    return each.load(folder / each.artifact, ExportSpec(inputs, outputs), threads=threads)

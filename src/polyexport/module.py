@@ -1,0 +1,393 @@
+"""The PyTorch side: a module to a folder and back, as a flat function of named tensors.
+
+A folder holds what a worker needs to rebuild the module without the process that trained it:
+
+    structure.pkl    the module with its parameters on meta and its buffers kept (or structure.pt2, traced in process)
+    call.pkl         the arguments that forward received
+    weights.pt       a state dict, or a Lightning checkpoint with one
+
+Requirements:
+* Taking the structure neither copies a parameter nor touches the module: parameters are named by position while
+  pickling (`persistent_id`), so tied weights stay tied.
+* Every converter sees a flat function, tensors in, tensors out, because the tracers of TorchScript and Core ML choke on
+  dicts. The names come from forward's own arguments and from the keys of what it returns.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import io
+import json
+import pickle
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import numpy as np
+
+from polyexport.errors import BadRequest
+from polyexport.format import Runner
+from polyexport.spec import Arrays, ExportSpec
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+Select = str | Callable[[Any], Any] | None
+"""What of a module to export: a dotted attribute, a function of it, or None for itself."""
+
+
+UNAVAILABLE = "unavailable.txt"
+"""Stands in a module's folder in place of what could not be saved, and says why."""
+
+
+# --- to a folder ------------------------------------------------------------------------------------------------------
+
+
+def dump(value: Any, path: Path) -> None:
+    """Pickle any object; parameters leave only their shape, other tensors a CPU copy.
+
+    Raises:
+        Exception: whatever the object's own pickling raises.
+    """
+    import cloudpickle
+    import torch
+
+    parameters: list[torch.nn.Parameter] = []
+    tensors: list[torch.Tensor] = []
+    seen: dict[int, tuple[str, int]] = {}
+
+    class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle is untyped
+        def persistent_id(self, item: Any) -> tuple[str, int] | None:
+            if not isinstance(item, torch.Tensor):
+                return None
+            if id(item) not in seen:
+                kind, shelf = ("parameter", parameters) if isinstance(item, torch.nn.Parameter) else ("tensor", tensors)
+                seen[id(item)] = (kind, len(shelf))
+                shelf.append(item)  # type: ignore[arg-type]  # the two lists differ in their element only
+            return seen[id(item)]
+
+    buffer = io.BytesIO()
+    Pickler(buffer).dump(value)
+    shapes = [(tuple(p.shape), p.dtype, p.requires_grad) for p in parameters]
+    copies = [tensor.detach().to("cpu", copy=True).contiguous() for tensor in tensors]
+    torch.save({"pickle": buffer.getvalue(), "parameters": shapes, "tensors": copies}, path)
+
+
+def restore(path: Path) -> Any:
+    """Read what `dump` wrote; parameters come back on the meta device."""
+    import torch
+
+    # our own file, and it carries a pickle by design
+    blob = torch.load(path, map_location="cpu", weights_only=False)
+    made: dict[int, torch.nn.Parameter] = {}
+
+    class Unpickler(pickle.Unpickler):
+        def persistent_load(self, key: Any) -> Any:
+            kind, index = key
+            if kind == "tensor":
+                return blob["tensors"][index]
+            if index not in made:
+                shape, dtype, requires_grad = blob["parameters"][index]
+                empty = torch.empty(shape, dtype=dtype, device="meta")
+                made[index] = torch.nn.Parameter(empty, requires_grad=requires_grad)
+            return made[index]
+
+    file: BinaryIO = io.BytesIO(blob["pickle"])
+    return Unpickler(file).load()
+
+
+def save_structure(root: nn.Module, select: Select, folder: Path) -> None:
+    """Write `structure.pkl`: `root` without its weights, and what of it to export."""
+    dump({"root": root, "select": select}, folder / "structure.pkl")
+
+
+def save_call(args: Sequence[Any], kwargs: Mapping[str, Any], folder: Path) -> None:
+    """Write `call.pkl`: the arguments of forward."""
+    dump((tuple(args), dict(kwargs)), folder / "call.pkl")
+
+
+def as_call(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Read what a user gives as inputs: a dict is keyword arguments, a tuple or list positional ones, else one."""
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    return (tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)), {}
+
+
+def selected(root: Any, select: Select) -> Any:
+    """Follow `select` from `root` to the module to export.
+
+    Raises:
+        BadRequest: no such attribute, or what is found there is no module.
+    """
+    import torch
+
+    if select is None:
+        found = root
+    elif isinstance(select, str):
+        found = root
+        for part in select.split("."):
+            if not hasattr(found, part):
+                children = ", ".join(name for name, _ in found.named_children())
+                raise BadRequest(f"module={select!r}: {type(found).__name__} has no {part!r}; it has {children}")
+            found = getattr(found, part)
+    else:
+        found = select(root)
+    if not isinstance(found, torch.nn.Module):
+        raise BadRequest(f"module={select!r} leads to a {type(found).__name__}, not to a torch.nn.Module")
+    return found
+
+
+# --- and back ---------------------------------------------------------------------------------------------------------
+
+
+def load(folder: Path) -> Any:
+    """Rebuild the module of `folder` as a flat one (see `flat`): eval mode, float32, on the CPU.
+
+    Raises:
+        BadRequest: weights that the checkpoint lacks, or a call that is not made of tensors.
+    """
+    if (folder / UNAVAILABLE).exists():
+        raise BadRequest((folder / UNAVAILABLE).read_text(encoding="utf-8"))
+    state = load_weights(folder / "weights.pt")
+    if (folder / "structure.pt2").exists():
+        return _load_traced(folder / "structure.pt2", state)
+    blueprint = restore(folder / "structure.pkl")
+    root = blueprint["root"]
+    root.load_state_dict(state, strict=bool(getattr(root, "strict_loading", True)), assign=True)
+    module = selected(root, blueprint["select"])
+    lost = [name for name, parameter in module.named_parameters() if parameter.is_meta]
+    if lost:
+        raise BadRequest(f"the checkpoint has no weights for {', '.join(lost[:5])} ({len(lost)} parameters in all)")
+    args, kwargs = restore(folder / "call.pkl")
+    return flat(module.float(), args, kwargs)
+
+
+def load_weights(path: Path) -> dict[str, Any]:
+    """Read a state dict, bare or inside a checkpoint, without letting the file run code where that is possible."""
+    import torch
+
+    try:
+        blob = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        print(f"{path.name} holds more than tensors and was written by this run, so it is unpickled: {error}")
+        blob = torch.load(path, map_location="cpu", weights_only=False)
+    return dict(blob.get("state_dict", blob))
+
+
+# --- flat -------------------------------------------------------------------------------------------------------------
+
+_CONSTANTS = (bool, int, float, complex, str, bytes, type(None))
+
+
+def flat(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Wrap `module` as a function of the tensors in `args` and `kwargs`, by name, that returns its output tensors.
+
+    What is no tensor in the call is kept as it is. The wrapper is in eval mode and has `input_names`, the `example`
+    that the call holds, and `output_names`, which are known once it ran. One output comes back as a tensor, several as
+    a tuple.
+
+    Raises:
+        BadRequest: the call holds something that is neither a tensor nor a plain constant.
+    """
+    import torch
+    from torch.utils import _pytree as pytree
+
+    paths, tree = pytree.tree_flatten_with_path((tuple(args), dict(kwargs)))
+    names = _argument_names(module.forward, len(args))
+    leaves: list[Any] = []
+    inputs: dict[str, tuple[int, torch.Tensor]] = {}
+    for index, (path, leaf) in enumerate(paths):
+        leaves.append(leaf)
+        name = _unique(_identifier("_".join([_first(path, names), *map(_key, path[2:])])), inputs)
+        if isinstance(leaf, torch.Tensor):
+            inputs[name] = (index, leaf.float() if leaf.is_floating_point() else leaf)
+        elif not isinstance(leaf, (*_CONSTANTS, torch.dtype, torch.device)):
+            raise BadRequest(
+                f"forward's argument {name} is a {type(leaf).__name__}, which no converter can take; "
+                "give inputs=<a function of the batch> that returns tensors (or tuples and dicts of them)"
+            )
+    if not inputs:
+        raise BadRequest("forward received no tensor; give inputs=<a function of the batch> that returns some")
+
+    class Flat(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = module
+            self.input_names = tuple(inputs)
+            self.output_names: tuple[str, ...] = ()
+            self.dropped: tuple[str, ...] = ()
+            self.example = tuple(tensor for _, tensor in inputs.values())
+
+        def forward(self, *tensors: Any) -> Any:
+            values = list(leaves)
+            for (index, _), tensor in zip(inputs.values(), tensors, strict=True):
+                values[index] = tensor
+            call_args, call_kwargs = pytree.tree_unflatten(values, tree)
+            outputs, self.dropped = named_tensors(self.inner(*call_args, **call_kwargs), taken=inputs)
+            self.output_names = tuple(outputs)
+            return tuple(outputs.values()) if len(outputs) > 1 else next(iter(outputs.values()))
+
+    # tracers read argument names from the signature, and write them into the artifact
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    parameters = [inspect.Parameter(name, kind) for name in ("self", *inputs)]
+    Flat.forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # any function has one
+    return Flat().eval()
+
+
+def named_tensors(value: Any, taken: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The tensors in what forward returned, by name, and the names of the parts that hold none.
+
+    A dict or dataclass gives its keys, a tuple `output_0`, `output_1` …; levels are joined by `_`. A name that an input
+    has already (`taken`) gets `_output` behind it, since a graph's names are unique.
+
+    Raises:
+        BadRequest: there is no tensor at all.
+    """
+    outputs: dict[str, Any] = {}
+    dropped: list[str] = []
+    for name, leaf in _walk(value, ""):
+        if leaf is None:
+            dropped.append(name)
+        else:
+            clean = _identifier(name)
+            outputs[_unique(f"{clean}_output" if clean in taken else clean, outputs)] = leaf
+    if not outputs:
+        raise BadRequest(f"forward returned a {type(value).__name__} without a tensor in it")
+    return outputs, tuple(dropped)
+
+
+def _walk(value: Any, name: str) -> Iterator[tuple[str, Any]]:
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        yield name or "output_0", value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _walk(item, f"{name}_{key}" if name else str(key))
+    elif dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            yield from _walk(getattr(value, field.name), f"{name}_{field.name}" if name else field.name)
+    elif isinstance(value, tuple) and hasattr(value, "_fields"):
+        for key, item in zip(value._fields, value, strict=True):
+            yield from _walk(item, f"{name}_{key}" if name else key)
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            yield from _walk(item, f"{name or 'output'}_{index}")
+    elif not isinstance(value, _CONSTANTS):
+        yield f"{name or 'output'} ({type(value).__name__})", None
+
+
+def _argument_names(forward: Callable[..., Any], count: int) -> list[str]:
+    """Names of the first `count` positional arguments of `forward`."""
+    names: list[str] = []
+    for parameter in inspect.signature(forward).parameters.values():
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            names += [f"{parameter.name}_{index}" for index in range(count - len(names))]
+        elif parameter.kind is not parameter.VAR_KEYWORD:
+            names.append(parameter.name)
+    return names
+
+
+def _first(path: Any, names: Sequence[str]) -> str:
+    argument = path[1]
+    return names[argument.idx] if path[0].idx == 0 else str(argument.key)
+
+
+def _key(entry: Any) -> str:
+    """One step of a pytree path: a dict's key, a tuple's index or a field's name."""
+    for attribute in ("key", "idx", "name"):
+        if hasattr(entry, attribute):
+            return str(getattr(entry, attribute))
+    return str(entry)
+
+
+def _identifier(name: str) -> str:
+    clean = re.sub(r"\W", "_", name)
+    return f"_{clean}" if clean[:1].isdigit() else clean
+
+
+def _unique(name: str, taken: Mapping[str, Any]) -> str:
+    if name not in taken:
+        return name
+    return next(f"{name}_{n}" for n in range(2, len(taken) + 3) if f"{name}_{n}" not in taken)
+
+
+# --- arrays -----------------------------------------------------------------------------------------------------------
+
+
+def to_arrays(names: Sequence[str], tensors: Any) -> Arrays:
+    """Name the tensors that a flat module returned, as numpy arrays."""
+    import torch
+
+    listed = (tensors,) if isinstance(tensors, torch.Tensor) else tuple(tensors)
+    return {name: tensor.detach().cpu().numpy() for name, tensor in zip(names, listed, strict=True)}
+
+
+def as_runner(module: Any, spec: ExportSpec | None = None) -> Runner:
+    """A flat module as a function of named arrays; without `spec` by its own names, which it knows once it ran."""
+    import torch
+
+    def run(inputs: Arrays) -> Arrays:
+        names = spec.input_names if spec else module.input_names
+        with torch.inference_mode():
+            answer = module(*(torch.from_numpy(inputs[name]) for name in names))
+        return to_arrays(spec.output_names if spec else module.output_names, answer)
+
+    return run
+
+
+def example(folder: Path, spec: ExportSpec) -> tuple[torch.Tensor, ...]:
+    """The inputs to trace `spec` with: real rows, at least two along a free axis, which a tracer would take for one."""
+    import torch
+
+    tensors = []
+    with np.load(folder / "example.npz") as arrays:
+        for tensor in spec.inputs:
+            rows = tuple(slice(size if isinstance(size, int) else None) for size in tensor.shape)
+            tensors.append(torch.from_numpy(np.ascontiguousarray(arrays[tensor.name][rows])))
+    return tuple(tensors)
+
+
+# --- traced in process ------------------------------------------------------------------------------------------------
+
+
+def save_traced(root: nn.Module, select: Select, args: Sequence[Any], kwargs: Mapping[str, Any], folder: Path) -> None:
+    """Write `structure.pt2`, for a module that cannot be pickled: traced here, with a free batch axis where it allows.
+
+    The weights in it are replaced by those of `weights.pt` at load, by the names they have in `root`.
+    """
+    import torch
+
+    wrapped = flat(selected(root, select), args, kwargs)
+    device = next((parameter.device for parameter in root.parameters()), torch.device("cpu"))
+    tensors = tuple(tensor.to(device) for tensor in wrapped.example)
+    batch = next((tensor.shape[0] for tensor in tensors if tensor.ndim), 0)
+    free = tuple({0: torch.export.Dim.DYNAMIC} if t.ndim and t.shape[0] == batch else {} for t in tensors)
+    with torch.no_grad():
+        try:
+            program = torch.export.export(wrapped, tensors, dynamic_shapes=free if batch > 1 else None, strict=False)
+        except Exception:  # torch.export has no error class of its own; a static graph is better than none
+            program = torch.export.export(wrapped, tensors, strict=False)
+    names = {id(tensor): name for name, tensor in root.state_dict(keep_vars=True).items()}
+    weights = {key: names.get(id(tensor), "") for key, tensor in wrapped.state_dict(keep_vars=True).items()}
+    about = {"inputs": wrapped.input_names, "outputs": wrapped.output_names, "weights": weights}
+    torch.export.save(program, folder / "structure.pt2", extra_files={"about.json": json.dumps(about)})
+
+
+def _load_traced(path: Path, state: Mapping[str, Any]) -> Any:
+    import torch
+
+    extra = {"about.json": ""}
+    program = torch.export.load(path, extra_files=extra)
+    about = json.loads(extra["about.json"])
+    module: Any = program.module()
+    module.load_state_dict({key: state[name] for key, name in about["weights"].items() if name in state}, strict=False)
+    module.float().cpu()
+    module.input_names, module.output_names, module.dropped = tuple(about["inputs"]), tuple(about["outputs"]), ()
+    args, kwargs = restore(path.with_name("call.pkl"))
+    tensors = [leaf for leaf in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+    module.example = tuple(tensor.float() if tensor.is_floating_point() else tensor for tensor in tensors)
+    return module

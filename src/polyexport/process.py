@@ -1,0 +1,201 @@
+"""One worker process: started, watched, ended, and its end put into words.
+
+Workers are processes of their own sessions, never multiprocessing: that would run the user's unguarded script again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from polyexport.job import result_path
+from polyexport.records import read_json
+
+_DISTRIBUTED = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_",
+    "GROUP_",
+    "ROLE_",
+    "NODE_RANK",
+    "MASTER_",
+    "TORCHELASTIC_",
+    "PL_",
+    "SLURM_",
+)
+_OF_THE_HOST = ("PYTHONPATH", "PYTHONHOME", "PYTHONSTARTUP", "VIRTUAL_ENV")
+_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "TF_NUM_INTRAOP_THREADS")
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """How a job ended.
+
+    `value` is its result. Without one, `error` says why in a line, and `kind` is `raised`, `missing` (a tool),
+    `cannot run`, `crashed`, `timed out` or `cancelled`.
+    """
+
+    value: Any = None
+    error: str = ""
+    kind: str = ""
+    seconds: float = 0.0
+
+    @property
+    def ok(self) -> bool:
+        """Whether there is a result."""
+        return not self.error
+
+
+class Workers:
+    """The processes that are running, so that all can be ended at once."""
+
+    def __init__(self) -> None:
+        self._running: set[subprocess.Popen[Any]] = set()
+        self._lock = threading.Lock()
+        self._closed = False
+
+    @property
+    def closed(self) -> bool:
+        """Whether all were ended."""
+        return self._closed
+
+    def run(
+        self, command: Sequence[str], job: Path, log: Path, *, timeout: float, environment: Mapping[str, str]
+    ) -> Ended:
+        """Run one job to its end; nothing it does raises here."""
+        log.parent.mkdir(parents=True, exist_ok=True)
+        result_path(job).unlink(missing_ok=True)
+        with log.open("ab") as stream, self._started([*command, str(job)], stream, stream, environment) as process:
+            if process is None:
+                return Ended(error="cancelled", kind="cancelled")
+            try:
+                process.wait(timeout)
+            except subprocess.TimeoutExpired:
+                return Ended(error=f"timed out after {timeout:g} s", kind="timed out", seconds=timeout)
+            if self._closed:
+                return Ended(error="cancelled", kind="cancelled")
+        return _read(result_path(job), process.returncode)
+
+    @contextlib.contextmanager
+    def conversation(
+        self, command: Sequence[str], job: Path, log: Path, *, timeout: float, environment: Mapping[str, str]
+    ) -> Iterator[Conversation]:
+        """A job that is asked for its answers one by one."""
+        with (
+            log.open("ab") as stream,
+            self._started([*command, str(job)], subprocess.PIPE, stream, environment) as process,
+        ):
+            yield Conversation(process, timeout)
+
+    def end_all(self) -> None:
+        """Kill every running worker with its children, and start no more."""
+        with self._lock:
+            self._closed = True
+            running = tuple(self._running)
+        for process in running:
+            _kill(process)
+
+    @contextlib.contextmanager
+    def _started(
+        self, command: Sequence[str], stdout: Any, stderr: Any, environment: Mapping[str, str]
+    ) -> Iterator[subprocess.Popen[bytes] | None]:
+        """A process in a session of its own, killed with its children on leaving; None once all were ended."""
+        with self._lock:
+            if self._closed:
+                process = None
+            else:
+                process = subprocess.Popen(
+                    command,
+                    stdin=subprocess.PIPE,
+                    stdout=stdout,
+                    stderr=stderr,
+                    env=dict(environment),
+                    start_new_session=True,
+                )
+                self._running.add(process)
+        try:
+            yield process
+        finally:
+            if process is not None:
+                _kill(process)
+                for pipe in (process.stdin, process.stdout):
+                    if pipe is not None:
+                        with contextlib.suppress(OSError):
+                            pipe.close()
+                with self._lock:
+                    self._running.discard(process)
+
+
+class Conversation:
+    """Asks a worker for one answer at a time; a worker that does not answer in time is killed."""
+
+    def __init__(self, process: subprocess.Popen[bytes] | None, timeout: float) -> None:
+        self._process = process
+        self._timeout = timeout
+
+    def ask(self) -> None:
+        """Ask for the next answer."""
+        if self._process is not None and self._process.stdin is not None:
+            with contextlib.suppress(OSError):  # a dead worker shows when its answer is read
+                self._process.stdin.write(b"round\n")
+                self._process.stdin.flush()
+
+    def answer(self) -> Any:
+        """The next answer; None when the worker died or was killed for taking too long."""
+        if self._process is None or self._process.stdout is None:
+            return None
+        watchdog = threading.Timer(self._timeout, _kill, [self._process])
+        watchdog.start()
+        try:
+            line = self._process.stdout.readline()
+        finally:
+            watchdog.cancel()
+        return json.loads(line) if line else None
+
+
+def environment(*, threads: int, gpu: bool, host: bool) -> dict[str, str]:
+    """The environment of a worker: bounded threads, no GPU unless needed, nothing of a distributed run.
+
+    `host` tells whether it is the training environment's interpreter; another one must not see its import path.
+    """
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(_DISTRIBUTED)}
+    if not host:
+        kept = {name: value for name, value in kept.items() if name not in _OF_THE_HOST}
+    if not gpu:
+        kept["CUDA_VISIBLE_DEVICES"] = ""
+    kept |= dict.fromkeys(_THREADS, str(threads))
+    return kept | {"PYTHONUNBUFFERED": "1", "TF_CPP_MIN_LOG_LEVEL": "2", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def _read(result: Path, returncode: int) -> Ended:
+    if result.exists():
+        found = read_json(result)
+        return Ended(found.get("value"), found.get("error", ""), found.get("error_kind", ""), found["seconds"])
+    if returncode < 0:
+        return Ended(error=f"killed by {_signal(-returncode)}", kind="crashed")
+    return Ended(error=f"ended with exit code {returncode} and no result", kind="crashed")
+
+
+def _signal(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def _kill(process: subprocess.Popen[Any]) -> None:
+    """End a worker and all that it started; one that has ended already leaves only its children to end."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        if hasattr(os, "killpg"):
+            os.killpg(process.pid, signal.SIGKILL)
+        else:
+            process.kill()
+    process.wait()

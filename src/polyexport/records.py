@@ -1,0 +1,67 @@
+"""Frozen records to JSON and back, for everything that travels between processes or lies on disk."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def encode(value: Any) -> Any:
+    """Turn records, tuples, paths and mappings into what JSON knows; NaN and infinity become None."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = (f for f in dataclasses.fields(value) if f.metadata.get("json", True))
+        return {f.name: encode(getattr(value, f.name)) for f in fields}
+    if isinstance(value, Mapping):
+        return {str(key): encode(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [encode(item) for item in value]
+    if isinstance(value, Path):
+        return value.as_posix()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def decode(kind: type[T], data: Any) -> T:
+    """Build a record of type `kind` from decoded JSON; unknown keys are dropped, so old readers read new files."""
+    return typing.cast(T, _decode(kind, data))
+
+
+def _decode(kind: Any, data: Any) -> Any:
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        hints = typing.get_type_hints(kind)
+        known = {f.name for f in dataclasses.fields(kind) if f.metadata.get("json", True)}
+        return typing.cast(Any, kind)(**{k: _decode(hints[k], v) for k, v in data.items() if k in known})
+    if origin in (types.UnionType, typing.Union):
+        if data is None:
+            return None
+        return _decode(next(a for a in arguments if a is not type(None)), data)
+    if origin is tuple:
+        return tuple(_decode(arguments[0], item) for item in data)
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return {arguments[0](key): _decode(arguments[1], item) for key, item in data.items()}
+    if kind is Path:
+        return Path(data)
+    return data
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` in one step: a reader sees the old file or the new one, never a half."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(encode(value), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def read_json(path: Path) -> Any:
+    """Read one JSON file."""
+    return json.loads(path.read_text(encoding="utf-8"))

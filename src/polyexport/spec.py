@@ -1,0 +1,79 @@
+"""What every converter and every runtime must agree on: names, dtypes and shapes of inputs and outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from zipfile import ZipFile
+
+import numpy as np
+
+Arrays = dict[str, np.ndarray]
+"""Named arrays: what goes into a runtime and what comes out of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One input or output.
+
+    `shape` holds an `int` for a fixed axis and a name for a dynamic one: `("batch", 3, 224, 224)`.
+    `dtype` is numpy's name of it: `"float32"`, `"int64"`, `"bool"`.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+    @property
+    def dynamic(self) -> dict[int, str]:
+        """The dynamic axes: `{0: "batch"}`."""
+        return {axis: size for axis, size in enumerate(self.shape) if isinstance(size, str)}
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.dtype}[{', '.join(map(str, self.shape))}]"
+
+
+@dataclass(frozen=True, slots=True)
+class ExportSpec:
+    """The signature of the model that is exported, and what is to be written into the artifact beside it.
+
+    `sizes` gives the size that each named axis has in the validation batch.
+    `metadata` is embedded where the format has a place for it.
+    """
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def is_dynamic(self) -> bool:
+        """Whether any input axis is free."""
+        return any(tensor.dynamic for tensor in self.inputs)
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """Names of the inputs, in forward's order."""
+        return tuple(tensor.name for tensor in self.inputs)
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """Names of the outputs, in forward's order."""
+        return tuple(tensor.name for tensor in self.outputs)
+
+    def static(self) -> ExportSpec:
+        """The same signature with every dynamic axis fixed at its size in the validation batch."""
+
+        def fix(tensor: TensorSpec) -> TensorSpec:
+            return replace(tensor, shape=tuple(self.sizes[s] if isinstance(s, str) else s for s in tensor.shape))
+
+        return replace(self, inputs=tuple(map(fix, self.inputs)), outputs=tuple(map(fix, self.outputs)))
+
+
+def write_arrays(path: Path, arrays: Arrays) -> None:
+    """Write an `.npz`; unlike `numpy.savez` it takes any name, `file` included."""
+    with ZipFile(path, "w") as archive:
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, np.asanyarray(array), allow_pickle=False)  # type: ignore[no-untyped-call]  # numpy.lib is untyped

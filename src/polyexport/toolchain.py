@@ -1,0 +1,228 @@
+"""Toolchains: the packages that a route needs, pinned, and an interpreter that has them.
+
+A toolchain is a requirement file in `toolchains/`. If the training environment satisfies it, that environment serves.
+If not, an environment of its own is made with uv under the user's cache folder, once per set of pins. The training
+environment is never changed.
+
+Two lines in the file's comments are read by us:
+
+    # polyexport: layered              over the training environment's packages, so that torch is the same one
+    # polyexport: python >=3.11,<3.13  the interpreter it needs, where that differs from the training environment's
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import metadata, resources
+from pathlib import Path
+
+from filelock import FileLock
+from packaging.requirements import Requirement
+from platformdirs import user_cache_path
+
+from polyexport.errors import ToolMissing
+
+_WORKER = Path(__file__).with_name("worker.py")
+
+Say = Callable[[str], None]
+"""Takes one line for the user."""
+
+
+@dataclass(frozen=True, slots=True)
+class Toolchain:
+    """A named set of pins.
+
+    Attributes:
+        name: The requirement file's name without its ending.
+        requirements: PEP 508 requirements.
+        layered: Whether an environment made for it sees the training environment's packages below its own.
+        python: A PEP 440 specifier of the interpreter, or None for the training environment's own.
+    """
+
+    name: str
+    requirements: tuple[str, ...]
+    layered: bool = False
+    python: str | None = None
+
+    def unmet(self) -> tuple[str, ...]:
+        """The requirements that the training environment does not satisfy."""
+        return tuple(line for line in self.requirements if not _satisfied(line))
+
+    @property
+    def in_host(self) -> bool:
+        """Whether the training environment serves."""
+        return not self.unmet()
+
+    @property
+    def folder(self) -> Path:
+        """Where its own environment lies or will lie; its name changes with every pin."""
+        below = [sys.prefix, *_versions(("torch",)).values()] if self.layered else []
+        pins = "\n".join([sys.version, str(self.python), *self.requirements, *below])
+        return cache_folder() / f"{self.name}-{hashlib.sha256(pins.encode()).hexdigest()[:12]}"
+
+    @property
+    def ready(self) -> bool:
+        """Whether an interpreter that satisfies it exists already."""
+        return self.in_host or (self.folder / _COMPLETE).exists()
+
+    def interpreter(self, say: Say = lambda line: None) -> Path:
+        """The Python that satisfies the pins, made now if there is none yet.
+
+        Safe to call from several processes at once, and after an interrupted call: the environment counts only once its
+        marker is written, under a lock.
+
+        Raises:
+            ToolMissing: it cannot be made; the message has the installer's own words.
+        """
+        if self.in_host:
+            return Path(sys.executable)
+        folder = self.folder
+        if not (folder / _COMPLETE).exists():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(folder.with_suffix(".lock")):
+                if not (folder / _COMPLETE).exists():
+                    say(f"{self.name}: installing {', '.join(self.requirements)} into {folder}")
+                    _provision(self, folder)
+        return _python(folder)
+
+    def command(self, say: Say = lambda line: None) -> tuple[str, ...]:
+        """The words that start a worker in it; the job file follows.
+
+        Raises:
+            ToolMissing: see `interpreter`.
+        """
+        if self.in_host:
+            return (sys.executable, "-m", "polyexport.worker")
+        # by path, so that nothing of the training environment is importable there; -P keeps our folder off sys.path
+        return (str(self.interpreter(say)), "-P", str(_WORKER))
+
+
+HOST = Toolchain("host", ())
+"""The training environment itself."""
+
+_COMPLETE = ".complete"
+
+
+@cache
+def find(name: str) -> Toolchain:
+    """The toolchain of a requirement file.
+
+    Raises:
+        KeyError: there is no such file; a bug in a format.
+    """
+    if name == HOST.name:
+        return HOST
+    file = resources.files("polyexport") / "toolchains" / f"{name}.txt"
+    if not file.is_file():
+        raise KeyError(f"no toolchain {name!r}: {file} is missing")
+    return parse(name, file.read_text(encoding="utf-8"))
+
+
+def parse(name: str, text: str) -> Toolchain:
+    """Read a requirement file: one requirement a line, `#` comments, and our two directives."""
+    lines = [line.split(" #")[0].strip() for line in text.splitlines()]
+    directives = [match.group(1).strip() for line in lines if (match := re.match(r"#\s*polyexport:(.*)", line))]
+    python = next((each.removeprefix("python").strip() for each in directives if each.startswith("python")), None)
+    pins = tuple(line for line in lines if line and not line.startswith("#"))
+    return Toolchain(name, pins, layered="layered" in directives, python=python)
+
+
+def cache_folder() -> Path:
+    """Where environments are kept: `$POLYEXPORT_CACHE`, or the user's cache folder."""
+    given = os.environ.get("POLYEXPORT_CACHE")
+    return Path(given) if given else user_cache_path("polyexport") / "toolchains"
+
+
+def _satisfied(line: str) -> bool:
+    requirement = Requirement(line)
+    if requirement.marker and not requirement.marker.evaluate():
+        return True
+    try:
+        return requirement.specifier.contains(metadata.version(requirement.name), prereleases=True)
+    except metadata.PackageNotFoundError:
+        return False
+
+
+def _versions(names: tuple[str, ...]) -> Mapping[str, str]:
+    found = {}
+    for name in names:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _provision(toolchain: Toolchain, folder: Path) -> None:
+    uv = _uv()
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        _run(uv, "venv", "--quiet", "--no-project", "--python", toolchain.python or sys.executable, str(folder))
+        python = _python(folder)
+        pins = folder / "requirements.txt"
+        # cloudpickle: a user's own Format travels by value
+        pins.write_text("\n".join([*toolchain.requirements, "numpy", "cloudpickle"]) + "\n", encoding="utf-8")
+        install = [uv, "pip", "install", "--quiet", "--python", str(python), "-r", str(pins), *_pip_indexes()]
+        if toolchain.layered:
+            install += ["--overrides", str(_layer(folder, python))]
+        _run(*install)
+    except ToolMissing as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise ToolMissing(f"toolchain {toolchain.name} cannot be installed: {error}") from None
+    (folder / _COMPLETE).touch()
+
+
+def _layer(folder: Path, python: Path) -> Path:
+    """Put the training environment's packages below the new ones; returns uv overrides that leave its torch alone."""
+    site = _run(str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
+    hosts = dict.fromkeys(sysconfig.get_path(kind) for kind in ("purelib", "platlib"))
+    # addsitedir, so that the editable installs of the training environment work too
+    lines = [f"import site; site.addsitedir({host!r})" for host in hosts]
+    Path(site, "_polyexport_layer.pth").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    overrides = folder / "overrides.txt"
+    overrides.write_text('torch ; python_version < "0"\n', encoding="utf-8")
+    return overrides
+
+
+def _python(folder: Path) -> Path:
+    return folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+
+
+def _uv() -> str:
+    try:
+        import uv
+
+        return uv.find_uv_bin()
+    except (ImportError, FileNotFoundError):
+        found = shutil.which("uv")
+        if found is None:
+            raise ToolMissing("uv is not installed; `pip install uv`") from None
+        return found
+
+
+def _run(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
+    if done.returncode:
+        raise ToolMissing(done.stderr.strip() or done.stdout.strip() or f"{command[0]} ended with {done.returncode}")
+    return done.stdout
+
+
+def _pip_indexes() -> list[str]:
+    """Uv does not read pip's variables: hand them over, so that a private index keeps working."""
+    flags = (
+        ("PIP_INDEX_URL", "--index-url"),
+        ("PIP_EXTRA_INDEX_URL", "--extra-index-url"),
+        ("PIP_FIND_LINKS", "--find-links"),
+    )
+    return [
+        word for variable, flag in flags for value in os.environ.get(variable, "").split() for word in (flag, value)
+    ]
