@@ -38,8 +38,7 @@ def _harmless(
 ) -> Callable[Concatenate[Any, P], None]:
     """A hook that tells what went wrong and lets training go on."""
 
-    @functools.wraps(hook)
-    def guarded(self: Any, *args: P.args, **kwargs: P.kwargs) -> None:
+    def guarded(self: Any, /, *args: P.args, **kwargs: P.kwargs) -> None:
         try:
             hook(self, *args, **kwargs)
         except BadRequest:
@@ -47,6 +46,7 @@ def _harmless(
         except Exception as error:  # promise one: whatever goes wrong here is ours, and training goes on
             rank_zero_warn(f"ExportCallback: {hook.__name__} failed, training goes on: {type(error).__name__}: {error}")
 
+    functools.update_wrapper(guarded, hook)
     return guarded
 
 

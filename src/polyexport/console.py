@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from typing import TypeVar
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -24,14 +25,14 @@ _STYLES = {
     "skipped": "dim",
     "baseline": "dim",
 }
-_NUMBERS = ("size", "max error", "noise floor", "p50", "p95", "speed-up")
+_NUMBERS = ("size", "max error", "noise floor", "p50 ms", "p95 ms", "speed-up")
 
 
 def table(report: Report) -> Table:
-    """The report as a rich table; empty columns are left out."""
+    """The report as a table that fits 80 columns; empty columns are left out, reasons stand below it (see `show`)."""
     found = rows(report)
-    shown = [column for column in COLUMNS if any(row[column] for row in found)]
-    drawn = Table(title=f"{report.folder.name}", title_justify="left")
+    shown = [column for column in COLUMNS if column != "reason" and any(row[column] for row in found)]
+    drawn = Table(title=report.folder.name, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for column in shown:
         drawn.add_column(column, justify="right" if column in _NUMBERS else "left", overflow="fold")
     for row in found:
@@ -40,13 +41,13 @@ def table(report: Report) -> Table:
 
 
 def show(report: Report, console: Console | None = None) -> None:
-    """Print the table, the notes and where everything lies."""
+    """Print the table, the reasons, the notes and where everything lies."""
     console = console or Console()
     console.print(table(report))
-    for note in report.notes:
-        console.print(f"note: {note}", highlight=False, markup=False)
-    console.print(f"export: {report.folder}", highlight=False, markup=False, soft_wrap=True)
-    console.print(f"report: {report.folder / 'report.md'}", highlight=False, markup=False, soft_wrap=True)
+    lines = [f"{outcome.format}: {outcome.reason}" for outcome in report.outcomes if outcome.reason]
+    lines += [f"note: {note}" for note in report.notes]
+    for line in (*lines, f"export: {report.folder}", f"report: {report.folder / 'report.md'}"):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def wait(work: Future[T], doing: Callable[[], Mapping[str, str]], console: Console | None = None) -> T:

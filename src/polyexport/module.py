@@ -21,6 +21,7 @@ import io
 import json
 import pickle
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -161,8 +162,48 @@ def load(folder: Path) -> Any:
     lost = [name for name, parameter in module.named_parameters() if parameter.is_meta]
     if lost:
         raise BadRequest(f"the checkpoint has no weights for {', '.join(lost[:5])} ({len(lost)} parameters in all)")
+    _hide_broken_properties(module)
+    _register_with_transformers(module)
     args, kwargs = restore(folder / "call.pkl")
     return flat(module.float(), args, kwargs)
+
+
+def _hide_broken_properties(module: nn.Module) -> None:
+    """Leave properties that raise out of `dir()`: torch.jit reads every attribute it lists.
+
+    `LightningModule.trainer` is one, in a module without a trainer.
+    """
+    for each in module.modules():
+        kind = type(each)
+        properties = {name for name in dir(kind) if isinstance(getattr(kind, name, None), property)}
+        broken = frozenset(name for name in properties if _raises(each, name))
+        if broken:
+
+            def listed(self: Any, kind: Any = kind, broken: frozenset[str] = broken) -> list[str]:
+                return [name for name in kind.__dir__(self) if name not in broken]
+
+            names = {"__dir__": listed, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
+            each.__class__ = type(kind.__name__, (kind,), names)
+
+
+def _register_with_transformers(module: nn.Module) -> None:
+    """Do what transformers 5 does in `__init__` only, so that an unpickled model knows its `output_hidden_states`."""
+    capturing: Any = sys.modules.get("transformers.utils.output_capturing")
+    registry = getattr(capturing, "_CAN_RECORD_REGISTRY", None)
+    if registry is not None:
+        for each in module.modules():
+            if hasattr(each, "_can_record_outputs"):
+                registry[each] = each._can_record_outputs
+
+
+def _raises(value: Any, name: str) -> bool:
+    try:
+        getattr(value, name)
+    except AttributeError:
+        return False  # what hasattr understands
+    except Exception:  # a property is the user's code, and may raise anything
+        return True
+    return False
 
 
 def load_weights(path: Path) -> dict[str, Any]:

@@ -143,7 +143,7 @@ class Report:
 
 
 def _milliseconds(value: float | None) -> str:
-    return "" if value is None else f"{value:.3g} ms" if value < 100 else f"{value:.0f} ms"
+    return "" if value is None else f"{value:.3g}" if value < 100 else f"{value:.0f}"
 
 
 def _error(value: float | None) -> str:
@@ -169,8 +169,8 @@ COLUMNS: Mapping[str, Cell] = {
     "size": lambda o: size(o.artifact.bytes if o.artifact else None),
     "max error": lambda o: _error(o.parity.max_abs_error if o.parity else None),
     "noise floor": lambda o: _error(o.parity.noise_floor if o.parity else None),
-    "p50": lambda o: _milliseconds(o.latency.p50_ms if o.latency else None),
-    "p95": lambda o: _milliseconds(o.latency.p95_ms if o.latency else None),
+    "p50 ms": lambda o: _milliseconds(o.latency.p50_ms if o.latency else None),
+    "p95 ms": lambda o: _milliseconds(o.latency.p95_ms if o.latency else None),
     "speed-up": lambda o: f"{o.latency.speedup:.2f}×" if o.latency and o.latency.speedup else "",
     "reason": lambda o: o.reason,
 }
@@ -178,10 +178,10 @@ COLUMNS: Mapping[str, Cell] = {
 
 
 def rows(report: Report) -> list[dict[str, str]]:
-    """One row per format in the order of the report, eager PyTorch first where it was measured."""
+    """One row per format in the order of the report, eager PyTorch first where it was timed."""
     table = [{name: cell(outcome) for name, cell in COLUMNS.items()} for outcome in report.outcomes]
     if report.baseline:
-        eager = Outcome("pytorch (eager)", "float32", "verified", latency=report.baseline)
+        eager = Outcome("eager", "float32", "verified", latency=report.baseline)
         row = {name: cell(eager) for name, cell in COLUMNS.items()}
         table.insert(0, row | {"state": "baseline", "speed-up": "1.00×"})
     return table
