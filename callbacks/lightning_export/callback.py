@@ -54,7 +54,7 @@ class ExportCallback(Callback):
     """Export each new best checkpoint to deployment formats, prove each artifact against PyTorch, time and publish it.
 
     Everything happens in worker processes from a copy of the checkpoint; training goes on undisturbed. When `fit` ends,
-    what is still under way is finished, the newest export is timed, and all are published.
+    what is still under way is finished, and the newest export, the best of the run, is timed and published.
 
     Args:
         formats: Names, aliases or `Format` values: `["onnx", "openvino"]`.
@@ -324,11 +324,11 @@ class ExportCallback(Callback):
             except BaseException:
                 self._close()  # ends what the pool would wait for
                 raise
-        for report in self.reports:
-            for sink in self._sinks(trainer):
-                self._publish(sink, report)
-        if self.reports:
-            console.show(self.reports[-1])
+        if not self.reports:
+            return
+        for sink in self._sinks(trainer):
+            self._publish(sink, self.reports[-1])
+        console.show(self.reports[-1])
 
     def _drain(self) -> None:
         """Finish what is under way; time the newest, now that the machine is quiet."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -15,6 +15,7 @@ from rich.table import Table
 from polyexport.report import COLUMNS, Report, rows
 
 T = TypeVar("T")
+
 
 _STYLES = {
     "verified": "green",
@@ -34,7 +35,9 @@ def table(report: Report) -> Table:
     shown = [column for column in COLUMNS if column != "reason" and any(row[column] for row in found)]
     drawn = Table(title=report.folder.name, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for column in shown:
-        drawn.add_column(column, justify="right" if column in _NUMBERS else "left", overflow="fold")
+        justify: Literal["left", "right"] = "right" if column in _NUMBERS else "left"
+        header = column.replace(" ", "\n").replace("-", "-\n")
+        drawn.add_column(header, justify=justify, overflow="fold", no_wrap=column != "route")
     for row in found:
         drawn.add_row(*(row[column] for column in shown), style=_STYLES[row["state"]])
     return drawn

@@ -2,7 +2,7 @@
 
 A folder holds what a worker needs to rebuild the module without the process that trained it:
 
-    structure.pkl    the module with its parameters on meta and its buffers kept (or structure.pt2, traced in process)
+    structure.pkl    the module with the shapes of its parameters and the values of its buffers (or structure.pt2, traced in process)
     call.pkl         the arguments that forward received
     weights.pt       a state dict, or a Lightning checkpoint with one
 
@@ -78,7 +78,7 @@ def dump(value: Any, path: Path) -> None:
 
 
 def restore(path: Path) -> Any:
-    """Read what `dump` wrote; parameters come back on the meta device."""
+    """Read what `dump` wrote; parameters come back with their shapes and no values."""
     import torch
 
     # our own file, and it carries a pickle by design
@@ -92,7 +92,7 @@ def restore(path: Path) -> Any:
                 return blob["tensors"][index]
             if index not in made:
                 shape, dtype, requires_grad = blob["parameters"][index]
-                empty = torch.empty(shape, dtype=dtype, device="meta")
+                empty = torch.empty(shape, dtype=dtype)
                 made[index] = torch.nn.Parameter(empty, requires_grad=requires_grad)
             return made[index]
 
@@ -157,11 +157,12 @@ def load(folder: Path) -> Any:
         return _load_traced(folder / "structure.pt2", state)
     blueprint = restore(folder / "structure.pkl")
     root = blueprint["root"]
-    root.load_state_dict(state, strict=bool(getattr(root, "strict_loading", True)), assign=True)
-    module = selected(root, blueprint["select"])
-    lost = [name for name, parameter in module.named_parameters() if parameter.is_meta]
+    missing, _ = root.load_state_dict(state, strict=bool(getattr(root, "strict_loading", True)))
+    parameters = dict(root.named_parameters())
+    lost = [name for name in missing if name in parameters]
     if lost:
         raise BadRequest(f"the checkpoint has no weights for {', '.join(lost[:5])} ({len(lost)} parameters in all)")
+    module = selected(root, blueprint["select"])
     _hide_broken_properties(module)
     _register_with_transformers(module)
     args, kwargs = restore(folder / "call.pkl")

@@ -43,6 +43,6 @@ FORMAT = Format(
     description="torch.export program, for PyTorch 2 and everything that is built from it",
     url="https://docs.pytorch.org/docs/stable/export.html",
     artifact="model.pt2",
-    routes=(Route("torch.export", upstream=MODULE, toolchain="torch", convert=convert),),
+    routes=(Route("export", upstream=MODULE, toolchain="torch", convert=convert),),
     load=load,
 )

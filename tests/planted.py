@@ -1,0 +1,91 @@
+"""Formats that fail in every way a converter can, and one that works, all cheap: they need numpy only."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+
+from polyexport import Arrays, ExportSpec, Format, Route, Runner, ToolMissing
+from polyexport.errors import CannotRun
+
+
+def replay(source: Path, target: Path, spec: ExportSpec) -> None:
+    """The artifact is the reference itself: what it answers is right by construction."""
+    target.write_text(json.dumps({"export": str(source.parent), "factor": 1.0}))
+
+
+def wrong(source: Path, target: Path, spec: ExportSpec) -> None:
+    target.write_text(json.dumps({"export": str(source.parent), "factor": -1.0}))
+
+
+def raises(source: Path, target: Path, spec: ExportSpec) -> None:
+    raise NotImplementedError("no rule\nfor aten::frobnicate")
+
+
+def segfaults(source: Path, target: Path, spec: ExportSpec) -> None:
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def hangs(source: Path, target: Path, spec: ExportSpec) -> None:
+    time.sleep(600)
+
+
+def exits(source: Path, target: Path, spec: ExportSpec) -> None:
+    os._exit(3)
+
+
+def quits(source: Path, target: Path, spec: ExportSpec) -> None:
+    raise SystemExit(0)
+
+
+def writes_nothing(source: Path, target: Path, spec: ExportSpec) -> None:
+    pass
+
+
+def lacks_a_tool(source: Path, target: Path, spec: ExportSpec) -> None:
+    raise ToolMissing("frobnicator is not on PATH; get it from its vendor")
+
+
+def static_only(source: Path, target: Path, spec: ExportSpec) -> None:
+    if spec.is_dynamic:
+        raise ValueError("no symbolic batch")
+    replay(source, target, spec)
+
+
+def load(path: Path, spec: ExportSpec, *, threads: int) -> Runner:
+    about = json.loads(path.read_text())
+    folder = Path(about["export"])
+    files = [folder / "validation_batch.npz", *sorted((folder / "source").glob("batch_*.npz"))]
+
+    def run(inputs: Arrays) -> Arrays:
+        for file in files:
+            with np.load(file) as known:
+                if all(np.array_equal(known[name], array) for name, array in inputs.items()):
+                    return {
+                        name: known[name] * np.asarray(about["factor"], known[name].dtype) for name in spec.output_names
+                    }
+        raise AssertionError("inputs that were never run")
+
+    return run
+
+
+def load_nowhere(path: Path, spec: ExportSpec, *, threads: int) -> Runner:
+    raise CannotRun("there is no runtime for it on this machine")
+
+
+def load_badly(path: Path, spec: ExportSpec, *, threads: int) -> Runner:
+    raise OSError("the artifact is broken")
+
+
+def planted(name: str, *converts: object, load: object = load, upstream: str = "module", **more: object) -> Format:
+    """A format with one route per convert function."""
+    routes = tuple(Route(f.__name__, upstream, "host", f) for f in converts)  # type: ignore[attr-defined, arg-type]
+    return Format(name, "planted", "https://example.org", "model.json", routes, load, **more)  # type: ignore[arg-type]
+
+
+GOOD = planted("good", replay)

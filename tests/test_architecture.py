@@ -1,0 +1,105 @@
+"""The rules of the house that a machine can check."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import planted
+import polyexport
+from polyexport import FORMATS, BadRequest, UnknownFormat
+from polyexport.format import MODULE
+from polyexport.formats import resolve
+from polyexport.plan import steps
+from polyexport.toolchain import find
+
+SOURCE = Path(polyexport.__file__).parent
+FRAMEWORKS = ("torch", "onnx", "onnxruntime", "openvino", "tensorflow", "paddle", "coremltools", "wandb", "lightning")
+
+
+def test_importing_the_engine_imports_no_framework():
+    code = f"import polyexport, sys; print([name for name in {FRAMEWORKS!r} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def imported(file: Path) -> set[str]:
+    tree = ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+    names = set()
+    for node in tree:
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+def test_formats_know_nothing_of_the_engine():
+    above = ("polyexport.engine", "polyexport.build", "polyexport.process", "polyexport.report", "lightning")
+    for file in (SOURCE / "formats").glob("*.py"):
+        assert not [name for name in imported(file) if name.startswith(above)], file
+
+
+def test_no_library_file_names_a_format_but_its_own():
+    """What a further format would have to touch: its file, and a requirement file."""
+    names = set(FORMATS) - {"pt2", "onnx"}  # words of PyTorch's own API that other files need
+    for file in SOURCE.rglob("*.py"):
+        if file.parent.name in ("formats", "lowering"):
+            continue
+        strings = {n.value for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.Constant)}
+        assert not strings & names, file
+
+
+def test_every_format_is_whole():
+    for each in FORMATS.values():
+        assert each.description
+        assert each.url.startswith("https://")
+        assert each.routes
+        for route in each.routes:
+            assert find(route.toolchain)
+            assert route.upstream == MODULE or route.upstream in FORMATS
+
+
+def test_public_names_are_importable_and_documented():
+    public = [name for name, value in vars(polyexport).items() if isinstance(value, type) and name[0] != "_"]
+    assert {"Engine", "Format", "Report", "Route", "Tolerance"} <= set(public)
+    for name in public:
+        assert getattr(polyexport, name).__doc__, name
+    assert polyexport.export.__doc__
+    assert polyexport.load.__doc__
+
+
+def test_an_unknown_format_names_the_known_ones():
+    with pytest.raises(UnknownFormat, match=r"no format 'onxx'; known formats: .*onnx, openvino"):
+        resolve(["onnx", "onxx"])
+
+
+def test_no_format_at_all_is_an_error():
+    with pytest.raises(UnknownFormat, match="known formats"):
+        resolve([])
+
+
+def test_aliases_and_repetitions_are_one_format():
+    assert [each.name for each in resolve(["ov", "openvino", FORMATS["onnx"], "onnx"])] == ["openvino", "onnx"]
+
+
+def test_steps_put_upstream_first():
+    order = list(steps(resolve(["openvino"])))
+    assert order.index("pt2") < order.index("onnx") < order.index("openvino")
+    assert order.index("torchscript") < order.index("openvino")
+
+
+def test_a_circle_of_routes_is_an_error():
+    one = planted.planted("one", planted.replay, upstream="two")
+    two = planted.planted("two", planted.replay, upstream="one")
+    with pytest.raises(BadRequest, match="circle"):
+        steps([one, two])
+
+
+def test_an_upstream_that_does_not_exist_is_an_error():
+    with pytest.raises(UnknownFormat, match="'nowhere', which does not exist"):
+        steps([planted.planted("one", planted.replay, upstream="nowhere")])

@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from polyexport.latency import sample_ms, summarise, warm_up
+
+
+def measured(samples, **changes):
+    about = {"batch": 4, "threads": 2, "device": "cpu", "load_seconds": 0.5, "first_ms": 9.0, "peak_memory_bytes": 1}
+    return summarise(samples, **(about | changes))
+
+
+def test_percentiles_are_numpys():
+    samples = list(np.random.default_rng(0).exponential(size=200))
+    latency = measured(samples)
+    expected = np.percentile(samples, [50, 90, 95, 99])
+    assert (latency.p50_ms, latency.p90_ms, latency.p95_ms, latency.p99_ms) == pytest.approx(tuple(expected))
+    assert latency.samples == 200
+
+
+def test_p99_is_not_given_below_a_hundred_samples():
+    assert measured([1.0] * 99).p99_ms is None
+    assert measured([1.0] * 100).p99_ms == 1.0
+
+
+def test_throughput_counts_rows_not_calls():
+    assert measured([2.0] * 10, batch=4).throughput_per_second == pytest.approx(4 / 2e-3)
+
+
+def test_no_samples_is_an_error():
+    with pytest.raises(ValueError, match="no latency samples"):
+        measured([])
+
+
+def test_warm_up_lasts_for_the_count_and_for_the_time():
+    ticks = itertools.count(step=0.1)
+    assert warm_up(lambda: None, count=3, seconds=0.0, clock=lambda: next(ticks)) == 3
+    ticks = itertools.count(step=0.1)
+    assert warm_up(lambda: None, count=1, seconds=1.0, clock=lambda: next(ticks)) > 5
+
+
+def test_samples_are_milliseconds_of_each_call():
+    ticks = itertools.count(step=0.25)
+    assert sample_ms(lambda: None, count=3, clock=lambda: next(ticks)) == [250.0, 250.0, 250.0]

@@ -1,0 +1,176 @@
+"""A module to a folder and back, and its flat form."""
+
+from __future__ import annotations
+
+import copy
+from collections import namedtuple
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import zoo
+from polyexport import BadRequest
+from polyexport import module as modules
+
+Pair = namedtuple("Pair", "first second")
+
+
+@dataclass
+class Found:
+    boxes: torch.Tensor
+    scores: torch.Tensor
+
+
+def saved(root, folder, *args, select=None, **kwargs):
+    folder.mkdir(exist_ok=True)
+    modules.save_structure(root, select, folder)
+    modules.save_call(args, kwargs, folder)
+    torch.save(root.state_dict(), folder / "weights.pt")
+    return folder
+
+
+def test_a_module_comes_back_with_its_weights_and_answers_the_same(tmp_path):
+    net = zoo.UNet().eval()
+    image = torch.rand(2, 3, 16, 16)
+    loaded = modules.load(saved(net, tmp_path, image))
+    assert torch.equal(loaded(image), net(image))
+
+
+def test_saving_the_structure_writes_no_parameter_and_changes_nothing(tmp_path):
+    net = nn.Linear(1000, 1000)
+    before = copy.deepcopy(net.state_dict())
+    modules.save_structure(net, None, tmp_path)
+    assert (tmp_path / "structure.pkl").stat().st_size < 10_000
+    assert not net.weight.is_meta
+    assert all(torch.equal(before[name], tensor) for name, tensor in net.state_dict().items())
+
+
+def test_tied_weights_stay_tied(tmp_path):
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    net[1].weight = net[0].weight
+    loaded = modules.load(saved(net, tmp_path, torch.randn(2, 4)))
+    assert len(list(loaded.parameters())) == 3
+
+
+def test_buffers_that_no_checkpoint_has_are_kept(tmp_path):
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("scale", torch.tensor([3.0]), persistent=False)
+
+        def forward(self, x):
+            return x * self.scale
+
+    loaded = modules.load(saved(Scaled(), tmp_path, torch.ones(2, 1)))
+    assert loaded(torch.ones(2, 1)).tolist() == [[3.0], [3.0]]
+
+
+def test_a_lightning_checkpoint_is_read_by_its_state_dict(tmp_path):
+    net = nn.Linear(3, 2)
+    saved(net, tmp_path, torch.randn(2, 3))
+    torch.save({"state_dict": net.state_dict(), "epoch": 3, "extra": {1, 2}}, tmp_path / "weights.pt")
+    assert torch.equal(modules.load(tmp_path).inner.weight, net.weight)
+
+
+def test_weights_that_the_checkpoint_lacks_are_named(tmp_path):
+    net = nn.Linear(3, 2)
+    net.strict_loading = False
+    saved(net, tmp_path, torch.randn(2, 3))
+    torch.save({"weight": net.weight.detach()}, tmp_path / "weights.pt")
+    with pytest.raises(BadRequest, match=r"no weights for bias \(1 parameters"):
+        modules.load(tmp_path)
+
+
+def test_half_precision_is_exported_as_float32(tmp_path):
+    net = nn.Linear(3, 2).to(torch.bfloat16)
+    loaded = modules.load(saved(net, tmp_path, torch.randn(2, 3).to(torch.bfloat16)))
+    assert loaded(*loaded.example).dtype == torch.float32
+
+
+def test_a_part_of_the_module_can_be_exported(tmp_path):
+    net = nn.ModuleDict({"backbone": nn.Linear(3, 2), "head": nn.Linear(2, 1)})
+    loaded = modules.load(saved(net, tmp_path, torch.randn(2, 3), select="backbone"))
+    assert loaded.inner.out_features == 2
+    with pytest.raises(BadRequest, match="has no 'bakbone'; it has backbone, head"):
+        modules.selected(net, "bakbone")
+
+
+def test_a_function_may_select_the_part(tmp_path):
+    net = nn.ModuleDict({"backbone": nn.Linear(3, 2)})
+    loaded = modules.load(saved(net, tmp_path, torch.randn(2, 3), select=lambda root: root["backbone"]))
+    assert torch.equal(loaded.inner.weight, net["backbone"].weight)
+    with pytest.raises(BadRequest, match="leads to a int"):
+        modules.selected(net, lambda root: 1)
+
+
+def test_inputs_have_the_names_of_the_arguments():
+    class Net(nn.Module):
+        def forward(self, ids, options, *rest, mask=None, scale=1.0):
+            return ids + options["a"] + options["b"][0] + rest[0] + mask
+
+    one = torch.ones(2)
+    flat = modules.flat(Net(), (one, {"a": one, "b": (one, 5)}, one), {"mask": one, "scale": 2.0})
+    assert flat.input_names == ("ids", "options_a", "options_b_0", "rest_0", "mask")
+    assert flat(*flat.example).tolist() == [5.0, 5.0]
+
+
+@pytest.mark.parametrize(
+    ("answer", "names"),
+    [
+        (lambda x: x, ["output_0"]),
+        (lambda x: (x, [x, x]), ["output_0", "output_1_0", "output_1_1"]),
+        (lambda x: {"logits": x, "aux": {"a": x}}, ["logits", "aux_a"]),
+        (lambda x: Pair(x, x), ["first", "second"]),
+        (lambda x: Found(x, x), ["boxes", "scores"]),
+        (lambda x: {"x": x, "a b": x, "count": 3, "none": None}, ["x_output", "a_b"]),
+    ],
+)
+def test_outputs_have_the_names_of_their_keys(answer, names):
+    outputs, dropped = modules.named_tensors(answer(torch.ones(1)), taken={"x": 0})
+    assert list(outputs) == names
+    assert dropped == ()
+
+
+def test_an_output_that_holds_no_tensor_is_named():
+    assert modules.named_tensors({"y": torch.ones(1), "cache": object()}, {})[1] == ("cache (object)",)
+
+
+def test_an_output_without_any_tensor_is_an_error():
+    with pytest.raises(BadRequest, match="without a tensor"):
+        modules.named_tensors({"count": 3}, {})
+
+
+def test_an_argument_that_no_converter_can_take_is_an_error():
+    with pytest.raises(BadRequest, match=r"argument input is a object.*give inputs="):
+        modules.flat(nn.Identity(), (object(),), {})
+
+
+def test_a_call_without_a_tensor_is_an_error():
+    with pytest.raises(BadRequest, match="received no tensor"):
+        modules.flat(nn.Identity(), (1,), {})
+
+
+def test_a_traced_structure_takes_the_weights_of_the_checkpoint(tmp_path):
+    root = nn.ModuleDict({"net": nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))}).eval()
+    x = torch.randn(4, 3)
+    modules.save_call((x,), {}, tmp_path)
+    modules.save_traced(root, "net", (x,), {}, tmp_path)
+    nn.init.ones_(root["net"][0].weight)
+    torch.save(root.state_dict(), tmp_path / "weights.pt")
+    loaded = modules.load(tmp_path)
+    for size in (4, 2, 7):
+        rows = torch.randn(size, 3)
+        assert torch.allclose(loaded(rows), root["net"](rows))
+    assert loaded.input_names == ("input",)
+
+
+def test_arrays_are_written_under_any_name(tmp_path):
+    from polyexport.spec import write_arrays
+
+    arrays = {"file": np.arange(3), "allow_pickle": np.zeros((2, 2), np.float32)}
+    write_arrays(tmp_path / "x.npz", arrays)
+    with np.load(tmp_path / "x.npz") as found:
+        assert {name: found[name].tolist() for name in found.files} == {n: a.tolist() for n, a in arrays.items()}

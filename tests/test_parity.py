@@ -1,0 +1,179 @@
+"""Each check of `compare` passes on the right answer and fails on a wrong one."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from polyexport import Tolerance
+from polyexport.parity import compare, merge, noise_floor
+
+FLOAT32 = Tolerance.for_precision("float32")
+INT8 = Tolerance.for_precision("int8")
+
+
+@pytest.fixture
+def reference() -> dict[str, np.ndarray]:
+    return {"logits": np.random.default_rng(0).normal(size=(8, 10)).astype(np.float32)}
+
+
+def test_equal_outputs_pass_with_no_error(reference):
+    parity = compare({"logits": reference["logits"].copy()}, reference, FLOAT32)
+    figures = parity.outputs["logits"]
+    assert parity.passed
+    assert (figures.max_abs_error, figures.misses, figures.top1, figures.snr_db) == (0.0, 0.0, 1.0, None)
+    assert figures.cosine == pytest.approx(1.0)
+
+
+def test_rounding_passes_and_its_figures_agree_with_numpy(reference):
+    ref = reference["logits"]
+    rounded = ref + np.float32(1e-6) * np.sign(ref)
+    figures = compare({"logits": rounded}, reference, FLOAT32).outputs["logits"]
+    error = rounded.astype(np.float64) - ref
+    assert compare({"logits": rounded}, reference, FLOAT32).passed
+    assert figures.max_abs_error == pytest.approx(np.abs(error).max())
+    assert figures.snr_db == pytest.approx(10 * np.log10((ref.astype(np.float64) ** 2).sum() / (error**2).sum()))
+
+
+def wrong(reference: dict[str, np.ndarray], how: str) -> dict[str, np.ndarray]:
+    logits = reference["logits"].copy()
+    if how == "a single flipped element":
+        logits[0, 3] = -logits[0, 3]
+    elif how == "swapped axes of a square":
+        return {"logits": logits[:, :8].T.copy()}
+    elif how == "NaN":
+        logits[2, 2] = np.nan
+    elif how == "infinity":
+        logits[2, 2] = np.inf
+    elif how == "missing output":
+        return {}
+    elif how == "surplus output":
+        return {"logits": logits, "more": logits}
+    elif how == "another name":
+        return {"probabilities": logits}
+    elif how == "wrong dtype":
+        return {"logits": logits.astype(np.float64)}
+    elif how == "a shape that would broadcast":
+        return {"logits": logits[:1]}
+    elif how == "a dropped axis of size one":
+        return {"logits": logits[:, :, None]}
+    elif how == "scaled":
+        logits *= np.float32(1.01)
+    elif how == "zeros":
+        logits[:] = 0
+    return {"logits": logits}
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "a single flipped element",
+        "swapped axes of a square",
+        "NaN",
+        "infinity",
+        "missing output",
+        "surplus output",
+        "another name",
+        "wrong dtype",
+        "a shape that would broadcast",
+        "a dropped axis of size one",
+        "scaled",
+        "zeros",
+    ],
+)
+def test_a_wrong_answer_is_a_mismatch(reference, how):
+    given = wrong(reference, how)
+    if how == "swapped axes of a square":
+        reference = {"logits": reference["logits"][:, :8].copy()}
+    parity = compare(given, reference, FLOAT32)
+    assert not parity.passed
+    assert parity.reason
+
+
+def test_an_infinite_reference_wants_the_same_infinity(reference):
+    reference["logits"][1, 1] = np.inf
+    same = {"logits": reference["logits"].copy()}
+    finite = {"logits": np.nan_to_num(reference["logits"], posinf=3e38)}
+    negative = {"logits": np.where(np.isinf(reference["logits"]), -np.inf, reference["logits"])}
+    assert compare(same, reference, FLOAT32).passed
+    assert not compare(finite, reference, FLOAT32).passed
+    assert not compare(negative, reference, FLOAT32).passed
+
+
+def test_an_infinity_does_not_widen_the_limits_of_the_other_elements(reference):
+    reference["logits"][1, 1] = np.inf
+    given = reference["logits"].copy()
+    given[0, 0] += 1
+    assert not compare({"logits": given}, reference, FLOAT32).passed
+
+
+def test_a_reference_with_nan_wants_nan_at_the_same_place(reference):
+    reference["logits"][1, 1] = np.nan
+    assert compare({"logits": reference["logits"].copy()}, reference, FLOAT32).passed
+    assert not compare({"logits": np.nan_to_num(reference["logits"])}, reference, FLOAT32).passed
+
+
+def test_integers_must_be_equal():
+    labels = {"label": np.arange(20)}
+    off_by_one = {"label": np.where(labels["label"] == 7, 8, labels["label"])}
+    assert compare({"label": np.arange(20)}, labels, FLOAT32).passed
+    assert not compare(off_by_one, labels, FLOAT32).passed
+    assert compare(off_by_one, labels, INT8).passed  # 5 % of the rows may change their class in int8
+
+
+def test_int8_is_judged_by_cosine_and_top1(reference):
+    ref = reference["logits"]
+    coarse = {"logits": (np.round(ref * 128) / 128).astype(np.float32)}
+    noise = np.random.default_rng(1).normal(size=ref.shape).astype(np.float32)
+    assert not compare(coarse, reference, FLOAT32).passed
+    assert compare(coarse, reference, INT8).passed
+    assert "cosine" in compare({"logits": ref + noise}, reference, INT8).reason
+
+
+def test_top1_counts_a_tie_within_the_limits_as_agreement():
+    reference = {"p": np.array([[0.5, 0.5000001, 0.1]], np.float32)}
+    tied = {"p": np.array([[0.5000001, 0.5, 0.1]], np.float32)}
+    changed = {"p": np.array([[0.5, 0.5, 0.6]], np.float32)}
+    assert compare(tied, reference, FLOAT32).outputs["p"].top1 == 1.0
+    assert compare(changed, reference, FLOAT32).outputs["p"].top1 == 0.0
+
+
+def test_top1_fails_where_the_class_changes_though_cosine_is_high():
+    reference = {"p": np.tile(np.array([10.0, 10.5, 10.2], np.float32), (50, 1))}
+    given = {"p": np.tile(np.array([10.55, 10.5, 10.2], np.float32), (50, 1))}
+    parity = compare(given, reference, INT8)
+    assert not parity.passed
+    assert "top-1" in parity.reason
+
+
+def test_an_all_zero_reference_allows_rounding_but_no_answer():
+    zeros = {"x": np.zeros((2, 3), np.float32)}
+    assert compare({"x": np.zeros((2, 3), np.float32)}, zeros, FLOAT32).passed
+    assert not compare({"x": np.full((2, 3), 1e-3, np.float32)}, zeros, FLOAT32).passed
+
+
+def test_an_empty_output_is_compared_by_shape():
+    empty = {"boxes": np.zeros((0, 4), np.float32)}
+    assert compare({"boxes": np.zeros((0, 4), np.float32)}, empty, FLOAT32).passed
+    assert not compare({"boxes": np.zeros((1, 4), np.float32)}, empty, FLOAT32).passed
+
+
+def test_complex_outputs_are_compared_by_modulus():
+    spectrum = {"f": np.fft.rfft(np.random.default_rng(0).normal(size=16)).astype(np.complex64)[None]}
+    assert compare({"f": spectrum["f"].copy()}, spectrum, FLOAT32).passed
+    assert not compare({"f": spectrum["f"].conj()}, spectrum, FLOAT32).passed
+
+
+def test_one_failing_batch_size_fails_the_whole_and_is_named(reference):
+    good = compare(reference, reference, FLOAT32)
+    bad = compare(wrong(reference, "scaled"), reference, FLOAT32)
+    assert merge([good, good], [{"batch": 8}, {"batch": 1}]).passed
+    merged = merge([good, good, bad], [{"batch": 8}, {"batch": 1}, {"batch": 3}])
+    assert not merged.passed
+    assert merged.reason.startswith("at batch=3:")
+
+
+def test_the_noise_floor_is_the_distance_to_float64():
+    high = {"x": np.array([1.0, 2.0]), "label": np.array([1])}
+    low = {"x": np.array([1.0, 2.5], np.float32), "label": np.array([1])}
+    assert noise_floor(low, high) == {"x": 0.5}
