@@ -16,11 +16,11 @@ from polyexport.errors import CannotRun
 
 def replay(source: Path, target: Path, spec: ExportSpec) -> None:
     """The artifact is the reference itself: what it answers is right by construction."""
-    target.write_text(json.dumps({"export": str(source.parent), "factor": 1.0}))
+    target.write_text(json.dumps({"factor": 1.0}))
 
 
 def wrong(source: Path, target: Path, spec: ExportSpec) -> None:
-    target.write_text(json.dumps({"export": str(source.parent), "factor": -1.0}))
+    target.write_text(json.dumps({"factor": -1.0}))
 
 
 def raises(source: Path, target: Path, spec: ExportSpec) -> None:
@@ -59,7 +59,7 @@ def static_only(source: Path, target: Path, spec: ExportSpec) -> None:
 
 def load(path: Path, spec: ExportSpec, *, threads: int) -> Runner:
     about = json.loads(path.read_text())
-    folder = Path(about["export"])
+    folder = next(parent for parent in path.parents if (parent / "validation_batch.npz").exists())
     files = [folder / "validation_batch.npz", *sorted((folder / "source").glob("batch_*.npz"))]
 
     def run(inputs: Arrays) -> Arrays:
@@ -76,6 +76,13 @@ def load(path: Path, spec: ExportSpec, *, threads: int) -> Runner:
 
 def load_nowhere(path: Path, spec: ExportSpec, *, threads: int) -> Runner:
     raise CannotRun("there is no runtime for it on this machine")
+
+
+def load_once(path: Path, spec: ExportSpec, *, threads: int) -> Runner:
+    """Runs among the intermediates, where it is verified, and crashes where it is timed."""
+    if "made" not in path.parts:
+        os.kill(os.getpid(), signal.SIGSEGV)
+    return load(path, spec, threads=threads)
 
 
 def load_badly(path: Path, spec: ExportSpec, *, threads: int) -> Runner:

@@ -16,7 +16,6 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from typing_extensions import override
 
 from lightning_export.best import Best, bases, best_of, checkpointer, tail
@@ -133,7 +132,7 @@ class ExportCallback(Callback):
         if not self._active:
             return
         self.reports = []
-        if isinstance(self.module, str) and not is_overridden("configure_model", pl_module):
+        if isinstance(self.module, str) and not _overrides(pl_module, "configure_model"):
             selected(pl_module, self.module)
         if not _validates(trainer, pl_module) and self.inputs is None and _example(pl_module) is None:
             raise BadRequest(
@@ -370,6 +369,8 @@ class ExportCallback(Callback):
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._close()
+        if self._tail is not None:  # a second checkpoint callback would have `test(ckpt_path="best")` warn
+            trainer.callbacks = [each for each in _callbacks(trainer) if each is not self._tail]  # type: ignore[attr-defined]
         failed = [o for report in self.reports[-1:] for o in report.outcomes if o.state in self.fail_on]
         if stage == "fit" and failed:
             for logger in trainer.loggers:  # the trainer would do so right after this hook
@@ -418,7 +419,13 @@ def _example(pl_module: LightningModule) -> Any:
 def _validates(trainer: Trainer, pl_module: LightningModule) -> bool:
     """Whether fit will run a validation loop, as far as that can be told before the loaders exist."""
     has_data = trainer.fit_loop.epoch_loop.val_loop._data_source.is_defined()
-    return bool(is_overridden("validation_step", pl_module) and has_data and trainer.limit_val_batches)
+    return bool(_overrides(pl_module, "validation_step") and has_data and trainer.limit_val_batches)
+
+
+def _overrides(pl_module: LightningModule, method: str) -> bool:
+    """Lightning's own `is_overridden` takes modules of one namespace only."""
+    base = next(each for each in type(pl_module).__mro__ if each.__name__ == "LightningModule")
+    return getattr(type(pl_module), method) is not getattr(base, method)
 
 
 def _made(folder: Path) -> Path:

@@ -164,7 +164,12 @@ class Engine:
         outcomes = Build(runner, request.formats, reference, self._watch).outcomes()
         spec = reference.spec
         report = Report(
-            checkpoint=replace(request.checkpoint, sha256=reference.checkpoint_sha256),
+            checkpoint=replace(
+                request.checkpoint,
+                sha256=reference.checkpoint_sha256,
+                epoch=reference.checkpoint_at.get("epoch", request.checkpoint.epoch),
+                global_step=reference.checkpoint_at.get("global_step", request.checkpoint.global_step),
+            ),
             model=Model(reference.class_name, reference.parameters, spec.inputs, spec.outputs),
             outcomes=outcomes,
             environment=reference.environment,
@@ -275,7 +280,9 @@ class Engine:
             self._doing.clear()
         baseline = measured.pop(None, None)
         outcomes = tuple(_with_latency(outcome, measured.get(outcome.format), baseline) for outcome in report.outcomes)
-        report = replace(report, outcomes=outcomes, baseline=baseline)
+        untimed = [o.format for o in runnable if o.format not in measured]
+        notes = (f"no latency of {name}: its runtime ended while it was timed, see logs/{name}.log" for name in untimed)
+        report = replace(report, outcomes=outcomes, baseline=baseline, notes=(*report.notes, *notes))
         report.save()
         return report
 

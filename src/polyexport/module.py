@@ -2,7 +2,7 @@
 
 A folder holds what a worker needs to rebuild the module without the process that trained it:
 
-    structure.pkl    the module with the shapes of its parameters and the values of its buffers (or structure.pt2, traced in process)
+    structure.pkl    the module with its buffers, but of its parameters the shapes only (or a trace, structure.pt2)
     call.pkl         the arguments that forward received
     weights.pt       a state dict, or a Lightning checkpoint with one
 
@@ -158,11 +158,11 @@ def load(folder: Path) -> Any:
     blueprint = restore(folder / "structure.pkl")
     root = blueprint["root"]
     missing, _ = root.load_state_dict(state, strict=bool(getattr(root, "strict_loading", True)))
-    parameters = dict(root.named_parameters())
-    lost = [name for name in missing if name in parameters]
+    module = selected(root, blueprint["select"])
+    parameters, needed = dict(root.named_parameters()), set(map(id, module.parameters()))
+    lost = [name for name in missing if id(parameters.get(name)) in needed]
     if lost:
         raise BadRequest(f"the checkpoint has no weights for {', '.join(lost[:5])} ({len(lost)} parameters in all)")
-    module = selected(root, blueprint["select"])
     _hide_broken_properties(module)
     _register_with_transformers(module)
     args, kwargs = restore(folder / "call.pkl")
@@ -208,15 +208,21 @@ def _raises(value: Any, name: str) -> bool:
 
 
 def load_weights(path: Path) -> dict[str, Any]:
-    """Read a state dict, bare or inside a checkpoint, without letting the file run code where that is possible."""
+    """Read a state dict, bare or inside a checkpoint."""
+    blob = read_checkpoint(path)
+    return dict(blob.get("state_dict", blob))
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Read what `torch.save` wrote, without letting the file run code where that is possible."""
     import torch
 
     try:
-        blob = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         print(f"{path.name} holds more than tensors and was written by this run, so it is unpickled: {error}")
-        blob = torch.load(path, map_location="cpu", weights_only=False)
-    return dict(blob.get("state_dict", blob))
+        found = torch.load(path, map_location="cpu", weights_only=False)
+    return dict(found)
 
 
 # --- flat -------------------------------------------------------------------------------------------------------------

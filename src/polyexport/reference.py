@@ -36,6 +36,7 @@ VALIDATION_BATCH = "validation_batch.npz"
 class Reference:
     """What the worker found out about the model.
 
+    `checkpoint_at` has the `epoch` and `global_step` that stand in the checkpoint, where they do.
     `static_because` is set when a dynamic axis was asked for that the module itself cannot do.
     """
 
@@ -43,6 +44,7 @@ class Reference:
     class_name: str
     parameters: int
     checkpoint_sha256: str
+    checkpoint_at: Mapping[str, int]
     batches: tuple[Batch, ...]
     noise: Mapping[str, float] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -59,9 +61,8 @@ def make(root: Path, source: Path, dynamic: Dynamic) -> Reference:
     import torch
 
     weights = source / "weights.pt"
-    sha256 = _sha256(weights)
     model = modules.load(source)
-    _keep_only_weights(weights)
+    sha256, at = _sha256(weights), _keep_only_weights(weights)
     model_any: Any = model
     run = modules.as_runner(model)
     inputs = modules.to_arrays(model_any.input_names, model_any.example)
@@ -96,6 +97,7 @@ def make(root: Path, source: Path, dynamic: Dynamic) -> Reference:
         class_name=_class_name(model),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         checkpoint_sha256=sha256,
+        checkpoint_at=at,
         batches=tuple(batches),
         noise=noise,
         environment=about | {"git_commit": commit, "threads": str(torch.get_num_threads())},
@@ -243,14 +245,15 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _keep_only_weights(path: Path) -> None:
-    """Replace a checkpoint by its state dict: optimizer states are three times the size and serve no export."""
+def _keep_only_weights(path: Path) -> dict[str, int]:
+    """Replace a checkpoint by its state dict, since optimizer states serve no export; returns when it was made."""
     import torch
 
-    state = modules.load_weights(path)
+    blob = modules.read_checkpoint(path)
     temporary = path.with_suffix(".tmp")
-    torch.save(state, temporary)
+    torch.save(blob.get("state_dict", blob), temporary)
     temporary.replace(path)
+    return {key: blob[key] for key in ("epoch", "global_step") if isinstance(blob.get(key), int)}
 
 
 def _class_name(model: torch.nn.Module) -> str:

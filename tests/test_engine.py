@@ -1,0 +1,249 @@
+"""The engine end to end on a small module: faults become states, folders are whole, nothing is done twice."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import planted
+import polyexport
+from planted import GOOD
+from planted import planted as plant
+from polyexport import BadRequest, Engine, Report, Request
+from polyexport import module as modules
+from polyexport.engine import finished, unfinished
+from polyexport.report import Checkpoint
+
+TIMEOUT = 30.0  # rebuilding a module takes a few seconds on a busy machine, most of it importing torch
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3))
+
+
+def request(parent: Path, formats=(GOOD,), *, name="epoch=1", module=None, **more) -> Request:
+    work = unfinished(parent)
+    module = module or net()
+    modules.save_structure(module, None, work / "source")
+    modules.save_call((torch.randn(4, 5, generator=torch.Generator().manual_seed(1)),), {}, work / "source")
+    torch.save(module.state_dict(), work / "source" / "weights.pt")
+    return Request(work, name, tuple(formats), checkpoint=Checkpoint(f"{name}.ckpt", epoch=1, global_step=10), **more)
+
+
+FAULTS = (
+    plant("segfaults", planted.segfaults),
+    plant("hangs", planted.hangs),
+    plant("raises", planted.raises),
+    plant("wrong", planted.wrong),
+    plant("exits", planted.exits),
+    plant("quits", planted.quits),
+    plant("writes-nothing", planted.writes_nothing),
+    plant("lacks-a-tool", planted.lacks_a_tool),
+    plant("runs-nowhere", planted.replay, load=planted.load_nowhere),
+    plant("loads-badly", planted.replay, load=planted.load_badly),
+    plant("static", planted.static_only),
+    plant("second-route", planted.wrong, planted.raises, planted.replay),
+    plant("behind-a-fault", planted.replay, upstream="raises"),
+    GOOD,
+)
+
+
+@pytest.fixture(scope="module")
+def faults(tmp_path_factory) -> Report:
+    with Engine(timeout=TIMEOUT) as engine:
+        return engine.submit(request(tmp_path_factory.mktemp("faults"), FAULTS)).result()
+
+
+@pytest.mark.parametrize(
+    ("name", "state", "reason"),
+    [
+        ("segfaults", "failed", "killed by SIGSEGV"),
+        ("hangs", "failed", "timed out after 30 s"),
+        ("raises", "failed", "NotImplementedError: no rule for aten::frobnicate"),
+        ("wrong", "mismatch", "output_0: 100.000% of the elements are off"),
+        ("exits", "failed", "ended with exit code 3 and no result"),
+        ("quits", "failed", "SystemExit: 0"),
+        ("writes-nothing", "failed", "RuntimeError: the converter ended without an error, but wrote no model.json"),
+        ("lacks-a-tool", "skipped", "frobnicator is not on PATH; get it from its vendor"),
+        ("runs-nowhere", "unverified", "there is no runtime for it on this machine"),
+        ("loads-badly", "failed", "the artifact does not run: OSError: the artifact is broken"),
+        ("static", "degraded", "static shapes only, since with dynamic axes: ValueError: no symbolic batch"),
+        ("behind-a-fault", "skipped", "its upstream raises is failed: NotImplementedError"),
+        ("good", "verified", ""),
+    ],
+)
+def test_each_fault_becomes_its_state(faults, name, state, reason):
+    outcome = faults[name]
+    assert outcome.state == state
+    assert outcome.reason.startswith(reason)
+    assert bool(outcome.reason) == bool(reason)
+
+
+def test_a_route_that_verifies_wins_over_an_earlier_one_and_the_reason_tells(faults):
+    outcome = faults["second-route"]
+    assert (outcome.state, outcome.route) == ("verified", "replay")
+    assert "wrong: mismatch" in outcome.reason
+    assert "raises: failed" in outcome.reason
+
+
+def test_a_verified_format_was_run_at_three_batch_sizes(faults):
+    sizes = [batch["batch"] for batch in faults["good"].parity.batches]
+    assert sizes == [4, 1, 3]
+    assert [batch["batch"] for batch in faults["static"].parity.batches] == [4]
+
+
+def test_only_what_was_made_lies_in_a_format_folder(faults):
+    assert [path.name for path in (faults.folder / "good").iterdir()] == ["model.json"]
+    assert not (faults.folder / "raises").exists()
+
+
+def test_the_log_has_what_the_converter_printed(faults):
+    assert "NotImplementedError: no rule" in (faults.folder / faults["raises"].log).read_text()
+
+
+def test_the_validation_batch_holds_the_inputs_and_what_pytorch_answers(faults):
+    with np.load(faults.folder / "validation_batch.npz") as arrays:
+        expected = net()(torch.from_numpy(arrays["input"])).detach().numpy()
+        assert np.allclose(arrays["output_0"], expected, atol=1e-6)
+
+
+def test_the_manifest_names_signature_and_weights(faults):
+    manifest = json.loads((faults.folder / "manifest.json").read_text())
+    assert len(manifest["checkpoint"]["sha256"]) == 64
+    assert manifest["spec"]["inputs"] == [{"name": "input", "dtype": "float32", "shape": ["batch", 5]}]
+    assert manifest["artifacts"]["good"]["path"] == "good/model.json"
+
+
+@pytest.mark.parametrize("name", ["raises", "good"])
+def test_the_reproduce_command_works_by_copy_and_paste(faults, name):
+    before = sorted(faults.folder.rglob("*"))
+    done = subprocess.run(shlex.split(faults[name].reproduce), capture_output=True, text=True, check=False)
+    assert (done.returncode == 0) == (name == "good")
+    assert ("no rule\nfor aten::frobnicate" in done.stderr) == (name == "raises")
+    assert sorted(faults.folder.rglob("*")) == before
+
+
+def test_the_report_says_what_a_reader_asks(faults):
+    assert faults.model.class_name == "torch.nn.modules.container.Sequential"
+    assert faults.model.parameters == 5 * 8 + 8 + 8 * 3 + 3
+    assert faults.checkpoint.global_step == 10
+    assert faults.environment["torch"] == torch.__version__.split("+")[0] or faults.environment["torch"]
+    assert faults["good"].parity.noise_floor > 0
+    assert Report.load(faults.folder) == faults
+
+
+def test_finished_exports_are_pointed_to_and_bounded(tmp_path):
+    with Engine(timeout=TIMEOUT) as engine:
+        for name in ("a", "b", "c"):
+            engine.submit(request(tmp_path, name=name, keep=2)).result()
+    assert [folder.name for folder in finished(tmp_path)] == ["b", "c"]
+    assert (tmp_path / "best").resolve() == tmp_path / "c"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["b", "best", "c"]
+
+
+def test_the_same_checkpoint_is_not_exported_twice_but_another_is(tmp_path, monkeypatch):
+    known = polyexport.FORMATS["pt2"]
+    with Engine(timeout=TIMEOUT) as engine:
+        first = engine.submit(request(tmp_path, (known,))).result()
+        again = engine.submit(request(tmp_path, (known,))).result()
+        other = engine.submit(request(tmp_path, (known,), module=nn.Linear(5, 3))).result()
+    assert again == first
+    assert other.checkpoint.sha256 != first.checkpoint.sha256
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "epoch=1"]
+
+
+def test_a_newer_request_takes_the_place_of_one_that_waits(tmp_path):
+    with Engine(timeout=TIMEOUT) as engine:
+        running = engine.submit(request(tmp_path, name="running"))
+        while not engine.doing:
+            time.sleep(0.01)
+        waiting = engine.submit(request(tmp_path, name="waiting"))
+        newest = engine.submit(request(tmp_path, name="newest"))
+        assert running.result().folder.name == "running"
+        assert newest.result()["good"].state == "verified"
+    assert waiting.cancelled()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "newest", "running"]
+
+
+def children() -> set[int]:
+    return {int(pid) for pid in Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()} | {
+        int(pid) for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()
+    }
+
+
+def test_closing_ends_every_worker_and_leaves_no_folder(tmp_path):
+    before = children()
+    engine = Engine(timeout=TIMEOUT)
+    future = engine.submit(request(tmp_path, (plant("hangs", planted.hangs),)))
+    while "hangs" not in engine.doing:
+        time.sleep(0.05)
+    start = time.monotonic()
+    engine.close()
+    assert time.monotonic() - start < TIMEOUT / 2
+    assert isinstance(future.exception(), InterruptedError)
+    assert children() == before
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_module_that_cannot_be_rebuilt_fails_every_format_with_the_reason(tmp_path):
+    asked = request(tmp_path)
+    (asked.work / "source" / "weights.pt").write_bytes(b"not a checkpoint")
+    with Engine(timeout=TIMEOUT) as engine:
+        report = engine.submit(asked).result()
+    assert report["good"].state == "failed"
+    assert report["good"].reason.startswith("the module cannot be rebuilt: ")
+    assert not (tmp_path / "best").exists()
+
+
+class Fixed(nn.Module):
+    """Cannot run at another batch size than four."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.reshape(4, 5).sum(-1)
+
+
+def test_a_module_with_a_fixed_batch_is_degraded_by_itself(tmp_path):
+    with Engine(timeout=TIMEOUT) as engine:
+        report = engine.submit(request(tmp_path, module=Fixed())).result()
+    assert report["good"].state == "degraded"
+    assert "PyTorch itself fails at batch=" in report["good"].reason
+
+
+def test_bounds_that_are_impossible_are_an_error():
+    with pytest.raises(BadRequest, match="workers=0"):
+        Engine(workers=0)
+
+
+def test_dynamic_axes_may_be_named_by_input(tmp_path):
+    axes = {"input": {0: "rows"}}
+    with Engine(timeout=TIMEOUT) as engine:
+        good = engine.submit(request(tmp_path, name="good", dynamic=axes)).result()
+        bad = engine.submit(request(tmp_path, name="bad", dynamic={"image": {0: "rows"}})).result()
+    assert good.model.inputs[0].shape == ("rows", 5)
+    assert "dynamic names the input 'image'; forward received input" in bad["good"].reason
+
+
+def test_latency_is_measured_beside_eager_pytorch(tmp_path):
+    with Engine(timeout=TIMEOUT) as engine:
+        formats = (GOOD, plant("dies", planted.replay, load=planted.load_once))
+        report = engine.submit(request(tmp_path, formats)).result()
+        timed = engine.bench(report, formats)
+    assert report["good"].latency is None
+    latency = timed["good"].latency
+    assert latency.samples == timed.baseline.samples == 100
+    assert latency.batch == 4
+    assert latency.speedup == pytest.approx(timed.baseline.p50_ms / latency.p50_ms)
+    assert latency.peak_memory_bytes > 1_000_000
+    assert timed["dies"].latency is None
+    assert timed.notes == ("no latency of dies: its runtime ended while it was timed, see logs/dies.log",)
+    assert Report.load(report.folder) == timed
