@@ -212,7 +212,8 @@ def _uv() -> str:
 def _run(*command: str) -> str:
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
     if done.returncode:
-        raise ToolMissing(done.stderr.strip() or done.stdout.strip() or f"{command[0]} ended with {done.returncode}")
+        said = " ".join((done.stderr or done.stdout).split())
+        raise ToolMissing(said or f"{command[0]} ended with exit code {done.returncode}")
     return done.stdout
 
 

@@ -1,0 +1,366 @@
+"""The callback in a real `Trainer.fit`: what it asks for, what it leaves behind, and that training never notices."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.loggers import WandbLogger
+
+import planted
+import runs
+import wandb_log
+from lightning_export import ExportCallback
+from planted import GOOD
+from planted import planted as plant
+from polyexport import BadRequest, ExportFailed, Report, UnknownFormat
+from polyexport.module import load as load_module
+
+
+def fit(folder: Path, callback: Callback | None, model: Any = None, *, epochs: int = 2, **settings: Any) -> Any:
+    model = model or runs.Scripted([3.0, 2.0])
+    callbacks = [ModelCheckpoint(monitor="val_loss"), *([callback] if callback else [])]
+    trainer = runs.trainer(folder, callbacks, max_epochs=epochs, **settings)
+    trainer.fit(model, runs.loader(), runs.loader())
+    return trainer
+
+
+# --- what is asked for ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"formats": ["onxx"]}, "no format 'onxx'; known formats:"),
+        ({"formats": []}, "no format was given"),
+        ({"when": "always"}, "when='always'; known: 'improved', 'fit_end'"),
+        ({"fail_on": ["broken"]}, "fail_on=.*known: verified, degraded"),
+        ({"fail_on": "failed"}, "give a list of states"),
+        ({"timeout": 0}, "timeout=0"),
+        ({"workers": 0}, "workers=0"),
+        ({"keep": 0}, "keep=0"),
+        ({"publish": "wandb"}, "publish='wandb'; give 'auto'"),
+    ],
+)
+def test_an_impossible_argument_is_told_at_construction(settings, message):
+    with pytest.raises((BadRequest, UnknownFormat), match=message):
+        ExportCallback(**({"formats": ["onnx"]} | settings))
+
+
+def test_a_monitor_that_no_checkpoint_has_is_told_before_training(tmp_path):
+    with pytest.raises(BadRequest, match=r"monitor='accuracy': no ModelCheckpoint has it; they monitor \['val_loss'\]"):
+        fit(tmp_path, ExportCallback([GOOD], monitor="accuracy"))
+
+
+def test_a_part_that_the_module_lacks_is_told_before_training(tmp_path):
+    with pytest.raises(BadRequest, match="has no 'backbone'; it has head"):
+        fit(tmp_path, ExportCallback([GOOD], module="backbone"))
+
+
+class Silent(runs.Scripted):
+    """Never calls `forward` in validation."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", self.losses[min(self.validations, 1)])
+
+
+def test_a_forward_that_validation_never_calls_is_told_in_the_sanity_check(tmp_path):
+    model = Silent([3.0, 2.0])
+    with pytest.raises(BadRequest, match=r"forward was not called on the first validation batch.*example_input_array"):
+        fit(tmp_path, ExportCallback([GOOD]), model)
+    assert float(model.clock) == 0
+
+
+def test_without_a_sanity_check_training_goes_on_and_is_told(tmp_path):
+    model = Silent([3.0, 2.0])
+    with pytest.warns(UserWarning, match="Nothing is exported"):
+        fit(tmp_path, ExportCallback([GOOD]), model, num_sanity_val_steps=0)
+    assert float(model.clock) == 8
+
+
+def test_without_validation_something_must_tell_what_forward_takes(tmp_path):
+    with pytest.raises(BadRequest, match="no validation batch to capture it from"):
+        runs.trainer(tmp_path, [ExportCallback([GOOD])], max_epochs=1).fit(runs.Scripted(), runs.loader())
+
+
+# --- what forward takes -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def first_rows() -> torch.Tensor:
+    return next(iter(runs.loader()))[0]
+
+
+def captured(callback: ExportCallback, folder: Path) -> torch.Tensor:
+    (report,) = callback.reports
+    return load_module(report.folder / "source").example[0]
+
+
+def test_the_first_validation_batch_is_captured(tmp_path, first_rows):
+    callback = ExportCallback([GOOD], when="fit_end", bench=False)
+    fit(tmp_path, callback, epochs=1)
+    assert torch.equal(captured(callback, tmp_path), first_rows)
+    assert callback.reports[0]["good"].state == "verified"
+
+
+def test_inputs_may_be_a_function_of_the_batch(tmp_path, first_rows):
+    callback = ExportCallback([GOOD], when="fit_end", bench=False, inputs=lambda batch: batch[0] * 2)
+    fit(tmp_path, callback, Silent([3.0, 2.0]), epochs=1)
+    assert torch.equal(captured(callback, tmp_path), first_rows * 2)
+
+
+def test_without_validation_inputs_gets_the_first_training_batch(tmp_path, first_rows):
+    callback = ExportCallback([GOOD], bench=False, inputs=lambda batch: batch[0])
+    runs.trainer(tmp_path, [callback], max_epochs=1).fit(runs.Scripted(), runs.loader())
+    assert torch.equal(captured(callback, tmp_path), first_rows)
+
+
+def test_the_example_input_array_is_the_fallback(tmp_path):
+    model = Silent([3.0, 2.0])
+    model.example_input_array = torch.ones(2, runs.FEATURES)
+    callback = ExportCallback([GOOD], when="fit_end", bench=False)
+    fit(tmp_path, callback, model, epochs=1)
+    assert torch.equal(captured(callback, tmp_path), torch.ones(2, runs.FEATURES))
+
+
+def test_a_part_of_the_module_gets_what_it_received(tmp_path):
+    callback = ExportCallback([GOOD], when="fit_end", bench=False, module="head")
+    fit(tmp_path, callback, epochs=1)
+    assert callback.reports[0].model.class_name == "torch.nn.modules.linear.Linear"
+
+
+class Direct(runs.Scripted):
+    """Calls `forward` by its name, which fires no hook."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.forward(batch[0])
+        self.log("val_loss", 1.0)
+
+
+def test_a_forward_that_is_called_by_its_name_is_captured_and_left_as_it_was(tmp_path, first_rows):
+    callback = ExportCallback([GOOD], when="fit_end", bench=False)
+    model = Direct()
+    fit(tmp_path, callback, model, epochs=1)
+    assert torch.equal(captured(callback, tmp_path), first_rows)
+    assert "forward" not in vars(model)
+
+
+class Unpicklable(runs.Scripted):
+    def __init__(self, losses: Any) -> None:
+        super().__init__(losses)
+        self.lock = threading.Lock()
+
+
+def test_a_module_that_cannot_be_pickled_is_traced_in_process_and_the_report_says_so(tmp_path):
+    callback = ExportCallback([GOOD, "onnx"], bench=False)
+    with pytest.warns(UserWarning, match="cannot be pickled"):
+        trainer = fit(tmp_path, callback, Unpicklable([3.0, 2.0]))
+    report = callback.reports[-1]
+    assert "cannot be pickled (TypeError: cannot pickle '_thread.lock' object)" in report.notes[0]
+    assert [outcome.state for outcome in report.outcomes] == ["verified", "verified"]
+    weights = torch.load(trainer.checkpoint_callback.best_model_path, weights_only=True)["state_dict"]
+    assert torch.equal(load_module(report.folder / "source").state_dict()["inner.clock"], weights["clock"])
+
+
+# --- training is never harmed -----------------------------------------------------------------------------------------
+
+
+class History(Callback):
+    def __init__(self) -> None:
+        self.seen: list[Any] = []
+
+    def on_train_batch_end(self, trainer: Any, *rest: Any) -> None:
+        self.seen.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+
+
+def outcome_of_training(folder: Path, export: ExportCallback | None) -> tuple[Any, ...]:
+    from lightning.pytorch import seed_everything
+
+    seed_everything(3)
+    model, history = runs.Noisy(), History()
+    callbacks = [ModelCheckpoint(monitor="val_loss"), history, *([export] if export else [])]
+    trainer = runs.trainer(folder, callbacks, max_epochs=4)
+    trainer.fit(model, runs.loader(shuffle=True), runs.loader())
+    optimizer = trainer.optimizers[0].state_dict()["state"]
+    states = [tensor for each in optimizer.values() for tensor in each.values()]
+    return model.state_dict(), states, history.seen, torch.get_rng_state()
+
+
+def test_weights_optimizer_metrics_and_random_state_are_bit_identical(tmp_path):
+    callback = ExportCallback([GOOD], bench=False)
+    with_weights, with_states, with_metrics, with_rng = outcome_of_training(tmp_path / "with", callback)
+    weights, states, metrics, rng = outcome_of_training(tmp_path / "without", None)
+    assert callback.reports[-1]["good"].state == "verified"
+    assert all(torch.equal(weights[name], with_weights[name]) for name in weights)
+    assert all(torch.equal(one, other) for one, other in zip(states, with_states, strict=True))
+    assert metrics == with_metrics
+    assert torch.equal(rng, with_rng)
+
+
+def test_faults_fail_no_run_and_no_other_format(tmp_path):
+    formats = [
+        plant("segfaults", planted.segfaults),
+        plant("raises", planted.raises),
+        plant("wrong", planted.wrong),
+        GOOD,
+    ]
+    callback = ExportCallback(formats, bench=False)
+    model = runs.Scripted([3.0, 2.0])
+    fit(tmp_path, callback, model)
+    assert float(model.clock) == 8
+    assert [each.state for each in callback.reports[-1].outcomes] == ["failed", "failed", "mismatch", "verified"]
+
+
+def test_fail_on_raises_after_everything_is_written(tmp_path):
+    callback = ExportCallback([plant("raises", planted.raises), GOOD], bench=False, fail_on=["failed", "mismatch"])
+    with pytest.raises(ExportFailed, match=r"fit finished, but raises is failed: NotImplementedError"):
+        fit(tmp_path, callback)
+    (report,) = tmp_path.rglob("best/report.json")
+    assert Report.load(report.parent)["good"].state == "verified"
+
+
+class Fails(Callback):
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.current_epoch == 2:
+            raise self.error
+
+
+@pytest.mark.parametrize("error", [ValueError("mine"), KeyboardInterrupt()])
+def test_nothing_is_left_behind_when_fit_raises(tmp_path, error):
+    callback = ExportCallback([plant("hangs", planted.hangs)], bench=False)
+    callbacks = [ModelCheckpoint(monitor="val_loss"), callback, Fails(error)]
+    trainer = runs.trainer(tmp_path, callbacks, max_epochs=9)
+    with pytest.raises(ValueError if isinstance(error, ValueError) else SystemExit):
+        trainer.fit(runs.Scripted([3.0, 2.0, 1.0]), runs.loader(), runs.loader())
+    assert workers_of(tmp_path) == []
+    (exports,) = tmp_path.rglob("exports")
+    assert list(exports.iterdir()) == []
+
+
+def workers_of(folder: Path) -> list[str]:
+    """Command lines of the processes that work in `folder`."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+        except OSError:
+            continue
+        if str(folder) in command:
+            found.append(command)
+    return found
+
+
+def test_an_interrupt_while_fit_waits_for_exports_ends_them(tmp_path):
+    callback = ExportCallback([plant("hangs", planted.hangs)], bench=False)
+
+    def interrupt() -> None:
+        while not (callback._engine and "hangs" in callback._engine.doing and callback._futures and trainer_done()):
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    model = runs.Scripted([3.0])
+
+    def trainer_done() -> bool:
+        return float(model.clock) == 4
+
+    thread = threading.Thread(target=interrupt, daemon=True)
+    thread.start()
+    with pytest.raises(SystemExit):
+        fit(tmp_path, callback, model, epochs=1)
+    assert workers_of(tmp_path) == []
+
+
+def test_a_sink_that_fails_harms_nobody(tmp_path):
+    got: list[Report] = []
+
+    def broken(report: Report) -> None:
+        raise ConnectionError("no route to host")
+
+    callback = ExportCallback([GOOD], bench=False, publish=[broken, got.append])
+    with pytest.warns(UserWarning, match="ConnectionError: no route to host"):
+        fit(tmp_path, callback)
+    assert got == callback.reports[-1:]
+
+
+def test_a_folder_that_cannot_be_written_harms_nobody(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    model = runs.Scripted([3.0, 2.0])
+    with pytest.warns(UserWarning, match="training goes on"):
+        fit(tmp_path, ExportCallback([GOOD], into=tmp_path / "file" / "exports"), model)
+    assert float(model.clock) == 8
+
+
+def test_averaged_weights_are_exported_where_they_are_averaged(tmp_path):
+    callback = ExportCallback([GOOD], bench=False, when="fit_end")
+    model = runs.Scripted([3.0, 2.0])
+    callbacks = [ModelCheckpoint(monitor="val_loss"), EMAWeightAveraging(decay=0.5), callback]
+    trainer = runs.trainer(tmp_path, callbacks, max_epochs=2)
+    trainer.fit(model, runs.loader(), runs.loader())
+    checkpoint = torch.load(trainer.checkpoint_callback.best_model_path, weights_only=True)
+    exported = load_module(callback.reports[0].folder / "source").state_dict()["inner.clock"]
+    assert torch.equal(exported, checkpoint["state_dict"]["clock"])
+    assert float(exported) != float(checkpoint["current_model_state"]["clock"])
+
+
+# --- where it goes ----------------------------------------------------------------------------------------------------
+
+
+def test_an_offline_wandb_run_holds_what_agreed_and_a_table_of_all(tmp_path):
+    logger = WandbLogger(project="runs", save_dir=tmp_path, offline=True)
+    formats = [GOOD, plant("wrong", planted.wrong), plant("static", planted.static_only)]
+    callback = ExportCallback(formats)
+    trainer = fit(tmp_path, callback, logger=logger)
+    run_id, best = logger.experiment.id, callback.reports[-1]
+    logger.experiment.finish()
+    (path,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    run = wandb_log.read(path)
+
+    assert [each.name for each in run.artifacts] == [f"model-{run_id}-good", f"model-{run_id}-static"]
+    good = run.artifacts[0]
+    assert good.type == "model"
+    assert sorted(good.aliases) == ["best", "latest"]
+    assert list(good.files) == ["model.json"]
+    assert good.metadata["checkpoint_sha256"] == best.checkpoint.sha256
+    assert good.metadata["parity"]["passed"] is True
+    assert good.metadata["latency"]["p50_ms"] == best["good"].latency.p50_ms
+    assert good.metadata["score"] == 2.0
+    assert run.summary["export/good/state"] == "verified"
+    assert run.summary["export/wrong/state"] == "mismatch"
+    assert run.summary["export/good/p50_ms"] == best["good"].latency.p50_ms
+    (row,) = [row for row in run.history if "export/latency/nrows" in row]
+    assert row["export/latency/nrows"] == 3
+    assert row["trainer/global_step"] == trainer.global_step == 8
+    assert str(best.folder).startswith(str(tmp_path / "runs" / run_id / "exports"))
+
+
+def test_finished_exports_are_copied_to_a_url(tmp_path):
+    import fsspec
+
+    callback = ExportCallback([GOOD], bench=False, into="memory://bucket/exports")
+    fit(tmp_path, callback)
+    memory = fsspec.filesystem("memory")
+    name = memory.cat_file("/bucket/exports/best").decode()
+    assert name == callback.reports[-1].folder.name
+    assert memory.exists(f"/bucket/exports/{name}/good/model.json")
+    assert (
+        memory.cat_file(f"/bucket/exports/{name}/report.json")
+        == (callback.reports[-1].folder / "report.json").read_bytes()
+    )
+
+
+def test_the_table_is_printed_at_fit_end(tmp_path, capsys):
+    fit(tmp_path, ExportCallback([GOOD, plant("raises", planted.raises)], bench=False))
+    printed = capsys.readouterr().out
+    assert "verified" in printed
+    assert "raises: NotImplementedError: no rule for aten::frobnicate" in printed
+    assert f"export: {tmp_path}" in printed

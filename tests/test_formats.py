@@ -1,0 +1,129 @@
+"""Every format on every model of the zoo: a new format is tested by existing."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import polyexport
+import zoo
+from polyexport import FORMATS, Report
+
+GROUND_FORMATS = ("torchscript", "pt2", "onnx", "openvino")
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory):
+    """`exported(model)`: the report of that model in all formats, made once a session."""
+    folder = tmp_path_factory.mktemp("zoo")
+
+    @functools.cache
+    def export(model: str) -> Report:
+        module, inputs = zoo.build(model)
+        return polyexport.export(module, inputs, GROUND_FORMATS, folder / model, bench=False)
+
+    return export
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", GROUND_FORMATS)
+@pytest.mark.parametrize("model", [*zoo.GROUND, *zoo.FURTHER])
+def test_agrees_with_pytorch_at_three_batch_sizes(exported, model, name):
+    outcome = exported(model)[name]
+    assert (outcome.state, outcome.reason) == ("verified", "")
+    assert [sizes["batch"] for sizes in outcome.parity.batches] == [zoo.BATCH, 1, 3]
+
+
+@pytest.fixture(scope="session")
+def dictionary(exported) -> Report:
+    return exported("dict_output")
+
+
+@pytest.mark.parametrize("name", GROUND_FORMATS)
+def test_a_loaded_artifact_answers_by_name_as_pytorch_does(dictionary, name):
+    module, _ = zoo.build("dict_output")
+    image = np.random.default_rng(1).random((7, 3, 32, 32), dtype=np.float32)
+    answer = polyexport.load(dictionary.folder / name)({"image": image})
+    with torch.no_grad():
+        expected = module.eval()(torch.from_numpy(image))
+    assert list(answer) == ["boxes", "scores"]
+    for key, tensor in expected.items():
+        assert np.allclose(answer[key], tensor.numpy(), atol=1e-5), key
+
+
+def test_onnx_has_our_names_axes_and_metadata(dictionary):
+    import onnx
+
+    model = onnx.load(dictionary.folder / "onnx" / "model.onnx")
+    onnx.checker.check_model(model, full_check=True)
+    (image,) = model.graph.input
+    assert image.name == "image"
+    assert image.type.tensor_type.shape.dim[0].dim_param == "batch"
+    assert [output.name for output in model.graph.output] == ["boxes", "scores"]
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    assert metadata["checkpoint_sha256"] == dictionary.checkpoint.sha256
+    assert metadata["inputs"] == "image: float32[batch, 3, 32, 32]"
+
+
+def test_openvino_has_our_names_axes_and_metadata(dictionary):
+    import openvino
+
+    model = openvino.Core().read_model(dictionary.folder / "openvino" / "model.xml")
+    assert [port.any_name for port in model.inputs] == ["image"]
+    assert [port.any_name for port in model.outputs] == ["boxes", "scores"]
+    assert model.inputs[0].partial_shape[0].is_dynamic
+    assert model.get_rt_info(["polyexport", "checkpoint_sha256"]).value == dictionary.checkpoint.sha256
+
+
+def test_pytorchs_own_formats_carry_the_metadata(dictionary):
+    for name, load in (("torchscript", torch.jit.load), ("pt2", torch.export.load)):
+        key = "_extra_files" if name == "torchscript" else "extra_files"
+        extra = {"polyexport.json": ""}
+        load(str(dictionary.folder / FORMATS[name].name / FORMATS[name].artifact), **{key: extra})
+        text = extra["polyexport.json"]
+        assert dictionary.checkpoint.sha256 in (text if isinstance(text, str) else text.decode())
+
+
+def test_loading_what_was_not_exported_says_what_was(dictionary, tmp_path: Path):
+    with pytest.raises(polyexport.BadRequest, match=r"was not exported; .* has torchscript, pt2, onnx, openvino"):
+        polyexport.load(dictionary.folder / "onxx")
+    with pytest.raises(polyexport.BadRequest, match=r"manifest\.json does not exist"):
+        polyexport.load(tmp_path / "onnx")
+
+
+class Sorted(torch.nn.Module):
+    """`torch.export` cannot trace it, since the branch depends on data; a trace of this batch can."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.sum() > -1e9:
+            return x * 2
+        return x
+
+
+def test_what_one_exporter_cannot_do_the_other_does(tmp_path: Path):
+    report = polyexport.export(Sorted(), torch.rand(4, 3), ["pt2", "onnx", "openvino"], tmp_path / "x", bench=False)
+    assert report["pt2"].state == "failed"
+    assert (report["onnx"].state, report["onnx"].route) == ("verified", "torchscript")
+    assert report["openvino"].state == "verified"
+
+
+def test_the_exported_module_is_not_touched(tmp_path: Path):
+    module, inputs = zoo.build("tuple_output")
+    module.train()
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    polyexport.export(module, inputs, ["torchscript"], tmp_path / "x", bench=False)
+    assert module.training
+    assert all(torch.equal(before[name], tensor) for name, tensor in module.state_dict().items())
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_exporting_in_another_order_gives_the_same_result(tmp_path: Path):
+    module, inputs = zoo.build("dict_output")
+    one = polyexport.export(module, inputs, ["torchscript", "onnx"], tmp_path / "one", bench=False)
+    other = polyexport.export(module, inputs, ["onnx", "torchscript"], tmp_path / "other", bench=False)
+    for name in ("torchscript", "onnx"):
+        assert one[name].parity == other[name].parity

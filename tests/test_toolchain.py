@@ -1,0 +1,117 @@
+"""Environments of their own, with one small real package."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from polyexport import ToolMissing
+from polyexport.toolchain import HOST, Toolchain, find, parse
+
+PIN = "six==1.16.0"
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("POLYEXPORT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def answer(python: Path, code: str) -> str:
+    done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=False)
+    return (done.stdout + done.stderr).strip()
+
+
+def test_the_training_environment_serves_when_it_satisfies_the_pins(cache):
+    chain = Toolchain("numpy", ("numpy>=1", "nowhere==1; python_version < '3'"))
+    assert chain.unmet() == ()
+    assert chain.interpreter() == Path(sys.executable)
+    assert chain.command()[1:] == ("-m", "polyexport.worker")
+    assert not cache.exists()
+
+
+def test_what_the_training_environment_lacks_is_named():
+    assert Toolchain("x", ("numpy>=1", "numpy>=99", "nowhere")).unmet() == ("numpy>=99", "nowhere")
+
+
+def test_an_isolated_toolchain_has_its_pins_and_nothing_of_the_host(cache):
+    said: list[str] = []
+    python = forced(Toolchain("isolated", (PIN,))).interpreter(said.append)
+    assert answer(python, "import six; print(six.__version__)") == "1.16.0"
+    assert "No module named 'torch'" in answer(python, "import torch")
+    assert "No module named 'polyexport'" in answer(python, "import polyexport")
+    assert len(said) == 1
+    assert PIN in said[0]
+
+
+def forced(chain: Toolchain) -> Toolchain:
+    """The same pins and one that the training environment never has."""
+    return Toolchain(chain.name, (*chain.requirements, "toposort==1.10"), chain.layered, chain.python)
+
+
+def test_a_layered_toolchain_sees_the_hosts_packages_below_its_own(cache):
+    python = forced(Toolchain("layered", (PIN,), layered=True)).interpreter()
+    import torch
+
+    code = "import six, toposort, torch, polyexport; print(six.__version__, torch.__version__, torch.__file__)"
+    assert answer(python, code) == f"1.16.0 {torch.__version__} {torch.__file__}"
+
+
+def test_the_second_call_makes_nothing(cache):
+    chain = forced(Toolchain("twice", ()))
+    chain.interpreter()
+    said: list[str] = []
+    chain.interpreter(said.append)
+    assert said == []
+    assert chain.ready
+
+
+def test_an_interrupted_install_is_made_again(cache):
+    chain = forced(Toolchain("interrupted", ()))
+    python = chain.interpreter()
+    (chain.folder / ".complete").unlink()
+    (chain.folder / "lib").rename(chain.folder / "half")
+    assert not chain.ready
+    assert answer(chain.interpreter(), "import toposort; print('there')") == "there"
+    assert chain.interpreter() == python
+
+
+def test_two_at_once_make_one(cache):
+    chain = forced(Toolchain("shared", ()))
+    said: list[str] = []
+    threads = [threading.Thread(target=chain.interpreter, args=(said.append,)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(said) == 1
+    assert chain.ready
+
+
+def test_other_pins_are_another_environment():
+    one, other = Toolchain("x", ("a==1",)), Toolchain("x", ("a==2",))
+    assert one.folder != other.folder
+    assert one.folder == Toolchain("x", ("a==1",)).folder
+
+
+def test_what_cannot_be_installed_is_a_missing_tool_and_leaves_nothing(cache):
+    chain = Toolchain("hopeless", ("toposort==999.0",))
+    with pytest.raises(ToolMissing, match=r"toolchain hopeless cannot be installed: .*toposort"):
+        chain.interpreter()
+    assert not chain.folder.exists()
+
+
+def test_the_directives_of_a_requirement_file_are_read():
+    chain = parse("x", "# a comment\n# polyexport: layered\n# polyexport: python >=3.11,<3.13\na==1 # why\n\nb>=2\n")
+    assert chain == Toolchain("x", ("a==1", "b>=2"), layered=True, python=">=3.11,<3.13")
+
+
+def test_every_toolchain_of_ours_can_be_read():
+    assert find("host") is HOST
+    assert find("onnx").layered
+    with pytest.raises(KeyError, match="nowhere"):
+        find("nowhere")
