@@ -157,7 +157,10 @@ def test_a_traced_structure_takes_the_weights_of_the_checkpoint(tmp_path):
     root = nn.ModuleDict({"net": nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))}).eval()
     x = torch.randn(4, 3)
     modules.save_call((x,), {}, tmp_path)
+    root["net"][0].train()
     modules.save_traced(root, "net", (x,), {}, tmp_path)
+    assert [each.training for each in root.modules()] == [False, False, True, False]
+    root.eval()
     nn.init.ones_(root["net"][0].weight)
     torch.save(root.state_dict(), tmp_path / "weights.pt")
     loaded = modules.load(tmp_path)

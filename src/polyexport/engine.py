@@ -104,7 +104,8 @@ class Engine:
             if self._waiting is not None:
                 future, older = self._waiting
                 if future.cancel():
-                    self._remove(older.work)
+                    # not here: freeing the last link of a large checkpoint takes longer than training may wait
+                    self._queue.submit(self._remove, older.work)
             self._unfinished.add(request.work)
             future = self._queue.submit(self._export, request)
             self._waiting = (future, request)

@@ -15,6 +15,7 @@ Requirements:
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import io
@@ -409,20 +410,33 @@ def save_traced(root: nn.Module, select: Select, args: Sequence[Any], kwargs: Ma
     """
     import torch
 
-    wrapped = flat(selected(root, select), args, kwargs)
-    device = next((parameter.device for parameter in root.parameters()), torch.device("cpu"))
-    tensors = tuple(tensor.to(device) for tensor in wrapped.example)
-    batch = next((tensor.shape[0] for tensor in tensors if tensor.ndim), 0)
-    free = tuple({0: torch.export.Dim.DYNAMIC} if t.ndim and t.shape[0] == batch else {} for t in tensors)
-    with torch.no_grad():
-        try:
-            program = torch.export.export(wrapped, tensors, dynamic_shapes=free if batch > 1 else None, strict=False)
-        except Exception:  # torch.export has no error class of its own; a static graph is better than none
-            program = torch.export.export(wrapped, tensors, strict=False)
+    modes = [(each, each.training) for each in root.modules()]
+    try:
+        wrapped = flat(selected(root, select), args, kwargs)  # in eval mode, and so is root's part of it
+        device = next((parameter.device for parameter in root.parameters()), torch.device("cpu"))
+        tensors = tuple(tensor.to(device) for tensor in wrapped.example)
+        with torch.no_grad():
+            wrapped(*tensors)  # tells the names of the outputs
+            program = _trace(wrapped, tensors)
+    finally:
+        for each, training in modes:
+            each.training = training
     names = {id(tensor): name for name, tensor in root.state_dict(keep_vars=True).items()}
     weights = {key: names.get(id(tensor), "") for key, tensor in wrapped.state_dict(keep_vars=True).items()}
     about = {"inputs": wrapped.input_names, "outputs": wrapped.output_names, "weights": weights}
     torch.export.save(program, folder / "structure.pt2", extra_files={"about.json": json.dumps(about)})
+
+
+def _trace(wrapped: Any, tensors: tuple[torch.Tensor, ...]) -> Any:
+    """With a free batch axis, or where that does not work, without."""
+    import torch
+
+    batch = next((tensor.shape[0] for tensor in tensors if tensor.ndim), 0)
+    free = tuple({0: torch.export.Dim.DYNAMIC} if t.ndim and t.shape[0] == batch else {} for t in tensors)
+    if batch > 1:
+        with contextlib.suppress(Exception):  # torch.export has no error class of its own
+            return torch.export.export(wrapped, tensors, dynamic_shapes=free, strict=False)
+    return torch.export.export(wrapped, tensors, strict=False)
 
 
 def _load_traced(path: Path, state: Mapping[str, Any]) -> Any:

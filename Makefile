@@ -1,0 +1,36 @@
+# make demo    train on real data, export, prove, measure, publish offline, print the table
+# make test    run every test
+# make lint    run every check of the pre-commit configuration
+# make bench   measure what the README claims
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint bench clean
+
+demo: $(VENV)/demo
+	$(BIN)/python examples/digits.py
+
+test: $(VENV)/test
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/lint
+	PATH="$(CURDIR)/$(BIN):$$PATH" pre-commit run --all-files
+
+bench: $(VENV)/test
+	$(BIN)/python tests/benchmarks/stall.py
+	$(BIN)/python tests/benchmarks/overlap.py
+
+clean:
+	rm -rf $(VENV) runs
+
+# torch first and by pip, so that a build for this machine's accelerator (or a CPU build) is taken where one is offered
+$(VENV)/torch: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	touch $@
+
+$(VENV)/demo $(VENV)/test $(VENV)/lint: $(VENV)/%: $(VENV)/torch pyproject.toml
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[$*]"
+	touch $@

@@ -1,0 +1,20 @@
+"""The callback in a LightningCLI configuration: every argument of it can be given in YAML.
+
+python examples/lightning_cli.py fit --config examples/lightning_cli.yaml
+"""
+
+from digits import Digits, loaders
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.cli import LightningCLI
+
+
+class DigitsData(LightningDataModule):
+    def train_dataloader(self):
+        return loaders()[0]
+
+    def val_dataloader(self):
+        return loaders()[1]
+
+
+if __name__ == "__main__":
+    LightningCLI(Digits, DigitsData)
