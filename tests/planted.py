@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from polyexport import Arrays, ExportSpec, Format, Route, Runner, ToolMissing
+from polyexport import Arrays, ExportSpec, Format, Route, Runner, Toolchain, ToolMissing
 from polyexport.errors import CannotRun
 
 
@@ -33,6 +33,11 @@ def segfaults(source: Path, target: Path, spec: ExportSpec) -> None:
 
 def hangs(source: Path, target: Path, spec: ExportSpec) -> None:
     time.sleep(600)
+
+
+def slow(source: Path, target: Path, spec: ExportSpec) -> None:
+    time.sleep(12)
+    replay(source, target, spec)
 
 
 def exits(source: Path, target: Path, spec: ExportSpec) -> None:
@@ -89,9 +94,16 @@ def load_badly(path: Path, spec: ExportSpec, *, threads: int) -> Runner:
     raise OSError("the artifact is broken")
 
 
-def planted(name: str, *converts: object, load: object = load, upstream: str = "module", **more: object) -> Format:
+def planted(
+    name: str,
+    *converts: object,
+    load: object = load,
+    upstream: str = "module",
+    toolchain: str | Toolchain = "host",
+    **more: object,
+) -> Format:
     """A format with one route per convert function."""
-    routes = tuple(Route(f.__name__, upstream, "host", f) for f in converts)  # type: ignore[attr-defined, arg-type]
+    routes = tuple(Route(f.__name__, upstream, toolchain, f) for f in converts)  # type: ignore[attr-defined, arg-type]
     return Format(name, "planted", "https://example.org", "model.json", routes, load, **more)  # type: ignore[arg-type]
 
 

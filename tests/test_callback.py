@@ -20,7 +20,7 @@ import wandb_log
 from lightning_export import ExportCallback
 from planted import GOOD
 from planted import planted as plant
-from polyexport import BadRequest, ExportFailed, Report, UnknownFormat
+from polyexport import BadRequest, ExportFailed, Report, Toolchain, UnknownFormat
 from polyexport.module import load as load_module
 
 
@@ -88,6 +88,19 @@ def test_without_a_sanity_check_training_goes_on_and_is_told(tmp_path):
 def test_without_validation_something_must_tell_what_forward_takes(tmp_path):
     with pytest.raises(BadRequest, match="no validation batch to capture it from"):
         runs.trainer(tmp_path, [ExportCallback([GOOD])], max_epochs=1).fit(runs.Scripted(), runs.loader())
+
+
+def test_toolchains_are_made_before_training_or_it_is_said_that_they_cannot_be(tmp_path, monkeypatch):
+    monkeypatch.setenv("POLYEXPORT_CACHE", str(tmp_path / "cache"))
+    good = plant("isolated", planted.replay, toolchain=Toolchain("isolated", ("toposort==1.10",)))
+    bad = plant("hopeless", planted.replay, toolchain=Toolchain("hopeless", ("toposort==999.0",)))
+    callback = ExportCallback([good, bad], when="fit_end", bench=False)
+    with pytest.warns(UserWarning, match="what needs hopeless will be skipped: toolchain hopeless cannot be installed"):
+        fit(tmp_path, callback, epochs=1)
+    isolated, hopeless = callback.reports[0].outcomes
+    assert (isolated.state, isolated.toolchain.packages) == ("verified", {"toposort": "1.10"})
+    assert hopeless.state == "skipped"
+    assert "cannot be installed" in hopeless.reason
 
 
 # --- what forward takes -----------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from polyexport.report import Report as Report
 from polyexport.spec import Arrays as Arrays
 from polyexport.spec import ExportSpec as ExportSpec
 from polyexport.spec import TensorSpec as TensorSpec
+from polyexport.toolchain import Toolchain as Toolchain
 
 FORMATS = _known()
 """Every format by name."""

@@ -271,7 +271,9 @@ def declare(root: Path, each: Format) -> str:
             if home is not None and name not in cloudpickle.list_registry_pickle_by_value():
                 cloudpickle.register_pickle_by_value(home)
                 stack.callback(cloudpickle.unregister_pickle_by_value, home)
-        path.write_bytes(cloudpickle.dumps(each))
+        # toolchains by name: the module of their class needs more than an isolated toolchain has
+        routes = tuple(replace(route, toolchain=toolchain.find(route.toolchain).name) for route in each.routes)
+        path.write_bytes(cloudpickle.dumps(replace(each, routes=routes, runtime=None)))
     return path.relative_to(root).as_posix()
 
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from polyexport.spec import Arrays, ExportSpec
+
+if TYPE_CHECKING:
+    from polyexport.toolchain import Toolchain
 
 Runner = Callable[[Arrays], Arrays]
 """A loaded artifact: named arrays in, named arrays out. The only interface to a runtime."""
@@ -66,13 +69,13 @@ class Route:
     Attributes:
         name: What the report calls it.
         upstream: What `convert` reads: `"module"`, or the name of another format.
-        toolchain: The requirement file in `toolchains/` that `convert` runs in.
+        toolchain: What `convert` runs in: the name of a requirement file in `toolchains/`, or a `Toolchain`.
         convert: Writes the artifact.
     """
 
     name: str
     upstream: str
-    toolchain: str
+    toolchain: str | Toolchain
     convert: Convert
 
 
@@ -100,7 +103,7 @@ class Format:
     artifact: str
     routes: tuple[Route, ...]
     load: Load | None
-    runtime: str | None = None
+    runtime: str | Toolchain | None = None
     precision: str = "float32"
     tolerance: Tolerance | None = None
     aliases: tuple[str, ...] = ()

@@ -112,15 +112,19 @@ HOST = Toolchain("host", ())
 _COMPLETE = ".complete"
 
 
-@cache
-def find(name: str) -> Toolchain:
-    """The toolchain of a requirement file.
+def find(toolchain: str | Toolchain) -> Toolchain:
+    """The toolchain of a requirement file; a `Toolchain` value is itself.
 
     Raises:
         KeyError: there is no such file; a bug in a format.
     """
-    if name == HOST.name:
-        return HOST
+    if isinstance(toolchain, Toolchain):
+        return toolchain
+    return HOST if toolchain == HOST.name else _of_file(toolchain)
+
+
+@cache
+def _of_file(name: str) -> Toolchain:
     file = resources.files("polyexport") / "toolchains" / f"{name}.txt"
     if not file.is_file():
         raise KeyError(f"no toolchain {name!r}: {file} is missing")
