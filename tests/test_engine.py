@@ -20,7 +20,7 @@ from planted import GOOD
 from planted import planted as plant
 from polyexport import BadRequest, Engine, Report, Request
 from polyexport import module as modules
-from polyexport.engine import finished, unfinished
+from polyexport.folders import finished, unfinished
 from polyexport.report import Checkpoint
 
 TIMEOUT = 30.0  # rebuilding a module takes a few seconds on a busy machine, most of it importing torch

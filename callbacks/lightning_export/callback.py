@@ -21,7 +21,7 @@ from typing_extensions import override
 from lightning_export.best import Best, bases, best_of, checkpointer, tail
 from lightning_export.capture import Spy, hold, save
 from polyexport import BadRequest, Engine, ExportFailed, Format, Report, Request, ToolMissing, console, plan
-from polyexport.engine import unfinished
+from polyexport.folders import unfinished
 from polyexport.formats import resolve
 from polyexport.module import UNAVAILABLE, as_call, selected
 from polyexport.report import STATES, Checkpoint, State

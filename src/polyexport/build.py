@@ -9,22 +9,22 @@ Requirements:
 
 from __future__ import annotations
 
-import contextlib
+import os
 import shutil
 import threading
-from collections.abc import Callable, Mapping
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from polyexport import plan, toolchain
+from polyexport.dispatch import Dispatcher
 from polyexport.format import MODULE, Format, Route
-from polyexport.formats import known
-from polyexport.job import Job, Kind, reproduce
+from polyexport.job import Job, Kind
 from polyexport.parity import Parity
-from polyexport.process import Ended, Workers, environment
-from polyexport.records import decode, write_json
+from polyexport.process import Ended
+from polyexport.records import decode
 from polyexport.reference import Reference
 from polyexport.report import STATES, Artifact, Outcome, State, Toolchain
 from polyexport.spec import ExportSpec
@@ -33,15 +33,6 @@ Watch = Callable[[str, str], None]
 """Takes a format's name and what is being done with it; an empty string once it is done."""
 
 _STATE_OF: Mapping[str, State] = {"missing": "skipped", "cannot run": "unverified"}
-
-
-@dataclass(frozen=True, slots=True)
-class Bounds:
-    """What a worker may take."""
-
-    timeout: float
-    threads: int
-    nice: int = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,49 +50,11 @@ class Built:
         return self.outcome.state in ("verified", "unverified")
 
 
-class Runner:
-    """Starts jobs for one export folder. `final` is where the folder will lie once it is complete."""
-
-    def __init__(
-        self, root: Path, final: Path, *, workers: Workers, slots: Executor, bounds: Bounds, sys_path: tuple[str, ...]
-    ) -> None:
-        self.root = root
-        self.final = final
-        self.bounds = bounds
-        self._workers = workers
-        self._slots = slots
-        self._sys_path = sys_path
-
-    def run(self, job: Job, chain: toolchain.Toolchain, name: str, log: str, *, gpu: bool = False) -> tuple[Ended, str]:
-        """Run a job in a toolchain when a slot is free; returns how it ended and the command to run it again."""
-        try:
-            command = chain.command()
-        except Exception as error:  # an environment that cannot be made is a missing tool, whatever went wrong in it
-            return Ended(error=str(error), kind="missing"), ""
-        path = self.place(job, chain, name)
-        done = self._slots.submit(
-            self._workers.run,
-            command,
-            path,
-            self.root / log,
-            timeout=self.bounds.timeout,
-            environment=environment(threads=self.bounds.threads, gpu=gpu, host=chain.in_host),
-        )
-        return done.result(), reproduce(command, self.final / path.relative_to(self.root))
-
-    def place(self, job: Job, chain: toolchain.Toolchain, name: str) -> Path:
-        """Write a job's file."""
-        path = self.root / "source" / "jobs" / f"{name}.json"
-        own = self._sys_path if chain.in_host or chain.layered else ()
-        write_json(path, replace(job, threads=self.bounds.threads, nice=self.bounds.nice, sys_path=own))
-        return path
-
-
 class Build:
     """Builds the formats of one export, each once per signature."""
 
-    def __init__(self, runner: Runner, formats: tuple[Format, ...], reference: Reference, watch: Watch) -> None:
-        self._runner = runner
+    def __init__(self, dispatcher: Dispatcher, formats: tuple[Format, ...], reference: Reference, watch: Watch) -> None:
+        self._dispatcher = dispatcher
         self._asked = formats
         self._formats = plan.steps(formats)
         self._reference = reference
@@ -161,21 +114,11 @@ class Build:
             if tried[-1].outcome.state == "verified":
                 break
         best = min(tried, key=lambda built: STATES.index(built.outcome.state))
-        others = [built for built in tried if built is not best and built.outcome.state != "skipped"]
-        if best.outcome.state == "verified":
-            reasons = [f"{built.outcome.route}: {_worded(built)}" for built in others]
-            if reasons:
-                reasons.insert(0, "by another route, since")
-        elif others:
-            reasons = [f"{built.outcome.route}: {_worded(built)}" for built in (best, *others)]
-        else:
-            reasons = [best.outcome.reason]
-        for built in others:
-            self._discard(built)
+        for built in tried:
+            if built is not best:
+                self._discard(built)
         timed_out = all(built.timed_out or built.outcome.state == "skipped" for built in tried)
-        head, *rest = reasons or [""]
-        joined = f"{head} {'; '.join(rest)}" if head.endswith("since") else "; ".join(reasons)
-        return replace(best, outcome=replace(best.outcome, reason=joined), timed_out=timed_out)
+        return replace(best, outcome=replace(best.outcome, reason=_reason(best, tried)), timed_out=timed_out)
 
     def _by_route(self, each: Format, route: Route, *, dynamic: bool) -> Built:
         """Upstream, conversion, verification: the first that fails decides."""
@@ -201,7 +144,7 @@ class Build:
         job = self._job(
             each, "convert", source, spec, route=route.name, target=target, options={"packages": chain.requirements}
         )
-        ended, command = self._runner.run(job, chain, f"{label}.convert", log, gpu=each.needs_gpu)
+        ended, command = self._dispatcher.run(job, chain, f"{label}.convert", log, gpu=each.needs_gpu)
         seconds = {"convert": ended.seconds}
         outcome = replace(outcome, seconds=seconds, reproduce=command or None)
         if not ended.ok:
@@ -212,7 +155,7 @@ class Build:
         runtime = toolchain.find(each.runtime or route.toolchain)
         batches = self._reference.batches if dynamic else self._reference.batches[:1]
         job = self._job(each, "verify", target, spec, batches=batches, noise=self._reference.noise)
-        ended, command = self._runner.run(job, runtime, f"{label}.verify", log, gpu=each.needs_gpu)
+        ended, command = self._dispatcher.run(job, runtime, f"{label}.verify", log, gpu=each.needs_gpu)
         outcome = replace(outcome, seconds=seconds | {"verify": ended.seconds})
         return self._judged(each, outcome, ended, command, target, spec)
 
@@ -235,14 +178,13 @@ class Build:
         return Built(replace(outcome, state="mismatch", reason=parity.reason, reproduce=command), target, spec)
 
     def _job(self, each: Format, kind: Kind, source: str, spec: ExportSpec, **more: Any) -> Job:
-        declared = None if known().get(each.name) is each else declare(self._runner.root, each)
-        return Job(kind, each.name, declared, source=source, spec=spec, **more)
+        return Job(kind, each.name, self._dispatcher.declared(each), source=source, spec=spec, **more)
 
     def _settle(self, each: Format, built: Built) -> Outcome:
         """Move what was asked for from among the intermediates to its place."""
         artifact = built.outcome.artifact
         assert artifact is not None, "only what was made is settled"
-        made, place = self._runner.root / "source" / "made", self._runner.root / each.name
+        made, place = self._dispatcher.root / "source" / "made", self._dispatcher.root / each.name
         folder = made / Path(built.path).relative_to("source/made").parts[0]
         with self._lock:  # another format may still read it where it lies: the folder moves, a link stays
             shutil.rmtree(place, ignore_errors=True)
@@ -252,38 +194,19 @@ class Build:
 
     def _discard(self, built: Built) -> None:
         if built.path:
-            folder = self._runner.root.joinpath(*Path(built.path).parts[:3])
+            folder = self._dispatcher.root.joinpath(*Path(built.path).parts[:3])
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def declare(root: Path, each: Format) -> str:
-    """Pickle a `Format` that is not one of ours, its functions by value, so that a worker needs no import of it."""
-    import sys
-
-    import cloudpickle
-
-    path = root / "source" / "formats" / f"{each.name}.pkl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    functions = [route.convert for route in each.routes] + ([each.load] if each.load else [])
-    with contextlib.ExitStack() as stack:
-        for name in {function.__module__ for function in functions if not function.__module__.startswith("polyexport")}:
-            home = sys.modules.get(name)
-            if home is not None and name not in cloudpickle.list_registry_pickle_by_value():
-                cloudpickle.register_pickle_by_value(home)
-                stack.callback(cloudpickle.unregister_pickle_by_value, home)
-        # toolchains by name: the module of their class needs more than an isolated toolchain has
-        routes = tuple(replace(route, toolchain=toolchain.find(route.toolchain).name) for route in each.routes)
-        path.write_bytes(cloudpickle.dumps(replace(each, routes=routes, runtime=None)))
-    return path.relative_to(root).as_posix()
-
-
-def _worded(built: Built) -> str:
-    return f"{built.outcome.state}: {built.outcome.reason}"
+def _reason(best: Built, tried: Sequence[Built]) -> str:
+    """Why the format is in its state: what became of the routes that were run."""
+    told = [f"{b.outcome.route}: {b.outcome.state}: {b.outcome.reason}" for b in tried if b.outcome.state != "skipped"]
+    if best.outcome.state == "verified":
+        return f"by another route, since {'; '.join(told[:-1])}" if told[:-1] else ""
+    return "; ".join(told) if len(told) > 1 else best.outcome.reason
 
 
 def _link(source: str, target: str) -> None:
-    import os
-
     try:
         os.link(source, target)
     except OSError:

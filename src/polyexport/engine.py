@@ -9,33 +9,30 @@ Requirements:
 
 from __future__ import annotations
 
-import contextlib
 import os
-import secrets
 import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from polyexport import toolchain
-from polyexport.build import Bounds, Build, Runner, declare
+from polyexport.bench import bench
+from polyexport.build import Build
+from polyexport.dispatch import Bounds, Dispatcher
 from polyexport.errors import BadRequest
+from polyexport.folders import point_best, prune, unfinished
 from polyexport.format import Format
 from polyexport.formats import known, resolve
-from polyexport.job import Batch, Job
-from polyexport.latency import ROUNDS, Latency, summarise
-from polyexport.process import Conversation, Workers, environment
+from polyexport.job import Job
+from polyexport.process import Workers
 from polyexport.records import decode, encode, read_json, write_json
 from polyexport.reference import Dynamic, Reference
 from polyexport.report import Checkpoint, Model, Outcome, Report
-from polyexport.spec import ExportSpec
-
-BEST = "best"
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,18 +132,11 @@ class Engine:
     def _export(self, request: Request) -> Report:
         start = time.perf_counter()
         self._watch("model", "running PyTorch")
-        runner = Runner(
-            request.work,
-            request.final,
-            workers=self._workers,
-            slots=self._slots,
-            bounds=self._bounds,
-            sys_path=tuple(entry or os.getcwd() for entry in sys.path),
-        )
+        dispatcher = self._dispatcher(request.work, request.final, self._bounds)
         if request.held:
             _fetch(request.held, request.work / "source" / "weights.pt")
         job = Job("prepare", options={"dynamic": request.dynamic})
-        ended, command = runner.run(job, toolchain.HOST, "prepare", "logs/model.log")
+        ended, command = dispatcher.run(job, toolchain.HOST, "prepare", "logs/model.log")
         self._watch("model", "")
         if not ended.ok:
             outcomes = tuple(
@@ -162,7 +152,7 @@ class Engine:
             self._remove(request.work)
             self._point(request)
             return earlier
-        outcomes = Build(runner, request.formats, reference, self._watch).outcomes()
+        outcomes = Build(dispatcher, request.formats, reference, self._watch).outcomes()
         spec = reference.spec
         report = Report(
             checkpoint=replace(
@@ -176,25 +166,7 @@ class Engine:
             environment=reference.environment,
             notes=(*request.notes, *reference.notes),
         )
-        manifest = {
-            "checkpoint": report.checkpoint,
-            "question": request.question,
-            "spec": spec,
-            "environment": reference.environment,
-            "noise": reference.noise,
-            "artifacts": {
-                outcome.format: {
-                    "path": outcome.artifact.path,
-                    "precision": outcome.precision,
-                    "inputs": outcome.inputs,
-                    "outputs": outcome.outputs,
-                    "toolchain": outcome.toolchain,
-                }
-                for outcome in outcomes
-                if outcome.artifact
-            },
-        }
-        write_json(request.work / "manifest.json", manifest)
+        write_json(request.work / "manifest.json", _manifest(request, report, reference))
         return self._finish(request, report, start)
 
     def _finish(self, request: Request, report: Report, start: float) -> Report:
@@ -213,7 +185,7 @@ class Engine:
         self._unfinished.discard(request.work)
         if report.model is not None:
             self._point(request)
-        _prune(request.final, request.keep)
+        prune(request.final, request.keep)
         return replace(report, folder=request.final)
 
     def _point(self, request: Request) -> None:
@@ -230,116 +202,25 @@ class Engine:
         shutil.rmtree(folder, ignore_errors=True)
         self._unfinished.discard(folder)
 
-    # --- latency ------------------------------------------------------------------------------------------------------
-
     def bench(self, report: Report, formats: Iterable[Format] = ()) -> Report:
-        """Time every artifact that runs, and eager PyTorch, in alternating rounds on all cores; saves the report.
+        """Time every artifact that runs, and eager PyTorch, on all cores; saves the report.
 
-        Call it when the machine is quiet. A runtime that fails here keeps its state and gets no latency.
+        Call it when the machine is quiet.
+
+        Args:
+            report: A finished export.
+            formats: The `Format` values in it that are not ours.
         """
-        declared = {each.name: each for each in (*known().values(), *formats)}
-        runnable = [o for o in report.outcomes if o.parity is not None and o.artifact is not None]
-        if report.model is None or not runnable:
-            return report
-        root = report.folder
-        manifest = read_json(root / "manifest.json")
-        spec = decode(ExportSpec, manifest["spec"])
-        runner = Runner(
-            root,
-            root,
-            workers=self._workers,
-            slots=self._slots,
-            bounds=replace(self._bounds, threads=self._cores, nice=0),
-            sys_path=tuple(sys.path),
-        )
-        batch = (Batch("validation_batch.npz"),)
-        with contextlib.ExitStack() as stack:
-            talks: dict[str | None, Conversation] = {}
-            for outcome in (None, *runnable):
-                name = outcome.format if outcome else None
-                chain, job, gpu = toolchain.HOST, Job("bench", None, spec=spec, batches=batch), False
-                if outcome is not None and outcome.artifact is not None:
-                    each = declared[outcome.format]
-                    route = next(route for route in each.routes if route.name == outcome.route)
-                    chain = toolchain.find(each.runtime or route.toolchain)
-                    own = None if known().get(each.name) is each else declare(root, each)
-                    signature = replace(spec, inputs=outcome.inputs, outputs=outcome.outputs)
-                    job, gpu = (
-                        Job("bench", name, own, source=outcome.artifact.path, spec=signature, batches=batch),
-                        each.needs_gpu,
-                    )
-                path = runner.place(job, chain, f"{name or 'pytorch'}.bench")
-                log = root / "logs" / f"{name or 'model'}.log"
-                around = environment(threads=self._cores, gpu=gpu, host=chain.in_host)
-                self._watch(name or "pytorch", "measuring")
-                talks[name] = stack.enter_context(
-                    self._workers.conversation(
-                        chain.command(), path, log, timeout=self._bounds.timeout, environment=around
-                    )
-                )
-            measured = dict(_rounds(talks, spec.sizes.get("batch", 1), self._cores))
-            self._doing.clear()
-        baseline = measured.pop(None, None)
-        outcomes = tuple(_with_latency(outcome, measured.get(outcome.format), baseline) for outcome in report.outcomes)
-        untimed = [o.format for o in runnable if o.format not in measured]
-        notes = (f"no latency of {name}: its runtime ended while it was timed, see logs/{name}.log" for name in untimed)
-        report = replace(report, outcomes=outcomes, baseline=baseline, notes=(*report.notes, *notes))
-        report.save()
-        return report
+        bounds = replace(self._bounds, threads=self._cores, nice=0)
+        dispatcher = self._dispatcher(report.folder, report.folder, bounds)
+        return bench(report, {each.name: each for each in (*known().values(), *formats)}, dispatcher, self._watch)
+
+    def _dispatcher(self, root: Path, final: Path, bounds: Bounds) -> Dispatcher:
+        sys_path = tuple(entry or os.getcwd() for entry in sys.path)
+        return Dispatcher(root, final, self._workers, self._slots, bounds, sys_path)
 
 
-def _rounds(talks: Mapping[str | None, Conversation], batch: int, threads: int) -> Iterator[tuple[str | None, Latency]]:
-    """Let the runtimes take turns, one at a time, round after round."""
-    cold = {name: talk.answer() for name, talk in talks.items()}
-    samples: dict[str | None, list[float]] = {name: [] for name, hello in cold.items() if hello}
-    memory: dict[str | None, int | None] = {}
-    for _ in range(ROUNDS):
-        for name in tuple(samples):
-            talks[name].ask()
-            answer = talks[name].answer()
-            if answer is None:
-                del samples[name]
-                continue
-            samples[name] += answer["samples_ms"]
-            memory[name] = answer["peak_memory_bytes"]
-    for name, taken in samples.items():
-        yield (
-            name,
-            summarise(
-                taken,
-                batch=batch,
-                threads=threads,
-                device="cpu",
-                load_seconds=cold[name]["load_seconds"],
-                first_ms=cold[name]["first_ms"],
-                peak_memory_bytes=memory[name],
-            ),
-        )
-
-
-def _with_latency(outcome: Outcome, latency: Latency | None, baseline: Latency | None) -> Outcome:
-    if latency is None:
-        return outcome
-    if baseline is not None:
-        latency = replace(latency, speedup=baseline.p50_ms / latency.p50_ms)
-    spent = (latency.first_ms + sum(latency.samples_ms)) / 1e3 + latency.load_seconds
-    return replace(outcome, latency=latency, seconds={**outcome.seconds, "bench": spent})
-
-
-# --- folders ----------------------------------------------------------------------------------------------------------
-
-_UNFINISHED = ".unfinished-"
-
-
-def unfinished(parent: Path) -> Path:
-    """A new folder in `parent` for an export that is not complete yet.
-
-    Raises:
-        OSError: the folder cannot be written.
-    """
-    folder = parent / f"{_UNFINISHED}{secrets.token_hex(4)}"
-    (folder / "source").mkdir(parents=True)
-    return folder
+# --- pieces -----------------------------------------------------------------------------------------------------------
 
 
 def _fetch(held: str, target: Path) -> None:
@@ -352,31 +233,26 @@ def _fetch(held: str, target: Path) -> None:
         shutil.copyfileobj(source, file)
 
 
-def finished(parent: Path) -> list[Path]:
-    """The complete exports in `parent`, the oldest first."""
-    reports = [path for path in parent.glob("*/report.json") if not path.parent.is_symlink()]
-    reports = [path for path in reports if not path.parent.name.startswith(_UNFINISHED)]
-    return [path.parent for path in sorted(reports, key=lambda path: path.stat().st_mtime_ns)]
-
-
-def point_best(folder: Path) -> None:
-    """Let `best` beside `folder` point to it: a link, or where links do not work, a file with the folder's name."""
-    best = folder.parent / BEST
-    temporary = folder.parent / f".{BEST}-{secrets.token_hex(4)}"
-    try:
-        temporary.symlink_to(folder.name, target_is_directory=True)
-    except OSError:
-        temporary.write_text(folder.name, encoding="utf-8")
-    temporary.replace(best)
-
-
-def _prune(newest: Path, keep: int | None) -> None:
-    """Remove the oldest exports beyond `keep`; the newest, the best, always stays."""
-    if keep is None:
-        return
-    old = [folder for folder in finished(newest.parent) if folder != newest]
-    for folder in old[: max(0, len(old) - max(keep - 1, 0))]:
-        shutil.rmtree(folder, ignore_errors=True)
+def _manifest(request: Request, report: Report, reference: Reference) -> dict[str, Any]:
+    """What someone has to know who finds an artifact: where it comes from, and its signature."""
+    artifacts = {
+        outcome.format: {
+            "path": outcome.artifact.path,
+            "precision": outcome.precision,
+            "inputs": outcome.inputs,
+            "outputs": outcome.outputs,
+            "toolchain": outcome.toolchain,
+        }
+        for outcome in report.outcomes
+        if outcome.artifact
+    }
+    return {
+        "checkpoint": report.checkpoint,
+        "question": request.question,
+        "spec": reference.spec,
+        "environment": reference.environment,
+        "artifacts": artifacts,
+    }
 
 
 def _earlier(request: Request, sha256: str) -> Report | None:

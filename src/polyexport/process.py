@@ -141,15 +141,16 @@ class Conversation:
         self._process = process
         self._timeout = timeout
 
-    def ask(self) -> None:
-        """Ask for the next answer."""
+    def ask(self) -> Any:
+        """Ask for the next answer, and return it; None when the worker died or took too long."""
         if self._process is not None and self._process.stdin is not None:
             with contextlib.suppress(OSError):  # a dead worker shows when its answer is read
                 self._process.stdin.write(b"round\n")
                 self._process.stdin.flush()
+        return self.answer()
 
     def answer(self) -> Any:
-        """The next answer; None when the worker died or was killed for taking too long."""
+        """The answer that comes unasked, once the worker is ready; None when it died or took too long."""
         if self._process is None or self._process.stdout is None:
             return None
         watchdog = threading.Timer(self._timeout, _kill, [self._process])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -134,9 +134,7 @@ class Report:
         Raises:
             FileNotFoundError: there is none.
         """
-        report = decode(Report, read_json(folder / "report.json"))
-        object.__setattr__(report, "folder", folder.resolve())
-        return report
+        return replace(decode(Report, read_json(folder / "report.json")), folder=folder.resolve())
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------

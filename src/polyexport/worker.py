@@ -138,6 +138,7 @@ def bench(root: Path, job: Job, answers: TextIO) -> int:
     warm_up(call)
     _answer(answers, {"load_seconds": load_seconds, "first_ms": first_ms})
     for _ in sys.stdin:
+        warm_up(call, count=2, seconds=0.05)  # the runtime before may still have threads that spin
         _answer(answers, {"samples_ms": sample_ms(call), "peak_memory_bytes": _peak_memory()})
     return 0
 

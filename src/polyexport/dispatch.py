@@ -1,0 +1,103 @@
+"""Jobs of one export folder: written into it as files, done by workers, in the toolchain that each needs."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from concurrent.futures import Executor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from polyexport import toolchain
+from polyexport.format import Format
+from polyexport.formats import known
+from polyexport.job import Job, reproduce
+from polyexport.process import Conversation, Ended, Workers, environment
+from polyexport.records import write_json
+from polyexport.toolchain import Toolchain
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """What a worker may take."""
+
+    timeout: float
+    threads: int
+    nice: int = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Dispatcher:
+    """Has jobs done for one export folder.
+
+    Attributes:
+        root: The export's folder.
+        final: Where it will lie once it is complete.
+        workers: The processes that are running.
+        slots: Runs as many jobs at once as there are slots.
+        bounds: What each worker may take.
+        sys_path: The training process's import path.
+    """
+
+    root: Path
+    final: Path
+    workers: Workers
+    slots: Executor
+    bounds: Bounds
+    sys_path: tuple[str, ...]
+
+    def run(self, job: Job, chain: Toolchain, name: str, log: str, *, gpu: bool = False) -> tuple[Ended, str]:
+        """Have a job done when a slot is free; returns how it ended and the command to run it again."""
+        try:
+            command = chain.command()
+        except Exception as error:  # an environment that cannot be made is a missing tool, whatever went wrong in it
+            return Ended(error=str(error), kind="missing"), ""
+        path = self._place(job, chain, name)
+        around = environment(threads=self.bounds.threads, gpu=gpu, host=chain.in_host)
+        done = self.slots.submit(
+            self.workers.run, command, path, self.root / log, timeout=self.bounds.timeout, environment=around
+        )
+        return done.result(), reproduce(command, self.final / path.relative_to(self.root))
+
+    @contextlib.contextmanager
+    def converse(self, job: Job, chain: Toolchain, name: str, log: str, *, gpu: bool = False) -> Iterator[Conversation]:
+        """Start a job that is asked for its answers one by one."""
+        path = self._place(job, chain, name)
+        around = environment(threads=self.bounds.threads, gpu=gpu, host=chain.in_host)
+        with self.workers.conversation(
+            chain.command(), path, self.root / log, timeout=self.bounds.timeout, environment=around
+        ) as talk:
+            yield talk
+
+    def declared(self, each: Format) -> str | None:
+        """The file of a `Format` that is not one of ours, pickled by value so that a worker needs no import of it."""
+        if known().get(each.name) is each:
+            return None
+        path = self.root / "source" / "formats" / f"{each.name}.pkl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(_by_value(each))
+        return path.relative_to(self.root).as_posix()
+
+    def _place(self, job: Job, chain: Toolchain, name: str) -> Path:
+        """Write a job's file."""
+        path = self.root / "source" / "jobs" / f"{name}.json"
+        own = self.sys_path if chain.in_host or chain.layered else ()
+        write_json(path, replace(job, threads=self.bounds.threads, nice=self.bounds.nice, sys_path=own))
+        return path
+
+
+def _by_value(each: Format) -> bytes:
+    import cloudpickle
+
+    functions = [route.convert for route in each.routes] + ([each.load] if each.load else [])
+    # toolchains by name: the module of their class needs more than an isolated toolchain has
+    routes = tuple(replace(route, toolchain=toolchain.find(route.toolchain).name) for route in each.routes)
+    with contextlib.ExitStack() as stack:
+        for name in {function.__module__ for function in functions if not function.__module__.startswith("polyexport")}:
+            home = sys.modules.get(name)
+            if home is not None and name not in cloudpickle.list_registry_pickle_by_value():
+                cloudpickle.register_pickle_by_value(home)
+                stack.callback(cloudpickle.unregister_pickle_by_value, home)
+        pickled: bytes = cloudpickle.dumps(replace(each, routes=routes, runtime=None))
+    return pickled

@@ -1,0 +1,48 @@
+"""Folders of exports: a new one, the finished ones, which is the best, which are too old."""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+from pathlib import Path
+
+BEST = "best"
+_UNFINISHED = ".unfinished-"
+
+
+def unfinished(parent: Path) -> Path:
+    """A new folder in `parent` for an export that is not complete yet.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    folder = parent / f"{_UNFINISHED}{secrets.token_hex(4)}"
+    (folder / "source").mkdir(parents=True)
+    return folder
+
+
+def finished(parent: Path) -> list[Path]:
+    """The complete exports in `parent`, the oldest first."""
+    reports = [path for path in parent.glob("*/report.json") if not path.parent.is_symlink()]
+    reports = [path for path in reports if not path.parent.name.startswith(_UNFINISHED)]
+    return [path.parent for path in sorted(reports, key=lambda path: path.stat().st_mtime_ns)]
+
+
+def point_best(folder: Path) -> None:
+    """Let `best` beside `folder` point to it: a link, or where links do not work, a file with the folder's name."""
+    best = folder.parent / BEST
+    temporary = folder.parent / f".{BEST}-{secrets.token_hex(4)}"
+    try:
+        temporary.symlink_to(folder.name, target_is_directory=True)
+    except OSError:
+        temporary.write_text(folder.name, encoding="utf-8")
+    temporary.replace(best)
+
+
+def prune(newest: Path, keep: int | None) -> None:
+    """Remove the oldest exports beyond `keep`; the newest, the best, always stays."""
+    if keep is None:
+        return
+    old = [folder for folder in finished(newest.parent) if folder != newest]
+    for folder in old[: max(0, len(old) - max(keep - 1, 0))]:
+        shutil.rmtree(folder, ignore_errors=True)
