@@ -88,6 +88,13 @@ def test_pytorchs_own_formats_carry_the_metadata(dictionary):
         assert dictionary.checkpoint.sha256 in (text if isinstance(text, str) else text.decode())
 
 
+def test_nothing_is_written_into_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    polyexport.export(torch.nn.Linear(3, 2), torch.rand(2, 3), GROUND_FORMATS, tmp_path / "x", bench=False)
+    assert [path.name for path in (tmp_path / "home").iterdir() if path.name != ".cache"] == []
+
+
 def test_loading_what_was_not_exported_says_what_was(dictionary, tmp_path: Path):
     with pytest.raises(polyexport.BadRequest, match=r"was not exported; .* has torchscript, pt2, onnx, openvino"):
         polyexport.load(dictionary.folder / "onxx")

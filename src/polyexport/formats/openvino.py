@@ -5,6 +5,7 @@ https://docs.openvino.ai/
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,15 @@ from polyexport.spec import Arrays, ExportSpec
 
 def convert_onnx(source: Path, target: Path, spec: ExportSpec) -> None:
     """Read the ONNX graph."""
-    import openvino
-
+    openvino = _without_telemetry()
     _save(openvino.convert_model(str(source)), target, spec)
 
 
 def convert_torchscript(source: Path, target: Path, spec: ExportSpec) -> None:
     """Read the TorchScript trace."""
-    import openvino
     import torch
 
+    openvino = _without_telemetry()
     shapes = [
         (
             openvino.PartialShape([-1 if isinstance(size, str) else size for size in tensor.shape]),
@@ -34,17 +34,24 @@ def convert_torchscript(source: Path, target: Path, spec: ExportSpec) -> None:
     _save(openvino.convert_model(torch.jit.load(str(source)), input=shapes), target, spec)
 
 
-def _element(dtype: str) -> Any:
-    import numpy as np
+def _without_telemetry() -> Any:
+    """OpenVINO, which otherwise writes into the home folder on import, and reports each conversion to its vendor."""
+    sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # the import system's own word for "not there"
     import openvino
 
+    return openvino
+
+
+def _element(dtype: str) -> Any:
+    import numpy as np
+
+    openvino = _without_telemetry()
     return openvino.Type(np.dtype(dtype))
 
 
 def _save(model: Any, target: Path, spec: ExportSpec) -> None:
     """Name the ports, embed the metadata, write `.xml` and `.bin` in full precision."""
-    import openvino
-
+    openvino = _without_telemetry()
     for ports, tensors in ((model.inputs, spec.inputs), (model.outputs, spec.outputs)):
         if len(ports) == len(tensors):
             for port, tensor in zip(ports, tensors, strict=True):
@@ -56,8 +63,7 @@ def _save(model: Any, target: Path, spec: ExportSpec) -> None:
 
 def load(path: Path, spec: ExportSpec, *, threads: int) -> Runner:
     """Run it on the CPU in float32, which some processors would otherwise round to bfloat16."""
-    import openvino
-
+    openvino = _without_telemetry()
     core = openvino.Core()
     core.set_property("CPU", {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads})
     compiled = core.compile_model(str(path), "CPU")
