@@ -14,6 +14,7 @@ from torch import nn
 import zoo
 from polyexport import BadRequest
 from polyexport import module as modules
+from polyexport.flat import flat, named_tensors
 
 Pair = namedtuple("Pair", "first second")
 
@@ -112,9 +113,9 @@ def test_inputs_have_the_names_of_the_arguments():
             return ids + options["a"] + options["b"][0] + rest[0] + mask
 
     one = torch.ones(2)
-    flat = modules.flat(Net(), (one, {"a": one, "b": (one, 5)}, one), {"mask": one, "scale": 2.0})
-    assert flat.input_names == ("ids", "options_a", "options_b_0", "rest_0", "mask")
-    assert flat(*flat.example).tolist() == [5.0, 5.0]
+    made = flat(Net(), (one, {"a": one, "b": (one, 5)}, one), {"mask": one, "scale": 2.0})
+    assert made.input_names == ("ids", "options_a", "options_b_0", "rest_0", "mask")
+    assert made(*made.example).tolist() == [5.0, 5.0]
 
 
 @pytest.mark.parametrize(
@@ -129,28 +130,28 @@ def test_inputs_have_the_names_of_the_arguments():
     ],
 )
 def test_outputs_have_the_names_of_their_keys(answer, names):
-    outputs, dropped = modules.named_tensors(answer(torch.ones(1)), taken={"x": 0})
+    outputs, dropped = named_tensors(answer(torch.ones(1)), taken={"x": 0})
     assert list(outputs) == names
     assert dropped == ()
 
 
 def test_an_output_that_holds_no_tensor_is_named():
-    assert modules.named_tensors({"y": torch.ones(1), "cache": object()}, {})[1] == ("cache (object)",)
+    assert named_tensors({"y": torch.ones(1), "cache": object()}, {})[1] == ("cache (object)",)
 
 
 def test_an_output_without_any_tensor_is_an_error():
     with pytest.raises(BadRequest, match="without a tensor"):
-        modules.named_tensors({"count": 3}, {})
+        named_tensors({"count": 3}, {})
 
 
 def test_an_argument_that_no_converter_can_take_is_an_error():
     with pytest.raises(BadRequest, match=r"argument input is a object.*give inputs="):
-        modules.flat(nn.Identity(), (object(),), {})
+        flat(nn.Identity(), (object(),), {})
 
 
 def test_a_call_without_a_tensor_is_an_error():
     with pytest.raises(BadRequest, match="received no tensor"):
-        modules.flat(nn.Identity(), (1,), {})
+        flat(nn.Identity(), (1,), {})
 
 
 def test_a_traced_structure_takes_the_weights_of_the_checkpoint(tmp_path):

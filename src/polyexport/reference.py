@@ -16,6 +16,7 @@ import numpy as np
 
 from polyexport import module as modules
 from polyexport.errors import BadRequest
+from polyexport.flat import as_runner, to_arrays
 from polyexport.format import Runner
 from polyexport.job import Batch
 from polyexport.parity import noise_floor
@@ -64,8 +65,8 @@ def make(root: Path, source: Path, dynamic: Dynamic) -> Reference:
     model = modules.load(source)
     sha256, at = _sha256(weights), _keep_only_weights(weights)
     model_any: Any = model
-    run = modules.as_runner(model)
-    inputs = modules.to_arrays(model_any.input_names, model_any.example)
+    run = as_runner(model)
+    inputs = to_arrays(model_any.input_names, model_any.example)
     outputs = run(inputs)
     notes: list[str] = []
     if not _same(outputs, run(inputs)):
@@ -111,7 +112,7 @@ def eager(source: Path, *, threads: int) -> Runner:
     import torch
 
     torch.set_num_threads(threads)
-    return modules.as_runner(modules.load(source))
+    return as_runner(modules.load(source))
 
 
 def _same(one: Arrays, other: Arrays) -> bool:
@@ -123,7 +124,7 @@ def _noise(model: torch.nn.Module, inputs: Arrays, outputs: Arrays) -> tuple[dic
     try:
         precise = copy.deepcopy(model).double()
         doubled = {n: a.astype(np.float64) if a.dtype == np.float32 else a for n, a in inputs.items()}
-        return noise_floor(outputs, modules.as_runner(precise)(doubled)), ()
+        return noise_floor(outputs, as_runner(precise)(doubled)), ()
     except Exception as error:  # a module with a fixed dtype in its forward has no float64 twin; that is no failure
         return {}, (f"no noise floor: the module does not run in float64 ({type(error).__name__})",)
 

@@ -31,7 +31,7 @@ def load(path: Path, spec: ExportSpec, *, threads: int) -> Runner:
     """Run the saved program with PyTorch."""
     import torch
 
-    from polyexport.module import as_runner
+    from polyexport.flat import as_runner
 
     torch.set_num_threads(threads)
     return as_runner(torch.export.load(path).module(), spec)

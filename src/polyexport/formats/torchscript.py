@@ -29,7 +29,7 @@ def load(path: Path, spec: ExportSpec, *, threads: int) -> Runner:
     """Run the saved trace with PyTorch."""
     import torch
 
-    from polyexport.module import as_runner
+    from polyexport.flat import as_runner
 
     torch.set_num_threads(threads)
     return as_runner(torch.jit.load(str(path)).eval(), spec)
