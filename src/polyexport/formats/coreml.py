@@ -95,13 +95,28 @@ def border_dtype(dtype: str) -> str:
 
 
 def _convert(model: Any, target: Path, spec: ExportSpec, precision: str) -> None:
+    """Write a package for the oldest systems that have all its ops."""
     import coremltools as ct
 
     from polyexport.mil import composite
 
     composite.register()
+    try:
+        package = _translated(model, spec, precision, None)
+    except ValueError as error:
+        if "minimum_deployment_target" not in str(error):
+            raise
+        print(f"for iOS 18 and macOS 15 only, since: {error}")
+        package = _translated(model, spec, precision, ct.target.iOS18)
+    package.user_defined_metadata.update(spec.metadata)
+    package.save(str(target))
+
+
+def _translated(model: Any, spec: ExportSpec, precision: str, oldest: Any) -> Any:
+    import coremltools as ct
+
     free = {called: ct.RangeDim(1, upper, spec.sizes[called]) for called, upper in _uppers(spec).items()}
-    package = ct.convert(
+    return ct.convert(
         model,
         convert_to="mlprogram",
         inputs=[
@@ -114,10 +129,9 @@ def _convert(model: Any, target: Path, spec: ExportSpec, precision: str) -> None
         ],
         outputs=[ct.TensorType(name=tensor.name) for tensor in spec.outputs],
         compute_precision=ct.precision(precision),
+        minimum_deployment_target=oldest,
         skip_model_load=True,
     )
-    package.user_defined_metadata.update(spec.metadata)
-    package.save(str(target))
 
 
 # --- running ----------------------------------------------------------------------------------------------------------

@@ -85,6 +85,17 @@ def diff(context: Any, node: Any) -> None:
     context.add(mb.identity(x=x, name=node.name))
 
 
+def prod(context: Any, node: Any) -> None:
+    """The product along one axis, or of all."""
+    from coremltools.converters.mil import Builder as mb
+    from coremltools.converters.mil.frontend.torch.ops import _get_inputs
+
+    values = _get_inputs(context, node)
+    axes = [int(values[1].val)] if len(values) > 2 and values[1] is not None else None
+    keep = bool(values[2].val) if axes and values[2] is not None else False
+    context.add(mb.reduce_prod(x=values[0], axes=axes, keep_dims=keep, name=node.name))
+
+
 # --- adaptive pooling -------------------------------------------------------------------------------------------------
 
 
@@ -135,6 +146,7 @@ _COMPOSITES = {
     "new_zeros": new_zeros,
     "group_norm": group_norm,
     "diff": diff,
+    "prod": prod,
     **{f"adaptive_avg_pool{rank}d": adaptive_avg_pool for rank in (1, 2, 3)},
     **{f"_adaptive_avg_pool{rank}d": adaptive_avg_pool for rank in (2, 3)},
     **{f"adaptive_max_pool{rank}d": adaptive_max_pool for rank in (1, 2, 3)},
