@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ def _unary(function: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
     return lambda x: function(x)
 
 
-def _binary(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _binary(function: Any) -> Callable[..., Tensor]:
     return lambda x, y: function(x, y)
 
 
