@@ -2,14 +2,15 @@
 
 https://www.paddlepaddle.org.cn/inference/
 
-X2Paddle asks for some care: no opset above 15, no `dilations` of all ones on a pool, one conversion a process (which a
-worker is), and no report of what was converted to its makers.
+X2Paddle asks for some care: no opset above 15, no `dilations` of all ones on a pool, no weight that two layers share, one
+conversion a process (which a worker is), and no report of what was converted to its makers.
 """
 
 from __future__ import annotations
 
 import shutil
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ def convert(source: Path, target: Path, spec: ExportSpec) -> None:
 
     model = onnx.load(source)
     _strip_dilations(model)
+    _unshare_weights(model)
     with tempfile.TemporaryDirectory(dir=target.parent) as name:
         folder = Path(name)
         onnx.save(model, folder / "model.onnx")
@@ -41,6 +43,37 @@ def _strip_dilations(model: Any) -> None:
             for attribute in [each for each in node.attribute if each.name == "dilations"]:
                 if set(attribute.ints) == {1}:
                     node.attribute.remove(attribute)
+
+
+def _unshare_weights(model: Any) -> None:
+    """Give each use of a weight a weight of its own: X2Paddle takes it out of its table at the first use.
+
+    The exporter lets equal weights share one, by name or behind an Identity.
+    """
+    graph = model.graph
+    weights = {weight.name: weight for weight in graph.initializer}
+    outputs = {output.name for output in graph.output}
+    meant = {name: name for name in weights}
+    for node in [each for each in graph.node if each.op_type == "Identity"]:
+        if node.input[0] in meant and node.output[0] not in outputs:
+            meant[node.output[0]] = meant[node.input[0]]
+            graph.node.remove(node)
+    uses: Counter[str] = Counter()
+    for node in graph.node:
+        for index, name in enumerate(node.input):
+            if name in meant:
+                node.input[index] = _own(graph, weights[meant[name]], uses)
+
+
+def _own(graph: Any, weight: Any, uses: Counter[str]) -> str:
+    """The weight's name at its first use, the name of a new copy later."""
+    uses[weight.name] += 1
+    if uses[weight.name] == 1:
+        return str(weight.name)
+    copy = graph.initializer.add()
+    copy.CopyFrom(weight)
+    copy.name = f"{weight.name}_use_{uses[weight.name]}"
+    return str(copy.name)
 
 
 def load(path: Path, spec: ExportSpec, *, threads: int) -> Runner:
