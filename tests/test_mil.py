@@ -147,6 +147,7 @@ FUNCTIONS = {
     "tril, triu": (lambda x: x.tril() + x.triu(1), IMAGE),
     "one_hot": (lambda x: functional.one_hot(x.argmax(1), 8).float(), ROWS),
     "arange": (lambda x: x + torch.arange(8), ROWS),
+    "where, between scalars": (lambda x: torch.where(x > 0, 1.0, -0.5), ROWS),
     "masked_fill": (lambda x: x.masked_fill(x > 0, -2.0), ROWS),
     "embedding": (lambda x: functional.embedding(x.argmax(1), torch.arange(40.0).reshape(8, 5)), ROWS),
     "unfold": (lambda x: functional.unfold(x, 3, stride=2), IMAGE),
@@ -181,7 +182,7 @@ def test_a_function_evaluates_to_what_pytorch_computes(name, tmp_path):
     torch.manual_seed(0)
     x = torch.randn(shape)
     module = Whole(function).eval()
-    # the fused attention of eval mode is no part of TorchScript that coremltools reads
+    # off, as `formats/torchscript.py` has it
     with torch.no_grad(), fused_attention_off():
         expected = module(x)
         answers = expected if isinstance(expected, tuple) else (expected,)

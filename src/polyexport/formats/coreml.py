@@ -45,16 +45,32 @@ def convert_trace(source: Path, target: Path, spec: ExportSpec, *, precision: st
 def convert_program(source: Path, target: Path, spec: ExportSpec, *, precision: str) -> None:
     """Translate the program of `torch.export`, exported once more behind the same casts and with bounds."""
     import torch
-    from torch._decomp import get_decompositions  # torch has no public way to decompose some ops only
-
-    aten = torch.ops.aten
-    layers = (aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input)  # coremltools has none of them
 
     module, inputs = _behind_casts(torch.export.load(source).module(), spec)
     free = {called: torch.export.Dim(called, min=1, max=upper) for called, upper in _uppers(spec).items()}
     shapes = tuple({axis: free[called] for axis, called in tensor.dynamic.items()} for tensor in spec.inputs)
     program = torch.export.export(module, inputs, dynamic_shapes={"tensors": shapes} if free else None, strict=False)
-    _convert(program.run_decompositions(get_decompositions(layers)), target, spec, precision)
+    _convert(_known_only(program), target, spec, precision)
+
+
+def _known_only(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """The program with every op that coremltools lacks taken apart, as far as PyTorch knows how."""
+    import torch
+    from coremltools.converters.mil.frontend.torch.torch_op_registry import is_torch_fx_node_supported
+    from torch._decomp import decomposition_table
+
+    from polyexport.mil import composite
+
+    composite.register()
+    parts = {**decomposition_table, **torch.export.default_decompositions()}
+    program = program.run_decompositions({})
+    for _ in range(4):  # what is taken apart may have parts that are lacking too
+        nodes = [node for node in program.graph.nodes if node.op == "call_function"]
+        lacking = {node.target for node in nodes if not is_torch_fx_node_supported(node)}
+        if not lacking & parts.keys():
+            break
+        program = program.run_decompositions({op: parts[op] for op in lacking & parts.keys()})
+    return program
 
 
 def _behind_casts(module: Any, spec: ExportSpec) -> tuple[torch.nn.Module, tuple[torch.Tensor, ...]]:

@@ -96,6 +96,22 @@ def prod(context: Any, node: Any) -> None:
     context.add(mb.reduce_prod(x=values[0], axes=axes, keep_dims=keep, name=node.name))
 
 
+def where(context: Any, node: Any) -> None:
+    """A choice between two scalars, whose shape coremltools would take for that of the result."""
+    from coremltools.converters.mil import Builder as mb
+    from coremltools.converters.mil.frontend.torch import ops
+
+    values = ops._get_inputs(context, node)
+    if len(values) != 3 or any(value is None or value.rank for value in values[1:]) or not values[0].rank:
+        ops.where(context, node)
+        return
+    condition, first, second = values
+    wanted = "fp32" if "fp" in _cast_name(first) + _cast_name(second) else "int32"
+    nothing = mb.mul(x=mb.cast(x=condition, dtype=wanted), y=mb.cast(x=0, dtype=wanted))
+    a, b = (mb.add(x=nothing, y=mb.cast(x=value, dtype=wanted)) for value in (first, second))
+    context.add(mb.select(cond=mb.cast(x=condition, dtype="bool"), a=a, b=b, name=node.name))
+
+
 # --- adaptive pooling -------------------------------------------------------------------------------------------------
 
 
@@ -147,6 +163,7 @@ _COMPOSITES = {
     "group_norm": group_norm,
     "diff": diff,
     "prod": prod,
+    "where": where,
     **{f"adaptive_avg_pool{rank}d": adaptive_avg_pool for rank in (1, 2, 3)},
     **{f"_adaptive_avg_pool{rank}d": adaptive_avg_pool for rank in (2, 3)},
     **{f"adaptive_max_pool{rank}d": adaptive_max_pool for rank in (1, 2, 3)},
