@@ -14,6 +14,7 @@ import zoo
 from polyexport import FORMATS, Report
 
 GROUND_FORMATS = ("torchscript", "pt2", "onnx", "openvino")
+ZOO_FORMATS = (*GROUND_FORMATS, "coreml")
 
 
 @pytest.fixture(scope="session")
@@ -24,13 +25,13 @@ def exported(tmp_path_factory: pytest.TempPathFactory):
     @functools.cache
     def export(model: str) -> Report:
         module, inputs = zoo.build(model)
-        return polyexport.export(module, inputs, GROUND_FORMATS, folder / model, bench=False)
+        return polyexport.export(module, inputs, ZOO_FORMATS, folder / model, bench=False)
 
     return export
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", GROUND_FORMATS)
+@pytest.mark.parametrize("name", ZOO_FORMATS)
 @pytest.mark.parametrize("model", [*zoo.GROUND, *zoo.FURTHER])
 def test_agrees_with_pytorch_at_three_batch_sizes(exported, model, name):
     outcome = exported(model)[name]
@@ -96,7 +97,9 @@ def test_nothing_is_written_into_the_home_folder(tmp_path: Path, monkeypatch: py
 
 
 def test_loading_what_was_not_exported_says_what_was(dictionary, tmp_path: Path):
-    with pytest.raises(polyexport.BadRequest, match=r"was not exported; .* has torchscript, pt2, onnx, openvino"):
+    with pytest.raises(
+        polyexport.BadRequest, match=r"was not exported; .* has torchscript, pt2, onnx, openvino, coreml"
+    ):
         polyexport.load(dictionary.folder / "onxx")
     with pytest.raises(polyexport.BadRequest, match=r"manifest\.json does not exist"):
         polyexport.load(tmp_path / "onnx")

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from polyexport import plan, toolchain
+from polyexport import gpu, plan, toolchain
 from polyexport.dispatch import Dispatcher
 from polyexport.format import MODULE, Format, Route
 from polyexport.job import Job, Kind
@@ -126,6 +126,8 @@ class Build:
         outcome = Outcome(
             each.name, each.precision, "skipped", route=route.name, inputs=spec.inputs, outputs=spec.outputs
         )
+        if each.needs_gpu and (why := gpu.missing()):
+            return Built(replace(outcome, reason=why), "", spec)
         source = "source"
         if route.upstream != MODULE:
             upstream = self._built(route.upstream, dynamic=dynamic)

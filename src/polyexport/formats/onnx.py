@@ -37,7 +37,7 @@ def convert_program(source: Path, target: Path, spec: ExportSpec) -> None:
     _finish(target, spec)
 
 
-def convert_trace(source: Path, target: Path, spec: ExportSpec) -> None:
+def convert_trace(source: Path, target: Path, spec: ExportSpec, *, opset: int = 17) -> None:
     """Trace and translate the module with the TorchScript exporter, which takes some models that dynamo does not."""
     import torch
 
@@ -54,7 +54,7 @@ def convert_trace(source: Path, target: Path, spec: ExportSpec) -> None:
             input_names=list(spec.input_names),
             output_names=list(spec.output_names),
             dynamic_axes=axes,
-            opset_version=17,
+            opset_version=opset,
             verbose=False,
         )
     _finish(target, spec)

@@ -19,6 +19,7 @@ def convert(source: Path, target: Path, spec: ExportSpec) -> None:
 
     from polyexport import module
 
+    torch.backends.mha.set_fastpath_enabled(False)  # its fused attention is known to PyTorch alone, not to converters
     with warnings.catch_warnings(), torch.inference_mode():
         warnings.simplefilter("ignore", DeprecationWarning)  # TorchScript is frozen, and still what mobile and C++ run
         traced = torch.jit.trace(module.load(source), module.example(source, spec), strict=False, check_trace=False)

@@ -1,0 +1,225 @@
+"""Core ML: an ML Program for Apple's devices, in float32 and in float16.
+
+https://apple.github.io/coremltools/docs-guides/
+
+Requirements:
+* Core ML has no int64 and no bool at a model's border: such inputs and outputs are int32 there, under their own names,
+  and are cast inside the graph, so that the model computes what PyTorch does.
+* A free axis needs an upper bound in an ML Program; it gets a generous one.
+* On macOS the package is run by Core ML. Elsewhere it is read back and evaluated (see `polyexport.mil`): nothing of the
+  conversion but the file takes part in that.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from polyexport.format import Convert, Format, Route, Runner
+from polyexport.spec import Arrays, ExportSpec
+
+if TYPE_CHECKING:
+    import torch
+
+_AT_LEAST = 1024
+"""The least upper bound of a free axis."""
+
+
+# --- conversion -------------------------------------------------------------------------------------------------------
+
+
+def convert_trace(source: Path, target: Path, spec: ExportSpec, *, precision: str) -> None:
+    """Translate the TorchScript trace, traced once more behind the casts that Core ML's border needs."""
+    import torch
+
+    module, inputs = _behind_casts(torch.jit.load(str(source)), spec)
+    with torch.inference_mode():
+        traced = torch.jit.trace(module, inputs, check_trace=False)
+    _convert(traced, target, spec, precision)
+
+
+def convert_program(source: Path, target: Path, spec: ExportSpec, *, precision: str) -> None:
+    """Translate the program of `torch.export`, exported once more behind the same casts and with bounds."""
+    import torch
+
+    module, inputs = _behind_casts(torch.export.load(source).module(), spec)
+    free = {called: torch.export.Dim(called, min=1, max=upper) for called, upper in _uppers(spec).items()}
+    shapes = tuple({axis: free[called] for axis, called in tensor.dynamic.items()} for tensor in spec.inputs)
+    program = torch.export.export(module, inputs, dynamic_shapes={"tensors": shapes} if free else None, strict=False)
+    _convert(_known_only(program), target, spec, precision)
+
+
+def _known_only(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """The program with every op that coremltools lacks taken apart, as far as PyTorch knows how."""
+    import torch
+    from coremltools.converters.mil.frontend.torch.torch_op_registry import is_torch_fx_node_supported
+    from torch._decomp import decomposition_table
+
+    from polyexport.mil import composite
+
+    composite.register()
+    parts = {**decomposition_table, **torch.export.default_decompositions()}
+    program = program.run_decompositions({})
+    for _ in range(4):  # what is taken apart may have parts that are lacking too
+        nodes = [node for node in program.graph.nodes if node.op == "call_function"]
+        lacking = {node.target for node in nodes if not is_torch_fx_node_supported(node)}
+        if not lacking & parts.keys():
+            break
+        program = program.run_decompositions({op: parts[op] for op in lacking & parts.keys()})
+    return program
+
+
+def _behind_casts(module: Any, spec: ExportSpec) -> tuple[torch.nn.Module, tuple[torch.Tensor, ...]]:
+    """The module as one that takes what Core ML can give it, and inputs to trace it with."""
+    import torch
+
+    dtypes = [getattr(torch, tensor.dtype) for tensor in spec.inputs]
+
+    class Behind(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = module
+
+        def forward(self, *tensors: torch.Tensor) -> Any:
+            return self.inner(*(tensor.to(dtype) for tensor, dtype in zip(tensors, dtypes, strict=True)))
+
+    # at least two along a free axis, which a tracer would take for one
+    sizes = {called: max(2, size) for called, size in spec.sizes.items()}
+    inputs = tuple(
+        torch.zeros(
+            [sizes[size] if isinstance(size, str) else size for size in tensor.shape],
+            dtype=getattr(torch, border_dtype(tensor.dtype)),
+        )
+        for tensor in spec.inputs
+    )
+    return Behind(), inputs
+
+
+def _uppers(spec: ExportSpec) -> dict[str, int]:
+    """The greatest size of each free axis of the inputs."""
+    names = dict.fromkeys(called for tensor in spec.inputs for called in tensor.dynamic.values())
+    return {called: max(_AT_LEAST, 2 * spec.sizes[called]) for called in names}
+
+
+def border_dtype(dtype: str) -> str:
+    """What a tensor of `dtype` is at the border of a Core ML model."""
+    return "float32" if np.dtype(dtype).kind == "f" else "int32"
+
+
+def _convert(model: Any, target: Path, spec: ExportSpec, precision: str) -> None:
+    """Write a package for the oldest systems that have all its ops."""
+    import coremltools as ct
+
+    from polyexport.mil import composite
+
+    composite.register()
+    try:
+        package = _translated(model, spec, precision, None)
+    except ValueError as error:
+        if "minimum_deployment_target" not in str(error):
+            raise
+        print(f"for iOS 18 and macOS 15 only, since: {error}")
+        package = _translated(model, spec, precision, ct.target.iOS18)
+    package.user_defined_metadata.update(spec.metadata)
+    package.save(str(target))
+
+
+def _translated(model: Any, spec: ExportSpec, precision: str, oldest: Any) -> Any:
+    import coremltools as ct
+
+    free = {called: ct.RangeDim(1, upper, spec.sizes[called]) for called, upper in _uppers(spec).items()}
+    return ct.convert(
+        model,
+        convert_to="mlprogram",
+        inputs=[
+            ct.TensorType(
+                name=tensor.name,
+                shape=[free[size] if isinstance(size, str) else size for size in tensor.shape],
+                dtype=np.dtype(border_dtype(tensor.dtype)).type,
+            )
+            for tensor in spec.inputs
+        ],
+        outputs=[ct.TensorType(name=tensor.name) for tensor in spec.outputs],
+        compute_precision=ct.precision(precision),
+        minimum_deployment_target=oldest,
+        skip_model_load=True,
+    )
+
+
+# --- running ----------------------------------------------------------------------------------------------------------
+
+
+def load(path: Path, spec: ExportSpec, *, threads: int) -> Runner:
+    """Run it with Core ML on macOS, and by evaluating its program elsewhere."""
+    return _predict(path, spec) if sys.platform == "darwin" else Evaluated(path, spec, threads=threads)
+
+
+def _predict(path: Path, spec: ExportSpec) -> Runner:
+    import coremltools as ct
+
+    model = ct.models.MLModel(str(path), compute_units=ct.ComputeUnit.CPU_ONLY)
+
+    def run(inputs: Arrays) -> Arrays:
+        return _from_border(model.predict(_to_border(inputs)), spec)
+
+    return run
+
+
+class Evaluated:
+    """A package's program, evaluated op by op with PyTorch, where there is no Core ML."""
+
+    verified_by = "MIL program evaluated off-device"
+
+    def __init__(self, path: Path, spec: ExportSpec, *, threads: int) -> None:
+        import torch
+
+        from polyexport.mil.evaluate import evaluator
+
+        torch.set_num_threads(threads)
+        self._evaluate = evaluator(path)
+        self._spec = spec
+
+    def __call__(self, inputs: Arrays) -> Arrays:
+        """Run it."""
+        return _from_border(self._evaluate(_to_border(inputs)), self._spec)
+
+
+def _to_border(inputs: Arrays) -> Arrays:
+    return {name: array.astype(border_dtype(str(array.dtype))) for name, array in inputs.items()}
+
+
+def _from_border(outputs: Mapping[str, np.ndarray], spec: ExportSpec) -> Arrays:
+    """Outputs in PyTorch's dtypes; what Core ML returned of another kind stays as it is, for parity to see."""
+    return {tensor.name: outputs[tensor.name].astype(tensor.dtype) for tensor in spec.outputs}
+
+
+def _in(precision: str, convert: Callable[..., None]) -> Convert:
+    def converted(source: Path, target: Path, spec: ExportSpec) -> None:
+        convert(source, target, spec, precision=precision)
+
+    return converted
+
+
+def _format(name: str, precision: str, description: str) -> Format:
+    return Format(
+        name=name,
+        description=description,
+        url="https://apple.github.io/coremltools/docs-guides/",
+        artifact="model.mlpackage",
+        precision=precision,
+        routes=(
+            Route("trace", "torchscript", "coreml", _in(precision, convert_trace)),
+            Route("torch.export", "pt2", "coreml", _in(precision, convert_program)),
+        ),
+        load=load,
+    )
+
+
+FORMATS = (
+    _format("coreml", "float32", "Core ML program, for Apple's CPUs and GPUs"),
+    _format("coreml-fp16", "float16", "Core ML program in half precision, for Apple's Neural Engine"),
+)

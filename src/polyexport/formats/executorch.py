@@ -1,0 +1,66 @@
+"""ExecuTorch: a program for phones and microcontrollers, with XNNPACK for the CPU, run here by its own runtime.
+
+https://docs.pytorch.org/executorch/stable/
+
+What XNNPACK does not take stays with ExecuTorch's portable kernels, inside the same file.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from polyexport.format import Format, Route, Runner
+from polyexport.spec import Arrays, ExportSpec
+
+_AT_LEAST = 64
+"""The least upper bound of a free axis: memory is planned for it."""
+
+
+def convert(source: Path, target: Path, spec: ExportSpec) -> None:
+    """Lower the program of `torch.export`, exported once more with an upper bound for each free axis."""
+    import torch
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import to_edge_transform_and_lower
+
+    module = torch.export.load(source).module()
+    upper = {called: max(_AT_LEAST, 2 * size) for called, size in spec.sizes.items()}
+    free = {called: torch.export.Dim(called, min=1, max=most) for called, most in upper.items()}
+    shapes = tuple({axis: free[called] for axis, called in tensor.dynamic.items()} for tensor in spec.inputs)
+    inputs = tuple(
+        torch.zeros(
+            [max(2, spec.sizes[size]) if isinstance(size, str) else size for size in tensor.shape],
+            dtype=getattr(torch, tensor.dtype),
+        )
+        for tensor in spec.inputs
+    )
+    program = torch.export.export(module, inputs, dynamic_shapes=shapes if spec.is_dynamic else None, strict=False)
+    lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()]).to_executorch()
+    target.write_bytes(lowered.buffer)
+
+
+def load(path: Path, spec: ExportSpec, *, threads: int) -> Runner:
+    """Run it with ExecuTorch's runtime; it takes its threads from the machine."""
+    import torch
+    from executorch.runtime import Runtime
+
+    program = Runtime.get().load_program(path)
+    method = program.load_method("forward")
+
+    def run(inputs: Arrays) -> Arrays:
+        answers = method.execute([torch.from_numpy(np.ascontiguousarray(inputs[name])) for name in spec.input_names])
+        return {name: answer.numpy() for name, answer in zip(spec.output_names, answers, strict=True)}
+
+    return run
+
+
+FORMAT = Format(
+    name="executorch",
+    aliases=("pte",),
+    description="ExecuTorch program with XNNPACK, for phones and small devices",
+    url="https://docs.pytorch.org/executorch/stable/",
+    artifact="model.pte",
+    routes=(Route("xnnpack", upstream="pt2", toolchain="executorch", convert=convert),),
+    load=load,
+)

@@ -1,0 +1,108 @@
+"""Paddle: an inference model for PaddlePaddle's runtimes, run here by Paddle Inference.
+
+https://www.paddlepaddle.org.cn/inference/
+
+X2Paddle asks for some care: no opset above 15, no `dilations` of all ones on a pool, no weight that two layers share,
+one conversion a process (which a worker is), and no report of what was converted to its makers.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from polyexport.format import Format, Route, Runner
+from polyexport.spec import Arrays, ExportSpec
+
+_PREFIX = "x2paddle_"
+"""X2Paddle puts it in front of the names of inputs."""
+
+
+def convert(source: Path, target: Path, spec: ExportSpec) -> None:
+    """Translate the ONNX graph with X2Paddle; of what it writes only the inference model is kept."""
+    import onnx
+    from x2paddle.convert import onnx2paddle
+
+    model = onnx.load(source)
+    _strip_dilations(model)
+    _unshare_weights(model)
+    with tempfile.TemporaryDirectory(dir=target.parent) as name:
+        folder = Path(name)
+        onnx.save(model, folder / "model.onnx")
+        onnx2paddle(str(folder / "model.onnx"), str(folder / "made"), disable_feedback=True)
+        shutil.move(folder / "made" / "inference_model", target)
+
+
+def _strip_dilations(model: Any) -> None:
+    """Take away dilations that say nothing, which X2Paddle takes for ones that it cannot do."""
+    for node in model.graph.node:
+        if node.op_type in ("MaxPool", "AveragePool"):
+            for attribute in [each for each in node.attribute if each.name == "dilations"]:
+                if set(attribute.ints) == {1}:
+                    node.attribute.remove(attribute)
+
+
+def _unshare_weights(model: Any) -> None:
+    """Give each use of a weight a weight of its own: X2Paddle takes it out of its table at the first use.
+
+    The exporter lets equal weights share one, by name or behind an Identity.
+    """
+    graph = model.graph
+    weights = {weight.name: weight for weight in graph.initializer}
+    outputs = {output.name for output in graph.output}
+    meant = {name: name for name in weights}
+    for node in [each for each in graph.node if each.op_type == "Identity"]:
+        if node.input[0] in meant and node.output[0] not in outputs:
+            meant[node.output[0]] = meant[node.input[0]]
+            graph.node.remove(node)
+    uses: Counter[str] = Counter()
+    for node in graph.node:
+        for index, name in enumerate(node.input):
+            if name in meant:
+                node.input[index] = _own(graph, weights[meant[name]], uses)
+
+
+def _own(graph: Any, weight: Any, uses: Counter[str]) -> str:
+    """The weight's name at its first use, the name of a new copy later."""
+    uses[weight.name] += 1
+    if uses[weight.name] == 1:
+        return str(weight.name)
+    copy = graph.initializer.add()
+    copy.CopyFrom(weight)
+    copy.name = f"{weight.name}_use_{uses[weight.name]}"
+    return str(copy.name)
+
+
+def load(path: Path, spec: ExportSpec, *, threads: int) -> Runner:
+    """Run it with Paddle Inference on the CPU."""
+    from paddle import inference
+
+    config = inference.Config(str(path / "model.json"), str(path / "model.pdiparams"))
+    config.disable_gpu()
+    config.set_cpu_math_library_num_threads(threads)
+    predictor = inference.create_predictor(config)
+    given = {name.removeprefix(_PREFIX): predictor.get_input_handle(name) for name in predictor.get_input_names()}
+    answers = [predictor.get_output_handle(name) for name in predictor.get_output_names()]
+
+    def run(inputs: Arrays) -> Arrays:
+        for name, handle in given.items():
+            handle.reshape(inputs[name].shape)
+            handle.copy_from_cpu(inputs[name])
+        predictor.run()
+        return {tensor.name: handle.copy_to_cpu() for tensor, handle in zip(spec.outputs, answers, strict=True)}
+
+    return run
+
+
+FORMAT = Format(
+    name="paddle",
+    aliases=("paddlepaddle",),
+    description="PaddlePaddle inference model",
+    url="https://www.paddlepaddle.org.cn/inference/",
+    artifact="inference_model",
+    routes=(Route("x2paddle", upstream="onnx-opset15", toolchain="paddle", convert=convert),),
+    load=load,
+)

@@ -1,0 +1,210 @@
+"""TensorRT: an engine built for one NVIDIA GPU and one version of the library, in float32 and in float16.
+
+https://docs.nvidia.com/deeplearning/tensorrt/latest/
+
+Requirements:
+* Networks are strongly typed, which TensorRT 10 can do and 11 always does: the precision stands in the ONNX graph, and
+  float16 comes from a float16 graph with float32 at its border.
+* The library comes from the training environment: what PyPI has under its name fetches from the vendor's own index, and
+  which build fits depends on the driver, so it is not ours to install.
+* The engine file is the plan and nothing else, as trtexec and Triton read it; the GPU and the version that it was built
+  for, and the user's metadata, stand in a file beside it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from polyexport import gpu
+from polyexport.errors import CannotRun, ToolMissing
+from polyexport.format import Convert, Format, Route, Runner
+from polyexport.spec import Arrays, ExportSpec
+
+_AT_LEAST = 64
+"""The least upper bound of a free axis."""
+
+_WORKSPACE = 4 << 30
+"""Bytes of GPU memory that the builder may use for one layer, if half of what is free is not less."""
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """The GPU that an engine is built for."""
+
+    name: str
+    capability: str
+    free_bytes: int
+
+
+# --- conversion -------------------------------------------------------------------------------------------------------
+
+
+def convert(source: Path, target: Path, spec: ExportSpec) -> None:
+    """Build an engine from the ONNX graph as it is."""
+    _build(source, target, spec, _library())
+
+
+def convert_half(source: Path, target: Path, spec: ExportSpec) -> None:
+    """Build an engine from the ONNX graph in float16, its inputs and outputs kept in float32."""
+    trt = _library()
+    import onnx
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    half = target.with_name("float16.onnx")
+    onnx.save(convert_float_to_float16(onnx.load(source), keep_io_types=True), half)
+    _build(half, target, spec, trt)
+    half.unlink()
+
+
+def _library() -> Any:
+    """TensorRT itself.
+
+    Raises:
+        ToolMissing: there is no GPU, or no library.
+    """
+    if why := gpu.missing():
+        raise ToolMissing(why)
+    try:
+        import onnx  # noqa: F401  # before tensorrt, which otherwise brings a protobuf that onnx cannot load with
+        import tensorrt
+    except ModuleNotFoundError as error:
+        if error.name != "tensorrt":
+            raise
+        raise ToolMissing(
+            "TensorRT is not in the training environment: `pip install tensorrt-cu13` (or -cu12, as the driver's CUDA)"
+        ) from None
+    return tensorrt
+
+
+def _device() -> Device:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ToolMissing("PyTorch sees no GPU: install its CUDA build, or look at CUDA_VISIBLE_DEVICES")
+    about = torch.cuda.get_device_properties(0)
+    return Device(about.name, f"{about.major}.{about.minor}", torch.cuda.mem_get_info(0)[0])
+
+
+def _build(source: Path, target: Path, spec: ExportSpec, trt: Any) -> None:
+    device = _device()
+    builder = trt.Builder(trt.Logger(trt.Logger.WARNING))
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    _parse(source, network, trt)
+    config = builder.create_builder_config()
+    config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, min(_WORKSPACE, device.free_bytes // 2))
+    config.clear_flag(trt.BuilderFlag.TF32)  # it keeps ten bits of a float32's mantissa
+    if any(tensor.dynamic for tensor in spec.inputs):
+        config.add_optimization_profile(_profile(builder.create_optimization_profile(), network, spec))
+    cache = _cache_file(device, trt)
+    config.set_timing_cache(config.create_timing_cache(cache.read_bytes() if cache.exists() else b""), False)
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        raise RuntimeError("TensorRT built no engine; what it said stands in the log")
+    target.write_bytes(bytes(plan))
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    cache.write_bytes(bytes(config.get_timing_cache().serialize()))
+    about = {"tensorrt": trt.__version__, "gpu": asdict(device), "metadata": dict(spec.metadata)}
+    target.with_suffix(".json").write_text(json.dumps(about, indent=2), encoding="utf-8")
+
+
+def _parse(source: Path, network: Any, trt: Any) -> None:
+    parser = trt.OnnxParser(network, trt.Logger(trt.Logger.WARNING))
+    if not parser.parse_from_file(str(source)):
+        said = "; ".join(parser.get_error(index).desc() for index in range(parser.num_errors))
+        raise RuntimeError(f"TensorRT cannot read the ONNX graph: {said}")
+
+
+def _profile(profile: Any, network: Any, spec: ExportSpec) -> Any:
+    """The least, the usual and the greatest shape of each input; the usual is that of the validation batch."""
+    present = {network.get_input(index).name for index in range(network.num_inputs)}
+    for tensor in spec.inputs:
+        if tensor.name in present:
+            profile.set_shape(tensor.name, *(_sized(tensor.shape, sizes) for sizes in _bounds(spec.sizes)))
+    return profile
+
+
+def _bounds(sizes: Mapping[str, int]) -> tuple[Mapping[str, int], Mapping[str, int], Mapping[str, int]]:
+    return dict.fromkeys(sizes, 1), sizes, {name: max(_AT_LEAST, 2 * size) for name, size in sizes.items()}
+
+
+def _sized(shape: tuple[int | str, ...], sizes: Mapping[str, int]) -> tuple[int, ...]:
+    return tuple(sizes[size] if isinstance(size, str) else size for size in shape)
+
+
+def _cache_file(device: Device, trt: Any) -> Path:
+    """Where the timings of layers are kept: they hold for one GPU and one version."""
+    from polyexport.toolchain import cache_folder
+
+    name = f"{device.name}-{device.capability}-{trt.__version__}".replace(" ", "-").replace("/", "-")
+    return cache_folder() / "tensorrt" / f"{name}.timing"
+
+
+# --- running ----------------------------------------------------------------------------------------------------------
+
+
+def load(path: Path, spec: ExportSpec, *, threads: int) -> Runner:
+    """Run it on the first GPU; a call lasts until the outputs are back in the host's memory."""
+    trt = _library()
+    _device()
+    import torch
+
+    runtime = trt.Runtime(trt.Logger(trt.Logger.WARNING))
+    engine = runtime.deserialize_cuda_engine(path.read_bytes())
+    if engine is None:
+        raise CannotRun("TensorRT refuses the engine: it was built for another GPU or another version")
+    context = engine.create_execution_context()
+    names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
+    given = [name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch.cuda is typed in part
+
+    def run(inputs: Arrays) -> Arrays:
+        with torch.cuda.stream(stream):
+            held = {name: torch.from_numpy(np.ascontiguousarray(inputs[name])).cuda() for name in given}
+            for name, tensor in held.items():
+                context.set_input_shape(name, tuple(tensor.shape))
+            for name in names:
+                if name not in held:
+                    dtype = torch.from_numpy(np.empty(0, trt.nptype(engine.get_tensor_dtype(name)))).dtype
+                    held[name] = torch.empty(_known(context, name), dtype=dtype, device="cuda")
+                context.set_tensor_address(name, held[name].data_ptr())
+            if not context.execute_async_v3(stream.cuda_stream):
+                raise RuntimeError("TensorRT did not run the engine; what it said stands in the log")
+            answer = {name: held[name].cpu() for name in names if name not in given}
+        stream.synchronize()
+        return {tensor.name: answer[tensor.name].numpy() for tensor in spec.outputs}
+
+    return run
+
+
+def _known(context: Any, name: str) -> tuple[int, ...]:
+    shape = tuple(context.get_tensor_shape(name))
+    if min(shape, default=0) < 0:
+        raise CannotRun(f"the shape of {name} depends on values, which this runner does not serve")
+    return shape
+
+
+def _format(name: str, precision: str, convert: Convert, description: str, aliases: tuple[str, ...] = ()) -> Format:
+    return Format(
+        name=name,
+        aliases=aliases,
+        description=description,
+        url="https://docs.nvidia.com/deeplearning/tensorrt/latest/",
+        artifact="model.engine",
+        precision=precision,
+        # the training environment's own library is seen by the layer
+        routes=(Route("onnx", upstream="onnx", toolchain="onnx", convert=convert),),
+        load=load,
+        needs_gpu=True,
+    )
+
+
+FORMATS = (
+    _format("tensorrt", "float32", convert, "TensorRT engine, for the NVIDIA GPU it was built on", ("engine", "trt")),
+    _format("tensorrt-fp16", "float16", convert_half, "TensorRT engine in half precision"),
+)

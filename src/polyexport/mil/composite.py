@@ -1,0 +1,183 @@
+"""PyTorch ops that coremltools has no translation for, or only one with fixed shapes, put together from MIL ops.
+
+https://apple.github.io/coremltools/docs-guides/source/composite-operators.html
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+
+def new_ones(context: Any, node: Any) -> None:
+    """`tensor.new_ones(shape, dtype=…)`."""
+    _new(context, node, 1.0)
+
+
+def new_zeros(context: Any, node: Any) -> None:
+    """`tensor.new_zeros(shape, dtype=…)`."""
+    _new(context, node, 0.0)
+
+
+def _new(context: Any, node: Any, value: float) -> None:
+    from coremltools.converters.mil import Builder as mb
+    from coremltools.converters.mil.frontend.torch.ops import NUM_TO_DTYPE_STRING, _get_inputs
+
+    values = _get_inputs(context, node)
+    like, shape = values[0], _as_vector(values[1])
+    number = values[2].val if len(values) > 2 and values[2] is not None else None
+    dtype = NUM_TO_DTYPE_STRING[number] if number is not None else _cast_name(like)
+    scalar = getattr(shape, "val", shape) is not None and len(getattr(shape, "val", shape)) == 0
+    filled = mb.const(val=value) if scalar else mb.fill(shape=shape, value=value)
+    context.add(mb.cast(x=filled, dtype=dtype, name=node.name))
+
+
+def _cast_name(like: Any) -> str:
+    from coremltools.converters.mil.mil import types
+
+    return str(types.builtin_to_string(like.dtype))
+
+
+def _as_vector(shape: Any) -> Any:
+    from coremltools.converters.mil import Builder as mb
+
+    if not isinstance(shape, list | tuple):
+        return shape
+    whole = [mb.cast(x=size, dtype="int32") if hasattr(size, "dtype") else size for size in shape]
+    return mb.concat(values=[mb.expand_dims(x=s, axes=[0]) if getattr(s, "rank", 1) == 0 else s for s in whole], axis=0)
+
+
+def group_norm(context: Any, node: Any) -> None:
+    """Channels in groups, each group normalised over its channels and all spatial axes; any axis may be free."""
+    from coremltools.converters.mil import Builder as mb
+    from coremltools.converters.mil.frontend.torch.ops import _get_inputs
+
+    x, groups, weight, bias, epsilon = _get_inputs(context, node)[:5]
+    shape = mb.shape(x=x)
+    rows = mb.slice_by_size(x=shape, begin=[0], size=[1])
+    grouped = mb.reshape(x=x, shape=mb.concat(values=[rows, [int(groups.val)], [-1]], axis=0))
+    centred = mb.sub(x=grouped, y=mb.reduce_mean(x=grouped, axes=[2], keep_dims=True))
+    variance = mb.reduce_mean(x=mb.square(x=centred), axes=[2], keep_dims=True)
+    scaled = mb.mul(x=centred, y=mb.rsqrt(x=variance, epsilon=float(epsilon.val)))
+    result = mb.reshape(x=scaled, shape=shape)
+    for vector, combine in ((weight, mb.mul), (bias, mb.add)):
+        if vector is not None:
+            result = combine(x=result, y=mb.reshape(x=vector, shape=[1, -1, *[1] * (x.rank - 2)]))
+    context.add(mb.identity(x=result, name=node.name))
+
+
+def diff(context: Any, node: Any) -> None:
+    """First differences along one axis."""
+    from coremltools.converters.mil import Builder as mb
+    from coremltools.converters.mil.frontend.torch.ops import _get_inputs
+
+    values = _get_inputs(context, node)
+    x = values[0]
+    count, axis = (values[index].val if len(values) > index else None for index in (1, 2))
+    axis = (int(axis) if axis is not None else -1) % x.rank
+    for _ in range(int(count) if count is not None else 1):
+        ends = [each == axis for each in range(x.rank)]
+        later = mb.slice_by_index(x=x, begin=[int(each) for each in ends], end=[0] * x.rank, end_mask=[True] * x.rank)
+        earlier = mb.slice_by_index(
+            x=x, begin=[0] * x.rank, end=[-int(each) for each in ends], end_mask=[not each for each in ends]
+        )
+        x = mb.sub(x=later, y=earlier)
+    context.add(mb.identity(x=x, name=node.name))
+
+
+def prod(context: Any, node: Any) -> None:
+    """The product along one axis, or of all."""
+    from coremltools.converters.mil import Builder as mb
+    from coremltools.converters.mil.frontend.torch.ops import _get_inputs
+
+    values = _get_inputs(context, node)
+    axes = [int(values[1].val)] if len(values) > 2 and values[1] is not None else None
+    keep = bool(values[2].val) if axes and values[2] is not None else False
+    context.add(mb.reduce_prod(x=values[0], axes=axes, keep_dims=keep, name=node.name))
+
+
+def where(context: Any, node: Any) -> None:
+    """A choice between two scalars, whose shape coremltools would take for that of the result."""
+    from coremltools.converters.mil import Builder as mb
+    from coremltools.converters.mil.frontend.torch import ops
+
+    values = ops._get_inputs(context, node)
+    if len(values) != 3 or any(value is None or value.rank for value in values[1:]) or not values[0].rank:
+        ops.where(context, node)
+        return
+    condition, first, second = values
+    wanted = "fp32" if "fp" in _cast_name(first) + _cast_name(second) else "int32"
+    nothing = mb.mul(x=mb.cast(x=condition, dtype=wanted), y=mb.cast(x=0, dtype=wanted))
+    a, b = (mb.add(x=nothing, y=mb.cast(x=value, dtype=wanted)) for value in (first, second))
+    context.add(mb.select(cond=mb.cast(x=condition, dtype="bool"), a=a, b=b, name=node.name))
+
+
+# --- adaptive pooling -------------------------------------------------------------------------------------------------
+
+
+def adaptive_avg_pool(context: Any, node: Any) -> None:
+    """Means of parts as even as they can be, over one to three axes; the batch may be free."""
+    from coremltools.converters.mil import Builder as mb
+
+    _adaptive(context, node, mb.reduce_mean)
+
+
+def adaptive_max_pool(context: Any, node: Any) -> None:
+    """Likewise the greatest of each part; its place is not given."""
+    from coremltools.converters.mil import Builder as mb
+
+    _adaptive(context, node, mb.reduce_max)
+
+
+def _adaptive(context: Any, node: Any, reduce: Any) -> None:
+    """One axis after the other, which for means and maxima is the same as all at once."""
+    from coremltools.converters.mil import Builder as mb
+    from coremltools.converters.mil.frontend.torch.ops import _get_inputs
+
+    x, sizes = _get_inputs(context, node)[:2]
+    wanted = [int(size) for size in sizes.val]
+    for axis, count in enumerate(wanted, x.rank - len(wanted)):
+        if count == x.shape[axis]:
+            continue
+        x = reduce(x=x, axes=[axis], keep_dims=True) if count == 1 else _parts(x, axis, count, reduce)
+    context.add(mb.identity(x=x, name=node.name))
+
+
+def _parts(x: Any, axis: int, count: int, reduce: Any) -> Any:
+    from coremltools.converters.mil import Builder as mb
+
+    size, parts = int(x.shape[axis]), []
+    for part in range(count):
+        begin, end = [0] * x.rank, [0] * x.rank
+        begin[axis], end[axis] = part * size // count, -(-(part + 1) * size // count)
+        rest = [each != axis for each in range(x.rank)]
+        parts.append(reduce(x=mb.slice_by_index(x=x, begin=begin, end=end, end_mask=rest), axes=[axis], keep_dims=True))
+    return mb.concat(values=parts, axis=axis)
+
+
+# --- their table ------------------------------------------------------------------------------------------------------
+
+_COMPOSITES = {
+    "new_ones": new_ones,
+    "new_zeros": new_zeros,
+    "group_norm": group_norm,
+    "diff": diff,
+    "prod": prod,
+    "where": where,
+    **{f"adaptive_avg_pool{rank}d": adaptive_avg_pool for rank in (1, 2, 3)},
+    **{f"_adaptive_avg_pool{rank}d": adaptive_avg_pool for rank in (2, 3)},
+    **{f"adaptive_max_pool{rank}d": adaptive_max_pool for rank in (1, 2, 3)},
+}
+
+
+def register() -> None:
+    """Add them to coremltools' table of this process, in place of its own."""
+    from coremltools.converters.mil import register_torch_op
+
+    for name, composite in _COMPOSITES.items():
+
+        def translate(context: Any, node: Any, composite: Callable[[Any, Any], None] = composite) -> None:
+            composite(context, node)
+
+        translate.__name__ = name  # it is registered by that
+        register_torch_op(_func=translate, override=True)

@@ -1,0 +1,178 @@
+"""Core ML: every model of the zoo, and packages that are wrong."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import polyexport
+import zoo
+from polyexport.errors import CannotRun
+from polyexport.format import Tolerance
+from polyexport.formats import coreml
+from polyexport.parity import compare
+from polyexport.spec import ExportSpec, TensorSpec
+
+pytest.importorskip("coremltools", reason="coremltools is not installed; `pip install coremltools`")
+
+
+def test_half_precision_is_verified_by_its_own_limits(tmp_path):
+    module, inputs = zoo.build("dict_output")
+    report = polyexport.export(module, inputs, ["coreml-fp16"], tmp_path / "export", bench=False)
+    (outcome,) = report.outcomes
+    assert (outcome.state, outcome.precision) == ("verified", "float16")
+    assert outcome.parity.max_abs_error > 1e-5  # it did round
+
+
+# --- wrong packages ---------------------------------------------------------------------------------------------------
+
+
+class Difference(nn.Module):
+    """Two inputs that may be taken for each other, and layers that may be left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.three = nn.Linear(6, 16), nn.Linear(16, 16), nn.Linear(6, 16)
+
+    def forward(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        return self.two(self.one(left).relu()) - self.three(right)
+
+
+ROWS = TensorSpec("left", "float32", ("batch", 6))
+SPEC = ExportSpec(
+    inputs=(ROWS, TensorSpec("right", "float32", ("batch", 6))),
+    outputs=(TensorSpec("difference", "float32", ("batch", 16)),),
+    sizes={"batch": 4},
+    metadata={"checkpoint_sha256": "abc"},
+)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A package, inputs for it, and what PyTorch answers."""
+    torch.manual_seed(0)
+    folder, module = tmp_path_factory.mktemp("difference"), Difference().eval()
+    inputs = (torch.randn(4, 6), torch.randn(4, 6))
+    with torch.no_grad():
+        expected = module(*inputs)
+        torch.jit.trace(module, inputs).save(str(folder / "m.torchscript"))
+    coreml.convert_trace(folder / "m.torchscript", folder / "m.mlpackage", SPEC, precision="float32")
+    arrays = {"left": inputs[0].numpy(), "right": inputs[1].numpy()}
+    return folder / "m.mlpackage", arrays, {"difference": expected.numpy()}, module
+
+
+@pytest.fixture
+def package(exported, tmp_path):
+    """A copy of the package, to be changed."""
+    return Path(shutil.copytree(exported[0], tmp_path / "m.mlpackage"))
+
+
+def passes(package, exported):
+    _, inputs, expected, _ = exported
+    runner = coreml.Evaluated(package, SPEC, threads=1)
+    return compare(runner(inputs), expected, Tolerance.for_precision("float32")).passed
+
+
+def changed(package, change):
+    """Rewrite the program in a package."""
+    from coremltools.proto import Model_pb2
+
+    (path,) = package.rglob("*.mlmodel")
+    model = Model_pb2.Model()
+    model.ParseFromString(path.read_bytes())
+    (block,) = model.mlProgram.functions["main"].block_specializations.values()
+    change(block, model)
+    path.write_bytes(model.SerializeToString())
+
+
+def find(block, kind, index=0):
+    return [operation for operation in block.operations if operation.type == kind][index]
+
+
+def test_the_package_as_written_passes(package, exported):
+    assert passes(package, exported)
+
+
+def test_one_changed_weight_fails(package, exported):
+    (path,) = package.rglob("weight.bin")
+    content, weight = bytearray(path.read_bytes()), exported[3].two.weight.detach().numpy()
+    place = content.index(weight.tobytes()) + weight[3, 5].nbytes * (3 * 16 + 5)
+    content[place : place + 4] = np.float32(weight[3, 5] + 0.5).tobytes()
+    path.write_bytes(content)
+    assert not passes(package, exported)
+
+
+def test_two_swapped_inputs_fail(package, exported):
+    def swap(block, model):
+        names = {"left": "right", "right": "left"}
+        for operation in block.operations:
+            for argument in operation.inputs.values():
+                for binding in argument.arguments:
+                    if binding.WhichOneof("binding") == "name":
+                        binding.name = names.get(binding.name, binding.name)
+
+    changed(package, swap)
+    assert not passes(package, exported)
+
+
+def test_a_dropped_layer_fails(package, exported):
+    def drop(block, model):
+        dropped = find(block, "relu")
+        before, after = dropped.inputs["x"].arguments[0].name, dropped.outputs[0].name
+        block.operations.remove(dropped)
+        for operation in block.operations:
+            for argument in operation.inputs.values():
+                for binding in argument.arguments:
+                    if binding.WhichOneof("binding") == "name" and binding.name == after:
+                        binding.name = before
+
+    changed(package, drop)
+    assert not passes(package, exported)
+
+
+def test_an_op_that_the_evaluator_lacks_is_named(package):
+    def rename(block, model):
+        find(block, "relu").type = "frobnicate"
+
+    changed(package, rename)
+    with pytest.raises(CannotRun, match="has no frobnicate"):
+        coreml.Evaluated(package, SPEC, threads=1)
+
+
+def test_a_value_of_another_shape_than_declared_is_an_error(package, exported):
+    def shrink(block, model):
+        find(block, "relu").outputs[0].type.tensorType.dimensions[1].constant.size = 15
+
+    changed(package, shrink)
+    with pytest.raises(ValueError, match=r"relu gives .* declared"):
+        passes(package, exported)
+
+
+def test_a_batch_beyond_the_declared_bounds_is_an_error(exported):
+    runner = coreml.Evaluated(exported[0], SPEC, threads=1)
+    many = {name: np.zeros((5000, 6), np.float32) for name in ("left", "right")}
+    with pytest.raises(ValueError, match="the package takes"):
+        runner(many)
+
+
+# --- the border -------------------------------------------------------------------------------------------------------
+
+
+def test_names_types_and_metadata_are_in_the_package(exported):
+    from coremltools.models import MLModel
+
+    model = MLModel(str(exported[0]), skip_model_load=True)
+    description = model.get_spec().description
+    assert [feature.name for feature in description.input] == ["left", "right"]
+    assert [feature.name for feature in description.output] == ["difference"]
+    assert model.user_defined_metadata["checkpoint_sha256"] == "abc"
+
+
+@pytest.mark.parametrize(("dtype", "at_border"), [("int64", "int32"), ("bool", "int32"), ("float32", "float32")])
+def test_what_core_ml_lacks_is_int32_at_the_border(dtype, at_border):
+    assert coreml.border_dtype(dtype) == at_border

@@ -1,0 +1,196 @@
+"""The MIL evaluator against PyTorch: each function is converted, saved, read back and evaluated."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from polyexport.format import Tolerance
+from polyexport.formats import coreml
+from polyexport.parity import compare
+from polyexport.spec import ExportSpec, TensorSpec
+
+pytest.importorskip("coremltools", reason="coremltools is not installed; `pip install coremltools`")
+
+IMAGE, SIGNAL, ROWS = (2, 4, 9, 10), (2, 4, 12), (3, 8)
+
+
+class Whole(nn.Module):
+    """A function as a module."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *inputs):
+        return self.function(*inputs)
+
+
+class First(nn.Module):
+    """A layer's first output."""
+
+    def __init__(self, layer, times):
+        super().__init__()
+        self.layer, self.times = layer, times
+
+    def forward(self, x):
+        return self.layer(*[x] * self.times)[0]
+
+
+def resized(**how):
+    return functools.partial(functional.interpolate, **how)
+
+
+FUNCTIONS = {
+    "abs": (torch.abs, ROWS),
+    "acos": (lambda x: torch.acos(x.clamp(-0.9, 0.9)), ROWS),
+    "atan": (torch.atan, ROWS),
+    "ceil, floor, round": (lambda x: (x * 3).ceil() + (x * 5).floor() * (x * 7).round(), ROWS),
+    "clamp": (lambda x: x.clamp(-0.5, 0.7), ROWS),
+    "erf": (torch.erf, ROWS),
+    "exp, log": (lambda x: torch.log(torch.exp(x) + 1), ROWS),
+    "rsqrt": (lambda x: torch.rsqrt(x.abs() + 0.1), ROWS),
+    "reciprocal": (lambda x: torch.reciprocal(x.abs() + 1), ROWS),
+    "pow": (lambda x: x.abs() ** 1.7, ROWS),
+    "sin, cos, tan, sinh, cosh": (lambda x: x.sin() + x.cos() + x.tan() + x.sinh() + x.cosh(), ROWS),
+    "remainder": (lambda x: torch.remainder(x, 0.3), ROWS),
+    "floor_divide": (lambda x: torch.floor_divide(x, 0.3), ROWS),
+    "where": (lambda x: torch.where((x > 0) & ~(x > 1), x, -x), ROWS),
+    "minimum, maximum": (lambda x: torch.minimum(x, x.flip(0)) + torch.maximum(x, x.flip(1)), ROWS),
+    "mean, sum, prod": (lambda x: x.mean(1) + x.sum(1) + x.prod(1), ROWS),
+    "amax, amin": (lambda x: x.amax(0) - x.amin(0), ROWS),
+    "norm": (lambda x: x.norm(dim=1), ROWS),
+    "logsumexp": (lambda x: x.logsumexp(1), ROWS),
+    "var": (lambda x: x.var(1), ROWS),
+    "argmax": (lambda x: x.argmax(1), ROWS),
+    "argmin, kept": (lambda x: x.argmin(0, keepdim=True), ROWS),
+    "argsort": (lambda x: x.argsort(1), ROWS),
+    "topk": (lambda x: x.topk(3, 1), ROWS),
+    "the least three": (lambda x: x.topk(3, 1, largest=False).values, ROWS),
+    "sort": (lambda x: x.sort(1, descending=True).values, ROWS),
+    "cumsum": (lambda x: x.cumsum(1), ROWS),
+    "softmax": (lambda x: x.softmax(0), ROWS),
+    "log_softmax": (lambda x: x.log_softmax(1), ROWS),
+    "gelu": (functional.gelu, ROWS),
+    "gelu, tanh": (lambda x: functional.gelu(x, approximate="tanh"), ROWS),
+    "elu": (functional.elu, ROWS),
+    "leaky_relu": (functional.leaky_relu, ROWS),
+    "prelu": (nn.PReLU(4), IMAGE),
+    "silu": (functional.silu, ROWS),
+    "mish": (functional.mish, ROWS),
+    "relu6": (lambda x: functional.relu6(x * 5), ROWS),
+    "hardswish": (functional.hardswish, ROWS),
+    "hardsigmoid": (functional.hardsigmoid, ROWS),
+    "softplus": (functional.softplus, ROWS),
+    "softsign": (functional.softsign, ROWS),
+    "glu": (functional.glu, ROWS),
+    "matmul": (lambda x: x @ x.transpose(-1, -2), IMAGE),
+    "einsum": (lambda x: torch.einsum("bchw,bcvw->bchv", x, x), IMAGE),
+    "bilinear form": (lambda x: torch.einsum("bi,bj->bij", x, x), ROWS),
+    "linear": (nn.Linear(8, 5), ROWS),
+    "linear without bias": (nn.Linear(8, 5, bias=False), ROWS),
+    "attention": (lambda x: functional.scaled_dot_product_attention(x, x, x), IMAGE),
+    "multihead attention": (First(nn.MultiheadAttention(8, 2, batch_first=True), 3), (2, 5, 8)),
+    "conv1d": (nn.Conv1d(4, 6, 3, 2, 1), SIGNAL),
+    "conv2d": (nn.Conv2d(4, 6, 3, 2, 1, dilation=2, groups=2), IMAGE),
+    "conv2d, same": (nn.Conv2d(4, 6, 4, padding="same"), IMAGE),
+    "conv3d": (nn.Conv3d(2, 3, 2), (1, 2, 4, 5, 6)),
+    "conv_transpose1d": (nn.ConvTranspose1d(4, 6, 3, 2), SIGNAL),
+    "conv_transpose2d": (nn.ConvTranspose2d(4, 6, 3, 2, 1, groups=2), IMAGE),
+    "conv_transpose2d with room": (nn.ConvTranspose2d(4, 6, 3, 2, 1, output_padding=1), IMAGE),
+    "max_pool2d": (nn.MaxPool2d(3, 2, 1), IMAGE),
+    "max_pool2d, ceil": (nn.MaxPool2d(3, 2, ceil_mode=True), IMAGE),
+    "avg_pool2d": (nn.AvgPool2d(3, 2, 1), IMAGE),
+    "avg_pool2d, ceil": (nn.AvgPool2d(2, 2, ceil_mode=True, count_include_pad=False), IMAGE),
+    "avg_pool2d, own padding left out": (nn.AvgPool2d(3, 2, 1, count_include_pad=False), IMAGE),
+    "adaptive_avg_pool2d": (nn.AdaptiveAvgPool2d((4, 3)), IMAGE),
+    "adaptive_max_pool1d": (nn.AdaptiveMaxPool1d(5), SIGNAL),
+    "global pooling": (nn.AdaptiveAvgPool2d(1), IMAGE),
+    "batch_norm": (nn.BatchNorm2d(4).eval(), IMAGE),
+    "instance_norm": (nn.InstanceNorm2d(4, affine=True), IMAGE),
+    "layer_norm": (nn.LayerNorm([9, 10]), IMAGE),
+    "group_norm": (nn.GroupNorm(2, 4), IMAGE),
+    "local_response_norm": (nn.LocalResponseNorm(3), IMAGE),
+    "normalize": (functional.normalize, ROWS),
+    "nearest": (resized(scale_factor=2, mode="nearest"), IMAGE),
+    "nearest to a size": (resized(size=(18, 30), mode="nearest"), IMAGE),
+    "bilinear": (resized(scale_factor=2, mode="bilinear"), IMAGE),
+    "bilinear to a size": (resized(size=(14, 7), mode="bilinear"), IMAGE),
+    "bilinear, corners": (resized(scale_factor=3, mode="bilinear", align_corners=True), IMAGE),
+    "grid_sample": (lambda x: functional.grid_sample(x, x[:, :2].permute(0, 2, 3, 1), align_corners=False), IMAGE),
+    "pixel_shuffle": (nn.PixelShuffle(2), IMAGE),
+    "pixel_unshuffle": (nn.PixelUnshuffle(2), (1, 3, 6, 8)),
+    "pad": (lambda x: functional.pad(x, (1, 2, 3, 0), value=0.5), IMAGE),
+    "pad, reflect": (lambda x: functional.pad(x, (1, 2, 3, 0), mode="reflect"), IMAGE),
+    "pad, replicate": (lambda x: functional.pad(x, (1, 2, 3, 0), mode="replicate"), IMAGE),
+    "reshape, permute": (lambda x: x.permute(0, 2, 3, 1).reshape(2, -1, 8), IMAGE),
+    "cat, chunk": (lambda x: torch.cat(x.chunk(2, 1)[::-1], 1), IMAGE),
+    "split, stack": (lambda x: torch.stack(x.split(2, 1), 0), IMAGE),
+    "unsqueeze, squeeze, expand": (lambda x: x.unsqueeze(1).expand(-1, 3, -1).squeeze(), ROWS),
+    "repeat": (lambda x: x.repeat(2, 1, 3), ROWS),
+    "repeat_interleave": (lambda x: x.repeat_interleave(2, 1), ROWS),
+    "flip": (lambda x: x.flip(1), ROWS),
+    "roll": (lambda x: x.roll(2, 1), ROWS),
+    "slices": (lambda x: x[:, 1:-1, ::2, -3:], IMAGE),
+    "one row": (lambda x: x[:, -1], IMAGE),
+    "index_select": (lambda x: x.index_select(1, torch.tensor([2, 0, 2])), IMAGE),
+    "gather": (lambda x: x.gather(1, torch.tensor([[0, 2], [1, 1], [7, 3]])), ROWS),
+    "scatter": (lambda x: x.scatter(1, torch.tensor([[0, 2], [1, 3], [7, 5]]), 1.0), ROWS),
+    "scatter_add": (lambda x: x.scatter_add(1, torch.tensor([[0, 0], [1, 3], [7, 7]]), x[:, :2]), ROWS),
+    "index_put": (lambda x: torch.index_put(x, (torch.tensor([0, 2]),), x[:2]), ROWS),
+    "written slice": (lambda x: written(x), ROWS),
+    "tril, triu": (lambda x: x.tril() + x.triu(1), IMAGE),
+    "one_hot": (lambda x: functional.one_hot(x.argmax(1), 8).float(), ROWS),
+    "arange": (lambda x: x + torch.arange(8), ROWS),
+    "where, between scalars": (lambda x: torch.where(x > 0, 1.0, -0.5), ROWS),
+    "masked_fill": (lambda x: x.masked_fill(x > 0, -2.0), ROWS),
+    "embedding": (lambda x: functional.embedding(x.argmax(1), torch.arange(40.0).reshape(8, 5)), ROWS),
+    "unfold": (lambda x: functional.unfold(x, 3, stride=2), IMAGE),
+    "diff": (lambda x: torch.diff(x, dim=1), ROWS),
+    "meshgrid": (lambda x: torch.stack(torch.meshgrid(x[0], x[1], indexing="ij")), ROWS),
+    "rnn": (First(nn.RNN(8, 6, batch_first=True), 1), (2, 5, 8)),
+    "gru": (First(nn.GRU(8, 6, batch_first=True), 1), (2, 5, 8)),
+    "lstm": (First(nn.LSTM(8, 6, batch_first=True), 1), (2, 5, 8)),
+}
+
+
+@contextlib.contextmanager
+def fused_attention_off():
+    torch.backends.mha.set_fastpath_enabled(False)
+    yield
+    torch.backends.mha.set_fastpath_enabled(True)
+
+
+def written(x):
+    y = x.clone()
+    y[:, 2:4] = 0.5
+    return y
+
+
+def described(name, tensor):
+    return TensorSpec(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_function_evaluates_to_what_pytorch_computes(name, tmp_path):
+    function, shape = FUNCTIONS[name]
+    torch.manual_seed(0)
+    x = torch.randn(shape)
+    module = Whole(function).eval()
+    # off, as `formats/torchscript.py` has it
+    with torch.no_grad(), fused_attention_off():
+        expected = module(x)
+        answers = expected if isinstance(expected, tuple) else (expected,)
+        torch.jit.trace(module, (x,), check_trace=False).save(str(tmp_path / "m.torchscript"))
+    names = [f"output_{index}" for index in range(len(answers))]
+    spec = ExportSpec((described("x", x),), tuple(map(described, names, answers)))
+    coreml.convert_trace(tmp_path / "m.torchscript", tmp_path / "m.mlpackage", spec, precision="float32")
+    actual = coreml.Evaluated(tmp_path / "m.mlpackage", spec, threads=1)({"x": x.numpy()})
+    reference = {each: answer.numpy() for each, answer in zip(names, answers, strict=True)}
+    parity = compare(actual, reference, Tolerance.for_precision("float32"))
+    assert parity.passed, parity.reason

@@ -1,0 +1,179 @@
+"""TensorRT: skipped with a reason where it cannot run, and the calls it makes where it can.
+
+The calls are made to a stand-in for the library, a few lines that record what they are asked and refuse what TensorRT's
+documentation does not have. It shows that the sequence is right, not that an engine is: `test_an_engine_is_verified`
+does that, on a machine with a GPU and the library.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+import polyexport
+import zoo
+from polyexport import gpu
+from polyexport.errors import ToolMissing
+from polyexport.formats import resolve, tensorrt
+from polyexport.spec import ExportSpec, TensorSpec
+
+HERE = not gpu.missing() and torch.cuda.is_available() and importlib.util.find_spec("tensorrt") is not None
+SPEC = ExportSpec(
+    inputs=(TensorSpec("image", "float32", ("batch", 3, 8, 8)), TensorSpec("unused", "float32", ("batch", 2))),
+    outputs=(TensorSpec("scores", "float32", ("batch", 5)),),
+    sizes={"batch": 40},
+    metadata={"checkpoint_sha256": "abc"},
+)
+
+
+@pytest.mark.skipif(not gpu.missing(), reason="this machine has a GPU")
+def test_without_a_gpu_it_is_skipped_in_a_line_and_nothing_else_is_built(tmp_path):
+    module, inputs = zoo.build("keywords")
+    report = polyexport.export(module, inputs, ["engine", "tensorrt-fp16"], tmp_path / "export", bench=False)
+    for outcome in report.outcomes:
+        assert outcome.state == "skipped"
+        assert outcome.reason.startswith("it needs an NVIDIA GPU")
+        assert "\n" not in outcome.reason
+    assert not (tmp_path / "export/source/made").exists()
+
+
+@pytest.mark.skipif(not HERE, reason="it needs an NVIDIA GPU, PyTorch's CUDA build and `pip install tensorrt-cu13`")
+@pytest.mark.parametrize("name", ["tensorrt", "tensorrt-fp16"])
+def test_an_engine_is_verified(name, tmp_path):
+    module, inputs = zoo.build("resnet")
+    report = polyexport.export(module, inputs, [name], tmp_path / "export", bench=False)
+    (outcome,) = report.outcomes
+    assert outcome.state == "verified", outcome.reason
+
+
+def test_without_the_library_one_line_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(gpu, "missing", lambda: "")
+    monkeypatch.setitem(__import__("sys").modules, "tensorrt", None)
+    with pytest.raises(ToolMissing, match="pip install tensorrt"):
+        tensorrt._library()
+
+
+def test_yolov5_calls_it_engine():
+    assert [each.name for each in resolve(["engine"])] == ["tensorrt"]
+
+
+# --- the stand-in -----------------------------------------------------------------------------------------------------
+
+
+class Recorder:
+    """Answers any of the methods it is told of, and keeps what it was asked; any other name is an error."""
+
+    def __init__(self, calls, name, **answers):
+        self._calls, self._name, self._answers = calls, name, answers
+
+    def __getattr__(self, method):
+        if method not in self._answers:
+            raise AttributeError(f"TensorRT's {self._name} has no {method}")
+        answer = self._answers[method]
+        if not callable(answer):
+            return answer
+
+        def call(*given):
+            self._calls.append((f"{self._name}.{method}", given))
+            return answer(*given)
+
+        return call
+
+
+def nothing(*given):
+    return None
+
+
+@pytest.fixture
+def library(monkeypatch, tmp_path):
+    """A stand-in for `tensorrt` 11: the names that its documentation has, and a list of what was called."""
+    calls = []
+    timings = Recorder(calls, "ITimingCache", serialize=lambda: b"timings")
+    profile = Recorder(calls, "IOptimizationProfile", set_shape=nothing)
+    config = Recorder(
+        calls, "IBuilderConfig",
+        set_memory_pool_limit=nothing, clear_flag=nothing, add_optimization_profile=nothing,
+        create_timing_cache=lambda content: timings, set_timing_cache=lambda cache, ignore: True,
+        get_timing_cache=lambda: timings,
+    )  # fmt: skip  # as the page lists them
+    network = Recorder(
+        calls, "INetworkDefinition", num_inputs=1, get_input=lambda index: types.SimpleNamespace(name="image")
+    )
+    builder = Recorder(
+        calls, "Builder",
+        create_network=lambda flags: network, create_builder_config=lambda: config,
+        create_optimization_profile=lambda: profile, build_serialized_network=lambda network, config: b"plan",
+    )  # fmt: skip
+    error = types.SimpleNamespace(desc=lambda: "no importer for Frobnicate")
+    parser = Recorder(
+        calls, "OnnxParser",
+        parse_from_file=lambda path: Path(path).read_text() == "graph", num_errors=1, get_error=lambda index: error,
+    )  # fmt: skip
+
+    class Logger:
+        WARNING = 2
+
+        def __init__(self, severity):
+            pass
+
+    stand_in = types.SimpleNamespace(
+        __version__="11.0.0", calls=calls, Logger=Logger, Builder=lambda logger: builder,
+        OnnxParser=lambda network, logger: parser,
+        NetworkDefinitionCreationFlag=types.SimpleNamespace(STRONGLY_TYPED=1),
+        MemoryPoolType=types.SimpleNamespace(WORKSPACE="workspace"), BuilderFlag=types.SimpleNamespace(TF32="tf32"),
+    )  # fmt: skip
+    monkeypatch.setenv("POLYEXPORT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(tensorrt, "_library", lambda: stand_in)
+    monkeypatch.setattr(tensorrt, "_device", lambda: tensorrt.Device("Some GPU", "9.0", 2 << 30))
+    return stand_in
+
+
+def built(tmp_path, graph="graph"):
+    source, target = tmp_path / "model.onnx", tmp_path / "model.engine"
+    source.write_text(graph)
+    tensorrt.convert(source, target, SPEC)
+    return target
+
+
+def test_the_engine_file_is_the_plan_and_the_rest_stands_beside_it(library, tmp_path):
+    target = built(tmp_path)
+    assert target.read_bytes() == b"plan"
+    about = json.loads(target.with_suffix(".json").read_text())
+    assert (about["tensorrt"], about["gpu"]["name"]) == ("11.0.0", "Some GPU")
+    assert about["metadata"] == {"checkpoint_sha256": "abc"}
+
+
+def test_the_network_is_strongly_typed_and_float32_stays_float32(library, tmp_path):
+    built(tmp_path)
+    assert ("Builder.create_network", (2,)) in library.calls
+    assert ("IBuilderConfig.clear_flag", ("tf32",)) in library.calls
+
+
+def test_a_free_batch_gets_a_profile_for_the_inputs_that_the_graph_has(library, tmp_path):
+    built(tmp_path)
+    shapes = [given for name, given in library.calls if name == "IOptimizationProfile.set_shape"]
+    assert shapes == [("image", (1, 3, 8, 8), (40, 3, 8, 8), (80, 3, 8, 8))]
+    order = [name for name, _ in library.calls]
+    assert order.index("IBuilderConfig.add_optimization_profile") < order.index("Builder.build_serialized_network")
+
+
+def test_the_workspace_is_bounded_by_what_is_free(library, tmp_path):
+    built(tmp_path)
+    assert ("IBuilderConfig.set_memory_pool_limit", ("workspace", 1 << 30)) in library.calls
+
+
+def test_timings_of_the_first_build_serve_the_second(library, tmp_path):
+    built(tmp_path)
+    built(tmp_path)
+    read = [given for name, given in library.calls if name == "IBuilderConfig.create_timing_cache"]
+    assert read == [(b"",), (b"timings",)]
+
+
+def test_what_the_parser_says_is_the_reason(library, tmp_path):
+    with pytest.raises(RuntimeError, match="no importer for Frobnicate"):
+        built(tmp_path, graph="another")
