@@ -184,7 +184,7 @@ class Lowering:
 
     def _expanded(self, node: Node, inputs: list[Flow]) -> list[Flow]:
         """An operator by the function that ONNX's standard defines it with, or that the model brings along."""
-        body = _definition(node, inputs)
+        body, defaults = _definition(node, inputs)
         if body is None:
             raise node.unsupported("there is no lowering for it")
         given: Scope = dict(zip(body.input, inputs, strict=False))
@@ -193,7 +193,7 @@ class Lowering:
         self.opsets = {**opsets, **{_domain(opset.domain): opset.version for opset in body.opset_import}}
         try:
             for proto in body.node:
-                self._node(_bound(proto, node.proto), given, {})
+                self._node(_bound(proto, node.proto, defaults), given, {})
         finally:
             self.opsets = opsets
         return [given.get(name) for name in body.output]
@@ -213,14 +213,14 @@ def read(path: Path) -> onnx.ModelProto:
     return model
 
 
-def _definition(node: Node, inputs: list[Flow]) -> Any:
-    """The function body of a node's operator, None where the standard has none."""
+def _definition(node: Node, inputs: list[Flow]) -> tuple[Any, Mapping[str, onnx.AttributeProto]]:
+    """The function body of a node's operator, None where the standard has none, and its attributes' defaults."""
     import onnx
 
     try:
         schema = onnx.defs.get_schema(node.proto.op_type, node.version, _domain(node.proto.domain))
     except onnx.defs.SchemaError:
-        return None
+        return None, {}
     body = onnx.FunctionProto()
     if schema.has_context_dependent_function:
         types = [_type(value).SerializeToString() for value in inputs]
@@ -233,7 +233,8 @@ def _definition(node: Node, inputs: list[Flow]) -> Any:
         body.ParseFromString(text)
     elif schema.has_function:
         body.CopyFrom(schema.function_body)
-    return body if body.node else None
+    defaults = {name: attribute.default_value for name, attribute in schema.attributes.items()}
+    return (body if body.node else None), {name: each for name, each in defaults.items() if each.name}
 
 
 def _type(value: Flow) -> onnx.TypeProto:
@@ -244,13 +245,15 @@ def _type(value: Flow) -> onnx.TypeProto:
     return helper.make_tensor_type_proto(helper.np_dtype_to_tensor_dtype(value.dtype), value.shape)
 
 
-def _bound(proto: onnx.NodeProto, caller: onnx.NodeProto) -> onnx.NodeProto:
+def _bound(
+    proto: onnx.NodeProto, caller: onnx.NodeProto, defaults: Mapping[str, onnx.AttributeProto]
+) -> onnx.NodeProto:
     """A node of a function body with the attributes that it takes from its caller."""
     import onnx
 
     if not any(attribute.ref_attr_name for attribute in proto.attribute):
         return proto
-    given = {attribute.name: attribute for attribute in caller.attribute}
+    given = {**defaults, **{attribute.name: attribute for attribute in caller.attribute}}
     bound = onnx.NodeProto()
     bound.CopyFrom(proto)
     del bound.attribute[:]

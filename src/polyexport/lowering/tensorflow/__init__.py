@@ -66,8 +66,7 @@ def lower_model(model: onnx.ModelProto, inputs: list[tf.TensorSpec]) -> tf.Modul
         return {name: _named(name, each) for name, each in zip(names, found, strict=True)}
 
     module = tf.Module()
-    module.forward = tf.function(forward, input_signature=inputs, autograph=False)
-    module.concrete = module.forward.get_concrete_function()
+    module.forward = tf.function(forward, input_signature=inputs, autograph=False).get_concrete_function()
     module.weights = weights.variables
     return module
 

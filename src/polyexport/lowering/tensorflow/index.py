@@ -133,6 +133,7 @@ def tensor_scatter(
 @OPS.op("OneHot", since=9)
 def one_hot(indices: Value, depth: Value, values: Value, *, axis: int = -1) -> Tensor:
     """Indices from -depth to depth - 1 are lit, others are not."""
+    axis = axis if axis == -1 else axis % ((indices.rank or 0) + 1)
     count = tf.cast(tf.reshape(depth.tensor, []), tf.int64)
     places = tf.cast(indices.tensor, tf.int64)
     off, on = values.tensor[0], values.tensor[1]

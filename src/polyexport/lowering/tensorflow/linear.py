@@ -28,10 +28,11 @@ def multiplied(a: Tensor, b: Tensor) -> Tensor:
     return tf.squeeze(product, -1 if b.shape.rank == 1 else -2) if a.shape.rank == 1 else product
 
 
-@OPS.op("Gemm", since=7)
+@OPS.op("Gemm")
 def gemm(
     a: Value, b: Value, c: Value | None = None,
-    *, alpha: float = 1.0, beta: float = 1.0, transA: int = 0, transB: int = 0,  # noqa: N803  # ONNX's names
+    *, alpha: float = 1.0, beta: float = 1.0, transA: int = 0, transB: int = 0,
+    broadcast: int = 0,  # noqa: N803  # ONNX's names
 ) -> Tensor:  # fmt: skip  # the inputs on one line, the attributes on the next
     """`alpha * a b + beta * c`, either matrix transposed first."""
     left, right = (x.permuted((1, 0)) if flag else x for x, flag in ((a, transA), (b, transB)))

@@ -47,6 +47,23 @@ for _name, _function in {
     OPS.elementwise(_name, since=7)(_binary(_function))
 
 
+def _legacy(function: Any) -> Any:
+    """Before opset 7 the second tensor lay at an axis of the first, not at its end."""
+
+    def apply(a: Value, b: Value, *, axis: int | None = None, broadcast: int = 0, consumed_inputs: Any = None) -> Tensor:
+        right = b.tensor
+        if axis is not None and broadcast:
+            missing = (a.rank or 0) - axis % (a.rank or 1) - (b.rank or 0)
+            right = right[(Ellipsis,) + (None,) * missing]
+        return function(a.tensor, right)
+
+    return apply
+
+
+for _name, _function in {"Add": tf.add, "Sub": tf.subtract, "Mul": tf.multiply, "Div": tf.divide, "Pow": tf.pow}.items():
+    OPS.op(_name)(_legacy(_function))
+
+
 @OPS.elementwise("Div", since=7)
 def divide(a: Tensor, b: Tensor) -> Tensor:
     """True division of floats; integers are cut towards zero."""
@@ -58,6 +75,8 @@ def divide(a: Tensor, b: Tensor) -> Tensor:
 @OPS.elementwise("Mod", since=10)
 def modulo(a: Tensor, b: Tensor, *, fmod: int = 0) -> Tensor:
     """The sign of the divisor, or with `fmod` that of the dividend."""
+    if a.dtype in (tf.float16, tf.bfloat16):  # which TensorFlow has no kernel for
+        return tf.cast(modulo(tf.cast(a, tf.float32), tf.cast(b, tf.float32), fmod=fmod), a.dtype)
     return tf.truncatemod(a, b) if fmod else tf.math.floormod(a, b)
 
 
@@ -86,10 +105,10 @@ def _variadic(combine: Any, finish: Any = None) -> Any:
     return apply
 
 
-OPS.elementwise("Max", since=8)(_variadic(tf.maximum))
-OPS.elementwise("Min", since=8)(_variadic(tf.minimum))
-OPS.elementwise("Sum", since=8)(_variadic(tf.add))
-OPS.elementwise("Mean", since=8)(_variadic(tf.add, lambda total, count: total / tf.constant(count, total.dtype)))
+OPS.elementwise("Max")(_variadic(tf.maximum))
+OPS.elementwise("Min")(_variadic(tf.minimum))
+OPS.elementwise("Sum")(_variadic(tf.add))
+OPS.elementwise("Mean")(_variadic(tf.add, lambda total, count: total / tf.constant(count, total.dtype)))
 
 
 @OPS.elementwise("Where", since=9)
@@ -115,6 +134,12 @@ def leaky_relu(x: Tensor, *, alpha: float = 0.01) -> Tensor:
 def parametric_relu(x: Tensor, slope: Tensor) -> Tensor:
     """`slope * x` below zero."""
     return tf.where(x < 0, slope * x, x)
+
+
+@OPS.op("PRelu")
+def parametric_relu_channels(x: Value, slope: Value, *, consumed_inputs: Any = None) -> Tensor:
+    """Before opset 7: one slope per channel."""
+    return parametric_relu(x.tensor, tf.reshape(slope.tensor, [-1] + [1] * ((x.rank or 2) - 2)))
 
 
 @OPS.elementwise("Elu")
@@ -243,6 +268,21 @@ def batch_normalization(
         parts = [node.value(tf.cast(part, tf.as_dtype(x.dtype))[axes]) for part in (factor, offset)]
     (tensor, times, plus), order = align([x, *parts])
     return node.value(tensor * times + plus, order)
+
+
+@OPS.op("BatchNormalization")
+def batch_normalization_tested(
+    *inputs: Value, epsilon: float = 1e-5, momentum: float = 0.9, is_test: int = 0, spatial: int = 1,
+    consumed_inputs: Any = None, node: Any,
+) -> Any:  # fmt: skip  # the attributes on one line and a half
+    """Before opset 9, as exported for inference; its further outputs are for training only."""
+    return batch_normalization(*inputs, epsilon=epsilon, momentum=momentum, node=node)
+
+
+@OPS.op("BitCast", since=26)
+def bitcast(x: Value, *, to: int) -> Tensor:
+    """The same bits, counted as another type."""
+    return tf.bitcast(x.tensor, dtype_of(to))
 
 
 def _trained(x: Value, scale: Value, bias: Value, mean: Value, variance: Value, epsilon: float, momentum: float) -> Any:

@@ -164,7 +164,8 @@ def _native(x: Value, plan: list[Axis], how: Mode, node: Any) -> Value | None:
         return None
     sizes = {each.index: each.target for each in plan}
     target = [sizes.get(axis, size) for axis, size in zip((2, 3), (x.shape or ())[2:], strict=True)]
-    if None in target or not all(abs(each.size * each.scale - each.target) < 1e-4 for each in plan):
+    scaled = all(isinstance(each.scale, float) for each in plan)
+    if None in target or not scaled or not all(abs(each.size * each.scale - each.target) < 1e-4 for each in plan):
         return None
     images = x.in_order(last(4))
     whole = all(each.target % each.size == 0 for each in plan)

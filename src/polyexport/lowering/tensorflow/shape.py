@@ -328,7 +328,7 @@ def constant(**attributes: Any) -> np.ndarray:
 @OPS.op("Range", since=11)
 def range_(start: Value, limit: Value, delta: Value) -> Tensor:
     """As Python's, for floats too."""
-    return tf.range(start.tensor, limit.tensor, delta.tensor)
+    return tf.range(*(tf.reshape(each.tensor, []) for each in (start, limit, delta)))
 
 
 @OPS.op("EyeLike", since=9)

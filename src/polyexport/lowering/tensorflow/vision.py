@@ -191,3 +191,48 @@ def _taps(at: Tensor, mode: str) -> list[tuple[Tensor, Tensor]]:
     from polyexport.lowering.tensorflow.resize import cubic
 
     return [(low + i, cubic(part - i, -0.75)) for i in (-1, 0, 1, 2)]
+
+
+@OPS.op("DeformConv", since=19)
+def deformable_convolution(
+    x: Value, weight: Value, offset: Value, bias: Value | None = None, mask: Value | None = None,
+    *, dilations: list[int] | None = None, group: int = 1, kernel_shape: list[int] | None = None,
+    offset_group: int = 1, pads: list[int] | None = None, strides: list[int] | None = None, node: Any,
+) -> Tensor:  # fmt: skip  # the inputs on one line, the attributes on the next two
+    """A convolution whose kernel's places are moved, each by an offset of its own, and weighed by a mask."""
+    if x.rank != 4:
+        raise node.unsupported("a deformable convolution over other than two axes")
+    dilations, strides, pads = dilations or [1, 1], strides or [1, 1], pads or [0] * 4
+    outputs, depth, *kernel = (int(each) for each in weight.shape or ())  # type: ignore[arg-type]  # static
+    batch, channels, height, width = sizes_of(x)
+    rows, columns = sizes_of(offset)[2:]
+    taps = kernel[0] * kernel[1]
+    # (batch, offset group, tap, y or x, row, column)
+    moved = tf.reshape(offset.tensor, tf.stack([batch, offset_group, taps, 2, rows, columns]))
+    weighed = None if mask is None else tf.reshape(mask.tensor, tf.stack([batch, offset_group, taps, rows, columns]))
+    images = tf.reshape(x.tensor, tf.stack([batch * offset_group, channels // offset_group, height, width]))
+    images = tf.transpose(images, [0, 2, 3, 1])
+    sizes = [tf.cast(each, images.dtype) for each in (height, width)]
+    found = []
+    for tap in range(taps):
+        own = (tap // kernel[1], tap % kernel[1])
+        at = [
+            tf.reshape(moved[:, :, tap, axis], tf.stack([batch * offset_group, rows, columns]))
+            + _lattice((rows, columns)[axis], strides[axis], own[axis] * dilations[axis] - pads[axis], axis, images.dtype)
+            for axis in (0, 1)
+        ]
+        sample = _sampled(images, at, sizes, "linear", "zeros", False)
+        if weighed is not None:
+            sample *= tf.reshape(weighed[:, :, tap], tf.stack([batch * offset_group, rows, columns, 1]))
+        sample = tf.reshape(sample, tf.stack([batch, offset_group, rows, columns, channels // offset_group]))
+        found.append(tf.reshape(tf.transpose(sample, [0, 1, 4, 2, 3]), tf.stack([batch, group, depth, rows, columns])))
+    kernels = tf.reshape(weight.tensor, [group, outputs // group, depth, taps])
+    made = tf.einsum("bgcthw,goct->bgohw", tf.stack(found, 3), kernels)
+    made = tf.reshape(made, tf.stack([batch, outputs, rows, columns]))
+    return made if bias is None else made + bias.tensor[:, None, None]
+
+
+def _lattice(count: Any, stride: int, start: int, axis: int, dtype: Any) -> Tensor:
+    """Where the windows begin, shaped to be added along its axis."""
+    line = tf.cast(tf.range(count) * stride + start, dtype)
+    return line[:, None] if axis == 0 else line[None, :]
