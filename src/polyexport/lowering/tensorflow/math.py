@@ -163,7 +163,9 @@ def selu(x: Tensor, *, alpha: float = 1.67326319217681884765625, gamma: float = 
 @OPS.elementwise("Gelu", since=20)
 def gelu(x: Tensor, *, approximate: str = "none") -> Tensor:
     """By the error function, or by tanh."""
-    return tf.nn.gelu(x, approximate=approximate == "tanh")
+    if approximate == "tanh":
+        return tf.nn.gelu(x, approximate=True)
+    return 0.5 * x * (1 + tf.math.erf(x * np.sqrt(0.5).astype(x.dtype.as_numpy_dtype)))  # TensorFlow.js has no erfc
 
 
 @OPS.elementwise("HardSigmoid")
