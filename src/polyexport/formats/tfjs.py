@@ -5,6 +5,7 @@ https://www.tensorflow.org/js/guide/conversion
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import struct
@@ -24,6 +25,15 @@ _PROGRAM = Path(__file__).parents[1] / "toolchains" / "tfjs" / "run.cjs"
 
 def convert(source: Path, target: Path, spec: ExportSpec) -> None:
     """Let tensorflowjs freeze and optimise the SavedModel; weights go into shards of 4 MB."""
+    model = _converted(source, target, spec)
+    if _activations(model) - _FUSED:
+        _fuse_nothing()
+        model = _converted(source, target, spec)
+    model["signature"] = _named(model["signature"], spec)
+    target.write_text(json.dumps(model), encoding="utf-8")
+
+
+def _converted(source: Path, target: Path, spec: ExportSpec) -> dict[str, Any]:
     from tensorflowjs.converters import tf_saved_model_conversion_v2 as conversion
 
     conversion.convert_tf_saved_model(
@@ -33,9 +43,32 @@ def convert(source: Path, target: Path, spec: ExportSpec) -> None:
         control_flow_v2=True,
         metadata={"polyexport": dict(spec.metadata)},
     )
-    model = json.loads(target.read_text(encoding="utf-8"))
-    model["signature"] = _named(model["signature"], spec)
-    target.write_text(json.dumps(model), encoding="utf-8")
+    model: dict[str, Any] = json.loads(target.read_text(encoding="utf-8"))
+    return model
+
+
+_FUSED = {"BiasAdd", "Relu", "Relu6", "Elu", "Prelu", "LeakyRelu", "Sigmoid"}
+"""What TensorFlow.js' kernels take fused to a convolution or a product."""
+
+
+def _activations(model: dict[str, Any]) -> set[str]:
+    nodes = model["modelTopology"]["node"]
+    lists = [node["attr"]["fused_ops"]["list"].get("s", []) for node in nodes if "fused_ops" in node.get("attr", {})]
+    return {base64.b64decode(each).decode() for names in lists for each in names}
+
+
+def _fuse_nothing() -> None:
+    """Take the optimiser that fuses out of tensorflowjs' list: it fuses tanh and gelu, which no kernel then takes."""
+    from tensorflowjs.converters import tf_saved_model_conversion_v2 as conversion
+
+    run = conversion._run_grappler
+
+    def without(config: Any, *rest: Any) -> Any:
+        optimizers = config.graph_options.rewrite_options.optimizers
+        optimizers[:] = [each for each in optimizers if each != "remap"]
+        return run(config, *rest)
+
+    conversion._run_grappler = without
 
 
 def _named(signature: dict[str, Any], spec: ExportSpec) -> dict[str, Any]:

@@ -121,10 +121,7 @@ class Lowering:
         node = Node(proto, self.opsets.get(domain, 1), self, scope)
         inputs = [scope[name] if name else None for name in proto.input]
         function = self.operators.find(domain, proto.op_type, node.version)
-        if function is None:
-            outputs = self._expanded(node, inputs)
-        else:
-            outputs = self._lowered(node, function, inputs)
+        outputs = self._expanded(node, inputs) if function is None else self._lowered(node, function, inputs)
         for name, output in zip(proto.output, outputs, strict=False):
             if name:
                 scope[name] = self._refined(output, claims.get(name))
@@ -218,7 +215,7 @@ def _definition(node: Node, inputs: list[Flow]) -> tuple[Any, Mapping[str, onnx.
     import onnx
 
     try:
-        schema = onnx.defs.get_schema(node.proto.op_type, node.version, _domain(node.proto.domain))
+        schema: Any = onnx.defs.get_schema(node.proto.op_type, node.version, _domain(node.proto.domain))
     except onnx.defs.SchemaError:
         return None, {}
     body = onnx.FunctionProto()
@@ -238,10 +235,11 @@ def _definition(node: Node, inputs: list[Flow]) -> tuple[Any, Mapping[str, onnx.
 
 
 def _type(value: Flow) -> onnx.TypeProto:
+    import onnx
     from onnx import helper
 
     if not isinstance(value, Value):
-        return helper.make_optional_type_proto(helper.make_tensor_type_proto(1, None)) if value is None else None
+        return onnx.TypeProto()  # a sequence, or an optional input that is not there: of no known type
     return helper.make_tensor_type_proto(helper.np_dtype_to_tensor_dtype(value.dtype), value.shape)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from polyexport.lowering.value import Value, align
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from polyexport.lowering.graph import Node
 
 Function = Callable[..., Any]
+F = TypeVar("F", bound=Function)
 
 
 class UnsupportedOp(Exception):
@@ -29,10 +30,10 @@ class Operators:
     def __init__(self) -> None:
         self._table: dict[tuple[str, str], list[tuple[int, Function]]] = {}
 
-    def op(self, *names: str, since: int = 1, domain: str = "") -> Callable[[Function], Function]:
+    def op(self, *names: str, since: int = 1, domain: str = "") -> Callable[[F], F]:
         """Declare the function of one operator, or of several that differ in nothing but their name."""
 
-        def declare(function: Function) -> Function:
+        def declare(function: F) -> F:
             for name in names:
                 entries = self._table.setdefault((domain, name), [])
                 entries.append((since, function))

@@ -6,6 +6,7 @@ A rule may raise whatever numpy raises where it does not apply; then nothing is 
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -34,7 +35,7 @@ def _shape(x: Value, *, start: int = 0, end: int | None = None) -> Any:
 
 
 def _size(x: Value) -> Any:
-    return None if x.shape is None or None in x.shape else int(np.prod(x.shape))
+    return None if x.shape is None or None in x.shape else math.prod(size for size in x.shape if size is not None)
 
 
 def _gather(x: Value, indices: Value, *, axis: int = 0) -> Any:
@@ -52,7 +53,7 @@ def _concat(*parts: Value, axis: int) -> Any:
 
 
 def _reshape(x: Value, shape: Value, **_: Any) -> Any:
-    return x.sizes.reshape(shape.known)  # type: ignore[union-attr,arg-type]  # None raises, which is the contract
+    return x.sizes.reshape(shape.known)  # type: ignore[union-attr]  # None raises, which is the contract
 
 
 def _same(x: Value, *_: Any, **__: Any) -> Any:

@@ -42,11 +42,12 @@ FILES = (
 
 
 def lower(path: Path, inputs: list[tf.TensorSpec]) -> tf.Module:
-    """A module whose `forward` computes an ONNX file's graph: tensors in, in the order of `inputs`, a dict of named tensors out.
+    """A module whose `forward` computes an ONNX file's graph: tensors in, a dict of named tensors out.
 
     Args:
         path: The ONNX file.
-        inputs: Name, type and shape of forward's inputs; those that the graph does not read are taken and left.
+        inputs: Name, type and shape of forward's inputs, in the order of its arguments; one that the graph does not
+            read is taken and left.
 
     Raises:
         UnsupportedOp: the graph has an operator, or a use of one, that the table does not carry.

@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from polyexport.lowering.graph import Node
 from polyexport.lowering.tensorflow.target import OPS, sizes_of, static
 from polyexport.lowering.value import Tensor, Value
 
 
 @OPS.op("If")
-def if_(condition: Value, *, then_branch: Any, else_branch: Any, node: Any) -> Any:
+def if_(condition: Value, *, then_branch: Any, else_branch: Any, node: Node) -> Any:
     """A condition that is known chooses now; else both branches go into the graph."""
     if condition.known is not None:
         return tuple(node.run(then_branch if bool(condition.known.ravel()[0]) else else_branch, []))
@@ -25,7 +26,7 @@ def if_(condition: Value, *, then_branch: Any, else_branch: Any, node: Any) -> A
     return tuple(made)
 
 
-def _tensors(node: Any, graph: Any, inputs: Sequence[Any]) -> list[Tensor]:
+def _tensors(node: Node, graph: Any, inputs: Sequence[Any]) -> list[Tensor]:
     found = node.run(graph, inputs)
     if not all(isinstance(each, Value) for each in found):
         raise node.unsupported("a sequence leaves a branch that only the run chooses")
@@ -33,7 +34,7 @@ def _tensors(node: Any, graph: Any, inputs: Sequence[Any]) -> list[Tensor]:
 
 
 @OPS.op("Loop")
-def loop(count: Value | None, condition: Value | None, *carried: Any, body: Any, node: Any) -> Any:
+def loop(count: Value | None, condition: Value | None, *carried: Any, body: Any, node: Node) -> Any:
     """A loop whose number of turns is known and that carries sequences is unrolled; others are a `while_loop`."""
     turns = static(count)
     going = condition is None or (condition.known is not None and bool(condition.known.ravel()[0]))
@@ -46,7 +47,7 @@ def loop(count: Value | None, condition: Value | None, *carried: Any, body: Any,
     return _while(limit, first, [each.tensor for each in carried], body, node)
 
 
-def _unrolled(turns: int, carried: list[Any], body: Any, node: Any) -> tuple[Any, ...]:
+def _unrolled(turns: int, carried: list[Any], body: Any, node: Node) -> tuple[Any, ...]:
     scanned: list[list[Tensor]] = []
     for turn in range(turns):
         flag, *found = node.run(body, [node.value(np.array(turn)), node.value(np.array(True)), *carried])
@@ -57,7 +58,7 @@ def _unrolled(turns: int, carried: list[Any], body: Any, node: Any) -> tuple[Any
     return (*carried, *(tf.stack(each) for each in zip(*scanned, strict=True)))
 
 
-def _while(limit: Tensor, first: Tensor, carried: list[Tensor], body: Any, node: Any) -> tuple[Any, ...]:
+def _while(limit: Tensor, first: Tensor, carried: list[Tensor], body: Any, node: Node) -> tuple[Any, ...]:
     kinds = _scans(limit, first, carried, body, node)
 
     def step(turn: Tensor, _: Tensor, states: list[Tensor], scans: list[Any]) -> tuple[Any, ...]:
@@ -69,13 +70,16 @@ def _while(limit: Tensor, first: Tensor, carried: list[Tensor], body: Any, node:
         return turn + 1, tf.reshape(flag, []), new, written
 
     def invariants(loose: bool) -> Any:
-        shapes = [tf.TensorShape([None] * each.shape.rank) if loose and each.shape.rank else each.shape for each in carried]
+        shapes = [
+            tf.TensorShape([None] * each.shape.rank) if loose and each.shape.rank else each.shape for each in carried
+        ]
         return tf.TensorShape([]), tf.TensorShape([]), shapes, [tf.TensorShape(None)] * len(kinds)
 
     def run(loose: bool) -> Any:
         # without clear_after_read=False a scan that is read twice would be gone
         scans = [
-            tf.TensorArray(dtype, 0, dynamic_size=True, element_shape=shape, infer_shape=False) for dtype, shape in kinds
+            tf.TensorArray(dtype, 0, dynamic_size=True, element_shape=shape, infer_shape=False)
+            for dtype, shape in kinds
         ]
         start = (tf.constant(0, tf.int64), first, list(carried), scans)
         return tf.while_loop(
@@ -89,17 +93,16 @@ def _while(limit: Tensor, first: Tensor, carried: list[Tensor], body: Any, node:
     return (*states, *(scan.stack() for scan in scans))
 
 
-def _scans(limit: Tensor, first: Tensor, carried: list[Tensor], body: Any, node: Any) -> list[tuple[Any, Any]]:
+def _scans(limit: Tensor, first: Tensor, carried: list[Tensor], body: Any, node: Node) -> list[tuple[Any, Any]]:
     """Type and shape of what each turn adds to the scan outputs, by lowering the body once beside the graph."""
     if len(body.output) == 1 + len(carried):
         return []
 
-    @tf.function(autograph=False)
     def trial(turn: Tensor, *states: Tensor) -> list[Tensor]:
         return _tensors(node, body, [node.value(each) for each in (turn, tf.constant(True), *states)])
 
     loose = [tf.TensorSpec([None] * (each.shape.rank or 0), each.dtype) for each in carried]
-    traced = trial.get_concrete_function(tf.TensorSpec([], tf.int64), *loose)
+    traced = tf.function(trial, autograph=False).get_concrete_function(tf.TensorSpec([], tf.int64), *loose)
     return [(each.dtype, each.shape) for each in traced.outputs[1 + len(carried) :]]
 
 
@@ -107,7 +110,7 @@ def _scans(limit: Tensor, first: Tensor, carried: list[Tensor], body: Any, node:
 def scan(
     *values: Value, body: Any, num_scan_inputs: int, scan_input_axes: list[int] | None = None,
     scan_input_directions: list[int] | None = None, scan_output_axes: list[int] | None = None,
-    scan_output_directions: list[int] | None = None, node: Any,
+    scan_output_directions: list[int] | None = None, node: Node,
 ) -> Any:  # fmt: skip  # three lines are enough
     """Along an axis of each scanned input, states carried on; states keep their shape."""
     states = [each.tensor for each in values[: len(values) - num_scan_inputs]]
@@ -127,7 +130,9 @@ def scan(
     return (*final, *led)
 
 
-def _walked(step: Any, states: list[Tensor], rows: list[Tensor], total: Any, count: int) -> tuple[list[Tensor], list[Tensor]]:
+def _walked(
+    step: Any, states: list[Tensor], rows: list[Tensor], total: Any, count: int
+) -> tuple[list[Tensor], list[Tensor]]:
     types = [each.dtype for each in step((states, []), [row[0] for row in rows])[1]]
     arrays = [tf.TensorArray(dtype, total) for dtype in types]
 
@@ -169,7 +174,7 @@ def sequence_length(sequence: list[Value]) -> np.ndarray:
     return np.array(len(sequence), np.int64)
 
 
-def _position(position: Value | None, default: int, node: Any) -> int:
+def _position(position: Value | None, default: int, node: Node) -> int:
     if position is None:
         return default
     known = static(position)
@@ -179,7 +184,7 @@ def _position(position: Value | None, default: int, node: Any) -> int:
 
 
 @OPS.op("SequenceAt")
-def sequence_at(sequence: list[Value], position: Value, *, node: Any) -> Any:
+def sequence_at(sequence: list[Value], position: Value, *, node: Node) -> Any:
     """A position that only the run knows needs tensors of one shape."""
     if position.known is not None:
         return sequence[int(position.known)]
@@ -189,7 +194,7 @@ def sequence_at(sequence: list[Value], position: Value, *, node: Any) -> Any:
 
 
 @OPS.op("SequenceInsert")
-def sequence_insert(sequence: list[Value], value: Value, position: Value | None = None, *, node: Any) -> list[Value]:
+def sequence_insert(sequence: list[Value], value: Value, position: Value | None = None, *, node: Node) -> list[Value]:
     """Before a position, or at the end."""
     place = _position(position, len(sequence), node)
     place = place + len(sequence) if place < 0 else place
@@ -197,14 +202,16 @@ def sequence_insert(sequence: list[Value], value: Value, position: Value | None 
 
 
 @OPS.op("SequenceErase")
-def sequence_erase(sequence: list[Value], position: Value | None = None, *, node: Any) -> list[Value]:
+def sequence_erase(sequence: list[Value], position: Value | None = None, *, node: Node) -> list[Value]:
     """At a position, or the last."""
     place = _position(position, len(sequence) - 1, node) % len(sequence)
     return [*sequence[:place], *sequence[place + 1 :]]
 
 
 @OPS.op("SplitToSequence")
-def split_to_sequence(x: Value, sizes: Value | None = None, *, axis: int = 0, keepdims: int = 1, node: Any) -> list[Value]:
+def split_to_sequence(
+    x: Value, sizes: Value | None = None, *, axis: int = 0, keepdims: int = 1, node: Node
+) -> list[Value]:
     """Into pieces of one size, of the sizes given, or of 1."""
     total, where = sizes_of(x)[axis % (x.rank or 1)], x.placed(axis)
     if not isinstance(total, int):
@@ -216,9 +223,11 @@ def split_to_sequence(x: Value, sizes: Value | None = None, *, axis: int = 0, ke
         given = [min(given[0], total - start) for start in range(0, total, given[0])]
     parts = tf.split(x.stored, given, where)
     if sizes is None and not keepdims:
-        return [node.value(tf.squeeze(part, where)) for part in parts] if x.order is None else [
-            node.value(tf.squeeze(node.value(part, x.order).tensor, axis)) for part in parts
-        ]
+        return (
+            [node.value(tf.squeeze(part, where)) for part in parts]
+            if x.order is None
+            else [node.value(tf.squeeze(node.value(part, x.order).tensor, axis)) for part in parts]
+        )
     return [node.value(part, x.order) for part in parts]
 
 
@@ -230,7 +239,7 @@ def concat_from_sequence(sequence: list[Value], *, axis: int, new_axis: int = 0)
 
 
 @OPS.op("SequenceMap")
-def sequence_map(*inputs: Any, body: Any, node: Any) -> Any:
+def sequence_map(*inputs: Any, body: Any, node: Node) -> Any:
     """A graph on each tensor of a sequence; inputs that are no sequence are the same every time."""
     found = []
     for index in range(len(inputs[0])):

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from polyexport.lowering.graph import Node
 from polyexport.lowering.tensorflow.shape import padded
 from polyexport.lowering.tensorflow.target import OPS, sizes_of
 from polyexport.lowering.value import Tensor, Value
@@ -69,7 +70,7 @@ def _pad(x: Tensor, sides: Sides, fill: float = 0.0) -> Tensor:
 def convolve(
     x: Value, weight: Value, bias: Value | None = None,
     *, auto_pad: str = "NOTSET", dilations: list[int] | None = None, group: int = 1,
-    kernel_shape: list[int] | None = None, pads: list[int] | None = None, strides: list[int] | None = None, node: Any,
+    kernel_shape: list[int] | None = None, pads: list[int] | None = None, strides: list[int] | None = None, node: Node,
 ) -> Value:  # fmt: skip  # the inputs on one line, the attributes on the next two
     """Kernels are `(out, in / group, *spatial)`."""
     rank = x.rank or 0
@@ -92,7 +93,7 @@ def convolve(
 def _grouped(
     data: Tensor, kernels: Value, group: int, strides: list[int], dilations: list[int], padding: str
 ) -> Tensor:
-    *spatial, inputs, outputs = kernels.shape or ()
+    *spatial, inputs, outputs = (int(each) for each in kernels.shape or ())  # type: ignore[arg-type]  # static
     if group == 1:
         return _convolved(data, kernels.tensor, strides, dilations, padding)
     even = strides[0] == strides[-1] and (strides[0] == 1 or set(dilations) == {1})
@@ -125,7 +126,10 @@ def _dilated(kernel: Tensor, dilations: list[int]) -> Tensor:
     for axis, dilation in enumerate(dilations):
         if dilation > 1:
             sizes = kernel.shape.as_list()
-            spread = tf.pad(tf.expand_dims(kernel, axis + 1), [(0, dilation - 1) if i == axis + 1 else (0, 0) for i in range(len(sizes) + 1)])
+            spread = tf.pad(
+                tf.expand_dims(kernel, axis + 1),
+                [(0, dilation - 1) if i == axis + 1 else (0, 0) for i in range(len(sizes) + 1)],
+            )
             sizes[axis] *= dilation
             cut = [slice(None)] * len(sizes)
             cut[axis] = slice(0, sizes[axis] - dilation + 1)
@@ -138,7 +142,7 @@ def convolve_transposed(
     x: Value, weight: Value, bias: Value | None = None,
     *, auto_pad: str = "NOTSET", dilations: list[int] | None = None, group: int = 1,
     kernel_shape: list[int] | None = None, output_padding: list[int] | None = None,
-    output_shape: list[int] | None = None, pads: list[int] | None = None, strides: list[int] | None = None, node: Any,
+    output_shape: list[int] | None = None, pads: list[int] | None = None, strides: list[int] | None = None, node: Node,
 ) -> Value:  # fmt: skip  # the inputs on one line, the attributes on the next three
     """Kernels are `(in, out / group, *spatial)`; the whole result is made, and its sides are cut by the pads."""
     rank = x.rank or 0
@@ -154,9 +158,11 @@ def convolve_transposed(
     kernels = weight.permuted((*range(2, rank), 1, 0))
     data = x.in_order(last(rank))
     made = _transposed(data, kernels.tensor, group, strides, dilations, [sizes_of(x)[0], *whole])
-    made = _pad(made, [(-before, more - after) for (before, after), more in zip(sides, extra, strict=True)]) if all(
-        isinstance(each, int) for side in sides for each in side
-    ) else _cut(made, sides, extra)
+    made = (
+        _pad(made, [(-before, more - after) for (before, after), more in zip(sides, extra, strict=True)])
+        if all(isinstance(each, int) for side in sides for each in side)
+        else _cut(made, sides, extra)
+    )
     if bias is not None:
         made = tf.nn.bias_add(made, bias.tensor)
     return node.value(made, last(rank))
@@ -208,7 +214,7 @@ def _transposed(
 
 @OPS.op("ConvInteger", since=10)
 def convolve_integer(
-    x: Value, weight: Value, x_zero: Value | None = None, w_zero: Value | None = None, *, node: Any, **attributes: Any
+    x: Value, weight: Value, x_zero: Value | None = None, w_zero: Value | None = None, *, node: Node, **attributes: Any
 ) -> Any:
     """Each side less its zero point; in float64, which holds every sum exactly, since no CPU kernel takes integers."""
 
@@ -242,7 +248,10 @@ def _tail(size: Any, span: int, stride: int, before: Any, after: Any, ceil: bool
 def _windows(data: Tensor, kernel: Sequence[int], strides: Sequence[int], dilations: Sequence[int]) -> list[Tensor]:
     """For every place of the kernel what lies there in all windows; for what TensorFlow's own pools do not take."""
     spans = _spans(kernel, dilations)
-    sizes = [static if static is not None else size for static, size in zip(data.shape[1:-1], tf.unstack(tf.shape(data))[1:-1], strict=True)]
+    sizes = [
+        static if static is not None else size
+        for static, size in zip(data.shape[1:-1], tf.unstack(tf.shape(data))[1:-1], strict=True)
+    ]
     counts = [(size - span) // stride for size, span, stride in zip(sizes, spans, strides, strict=True)]
     found = []
     for place in itertools.product(*map(range, kernel)):
@@ -279,14 +288,17 @@ def _average_native(data: Tensor, kernel: list[int], strides: list[int], padding
 def max_pool(
     x: Value,
     *, kernel_shape: list[int], auto_pad: str = "NOTSET", ceil_mode: int = 0, dilations: list[int] | None = None,
-    pads: list[int] | None = None, storage_order: int = 0, strides: list[int] | None = None, node: Any,
+    pads: list[int] | None = None, storage_order: int = 0, strides: list[int] | None = None, node: Node,
 ) -> Any:  # fmt: skip  # the attributes on two lines
     """And, if asked for, where in the flat tensor each maximum was."""
     rank, count = x.rank or 0, len(kernel_shape)
     strides, dilations = strides or [1] * count, dilations or [1] * count
     spans, sizes = _spans(kernel_shape, dilations), sizes_of(x)[2:]
     sides = _sides(sizes, spans, strides, pads, auto_pad)
-    tails = [_tail(size, span, stride, *side, bool(ceil_mode)) for size, span, stride, side in zip(sizes, spans, strides, sides, strict=True)]
+    tails = [
+        _tail(size, span, stride, *side, bool(ceil_mode))
+        for size, span, stride, side in zip(sizes, spans, strides, sides, strict=True)
+    ]
     sides = [(before, after + tail) for (before, after), tail in zip(sides, tails, strict=True)]
     data = x.in_order(last(rank))
     lowest = data.dtype.min if data.dtype.is_integer else -np.inf
@@ -317,14 +329,17 @@ def _places(x: Value, storage_order: int) -> Tensor:
 def average_pool(
     x: Value,
     *, kernel_shape: list[int], auto_pad: str = "NOTSET", ceil_mode: int = 0, count_include_pad: int = 0,
-    dilations: list[int] | None = None, pads: list[int] | None = None, strides: list[int] | None = None, node: Any,
+    dilations: list[int] | None = None, pads: list[int] | None = None, strides: list[int] | None = None, node: Node,
 ) -> Value:  # fmt: skip  # the attributes on two lines
     """The sum of each window, by the number of its entries that count."""
     rank, count = x.rank or 0, len(kernel_shape)
     strides, dilations = strides or [1] * count, dilations or [1] * count
     spans, sizes = _spans(kernel_shape, dilations), sizes_of(x)[2:]
     sides = _sides(sizes, spans, strides, pads, auto_pad)
-    tails = [_tail(size, span, stride, *side, bool(ceil_mode)) for size, span, stride, side in zip(sizes, spans, strides, sides, strict=True)]
+    tails = [
+        _tail(size, span, stride, *side, bool(ceil_mode))
+        for size, span, stride, side in zip(sizes, spans, strides, sides, strict=True)
+    ]
     data = x.in_order(last(rank))
     beyond: Sides = [(0, tail) for tail in tails]
 
@@ -345,14 +360,17 @@ def average_pool(
 def norm_pool(
     x: Value,
     *, kernel_shape: list[int], auto_pad: str = "NOTSET", ceil_mode: int = 0, dilations: list[int] | None = None,
-    p: int = 2, pads: list[int] | None = None, strides: list[int] | None = None, node: Any,
+    p: int = 2, pads: list[int] | None = None, strides: list[int] | None = None, node: Node,
 ) -> Value:  # fmt: skip  # the attributes on two lines
     """The p-norm of each window."""
     rank, count = x.rank or 0, len(kernel_shape)
     strides, dilations = strides or [1] * count, dilations or [1] * count
     spans, sizes = _spans(kernel_shape, dilations), sizes_of(x)[2:]
     sides = _sides(sizes, spans, strides, pads, auto_pad)
-    tails = [_tail(size, span, stride, *side, bool(ceil_mode)) for size, span, stride, side in zip(sizes, spans, strides, sides, strict=True)]
+    tails = [
+        _tail(size, span, stride, *side, bool(ceil_mode))
+        for size, span, stride, side in zip(sizes, spans, strides, sides, strict=True)
+    ]
     sides = [(before, after + tail) for (before, after), tail in zip(sides, tails, strict=True)]
     powers = tf.abs(_pad(x.in_order(last(rank)), sides)) ** p
     total = _pool(powers, kernel_shape, strides, dilations, _average_native, tf.add)
@@ -360,7 +378,7 @@ def norm_pool(
 
 
 def _global(reduce: Callable[[Tensor, list[int]], Tensor]) -> Callable[..., Value]:
-    def apply(x: Value, *, node: Any) -> Value:
+    def apply(x: Value, *, node: Node) -> Value:
         axes = [x.placed(axis) for axis in range(2, x.rank or 0)]
         return node.value(reduce(x.stored, axes), x.order)
 

@@ -55,9 +55,7 @@ def _grid(places: Tensor, axis: int) -> Tensor:
     """The full place of every entry, its index along `axis` taken from `places`."""
     sizes = tf.shape(places, out_type=places.dtype)
     rank = places.shape.rank
-    axes = [
-        places if i == axis else tf.broadcast_to(_along(tf.range(sizes[i]), i, rank), sizes) for i in range(rank)
-    ]
+    axes = [places if i == axis else tf.broadcast_to(_along(tf.range(sizes[i]), i, rank), sizes) for i in range(rank)]
     return tf.stack(axes, -1)
 
 
@@ -97,16 +95,16 @@ def scatter_nd(x: Value, indices: Value, updates: Value, *, reduction: str = "no
     """Entries or slices put in place, or combined with what is there."""
     places = indices.tensor
     depth = (indices.shape or ())[-1]
-    places = _from_start(places, tf.stack(sizes_of(x)[:depth]))
+    places = _from_start(
+        places, tf.shape(x.tensor)[: tf.shape(places)[-1]] if depth is None else tf.stack(sizes_of(x)[:depth])
+    )
     made = _scattered(x.tensor, places, updates.tensor, reduction)
     made.set_shape(x.shape)
     return made
 
 
 @OPS.op("ScatterElements", "Scatter", since=9)
-def scatter_elements(
-    x: Value, indices: Value, updates: Value, *, axis: int = 0, reduction: str = "none"
-) -> Tensor:
+def scatter_elements(x: Value, indices: Value, updates: Value, *, axis: int = 0, reduction: str = "none") -> Tensor:
     """One index for each update."""
     axis = axis % (x.rank or 1)
     places = _grid(_from_start(indices.tensor, sizes_of(x)[axis]), axis)
@@ -168,7 +166,9 @@ def _reversed(tensor: Tensor) -> Tensor:
 def non_zero(x: Value) -> Tensor:
     """The places of what is not zero, one row per axis."""
     tensor = tf.reshape(x.tensor, [1]) if x.rank == 0 else x.tensor
-    return tf.transpose(tf.where(tensor if tensor.dtype == tf.bool else tf.not_equal(tensor, tf.zeros([], tensor.dtype))))
+    return tf.transpose(
+        tf.where(tensor if tensor.dtype == tf.bool else tf.not_equal(tensor, tf.zeros([], tensor.dtype)))
+    )
 
 
 @OPS.op("Compress", since=9)
@@ -190,7 +190,11 @@ def unique(x: Value, *, axis: int | None = None, sorted: int = 1) -> Any:
     first = tf.math.unsorted_segment_min(tf.range(total), inverse, number)
     if sorted:
         ranked = _lexical(found, axis)
-        found, first, counts = (tf.gather(found, ranked, axis=axis), tf.gather(first, ranked), tf.gather(counts, ranked))
+        found, first, counts = (
+            tf.gather(found, ranked, axis=axis),
+            tf.gather(first, ranked),
+            tf.gather(counts, ranked),
+        )
         inverse = tf.gather(tf.cast(tf.argsort(ranked), tf.int64), inverse)
     return found, first, inverse, counts
 

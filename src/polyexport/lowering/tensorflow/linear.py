@@ -32,16 +32,22 @@ def multiplied(a: Tensor, b: Tensor) -> Tensor:
 def gemm(
     a: Value, b: Value, c: Value | None = None,
     *, alpha: float = 1.0, beta: float = 1.0, transA: int = 0, transB: int = 0,
-    broadcast: int = 0,  # noqa: N803  # ONNX's names
+    broadcast: int = 0,
 ) -> Tensor:  # fmt: skip  # the inputs on one line, the attributes on the next
     """`alpha * a b + beta * c`, either matrix transposed first."""
     left, right = (x.permuted((1, 0)) if flag else x for x, flag in ((a, transA), (b, transB)))
     product = multiplied(left.tensor, right.tensor)
     if alpha != 1:
-        product = tf.cast(tf.cast(product, tf.float32) * alpha, product.dtype) if product.dtype.is_integer else product * alpha
+        product = (
+            tf.cast(tf.cast(product, tf.float32) * alpha, product.dtype)
+            if product.dtype.is_integer
+            else product * alpha
+        )
     if c is None:
         return product
-    return product + (c.tensor if beta == 1 else c.tensor * tf.cast(beta, tf.as_dtype(c.dtype)))
+    bias = c.tensor if beta == 1 else c.tensor * tf.cast(beta, tf.as_dtype(c.dtype))
+    # TensorFlow fuses a bias of shape (1, n) into a kernel that then refuses it
+    return product + (tf.reshape(bias, [-1]) if c.rank == 2 and (c.shape or ())[0] == 1 else bias)
 
 
 @OPS.op("Einsum", since=12)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from polyexport.lowering.graph import Node
 from polyexport.lowering.tensorflow.target import OPS, dtype_of
 from polyexport.lowering.value import Tensor, Value, align
 
@@ -50,7 +51,9 @@ for _name, _function in {
 def _legacy(function: Any) -> Any:
     """Before opset 7 the second tensor lay at an axis of the first, not at its end."""
 
-    def apply(a: Value, b: Value, *, axis: int | None = None, broadcast: int = 0, consumed_inputs: Any = None) -> Tensor:
+    def apply(
+        a: Value, b: Value, *, axis: int | None = None, broadcast: int = 0, consumed_inputs: Any = None
+    ) -> Tensor:
         right = b.tensor
         if axis is not None and broadcast:
             missing = (a.rank or 0) - axis % (a.rank or 1) - (b.rank or 0)
@@ -60,7 +63,13 @@ def _legacy(function: Any) -> Any:
     return apply
 
 
-for _name, _function in {"Add": tf.add, "Sub": tf.subtract, "Mul": tf.multiply, "Div": tf.divide, "Pow": tf.pow}.items():
+for _name, _function in {
+    "Add": tf.add,
+    "Sub": tf.subtract,
+    "Mul": tf.multiply,
+    "Div": tf.divide,
+    "Pow": tf.pow,
+}.items():
     OPS.op(_name)(_legacy(_function))
 
 
@@ -230,7 +239,7 @@ def cast_like(x: Value, other: Value, *, saturate: int = 1, round_mode: str = "u
 
 
 @OPS.op("Dropout")
-def dropout(x: Value, ratio: Value | None = None, training: Value | None = None, *, seed: int = 0, node: Any) -> Any:
+def dropout(x: Value, ratio: Value | None = None, training: Value | None = None, *, seed: int = 0, node: Node) -> Any:
     """Nothing, since a model is exported for inference.
 
     Raises:
@@ -253,7 +262,7 @@ def identity(x: Any) -> Any:
 @OPS.op("BatchNormalization", since=9)
 def batch_normalization(
     x: Value, scale: Value, bias: Value, mean: Value, variance: Value,
-    *, epsilon: float = 1e-5, momentum: float = 0.9, training_mode: int = 0, spatial: int = 1, node: Any,
+    *, epsilon: float = 1e-5, momentum: float = 0.9, training_mode: int = 0, spatial: int = 1, node: Node,
 ) -> Any:  # fmt: skip  # the inputs on one line, the attributes on the next
     """One factor and one offset per channel; in training mode by the batch's own statistics."""
     if training_mode:
@@ -275,7 +284,7 @@ def batch_normalization(
 @OPS.op("BatchNormalization")
 def batch_normalization_tested(
     *inputs: Value, epsilon: float = 1e-5, momentum: float = 0.9, is_test: int = 0, spatial: int = 1,
-    consumed_inputs: Any = None, node: Any,
+    consumed_inputs: Any = None, node: Node,
 ) -> Any:  # fmt: skip  # the attributes on one line and a half
     """Before opset 9, as exported for inference; its further outputs are for training only."""
     return batch_normalization(*inputs, epsilon=epsilon, momentum=momentum, node=node)
@@ -284,7 +293,8 @@ def batch_normalization_tested(
 @OPS.op("BitCast", since=26)
 def bitcast(x: Value, *, to: int) -> Tensor:
     """The same bits, counted as another type."""
-    return tf.bitcast(x.tensor, dtype_of(to))
+    bits = tf.cast(x.tensor, tf.uint8) if x.dtype == np.bool_ else x.tensor
+    return tf.cast(bits, tf.bool) if dtype_of(to) == tf.bool else tf.bitcast(bits, dtype_of(to))
 
 
 def _trained(x: Value, scale: Value, bias: Value, mean: Value, variance: Value, epsilon: float, momentum: float) -> Any:

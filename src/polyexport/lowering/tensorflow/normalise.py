@@ -6,6 +6,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from polyexport.lowering.graph import Node
 from polyexport.lowering.tensorflow.shape import padded
 from polyexport.lowering.tensorflow.target import OPS, dtype_of, sizes_of
 from polyexport.lowering.value import Tensor, Value, align
@@ -14,7 +15,7 @@ from polyexport.lowering.value import Tensor, Value, align
 @OPS.op("LayerNormalization", since=17)
 def layer_norm(
     x: Value, scale: Value, bias: Value | None = None,
-    *, axis: int = -1, epsilon: float = 1e-5, stash_type: int = 1, node: Any,
+    *, axis: int = -1, epsilon: float = 1e-5, stash_type: int = 1, node: Node,
 ) -> Any:  # fmt: skip  # the inputs on one line, the attributes on the next
     """Over the axes from `axis` on, in the type that `stash_type` names; and the mean and 1 / deviation."""
     rank = x.rank or 0
@@ -42,7 +43,7 @@ def rms_norm(x: Value, scale: Value, *, axis: int = -1, epsilon: float = 1e-5, s
 
 
 @OPS.op("InstanceNormalization", since=6)
-def instance_norm(x: Value, scale: Value, bias: Value, *, epsilon: float = 1e-5, node: Any) -> Value:
+def instance_norm(x: Value, scale: Value, bias: Value, *, epsilon: float = 1e-5, node: Node) -> Value:
     """Each channel of each sample by its own mean and variance."""
     rank = x.rank or 0
     axes = [x.placed(axis) for axis in range(2, rank)]
@@ -50,11 +51,13 @@ def instance_norm(x: Value, scale: Value, bias: Value, *, epsilon: float = 1e-5,
     mean = tf.reduce_mean(data, axes, keepdims=True)
     centred = data - mean
     normal = centred * tf.math.rsqrt(tf.reduce_mean(centred * centred, axes, keepdims=True) + epsilon)
-    (made, times, plus), order = align([node.value(normal, x.order), *(_channels(each, rank, node) for each in (scale, bias))])
+    (made, times, plus), order = align(
+        [node.value(normal, x.order), *(_channels(each, rank, node) for each in (scale, bias))]
+    )
     return node.value(made * times + plus, order)
 
 
-def _channels(value: Value, rank: int, node: Any) -> Value:
+def _channels(value: Value, rank: int, node: Node) -> Value:
     """One entry per channel, so that it can be combined with a tensor of `rank` axes."""
     if value.known is not None:
         return node.value(value.known.reshape((-1,) + (1,) * (rank - 2)))
@@ -64,7 +67,7 @@ def _channels(value: Value, rank: int, node: Any) -> Value:
 @OPS.op("GroupNormalization", since=18)
 def group_norm(
     x: Value, scale: Value, bias: Value,
-    *, num_groups: int, epsilon: float = 1e-5, stash_type: int = 1, node: Any,
+    *, num_groups: int, epsilon: float = 1e-5, stash_type: int = 1, node: Node,
 ) -> Tensor:  # fmt: skip  # the inputs on one line, the attributes on the next
     """Groups of channels by their mean and variance; before opset 21 scale and bias are per group, then per channel."""
     batch, channels, *spatial = sizes_of(x)
@@ -84,7 +87,9 @@ def group_norm(
 
 
 @OPS.op("LRN")
-def local_response(x: Value, *, size: int, alpha: float = 1e-4, beta: float = 0.75, bias: float = 1.0, node: Any) -> Value:
+def local_response(
+    x: Value, *, size: int, alpha: float = 1e-4, beta: float = 0.75, bias: float = 1.0, node: Node
+) -> Value:
     """By the squares of the neighbouring channels."""
     where, rank = x.placed(1), x.rank or 0
     square = x.stored * x.stored

@@ -6,6 +6,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from polyexport.lowering.graph import Node
 from polyexport.lowering.tensorflow.convolution import convolve
 from polyexport.lowering.tensorflow.linear import multiplied
 from polyexport.lowering.tensorflow.target import OPS, dtype_of
@@ -55,6 +56,7 @@ def quantized_matmul(
     a: Value, a_scale: Value, a_zero: Value, b: Value, b_scale: Value, b_zero: Value, y_scale: Value, y_zero: Value
 ) -> Tensor:
     """Back to floats, multiplied, and to integers again."""
+
     def columns(value: Value) -> Tensor:
         return value.tensor if value.rank != 1 or value.shape == (1,) else value.tensor[:, None]
 
@@ -73,7 +75,7 @@ def _levels(data: Tensor, zero: Tensor) -> Tensor:
 @OPS.op("QLinearConv", since=10)
 def quantized_convolution(
     x: Value, x_scale: Value, x_zero: Value, w: Value, w_scale: Value, w_zero: Value, y_scale: Value, y_zero: Value,
-    bias: Value | None = None, *, node: Any, **attributes: Any,
+    bias: Value | None = None, *, node: Node, **attributes: Any,
 ) -> Tensor:  # fmt: skip  # the inputs on two lines
     """Sums of integers, held exactly by float64."""
     data = tf.cast(x.tensor, tf.float64) - tf.cast(x_zero.tensor, tf.float64)

@@ -19,7 +19,9 @@ def _uniform(shape: Any, dtype: Any, low: float, high: float, seed: float | None
 
 
 @OPS.op("RandomNormal")
-def random_normal(*, shape: list[int], dtype: int = 1, mean: float = 0.0, scale: float = 1.0, seed: float | None = None) -> Tensor:
+def random_normal(
+    *, shape: list[int], dtype: int = 1, mean: float = 0.0, scale: float = 1.0, seed: float | None = None
+) -> Tensor:
     """Of a shape."""
     return _normal(shape, dtype_of(dtype), mean, scale, seed)
 
@@ -33,7 +35,9 @@ def random_normal_like(
 
 
 @OPS.op("RandomUniform")
-def random_uniform(*, shape: list[int], dtype: int = 1, low: float = 0.0, high: float = 1.0, seed: float | None = None) -> Tensor:
+def random_uniform(
+    *, shape: list[int], dtype: int = 1, low: float = 0.0, high: float = 1.0, seed: float | None = None
+) -> Tensor:
     """Of a shape."""
     return _uniform(shape, dtype_of(dtype), low, high, seed)
 

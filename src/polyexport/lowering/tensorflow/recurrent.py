@@ -86,8 +86,9 @@ def _scan(x: Tensor, state: State, step: Step, lengths: Tensor | None) -> tuple[
         return i + 1, outputs.write(i, output), *new
 
     total = tf.shape(x)[0]
-    outputs = tf.TensorArray(x.dtype, total, element_shape=state[0].shape)
-    shapes = [tf.TensorShape([]), tf.TensorShape(None), *(each.shape for each in state)]
+    outputs = tf.TensorArray(x.dtype, total, element_shape=[None, state[0].shape[-1]])
+    widths = [tf.TensorShape([None, each.shape[-1]]) for each in state]
+    shapes = [tf.TensorShape([]), tf.TensorShape(None), *widths]
     start = [tf.constant(0), outputs, *state]
     _, outputs, *state = tf.while_loop(lambda i, *_: i < total, body, start, shape_invariants=shapes)
     return outputs.stack(), state
@@ -126,8 +127,8 @@ def _turned(x: Tensor, lengths: Tensor | None) -> Tensor:
 
 def _initial(value: Value | None, index: int, batch: Any, width: int, dtype: Any, layout: int) -> Tensor:
     if value is None:
-        return tf.zeros(tf.stack([batch, width]) if not isinstance(batch, int) else [batch, width], dtype)
-    return value.tensor[:, index] if layout else value.tensor[index]
+        return tf.zeros([batch, width], dtype)
+    return tf.ensure_shape(value.tensor[:, index] if layout else value.tensor[index], [None, width])
 
 
 def _part(value: Value | None, index: int, transposed: bool = False) -> Any:

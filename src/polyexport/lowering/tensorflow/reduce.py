@@ -7,6 +7,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from polyexport.lowering.graph import Node
 from polyexport.lowering.tensorflow.shape import remaining
 from polyexport.lowering.tensorflow.target import OPS, static
 from polyexport.lowering.value import Tensor, Value
@@ -47,7 +48,7 @@ def _declare(name: str, reduce: Reduction) -> None:
     axes_since = 13 if name == "ReduceSum" else 18
 
     def by_input(
-        x: Value, axes: Value | None = None, *, keepdims: int = 1, noop_with_empty_axes: int = 0, node: Any
+        x: Value, axes: Value | None = None, *, keepdims: int = 1, noop_with_empty_axes: int = 0, node: Node
     ) -> Any:
         chosen = static(axes)
         if axes is not None and chosen is None:
@@ -59,14 +60,14 @@ def _declare(name: str, reduce: Reduction) -> None:
             return node.value(reduce(x.tensor[None], [0], False))
         return reduced(x, chosen, bool(keepdims), reduce, node)
 
-    def by_attribute(x: Value, *, axes: list[int] | None = None, keepdims: int = 1, node: Any) -> Value:
+    def by_attribute(x: Value, *, axes: list[int] | None = None, keepdims: int = 1, node: Node) -> Value:
         return reduced(x, axes, bool(keepdims), reduce, node)
 
     OPS.op(name, since=axes_since)(by_input)
     OPS.op(name)(by_attribute)
 
 
-def reduced(x: Value, axes: list[int] | None, keepdims: bool, reduce: Reduction, node: Any) -> Value:
+def reduced(x: Value, axes: list[int] | None, keepdims: bool, reduce: Reduction, node: Node) -> Value:
     """Over some axes, all if none is named, wherever they lie."""
     rank = x.rank
     if rank is None:
@@ -92,9 +93,7 @@ for _name, _reduce in _REDUCTIONS.items():
 
 
 @OPS.op("ArgMax", "ArgMin")
-def arg_extreme(
-    x: Value, *, axis: int = 0, keepdims: int = 1, select_last_index: int = 0, node: Any
-) -> Tensor:
+def arg_extreme(x: Value, *, axis: int = 0, keepdims: int = 1, select_last_index: int = 0, node: Node) -> Tensor:
     """The index of the first, or the last, of the extreme entries."""
     find = tf.argmax if node.proto.op_type == "ArgMax" else tf.argmin
     axis = axis % (x.rank or 1)
@@ -118,7 +117,7 @@ def cumulative_product(x: Value, axis: Value, *, exclusive: int = 0, reverse: in
 
 
 def _along(function: Callable[[Tensor, int], Tensor]) -> Callable[..., Value]:
-    def apply(x: Value, *, axis: int = -1, node: Any) -> Value:
+    def apply(x: Value, *, axis: int = -1, node: Node) -> Value:
         return node.value(function(x.stored, x.placed(axis)), x.order)
 
     return apply
@@ -159,5 +158,3 @@ def norm(x: Value, *, axis: int = -1, p: int = 2) -> Tensor:
 def determinant(x: Value) -> Tensor:
     """Of the last two axes."""
     return tf.linalg.det(x.tensor)
-
-

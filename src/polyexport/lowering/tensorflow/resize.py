@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from polyexport.lowering.graph import Node
 from polyexport.lowering.tensorflow.convolution import last
 from polyexport.lowering.tensorflow.target import OPS, sizes_of
 from polyexport.lowering.value import Tensor, Value
@@ -21,7 +22,7 @@ from polyexport.lowering.value import Tensor, Value
 
 @dataclass(frozen=True)
 class Axis:
-    """One axis that is resized: sizes are `int`, or tensors where only the run knows them; `scale` is the nominal one."""
+    """One axis that is resized; what only the run knows is a tensor. `scale` is the nominal one."""
 
     index: int
     size: Any
@@ -46,10 +47,10 @@ class Mode:
 @OPS.op("Resize", since=11)
 def resize(
     x: Value, roi: Value | None = None, scales: Value | None = None, sizes: Value | None = None,
-    *, mode: str = "nearest", coordinate_transformation_mode: str = "half_pixel", nearest_mode: str = "round_prefer_floor",
-    cubic_coeff_a: float = -0.75, antialias: int = 0, exclude_outside: int = 0, extrapolation_value: float = 0.0,
-    axes: list[int] | None = None, keep_aspect_ratio_policy: str = "stretch", node: Any,
-) -> Value:  # fmt: skip  # the inputs on one line, the attributes on three
+    *, mode: str = "nearest", coordinate_transformation_mode: str = "half_pixel",
+    nearest_mode: str = "round_prefer_floor", cubic_coeff_a: float = -0.75, antialias: int = 0, exclude_outside: int = 0, extrapolation_value: float = 0.0,
+    axes: list[int] | None = None, keep_aspect_ratio_policy: str = "stretch", node: Node,
+) -> Value:  # fmt: skip  # the inputs on one line, the attributes on four
     """By scales or by sizes."""
     chosen = [axis % (x.rank or 1) for axis in axes] if axes else list(range(x.rank or 0))
     how = Mode(
@@ -63,14 +64,14 @@ def resize(
 
 
 @OPS.op("Resize", "Upsample", since=9)
-def upsample(x: Value, scales: Value, *, mode: str = "nearest", node: Any) -> Value:
+def upsample(x: Value, scales: Value, *, mode: str = "nearest", node: Node) -> Value:
     """Before opset 11 a place is scaled without any shift, and rounded down."""
     plan = _plan(x, list(range(x.rank or 0)), None, scales, None, "stretch")
     return _resized(x, plan, Mode(mode, "asymmetric", "floor", -0.75, False, False, 0.0), node)
 
 
 @OPS.op("Upsample", since=7)
-def upsample_attribute(x: Value, *, scales: list[float], mode: str = "nearest", node: Any) -> Value:
+def upsample_attribute(x: Value, *, scales: list[float], mode: str = "nearest", node: Node) -> Value:
     """With the scales as an attribute."""
     return upsample(x, node.value(np.array(scales, np.float32)), mode=mode, node=node)
 
@@ -85,7 +86,9 @@ def _plan(
     for place, axis in enumerate(chosen):
         size = own[axis]
         if scales is not None:
-            scale: Any = float(scales.known[place]) if scales.known is not None else tf.cast(scales.tensor[place], tf.float32)
+            scale: Any = (
+                float(scales.known[place]) if scales.known is not None else tf.cast(scales.tensor[place], tf.float32)
+            )
             target = _floored(size, scale)
         else:
             target, scale = wanted[place]
@@ -127,11 +130,15 @@ def _ratio(target: Any, size: Any) -> Any:
 def _regions(roi: Value | None, count: int) -> list[tuple[Any, Any] | None]:
     if roi is None or roi.shape == (0,):
         return [None] * count
-    bounds = [float(each) for each in roi.known] if roi.known is not None else tf.unstack(tf.cast(roi.tensor, tf.float32), 2 * count)
+    bounds = (
+        [float(each) for each in roi.known]
+        if roi.known is not None
+        else tf.unstack(tf.cast(roi.tensor, tf.float32), 2 * count)
+    )
     return [(bounds[i], bounds[i + count]) for i in range(count)]
 
 
-def _resized(x: Value, plan: list[Axis], how: Mode, node: Any) -> Value:
+def _resized(x: Value, plan: list[Axis], how: Mode, node: Node) -> Value:
     plan = [each for each in plan if not _stays(each, how)]
     native = _native(x, plan, how, node)
     if native is not None:
@@ -149,12 +156,12 @@ def _resized(x: Value, plan: list[Axis], how: Mode, node: Any) -> Value:
 
 
 def _stays(axis: Axis, how: Mode) -> bool:
-    same = isinstance(axis.size, int) and axis.size == axis.target
+    same = isinstance(axis.size, int) and isinstance(axis.target, int) and axis.size == axis.target
     unscaled = isinstance(axis.scale, float) and axis.scale == 1.0
     return (same or unscaled) and unscaled and how.coordinates != "tf_crop_and_resize"
 
 
-def _native(x: Value, plan: list[Axis], how: Mode, node: Any) -> Value | None:
+def _native(x: Value, plan: list[Axis], how: Mode, node: Node) -> Value | None:
     """By TensorFlow's own image operators, where they compute the same."""
     if x.rank != 4 or not plan or not {each.index for each in plan} <= {2, 3} or how.antialias or how.outside:
         return None
@@ -163,16 +170,23 @@ def _native(x: Value, plan: list[Axis], how: Mode, node: Any) -> Value | None:
     if x.dtype != np.float32:
         return None
     sizes = {each.index: each.target for each in plan}
-    target = [sizes.get(axis, size) for axis, size in zip((2, 3), (x.shape or ())[2:], strict=True)]
+    target: list[Any] = [sizes.get(axis, size) for axis, size in zip((2, 3), (x.shape or ())[2:], strict=True)]
     scaled = all(isinstance(each.scale, float) for each in plan)
-    if None in target or not scaled or not all(abs(each.size * each.scale - each.target) < 1e-4 for each in plan):
+    if (
+        not all(isinstance(each, int) for each in target)
+        or not scaled
+        or not all(abs(each.size * each.scale - each.target) < 1e-4 for each in plan)
+    ):
         return None
     images = x.in_order(last(4))
     whole = all(each.target % each.size == 0 for each in plan)
     if how.kind == "nearest" and whole and (how.coordinates, how.nearest) == ("asymmetric", "floor"):
         return node.value(tf.raw_ops.ResizeNearestNeighbor(images=images, size=target), last(4))
     if how.kind == "linear" and how.coordinates in ("half_pixel", "align_corners", "asymmetric"):
-        flags = {"half_pixel_centers": how.coordinates == "half_pixel", "align_corners": how.coordinates == "align_corners"}
+        flags = {
+            "half_pixel_centers": how.coordinates == "half_pixel",
+            "align_corners": how.coordinates == "align_corners",
+        }
         return node.value(tf.raw_ops.ResizeBilinear(images=images, size=target, **flags), last(4))
     if how.kind == "linear" and how.coordinates == "pytorch_half_pixel" and min(target) > 1:
         return node.value(tf.raw_ops.ResizeBilinear(images=images, size=target, half_pixel_centers=True), last(4))
@@ -293,5 +307,3 @@ def cubic(distance: Tensor, a: float) -> Tensor:
     near = ((a + 2) * d - (a + 3)) * d * d + 1
     far = ((a * d - 5 * a) * d + 8 * a) * d - 4 * a
     return tf.where(d <= 1, near, tf.where(d < 2, far, tf.zeros_like(d)))
-
-

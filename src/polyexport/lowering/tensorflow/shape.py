@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
+from polyexport.lowering.graph import Node
 from polyexport.lowering.tensorflow.target import OPS, dtype_of, sizes_of, static
 from polyexport.lowering.value import Tensor, Value, align
 
@@ -33,8 +36,12 @@ def shape(x: Value, *, start: int = 0, end: int | None = None) -> Any:
 def size(x: Value) -> Any:
     """The number of entries."""
     if x.shape is not None and None not in x.shape:
-        return np.array(np.prod(x.shape), np.int64)
+        return np.array(_product(x.shape), np.int64)
     return tf.size(x.stored, out_type=tf.int64)
+
+
+def _product(sizes: Sequence[int | None]) -> int:
+    return math.prod(size for size in sizes if size is not None)
 
 
 @OPS.op("Reshape", since=5)
@@ -45,9 +52,7 @@ def reshape(x: Value, shape: Value, *, allowzero: int = 0) -> Tensor:
         return tf.reshape(x.tensor, _kept(x, shape.tensor, allowzero))
     kept = x.shape or ()
     free = [i for i, each in enumerate(target) if each is None]
-    target = [
-        kept[i] if each == 0 and not allowzero and i < len(kept) else each for i, each in enumerate(target)
-    ]
+    target = [kept[i] if each == 0 and not allowzero and i < len(kept) else each for i, each in enumerate(target)]
     unknown = [i for i, each in enumerate(target) if each is None]
     if len(unknown) == 1 and -1 not in target and 0 not in target:
         return tf.reshape(x.tensor, [-1 if each is None else each for each in target])
@@ -78,15 +83,15 @@ def flatten(x: Value, *, axis: int = 1) -> Tensor:
     axis = axis + rank if axis < 0 else axis
     own = x.shape or ()
     if None not in own[axis:] and 0 not in own:
-        return tf.reshape(x.tensor, [-1, int(np.prod(own[axis:]))])
+        return tf.reshape(x.tensor, [-1, _product(own[axis:])])
     if None not in own[:axis] and 0 not in own:
-        return tf.reshape(x.tensor, [int(np.prod(own[:axis])), -1])
+        return tf.reshape(x.tensor, [_product(own[:axis]), -1])
     sizes = tf.shape(x.tensor)
     return tf.reshape(x.tensor, [tf.reduce_prod(sizes[:axis]), tf.reduce_prod(sizes[axis:])])
 
 
 @OPS.op("Squeeze", since=13)
-def squeeze(x: Value, axes: Value | None = None, *, node: Any) -> Value:
+def squeeze(x: Value, axes: Value | None = None, *, node: Node) -> Value:
     """The axes named, or all of size 1; the order of the others stays."""
     if axes is None and (x.shape is None or None in x.shape):
         return node.value(tf.squeeze(x.tensor))
@@ -97,12 +102,12 @@ def squeeze(x: Value, axes: Value | None = None, *, node: Any) -> Value:
 
 
 @OPS.op("Squeeze")
-def squeeze_attribute(x: Value, *, axes: list[int] | None = None, node: Any) -> Value:
+def squeeze_attribute(x: Value, *, axes: list[int] | None = None, node: Node) -> Value:
     """With the axes as an attribute."""
     return squeeze(x, None if axes is None else node.value(np.array(axes)), node=node)
 
 
-def squeezed(x: Value, axes: list[int], node: Any) -> Value:
+def squeezed(x: Value, axes: list[int], node: Node) -> Value:
     """Without some axes of size 1, wherever they lie."""
     if not axes:
         return x
@@ -120,7 +125,7 @@ def remaining(x: Value, gone: list[int]) -> tuple[int, ...] | None:
 
 
 @OPS.op("Unsqueeze", since=13)
-def unsqueeze(x: Value, axes: Value, *, node: Any) -> Tensor:
+def unsqueeze(x: Value, axes: Value, *, node: Node) -> Tensor:
     """New axes of size 1, counted in the result."""
     places = static(axes)
     if places is None:
@@ -133,13 +138,13 @@ def unsqueeze(x: Value, axes: Value, *, node: Any) -> Tensor:
 
 
 @OPS.op("Unsqueeze")
-def unsqueeze_attribute(x: Value, *, axes: list[int], node: Any) -> Tensor:
+def unsqueeze_attribute(x: Value, *, axes: list[int], node: Node) -> Tensor:
     """With the axes as an attribute."""
     return unsqueeze(x, node.value(np.array(axes)), node=node)
 
 
 @OPS.op("Concat", since=4)
-def concat(*parts: Value, axis: int, node: Any) -> Value:
+def concat(*parts: Value, axis: int, node: Node) -> Value:
     """In the order that the first part with a layout of its own is stored in."""
     if len(parts) == 1:
         return parts[0]
@@ -153,7 +158,7 @@ def _place(axis: int, order: tuple[int, ...] | None, x: Value) -> int:
 
 
 @OPS.op("Split", since=13)
-def split_(x: Value, sizes: Value | None = None, *, axis: int = 0, num_outputs: int | None = None, node: Any) -> Any:
+def split_(x: Value, sizes: Value | None = None, *, axis: int = 0, num_outputs: int | None = None, node: Node) -> Any:
     """Into the sizes given, or evenly with a smaller last part."""
     where = x.placed(axis)
     if sizes is not None:
@@ -174,14 +179,14 @@ def _even(x: Value, axis: int, count: int) -> list[Tensor]:
 
 
 @OPS.op("Split")
-def split_attribute(x: Value, *, axis: int = 0, split: list[int] | None = None, node: Any) -> Any:
+def split_attribute(x: Value, *, axis: int = 0, split: list[int] | None = None, node: Node) -> Any:
     """With the sizes as an attribute."""
     return split_(x, None if split is None else node.value(np.array(split)), axis=axis, node=node)
 
 
 @OPS.op("Slice", since=10)
 def slice_(
-    x: Value, starts: Value, ends: Value, axes: Value | None = None, steps: Value | None = None, *, node: Any
+    x: Value, starts: Value, ends: Value, axes: Value | None = None, steps: Value | None = None, *, node: Node
 ) -> Value:
     """Bounds beyond the tensor are cut to it, negative ones count from its end."""
     rank = x.rank or 0
@@ -212,7 +217,7 @@ def _within(start: int, stop: int, step: int) -> slice:
     return slice(start, None if stop < 0 else stop, step)
 
 
-def _slice_dynamic(x: Value, starts: Value, ends: Value, axes: list[int], steps: list[int], node: Any) -> Value:
+def _slice_dynamic(x: Value, starts: Value, ends: Value, axes: list[int], steps: list[int], node: Node) -> Value:
     rank = x.rank or 0
     begin, end, stride = [tf.constant(0, tf.int64)] * rank, [tf.constant(0, tf.int64)] * rank, [1] * rank
     from_, to = tf.cast(starts.tensor, tf.int64), tf.cast(ends.tensor, tf.int64)
@@ -241,9 +246,7 @@ def _bounds(first: Tensor, last: Tensor, step: Any, total: Tensor) -> tuple[Tens
     return first, tf.where(last < 0, -total - 1, last)
 
 
-def _slice_unknown(
-    x: Value, starts: Value, ends: Value, axes: Value | None, steps: Value | None, node: Any
-) -> Value:
+def _slice_unknown(x: Value, starts: Value, ends: Value, axes: Value | None, steps: Value | None, node: Node) -> Value:
     """Axes or steps that only the run knows."""
     rank = x.rank or 0
     total = tf.shape(x.tensor, out_type=tf.int64)
@@ -262,7 +265,7 @@ def _slice_unknown(
 
 @OPS.op("Slice")
 def slice_attribute(
-    x: Value, *, starts: list[int], ends: list[int], axes: list[int] | None = None, node: Any
+    x: Value, *, starts: list[int], ends: list[int], axes: list[int] | None = None, node: Node
 ) -> Value:
     """With the bounds as attributes."""
     bounds = [node.value(np.array(each)) for each in (starts, ends)]
@@ -270,11 +273,13 @@ def slice_attribute(
 
 
 @OPS.op("Expand", since=8)
-def expand(x: Value, shape: Value, *, node: Any) -> Tensor:
+def expand(x: Value, shape: Value, *, node: Node) -> Tensor:
     """Broadcast in both directions: a size of 1 in `shape` keeps the tensor's own."""
     target = None if shape.sizes is None else list(shape.sizes)
     if target is None:
-        return tf.broadcast_to(x.tensor, tf.broadcast_dynamic_shape(tf.shape(x.tensor), tf.cast(shape.tensor, tf.int32)))
+        return tf.broadcast_to(
+            x.tensor, tf.broadcast_dynamic_shape(tf.shape(x.tensor), tf.cast(shape.tensor, tf.int32))
+        )
     if all(each == 1 for each in target) and len(target) <= (x.rank or 0):
         return x
     rank = max(len(target), x.rank or 0)
@@ -316,7 +321,7 @@ def constant_of_shape(shape: Value, *, value: np.ndarray | None = None) -> Tenso
 @OPS.op("Constant")
 def constant(**attributes: Any) -> np.ndarray:
     """A tensor, or one of the short forms."""
-    (name, content), = attributes.items()
+    ((name, content),) = attributes.items()
     kinds = {"value_float": np.float32, "value_floats": np.float32, "value_int": np.int64, "value_ints": np.int64}
     if name == "sparse_value":
         from polyexport.lowering.graph import dense
@@ -350,7 +355,7 @@ def triangle(x: Value, k: Value | None = None, *, upper: int = 1) -> Tensor:
 
 @OPS.op("Pad", since=11)
 def pad(
-    x: Value, pads: Value, value: Value | None = None, axes: Value | None = None, *, mode: str = "constant", node: Any
+    x: Value, pads: Value, value: Value | None = None, axes: Value | None = None, *, mode: str = "constant", node: Node
 ) -> Any:
     """Negative amounts cut; `edge` and `wrap` by index, since TensorFlow has no such modes."""
     rank = x.rank or 0
@@ -368,7 +373,7 @@ def pad(
 
 
 @OPS.op("Pad")
-def pad_attribute(x: Value, *, pads: list[int], value: float = 0.0, mode: str = "constant", node: Any) -> Any:
+def pad_attribute(x: Value, *, pads: list[int], value: float = 0.0, mode: str = "constant", node: Node) -> Any:
     """With the amounts as an attribute."""
     return pad(x, node.value(np.array(pads)), node.value(np.array(value, x.dtype)), mode=mode, node=node)
 

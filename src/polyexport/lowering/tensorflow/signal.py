@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import tensorflow as tf
 
+from polyexport.lowering.graph import Node
 from polyexport.lowering.tensorflow.target import OPS, dtype_of, sizes_of, static
 from polyexport.lowering.value import Tensor, Value
 
@@ -23,7 +22,7 @@ def _parts(x: Tensor) -> Tensor:
 
 @OPS.op("DFT", since=20)
 def transform(
-    x: Value, length: Value | None = None, axis: Value | None = None, *, inverse: int = 0, onesided: int = 0, node: Any
+    x: Value, length: Value | None = None, axis: Value | None = None, *, inverse: int = 0, onesided: int = 0, node: Node
 ) -> Tensor:
     """Along one axis, padded with zeros or cut to `length`."""
     places = [-2] if axis is None else static(axis)
@@ -48,8 +47,9 @@ def _transformed(x: Value, length: Value | None, axis: int, inverse: bool, onesi
         data = _mirrored(data, axis, length)
     moved = tf.experimental.numpy.moveaxis(_complex(data), axis, -1)
     count = tf.shape(moved)[-1] if length is None else tf.cast(tf.reshape(length.tensor, []), tf.int32)
-    moved = moved[..., :count]
-    missing = count - tf.shape(moved)[-1]
+    have = tf.shape(moved)[-1]
+    moved = moved[..., : tf.minimum(count, have)]
+    missing = tf.maximum(count - have, 0)
     moved = tf.pad(moved, tf.concat([tf.zeros([rank - 2, 2], tf.int32), [[0, missing]]], 0))
     made = tf.signal.ifft(moved) if inverse else tf.signal.fft(moved)
     if onesided and inverse:
@@ -72,13 +72,19 @@ def _mirrored(data: Tensor, axis: int, length: Value | None) -> Tensor:
 
 @OPS.op("STFT", since=17)
 def short_transform(
-    signal: Value, step: Value, window: Value | None = None, length: Value | None = None, *, onesided: int = 1, node: Any
+    signal: Value,
+    step: Value,
+    window: Value | None = None,
+    length: Value | None = None,
+    *,
+    onesided: int = 1,
+    node: Node,
 ) -> Tensor:
     """Frames of a signal `(batch, time[, 1 or 2])`, each weighed by the window and transformed."""
     data = signal.tensor if signal.rank == 3 else signal.tensor[..., None]
-    size = static(length) or (None if window is None else [window.shape[0]])  # type: ignore[index]  # a window has one axis
+    size: list[int | None] = [*(static(length) or ())] or [*((window.shape or ()) if window is not None else ())]
     stride = static(step)
-    if size is None or size[0] is None or stride is None:
+    if not size or size[0] is None or stride is None:
         raise node.unsupported("its frames' length or step is not known before the run")
     frames = tf.signal.frame(data, size[0], stride[0], axis=1)
     if window is not None:
@@ -94,7 +100,7 @@ def _centred(window: Tensor, size: int) -> Tensor:
 
 @OPS.op("MelWeightMatrix", since=17)
 def mel(
-    bins: Value, length: Value, rate: Value, low: Value, high: Value, *, output_datatype: int = 1, node: Any
+    bins: Value, length: Value, rate: Value, low: Value, high: Value, *, output_datatype: int = 1, node: Node
 ) -> np.ndarray:
     """Triangles on the mel scale, computed now."""
     if any(each.known is None for each in (bins, length, rate, low, high)):
@@ -108,10 +114,9 @@ def mel(
     found = np.zeros((lines, count), np.float64)
     for i in range(count):
         first, peak, final = edges[i : i + 3]
+        found[peak, i] = 1
         for j in range(first, peak):
             found[j, i] = (j - first) / (peak - first)
-        if first == peak:
-            found[peak, i] = 1
         for j in range(peak, final):
             found[j, i] = (final - j) / (final - peak)
     return found.astype(dtype_of(output_datatype).as_numpy_dtype)
@@ -120,7 +125,7 @@ def mel(
 @OPS.op("Col2Im", since=18)
 def columns_to_image(
     x: Value, image: Value, block: Value,
-    *, dilations: list[int] | None = None, pads: list[int] | None = None, strides: list[int] | None = None, node: Any,
+    *, dilations: list[int] | None = None, pads: list[int] | None = None, strides: list[int] | None = None, node: Node,
 ) -> Tensor:  # fmt: skip  # the inputs on one line, the attributes on the next
     """Blocks laid back where they came from, added where they overlap."""
     kernel, sizes = static(block), static(image)
@@ -139,6 +144,8 @@ def columns_to_image(
     batch, depth = sizes_of(x)[0], (x.shape or ())[1]
     channels = depth // int(np.prod(kernel)) if depth is not None else -1
     data = tf.reshape(x.tensor, tf.stack([batch, channels, places.size]))
-    flat = tf.transpose(tf.math.unsorted_segment_sum(tf.transpose(data, [2, 0, 1]), places.ravel(), int(np.prod(wide))), [1, 2, 0])
+    flat = tf.transpose(
+        tf.math.unsorted_segment_sum(tf.transpose(data, [2, 0, 1]), places.ravel(), int(np.prod(wide))), [1, 2, 0]
+    )
     whole = tf.reshape(flat, tf.stack([batch, channels, *wide]))
     return whole[(slice(None), slice(None), *(slice(pads[i], pads[i] + size) for i, size in enumerate(sizes)))]

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from polyexport.lowering.graph import Node
 from polyexport.lowering.tensorflow.convolution import last
 from polyexport.lowering.tensorflow.target import OPS, sizes_of
 from polyexport.lowering.value import Tensor, Value
@@ -18,7 +19,7 @@ def non_max_suppression(
     boxes: Value, scores: Value, most: Value | None = None, iou: Value | None = None, score: Value | None = None,
     *, center_point_box: int = 0,
 ) -> Tensor:  # fmt: skip  # the inputs on one line
-    """Rows of (batch, class, box), class by class; a box falls away when it overlaps a better one by more than `iou`."""
+    """Rows of (batch, class, box); a box falls away when it overlaps a better one of its class by more than `iou`."""
 
     def scalar(value: Value | None, default: float, dtype: Any) -> Tensor:
         return tf.constant(default, dtype) if value is None else tf.cast(tf.reshape(value.tensor, []), dtype)
@@ -47,11 +48,21 @@ def non_max_suppression(
 def roi_align(
     x: Value, rois: Value, batch: Value,
     *, coordinate_transformation_mode: str | None = None, mode: str = "avg", output_height: int = 1,
-    output_width: int = 1, sampling_ratio: int = 0, spatial_scale: float = 1.0, node: Any,
+    output_width: int = 1, sampling_ratio: int = 0, spatial_scale: float = 1.0, node: Node,
 ) -> Value:  # fmt: skip  # the inputs on one line, the attributes on two
     """Samples on a grid in each bin of each region, averaged or their maximum."""
     if sampling_ratio <= 0:
-        return _adaptive(x, rois, batch, mode, output_height, output_width, spatial_scale, _offset(coordinate_transformation_mode, node), node)
+        return _adaptive(
+            x,
+            rois,
+            batch,
+            mode,
+            output_height,
+            output_width,
+            spatial_scale,
+            _offset(coordinate_transformation_mode, node),
+            node,
+        )
     pooled = _aligned(
         x.in_order(last(4)), rois.tensor, batch.tensor, mode, (output_height, output_width),
         (sampling_ratio, sampling_ratio), spatial_scale, _offset(coordinate_transformation_mode, node),
@@ -59,7 +70,7 @@ def roi_align(
     return node.value(pooled, last(4))
 
 
-def _offset(mode: str | None, node: Any) -> float:
+def _offset(mode: str | None, node: Node) -> float:
     if mode is None:
         mode = "half_pixel" if node.version >= 16 else "output_half_pixel"
     return 0.5 if mode == "half_pixel" else 0.0
@@ -105,7 +116,12 @@ def _corners(images: Tensor, batch: Tensor, ys: Tensor, xs: Tensor) -> list[Tens
     dy, dx = ys - top, xs - left
     rows = tf.reshape(tf.cast(batch, tf.int32), [-1, 1, 1, 1, 1]) + tf.zeros_like(tf.cast(top, tf.int32))
     found = []
-    for y, x, weight in ((top, left, (1 - dy) * (1 - dx)), (top, right, (1 - dy) * dx), (down, left, dy * (1 - dx)), (down, right, dy * dx)):
+    for y, x, weight in (
+        (top, left, (1 - dy) * (1 - dx)),
+        (top, right, (1 - dy) * dx),
+        (down, left, dy * (1 - dx)),
+        (down, right, dy * dx),
+    ):
         places = tf.stack([rows, tf.cast(y, tf.int32), tf.cast(x, tf.int32)], -1)
         weight = tf.where(inside, weight, tf.zeros_like(weight))
         found.append(tf.gather_nd(images, places) * weight[..., None])
@@ -113,7 +129,7 @@ def _corners(images: Tensor, batch: Tensor, ys: Tensor, xs: Tensor) -> list[Tens
 
 
 def _adaptive(
-    x: Value, rois: Value, batch: Value, mode: str, height: int, width: int, scale: float, offset: float, node: Any
+    x: Value, rois: Value, batch: Value, mode: str, height: int, width: int, scale: float, offset: float, node: Node
 ) -> Value:
     """As many samples as a region has pixels in a bin: another number for each region, so one after another."""
     images = x.in_order(last(4))
@@ -131,7 +147,7 @@ def _adaptive(
 
 @OPS.op("GridSample", since=16)
 def grid_sample(
-    x: Value, grid: Value, *, align_corners: int = 0, mode: str = "linear", padding_mode: str = "zeros", node: Any
+    x: Value, grid: Value, *, align_corners: int = 0, mode: str = "linear", padding_mode: str = "zeros", node: Node
 ) -> Value:
     """The tensor at places between -1 and 1, the last axis of the grid counting the axes from the last."""
     rank = x.rank or 0
@@ -143,6 +159,24 @@ def grid_sample(
         at = (at + 1) / 2 * (size - 1) if align_corners else ((at + 1) * size - 1) / 2
         axes.append(_inside(at, size, padding_mode, bool(align_corners)) if "cubic" not in mode else at)
     return node.value(_sampled(images, axes, sizes, mode, padding_mode, bool(align_corners)), last(rank))
+
+
+@OPS.op("AffineGrid", since=20)
+def affine_grid(theta: Value, size: Value, *, align_corners: int = 0) -> Tensor:
+    """Places between -1 and 1, the axes counted from the last, each moved by its sample's matrix `(n, n + 1)`."""
+    count = (theta.shape or (None, None))[1] or (size.shape or (4,))[0] - 2  # type: ignore[operator]  # one is static
+    sizes = tf.cast(size.tensor, tf.int32)[2:]
+    lines = []
+    for axis in range(count):
+        steps = tf.cast(sizes[axis], tf.float32)
+        place = tf.cast(tf.range(sizes[axis]), tf.float32)
+        even = place * 2 / tf.maximum(steps - 1, 1) - 1
+        lines.append(even if align_corners else (2 * place + 1) / steps - 1)
+    mesh = tf.meshgrid(*lines, indexing="ij")
+    places = tf.stack([*mesh[::-1], tf.ones_like(mesh[0])], -1)
+    flat = tf.cast(tf.reshape(places, [-1, count + 1]), tf.as_dtype(theta.dtype))
+    moved = tf.einsum("nij,pj->npi", theta.tensor, flat)
+    return tf.reshape(moved, tf.concat([tf.shape(moved)[:1], sizes, [count]], 0))
 
 
 def _inside(at: Tensor, size: Tensor, mode: str, align_corners: bool) -> Tensor:
@@ -161,7 +195,6 @@ def _inside(at: Tensor, size: Tensor, mode: str, align_corners: bool) -> Tensor:
 def _sampled(
     images: Tensor, axes: list[Tensor], sizes: list[Tensor], mode: str, padding_mode: str, align_corners: bool
 ) -> Tensor:
-
 
     taps = [_taps(at, mode) for at in axes]
     total = None
@@ -197,7 +230,7 @@ def _taps(at: Tensor, mode: str) -> list[tuple[Tensor, Tensor]]:
 def deformable_convolution(
     x: Value, weight: Value, offset: Value, bias: Value | None = None, mask: Value | None = None,
     *, dilations: list[int] | None = None, group: int = 1, kernel_shape: list[int] | None = None,
-    offset_group: int = 1, pads: list[int] | None = None, strides: list[int] | None = None, node: Any,
+    offset_group: int = 1, pads: list[int] | None = None, strides: list[int] | None = None, node: Node,
 ) -> Tensor:  # fmt: skip  # the inputs on one line, the attributes on the next two
     """A convolution whose kernel's places are moved, each by an offset of its own, and weighed by a mask."""
     if x.rank != 4:
@@ -218,7 +251,9 @@ def deformable_convolution(
         own = (tap // kernel[1], tap % kernel[1])
         at = [
             tf.reshape(moved[:, :, tap, axis], tf.stack([batch * offset_group, rows, columns]))
-            + _lattice((rows, columns)[axis], strides[axis], own[axis] * dilations[axis] - pads[axis], axis, images.dtype)
+            + _lattice(
+                (rows, columns)[axis], strides[axis], own[axis] * dilations[axis] - pads[axis], axis, images.dtype
+            )
             for axis in (0, 1)
         ]
         sample = _sampled(images, at, sizes, "linear", "zeros", False)
