@@ -121,10 +121,19 @@ class Lowering:
         node = Node(proto, self.opsets.get(domain, 1), self, scope)
         inputs = [scope[name] if name else None for name in proto.input]
         function = self.operators.find(domain, proto.op_type, node.version)
-        outputs = self._expanded(node, inputs) if function is None else self._lowered(node, function, inputs)
+        try:
+            outputs = self._expanded(node, inputs) if function is None else self._lowered(node, function, inputs)
+        except UnsupportedOp:
+            raise
+        except Exception as error:  # whatever the framework says, the reader wants to know of which node
+            shapes = ", ".join(str(value.shape) if isinstance(value, Value) else "-" for value in inputs)
+            why = " ".join(str(error).split())[:300]
+            raise node.unsupported(f"with inputs of shapes {shapes}: {type(error).__name__}: {why}") from error
         for name, output in zip(proto.output, outputs, strict=False):
             if name:
                 scope[name] = self._refined(output, claims.get(name))
+                if isinstance(output, Value) and scope[name].rank is None:
+                    raise node.unsupported("how many axes its result has is not known before the run")
 
     def _lowered(self, node: Node, function: Any, inputs: list[Flow]) -> list[Flow]:
         given = [value for value in inputs if value is not None]
@@ -171,9 +180,11 @@ class Lowering:
             return value
         shape = value.shape
         dimensions = claim.type.tensor_type.shape.dim
+        sizes = [d.dim_value if d.HasField("dim_value") else None for d in dimensions]
+        if shape is None and claim.type.tensor_type.HasField("shape"):
+            return self.value(self.framework.refine(value.tensor, sizes))
         if shape is None or len(shape) != len(dimensions) or None not in shape:
             return value
-        sizes = [d.dim_value if d.HasField("dim_value") else None for d in dimensions]
         merged = [claimed if have is None else have for have, claimed in zip(shape, sizes, strict=True)]
         if merged == list(shape):
             return value

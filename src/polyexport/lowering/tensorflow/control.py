@@ -140,7 +140,12 @@ def _walked(
         new, outputs = step((carried, []), [row[i] for row in rows])
         return i + 1, new, [array.write(i, each) for array, each in zip(written, outputs, strict=True)]
 
-    _, final, arrays = tf.while_loop(lambda i, *_: i < total, body, (tf.constant(0), states, arrays))
+    start = (tf.constant(0), states, arrays)
+    loose = [tf.TensorShape([None] * each.shape.rank) for each in states]
+    shapes = (tf.TensorShape([]), loose, [tf.TensorShape(None)] * len(arrays))
+    _, final, arrays = tf.while_loop(lambda i, *_: i < total, body, start, shape_invariants=shapes)
+    for each, before in zip(final, states, strict=True):
+        each.set_shape(before.shape)
     return final, [array.stack() for array in arrays]
 
 

@@ -191,7 +191,10 @@ def _cut(made: Tensor, sides: Sides, extra: list[int]) -> Tensor:
     made = _pad(made, [(0, more) for more in extra])
     for axis, (before, after) in enumerate(sides, 1):
         size = tf.shape(made)[axis]
-        made = tf.gather(made, tf.range(before, size - after), axis=axis)
+        place = tf.range(before, size - after)
+        inside = tf.reshape(tf.logical_and(place >= 0, place < size), [-1] + [1] * (made.shape.rank - axis - 1))
+        kept = tf.gather(made, tf.clip_by_value(place, 0, size - 1), axis=axis)
+        made = tf.where(inside, kept, tf.zeros([], made.dtype))
     return made
 
 

@@ -80,6 +80,7 @@ def quantized_convolution(
     """Sums of integers, held exactly by float64."""
     data = tf.cast(x.tensor, tf.float64) - tf.cast(x_zero.tensor, tf.float64)
     kernel = tf.cast(w.tensor, tf.float64) - tf.cast(_spread(w_zero.tensor, w, 0, 0), tf.float64)
+    kernel = tf.ensure_shape(kernel, w.shape)
     made = convolve(node.value(data), node.value(kernel), None, node=node, **attributes).tensor
     if bias is not None:
         made += tf.cast(tf.reshape(bias.tensor, [1, -1] + [1] * ((x.rank or 2) - 2)), tf.float64)

@@ -48,7 +48,8 @@ class Mode:
 def resize(
     x: Value, roi: Value | None = None, scales: Value | None = None, sizes: Value | None = None,
     *, mode: str = "nearest", coordinate_transformation_mode: str = "half_pixel",
-    nearest_mode: str = "round_prefer_floor", cubic_coeff_a: float = -0.75, antialias: int = 0, exclude_outside: int = 0, extrapolation_value: float = 0.0,
+    nearest_mode: str = "round_prefer_floor", cubic_coeff_a: float = -0.75, antialias: int = 0,
+    exclude_outside: int = 0, extrapolation_value: float = 0.0,
     axes: list[int] | None = None, keep_aspect_ratio_policy: str = "stretch", node: Node,
 ) -> Value:  # fmt: skip  # the inputs on one line, the attributes on four
     """By scales or by sizes."""

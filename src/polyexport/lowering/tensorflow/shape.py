@@ -268,8 +268,8 @@ def slice_attribute(
     x: Value, *, starts: list[int], ends: list[int], axes: list[int] | None = None, node: Node
 ) -> Value:
     """With the bounds as attributes."""
-    bounds = [node.value(np.array(each)) for each in (starts, ends)]
-    return slice_(x, *bounds, None if axes is None else node.value(np.array(axes)), node=node)
+    first, last = (node.value(np.array(each)) for each in (starts, ends))
+    return slice_(x, first, last, None if axes is None else node.value(np.array(axes)), node=node)
 
 
 @OPS.op("Expand", since=8)

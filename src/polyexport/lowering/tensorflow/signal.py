@@ -12,6 +12,8 @@ from polyexport.lowering.value import Tensor, Value
 
 def _complex(x: Tensor) -> Tensor:
     """From a last axis of 1 (real) or 2 (real, imaginary)."""
+    if x.shape[-1] is None:
+        raise NotImplementedError("whether the signal is real or complex, its last axis, must be known before the run")
     imaginary = tf.zeros_like(x[..., 0]) if x.shape[-1] == 1 else x[..., 1]
     return tf.complex(x[..., 0], imaginary)
 
