@@ -16,9 +16,9 @@ HERE = Path(__file__).parent
 PACKAGE = Path(polyexport.__file__).parent
 
 
-def in_tensorflow(*words: str) -> str:
-    """Run a script in the tensorflow toolchain, as a worker would be run there."""
-    python = toolchain.find("tensorflow").interpreter()
+def in_toolchain(name: str, *words: str) -> str:
+    """Run a script in a toolchain, as a worker would be run there."""
+    python = toolchain.find(name).interpreter()
     done = subprocess.run([str(python), "-P", *words], capture_output=True, text=True, check=False, cwd=HERE)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
@@ -27,7 +27,7 @@ def in_tensorflow(*words: str) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["static", "dynamic"])
 def test_passes_every_applicable_case_of_onnx_own_suite(mode: str, tmp_path: Path) -> None:
-    in_tensorflow("backend_suite.py", str(PACKAGE), str(tmp_path / "result.json"), mode)
+    in_toolchain("tensorflow", "backend_suite.py", str(PACKAGE), str(tmp_path / "result.json"), mode)
     results = json.loads((tmp_path / "result.json").read_text())
     failed = {name: result for name, result in results.items() if result.startswith("failed")}
     counts = Counter(result.split(":")[0] for result in results.values())
@@ -55,7 +55,7 @@ backend_suite.run = broken
 backend_suite.main({str(PACKAGE)!r}, {str(tmp_path / "result.json")!r}, "static", "^test_(relu|round|tanh)$")
 """
     )
-    in_tensorflow(str(script))
+    in_toolchain("tensorflow", str(script))
     results = json.loads((tmp_path / "result.json").read_text())
     assert results["test_tanh"] == "passed"
     assert results["test_relu"].startswith("failed: AssertionError")
@@ -87,4 +87,4 @@ lowered = lower_model(model, [tf.TensorSpec([None, 4, 8, 8], tf.float32, "x")])
 print([node.op for node in lowered.forward.graph.as_graph_def().node].count("Transpose"))
 """
     )
-    assert in_tensorflow(str(script)).split() == ["2"]
+    assert in_toolchain("tensorflow", str(script)).split() == ["2"]

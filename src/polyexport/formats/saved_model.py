@@ -5,6 +5,7 @@ https://www.tensorflow.org/guide/saved_model
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -36,11 +37,12 @@ def _shape(tensor: TensorSpec) -> list[int | None]:
 
 
 def limit_threads(threads: int) -> None:
-    """Before TensorFlow does anything else."""
+    """For the whole process; once TensorFlow has run something, it keeps the threads that it has."""
     import tensorflow as tf
 
-    tf.config.threading.set_intra_op_parallelism_threads(threads)
-    tf.config.threading.set_inter_op_parallelism_threads(1)
+    with contextlib.suppress(RuntimeError):
+        tf.config.threading.set_intra_op_parallelism_threads(threads)
+        tf.config.threading.set_inter_op_parallelism_threads(1)
 
 
 def load(path: Path, spec: ExportSpec, *, threads: int) -> Runner:

@@ -9,7 +9,7 @@ import tensorflow as tf
 from polyexport.lowering.graph import Node
 from polyexport.lowering.tensorflow.convolution import convolve
 from polyexport.lowering.tensorflow.linear import multiplied
-from polyexport.lowering.tensorflow.target import OPS, dtype_of
+from polyexport.lowering.tensorflow.target import OPS, dtype_of, told
 from polyexport.lowering.value import Tensor, Value
 
 
@@ -80,7 +80,7 @@ def quantized_convolution(
     """Sums of integers, held exactly by float64."""
     data = tf.cast(x.tensor, tf.float64) - tf.cast(x_zero.tensor, tf.float64)
     kernel = tf.cast(w.tensor, tf.float64) - tf.cast(_spread(w_zero.tensor, w, 0, 0), tf.float64)
-    kernel = tf.ensure_shape(kernel, w.shape)
+    kernel = told(kernel, w.shape)
     made = convolve(node.value(data), node.value(kernel), None, node=node, **attributes).tensor
     if bias is not None:
         made += tf.cast(tf.reshape(bias.tensor, [1, -1] + [1] * ((x.rank or 2) - 2)), tf.float64)

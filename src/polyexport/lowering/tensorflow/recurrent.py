@@ -10,7 +10,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from polyexport.lowering.tensorflow.target import OPS, sizes_of
+from polyexport.lowering.tensorflow.target import OPS, sizes_of, told
 from polyexport.lowering.value import Tensor, Value
 
 State = list[Tensor]
@@ -128,7 +128,7 @@ def _turned(x: Tensor, lengths: Tensor | None) -> Tensor:
 def _initial(value: Value | None, index: int, batch: Any, width: int, dtype: Any, layout: int) -> Tensor:
     if value is None:
         return tf.zeros([batch, width], dtype)
-    return tf.ensure_shape(value.tensor[:, index] if layout else value.tensor[index], [None, width])
+    return told(value.tensor[:, index] if layout else value.tensor[index], [None, width])
 
 
 def _part(value: Value | None, index: int, transposed: bool = False) -> Any:

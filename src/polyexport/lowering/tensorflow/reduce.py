@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from polyexport.lowering.graph import Node
 from polyexport.lowering.tensorflow.shape import remaining
-from polyexport.lowering.tensorflow.target import OPS, static
+from polyexport.lowering.tensorflow.target import OPS, static, told
 from polyexport.lowering.value import Tensor, Value
 
 Reduction = Callable[..., Tensor]
@@ -133,7 +133,7 @@ def _flattened(function: Callable[[Tensor, int], Tensor]) -> Callable[..., Tenso
             return function(tensor, axis)
         sizes = tf.shape(tensor)
         rows = tf.reshape(tensor, tf.stack([tf.reduce_prod(sizes[:axis]), -1]))
-        return tf.ensure_shape(tf.reshape(function(rows, 1), sizes), x.shape)
+        return told(tf.reshape(function(rows, 1), sizes), x.shape)
 
     return apply
 

@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from polyexport.lowering.graph import Node
-from polyexport.lowering.tensorflow.target import OPS, dtype_of, sizes_of, static
+from polyexport.lowering.tensorflow.target import OPS, dtype_of, sizes_of, static, told
 from polyexport.lowering.value import Tensor, Value, align
 
 
@@ -258,9 +258,8 @@ def _slice_unknown(x: Value, starts: Value, ends: Value, axes: Value | None, ste
     at = where[:, None]
     begin = tf.tensor_scatter_nd_update(tf.zeros([rank], tf.int64), at, first)
     end = tf.tensor_scatter_nd_update(total, at, last)
-    return node.value(
-        tf.strided_slice(x.tensor, begin, end, tf.tensor_scatter_nd_update(tf.ones([rank], tf.int64), at, stride))
-    )
+    strides = tf.tensor_scatter_nd_update(tf.ones([rank], tf.int64), at, stride)
+    return node.value(told(tf.strided_slice(x.tensor, begin, end, strides), [None] * rank))
 
 
 @OPS.op("Slice")

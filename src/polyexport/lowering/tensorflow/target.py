@@ -50,7 +50,7 @@ def framework(weights: Weights) -> Framework:
         shape=_shape,
         dtype=lambda tensor: np.dtype(tensor.dtype.as_numpy_dtype),
         evaluate=_evaluate,
-        refine=_refine,
+        refine=told,
         scope=lambda: None if tf.executing_eagerly() else tf.compat.v1.get_default_graph(),
     )
 
@@ -72,11 +72,8 @@ def _array(content: Any) -> Any:
     return np.asarray(content.numpy()) if isinstance(content, tf.Tensor) else content
 
 
-def _refine(tensor: Tensor, sizes: Sequence[int | None]) -> Tensor:
-    return tf.ensure_shape(tensor, sizes) if tf.executing_eagerly() else _told(tensor, sizes)
-
-
-def _told(tensor: Tensor, sizes: Sequence[int | None]) -> Tensor:
+def told(tensor: Tensor, sizes: Sequence[int | None] | None) -> Tensor:
+    """The tensor, with sizes that TensorFlow could not infer; no `ensure_shape`, which TensorFlow.js cannot run."""
     tensor.set_shape(sizes)
     return tensor
 

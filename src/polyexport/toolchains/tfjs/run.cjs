@@ -104,6 +104,7 @@ async function main() {
       answer({ arrays }, chunks);
       tf.dispose([Object.values(feed), made]);
     } catch (error) {
+      console.error(error);
       answer({ error: String((error && error.message) || error) }, []);
     }
   }
