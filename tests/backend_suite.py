@@ -28,6 +28,7 @@ OLD_SCAN = "the Scan of opset 8, older than anything that PyTorch's exporters wr
 FRACTION = (
     "it aligns corners by a fractional length; PyTorch, whose graphs are lowered, rounds it, as ONNX Runtime does"
 )
+SMOOTH = "antialias to sizes, of a length that only the run knows, is refused by name: a known limit"
 TRAINING = "an operator of training"
 OTHER_DOMAIN = "an operator of another domain than ai.onnx, which PyTorch does not export to"
 
