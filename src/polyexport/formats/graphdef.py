@@ -1,0 +1,71 @@
+"""GraphDef: TensorFlow 1's frozen graph in one file, for runtimes that never learnt SavedModel.
+
+https://www.tensorflow.org/api_docs/python/tf/compat/v1/GraphDef
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from polyexport.format import Format, Route, Runner
+from polyexport.formats.saved_model import SIGNATURE, limit_threads
+from polyexport.spec import Arrays, ExportSpec
+
+
+def convert(source: Path, target: Path, spec: ExportSpec) -> None:
+    """Freeze the SavedModel's signature: variables become constants, and its ports get forward's names."""
+    import tensorflow as tf
+    from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
+
+    loaded = tf.saved_model.load(str(source))
+    frozen = convert_variables_to_constants_v2(loaded.signatures[SIGNATURE], lower_control_flow=False)
+    # a signature keeps its inputs and outputs in the order of their names
+    inputs = {port.op.name: name for port, name in zip(frozen.inputs, sorted(spec.input_names), strict=True)}
+    graph = frozen.graph.as_graph_def()
+    # nodes are renamed in the message itself: a graph under construction takes `x` and `X` for the same
+    for node in graph.node:
+        node.name = _renamed(node.name, inputs)
+        node.input[:] = [_renamed(each, inputs) for each in node.input]
+    for name, port in zip(sorted(spec.output_names), frozen.outputs, strict=True):
+        node = graph.node.add(name=name, op="Identity", input=[_renamed(port.name, inputs)])
+        node.attr["T"].type = port.dtype.as_datatype_enum
+    target.write_bytes(graph.SerializeToString())
+
+
+def _renamed(reference: str, inputs: Mapping[str, str]) -> str:
+    """A node's name, or an edge's (`^name`, `name:1`): inputs get forward's names, the rest goes below `model/`."""
+    control = "^" if reference.startswith("^") else ""
+    name, colon, index = reference.removeprefix("^").partition(":")
+    return f"{control}{inputs.get(name, f'model/{name}')}{colon}{index}"
+
+
+def load(path: Path, spec: ExportSpec, *, threads: int) -> Runner:
+    """Run it as TensorFlow 1 did, in a session."""
+    import tensorflow as tf
+
+    limit_threads(threads)
+    definition = tf.compat.v1.GraphDef()
+    definition.ParseFromString(path.read_bytes())
+    graph = tf.Graph()
+    with graph.as_default():
+        tf.graph_util.import_graph_def(definition, name="")
+    session = tf.compat.v1.Session(graph=graph)
+    wanted = {tensor.name: f"{tensor.name}:0" for tensor in spec.outputs}
+
+    def run(inputs: Arrays) -> Arrays:
+        found: Arrays = session.run(wanted, {f"{tensor.name}:0": inputs[tensor.name] for tensor in spec.inputs})
+        return found
+
+    return run
+
+
+FORMAT = Format(
+    name="graphdef",
+    aliases=("pb",),
+    description="Frozen TensorFlow graph in one .pb file, for runtimes of TensorFlow 1",
+    url="https://www.tensorflow.org/api_docs/python/tf/compat/v1/GraphDef",
+    artifact="model.pb",
+    routes=(Route("freeze", upstream="saved_model", toolchain="tensorflow", convert=convert),),
+    load=load,
+)

@@ -1,0 +1,312 @@
+"""The walk over an ONNX graph, node by node, whatever framework it is lowered to.
+
+Requirements:
+* An operator is found by its name and opset version. One that the target has no function for is replaced by its
+  definition in ONNX's own standard, where that has one; else one line names it, and nothing is written.
+* What depends on constants alone is computed now, so that shapes are static wherever they can be.
+* Functions of the model are inlined; the graphs of If, Loop and Scan see the values around them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from polyexport.lowering.operators import Operators, UnsupportedOp, call
+from polyexport.lowering.sizes import infer
+from polyexport.lowering.value import Framework, Value
+
+if TYPE_CHECKING:
+    import onnx
+
+Flow = Any
+"""What an edge carries: a `Value`, a list of them (an ONNX sequence), or None (an optional without content)."""
+
+Scope = dict[str, Flow]
+
+_FOLD_LIMIT = 1 << 24  # entries; a constant that is computed now is written into the artifact
+_NEVER_FOLDED = {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial",
+                 "If", "Loop", "Scan", "SequenceMap"}  # fmt: skip  # two lines are enough
+
+
+@dataclass(frozen=True)
+class Node:
+    """A node as an operator's function sees it."""
+
+    proto: onnx.NodeProto
+    version: int
+    lowering: Lowering
+    scope: Scope
+
+    @cached_property
+    def attributes(self) -> Mapping[str, Any]:
+        """Python values; strings decoded, tensors as numpy arrays, subgraphs as they are."""
+        return {attribute.name: _attribute(attribute) for attribute in self.proto.attribute}
+
+    @property
+    def outputs(self) -> int:
+        """Number of outputs that the node names."""
+        return len(self.proto.output)
+
+    def wants(self, index: int) -> bool:
+        """Whether the node's output `index` is asked for."""
+        return index < self.outputs and bool(self.proto.output[index])
+
+    def run(self, graph: onnx.GraphProto, inputs: Sequence[Flow]) -> list[Flow]:
+        """Lower one of the node's subgraphs with values for its formal inputs; returns its outputs."""
+        names = [value.name for value in graph.input]
+        return self.lowering.run(graph, dict(zip(names, inputs, strict=False)), self.scope)
+
+    def value(self, content: Any, order: tuple[int, ...] | None = None) -> Value:
+        """A tensor, stored in `order`, or a numpy array, as a `Value`."""
+        return self.lowering.value(content, order)
+
+    def unsupported(self, why: str) -> UnsupportedOp:
+        """The error that names the node."""
+        return UnsupportedOp(f"{self}: {why}")
+
+    def __str__(self) -> str:
+        domain = f"{self.proto.domain}." if self.proto.domain else ""
+        name = self.proto.name or ", ".join(self.proto.output)
+        return f"ONNX operator {domain}{self.proto.op_type} (node {name!r}, opset {self.version})"
+
+
+class Lowering:
+    """One model on its way to one framework."""
+
+    def __init__(self, framework: Framework, operators: Operators, model: onnx.ModelProto) -> None:
+        self.framework = framework
+        self.operators = operators
+        self.model = model
+        self.opsets = {_domain(opset.domain): opset.version for opset in model.opset_import}
+        self._weights: dict[tuple[str, int], Value] = {}
+
+    def value(self, content: Any, order: tuple[int, ...] | None = None) -> Value:
+        """A tensor, stored in `order`, or a numpy array, as a `Value`."""
+        if isinstance(content, np.ndarray | np.generic):
+            return Value(self.framework, known=np.asarray(content))
+        return Value(self.framework, content, order)
+
+    def outputs(self, inputs: Mapping[str, Any]) -> list[Flow]:
+        """The model's outputs for tensors as inputs."""
+        return self.run(self.model.graph, {name: self.value(tensor) for name, tensor in inputs.items()}, {})
+
+    def run(self, graph: onnx.GraphProto, inputs: Scope, outer: Scope) -> list[Flow]:
+        """Lower a graph inside a scope; returns its outputs."""
+        scope: Scope = {**outer, **{weight.name: self._weight(weight) for weight in graph.initializer}}
+        for sparse in graph.sparse_initializer:
+            scope[sparse.values.name] = self.value(dense(sparse))
+        scope |= inputs
+        claims = {info.name: info for info in graph.value_info}
+        for proto in graph.node:
+            self._node(proto, scope, claims)
+        return [scope[output.name] for output in graph.output]
+
+    def _weight(self, weight: onnx.TensorProto) -> Value:
+        """The same value whenever a subgraph is lowered again, so that its tensor is shared."""
+        from onnx import numpy_helper
+
+        key = (weight.name, id(weight))
+        if key not in self._weights:
+            self._weights[key] = self.value(numpy_helper.to_array(weight))
+        return self._weights[key]
+
+    def _node(self, proto: onnx.NodeProto, scope: Scope, claims: Mapping[str, onnx.ValueInfoProto]) -> None:
+        domain = _domain(proto.domain)
+        node = Node(proto, self.opsets.get(domain, 1), self, scope)
+        inputs = [scope[name] if name else None for name in proto.input]
+        function = self.operators.find(domain, proto.op_type, node.version)
+        try:
+            outputs = self._expanded(node, inputs) if function is None else self._lowered(node, function, inputs)
+        except UnsupportedOp:
+            raise
+        except Exception as error:  # whatever the framework says, the reader wants to know of which node
+            shapes = ", ".join(str(value.shape) if isinstance(value, Value) else "-" for value in inputs)
+            why = " ".join(str(error).split())[:300]
+            raise node.unsupported(f"with inputs of shapes {shapes}: {type(error).__name__}: {why}") from error
+        for name, output in zip(proto.output, outputs, strict=False):
+            if name:
+                scope[name] = self._refined(output, claims.get(name))
+                if isinstance(output, Value) and scope[name].rank is None:
+                    raise node.unsupported("how many axes its result has is not known before the run")
+
+    def _lowered(self, node: Node, function: Any, inputs: list[Flow]) -> list[Flow]:
+        given = [value for value in inputs if value is not None]
+        if given and node.proto.op_type not in _NEVER_FOLDED and all(_is_known(value) for value in given):
+            folded = self._folded(node, function, inputs)
+            if folded is not None:
+                return folded
+        values = self._values(call(function, node, inputs))
+        if node.attributes.get("to", 7) in (6, 7) and isinstance(values[0], Value) and values[0].known is None:
+            sizes = infer(node.proto.op_type, inputs, node.attributes)
+            if sizes is not None:
+                values[0] = self._with_sizes(values[0], sizes)
+        return values
+
+    def _folded(self, node: Node, function: Any, inputs: list[Flow]) -> list[Flow] | None:
+        """The outputs of constants, computed now; None where they are too large to be worth it."""
+
+        def outputs() -> list[Any]:
+            return [value.tensor if isinstance(value, Value) and value.known is None else value for value in values()]
+
+        def values() -> list[Flow]:
+            return self._values(call(function, node, inputs))
+
+        found = self.framework.evaluate(outputs)
+        taken = sum(value.known.size for value in inputs if isinstance(value, Value) and value.known is not None)
+        made = sum(array.size for array in found if isinstance(array, np.ndarray))
+        return None if made > max(_FOLD_LIMIT, taken) else self._values(tuple(found))
+
+    def _values(self, result: Any) -> list[Flow]:
+        results = result if isinstance(result, tuple) else (result,)
+        kept = (Value, list, type(None))
+        return [each if isinstance(each, kept) else self.value(each) for each in results]
+
+    def _with_sizes(self, value: Value, sizes: np.ndarray) -> Value:
+        if value.dtype.kind not in "iu":
+            return value
+        if all(entry is not None for entry in sizes.ravel()):
+            return self.value(sizes.astype(value.dtype))
+        return Value(self.framework, value.tensor, sizes=sizes)
+
+    def _refined(self, value: Flow, claim: onnx.ValueInfoProto | None) -> Flow:
+        """With the sizes that the exporter wrote down and that the framework could not infer."""
+        if claim is None or not isinstance(value, Value) or value.known is not None or value.order:
+            return value
+        shape = value.shape
+        dimensions = claim.type.tensor_type.shape.dim
+        sizes = [d.dim_value if d.HasField("dim_value") else None for d in dimensions]
+        if shape is None and claim.type.tensor_type.HasField("shape"):
+            return self.value(self.framework.refine(value.tensor, sizes))
+        if shape is None or len(shape) != len(dimensions) or None not in shape:
+            return value
+        merged = [claimed if have is None else have for have, claimed in zip(shape, sizes, strict=True)]
+        if merged == list(shape):
+            return value
+        return Value(self.framework, self.framework.refine(value.tensor, merged), sizes=value.sizes)
+
+    def _expanded(self, node: Node, inputs: list[Flow]) -> list[Flow]:
+        """An operator by the function that ONNX's standard defines it with, or that the model brings along."""
+        body, defaults = _definition(node, inputs)
+        if body is None:
+            raise node.unsupported("there is no lowering for it")
+        given: Scope = dict(zip(body.input, inputs, strict=False))
+        given |= dict.fromkeys(body.input[len(inputs) :])
+        opsets = self.opsets
+        self.opsets = {**opsets, **{_domain(opset.domain): opset.version for opset in body.opset_import}}
+        try:
+            for proto in body.node:
+                self._node(_bound(proto, node.proto, defaults), given, {})
+        finally:
+            self.opsets = opsets
+        return [given.get(name) for name in body.output]
+
+
+def read(path: Path) -> onnx.ModelProto:
+    """An ONNX file with its weights, the functions that it brings along inlined."""
+    import onnx
+    from onnx.external_data_helper import load_external_data_for_model
+
+    model = onnx.load(path, load_external_data=False)
+    if model.functions:  # before the weights come: the inliner takes no more than 2 GB
+        from onnx.inliner import inline_local_functions
+
+        model = inline_local_functions(model)
+    load_external_data_for_model(model, str(path.parent))
+    return model
+
+
+def _definition(node: Node, inputs: list[Flow]) -> tuple[Any, Mapping[str, onnx.AttributeProto]]:
+    """The function body of a node's operator, None where the standard has none, and its attributes' defaults."""
+    import onnx
+
+    try:
+        schema: Any = onnx.defs.get_schema(node.proto.op_type, node.version, _domain(node.proto.domain))
+    except onnx.defs.SchemaError:
+        return None, {}
+    body = onnx.FunctionProto()
+    if schema.has_context_dependent_function:
+        types = [_type(value).SerializeToString() for value in inputs]
+        versions = [each for each in schema.context_dependent_function_opset_versions if each <= node.version]
+        if not versions:
+            versions = schema.context_dependent_function_opset_versions
+        text = schema.get_context_dependent_function_with_opset_version(
+            versions[-1], node.proto.SerializeToString(), types
+        )
+        body.ParseFromString(text)
+    elif schema.has_function:
+        body.CopyFrom(schema.function_body)
+    defaults = {name: attribute.default_value for name, attribute in schema.attributes.items()}
+    return (body if body.node else None), {name: each for name, each in defaults.items() if each.name}
+
+
+def _type(value: Flow) -> onnx.TypeProto:
+    import onnx
+    from onnx import helper
+
+    if not isinstance(value, Value):
+        return onnx.TypeProto()  # a sequence, or an optional input that is not there: of no known type
+    return helper.make_tensor_type_proto(helper.np_dtype_to_tensor_dtype(value.dtype), value.shape)
+
+
+def _bound(
+    proto: onnx.NodeProto, caller: onnx.NodeProto, defaults: Mapping[str, onnx.AttributeProto]
+) -> onnx.NodeProto:
+    """A node of a function body with the attributes that it takes from its caller."""
+    import onnx
+
+    if not any(attribute.ref_attr_name for attribute in proto.attribute):
+        return proto
+    given = {**defaults, **{attribute.name: attribute for attribute in caller.attribute}}
+    bound = onnx.NodeProto()
+    bound.CopyFrom(proto)
+    del bound.attribute[:]
+    for attribute in proto.attribute:
+        if not attribute.ref_attr_name:
+            bound.attribute.append(attribute)
+        elif attribute.ref_attr_name in given:
+            bound.attribute.add().CopyFrom(given[attribute.ref_attr_name])
+            bound.attribute[-1].name = attribute.name
+    return bound
+
+
+def _is_known(value: Flow) -> bool:
+    if isinstance(value, list):
+        return all(_is_known(each) for each in value)
+    return isinstance(value, Value) and value.known is not None
+
+
+def _attribute(attribute: onnx.AttributeProto) -> Any:
+    import onnx
+    from onnx import numpy_helper
+
+    found = onnx.helper.get_attribute_value(attribute)
+    if isinstance(found, bytes):
+        return found.decode()
+    if isinstance(found, onnx.TensorProto):
+        return numpy_helper.to_array(found)
+    if isinstance(found, onnx.GraphProto | onnx.TypeProto | onnx.SparseTensorProto | int | float):
+        return found
+    return [each.decode() if isinstance(each, bytes) else each for each in found]
+
+
+def dense(sparse: onnx.SparseTensorProto) -> np.ndarray:
+    """A sparse constant, written out."""
+    from onnx import numpy_helper
+
+    values, indices = numpy_helper.to_array(sparse.values), numpy_helper.to_array(sparse.indices)
+    dense = np.zeros(tuple(sparse.dims), values.dtype)
+    if indices.ndim == 1:
+        dense.ravel()[indices] = values
+    else:
+        dense[tuple(indices.T)] = values
+    return dense
+
+
+def _domain(name: str) -> str:
+    return "" if name == "ai.onnx" else name

@@ -1,0 +1,78 @@
+"""ONNX to TensorFlow: the graph's operators as TensorFlow's own, traced by `tf.function`.
+
+This folder is the one place where TensorFlow is imported at module level: it is imported by routes only, inside their
+functions, and in the toolchain that has TensorFlow.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import tensorflow as tf
+
+from polyexport.lowering.graph import Lowering, read
+from polyexport.lowering.tensorflow import (  # each writes its operators into the table
+    control,
+    convolution,
+    index,
+    linear,
+    math,
+    normalise,
+    quantise,
+    random,
+    recurrent,
+    reduce,
+    resize,
+    shape,
+    signal,
+    vision,
+)
+from polyexport.lowering.tensorflow.target import OPS, Weights, framework
+from polyexport.lowering.value import Value
+
+if TYPE_CHECKING:
+    import onnx
+
+FILES = (
+    control, convolution, index, linear, math, normalise, quantise, random, recurrent, reduce, resize, shape, signal,
+    vision,
+)  # fmt: skip  # one after another
+"""Where the operators are."""
+
+
+def lower(path: Path, inputs: list[tf.TensorSpec]) -> tf.Module:
+    """A module whose `forward` computes an ONNX file's graph: tensors in, a dict of named tensors out.
+
+    Args:
+        path: The ONNX file.
+        inputs: Name, type and shape of forward's inputs, in the order of its arguments; one that the graph does not
+            read is taken and left.
+
+    Raises:
+        UnsupportedOp: the graph has an operator, or a use of one, that the table does not carry.
+    """
+    return lower_model(read(path), inputs)
+
+
+def lower_model(model: onnx.ModelProto, inputs: list[tf.TensorSpec]) -> tf.Module:
+    """The same for a model in memory, its functions inlined."""
+    weights = Weights()
+    names = [output.name for output in model.graph.output]
+    lowering = Lowering(framework(weights), OPS, model)
+
+    def forward(*tensors: Any) -> dict[str, Any]:
+        given = {spec.name: tensor for spec, tensor in zip(inputs, tensors, strict=True)}
+        found = lowering.outputs(given)
+        return {name: _named(name, each) for name, each in zip(names, found, strict=True)}
+
+    module = tf.Module()
+    module.forward = tf.function(forward, input_signature=inputs, autograph=False).get_concrete_function()
+    module.weights = weights.variables
+    return module
+
+
+def _named(name: str, content: Any) -> Any:
+    if not isinstance(content, Value):
+        raise NotImplementedError(f"the output {name!r} is a sequence, and TensorFlow's signatures have tensors only")
+    return tf.identity(content.tensor)

@@ -1,0 +1,153 @@
+"""Fourier transforms and windows."""
+
+from __future__ import annotations
+
+import numpy as np
+import tensorflow as tf
+
+from polyexport.lowering.graph import Node
+from polyexport.lowering.tensorflow.target import OPS, dtype_of, sizes_of, static
+from polyexport.lowering.value import Tensor, Value
+
+
+def _complex(x: Tensor) -> Tensor:
+    """From a last axis of 1 (real) or 2 (real, imaginary)."""
+    if x.shape[-1] is None:
+        raise NotImplementedError("whether the signal is real or complex, its last axis, must be known before the run")
+    imaginary = tf.zeros_like(x[..., 0]) if x.shape[-1] == 1 else x[..., 1]
+    return tf.complex(x[..., 0], imaginary)
+
+
+def _parts(x: Tensor) -> Tensor:
+    return tf.stack([tf.math.real(x), tf.math.imag(x)], -1)
+
+
+@OPS.op("DFT", since=20)
+def transform(
+    x: Value, length: Value | None = None, axis: Value | None = None, *, inverse: int = 0, onesided: int = 0, node: Node
+) -> Tensor:
+    """Along one axis, padded with zeros or cut to `length`."""
+    places = [-2] if axis is None else static(axis)
+    if places is None:
+        raise node.unsupported("its axis is not known before the run")
+    return _transformed(x, length, places[0], bool(inverse), bool(onesided))
+
+
+@OPS.op("DFT", since=17)
+def transform_attribute(
+    x: Value, length: Value | None = None, *, axis: int = 1, inverse: int = 0, onesided: int = 0
+) -> Tensor:
+    """With the axis as an attribute."""
+    return _transformed(x, length, axis, bool(inverse), bool(onesided))
+
+
+def _transformed(x: Value, length: Value | None, axis: int, inverse: bool, onesided: bool) -> Tensor:
+    rank = x.rank or 0
+    axis = axis % rank
+    data = x.tensor
+    if inverse and onesided:
+        data = _mirrored(data, axis, length)
+    moved = tf.experimental.numpy.moveaxis(_complex(data), axis, -1)
+    count = tf.shape(moved)[-1] if length is None else tf.cast(tf.reshape(length.tensor, []), tf.int32)
+    have = tf.shape(moved)[-1]
+    moved = moved[..., : tf.minimum(count, have)]
+    missing = tf.maximum(count - have, 0)
+    moved = tf.pad(moved, tf.concat([tf.zeros([rank - 2, 2], tf.int32), [[0, missing]]], 0))
+    made = tf.signal.ifft(moved) if inverse else tf.signal.fft(moved)
+    if onesided and inverse:
+        return tf.experimental.numpy.moveaxis(tf.math.real(made), -1, axis)[..., None]
+    if onesided:
+        made = made[..., : count // 2 + 1]
+    return _parts(tf.experimental.numpy.moveaxis(made, -1, axis))
+
+
+def _mirrored(data: Tensor, axis: int, length: Value | None) -> Tensor:
+    """The whole spectrum of a real signal from its first half."""
+    half = tf.shape(data)[axis]
+    count = 2 * (half - 1) if length is None else tf.cast(tf.reshape(length.tensor, []), tf.int32)
+    place = tf.range(count)
+    mirrored = place >= half
+    found = tf.gather(data, tf.where(mirrored, count - place, place), axis=axis)
+    sign = tf.reshape(tf.where(mirrored, -1.0, 1.0), [-1] + [1] * (data.shape.rank - axis - 2))
+    return tf.stack([found[..., 0], found[..., 1] * tf.cast(sign, data.dtype)], -1)
+
+
+@OPS.op("STFT", since=17)
+def short_transform(
+    signal: Value,
+    step: Value,
+    window: Value | None = None,
+    length: Value | None = None,
+    *,
+    onesided: int = 1,
+    node: Node,
+) -> Tensor:
+    """Frames of a signal `(batch, time[, 1 or 2])`, each weighed by the window and transformed."""
+    data = signal.tensor if signal.rank == 3 else signal.tensor[..., None]
+    size: list[int | None] = [*(static(length) or ())] or [*((window.shape or ()) if window is not None else ())]
+    stride = static(step)
+    if not size or size[0] is None or stride is None:
+        raise node.unsupported("its frames' length or step is not known before the run")
+    frames = tf.signal.frame(data, size[0], stride[0], axis=1)
+    if window is not None:
+        frames *= _centred(window.tensor, size[0])[:, None]
+    made = tf.signal.fft(_complex(frames))
+    return _parts(made[..., : size[0] // 2 + 1] if onesided else made)
+
+
+def _centred(window: Tensor, size: int) -> Tensor:
+    missing = size - window.shape[0]
+    return tf.pad(window, [(missing // 2, missing - missing // 2)])
+
+
+@OPS.op("MelWeightMatrix", since=17)
+def mel(
+    bins: Value, length: Value, rate: Value, low: Value, high: Value, *, output_datatype: int = 1, node: Node
+) -> np.ndarray:
+    """Triangles on the mel scale, computed now."""
+    if any(each.known is None for each in (bins, length, rate, low, high)):
+        raise node.unsupported("its parameters are not known before the run")
+    count, points, sampling, bottom, top = (each.known.item() for each in (bins, length, rate, low, high))  # type: ignore[union-attr]  # the lines above
+    lines = points // 2 + 1
+    # ONNX leaves the last edge out: it divides the range by the number of edges
+    start, end = (2595 * np.log10(1 + edge / 700) for edge in (bottom, top))
+    mels = start + np.arange(count + 2) * (end - start) / (count + 2)
+    edges = ((points + 1) * (700 * (10 ** (mels / 2595) - 1)) // sampling).astype(np.int64)
+    found = np.zeros((lines, count), np.float64)
+    for i in range(count):
+        first, peak, final = edges[i : i + 3]
+        found[peak, i] = 1
+        for j in range(first, peak):
+            found[j, i] = (j - first) / (peak - first)
+        for j in range(peak, final):
+            found[j, i] = (final - j) / (final - peak)
+    return found.astype(dtype_of(output_datatype).as_numpy_dtype)
+
+
+@OPS.op("Col2Im", since=18)
+def columns_to_image(
+    x: Value, image: Value, block: Value,
+    *, dilations: list[int] | None = None, pads: list[int] | None = None, strides: list[int] | None = None, node: Node,
+) -> Tensor:  # fmt: skip  # the inputs on one line, the attributes on the next
+    """Blocks laid back where they came from, added where they overlap."""
+    kernel, sizes = static(block), static(image)
+    if kernel is None or sizes is None:
+        raise node.unsupported("its shapes are not known before the run")
+    count = len(kernel)
+    dilations, strides, pads = dilations or [1] * count, strides or [1] * count, pads or [0] * 2 * count
+    wide = [size + pads[i] + pads[i + count] for i, size in enumerate(sizes)]
+    steps = [(n - (k - 1) * d - 1) // s + 1 for n, k, d, s in zip(wide, kernel, dilations, strides, strict=True)]
+    # where in the padded image each entry of each block lies, flat
+    places = np.zeros((*kernel, *steps), np.int64)
+    for i in range(count):
+        line = np.arange(kernel[i]).reshape([-1] + [1] * (count - i - 1) + [1] * count) * dilations[i]
+        line = line + np.arange(steps[i]).reshape([-1] + [1] * (count - i - 1)) * strides[i]
+        places = places * wide[i] + line
+    batch, depth = sizes_of(x)[0], (x.shape or ())[1]
+    channels = depth // int(np.prod(kernel)) if depth is not None else -1
+    data = tf.reshape(x.tensor, tf.stack([batch, channels, places.size]))
+    flat = tf.transpose(
+        tf.math.unsorted_segment_sum(tf.transpose(data, [2, 0, 1]), places.ravel(), int(np.prod(wide))), [1, 2, 0]
+    )
+    whole = tf.reshape(flat, tf.stack([batch, channels, *wide]))
+    return whole[(slice(None), slice(None), *(slice(pads[i], pads[i] + size) for i, size in enumerate(sizes)))]

