@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from polyexport.errors import BadRequest
+from polyexport.errors import BadRequest, ToolMissing
 from polyexport.format import Runner
 from polyexport.formats import known
 from polyexport.records import decode, read_json
 from polyexport.spec import ExportSpec, TensorSpec
+from polyexport.toolchain import find
 
 
 def load(path: str | Path, *, threads: int = 1) -> Runner:
@@ -23,6 +24,7 @@ def load(path: str | Path, *, threads: int = 1) -> Runner:
 
     Raises:
         BadRequest: there is no export at `path`.
+        ToolMissing: this environment lacks the format's runtime.
         CannotRun: nothing on this machine can run it.
     """
     folder = Path(path)
@@ -38,4 +40,8 @@ def load(path: str | Path, *, threads: int = 1) -> Runner:
     if each.load is None:
         raise BadRequest(f"{each.name} cannot be run on any host")
     inputs, outputs = (tuple(decode(TensorSpec, tensor) for tensor in about[side]) for side in ("inputs", "outputs"))
-    return each.load(folder / each.artifact, ExportSpec(inputs, outputs), threads=threads)
+    try:
+        return each.load(folder / each.artifact, ExportSpec(inputs, outputs), threads=threads)
+    except ModuleNotFoundError as error:
+        needed = ", ".join(find(each.runtime or each.routes[0].toolchain).requirements)
+        raise ToolMissing(f"{each.name} runs in an environment with {needed}; here is no {error.name}") from error
