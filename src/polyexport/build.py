@@ -37,12 +37,15 @@ _STATE_OF: Mapping[str, State] = {"missing": "skipped", "cannot run": "unverifie
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """A format's artifact as it lies in the export's folder, and what is known of it."""
+    """A format's artifact as it lies in the export's folder, and what is known of it.
+
+    `retry` tells whether static shapes may do what this did not: not where a tool is missing, nor where it hung.
+    """
 
     outcome: Outcome
     path: str
     spec: ExportSpec
-    timed_out: bool = False
+    retry: bool = False
 
     @property
     def usable(self) -> bool:
@@ -82,7 +85,7 @@ class Build:
         """With the dynamic axes, and where no route can, without them."""
         built = self._built(each.name, dynamic=True)
         because = self._reference.static_because
-        if self._reference.spec.is_dynamic and not built.timed_out and built.outcome.state in ("failed", "mismatch"):
+        if self._reference.spec.is_dynamic and built.retry:
             static = self._built(each.name, dynamic=False)
             if static.outcome.state == "verified":
                 built, because = static, built.outcome.reason
@@ -117,8 +120,8 @@ class Build:
         for built in tried:
             if built is not best:
                 self._discard(built)
-        timed_out = all(built.timed_out or built.outcome.state == "skipped" for built in tried)
-        return replace(best, outcome=replace(best.outcome, reason=_reason(best, tried)), timed_out=timed_out)
+        retry = best.outcome.state in ("failed", "mismatch", "skipped") and any(built.retry for built in tried)
+        return replace(best, outcome=replace(best.outcome, reason=_reason(best, tried)), retry=retry)
 
     def _by_route(self, each: Format, route: Route, *, dynamic: bool) -> Built:
         """Upstream, conversion, verification: the first that fails decides."""
@@ -133,7 +136,7 @@ class Build:
             upstream = self._built(route.upstream, dynamic=dynamic)
             if not upstream.usable:
                 reason = f"its upstream {route.upstream} is {upstream.outcome.state}: {upstream.outcome.reason}"
-                return Built(replace(outcome, reason=reason), "", spec)
+                return Built(replace(outcome, reason=reason), "", spec, upstream.retry)
             source = upstream.path
         label = ".".join(
             [each.name, route.name, *([] if dynamic or not self._reference.spec.is_dynamic else ["static"])]
@@ -151,7 +154,8 @@ class Build:
         outcome = replace(outcome, seconds=seconds, reproduce=command or None)
         if not ended.ok:
             state = _STATE_OF.get(ended.kind, "failed")
-            return Built(replace(outcome, state=state, reason=ended.error), "", spec, ended.kind == "timed out")
+            retry = state == "failed" and ended.kind != "timed out"
+            return Built(replace(outcome, state=state, reason=ended.error), "", spec, retry)
         outcome = replace(outcome, toolchain=Toolchain(chain.name, ended.value["packages"]))
         self._watch(each.name, f"verifying ({route.name})")
         runtime = toolchain.find(each.runtime or route.toolchain)
@@ -170,25 +174,25 @@ class Build:
             word = "" if state == "unverified" else "the artifact does not run: "
             outcome = replace(outcome, state=state, reason=word + ended.error, reproduce=command or outcome.reproduce)
             outcome = replace(outcome, artifact=Artifact(target, 0, ""))
-            return Built(outcome, target, spec, ended.kind == "timed out")
+            return Built(outcome, target, spec, state == "failed" and ended.kind != "timed out")
         parity = decode(Parity, ended.value["parity"])
         outcome = replace(
             outcome, artifact=Artifact(target, ended.value["bytes"], ended.value["sha256"]), parity=parity
         )
         if parity.passed:
             return Built(replace(outcome, state="verified"), target, spec)
-        return Built(replace(outcome, state="mismatch", reason=parity.reason, reproduce=command), target, spec)
+        return Built(replace(outcome, state="mismatch", reason=parity.reason, reproduce=command), target, spec, True)
 
     def _job(self, each: Format, kind: Kind, source: str, spec: ExportSpec, **more: Any) -> Job:
         return Job(kind, each.name, self._dispatcher.declared(each), source=source, spec=spec, **more)
 
     def _settle(self, each: Format, built: Built) -> Outcome:
-        """Move what was asked for from among the intermediates to its place."""
+        """Give what was asked for its place; among the intermediates it stays too."""
         artifact = built.outcome.artifact
         assert artifact is not None, "only what was made is settled"
         made, place = self._dispatcher.root / "source" / "made", self._dispatcher.root / each.name
         folder = made / Path(built.path).relative_to("source/made").parts[0]
-        with self._lock:  # another format may still read it where it lies: the folder moves, a link stays
+        with self._lock:  # by hard links, since another format may still read it where it lies
             shutil.rmtree(place, ignore_errors=True)
             shutil.copytree(folder, place, copy_function=_link)
         where = Path(each.name, each.artifact).as_posix()
