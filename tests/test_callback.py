@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -239,6 +240,14 @@ def test_fail_on_raises_after_everything_is_written(tmp_path):
     assert Report.load(report.parent)["good"].state == "verified"
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C as in a terminal: a shell's background jobs ignore it, and so does Lightning once it has seen one."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 class Fails(Callback):
     def __init__(self, error: BaseException) -> None:
         self.error = error
@@ -249,7 +258,7 @@ class Fails(Callback):
 
 
 @pytest.mark.parametrize("error", [ValueError("mine"), KeyboardInterrupt()])
-def test_nothing_is_left_behind_when_fit_raises(tmp_path, error):
+def test_nothing_is_left_behind_when_fit_raises(tmp_path, error, interruptible):
     callback = ExportCallback([plant("hangs", planted.hangs)], bench=False)
     callbacks = [ModelCheckpoint(monitor="val_loss"), callback, Fails(error)]
     trainer = runs.trainer(tmp_path, callbacks, max_epochs=9)
@@ -273,7 +282,7 @@ def workers_of(folder: Path) -> list[str]:
     return found
 
 
-def test_an_interrupt_while_fit_waits_for_exports_ends_them(tmp_path):
+def test_an_interrupt_while_fit_waits_for_exports_ends_them(tmp_path, interruptible):
     callback = ExportCallback([plant("hangs", planted.hangs)], bench=False)
 
     def interrupt() -> None:
