@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import wandb
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import WandbLogger
 
@@ -344,6 +345,7 @@ def test_an_offline_wandb_run_holds_what_agreed_and_a_table_of_all(tmp_path):
     trainer = fit(tmp_path, callback, logger=logger)
     run_id, best = logger.experiment.id, callback.reports[-1]
     logger.experiment.finish()
+    wandb.teardown()  # its service would serve the processes of later tests too, from this folder
     (path,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
     run = wandb_log.read(path)
 
