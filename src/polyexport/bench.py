@@ -9,23 +9,25 @@ Requirements:
 from __future__ import annotations
 
 import contextlib
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from polyexport import toolchain
+from polyexport.again import Runnable, runnables, signature
 from polyexport.build import Watch
 from polyexport.dispatch import Dispatcher
 from polyexport.format import Format
 from polyexport.job import Batch, Job
 from polyexport.latency import ROUNDS, Latency, summarise
 from polyexport.process import Conversation
-from polyexport.records import decode, read_json
-from polyexport.reference import VALIDATION_BATCH
+from polyexport.reference import VALIDATION_BATCH, resized
 from polyexport.report import Outcome, Report
-from polyexport.spec import ExportSpec
+from polyexport.spec import ExportSpec, read_arrays, write_arrays
 
 EAGER = "pytorch"
 """The baseline's name among the formats that are timed."""
@@ -33,48 +35,86 @@ EAGER = "pytorch"
 
 def bench(report: Report, formats: Mapping[str, Format], dispatcher: Dispatcher, watch: Watch) -> Report:
     """Time eager PyTorch and every artifact that runs; saves the report and returns it."""
-    runnable = [outcome for outcome in report.outcomes if outcome.parity is not None]
+    runnable = runnables(report, formats)
     if report.model is None or not runnable:
         return report
-    spec = decode(ExportSpec, read_json(report.folder / "manifest.json")["spec"])
-    found: dict[str, dict[str, Any]] = {}
-    with contextlib.ExitStack() as stack:
-        talks: dict[str, Conversation] = {}
-        for name, start in _starts(runnable, formats, spec, dispatcher):
-            watch(name, "measuring")
-            talks[name] = stack.enter_context(start())
-            found[name] = talks[name].answer()
-        _take_turns(talks, found)
+    spec = signature(report)
     batch = next((int(tensor.shape[0]) for tensor in spec.static().inputs if tensor.shape), 1)
-    measured = {
-        name: summarise(**about, batch=batch, threads=dispatcher.bounds.threads, device="cpu")
-        for name, about in found.items()
-        if about
-    }
-    for name in found:
-        watch(name, "")
-    return _recorded(report, measured, [outcome.format for outcome in runnable])
+    measured = _measured(runnable, spec, VALIDATION_BATCH, batch, dispatcher, watch)
+    return _recorded(report, measured, [each.name for each in runnable])
 
+
+def sweep(
+    report: Report, formats: Mapping[str, Format], dispatcher: Dispatcher, watch: Watch, *, most: int = 4096
+) -> list[tuple[str, Latency]]:
+    """Time eager PyTorch and every artifact at batch sizes 1, 2, 4 … `most`, each until its throughput gains under 5 %.
+
+    Axes that are free beside the batch keep their size of the validation batch; an artifact of static shapes is left
+    out. The report is not changed.
+
+    Returns:
+        Format and latency, in the order measured; the batch size stands in the latency.
+    """
+    spec = signature(report)
+    axes = {tensor.name: tensor.dynamic for tensor in spec.inputs}
+    leading = {called for named in axes.values() for axis, called in named.items() if axis == 0}
+    left = [each for each in runnables(report, formats) if each.spec.is_dynamic]
+    real = read_arrays(report.folder / VALIDATION_BATCH, spec.input_names)
+    found: list[tuple[str, Latency]] = []
+    before: dict[str, float] = {}
+    size = 1
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "batch.npz")
+        while left and leading and size <= most:
+            write_arrays(path, resized(real, axes, {**spec.sizes, **dict.fromkeys(leading, size)}))
+            measured = _measured(left, spec, str(path), size, dispatcher, watch)
+            found += measured.items()
+            now = {name: latency.throughput_per_second for name, latency in measured.items()}
+            left = [each for each in left if now.get(each.name, 0) > _WORTH_IT * before.get(each.name, 0)]
+            before, size = now, 2 * size
+    return found
+
+
+_WORTH_IT = 1.05
+"""Throughput of a doubled batch over that of the batch, from which on the next one is tried too."""
 
 Start = Callable[[], AbstractContextManager[Conversation]]
 
 
+def _measured(
+    runnable: Sequence[Runnable], spec: ExportSpec, batch_path: str, batch: int, dispatcher: Dispatcher, watch: Watch
+) -> dict[str, Latency]:
+    """Latency of eager PyTorch and of each artifact on one batch; who ended meanwhile is missing."""
+    found: dict[str, dict[str, Any]] = {}
+    with contextlib.ExitStack() as stack:
+        talks: dict[str, Conversation] = {}
+        for name, start in _starts(runnable, spec, batch_path, dispatcher):
+            watch(name, "measuring")
+            talks[name] = stack.enter_context(start())
+            found[name] = talks[name].answer()
+        _take_turns(talks, found)
+    for name in found:
+        watch(name, "")
+    return {
+        name: summarise(**about, batch=batch, threads=dispatcher.bounds.threads, device="cpu")
+        for name, about in found.items()
+        if about
+    }
+
+
 def _starts(
-    outcomes: Sequence[Outcome], formats: Mapping[str, Format], spec: ExportSpec, dispatcher: Dispatcher
+    runnable: Sequence[Runnable], spec: ExportSpec, batch_path: str, dispatcher: Dispatcher
 ) -> Iterator[tuple[str, Start]]:
     """What is timed, by name, and how its worker is started."""
-    batches = (Batch(VALIDATION_BATCH),)
+    batches = (Batch(batch_path),)
     eager = Job("bench", spec=spec, batches=batches)
     yield EAGER, partial(dispatcher.converse, eager, toolchain.HOST, f"{EAGER}.bench", "logs/model.log")
-    for outcome in outcomes:
-        each, name = formats[outcome.format], outcome.format
-        assert outcome.artifact is not None, "what has parity was made"
-        made_by = next(route for route in each.routes if route.name == outcome.route)
-        chain = toolchain.find(each.runtime or made_by.toolchain)
-        signature = replace(spec, inputs=outcome.inputs, outputs=outcome.outputs)
-        source = outcome.artifact.path
-        job = Job("bench", name, dispatcher.declared(each), source=source, spec=signature, batches=batches)
-        yield name, partial(dispatcher.converse, job, chain, f"{name}.bench", f"logs/{name}.log", gpu=each.needs_gpu)
+    for each in runnable:
+        job = each.job("bench", dispatcher, batches=batches)
+        yield (
+            each.name,
+            partial(dispatcher.converse, job, each.runtime, f"{each.name}.bench", each.log, gpu=each.format.needs_gpu),
+        )
 
 
 def _take_turns(talks: Mapping[str, Conversation], found: dict[str, dict[str, Any]]) -> None:

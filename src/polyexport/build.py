@@ -163,25 +163,8 @@ class Build:
         job = self._job(each, "verify", target, spec, batches=batches, noise=self._reference.noise)
         ended, command = self._dispatcher.run(job, runtime, f"{label}.verify", log, gpu=each.needs_gpu)
         outcome = replace(outcome, seconds=seconds | {"verify": ended.seconds})
-        return self._judged(each, outcome, ended, command, target, spec)
-
-    def _judged(
-        self, each: Format, outcome: Outcome, ended: Ended, command: str, target: str, spec: ExportSpec
-    ) -> Built:
-        if not ended.ok:
-            # the artifact is there; where the tool to run it is missing, that is all that can be said of it
-            state: State = "unverified" if ended.kind in ("missing", "cannot run") else "failed"
-            word = "" if state == "unverified" else "the artifact does not run: "
-            outcome = replace(outcome, state=state, reason=word + ended.error, reproduce=command or outcome.reproduce)
-            outcome = replace(outcome, artifact=Artifact(target, 0, ""))
-            return Built(outcome, target, spec, state == "failed" and ended.kind != "timed out")
-        parity = decode(Parity, ended.value["parity"])
-        outcome = replace(
-            outcome, artifact=Artifact(target, ended.value["bytes"], ended.value["sha256"]), parity=parity
-        )
-        if parity.passed:
-            return Built(replace(outcome, state="verified"), target, spec)
-        return Built(replace(outcome, state="mismatch", reason=parity.reason, reproduce=command), target, spec, True)
+        outcome = judged(outcome, ended, command, target)
+        return Built(outcome, target, spec, outcome.state in ("failed", "mismatch") and ended.kind != "timed out")
 
     def _job(self, each: Format, kind: Kind, source: str, spec: ExportSpec, **more: Any) -> Job:
         return Job(kind, each.name, self._dispatcher.declared(each), source=source, spec=spec, **more)
@@ -202,6 +185,22 @@ class Build:
         if built.path:
             folder = self._dispatcher.root.joinpath(*Path(built.path).parts[:3])
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def judged(outcome: Outcome, ended: Ended, command: str, target: str) -> Outcome:
+    """An outcome with what its verification, of the artifact at `target`, found out."""
+    if not ended.ok:
+        # the artifact is there; where the tool to run it is missing, that is all that can be said of it
+        state: State = "unverified" if ended.kind in ("missing", "cannot run") else "failed"
+        word = "" if state == "unverified" else "the artifact does not run: "
+        outcome = replace(outcome, state=state, reason=word + ended.error, reproduce=command or outcome.reproduce)
+        return replace(outcome, artifact=Artifact(target, 0, ""))
+    parity = decode(Parity, ended.value["parity"])
+    artifact = Artifact(target, ended.value["bytes"], ended.value["sha256"])
+    outcome = replace(outcome, artifact=artifact, parity=parity)
+    if parity.passed:
+        return replace(outcome, state="verified")
+    return replace(outcome, state="mismatch", reason=parity.reason, reproduce=command)
 
 
 def _reason(best: Built, tried: Sequence[Built]) -> str:

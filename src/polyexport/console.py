@@ -16,7 +16,6 @@ from polyexport.report import COLUMNS, Report, rows
 
 T = TypeVar("T")
 
-
 _STYLES = {
     "verified": "green",
     "degraded": "yellow",

@@ -16,19 +16,22 @@ import threading
 import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from polyexport import toolchain
-from polyexport.bench import bench
+from polyexport.again import runnables, runner, verify
+from polyexport.bench import bench, sweep
 from polyexport.build import Build
 from polyexport.dispatch import Bounds, Dispatcher
 from polyexport.errors import BadRequest
 from polyexport.folders import point_best, prune, unfinished
-from polyexport.format import Format
+from polyexport.format import Format, Runner
 from polyexport.formats import known, resolve
 from polyexport.job import Job
+from polyexport.latency import Latency
 from polyexport.process import Workers
 from polyexport.records import decode, encode, read_json, write_json
 from polyexport.reference import Dynamic, Reference
@@ -211,9 +214,31 @@ class Engine:
             report: A finished export.
             formats: The `Format` values in it that are not ours.
         """
+        return bench(report, _by_name(formats), self._quiet(report), self._watch)
+
+    def sweep(self, report: Report, formats: Iterable[Format] = ()) -> list[tuple[str, Latency]]:
+        """Time every artifact that takes any batch at growing batch sizes; see `polyexport.bench.sweep`."""
+        return sweep(report, _by_name(formats), self._quiet(report), self._watch)
+
+    def verify(self, report: Report, formats: Iterable[Format] = ()) -> Report:
+        """Verify every artifact once more; see `polyexport.again.verify`."""
+        return verify(report, _by_name(formats), self._quiet(report), self._watch)
+
+    def runner(self, report: Report, name: str, formats: Iterable[Format] = ()) -> AbstractContextManager[Runner]:
+        """One artifact as a function, in a process of its own toolchain; see `polyexport.again.runner`.
+
+        Raises:
+            BadRequest: the report has no artifact of that name that runs.
+        """
+        found = {each.name: each for each in runnables(report, _by_name(formats))}
+        if name not in found:
+            raise BadRequest(f"no artifact {name!r} that runs in {report.folder}; it has {', '.join(found) or 'none'}")
+        return runner(report, found[name], self._quiet(report))
+
+    def _quiet(self, report: Report) -> Dispatcher:
+        """A dispatcher for a finished export, which gets the whole machine."""
         bounds = replace(self._bounds, threads=self._cores, nice=0)
-        dispatcher = self._dispatcher(report.folder, report.folder, bounds)
-        return bench(report, {each.name: each for each in (*known().values(), *formats)}, dispatcher, self._watch)
+        return self._dispatcher(report.folder, report.folder, bounds)
 
     def _dispatcher(self, root: Path, final: Path, bounds: Bounds) -> Dispatcher:
         sys_path = tuple(entry or os.getcwd() for entry in sys.path)
@@ -221,6 +246,11 @@ class Engine:
 
 
 # --- pieces -----------------------------------------------------------------------------------------------------------
+
+
+def _by_name(formats: Iterable[Format]) -> dict[str, Format]:
+    """Our formats, and the caller's own."""
+    return {each.name: each for each in (*known().values(), *formats)}
 
 
 def _fetch(held: str, target: Path) -> None:
@@ -250,6 +280,8 @@ def _manifest(request: Request, report: Report, reference: Reference) -> dict[st
         "checkpoint": report.checkpoint,
         "question": request.question,
         "spec": reference.spec,
+        "batches": reference.batches,
+        "noise": reference.noise,
         "environment": reference.environment,
         "artifacts": artifacts,
     }

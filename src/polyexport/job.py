@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from polyexport.spec import ExportSpec
 
-Kind = Literal["prepare", "convert", "verify", "bench"]
+Kind = Literal["prepare", "convert", "verify", "bench", "serve"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +18,7 @@ class Job:
     """What a worker has to do. `source`, `target` and `batches` are relative to the export's folder.
 
     Attributes:
-        kind: Which of the four jobs.
+        kind: Which of the five jobs.
         format: The format's name; None where PyTorch itself is meant.
         declared: File with the pickled `Format`, for one that is not ours.
         route: The route's name, for `convert`.

@@ -141,11 +141,11 @@ class Conversation:
         self._process = process
         self._timeout = timeout
 
-    def ask(self) -> Any:
+    def ask(self, line: str = "round") -> Any:
         """Ask for the next answer, and return it; None when the worker died or took too long."""
         if self._process is not None and self._process.stdin is not None:
             with contextlib.suppress(OSError):  # a dead worker shows when its answer is read
-                self._process.stdin.write(b"round\n")
+                self._process.stdin.write(line.encode() + b"\n")
                 self._process.stdin.flush()
         return self.answer()
 

@@ -91,7 +91,7 @@ def make(root: Path, source: Path, dynamic: Dynamic) -> Reference:
     for index, (batch_sizes, batch) in enumerate(further):
         batches.append(Batch(f"source/batch_{index + 1}.npz", batch_sizes))
         write_arrays(root / batches[-1].path, batch)
-    write_arrays(source / "example.npz", _resize(inputs, axes, {name: max(2, size) for name, size in sizes.items()}))
+    write_arrays(source / "example.npz", resized(inputs, axes, {name: max(2, size) for name, size in sizes.items()}))
     noise, note = _noise(model, inputs, outputs)
     return Reference(
         spec=spec,
@@ -164,14 +164,14 @@ def _sizes(inputs: Arrays, axes: Axes) -> dict[str, int]:
     return sizes
 
 
-def _resize(inputs: Arrays, axes: Axes, sizes: Mapping[str, int]) -> Arrays:
+def resized(inputs: Arrays, axes: Axes, sizes: Mapping[str, int]) -> Arrays:
     """The same inputs at other sizes: rows are taken in turn, so that every row is a real one."""
-    resized = dict(inputs)
+    batch = dict(inputs)
     for name, named in axes.items():
         for axis, called in named.items():
             rows = np.arange(sizes[called]) % inputs[name].shape[axis]
-            resized[name] = np.take(resized[name], rows, axis)
-    return resized
+            batch[name] = np.take(batch[name], rows, axis)
+    return batch
 
 
 def _candidates(axes: Axes, sizes: Mapping[str, int]) -> Iterator[dict[str, int]]:
@@ -192,10 +192,10 @@ def _further(
     found: list[tuple[dict[str, int], Arrays]] = []
     why = ""
     for tried in _candidates(axes, sizes):
-        resized = _resize(inputs, axes, tried)
+        batch = resized(inputs, axes, tried)
         where = ", ".join(f"{name}={size}" for name, size in tried.items())
         try:
-            answer = run(resized)
+            answer = run(batch)
         except Exception as error:  # forward is the user's; whatever it raises at this size means that it cannot do it
             why = f"PyTorch itself fails at {where}: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
             continue
@@ -203,7 +203,7 @@ def _further(
         if answer.keys() != outputs.keys() or any(here != there for here, there in ranks.values()):
             why = f"PyTorch itself returns outputs of another rank at {where}"
             continue
-        found.append((tried, resized | answer))
+        found.append((tried, batch | answer))
         if len(found) == 2:
             break
     return (found, "") if found or not sizes else ([], why)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from zipfile import ZipFile
@@ -77,3 +77,13 @@ def write_arrays(path: Path, arrays: Arrays) -> None:
         for name, array in arrays.items():
             with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
                 np.lib.format.write_array(member, np.asanyarray(array), allow_pickle=False)  # type: ignore[no-untyped-call]  # numpy.lib is untyped
+
+
+def read_arrays(path: Path, names: Iterable[str]) -> Arrays:
+    """Read some arrays of an `.npz`.
+
+    Raises:
+        KeyError: one of them is not in it.
+    """
+    with np.load(path) as arrays:
+        return {name: arrays[name] for name in names}

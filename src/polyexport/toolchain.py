@@ -127,6 +127,12 @@ def find(toolchain: str | Toolchain) -> Toolchain:
     return HOST if toolchain == HOST.name else _of_file(toolchain)
 
 
+def names() -> tuple[str, ...]:
+    """Every toolchain that has a requirement file, in alphabetical order."""
+    files = (resources.files("polyexport") / "toolchains").iterdir()
+    return tuple(sorted(Path(file.name).stem for file in files if file.name.endswith(".txt")))
+
+
 @cache
 def _of_file(name: str) -> Toolchain:
     file = resources.files("polyexport") / "toolchains" / f"{name}.txt"

@@ -34,13 +34,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, TextIO
 
-import numpy as np
-
 from polyexport.errors import CannotRun, ToolMissing
 from polyexport.format import Format, Route, Runner
 from polyexport.job import Job, result_path
 from polyexport.records import decode, read_json, write_json
-from polyexport.spec import Arrays
+from polyexport.spec import Arrays, read_arrays, write_arrays
 
 
 def main() -> int:
@@ -62,8 +60,8 @@ def main() -> int:
         return 0
     answers = _keep_stdout()
     os.nice(job.nice)
-    if job.kind == "bench":
-        return bench(root, job, answers)
+    if job.kind in _CONVERSATIONS:
+        return _CONVERSATIONS[job.kind](root, job, answers)
     _end_with_parent()
     result: dict[str, Any] = {}
     start = time.perf_counter()
@@ -106,12 +104,13 @@ def verify(root: Path, job: Job) -> Any:
     """Load the artifact from disk, run it on every batch, compare."""
     from polyexport.parity import compare, merge
 
+    assert job.spec is not None, "a job that runs an artifact has its signature"
     each, _ = _declared(root, job)
     artifact = root / job.source
     runner = _load(root, job)
     results = []
     for batch in job.batches:
-        inputs, reference = _arrays(root / batch.path, job)
+        inputs, reference = _inputs(root / batch.path, job), read_arrays(root / batch.path, job.spec.output_names)
         results.append(compare(runner(inputs), reference, each.limits, job.noise if batch is job.batches[0] else None))
     folder = artifact if artifact.is_dir() else artifact.parent
     verified_by = getattr(runner, "verified_by", None)
@@ -126,7 +125,7 @@ def bench(root: Path, job: Job, answers: TextIO) -> int:
     """
     from polyexport.latency import sample_ms, timed_ms, warm_up
 
-    inputs, _ = _arrays(root / job.batches[0].path, job)
+    inputs = _inputs(root / job.batches[0].path, job)
     start = time.perf_counter()
     runner = _load(root, job)
     load_seconds = time.perf_counter() - start
@@ -143,7 +142,33 @@ def bench(root: Path, job: Job, answers: TextIO) -> int:
     return 0
 
 
+def serve(root: Path, job: Job, answers: TextIO) -> int:
+    """Run an artifact on what is asked: each line on standard input is a JSON pair of `.npz` paths, from and to.
+
+    Each line of output answers one, with an `error` where it failed; the first comes unasked, once the artifact is
+    loaded.
+    """
+    assert job.spec is not None, "a job that runs an artifact has its signature"
+    try:
+        runner = _load(root, job)
+    except Exception as error:
+        _answer(answers, {"error": _one_line(error)})
+        return 1
+    _answer(answers, {})
+    for line in sys.stdin:
+        source, target = json.loads(line)
+        try:
+            write_arrays(Path(target), runner(_inputs(Path(source), job)))
+            _answer(answers, {})
+        except Exception as error:  # whatever a runtime says of these inputs, the next ones may do
+            traceback.print_exc()
+            _answer(answers, {"error": _one_line(error)})
+    return 0
+
+
 _JOBS: Mapping[str, Callable[[Path, Job], Any]] = {"prepare": prepare, "convert": convert, "verify": verify}
+
+_CONVERSATIONS: Mapping[str, Callable[[Path, Job, TextIO], int]] = {"bench": bench, "serve": serve}
 
 
 # --- their pieces -----------------------------------------------------------------------------------------------------
@@ -173,13 +198,9 @@ def _load(root: Path, job: Job) -> Runner:
     return each.load(root / job.source, job.spec, threads=job.threads)
 
 
-def _arrays(path: Path, job: Job) -> tuple[Arrays, Arrays]:
+def _inputs(path: Path, job: Job) -> Arrays:
     assert job.spec is not None, "a job that runs an artifact has its signature"
-    with np.load(path) as arrays:
-        return (
-            {tensor.name: arrays[tensor.name] for tensor in job.spec.inputs},
-            {tensor.name: arrays[tensor.name] for tensor in job.spec.outputs},
-        )
+    return read_arrays(path, job.spec.input_names)
 
 
 def _fingerprint(folder: Path) -> dict[str, Any]:

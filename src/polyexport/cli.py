@@ -1,0 +1,309 @@
+"""The command `polyexport`: what there is, what this machine lacks, and what can be done with a finished export.
+
+Requirements:
+* Exit code 0: all went well; 1: something asked for is missing, wrong or does not run; 2: the command line is wrong.
+* Every command gives JSON on request, on standard output; everything else goes to standard error.
+* An error is one line; a traceback is a bug of ours.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from polyexport import checkpoint, console, gpu, plan, toolchain
+from polyexport.engine import Engine, export
+from polyexport.errors import BadRequest, PolyexportError
+from polyexport.folders import BEST
+from polyexport.format import Format
+from polyexport.formats import known, resolve
+from polyexport.records import encode
+from polyexport.report import Report, markdown
+from polyexport.spec import write_arrays
+
+T = TypeVar("T")
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
+toolchains = typer.Typer(no_args_is_help=True, help="Environments that converters and runtimes are installed in.")
+app.add_typer(toolchains, name="toolchain")
+
+_out, _err = Console(), Console(stderr=True)
+
+
+def _formats_starting(incomplete: str) -> list[str]:
+    return [name for name in known() if name.startswith(incomplete)]
+
+
+def _toolchains_starting(incomplete: str) -> list[str]:
+    return [name for name in toolchain.names() if name.startswith(incomplete)]
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="An export, or a folder with a best one in it.")]
+Names = Annotated[
+    list[str] | None, typer.Argument(metavar="FORMAT…", help="By default all.", autocompletion=_formats_starting)
+]
+Chains = Annotated[list[str], typer.Argument(metavar="NAME…", autocompletion=_toolchains_starting)]
+
+
+@app.callback()
+def main() -> None:
+    """PyTorch models in deployment formats, proven against PyTorch."""
+
+
+@app.command()
+def formats(as_json: Json = False) -> None:
+    """List every format, its routes, and whether its toolchains are ready."""
+    rows = [
+        {
+            "format": each.name,
+            "aliases": ", ".join(each.aliases),
+            "routes": ", ".join(f"{route.upstream} → {route.name}" for route in each.routes),
+            "toolchains": ", ".join(f"{chain.name}{'' if chain.ready else ' (not installed)'}" for chain in chains),
+            "description": each.description,
+        }
+        for each, chains in ((each, plan.toolchains([each])[each.name]) for each in known().values())
+    ]
+    _show(rows, as_json)
+
+
+@app.command()
+def doctor(names: Names = None, as_json: Json = False) -> None:
+    """Tell what would be skipped on this machine, and what to do about it; exit code 1 if anything would."""
+    chosen = _resolved(names)
+    rows = [{"format": each.name, "ready": not (lacks := _lacks(each)), "missing": lacks} for each in chosen]
+    _show(rows, as_json)
+    if any(row["missing"] for row in rows):
+        raise typer.Exit(1)
+
+
+@toolchains.command("list")
+def list_toolchains(as_json: Json = False) -> None:
+    """List the toolchains, what they need, and where they are."""
+    rows = [
+        {
+            "toolchain": chain.name,
+            "state": "this environment" if chain.in_host else "ready" if chain.ready else "not installed",
+            "requirements": ", ".join(chain.requirements),
+            "folder": "" if chain.in_host else str(chain.folder),
+        }
+        for chain in map(toolchain.find, toolchain.names())
+    ]
+    _show(rows, as_json)
+
+
+@toolchains.command("install")
+def install(names: Chains, as_json: Json = False) -> None:
+    """Make the environments of toolchains, or of what formats of these names need."""
+    with _told():
+        made = [
+            (chain.name, chain.interpreter(lambda line: _err.print(line, highlight=False))) for chain in _chains(names)
+        ]
+    _show([{"toolchain": name, "interpreter": str(python)} for name, python in made], as_json)
+
+
+@toolchains.command("remove")
+def remove(names: Chains, as_json: Json = False) -> None:
+    """Remove the environments of toolchains; they are made again when they are needed."""
+    with _told():
+        chains = [chain for chain in _chains(names) if not chain.in_host and chain.folder.exists()]
+    for chain in chains:
+        shutil.rmtree(chain.folder)
+    _show([{"toolchain": chain.name, "removed": str(chain.folder)} for chain in chains], as_json)
+
+
+@app.command("export")
+def export_checkpoint(
+    path: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A Lightning checkpoint, or a state dict.")],
+    model: Annotated[str, typer.Option(help="Its class, or a function that makes it: package.module:Name.")],
+    inputs: Annotated[Path, typer.Option(help="An .npz with forward's arguments by name, on real data.")],
+    formats: Annotated[str, typer.Option("--formats", "-f", help="Comma-separated.", autocompletion=_formats_starting)],
+    into: Annotated[Path, typer.Option(help="Folder that becomes the export.")] = Path("export"),
+    arguments: Annotated[str, typer.Option(help="Keyword arguments of the class, as JSON.")] = "{}",
+    static: Annotated[bool, typer.Option("--static", help="Fix the batch size.")] = False,
+    trust: Annotated[bool, typer.Option("--trust", help="Unpickle what the checkpoint holds beside tensors.")] = False,
+    timeout: Annotated[float, typer.Option(help="Seconds that one conversion or verification may take.")] = 600.0,
+    as_json: Json = False,
+) -> None:
+    """Export a checkpoint without a trainer, prove each artifact and time it; exit code 1 if any does not agree."""
+    import torch
+
+    with _told():
+        module = checkpoint.model(path, model, checkpoint.arguments(arguments), trust=trust)
+        given = {name: torch.from_numpy(array) for name, array in checkpoint.inputs(inputs).items()}
+        with _err.status("exporting"):
+            report = export(module, given, formats.split(","), into, dynamic=not static, timeout=timeout)
+    _conclude(report, as_json)
+
+
+@app.command()
+def verify(folder: Folder, as_json: Json = False) -> None:
+    """Verify every artifact of an export once more, in fresh processes; exit code 1 if any does not agree."""
+    with _told(), Engine() as engine:
+        report = _report(folder)
+        report = _waited(engine, engine.verify, report)
+    _conclude(report, as_json)
+
+
+@app.command()
+def bench(folder: Folder, as_json: Json = False) -> None:
+    """Time every artifact at batch sizes 1, 2, 4 … until throughput gains less than 5 %."""
+    with _told(), Engine() as engine:
+        report = _report(folder)
+        found = _waited(engine, engine.sweep, report)
+    if as_json:
+        _print_json([{"format": name, **encode(latency)} for name, latency in found])
+        return
+    _show(
+        [
+            {
+                "format": name,
+                "batch": str(latency.batch),
+                "p50 ms": f"{latency.p50_ms:.3g}",
+                "p95 ms": f"{latency.p95_ms:.3g}",
+                "per second": f"{latency.throughput_per_second:.4g}",
+            }
+            for name, latency in sorted(found, key=lambda pair: pair[0])
+        ],
+        as_json=False,
+    )
+
+
+@app.command("report")
+def show_report(
+    folder: Folder,
+    as_json: Json = False,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
+) -> None:
+    """Show the report of an export; exit code 1 if a format did not agree."""
+    with _told():
+        report = _report(folder)
+    if as_markdown:
+        typer.echo(markdown(report))
+        raise typer.Exit(_code(report))
+    _conclude(report, as_json)
+
+
+@app.command()
+def run(
+    artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="A format's folder in an export.")],
+    inputs: Annotated[Path, typer.Option(help="An .npz with the inputs by name.")],
+    output: Annotated[Path | None, typer.Option(help="An .npz for the outputs.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Run an artifact in its own toolchain; prints what comes out, in JSON with all values."""
+    with _told(), Engine() as engine:
+        report = _report(artifact.absolute().parent)
+        with engine.runner(report, artifact.absolute().name) as runner:
+            found = runner(checkpoint.inputs(inputs))
+        if output is not None:
+            write_arrays(output, found)
+    if as_json:
+        _print_json({name: array.tolist() for name, array in found.items()})
+        return
+    _show([{"output": name, "dtype": str(a.dtype), "shape": str(list(a.shape))} for name, a in found.items()], False)
+
+
+# --- pieces -----------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """Errors of ours as one line: 2 for what was asked, 1 for what this machine cannot do."""
+    try:
+        yield
+    except PolyexportError as error:
+        _err.print(f"polyexport: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+        raise typer.Exit(2 if isinstance(error, ValueError) else 1) from None
+
+
+def _waited(engine: Engine, work: Callable[[Report], T], report: Report) -> T:
+    """Let the engine work, and show on what."""
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            return console.wait(pool.submit(work, report), lambda: engine.doing, _err)
+        except BaseException:
+            engine.close()  # ends what the pool would wait for
+            raise
+
+
+def _resolved(names: Sequence[str] | None) -> tuple[Format, ...]:
+    with _told():
+        return resolve(names) if names else tuple(known().values())
+
+
+def _say(line: str) -> None:
+    _err.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _chains(names: Sequence[str]) -> list[toolchain.Toolchain]:
+    """Toolchains by their names, or by those of the formats that need them."""
+    by_name = {name: toolchain.find(name) for name in toolchain.names()}
+    found: dict[str, toolchain.Toolchain] = {}
+    for name in names:
+        chains = [by_name[name]] if name in by_name else plan.toolchains(_format_or_toolchain(name, by_name))[name]
+        found |= {chain.name: chain for chain in chains}
+    return list(found.values())
+
+
+def _format_or_toolchain(name: str, chains: Iterable[str]) -> tuple[Format, ...]:
+    if name not in known():
+        raise BadRequest(f"no toolchain or format {name!r}; known toolchains: {', '.join(chains)}")
+    return (known()[name],)
+
+
+def _lacks(each: Format) -> str:
+    """What a format lacks here, with the fix; empty where nothing is missing."""
+    if each.needs_gpu and (why := gpu.missing()):
+        return why
+    missing = {chain.name for chains in plan.toolchains([each]).values() for chain in chains if not chain.ready}
+    return f"not installed yet: polyexport toolchain install {' '.join(sorted(missing))}" if missing else ""
+
+
+def _report(folder: Path) -> Report:
+    """The report in a folder, or in the best export of it."""
+    for place in (folder, folder / BEST):
+        if (place / "report.json").is_file():
+            return Report.load(place)
+    raise BadRequest(f"{folder} is no export, and has no best one in it: there is no report.json")
+
+
+def _code(report: Report) -> int:
+    return 0 if all(outcome.publishable for outcome in report.outcomes) else 1
+
+
+def _conclude(report: Report, as_json: bool) -> None:
+    if as_json:
+        _print_json(encode(report))
+    else:
+        console.show(report, _out)
+    raise typer.Exit(_code(report))
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2))
+
+
+def _show(rows: Sequence[dict[str, Any]], as_json: bool) -> None:
+    if as_json:
+        _print_json(rows)
+        return
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for column in rows[0] if rows else ():
+        table.add_column(column, overflow="fold", style="bold" if column == next(iter(rows[0])) else None)
+    for row in rows:
+        table.add_row(*("yes" if cell is True else "no" if cell is False else str(cell) for cell in row.values()))
+    _out.print(table)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,189 @@
+"""The command, run as a user runs it: what it prints, its exit codes, its JSON."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+import polyexport
+from polyexport import FORMATS, toolchain
+from polyexport.cli import app
+
+SHOP = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, width=8):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, width), nn.Tanh(), nn.Linear(width, 3))
+    def forward(self, x):
+        return {"y": self.net(x)}
+"""
+
+
+def command(*words: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "polyexport.cli", *map(str, words)],
+        capture_output=True, text=True, check=False, cwd=cwd, env={**os.environ, "COLUMNS": "200"},
+    )  # fmt: skip  # the settings on one line
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a module's source, a Lightning-like checkpoint of it, inputs, and an export made by the command."""
+    folder = tmp_path_factory.mktemp("shop")
+    (folder / "shop.py").write_text(SHOP)
+    names: dict[str, Any] = {}
+    exec(SHOP, names)
+    torch.manual_seed(0)
+    net = names["Net"](width=5)
+    torch.save({"state_dict": net.state_dict(), "hyper_parameters": {"width": 5}, "epoch": 2}, folder / "best.ckpt")
+    np.savez(folder / "batch.npz", x=np.random.default_rng(0).random((6, 4), dtype=np.float32))
+    given = ("--model", "shop:Net", "--inputs", "batch.npz", "--formats", "onnx,torchscript", "--into", "out")
+    done = command("export", "best.ckpt", *given, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "verified" in done.stdout
+    return folder
+
+
+def test_what_the_command_exports_agrees_with_the_checkpoint(shop: Path) -> None:
+    report = polyexport.Report.load(shop / "out")
+    assert {outcome.format: outcome.state for outcome in report.outcomes} == {
+        "onnx": "verified", "torchscript": "verified",
+    }  # fmt: skip
+    batch = np.load(shop / "batch.npz")["x"]
+    weights = torch.load(shop / "best.ckpt")["state_dict"]
+    hidden = np.tanh(batch @ weights["net.0.weight"].numpy().T + weights["net.0.bias"].numpy())
+    expected = hidden @ weights["net.2.weight"].numpy().T + weights["net.2.bias"].numpy()
+    assert np.allclose(polyexport.load(shop / "out" / "onnx")({"x": batch})["y"], expected, atol=1e-6)
+
+
+def test_an_artifact_runs_from_the_command_line(shop: Path) -> None:
+    done = command("run", "out/onnx", "--inputs", "batch.npz", "--output", "y.npz", "--json", cwd=shop)
+    assert done.returncode == 0, done.stderr
+    answer = polyexport.load(shop / "out" / "torchscript")({"x": np.load(shop / "batch.npz")["x"]})["y"]
+    assert np.allclose(json.loads(done.stdout)["y"], answer, atol=1e-6)
+    assert np.allclose(np.load(shop / "y.npz")["y"], answer, atol=1e-6)
+
+
+def test_wrong_inputs_are_told_by_the_runtime(shop: Path) -> None:
+    np.savez(shop / "wide.npz", x=np.zeros((6, 5), np.float32))
+    done = command("run", "out/onnx", "--inputs", "wide.npz", cwd=shop)
+    assert done.returncode == 1
+    assert done.stderr.startswith("polyexport: onnx: ")
+    assert "Traceback" not in done.stderr
+
+
+def test_verifying_again_notices_a_changed_artifact(shop: Path, tmp_path: Path) -> None:
+    import shutil
+
+    import onnx
+    from onnx import numpy_helper
+
+    assert command("verify", "out", cwd=shop).returncode == 0
+    changed = tmp_path / "out"
+    shutil.copytree(shop / "out", changed)
+    model = onnx.load(changed / "onnx" / "model.onnx")
+    weight = next(each for each in model.graph.initializer if len(each.dims) == 2)
+    weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * 1.01, weight.name))
+    (changed / "onnx" / "model.onnx").unlink()  # it may be a link to what the other export has
+    onnx.save(model, changed / "onnx" / "model.onnx")
+    done = command("verify", changed, "--json")
+    assert done.returncode == 1
+    report = json.loads(done.stdout)
+    assert [outcome["state"] for outcome in report["outcomes"]] == ["mismatch", "verified"]
+    assert any("onnx: the artifact is not the one that was exported" in note for note in report["notes"])
+    assert polyexport.Report.load(changed)["onnx"].state == "verified"  # the record of the export stays
+
+
+def test_batch_sizes_are_doubled_as_long_as_that_pays(shop: Path) -> None:
+    done = command("bench", "out", "--json", cwd=shop)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)
+    assert {row["format"] for row in rows} == {"pytorch", "onnx", "torchscript"}
+    for name in ("onnx", "torchscript"):
+        mine = [row for row in rows if row["format"] == name]
+        assert [row["batch"] for row in mine] == [2**n for n in range(len(mine))]
+        gains = [b["throughput_per_second"] / a["throughput_per_second"] for a, b in itertools.pairwise(mine)]
+        assert all(gain > 1.05 for gain in gains[:-1])
+        assert mine[-1]["batch"] == 4096 or gains[-1] <= 1.05
+
+
+def test_a_report_can_be_had_in_three_forms(shop: Path) -> None:
+    assert "verified" in command("report", "out", cwd=shop).stdout
+    assert command("report", "out", "--markdown", cwd=shop).stdout.startswith("# Export report")
+    assert json.loads(command("report", "out", "--json", cwd=shop).stdout)["version"] == 1
+
+
+def test_formats_and_toolchains_are_listed(tmp_path: Path) -> None:
+    rows = json.loads(command("formats", "--json").stdout)
+    assert [row["format"] for row in rows] == list(FORMATS)
+    chains = json.loads(command("toolchain", "list", "--json").stdout)
+    assert [row["toolchain"] for row in chains] == list(toolchain.names())
+
+
+def test_doctor_says_what_would_be_skipped_and_how_to_mend_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POLYEXPORT_CACHE", str(tmp_path))
+    done = command("doctor", "onnx", "mnn", "--json")
+    assert done.returncode == 1
+    assert {row["format"]: row["missing"] for row in json.loads(done.stdout)} == {
+        "onnx": "",
+        "mnn": "not installed yet: polyexport toolchain install mnn",
+    }
+    assert command("doctor", "onnx").returncode == 0
+
+
+GIVEN = ("--inputs", "batch.npz", "-f", "onnx")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("doctor", "onxx"), "no format 'onxx'; known formats: "),
+        (("toolchain", "install", "tensorflaw"), "no toolchain or format 'tensorflaw'; known toolchains: coreml, "),
+        (("report", "nowhere"), "nowhere is no export, and has no best one in it"),
+        (("run", "out/onxx", "--inputs", "batch.npz"), "no artifact 'onxx' that runs in "),
+        (("run", "out/onnx", "--inputs", "shop.py"), "shop.py is no .npz of named arrays"),
+        (("export", "best.ckpt", "--model", "shop:Nut", *GIVEN), "'shop:Nut' cannot be imported"),
+        (("export", "best.ckpt", "--model", "Net", *GIVEN), "'Net' is no package.module:Name"),
+        (("export", "none.ckpt", "--model", "shop:Net", *GIVEN), "there is no checkpoint none.ckpt"),
+        (
+            ("export", "best.ckpt", "--model", "shop:Net", *GIVEN, "--arguments", '{"width": 7}'),
+            "shop:Net(width) does not fit best.ckpt: RuntimeError: Error(s) in loading state_dict",
+        ),
+    ],
+)
+def test_a_mistake_is_one_line(
+    shop: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], message: str
+) -> None:
+    monkeypatch.chdir(shop)
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 2
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    assert message in done.stderr
+
+
+def test_a_checkpoint_that_runs_code_needs_trust(shop: Path, tmp_path: Path) -> None:
+    net = nn.Linear(2, 2)
+    torch.save({"state_dict": net.state_dict(), "hyper_parameters": {}, "extra": Path("/")}, tmp_path / "pickled.ckpt")
+    np.savez(tmp_path / "batch.npz", input=np.zeros((3, 2), np.float32))
+    (tmp_path / "shop2.py").write_text("from torch import nn\ndef make():\n    return nn.Linear(2, 2)\n")
+    words = ("export", "pickled.ckpt", "--model", "shop2:make", "--inputs", "batch.npz", "-f", "torchscript")
+    refused = command(*words, cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "if you trust who made it, give --trust" in refused.stderr
+    trusted = command(*words, "--trust", cwd=tmp_path)
+    assert trusted.returncode == 0, trusted.stderr
