@@ -52,7 +52,7 @@ def bench(report: Report, formats: Mapping[str, Format], dispatcher: Dispatcher,
         if about
     }
     for name in found:
-        watch(name, "")
+        watch(name, None)
     return _recorded(report, measured, [outcome.format for outcome in runnable])
 
 
