@@ -83,7 +83,8 @@ _SNIPPETS = (
 import numpy as np
 import openvino
 
-model = openvino.Core().compile_model("{{ path }}", "CPU")
+# float32, as it was verified: by default some processors round to bfloat16
+model = openvino.Core().compile_model("{{ path }}", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
 batch = np.load("validation_batch.npz")
 outputs = model({name: batch[name] for port in model.inputs for name in port.names if name in batch})
 """,
@@ -95,7 +96,9 @@ outputs = model({name: batch[name] for port in model.inputs for name in port.nam
 
 int main() {
   ov::Core core;
-  auto request = core.compile_model("{{ path }}", "CPU").create_infer_request();
+  // float32, as it was verified: by default some processors round to bfloat16
+  auto model = core.compile_model("{{ path }}", "CPU", ov::hint::inference_precision(ov::element::f32));
+  auto request = model.create_infer_request();
 {%- for input in inputs %}
   ov::Tensor input{{ loop.index0 }}(ov::element::Type("{{ input.dtype }}"), { {{- input.shape | join(", ") -}} });
   request.set_tensor("{{ input.name }}", input{{ loop.index0 }});

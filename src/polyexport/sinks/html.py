@@ -50,7 +50,7 @@ def page(report: Report) -> str:
         highlights=list(_highlights(report)),
         pictures=list(_pictures(report)),
         history=history(report),
-        snippets=[(outcome, _snippets(outcome)) for outcome in report.outcomes if outcome.artifact],
+        snippets=[(outcome, snippets(outcome)) for outcome in report.outcomes if outcome.artifact],
     )  # fmt: skip  # the template's arguments, one a line
 
 
@@ -204,7 +204,7 @@ def _earlier(report: Report) -> Iterator[Report]:
                 yield other
 
 
-def _snippets(outcome: Outcome) -> tuple[Snippet, ...]:
+def snippets(outcome: Outcome) -> tuple[Snippet, ...]:
     """How to open the artifact, for its own names and shapes; none for a format that is not ours."""
     each = known().get(outcome.format)
     if each is None or outcome.artifact is None:
