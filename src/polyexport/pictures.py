@@ -160,14 +160,16 @@ def plane(points: Sequence[Point], x_name: str, y_name: str, say_x: Say, say_y: 
     line = sorted((place[point.name] for point in front), key=lambda found: (found[0], -found[1]))
     steps = "".join(f"H{at:.1f}V{height:.1f}" for at, height in line[1:])
     _add(svg, "path", "front", d=f"M{line[0][0]:.1f} {line[0][1]:.1f}{steps}")
+    marks = ElementTree.SubElement(svg, "g")
     taken = [(at - 6, height + 4, 12.0) for at, height in place.values()]
     for point in sorted(points, key=lambda each: (not each.chosen, each not in front, place[each.name][1])):
         at, height = place[point.name]
-        group = _titled(svg, f"{point.name}: {say_x(point.x)}, {say_y(point.y)}")
+        group = _titled(marks, f"{point.name}: {say_x(point.x)}, {say_y(point.y)}")
         _add(group, "circle", "dot" if point in front else "dot behind", cx=at, cy=height, r=5)
         if point.chosen:
             _add(group, "circle", "ring", cx=at, cy=height, r=9)
         _label(group, _short(point.name), at, height, left, taken)
+    marks[:] = reversed(marks)  # labelled first, drawn last: what matters lies on top
     return _text_of(svg)
 
 

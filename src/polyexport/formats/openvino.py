@@ -100,9 +100,9 @@ int main() {
   auto model = core.compile_model("{{ path }}", "CPU", ov::hint::inference_precision(ov::element::f32));
   auto request = model.create_infer_request();
 {%- for input in inputs %}
-  ov::Tensor input{{ loop.index0 }}(
-      ov::element::{{ input.dtype | replace("float", "f") | replace("int", "i") | replace("ui", "u") | replace("bool", "boolean") }},
-      { {{- input.shape | join(", ") -}} });
+  ov::Tensor input{{ loop.index0 }}(ov::element::
+    {{- input.dtype | replace("bool", "boolean") | replace("float", "f") | replace("int", "i") | replace("ui", "u") -}}
+    , { {{- input.shape | join(", ") -}} });
   request.set_tensor("{{ input.name }}", input{{ loop.index0 }});
 {%- endfor %}
   request.infer();
