@@ -29,7 +29,7 @@ def main() -> None:
     ids = torch.randint(0, 200, (8, 16))
     padding = torch.zeros(8, 16, dtype=torch.bool)
     padding[3, 10:] = True
-    report = polyexport.export(Attention(), (ids, padding), ["onnx", "openvino"], into="runs/attention")
+    report = polyexport.export(Attention(), (ids, padding), ["onnx", "openvino"], into="runs/attention", progress=print)
     show(report)
 
     run = polyexport.load("runs/attention/onnx")

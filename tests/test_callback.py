@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import threading
 import time
@@ -13,7 +14,13 @@ from typing import Any
 import pytest
 import torch
 import wandb
-from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    Callback,
+    EMAWeightAveraging,
+    ModelCheckpoint,
+    RichProgressBar,
+    TQDMProgressBar,
+)
 from lightning.pytorch.loggers import WandbLogger
 
 import planted
@@ -388,3 +395,57 @@ def test_the_table_is_printed_at_fit_end(tmp_path, capsys):
     assert "verified" in printed
     assert "raises: NotImplementedError: no rule for aten::frobnicate" in printed
     assert f"export: {tmp_path}" in printed
+    (page,) = [line.removeprefix("report: ") for line in printed.splitlines() if line.startswith("report: ")]
+    assert Path(page).name == "report.html"
+    assert "no rule for aten::frobnicate" in Path(page).read_text(encoding="utf-8")
+    # what ended while fit waited was said above the table, line by line
+    lines = printed.splitlines()
+    told = [line for line in lines if re.match(r"epoch=\d-step=\d+ (good|raises) \(", line)]
+    assert "good (replay): verified in" in "".join(told)
+    assert lines.index(told[0]) < lines.index(next(line for line in lines if "noise" in line or "state" in line))
+
+
+class Waits(Callback):
+    """Lets the second epoch start when the export of the first one has something to say."""
+
+    def __init__(self, export: ExportCallback) -> None:
+        self.export = export
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        end = time.monotonic() + 60
+        while trainer.current_epoch == 1 and not self.export._told and time.monotonic() < end:
+            time.sleep(0.05)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        print("training is over")
+
+
+def test_a_format_that_ends_during_training_is_told_during_training(tmp_path, capsys):
+    export = ExportCallback([GOOD], bench=False)
+    runs.trainer(tmp_path, [ModelCheckpoint(monitor="val_loss"), export, Waits(export)], max_epochs=2).fit(
+        runs.Scripted([3.0, 4.0]), runs.loader(), runs.loader()
+    )
+    lines = capsys.readouterr().out.splitlines()
+    (told,) = [line for line in lines if line.startswith("epoch=0-step=4 good (replay): verified in")]
+    assert lines.index(told) < lines.index("training is over")
+
+
+class Says(Callback):
+    def __init__(self, export: ExportCallback) -> None:
+        self.export = export
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.export._told.append(f"batch {batch_idx} [of] good: verified")
+
+
+@pytest.mark.parametrize("bar", [TQDMProgressBar(), TQDMProgressBar(refresh_rate=0), RichProgressBar(), None])
+def test_what_is_told_has_a_line_of_its_own_beside_each_progress_bar(tmp_path, capsys, bar):
+    export = ExportCallback([GOOD])
+    callbacks = [ModelCheckpoint(monitor="val_loss"), export, Says(export), *([bar] if bar else [])]
+    fitted = runs.trainer(
+        tmp_path, callbacks, max_epochs=1, num_sanity_val_steps=0, enable_progress_bar=bar is not None
+    )
+    with pytest.warns(UserWarning, match="Nothing is exported"):
+        fitted.fit(Silent([3.0]), runs.loader(), runs.loader())
+    lines = [line.strip() for line in re.split(r"[\r\n]", capsys.readouterr().out)]
+    assert [line for line in lines if "good" in line] == [f"batch {index} [of] good: verified" for index in range(4)]

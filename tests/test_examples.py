@@ -44,7 +44,9 @@ def test_digits(tmp_path):
     ]
     assert all(each.latency.samples == 100 for each in report.outcomes)
     assert report.checkpoint.monitor == "val_loss"
-    assert str(report.folder) in printed
+    assert str(report.folder / "report.html") in printed
+    assert re.search(r"^epoch=\d-step=\d+ onnx \(dynamo\): verified in", printed, re.MULTILINE)
+    assert "val_loss of the exported checkpoints" in (report.folder / "report.html").read_text(encoding="utf-8")
     (path,) = tmp_path.rglob("*.wandb")
     run_found = wandb_log.read(path)
     assert len(run_found.artifacts) == 4
@@ -60,7 +62,8 @@ def test_lightning_cli(tmp_path):
 
 
 def test_without_lightning(tmp_path):
-    assert "verified" in run("without_lightning.py", tmp_path)
+    printed = run("without_lightning.py", tmp_path)
+    assert re.search(r"^attention onnx \(dynamo\): verified in \d+\.\d s, \d.* [kM]?B$", printed, re.MULTILINE)
     report = Report.load(tmp_path / "runs" / "attention")
     assert [each.state for each in report.outcomes] == ["verified", "verified"]
 

@@ -56,6 +56,22 @@ def test_a_loaded_artifact_answers_by_name_as_pytorch_does(dictionary, name):
         assert np.allclose(answer[key], tensor.numpy(), atol=1e-5), key
 
 
+@pytest.mark.parametrize("name", GROUND_FORMATS)
+def test_the_code_on_the_report_page_answers_as_pytorch_does(dictionary, name, monkeypatch):
+    from polyexport.sinks.html import snippets
+
+    python = next(each for each in snippets(dictionary[name]) if each.language == "Python")
+    monkeypatch.chdir(dictionary.folder)
+    found: dict = {}
+    exec(python.code, found)
+    outputs = found["outputs"]
+    with np.load("validation_batch.npz") as batch:
+        for key, answer in zip(
+            ["boxes", "scores"], outputs.values() if hasattr(outputs, "values") else outputs, strict=True
+        ):
+            assert np.allclose(np.asarray(answer), batch[key], atol=1e-4), key
+
+
 def test_onnx_has_our_names_axes_and_metadata(dictionary):
     import onnx
 

@@ -6,6 +6,7 @@ import functools
 import os
 import shutil
 import tempfile
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -117,6 +118,7 @@ class ExportCallback(Callback):
         self.reports: list[Report] = []
         self._engine: Engine | None = None
         self._futures: list[Future[Report]] = []
+        self._told: deque[str] = deque()
         self._tail: Callback | None = None
         self._spy: Spy | None = None
         self._captured: Path | None = None
@@ -157,7 +159,7 @@ class ExportCallback(Callback):
 
         Other ranks would wait for this one, so a distributed run makes them in the background, when they are needed.
         """
-        self._engine = Engine(workers=self.workers, timeout=self.timeout)
+        self._engine = Engine(workers=self.workers, timeout=self.timeout, tell=self._told.append)
         missing = {chain for chains in plan.toolchains(self.formats).values() for chain in chains if not chain.ready}
         for chain in sorted(missing, key=lambda each: each.name):
             if distributed:
@@ -244,8 +246,19 @@ class ExportCallback(Callback):
     @_harmless
     def _look(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """After each hook in which a checkpoint may have been written; must cost next to nothing."""
+        self._print(trainer)
         if self.when == "improved" and self._captured is not None and not trainer.sanity_checking:
             self._export_best(trainer)
+
+    def _print(self, trainer: Trainer) -> None:
+        """Say what the engine has told since, above the progress bar, which only the training thread may ask to."""
+        if not self._told:
+            return
+        bar: Any = trainer.progress_bar_callback
+        # a bar that is switched off, as by refresh_rate=0, would swallow the line
+        tell = bar.print if bar is not None and getattr(bar, "is_enabled", True) else print
+        while self._told:
+            tell(self._told.popleft())
 
     def _export_best(self, trainer: Trainer) -> bool:
         """Hand over the best checkpoint if it is a new one; False where there is none on disk."""
@@ -319,7 +332,7 @@ class ExportCallback(Callback):
             self._export_live(trainer, pl_module)
         with ThreadPoolExecutor(1) as pool:
             try:
-                console.wait(pool.submit(self._drain), lambda: self._engine.doing if self._engine else {})
+                console.wait(pool.submit(self._drain), lambda: self._engine.doing if self._engine else {}, self._told)
             except BaseException:
                 self._close()  # ends what the pool would wait for
                 raise
@@ -390,6 +403,7 @@ class ExportCallback(Callback):
             shutil.rmtree(self._captured, ignore_errors=True)
             self._captured = None
         self._futures.clear()
+        self._told.clear()
 
 
 def _check_arguments(

@@ -15,6 +15,7 @@ from polyexport.errors import UnknownFormat as UnknownFormat
 from polyexport.format import Format as Format
 from polyexport.format import Route as Route
 from polyexport.format import Runner as Runner
+from polyexport.format import Snippet as Snippet
 from polyexport.format import Tolerance as Tolerance
 from polyexport.formats import known as _known
 from polyexport.loading import load as load

@@ -108,7 +108,7 @@ def verify(report: Report, formats: Mapping[str, Format], dispatcher: Dispatcher
         if outcome.artifact and outcome.artifact.sha256 not in ("", before.artifact.sha256):
             notes.append(f"{each.name}: the artifact is not the one that was exported; its SHA-256 has changed")
         now[each.name] = outcome
-        watch(each.name, "")
+        watch(each.name, now[each.name])
     outcomes = tuple(now.get(outcome.format, outcome) for outcome in report.outcomes)
     return replace(report, outcomes=outcomes, notes=(*report.notes, *notes))
 

@@ -94,7 +94,7 @@ def _measured(
             found[name] = talks[name].answer()
         _take_turns(talks, found)
     for name in found:
-        watch(name, "")
+        watch(name, None)
     return {
         name: summarise(**about, batch=batch, threads=dispatcher.bounds.threads, device="cpu")
         for name, about in found.items()

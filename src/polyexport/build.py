@@ -29,8 +29,8 @@ from polyexport.reference import Reference
 from polyexport.report import STATES, Artifact, Outcome, State, Toolchain
 from polyexport.spec import ExportSpec
 
-Watch = Callable[[str, str], None]
-"""Takes a format's name and what is being done with it; an empty string once it is done."""
+Watch = Callable[[str, str | Outcome | None], None]
+"""Takes a format's name and what is being done with it; once it is done, its outcome, or None where it has none."""
 
 _STATE_OF: Mapping[str, State] = {"missing": "skipped", "cannot run": "unverified"}
 
@@ -78,7 +78,7 @@ class Build:
             outcome = built.outcome
         except Exception as error:  # a bug of ours must not take the other formats along
             outcome = Outcome(each.name, each.precision, "failed", f"internal error: {type(error).__name__}: {error}")
-        self._watch(each.name, "")
+        self._watch(each.name, outcome)
         return outcome
 
     def _best(self, each: Format) -> Built:

@@ -140,8 +140,8 @@ def export_checkpoint(
     with _told():
         module = checkpoint.model(path, model, checkpoint.arguments(arguments), trust=trust)
         given = {name: torch.from_numpy(array) for name, array in checkpoint.inputs(inputs).items()}
-        with _err.status("exporting"):
-            report = export(module, given, formats.split(","), into, dynamic=not static, timeout=timeout)
+        names = formats.split(",")
+        report = export(module, given, names, into, dynamic=not static, timeout=timeout, progress=_say)
     _conclude(report, as_json)
 
 
@@ -230,7 +230,7 @@ def _waited(engine: Engine, work: Callable[[Report], T], report: Report) -> T:
     """Let the engine work, and show on what."""
     with ThreadPoolExecutor(1) as pool:
         try:
-            return console.wait(pool.submit(work, report), lambda: engine.doing, _err)
+            return console.wait(pool.submit(work, report), lambda: engine.doing, console=_err)
         except BaseException:
             engine.close()  # ends what the pool would wait for
             raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from typing import Literal, TypeVar
@@ -12,7 +13,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from polyexport.report import COLUMNS, Report, rows
+from polyexport.report import COLUMNS, NUMBERS, Report, rows
 
 T = TypeVar("T")
 
@@ -25,7 +26,6 @@ _STYLES = {
     "skipped": "dim",
     "baseline": "dim",
 }
-_NUMBERS = ("size", "max error", "noise floor", "p50 ms", "p95 ms", "speed-up")
 
 
 def table(report: Report) -> Table:
@@ -34,7 +34,7 @@ def table(report: Report) -> Table:
     shown = [column for column in COLUMNS if column != "reason" and any(row[column] for row in found)]
     drawn = Table(title=report.folder.name, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for column in shown:
-        justify: Literal["left", "right"] = "right" if column in _NUMBERS else "left"
+        justify: Literal["left", "right"] = "right" if column in NUMBERS else "left"
         header = column.replace(" ", "\n").replace("-", "-\n")
         drawn.add_column(header, justify=justify, overflow="fold", no_wrap=column != "route")
     for row in found:
@@ -48,16 +48,24 @@ def show(report: Report, console: Console | None = None) -> None:
     console.print(table(report))
     lines = [f"{outcome.format}: {outcome.reason}" for outcome in report.outcomes if outcome.reason]
     lines += [f"note: {note}" for note in report.notes]
-    for line in (*lines, f"export: {report.folder}", f"report: {report.folder / 'report.md'}"):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    for line in (*lines, f"export: {report.folder}", f"report: {report.folder / 'report.html'}"):
+        _print(console, line)
 
 
-def wait(work: Future[T], doing: Callable[[], Mapping[str, str]], console: Console | None = None) -> T:
-    """Wait for `work`, with a line for everything that is being done."""
+def wait(
+    work: Future[T],
+    doing: Callable[[], Mapping[str, str]],
+    told: deque[str] | None = None,
+    console: Console | None = None,
+) -> T:
+    """Wait for `work`, with a line for everything that is being done, and above them what is `told`, line by line."""
+    told = deque() if told is None else told
     columns = (SpinnerColumn(), TextColumn("{task.fields[name]:<14} {task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         lines: dict[str, TaskID] = {}
-        while not work.done():
+        while not work.done() or told:
+            while told:
+                _print(progress.console, told.popleft())
             now = doing()
             for name in set(lines) - set(now):
                 progress.remove_task(lines.pop(name))
@@ -67,3 +75,8 @@ def wait(work: Future[T], doing: Callable[[], Mapping[str, str]], console: Conso
                 progress.update(lines[name], description=what)
             time.sleep(0.1)
     return work.result()
+
+
+def _print(console: Console, line: str) -> None:
+    """As it is: paths are not broken into lines, brackets are not markup."""
+    console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -9,12 +9,13 @@ Requirements:
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -35,7 +36,7 @@ from polyexport.latency import Latency
 from polyexport.process import Workers
 from polyexport.records import decode, encode, read_json, write_json
 from polyexport.reference import Dynamic, Reference
-from polyexport.report import Checkpoint, Model, Outcome, Report
+from polyexport.report import Checkpoint, Model, Outcome, Report, sentence
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +82,13 @@ class Engine:
     Args:
         workers: How many jobs run side by side; by default half the cores, at least two.
         timeout: Seconds that one conversion or verification may take.
+        tell: Takes one line about each format as it comes to its end. Called from threads of the engine, so it must be
+            quick and safe there: a queue's `append`, or `print`.
     """
 
-    def __init__(self, *, workers: int | None = None, timeout: float = 600.0) -> None:
+    def __init__(
+        self, *, workers: int | None = None, timeout: float = 600.0, tell: Callable[[str], object] | None = None
+    ) -> None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         count = workers if workers is not None else max(2, cores // 2)
         if count < 1 or timeout <= 0:
@@ -96,6 +101,7 @@ class Engine:
         self._waiting: tuple[Future[Report], Request] | None = None
         self._lock = threading.Lock()
         self._doing: dict[str, str] = {}
+        self._tell = tell
         self._unfinished: set[Path] = set()
 
     def submit(self, request: Request) -> Future[Report]:
@@ -140,7 +146,7 @@ class Engine:
             _fetch(request.held, request.work / "source" / "weights.pt")
         job = Job("prepare", options={"dynamic": request.dynamic})
         ended, command = dispatcher.run(job, toolchain.HOST, "prepare", "logs/model.log")
-        self._watch("model", "")
+        self._watch("model", None)
         if not ended.ok:
             outcomes = tuple(
                 Outcome(each.name, each.precision, "failed", f"the module cannot be rebuilt: {ended.error}",
@@ -155,7 +161,8 @@ class Engine:
             self._remove(request.work)
             self._point(request)
             return earlier
-        outcomes = Build(dispatcher, request.formats, reference, self._watch).outcomes()
+        watch = functools.partial(self._watch, of=f"{request.name} ")
+        outcomes = Build(dispatcher, request.formats, reference, watch).outcomes()
         spec = reference.spec
         report = Report(
             checkpoint=replace(
@@ -195,11 +202,13 @@ class Engine:
         if request.best:
             point_best(request.final)
 
-    def _watch(self, name: str, doing: str) -> None:
-        if doing:
+    def _watch(self, name: str, doing: str | Outcome | None, *, of: str = "") -> None:
+        if isinstance(doing, str):
             self._doing[name] = doing
-        else:
-            self._doing.pop(name, None)
+            return
+        self._doing.pop(name, None)
+        if doing is not None and self._tell is not None:
+            self._tell(of + sentence(doing))
 
     def _remove(self, folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
@@ -313,6 +322,7 @@ def export(
     bench: bool = True,
     timeout: float = 600.0,
     workers: int | None = None,
+    progress: Callable[[str], object] | None = None,
 ) -> Report:
     """Export a PyTorch module: convert it, prove each artifact against it, time them.
 
@@ -326,9 +336,10 @@ def export(
         bench: Whether to time the artifacts.
         timeout: Seconds that one conversion or verification may take.
         workers: How many jobs run side by side; by default half the cores, at least two.
+        progress: Takes one line about each format as it comes to its end: `print`, say.
 
     Returns:
-        The report, which also lies in `into` as `report.json` and `report.md`.
+        The report, which also lies in `into` as `report.json`, `report.md` and `report.html`.
 
     Raises:
         UnknownFormat: a name that is none.
@@ -347,7 +358,7 @@ def export(
         save_call(args, kwargs, work / "source")
         save_structure(module, None, work / "source")
         torch.save(module.state_dict(), work / "source" / "weights.pt")
-        with Engine(workers=workers, timeout=timeout) as engine:
+        with Engine(workers=workers, timeout=timeout, tell=progress) as engine:
             report = engine.submit(Request(work, final.name, chosen, dynamic, best=False)).result()
             return engine.bench(report, chosen) if bench else report
     finally:

@@ -1,4 +1,4 @@
-"""The three concepts of a format: what it is, the routes that lead to it, how far it may be from PyTorch."""
+"""The concepts of a format: what it is, the routes that lead to it, how far it may be from PyTorch, who opens it."""
 
 from __future__ import annotations
 
@@ -80,6 +80,18 @@ class Route:
 
 
 @dataclass(frozen=True, slots=True)
+class Snippet:
+    """How an application opens the artifact and calls it, shown by the report page.
+
+    `code` is a jinja2 template of `path`, the artifact's, relative to the export's folder, where the code is run; of
+    `inputs`, `TensorSpec`s whose free axes are 1; and of `names` and `outputs`, the names on either side.
+    """
+
+    language: str
+    code: str
+
+
+@dataclass(frozen=True, slots=True)
 class Format:
     """A deployment format: everything the engine has to know about it.
 
@@ -95,6 +107,7 @@ class Format:
         tolerance: By default the one that belongs to `precision`.
         aliases: Other names for it.
         needs_gpu: Whether its workers may see the GPU.
+        snippets: How applications open it, the language that it is mostly used from first.
     """
 
     name: str
@@ -108,6 +121,7 @@ class Format:
     tolerance: Tolerance | None = None
     aliases: tuple[str, ...] = ()
     needs_gpu: bool = False
+    snippets: tuple[Snippet, ...] = ()
 
     @property
     def limits(self) -> Tolerance:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -122,10 +123,41 @@ class Report:
                 return outcome
         raise KeyError(f"no outcome for {name!r}; this report has {', '.join(o.format for o in self.outcomes)}")
 
+    def pareto(self) -> tuple[Outcome, ...]:
+        """The `verified` artifacts that no other one beats: in median latency, max error and size at once."""
+        candidates = [outcome for outcome in self.outcomes if outcome.state == "verified"]
+        return tuple(one for one in candidates if not any(_beats(other, one) for other in candidates))
+
+    def best(
+        self, *, max_error: float | None = None, max_ms: float | None = None, max_bytes: int | None = None
+    ) -> Outcome | None:
+        """The artifact to deploy: the fastest `verified` one within the limits, then the closest, then the smallest.
+
+        It lies on the Pareto front. `degraded` ones are left out, since they lack something that was asked for.
+
+        Args:
+            max_error: Greatest allowed `parity.max_abs_error`.
+            max_ms: Greatest allowed median latency.
+            max_bytes: Greatest allowed size.
+
+        Returns:
+            None where none keeps the limits; a figure that was not measured keeps no limit.
+        """
+        limits = (max_ms, max_error, max_bytes)
+        fitting = [
+            outcome
+            for outcome in self.pareto()
+            if all(limit is None or cost <= limit for cost, limit in zip(_costs(outcome), limits, strict=True))
+        ]
+        return min(fitting, key=_costs, default=None)
+
     def save(self) -> None:
-        """Write `report.json` and `report.md` into the report's folder."""
+        """Write `report.json`, `report.md` and `report.html` into the report's folder."""
+        from polyexport.sinks.html import html
+
         write_json(self.folder / "report.json", self)
         (self.folder / "report.md").write_text(markdown(self), encoding="utf-8")
+        html(self)
 
     @staticmethod
     def load(folder: Path) -> Report:
@@ -137,14 +169,32 @@ class Report:
         return replace(decode(Report, read_json(folder / "report.json")), folder=folder.resolve())
 
 
+def _costs(outcome: Outcome) -> tuple[float, float, float]:
+    """Median latency, max error and size: less is better; infinite where it was not measured."""
+    measured = (
+        outcome.latency.p50_ms if outcome.latency else None,
+        outcome.parity.max_abs_error if outcome.parity else None,
+        outcome.artifact.bytes if outcome.artifact else None,
+    )
+    a, b, c = (math.inf if figure is None else float(figure) for figure in measured)
+    return a, b, c
+
+
+def _beats(one: Outcome, other: Outcome) -> bool:
+    ours, theirs = _costs(one), _costs(other)
+    return ours != theirs and all(a <= b for a, b in zip(ours, theirs, strict=True))
+
+
 # --- tables -----------------------------------------------------------------------------------------------------------
 
 
-def _milliseconds(value: float | None) -> str:
+def milliseconds(value: float | None) -> str:
+    """Three digits, without the unit."""
     return "" if value is None else f"{value:.3g}" if value < 100 else f"{value:.0f}"
 
 
-def _error(value: float | None) -> str:
+def error(value: float | None) -> str:
+    """Two digits and the power of ten, which is what counts; `0` for bit-equal."""
     return "" if value is None else f"{value:.1e}" if value else "0"
 
 
@@ -158,6 +208,15 @@ def size(count: int | None) -> str:
     return f"{count} B"
 
 
+def sentence(outcome: Outcome) -> str:
+    """One line about a format that has come to its end: `onnx (dynamo): verified in 4.1 s, 93.2 kB`."""
+    route = f" ({outcome.route})" if outcome.route else ""
+    spent = f" in {sum(outcome.seconds.values()):.1f} s" if outcome.seconds else ""
+    made = f", {size(outcome.artifact.bytes)}" if outcome.artifact and outcome.artifact.bytes else ""
+    because = f": {outcome.reason.splitlines()[0]}" if outcome.reason else ""
+    return f"{outcome.format}{route}: {outcome.state}{spent}{made}{because}"
+
+
 Cell = Callable[[Outcome], str]
 
 COLUMNS: Mapping[str, Cell] = {
@@ -165,23 +224,39 @@ COLUMNS: Mapping[str, Cell] = {
     "state": lambda o: o.state,
     "route": lambda o: o.route or "",
     "size": lambda o: size(o.artifact.bytes if o.artifact else None),
-    "max error": lambda o: _error(o.parity.max_abs_error if o.parity else None),
-    "noise floor": lambda o: _error(o.parity.noise_floor if o.parity else None),
-    "p50 ms": lambda o: _milliseconds(o.latency.p50_ms if o.latency else None),
-    "p95 ms": lambda o: _milliseconds(o.latency.p95_ms if o.latency else None),
+    "max error": lambda o: error(o.parity.max_abs_error if o.parity else None),
+    "noise floor": lambda o: error(o.parity.noise_floor if o.parity else None),
+    "p50 ms": lambda o: milliseconds(o.latency.p50_ms if o.latency else None),
+    "p95 ms": lambda o: milliseconds(o.latency.p95_ms if o.latency else None),
     "speed-up": lambda o: f"{o.latency.speedup:.2f}×" if o.latency and o.latency.speedup else "",
     "reason": lambda o: o.reason,
 }
-"""The columns of every table of ours: the terminal's, `report.md`'s."""
+"""The columns of every table of ours: the terminal's, `report.md`'s, the page's."""
+
+NUMBERS: Mapping[str, Callable[[Outcome], float | None]] = {
+    "size": lambda o: o.artifact.bytes if o.artifact else None,
+    "max error": lambda o: o.parity.max_abs_error if o.parity else None,
+    "noise floor": lambda o: o.parity.noise_floor if o.parity else None,
+    "p50 ms": lambda o: o.latency.p50_ms if o.latency else None,
+    "p95 ms": lambda o: o.latency.p95_ms if o.latency else None,
+    "speed-up": lambda o: o.latency.speedup if o.latency else None,
+}
+"""The figures behind the columns that hold some."""
+
+
+def eager(report: Report) -> Outcome | None:
+    """PyTorch itself in the shape of a format, where it was timed."""
+    if report.baseline is None:
+        return None
+    return Outcome("eager", "float32", "verified", latency=replace(report.baseline, speedup=1.0))
 
 
 def rows(report: Report) -> list[dict[str, str]]:
     """One row per format in the order of the report, eager PyTorch first where it was timed."""
     table = [{name: cell(outcome) for name, cell in COLUMNS.items()} for outcome in report.outcomes]
-    if report.baseline:
-        eager = Outcome("eager", "float32", "verified", latency=report.baseline)
-        row = {name: cell(eager) for name, cell in COLUMNS.items()}
-        table.insert(0, row | {"state": "baseline", "speed-up": "1.00×"})
+    baseline = eager(report)
+    if baseline:
+        table.insert(0, {name: cell(baseline) for name, cell in COLUMNS.items()} | {"state": "baseline"})
     return table
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from polyexport.format import Convert, Format, Route, Runner
+from polyexport.format import Convert, Format, Route, Runner, Snippet
 from polyexport.spec import Arrays, ExportSpec
 
 if TYPE_CHECKING:
@@ -204,6 +204,29 @@ def _in(precision: str, convert: Callable[..., None]) -> Convert:
     return converted
 
 
+_SNIPPETS = (
+    Snippet(
+        "Swift",
+        """\
+import CoreML
+
+let compiled = try await MLModel.compileModel(at: URL(fileURLWithPath: "{{ path }}"))
+let model = try MLModel(contentsOf: compiled)
+let inputs = try MLDictionaryFeatureProvider(dictionary: [
+{%- for input in inputs %}
+  {{ input.name | tojson }}: MLFeatureValue(multiArray: try MLMultiArray(
+    shape: {{ input.shape | list | tojson }}, dataType: .{{ "float32" if "float" in input.dtype else "int32" }})),
+{%- endfor %}
+])
+let outputs = try await model.prediction(from: inputs)
+{%- for name in outputs %}
+let output{{ loop.index0 }} = outputs.featureValue(for: {{ name | tojson }})?.multiArrayValue
+{%- endfor %}
+""",
+    ),
+)
+
+
 def _format(name: str, precision: str, description: str) -> Format:
     return Format(
         name=name,
@@ -216,6 +239,7 @@ def _format(name: str, precision: str, description: str) -> Format:
             Route("torch.export", "pt2", "coreml", _in(precision, convert_program)),
         ),
         load=load,
+        snippets=_SNIPPETS,
     )
 
 

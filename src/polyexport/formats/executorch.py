@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from polyexport.format import Format, Route, Runner
+from polyexport.format import Format, Route, Runner, Snippet
 from polyexport.spec import Arrays, ExportSpec
 
 _AT_LEAST = 64
@@ -55,6 +55,43 @@ def load(path: Path, spec: ExportSpec, *, threads: int) -> Runner:
     return run
 
 
+_SNIPPETS = (
+    Snippet(
+        "C++",
+        """\
+#include <executorch/extension/module/module.h>
+#include <executorch/extension/tensor/tensor.h>
+
+using namespace executorch::extension;
+using executorch::aten::ScalarType;
+
+int main() {
+  Module model("{{ path }}");
+{%- for input in inputs %}
+  auto input{{ loop.index0 }} = zeros({ {{- input.shape | join(", ") -}} }, ScalarType::
+    {{- {"int64": "Long", "int32": "Int", "bool": "Bool", "float16": "Half"}.get(input.dtype, "Float") }});
+{%- endfor %}
+  auto outputs = model.forward({
+    {%- for input in inputs %}{{ ", " if loop.index0 }}input{{ loop.index0 }}{% endfor %}});
+}
+""",
+    ),
+    Snippet(
+        "Python",
+        """\
+import numpy as np
+import torch
+from executorch.runtime import Runtime
+
+program = Runtime.get().load_program("{{ path }}")
+batch = np.load("validation_batch.npz")
+inputs = [torch.from_numpy(batch[name]) for name in {{ names | tojson }}]
+outputs = program.load_method("forward").execute(inputs)
+""",
+    ),
+)
+
+
 FORMAT = Format(
     name="executorch",
     aliases=("pte",),
@@ -63,4 +100,5 @@ FORMAT = Format(
     artifact="model.pte",
     routes=(Route("xnnpack", upstream="pt2", toolchain="executorch", convert=convert),),
     load=load,
+    snippets=_SNIPPETS,
 )

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from polyexport.format import Format, Route, Runner
+from polyexport.format import Format, Route, Runner, Snippet
 from polyexport.formats.saved_model import SIGNATURE, limit_threads
 from polyexport.spec import Arrays, ExportSpec
 
@@ -60,6 +60,25 @@ def load(path: Path, spec: ExportSpec, *, threads: int) -> Runner:
     return run
 
 
+_SNIPPETS = (
+    Snippet(
+        "Python",
+        """\
+import numpy as np
+import tensorflow as tf
+
+definition = tf.compat.v1.GraphDef.FromString(open("{{ path }}", "rb").read())
+with tf.Graph().as_default() as graph:
+    tf.graph_util.import_graph_def(definition, name="")
+batch = np.load("validation_batch.npz")
+with tf.compat.v1.Session(graph=graph) as session:
+    inputs = {f"{name}:0": batch[name] for name in {{ names | tojson }}}
+    outputs = session.run([f"{name}:0" for name in {{ outputs | tojson }}], inputs)
+""",
+    ),
+)
+
+
 FORMAT = Format(
     name="graphdef",
     aliases=("pb",),
@@ -68,4 +87,5 @@ FORMAT = Format(
     artifact="model.pb",
     routes=(Route("freeze", upstream="saved_model", toolchain="tensorflow", convert=convert),),
     load=load,
+    snippets=_SNIPPETS,
 )

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from polyexport.format import Format, Route, Runner
+from polyexport.format import Format, Route, Runner, Snippet
 from polyexport.spec import Arrays, ExportSpec
 
 
@@ -47,6 +47,26 @@ def load(path: Path, spec: ExportSpec, *, threads: int) -> Runner:
     return run
 
 
+_SNIPPETS = (
+    Snippet(
+        "Python",
+        """\
+import MNN
+import numpy as np
+
+batch = np.load("validation_batch.npz")
+manager = MNN.nn.create_runtime_manager(({"backend": "CPU", "precision": "high", "numThread": 4},))
+names = {{ names | tojson }}
+module = MNN.nn.load_module_from_file("{{ path }}", names, {{ outputs | tojson }}, runtime_manager=manager)
+kinds = {"f": MNN.expr.float, "i": MNN.expr.int}  # int64 and bool travel as int32
+inputs = [batch[name] if batch[name].dtype.kind == "f" else batch[name].astype("int32") for name in names]
+answers = module.forward([MNN.expr.const(x, list(x.shape), MNN.expr.NCHW, kinds[x.dtype.kind]) for x in inputs])
+outputs = [np.array(answer.read()) for answer in answers]
+""",
+    ),
+)
+
+
 FORMAT = Format(
     name="mnn",
     description="MNN model, for phones and small devices",
@@ -54,4 +74,5 @@ FORMAT = Format(
     artifact="model.mnn",
     routes=(Route("onnx", upstream="onnx", toolchain="mnn", convert=convert),),
     load=load,
+    snippets=_SNIPPETS,
 )

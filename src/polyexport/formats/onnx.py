@@ -9,7 +9,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from polyexport.format import MODULE, Format, Route, Runner
+from polyexport.format import MODULE, Format, Route, Runner, Snippet
 from polyexport.spec import Arrays, ExportSpec
 
 if TYPE_CHECKING:
@@ -97,6 +97,22 @@ def load(path: Path, spec: ExportSpec, *, threads: int) -> Runner:
     return run
 
 
+SNIPPETS = (
+    Snippet(
+        "Python",
+        """\
+import numpy as np
+import onnxruntime
+
+session = onnxruntime.InferenceSession("{{ path }}")
+batch = np.load("validation_batch.npz")
+inputs = {each.name: batch[each.name] for each in session.get_inputs()}
+outputs = session.run({{ outputs | tojson }}, inputs)
+""",
+    ),
+)
+
+
 FORMAT = Format(
     name="onnx",
     description="ONNX graph, for ONNX Runtime and most other runtimes",
@@ -107,4 +123,5 @@ FORMAT = Format(
         Route("torchscript", upstream=MODULE, toolchain="onnx", convert=convert_trace),
     ),
     load=load,
+    snippets=SNIPPETS,
 )

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from polyexport.format import Format, Route, Runner
+from polyexport.format import Format, Route, Runner, Snippet
 from polyexport.spec import Arrays, ExportSpec
 
 
@@ -76,6 +76,45 @@ def load(path: Path, spec: ExportSpec, *, threads: int) -> Runner:
     return run
 
 
+_SNIPPETS = (
+    Snippet(
+        "Python",
+        """\
+import numpy as np
+import openvino
+
+# float32, as it was verified: by default some processors round to bfloat16
+model = openvino.Core().compile_model("{{ path }}", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+batch = np.load("validation_batch.npz")
+outputs = model({name: batch[name] for port in model.inputs for name in port.names if name in batch})
+""",
+    ),
+    Snippet(
+        "C++",
+        """\
+#include <openvino/openvino.hpp>
+
+int main() {
+  ov::Core core;
+  // float32, as it was verified: by default some processors round to bfloat16
+  auto model = core.compile_model("{{ path }}", "CPU", ov::hint::inference_precision(ov::element::f32));
+  auto request = model.create_infer_request();
+{%- for input in inputs %}
+  ov::Tensor input{{ loop.index0 }}(ov::element::
+    {{- input.dtype | replace("bool", "boolean") | replace("float", "f") | replace("int", "i") | replace("ui", "u") -}}
+    , { {{- input.shape | join(", ") -}} });
+  request.set_tensor("{{ input.name }}", input{{ loop.index0 }});
+{%- endfor %}
+  request.infer();
+{%- for name in outputs %}
+  ov::Tensor output{{ loop.index0 }} = request.get_tensor("{{ name }}");
+{%- endfor %}
+}
+""",
+    ),
+)
+
+
 FORMAT = Format(
     name="openvino",
     aliases=("ov",),
@@ -87,4 +126,5 @@ FORMAT = Format(
         Route("torchscript", upstream="torchscript", toolchain="openvino", convert=convert_torchscript),
     ),
     load=load,
+    snippets=_SNIPPETS,
 )

@@ -14,7 +14,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from polyexport.format import Format, Route, Runner
+from polyexport.format import Format, Route, Runner, Snippet
 from polyexport.spec import Arrays, ExportSpec
 
 _PREFIX = "x2paddle_"
@@ -97,6 +97,28 @@ def load(path: Path, spec: ExportSpec, *, threads: int) -> Runner:
     return run
 
 
+_SNIPPETS = (
+    Snippet(
+        "Python",
+        """\
+import numpy as np
+from paddle import inference
+
+config = inference.Config("{{ path }}/model.json", "{{ path }}/model.pdiparams")
+predictor = inference.create_predictor(config)
+batch = np.load("validation_batch.npz")
+for name in predictor.get_input_names():
+    array = batch[name.removeprefix("x2paddle_")]
+    handle = predictor.get_input_handle(name)
+    handle.reshape(array.shape)
+    handle.copy_from_cpu(array)
+predictor.run()
+outputs = [predictor.get_output_handle(name).copy_to_cpu() for name in predictor.get_output_names()]
+""",
+    ),
+)
+
+
 FORMAT = Format(
     name="paddle",
     aliases=("paddlepaddle",),
@@ -105,4 +127,5 @@ FORMAT = Format(
     artifact="inference_model",
     routes=(Route("x2paddle", upstream="onnx-opset15", toolchain="paddle", convert=convert),),
     load=load,
+    snippets=_SNIPPETS,
 )

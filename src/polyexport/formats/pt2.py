@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from polyexport.format import MODULE, Format, Route, Runner
+from polyexport.format import MODULE, Format, Route, Runner, Snippet
 from polyexport.spec import ExportSpec
 
 
@@ -37,6 +37,22 @@ def load(path: Path, spec: ExportSpec, *, threads: int) -> Runner:
     return as_runner(torch.export.load(path).module(), spec)
 
 
+_SNIPPETS = (
+    Snippet(
+        "Python",
+        """\
+import numpy as np
+import torch
+
+model = torch.export.load("{{ path }}").module()
+batch = np.load("validation_batch.npz")
+with torch.inference_mode():
+    outputs = model(*(torch.from_numpy(batch[name]) for name in {{ names | tojson }}))
+""",
+    ),
+)
+
+
 FORMAT = Format(
     name="pt2",
     aliases=("torch_export",),
@@ -45,4 +61,5 @@ FORMAT = Format(
     artifact="model.pt2",
     routes=(Route("export", upstream=MODULE, toolchain="torch", convert=convert),),
     load=load,
+    snippets=_SNIPPETS,
 )

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from polyexport.format import Format, Route, Runner
+from polyexport.format import Format, Route, Runner, Snippet
 from polyexport.spec import Arrays, ExportSpec, TensorSpec
 
 SIGNATURE = "serving_default"
@@ -62,6 +62,22 @@ def load(path: Path, spec: ExportSpec, *, threads: int) -> Runner:
     return run
 
 
+_SNIPPETS = (
+    Snippet(
+        "Python",
+        """\
+import numpy as np
+import tensorflow as tf
+
+model = tf.saved_model.load("{{ path }}")
+call = model.signatures["serving_default"]
+batch = np.load("validation_batch.npz")
+outputs = call(**{name: tf.constant(batch[name]) for name in call.structured_input_signature[1]})
+""",
+    ),
+)
+
+
 FORMAT = Format(
     name="saved_model",
     aliases=("tf", "tensorflow"),
@@ -70,4 +86,5 @@ FORMAT = Format(
     artifact="saved_model",
     routes=(Route("lowering", upstream="onnx", toolchain="tensorflow", convert=convert),),
     load=load,
+    snippets=_SNIPPETS,
 )

@@ -23,7 +23,7 @@ import numpy as np
 
 from polyexport import gpu
 from polyexport.errors import CannotRun, ToolMissing
-from polyexport.format import Convert, Format, Route, Runner
+from polyexport.format import Convert, Format, Route, Runner, Snippet
 from polyexport.spec import Arrays, ExportSpec
 
 _AT_LEAST = 64
@@ -189,6 +189,63 @@ def _known(context: Any, name: str) -> tuple[int, ...]:
     return shape
 
 
+_SNIPPETS = (
+    Snippet(
+        "C++",
+        """\
+#include <NvInfer.h>
+#include <cuda_runtime_api.h>
+
+#include <fstream>
+#include <iostream>
+#include <iterator>
+#include <memory>
+#include <vector>
+
+struct Logger : nvinfer1::ILogger {
+  void log(Severity severity, const char* text) noexcept override {
+    if (severity <= Severity::kWARNING) std::cerr << text << std::endl;
+  }
+};
+
+int main() {
+  std::ifstream file("{{ path }}", std::ios::binary);
+  std::vector<char> bytes{std::istreambuf_iterator<char>(file), {}};
+  Logger logger;
+  std::unique_ptr<nvinfer1::IRuntime> runtime{nvinfer1::createInferRuntime(logger)};
+  std::unique_ptr<nvinfer1::ICudaEngine> engine{runtime->deserializeCudaEngine(bytes.data(), bytes.size())};
+  std::unique_ptr<nvinfer1::IExecutionContext> context{engine->createExecutionContext()};
+{%- for input in inputs %}
+  context->setInputShape(
+      "{{ input.name }}", nvinfer1::Dims{ {{- input.shape | length }}, { {{- input.shape | join(", ") -}} }});
+{%- endfor %}
+  for (int i = 0; i < engine->getNbIOTensors(); ++i) {
+    const char* name = engine->getIOTensorName(i);
+    const nvinfer1::Dims shape = context->getTensorShape(name);
+    size_t count = 8;  // bytes of the widest element
+    for (int axis = 0; axis < shape.nbDims; ++axis) count *= shape.d[axis];
+    void* buffer = nullptr;
+    cudaMalloc(&buffer, count);
+    context->setTensorAddress(name, buffer);  // copy inputs to it and outputs from it with cudaMemcpy
+  }
+  context->enqueueV3(nullptr);
+  cudaDeviceSynchronize();
+}
+""",
+    ),
+    Snippet(
+        "Python",
+        """\
+import numpy as np
+import polyexport
+
+run = polyexport.load("{{ path | replace("/model.engine", "") }}")  # TensorRT's own API takes buffers, as in C++
+outputs = run(dict(np.load("validation_batch.npz")))
+""",
+    ),
+)
+
+
 def _format(name: str, precision: str, convert: Convert, description: str, aliases: tuple[str, ...] = ()) -> Format:
     return Format(
         name=name,
@@ -201,6 +258,7 @@ def _format(name: str, precision: str, convert: Convert, description: str, alias
         routes=(Route("onnx", upstream="onnx", toolchain="onnx", convert=convert),),
         load=load,
         needs_gpu=True,
+        snippets=_SNIPPETS,
     )
 
 

@@ -16,7 +16,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from polyexport.format import Format, Route, Runner
+from polyexport.format import Format, Route, Runner, Snippet
 from polyexport.formats.saved_model import SIGNATURE
 from polyexport.spec import Arrays, ExportSpec
 
@@ -151,6 +151,25 @@ def _read(stream: IO[bytes]) -> Arrays:
     return arrays
 
 
+_SNIPPETS = (
+    Snippet(
+        "JavaScript",
+        """\
+import * as tf from "@tensorflow/tfjs";
+
+const model = await tf.loadGraphModel("{{ path }}");
+const inputs = {
+{%- for input in inputs %}
+  {{ input.name | tojson }}: tf.zeros(
+    {{- input.shape | list | tojson }}, "{{ input.dtype | replace("int64", "int32") }}"),
+{%- endfor %}
+};
+const outputs = await model.executeAsync(inputs, {{ outputs | tojson }});
+""",
+    ),
+)
+
+
 FORMAT = Format(
     name="tfjs",
     aliases=("tensorflowjs",),
@@ -160,4 +179,5 @@ FORMAT = Format(
     routes=(Route("tensorflowjs", upstream="saved_model", toolchain="tensorflow", convert=convert),),
     load=load,
     runtime="tfjs",
+    snippets=_SNIPPETS,
 )

@@ -9,7 +9,7 @@ import json
 import warnings
 from pathlib import Path
 
-from polyexport.format import MODULE, Format, Route, Runner
+from polyexport.format import MODULE, Format, Route, Runner, Snippet
 from polyexport.spec import ExportSpec
 
 
@@ -36,6 +36,38 @@ def load(path: Path, spec: ExportSpec, *, threads: int) -> Runner:
     return as_runner(torch.jit.load(str(path)).eval(), spec)
 
 
+_SNIPPETS = (
+    Snippet(
+        "Python",
+        """\
+import numpy as np
+import torch
+
+model = torch.jit.load("{{ path }}").eval()
+batch = np.load("validation_batch.npz")
+with torch.inference_mode():
+    outputs = model(*(torch.from_numpy(batch[name]) for name in {{ names | tojson }}))
+""",
+    ),
+    Snippet(
+        "C++",
+        """\
+#include <torch/script.h>
+
+int main() {
+  c10::InferenceMode inference;
+  auto model = torch::jit::load("{{ path }}");
+  auto outputs = model.forward({
+{%- for input in inputs %}
+      torch::zeros({ {{- input.shape | join(", ") -}} }, torch::k{{ input.dtype | capitalize }}),  // {{ input.name }}
+{%- endfor %}
+  });
+}
+""",
+    ),
+)
+
+
 FORMAT = Format(
     name="torchscript",
     aliases=("jit",),
@@ -44,4 +76,5 @@ FORMAT = Format(
     artifact="model.torchscript",
     routes=(Route("trace", upstream=MODULE, toolchain="torch", convert=convert),),
     load=load,
+    snippets=_SNIPPETS,
 )

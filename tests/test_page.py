@@ -1,0 +1,243 @@
+"""`report.html` in a browser: whole, quiet, sortable, and readable wherever it is opened."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from selenium import webdriver
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+
+import made_up
+from polyexport import FORMATS, Report
+from polyexport.report import STATES
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+in_browser = pytest.mark.skipif(
+    not (CHROMIUM and shutil.which("chromedriver")), reason="no Chromium with its chromedriver on the PATH"
+)
+FLAGS = (
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-component-update",
+    "--disable-background-networking", "--disable-sync",
+)  # fmt: skip  # one flag a line would bury the tests
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Report:
+    return made_up.report(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('browser')}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
+    yield driver
+    driver.quit()
+
+
+def opened(browser: Any, path: Path, *, width: int = 1280, media: str = "screen", scheme: str = "light") -> Any:
+    browser.get_log("performance"), browser.get_log("browser")  # what came before is not this page's
+    screen = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 600}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
+    features = [{"name": "prefers-color-scheme", "value": scheme}]
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": media, "features": features})
+    browser.get(path.as_uri())
+    return browser
+
+
+def requests(browser: Any) -> list[str]:
+    """What the page asked for, beside itself."""
+    events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    urls = [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
+    own = (browser.current_url, "data:", "chrome:")  # the last is the browser's first tab
+    return [url for url in urls if not url.startswith(own)]
+
+
+def overhang(browser: Any) -> int:
+    return browser.execute_script("return document.documentElement.scrollWidth - innerWidth")
+
+
+def formats_shown(browser: Any) -> list[str]:
+    return [cell.text for cell in browser.find_elements(By.CSS_SELECTOR, "#table tbody th")]
+
+
+def heading(browser: Any, name: str) -> Any:
+    return next(each for each in browser.find_elements(By.CSS_SELECTOR, "#table thead th") if name in each.text)
+
+
+@in_browser
+def test_the_page_is_whole_quiet_and_alone(browser, report):
+    opened(browser, report.folder / "report.html")
+    assert len(formats_shown(browser)) == 1 + len(report.outcomes)
+    shown = {chip.text for chip in browser.find_elements(By.CSS_SELECTOR, "#table .chip")}
+    assert shown == {"baseline", *STATES}
+    assert len(browser.find_elements(By.TAG_NAME, "svg")) == 6
+    assert browser.get_log("browser") == []
+    assert requests(browser) == []
+
+
+@in_browser
+def test_a_page_that_is_not_is_noticed(browser, tmp_path):
+    """The shadow of the checks that the other tests make."""
+    page = tmp_path / "bad.html"
+    page.write_text("<div style='width: 3000px'>x</div><img src='http://127.0.0.1:9/x.png'><script>throw 1</script>")
+    opened(browser, page, width=390)
+    assert browser.get_log("browser") != []
+    assert requests(browser) == ["http://127.0.0.1:9/x.png"]
+    assert overhang(browser) > 0
+
+
+@in_browser
+def test_what_users_named_is_text(browser, report):
+    opened(browser, report.folder / "report.html")
+    assert made_up.HOSTILE in formats_shown(browser)
+    assert len(browser.find_elements(By.TAG_NAME, "script")) == 1
+    assert f"note of {made_up.HOSTILE}" in browser.find_element(By.CLASS_NAME, "notes").text
+
+
+@in_browser
+def test_a_click_on_a_heading_sorts_with_what_is_missing_last(browser, report):
+    opened(browser, report.folder / "report.html")
+    original = formats_shown(browser)
+    figures = {o.format: o.latency.p50_ms for o in report.outcomes if o.latency} | {"eager": report.baseline.p50_ms}
+    fastest = sorted(figures, key=figures.__getitem__)
+    head = heading(browser, "p50 ms")
+    for sort, order in (("ascending", fastest), ("descending", fastest[::-1])):
+        head.find_element(By.TAG_NAME, "button").click()
+        assert head.get_attribute("aria-sort") == sort
+        assert formats_shown(browser)[: len(order)] == order
+    head.find_element(By.TAG_NAME, "button").click()
+    assert (head.get_attribute("aria-sort"), formats_shown(browser)) == (None, original)
+
+
+@in_browser
+def test_the_keyboard_reaches_a_heading_and_sorts(browser, report):
+    opened(browser, report.folder / "report.html")
+    browser.find_element(By.CLASS_NAME, "skip").send_keys(Keys.ENTER)
+    for _ in range(5):
+        browser.switch_to.active_element.send_keys(Keys.TAB)
+        if browser.switch_to.active_element.text.startswith("state"):
+            break
+    browser.switch_to.active_element.send_keys(Keys.ENTER)
+    assert heading(browser, "state").get_attribute("aria-sort") == "ascending"
+    states = [chip.text for chip in browser.find_elements(By.CSS_SELECTOR, "#table .chip")]
+    assert states == sorted(states)
+    assert browser.execute_script("return getComputedStyle(document.activeElement).outlineStyle") == "solid"
+
+
+@in_browser
+@pytest.mark.parametrize(("scheme", "dark"), [("light", False), ("dark", True)])
+def test_the_page_follows_the_colour_scheme(browser, report, scheme, dark):
+    opened(browser, report.folder / "report.html", scheme=scheme)
+    colours = [
+        browser.execute_script(f"return getComputedStyle(document.querySelector('{where}')).{what}")
+        for where, what in (("body", "backgroundColor"), ("body", "color"), ("svg .name", "fill"))
+    ]
+    paper, ink, name = (sum(map(int, re.findall(r"\d+", colour)[:3])) / 765 for colour in colours)
+    assert (paper < 0.3, ink > 0.7, name > 0.7) == (dark, dark, dark)
+
+
+@in_browser
+def test_on_a_phone_the_tables_scroll_and_the_page_does_not(browser, report):
+    opened(browser, report.folder / "report.html", width=390)
+    assert overhang(browser) == 0
+    assert browser.execute_script("const t = document.querySelector('.scroll'); return t.scrollWidth > t.clientWidth")
+
+
+@in_browser
+def test_print_opens_what_is_folded_and_leaves_out_what_is_for_the_screen(browser, report):
+    opened(browser, report.folder / "report.html", media="print", scheme="dark")
+    browser.execute_script("dispatchEvent(new Event('beforeprint'))")
+    assert all(each.get_attribute("open") for each in browser.find_elements(By.TAG_NAME, "details"))
+    assert not browser.find_element(By.TAG_NAME, "nav").is_displayed()
+    paper = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
+    assert paper == "rgb(255, 255, 255)"
+
+
+@in_browser
+def test_a_snippet_can_be_copied_or_is_selected(browser, report):
+    opened(browser, report.folder / "report.html")
+    block = browser.find_element(By.CSS_SELECTOR, "details[open] .code")
+    block.find_element(By.CLASS_NAME, "copy").click()
+    words = browser.execute_async_script(
+        "const [button, done] = arguments; setTimeout(() => done(button.textContent), 300)",
+        block.find_element(By.CLASS_NAME, "copy"),
+    )
+    assert words in ("Copied", "Selected")
+
+
+def test_the_page_has_reasons_commands_and_history(report):
+    text = (report.folder / "report.html").read_text(encoding="utf-8")
+    assert "static shapes only, since with dynamic axes: XNNPACK has no such pool" in text
+    assert "python -m polyexport.worker jobs/onnx.json --scratch" in text
+    assert 'href="../epoch%3D1-step%3D200/report.html"' in text
+    assert "val_loss of the exported checkpoints" in text
+    assert len(text) < 200_000
+
+
+def test_a_first_export_that_came_to_nothing_has_a_page_too(tmp_path):
+    made = made_up.report(tmp_path / "run")
+    Report(
+        made.checkpoint, None, (made_up.outcome("onnx", "failed", "the module cannot be rebuilt"),), folder=tmp_path
+    ).save()
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "the module cannot be rebuilt" in text
+    assert "<svg" not in text
+    assert 'id="history"' not in text
+
+
+def test_every_format_says_how_an_application_opens_it():
+    for each in FORMATS.values():
+        assert each.snippets, each.name
+        assert all("{{ path" in snippet.code for snippet in each.snippets), each.name
+
+
+# --- the choice -------------------------------------------------------------------------------------------------------
+
+
+def test_the_best_is_the_fastest_verified_one(report):
+    assert report.best().format == "openvino"
+    assert {each.format for each in report.pareto()} == {
+        "onnx",
+        "torchscript",
+        "openvino",
+        "coreml-fp16",
+        made_up.HOSTILE,
+    }
+
+
+@pytest.mark.parametrize(
+    ("limits", "expected"),
+    [
+        ({"max_error": 5.5e-6}, "onnx"),
+        ({"max_error": 0.0}, "torchscript"),
+        ({"max_bytes": 60_000_000}, "coreml-fp16"),
+        ({"max_bytes": 90_000_000, "max_error": 1e-4}, made_up.HOSTILE),
+        ({"max_ms": 1.0}, None),
+        ({"max_bytes": 60_000_000, "max_ms": 20.0}, None),
+    ],
+)
+def test_the_best_keeps_the_limits(report, limits, expected):
+    best = report.best(**limits)
+    assert (best.format if best else None) == expected
+
+
+def test_what_was_not_measured_keeps_no_limit_and_the_closest_wins(tmp_path):
+    outcomes = (
+        made_up.outcome("onnx", "verified", megabytes=2.0, error=2e-6),
+        made_up.outcome("openvino", "verified", megabytes=1.0, error=2e-6),
+        made_up.outcome("executorch", "degraded", megabytes=0.5, error=0.0),
+    )
+    report = Report(made_up.report(tmp_path).checkpoint, None, outcomes)
+    assert report.best().format == "openvino"
+    assert report.best(max_ms=1e9) is None
