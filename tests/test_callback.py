@@ -339,7 +339,7 @@ def test_averaged_weights_are_exported_where_they_are_averaged(tmp_path):
 
 
 def test_an_offline_wandb_run_holds_what_agreed_and_a_table_of_all(tmp_path):
-    logger = WandbLogger(project="runs", save_dir=tmp_path, offline=True)
+    logger = WandbLogger(project="runs", save_dir=tmp_path, log_model=True)  # offline by the environment of the tests
     formats = [GOOD, plant("wrong", planted.wrong), plant("static", planted.static_only)]
     callback = ExportCallback(formats)
     trainer = fit(tmp_path, callback, logger=logger)
@@ -349,7 +349,8 @@ def test_an_offline_wandb_run_holds_what_agreed_and_a_table_of_all(tmp_path):
     (path,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
     run = wandb_log.read(path)
 
-    assert [each.name for each in run.artifacts] == [f"model-{run_id}-good", f"model-{run_id}-static"]
+    exported, checkpoint = [f"model-{run_id}-good", f"model-{run_id}-static"], f"model-{run_id}"
+    assert [each.name for each in run.artifacts] == [*exported, checkpoint]
     good = run.artifacts[0]
     assert good.type == "model"
     assert good.aliases == ("latest", "best", "parity-passed", "fastest")
@@ -358,6 +359,7 @@ def test_an_offline_wandb_run_holds_what_agreed_and_a_table_of_all(tmp_path):
     assert good.metadata["parity"]["passed"] is True
     assert good.metadata["latency"]["p50_ms"] == best["good"].latency.p50_ms
     assert good.metadata["score"] == 2.0
+    assert good.metadata["source_artifact"] == checkpoint
     assert run.summary["export/good/state"] == "verified"
     assert run.summary["export/wrong/state"] == "mismatch"
     assert run.summary["export/good/p50_ms"] == best["good"].latency.p50_ms

@@ -26,6 +26,8 @@ from polyexport.parity import OutputParity, Parity
 from polyexport.report import Artifact, Checkpoint, Outcome, Report, State
 from polyexport.sinks.wandb import LINKS, Wandb, link
 
+UNSET = ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "XDG_DATA_HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME")
+
 CLIENT = """
 import sys
 from pathlib import Path
@@ -77,7 +79,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 class Client:
     def __init__(self, folder: Path, exported: Path) -> None:
-        self.folder, self.exported = folder, exported
+        self.folder, self.exported, self.home = folder, exported, folder / "home"
 
     def environment(self, server: FakeWandb) -> dict[str, str]:
         bounds = {
@@ -87,7 +89,8 @@ class Client:
             **{f"WANDB_X_{kind}_RETRY_WAIT_MAX_SECONDS": "1" for kind in ("GRAPHQL", "FILE_TRANSFER", "FILE_STREAM")},
         }
         at = {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": "local-" + "0" * 40, "WANDB_MODE": "online"}
-        return os.environ | bounds | at
+        home = {"HOME": str(self.home), "WANDB_DIR": str(self.folder)}
+        return {name: value for name, value in os.environ.items() if name not in UNSET} | bounds | at | home
 
     def command(self, body: str) -> list[str]:
         return [sys.executable, "-c", CLIENT + body, str(self.exported)]
@@ -108,9 +111,10 @@ class Client:
         assert done.returncode == 0, (self.folder / "stderr").read_text()
         return done.stdout
 
-    def staged(self) -> list[Path]:
-        """What W&B copied to where the user's home would be."""
-        return [path for path in self.folder.rglob("artifacts/staging/*") if path.is_file()]
+    def at_home(self) -> list[Path]:
+        """Data that W&B left in the user's home, and models that it left in its cache."""
+        files = [path for path in self.home.rglob("*") if path.is_file()]
+        return [path for path in files if ".local" in path.parts or b"at step" in path.read_bytes()]
 
 
 @pytest.fixture
@@ -138,7 +142,7 @@ def test_what_agreed_is_uploaded_and_what_is_verified_is_linked(client, exported
     (linked,) = server.links
     assert linked.source == "model-one-good"
     assert (linked.target, linked.aliases) == ("org-entity/wandb-registry-model/numbers", ["good", "fastest"])
-    assert client.staged() == []
+    assert client.at_home() == []
     assert not (exported / LINKS).exists()
 
     latency = server.table("export/latency")
@@ -151,7 +155,7 @@ def test_what_agreed_is_uploaded_and_what_is_verified_is_linked(client, exported
     assert len(server.table("export/parity")["data"]) == 6
     panels = {key for row in server.history for key in row if key.endswith("_table")}
     assert panels == {f"export/{name}_table" for name in ("p50_ms", "bytes", "p50_ms_by_step", "max_abs_error_by_step")}
-    assert (server.summary["export"]["fastest"], server.summary["export"]["wrong"]["state"]) == ("good", "mismatch")
+    assert (server.summary["export/fastest"], server.summary["export/wrong/state"]) == ("good", "mismatch")
 
 
 def test_every_export_can_be_uploaded_and_old_ones_expire(client):
@@ -227,7 +231,7 @@ def test_an_offline_run_is_linked_after_its_sync(tmp_path, exported, monkeypatch
         assert server.calls == []
         (log,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
         assert ["fastest" in each.aliases for each in wandb_log.read(log).artifacts] == [True, False]
-        assert not [path for path in client.staged() if b"at step" in path.read_bytes()]
+        assert client.at_home() == []
         with pytest.raises(BadRequest, match=r"W&B has no me/digits/model-one-good:best.*wandb sync"):
             link(export)
 

@@ -7,9 +7,10 @@ Requirements:
   told. An upload is waited for, since W&B says of a failed one only then that it failed.
 * A table is logged whole and new each time: W&B shows the first state of one that grows.
 * Nothing is logged with `step=`: Lightning's logger counts its own, and W&B drops what comes late.
-* Files lie where they are until they are uploaded, and nothing is copied to the user's home. Online they are read from
-  the export. Offline the run's own folder gets hard links: `wandb sync` finds them there after the export was pruned,
-  and they go when the run's folder goes.
+* Nothing stays in the user's home, where W&B would stage a copy of each file. Online, artifacts are read from the
+  export. Offline the run's own folder gets hard links to them: `wandb sync` finds those after the export was pruned,
+  and they go when the run's folder goes. What W&B stages for tables lies in the run's folder too, unless
+  `WANDB_DATA_DIR` says where; of tables its cache, which it empties itself, keeps some kilobytes.
 * The registry gets what is `verified`, nothing else. W&B cannot link offline (it would log the artifact twice), so the
   export remembers its links for `link`.
 """
@@ -169,7 +170,7 @@ def _publish(options: Wandb, run: Any, reports: Sequence[Report], left: dict[str
         if outcome.publishable
     }
     left |= dict.fromkeys(("figures", *todo), f"not finished after {options.timeout:g} s")
-    with _telling(left, "figures"):
+    with _telling(left, "figures"), _staging(run):
         _log_figures(run, reports)
     if exports and options.source and not run.offline and _is_foreign(options.source, run):
         with _telling(left, options.source):
@@ -207,6 +208,18 @@ def _telling(left: dict[str, str], what: str, *, done: bool = True) -> Iterator[
     else:
         if done:
             left.pop(what, None)
+
+
+@contextmanager
+def _staging(run: Any) -> Iterator[None]:
+    """Let W&B stage files in the run's folder; it asks the environment at each file."""
+    ours = str(Path(run.dir).parent / "staging")
+    os.environ.setdefault("WANDB_DATA_DIR", ours)
+    try:
+        yield
+    finally:
+        if os.environ["WANDB_DATA_DIR"] == ours:
+            del os.environ["WANDB_DATA_DIR"]
 
 
 # --- figures ----------------------------------------------------------------------------------------------------------
