@@ -49,6 +49,7 @@ def fit(folder: Path, callback: Callback | None, model: Any = None, *, epochs: i
         ({"workers": 0}, "workers=0"),
         ({"keep": 0}, "keep=0"),
         ({"publish": "wandb"}, "publish='wandb'; give 'auto'"),
+        ({"bench": "none"}, "bench='none'; known: True, False, 'all'"),
     ],
 )
 def test_an_impossible_argument_is_told_at_construction(settings, message):
@@ -341,8 +342,11 @@ def test_averaged_weights_are_exported_where_they_are_averaged(tmp_path):
 def test_an_offline_wandb_run_holds_what_agreed_and_a_table_of_all(tmp_path):
     logger = WandbLogger(project="runs", save_dir=tmp_path, log_model=True)  # offline by the environment of the tests
     formats = [GOOD, plant("wrong", planted.wrong), plant("static", planted.static_only)]
-    callback = ExportCallback(formats)
-    trainer = fit(tmp_path, callback, logger=logger)
+    callback = ExportCallback(formats, bench="all")
+    callbacks = [ModelCheckpoint(monitor="val_loss"), runs.OneByOne(callback), callback]
+    trainer = runs.trainer(tmp_path, callbacks, max_epochs=2, logger=logger)
+    trainer.fit(runs.Scripted([3.0, 2.0]), runs.loader(), runs.loader())
+    assert [each["good"].latency is not None for each in callback.reports] == [True, True]
     run_id, best = logger.experiment.id, callback.reports[-1]
     logger.experiment.finish()
     wandb.teardown()  # its service would serve the processes of later tests too, from this folder

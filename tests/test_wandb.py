@@ -6,7 +6,6 @@ Each client is a process of its own, so that W&B's service ends with it.
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import shutil
@@ -18,12 +17,10 @@ import pytest
 from typer.testing import CliRunner
 
 import wandb_log
+import written
 from fake_wandb import FakeWandb
 from polyexport import BadRequest
 from polyexport.cli import app
-from polyexport.latency import Latency
-from polyexport.parity import OutputParity, Parity
-from polyexport.report import Artifact, Checkpoint, Outcome, Report, State
 from polyexport.sinks.wandb import LINKS, Wandb, link
 
 UNSET = ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "XDG_DATA_HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME")
@@ -46,35 +43,10 @@ def publish(report, **options):
 """
 
 
-def write_export(folder: Path, step: int, score: float) -> Path:
-    """An export as the engine leaves it: a verified, a wrong and a degraded format, with figures of one's choice."""
-
-    def outcome(name: str, state: State, error: float, p50_ms: float | None) -> Outcome:
-        file = folder / name / "model.json"
-        file.parent.mkdir(parents=True)
-        file.write_text(f"{name} at step {step}")
-        parity = Parity(state != "mismatch", "", {"y": OutputParity(error, 1.0, 0.0, 1.0, 99.0, 1.0, noise_floor=1e-7)})
-        artifact = Artifact(f"{name}/model.json", file.stat().st_size, "0")
-        latency = p50_ms and Latency(p50_ms, 2, 2, None, 500, 1, 1, "cpu", 0.1, 5, 1000, (p50_ms,), 2.0)
-        return Outcome(name, "float32", state, "", "route", artifact, {}, parity, latency or None)
-
-    outcomes = (
-        outcome("good", "verified", 1e-6, 0.5),
-        outcome("wrong", "mismatch", math.inf, None),
-        outcome("static", "degraded", 1e-6, 0.4),
-        Outcome("lost", "float32", "skipped", "a tool is missing"),
-    )
-    checkpoint = Checkpoint(f"/run/checkpoints/{folder.name}.ckpt", "abc", 0, step, "val_loss", score)
-    Report(checkpoint, None, outcomes, baseline=outcomes[0].latency, folder=folder).save()
-    return folder
-
-
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the second of two exports of one run."""
-    exports = tmp_path_factory.mktemp("run") / "exports"
-    write_export(exports / "epoch=0-step=4", 4, 3.0)
-    return write_export(exports / "epoch=1-step=8", 8, 2.0)
+    return written.run(tmp_path_factory.mktemp("run"))[-1].folder
 
 
 class Client:
@@ -114,7 +86,7 @@ class Client:
     def at_home(self) -> list[Path]:
         """Data that W&B left in the user's home, and models that it left in its cache."""
         files = [path for path in self.home.rglob("*") if path.is_file()]
-        return [path for path in files if ".local" in path.parts or b"at step" in path.read_bytes()]
+        return [path for path in files if ".local" in path.parts or b" at epoch=" in path.read_bytes()]
 
 
 @pytest.fixture

@@ -104,6 +104,8 @@ class ExportCallback(Callback):
         self.formats = resolve(formats)
         plan.steps(self.formats)
         _check_arguments(when=when, fail_on=fail_on, timeout=timeout, workers=workers, publish=publish, keep=keep)
+        if bench not in (True, False, "all"):
+            raise BadRequest(f"bench={bench!r}; known: True, False, 'all'")
         self.into = into
         self.when = when
         self.module = module
