@@ -367,8 +367,8 @@ def test_an_offline_wandb_run_holds_what_agreed_and_a_table_of_all(tmp_path):
     assert run.summary["export/good/state"] == "verified"
     assert run.summary["export/wrong/state"] == "mismatch"
     assert run.summary["export/good/p50_ms"] == best["good"].latency.p50_ms
-    (row,) = [row for row in run.history if "export/latency" in row]
-    assert row["export/latency"]["nrows"] == 8
+    (row,) = [row for row in run.history if "export/latency/nrows" in row]
+    assert row["export/latency/nrows"] == 8
     assert row["trainer/global_step"] == trainer.global_step == 8
     assert str(best.folder).startswith(str(tmp_path / "runs" / run_id / "exports"))
 
