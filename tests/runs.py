@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -68,6 +69,17 @@ class Noisy(LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.parameters(), lr=1e-2)
+
+
+class OneByOne(Callback):
+    """Lets each export finish before the next best can take its place."""
+
+    def __init__(self, export: Any) -> None:
+        self.export = export
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        for future in self.export._futures:
+            future.result()
 
 
 def loader(*, shuffle: bool = False) -> DataLoader[Any]:

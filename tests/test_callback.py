@@ -56,6 +56,7 @@ def fit(folder: Path, callback: Callback | None, model: Any = None, *, epochs: i
         ({"workers": 0}, "workers=0"),
         ({"keep": 0}, "keep=0"),
         ({"publish": "wandb"}, "publish='wandb'; give 'auto'"),
+        ({"bench": "none"}, "bench='none'; known: True, False, 'all'"),
     ],
 )
 def test_an_impossible_argument_is_told_at_construction(settings, message):
@@ -346,30 +347,35 @@ def test_averaged_weights_are_exported_where_they_are_averaged(tmp_path):
 
 
 def test_an_offline_wandb_run_holds_what_agreed_and_a_table_of_all(tmp_path):
-    logger = WandbLogger(project="runs", save_dir=tmp_path, offline=True)
+    logger = WandbLogger(project="runs", save_dir=tmp_path, log_model=True)  # offline by the environment of the tests
     formats = [GOOD, plant("wrong", planted.wrong), plant("static", planted.static_only)]
-    callback = ExportCallback(formats)
-    trainer = fit(tmp_path, callback, logger=logger)
+    callback = ExportCallback(formats, bench="all")
+    callbacks = [ModelCheckpoint(monitor="val_loss"), runs.OneByOne(callback), callback]
+    trainer = runs.trainer(tmp_path, callbacks, max_epochs=2, logger=logger)
+    trainer.fit(runs.Scripted([3.0, 2.0]), runs.loader(), runs.loader())
+    assert [each["good"].latency is not None for each in callback.reports] == [True, True]
     run_id, best = logger.experiment.id, callback.reports[-1]
     logger.experiment.finish()
     wandb.teardown()  # its service would serve the processes of later tests too, from this folder
     (path,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
     run = wandb_log.read(path)
 
-    assert [each.name for each in run.artifacts] == [f"model-{run_id}-good", f"model-{run_id}-static"]
+    exported, checkpoint = [f"model-{run_id}-good", f"model-{run_id}-static"], f"model-{run_id}"
+    assert [each.name for each in run.artifacts] == [*exported, checkpoint]
     good = run.artifacts[0]
     assert good.type == "model"
-    assert sorted(good.aliases) == ["best", "latest"]
+    assert set(good.aliases) == {"latest", "best", "parity-passed", "fastest"}
     assert list(good.files) == ["model.json"]
     assert good.metadata["checkpoint_sha256"] == best.checkpoint.sha256
     assert good.metadata["parity"]["passed"] is True
     assert good.metadata["latency"]["p50_ms"] == best["good"].latency.p50_ms
     assert good.metadata["score"] == 2.0
+    assert good.metadata["source_artifact"] == checkpoint
     assert run.summary["export/good/state"] == "verified"
     assert run.summary["export/wrong/state"] == "mismatch"
     assert run.summary["export/good/p50_ms"] == best["good"].latency.p50_ms
     (row,) = [row for row in run.history if "export/latency/nrows" in row]
-    assert row["export/latency/nrows"] == 3
+    assert row["export/latency/nrows"] == 8
     assert row["trainer/global_step"] == trainer.global_step == 8
     assert str(best.folder).startswith(str(tmp_path / "runs" / run_id / "exports"))
 

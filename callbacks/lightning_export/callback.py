@@ -21,6 +21,7 @@ from typing_extensions import override
 
 from lightning_export.best import Best, bases, best_of, checkpointer, tail
 from lightning_export.capture import Spy, hold, save
+from lightning_export.loggers import sinks
 from polyexport import BadRequest, Engine, ExportFailed, Format, Report, Request, ToolMissing, console, plan
 from polyexport.folders import unfinished
 from polyexport.formats import resolve
@@ -28,7 +29,6 @@ from polyexport.module import UNAVAILABLE, as_call, selected
 from polyexport.report import STATES, Checkpoint, State
 from polyexport.sinks import Sink
 from polyexport.sinks.remote import copy_to
-from polyexport.sinks.wandb import wandb
 
 P = ParamSpec("P")
 
@@ -69,10 +69,12 @@ class ExportCallback(Callback):
         fail_on: States that make `fit` raise `ExportFailed` once everything is written.
         timeout: Seconds that one conversion or verification may take.
         workers: How many conversions run side by side; by default half the cores, at least two.
-        publish: `"auto"` for W&B when the trainer has a `WandbLogger`, or functions that take the report.
+        publish: Where the best export goes when `fit` ends. `"auto"`: to the trainer's `WandbLogger`,
+            `TensorBoardLogger` and `MLFlowLogger`, together with the figures of the exports before it. Or functions
+            that take the report, such as `Wandb(registry="model")`.
         monitor: Which `ModelCheckpoint` to follow, by what it monitors, where there are several.
         keep: How many exports stay on disk; the newest always does. By default all.
-        bench: Whether to time the artifacts when `fit` ends.
+        bench: Whether to time the artifacts when `fit` ends; `"all"` times those of every export, not of the best only.
 
     Attributes:
         reports: The finished exports of this run, the oldest first.
@@ -97,12 +99,14 @@ class ExportCallback(Callback):
         publish: Literal["auto"] | Sequence[Sink] = "auto",
         monitor: str | None = None,
         keep: int | None = None,
-        bench: bool = True,
+        bench: bool | Literal["all"] = True,
     ) -> None:
         super().__init__()
         self.formats = resolve(formats)
         plan.steps(self.formats)
         _check_arguments(when=when, fail_on=fail_on, timeout=timeout, workers=workers, publish=publish, keep=keep)
+        if bench not in (True, False, "all"):
+            raise BadRequest(f"bench={bench!r}; known: True, False, 'all'")
         self.into = into
         self.when = when
         self.module = module
@@ -354,26 +358,22 @@ class ExportCallback(Callback):
                 rank_zero_warn(f"ExportCallback: an export was lost: {type(error).__name__}: {error}")
         self._futures.clear()
         self.reports = [report for report in self.reports if report.folder.exists()]
-        if self.reports and self.bench:
-            self.reports[-1] = self._engine.bench(self.reports[-1], self.formats)
+        timed = {True: self.reports[-1:], False: [], "all": self.reports}[self.bench]
+        rest = self.reports[: len(self.reports) - len(timed)]
+        self.reports = [*rest, *(self._engine.bench(report, self.formats) for report in timed)]
 
     def _sinks(self, trainer: Trainer) -> Iterator[Sink]:
         if self.into is not None and "://" in str(self.into):
             yield copy_to(str(self.into))
-        if self.publish != "auto":
-            yield from self.publish
-            return
-        for logger in trainer.loggers:
-            if "WandbLogger" in bases(logger):
-                run: Any = logger
-                yield wandb(run.experiment)
+        yield from sinks(self.publish, trainer.loggers)
 
     def _publish(self, sink: Sink, report: Report) -> None:
         try:
             sink(report)
         except Exception as error:  # a sink talks to the world, and the world may fail in any way
-            name = getattr(sink, "__qualname__", repr(sink)).split(".")[0]
-            rank_zero_warn(f"ExportCallback: publishing to {name} failed: {type(error).__name__}: {error}")
+            name = getattr(sink, "__qualname__", type(sink).__name__).split(".")[0]
+            why = " ".join(str(error).split())
+            rank_zero_warn(f"ExportCallback: publishing to {name} failed: {type(error).__name__}: {why}")
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

@@ -213,6 +213,19 @@ def run(
     _show([{"output": name, "dtype": str(a.dtype), "shape": str(list(a.shape))} for name, a in found.items()], False)
 
 
+@app.command("wandb-link")
+def wandb_link(folder: Folder, as_json: Json = False) -> None:
+    """Link the artifacts of offline runs to the W&B registry; run `wandb sync` first."""
+    from polyexport.sinks.wandb import link
+
+    with _told():
+        linked = link(folder)
+    if as_json:
+        _print_json(linked)
+    else:
+        typer.echo("\n".join(linked))
+
+
 # --- pieces -----------------------------------------------------------------------------------------------------------
 
 

@@ -6,8 +6,9 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
+from polyexport.folders import finished
 from polyexport.latency import Latency
 from polyexport.parity import Parity
 from polyexport.records import decode, read_json, write_json
@@ -185,6 +186,23 @@ def _beats(one: Outcome, other: Outcome) -> bool:
     return ours != theirs and all(a <= b for a, b in zip(ours, theirs, strict=True))
 
 
+def history(report: Report) -> list[Report]:
+    """The exports of one training run, by step, with `report` as the last: those that lie beside it on disk.
+
+    Those of an earlier part of a resumed run are among them, and those of other runs in the same folder are not: they
+    come from another folder of checkpoints.
+    """
+    run, found = Path(report.checkpoint.path).parent, []
+    for folder in finished(report.folder.parent) if run.name else ():
+        try:
+            each = Report.load(folder)
+        except (OSError, ValueError, TypeError, KeyError):
+            continue  # it was removed a moment ago, or another version wrote it
+        if each.folder != report.folder.resolve() and Path(each.checkpoint.path).parent == run:
+            found.append(each)
+    return [*sorted(found, key=lambda each: each.checkpoint.global_step or 0), report]
+
+
 # --- tables -----------------------------------------------------------------------------------------------------------
 
 
@@ -217,33 +235,6 @@ def sentence(outcome: Outcome) -> str:
     return f"{outcome.format}{route}: {outcome.state}{spent}{made}{because}"
 
 
-Cell = Callable[[Outcome], str]
-
-COLUMNS: Mapping[str, Cell] = {
-    "format": lambda o: o.format,
-    "state": lambda o: o.state,
-    "route": lambda o: o.route or "",
-    "size": lambda o: size(o.artifact.bytes if o.artifact else None),
-    "max error": lambda o: error(o.parity.max_abs_error if o.parity else None),
-    "noise floor": lambda o: error(o.parity.noise_floor if o.parity else None),
-    "p50 ms": lambda o: milliseconds(o.latency.p50_ms if o.latency else None),
-    "p95 ms": lambda o: milliseconds(o.latency.p95_ms if o.latency else None),
-    "speed-up": lambda o: f"{o.latency.speedup:.2f}×" if o.latency and o.latency.speedup else "",
-    "reason": lambda o: o.reason,
-}
-"""The columns of every table of ours: the terminal's, `report.md`'s, the page's."""
-
-NUMBERS: Mapping[str, Callable[[Outcome], float | None]] = {
-    "size": lambda o: o.artifact.bytes if o.artifact else None,
-    "max error": lambda o: o.parity.max_abs_error if o.parity else None,
-    "noise floor": lambda o: o.parity.noise_floor if o.parity else None,
-    "p50 ms": lambda o: o.latency.p50_ms if o.latency else None,
-    "p95 ms": lambda o: o.latency.p95_ms if o.latency else None,
-    "speed-up": lambda o: o.latency.speedup if o.latency else None,
-}
-"""The figures behind the columns that hold some."""
-
-
 def eager(report: Report) -> Outcome | None:
     """PyTorch itself in the shape of a format, where it was timed."""
     if report.baseline is None:
@@ -251,13 +242,71 @@ def eager(report: Report) -> Outcome | None:
     return Outcome("eager", "float32", "verified", latency=replace(report.baseline, speedup=1.0))
 
 
-def rows(report: Report) -> list[dict[str, str]]:
-    """One row per format in the order of the report, eager PyTorch first where it was timed."""
-    table = [{name: cell(outcome) for name, cell in COLUMNS.items()} for outcome in report.outcomes]
+Figure = str | int | float | None
+
+
+def figures(report: Report) -> list[dict[str, Figure]]:
+    """What every sink shows: one row per format in the order of the report, eager PyTorch first where it was timed.
+
+    A figure that was not measured is None; errors and the noise floor are absolute, latencies in milliseconds.
+    """
+    table = [_figures(outcome) for outcome in report.outcomes]
     baseline = eager(report)
     if baseline:
-        table.insert(0, {name: cell(baseline) for name, cell in COLUMNS.items()} | {"state": "baseline"})
+        table.insert(0, _figures(baseline) | {"state": "baseline"})
     return table
+
+
+def _figures(outcome: Outcome) -> dict[str, Figure]:
+    artifact, parity, latency = outcome.artifact, outcome.parity, outcome.latency
+    return {
+        "format": outcome.format,
+        "precision": outcome.precision,
+        "state": outcome.state,
+        "route": outcome.route,
+        "bytes": artifact.bytes if artifact else None,
+        "max_abs_error": parity.max_abs_error if parity else None,
+        "noise_floor": parity.noise_floor if parity else None,
+        "p50_ms": latency.p50_ms if latency else None,
+        "p90_ms": latency.p90_ms if latency else None,
+        "p95_ms": latency.p95_ms if latency else None,
+        "p99_ms": latency.p99_ms if latency else None,
+        "throughput_per_second": latency.throughput_per_second if latency else None,
+        "speedup": latency.speedup if latency else None,
+        "reason": outcome.reason,
+    }
+
+
+COLUMNS: Mapping[str, tuple[str, Callable[[Any], str]]] = {
+    "format": ("format", str),
+    "state": ("state", str),
+    "route": ("route", lambda route: route or ""),
+    "size": ("bytes", size),
+    "max error": ("max_abs_error", error),
+    "noise floor": ("noise_floor", error),
+    "p50 ms": ("p50_ms", milliseconds),
+    "p95 ms": ("p95_ms", milliseconds),
+    "speed-up": ("speedup", lambda factor: f"{factor:.2f}×" if factor else ""),
+    "reason": ("reason", str),
+}
+"""The columns of the terminal's table, `report.md`'s and the page's: which figure, and how it is written."""
+
+
+def _number(figure: str) -> Callable[[Outcome], Any]:
+    return lambda outcome: _figures(outcome)[figure]
+
+
+NUMBERS: Mapping[str, Callable[[Outcome], float | None]] = {
+    column: _number(figure)
+    for column, (figure, _) in COLUMNS.items()
+    if column not in ("format", "state", "route", "reason")
+}
+"""The figures behind the columns that hold numbers."""
+
+
+def rows(report: Report) -> list[dict[str, str]]:
+    """The figures as they are written in a table."""
+    return [{name: write(row[figure]) for name, (figure, write) in COLUMNS.items()} for row in figures(report)]
 
 
 def markdown(report: Report) -> str:

@@ -11,7 +11,7 @@ last, and a charting library would put megabytes into each.
 
 from __future__ import annotations
 
-import contextlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -19,11 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from polyexport import pictures
-from polyexport.folders import finished
 from polyexport.format import Snippet
 from polyexport.formats import known
 from polyexport.pictures import Point
-from polyexport.report import COLUMNS, NUMBERS, STATES, Outcome, Report, eager, error, milliseconds, rows, size
+from polyexport.report import COLUMNS, NUMBERS, STATES, Outcome, Report, eager, error, history, milliseconds, rows, size
 from polyexport.spec import TensorSpec
 
 if TYPE_CHECKING:
@@ -49,7 +48,7 @@ def page(report: Report) -> str:
         table=list(_table(report)),
         highlights=list(_highlights(report)),
         pictures=list(_pictures(report)),
-        history=history(report),
+        history=_history(report),
         snippets=[(outcome, snippets(outcome)) for outcome in report.outcomes if outcome.artifact],
     )  # fmt: skip  # the template's arguments, one a line
 
@@ -125,7 +124,7 @@ def _pictures(report: Report) -> Iterator[Picture]:
             "Latency", "Every timed call; box: quartiles, whiskers: 5 to 95 %. Logarithmic, less is better.",
             pictures.boxes(samples, _ms),
         )  # fmt: skip
-    judged = [outcome for outcome in report.outcomes if outcome.parity and outcome.parity.max_abs_error is not None]
+    judged = [outcome for outcome in report.outcomes if outcome.parity and _is_drawable(outcome.parity.max_abs_error)]
     if judged:
         errors = {o.format: (o.parity.max_abs_error or 0.0, o.parity.noise_floor) for o in judged if o.parity}
         yield Picture(
@@ -137,6 +136,10 @@ def _pictures(report: Report) -> Iterator[Picture]:
     if made:
         yield Picture("Size", "What has to be shipped, all files of the format.", pictures.bars(made, _bytes))
     yield from _choice(report)
+
+
+def _is_drawable(error: float | None) -> bool:
+    return error is not None and math.isfinite(error)
 
 
 def _choice(report: Report) -> Iterator[Picture]:
@@ -175,10 +178,9 @@ class History:
     picture: Picture | None
 
 
-def history(report: Report) -> History | None:
-    """This export and the finished ones of the same model beside it; None where it is alone."""
-    found = [*_earlier(report), report]
-    found = sorted(found, key=lambda each: each.checkpoint.global_step or 0)[-HISTORY:]
+def _history(report: Report) -> History | None:
+    """This export and the ones of the same run before it; None where it is alone."""
+    found = history(report)[-HISTORY:]
     if len(found) < 2:
         return None
     formats = list(dict.fromkeys(outcome.format for each in found for outcome in each.outcomes))
@@ -193,15 +195,6 @@ def history(report: Report) -> History | None:
         svg = pictures.curve(scores, "global step", monitor)
         picture = Picture(f"{monitor} of the exported checkpoints", "Ring: the newest.", svg)
     return History(found, formats, picture)
-
-
-def _earlier(report: Report) -> Iterator[Report]:
-    for folder in finished(report.folder.parent)[-HISTORY:]:
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # of another version, or half removed
-            other = Report.load(folder)
-            same = other.model and report.model and other.model.class_name == report.model.class_name
-            if same and other.checkpoint.path != report.checkpoint.path:
-                yield other
 
 
 def snippets(outcome: Outcome) -> tuple[Snippet, ...]:

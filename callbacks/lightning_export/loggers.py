@@ -1,0 +1,41 @@
+"""Which sink belongs to which of Lightning's loggers. A logger that is not here, such as `CSVLogger`, gets nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+from lightning_export.best import bases
+from polyexport.sinks import Sink
+from polyexport.sinks.mlflow import mlflow
+from polyexport.sinks.tensorboard import tensorboard
+from polyexport.sinks.wandb import Wandb
+
+
+def _wandb(logger: Any, options: Wandb | None = None) -> Sink:
+    """The logger's run, and the name under which it logs checkpoints, if it does."""
+    options, run = options or Wandb(), logger.experiment
+    name = (logger._checkpoint_name or f"model-{run.id}") if logger._log_model else None
+    return replace(options, run=run, source=options.source or name)
+
+
+SINKS: Mapping[str, Callable[[Any], Sink]] = {
+    "MLFlowLogger": lambda logger: mlflow(logger.experiment, logger.run_id),
+    "TensorBoardLogger": lambda logger: tensorboard(logger.experiment),
+    "WandbLogger": _wandb,
+}
+"""By the name of the logger's class, which both Lightning namespaces have."""
+
+
+def sinks(publish: Literal["auto"] | Sequence[Sink], loggers: Sequence[Any]) -> Iterator[Sink]:
+    """What `publish` asks for; a `Wandb` without a run gets that of the trainer's `WandbLogger`."""
+    if publish == "auto":
+        for logger in loggers:
+            yield from (make(logger) for name, make in SINKS.items() if name in bases(logger))
+        return
+    for sink in publish:
+        if isinstance(sink, Wandb) and sink.run is None:
+            yield next((_wandb(logger, sink) for logger in loggers if "WandbLogger" in bases(logger)), sink)
+        else:
+            yield sink

@@ -1,0 +1,238 @@
+"""W&B over its own protocol, against a server on this machine: what gets there, and what is told when it does not.
+
+Each client is a process of its own, so that W&B's service ends with it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import wandb_log
+import written
+from fake_wandb import FakeWandb
+from polyexport import BadRequest
+from polyexport.cli import app
+from polyexport.sinks.wandb import LINKS, Wandb, link
+
+UNSET = ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "XDG_DATA_HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME")
+
+CLIENT = """
+import sys
+from pathlib import Path
+import wandb as sdk
+from polyexport.report import Report, history
+from polyexport.sinks.wandb import Wandb
+
+reports = history(Report.load(Path(sys.argv[1])))
+def run(name="one"):
+    return sdk.init(project="digits", id=name, resume="allow")
+def publish(report, **options):
+    try:
+        Wandb(**options)(report)
+    except Exception as error:
+        print("told:", error)
+"""
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the second of two exports of one run."""
+    return written.run(tmp_path_factory.mktemp("run"))[-1].folder
+
+
+class Client:
+    def __init__(self, folder: Path, exported: Path) -> None:
+        self.folder, self.exported, self.home = folder, exported, folder / "home"
+
+    def environment(self, server: FakeWandb) -> dict[str, str]:
+        bounds = {
+            "WANDB_FINISH_TIMEOUT": "3",
+            "WANDB_HTTP_TIMEOUT": "2",
+            **{f"WANDB_X_{kind}_RETRY_MAX": "1" for kind in ("GRAPHQL", "FILE_TRANSFER", "FILE_STREAM")},
+            **{f"WANDB_X_{kind}_RETRY_WAIT_MAX_SECONDS": "1" for kind in ("GRAPHQL", "FILE_TRANSFER", "FILE_STREAM")},
+        }
+        at = {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": "local-" + "0" * 40, "WANDB_MODE": "online"}
+        home = {"HOME": str(self.home), "WANDB_DIR": str(self.folder)}
+        return {name: value for name, value in os.environ.items() if name not in UNSET} | bounds | at | home
+
+    def command(self, body: str) -> list[str]:
+        return [sys.executable, "-c", CLIENT + body, str(self.exported)]
+
+    def __call__(self, server: FakeWandb, body: str, **env: str) -> str:
+        """What the client prints; it must end well whatever the server does."""
+        with (self.folder / "stderr").open("w") as errors:  # not a pipe: W&B's service may hold it a little longer
+            done = subprocess.run(
+                self.command(body),
+                cwd=self.folder,
+                env=self.environment(server) | env,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                timeout=90,
+                check=False,
+            )
+        assert done.returncode == 0, (self.folder / "stderr").read_text()
+        return done.stdout
+
+    def at_home(self) -> list[Path]:
+        """Data that W&B left in the user's home, and models that it left in its cache."""
+        files = [path for path in self.home.rglob("*") if path.is_file()]
+        return [path for path in files if ".local" in path.parts or b" at epoch=" in path.read_bytes()]
+
+
+@pytest.fixture
+def client(tmp_path: Path, exported: Path) -> Client:
+    return Client(tmp_path, exported)
+
+
+def test_what_agreed_is_uploaded_and_what_is_verified_is_linked(client, exported):
+    with FakeWandb() as server:
+        body = (
+            'run(); publish(reports[-1], registry="model/numbers", tags=["digits"], aliases=["candidate"], ttl_days=30)'
+        )
+        printed = client(server, f"{body}\nsdk.finish()")
+    assert (printed, server.errors, server.unknown) == ("", [], [])
+    good, static = server.models
+    assert (good.name, static.name) == ("model-one-good", "model-one-static")
+    assert good.files == {"model.json": (exported / "good" / "model.json").read_bytes()}
+    assert set(static.aliases) == {"latest", "best", "parity-passed", "candidate"}
+    assert set(good.aliases) == {*static.aliases, "fastest"}
+    assert good.tags == ["good", "float32", "verified", "digits"]
+    assert good.ttl_seconds == 30 * 24 * 3600
+    metadata = json.loads(good.metadata)
+    assert (metadata["checkpoint_sha256"], metadata["score"], metadata["latency"]["p50_ms"]) == ("abc", 2.0, 0.5)
+    assert metadata["source_artifact"] is None
+    (linked,) = server.links
+    assert linked.source == "model-one-good"
+    assert (linked.target, linked.aliases) == ("org-entity/wandb-registry-model/numbers", ["good", "fastest"])
+    assert client.at_home() == []
+    assert not (exported / LINKS).exists()
+
+    latency = server.table("export/latency")
+    rows = [dict(zip(latency["columns"], row, strict=True)) for row in latency["data"]]
+    assert [(row["global_step"], row["format"]) for row in rows] == [
+        (step, name) for step in (4, 8) for name in ("eager", "good", "wrong", "static", "lost")
+    ]
+    assert [row["p50_ms"] for row in rows[5:]] == [0.5, 0.5, None, 0.4, None]
+    assert [row["max_abs_error"] for row in rows[5:]] == [None, 1e-6, None, 1e-6, None]
+    assert len(server.table("export/parity")["data"]) == 6
+    panels = {key for row in server.history for key in row if key.endswith("_table")}
+    assert panels == {f"export/{name}_table" for name in ("p50_ms", "bytes", "p50_ms_by_step", "max_abs_error_by_step")}
+    assert (server.summary["export/best_format"], server.summary["export/wrong/state"]) == ("good", "mismatch")
+
+
+def test_every_export_can_be_uploaded_and_old_ones_expire(client):
+    body = """
+run("one"); publish(reports[0]); publish(reports[-1], old_ttl_days=1); sdk.finish()
+run("two"); publish(reports[-1], upload="all", old_ttl_days=1, source="me/digits/model-one-good:v1"); sdk.finish()
+run("three"); publish(reports[-1], upload=False, registry="model"); sdk.finish()
+"""
+    with FakeWandb() as server:
+        assert client(server, body) == ""
+    assert (server.errors, server.unknown, server.links) == ([], [], [])
+    found = [(each.name, each.index, each.ttl_seconds, "best" in each.aliases) for each in server.models]
+    day = 24 * 3600
+    assert sorted(found, key=lambda each: each[:2]) == [
+        ("model-one-good", 0, day, False),
+        ("model-one-good", 1, None, True),
+        ("model-one-static", 0, day, False),
+        ("model-one-static", 1, None, True),
+        ("model-two-good", 0, day, False),
+        ("model-two-good", 1, None, True),
+        ("model-two-static", 0, day, False),
+        ("model-two-static", 1, None, True),
+    ]
+    assert server.uses == ["model-one-good"]
+    assert any(each.name.startswith("run-three-") for each in server.artifacts)
+
+
+@pytest.mark.parametrize(
+    ("fault", "options", "told"),
+    [
+        ({"fail": {"CreateArtifact": 500}}, "timeout=60", "epoch=1-step=8/good: "),
+        ({"put_status": 403}, "timeout=60", "epoch=1-step=8/good: "),
+        ({"fail": {"LinkArtifact": 403}}, "timeout=60, registry='model'", "epoch=1-step=8/good: CommError"),
+        ({"seconds": 1.5}, "timeout=2", "epoch=1-step=8/good: not finished after 2 s"),
+    ],
+    ids=["500", "403 for files", "403 for links", "slow"],
+)
+def test_what_does_not_get_there_is_told_in_one_line_and_the_run_ends_well(client, fault, options, told):
+    with FakeWandb(**fault) as server:
+        printed = client(server, f"run(); publish(reports[-1], {options}); sdk.finish(); print('ended')")
+    line, end = printed.splitlines()
+    assert line.startswith("told: ")
+    assert told in line
+    assert end == "ended"
+
+
+def test_a_server_that_is_gone_is_told(client):
+    body = "run(); print('ready', flush=True); input(); publish(reports[-1], timeout=5); print('ended', flush=True)"
+    with (client.folder / "stderr").open("w") as errors:
+        with FakeWandb() as server:
+            process = subprocess.Popen(
+                client.command(body),
+                cwd=client.folder,
+                env=client.environment(server),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+            )
+            assert process.stdout.readline() == "ready\n"
+        printed, _ = process.communicate("\n", timeout=60)
+    assert process.returncode == 0
+    assert re.match(r"told: .*epoch=1-step=8/good: .*\nended\n", printed)
+
+
+def test_an_offline_run_is_linked_after_its_sync(tmp_path, exported, monkeypatch):
+    export = shutil.copytree(exported, tmp_path / "exports" / exported.name)
+    client = Client(tmp_path, export)
+    with FakeWandb() as server:
+        for name, value in client.environment(server).items():
+            monkeypatch.setenv(name, value)
+        assert client(server, "run(); publish(reports[-1], registry='model'); sdk.finish()", WANDB_MODE="offline") == ""
+        assert server.calls == []
+        (log,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+        assert ["fastest" in each.aliases for each in wandb_log.read(log).artifacts] == [True, False]
+        assert client.at_home() == []
+        with pytest.raises(BadRequest, match=r"W&B has no me/digits/model-one-good:best.*wandb sync"):
+            link(export)
+
+        shutil.rmtree(export / "good")  # as when it is pruned: the run has links of its own
+        sync = [str(Path(sys.executable).parent / "wandb"), "sync", "--yes", str(log.parent)]
+        subprocess.run(sync, check=True, capture_output=True, timeout=60)
+        (good,) = [each for each in server.models if each.name == "model-one-good"]
+        assert good.files == {"model.json": (exported / "good" / "model.json").read_bytes()}
+        assert server.links == []
+
+        done = CliRunner().invoke(app, ["wandb-link", str(tmp_path)])
+        assert done.output == "wandb-registry-model/digits:good <- me/digits/model-one-good:best\n"
+        (linked,) = server.links
+        assert (linked.source, linked.aliases) == ("model-one-good", ["good", "fastest"])
+    again = CliRunner().invoke(app, ["wandb-link", str(tmp_path)])
+    assert (again.exit_code, "remembers no registry link" in again.output) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"upload": "best"}, "upload='best'; known: True, False, 'all'"),
+        ({"aliases": ["a/b"]}, "alias 'a/b'"),
+        ({"aliases": ["v2"]}, "alias 'v2'"),
+        ({"tags": ["onnx:fp16"]}, "tag 'onnx:fp16'"),
+        ({"registry": "org/model/digits"}, "give '<registry>' or '<registry>/<collection>'"),
+        ({"ttl_days": -1}, "greater than zero"),
+    ],
+)
+def test_an_option_that_wandb_would_refuse_is_told_at_construction(options, message):
+    with pytest.raises(BadRequest, match=re.escape(message)):
+        Wandb(**options)
