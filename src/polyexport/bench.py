@@ -47,7 +47,7 @@ def bench(report: Report, formats: Mapping[str, Format], dispatcher: Dispatcher,
         _take_turns(talks, found)
     batch = next((int(tensor.shape[0]) for tensor in spec.static().inputs if tensor.shape), 1)
     measured = {
-        name: summarise(**about, batch=batch, threads=dispatcher.bounds.threads, device="cpu")
+        name: summarise(**about, batch=batch, threads=dispatcher.bounds.threads)
         for name, about in found.items()
         if about
     }

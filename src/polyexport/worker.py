@@ -136,7 +136,8 @@ def bench(root: Path, job: Job, answers: TextIO) -> int:
 
     first_ms = timed_ms(call)
     warm_up(call)
-    _answer(answers, {"load_seconds": load_seconds, "first_ms": first_ms})
+    about = {"first_ms": getattr(runner, "first_ms", first_ms), "device": getattr(runner, "device", "cpu")}
+    _answer(answers, {"load_seconds": load_seconds, **about})
     for _ in sys.stdin:
         warm_up(call, count=2, seconds=0.05)  # the runtime before may still have threads that spin
         _answer(answers, {"samples_ms": sample_ms(call), "peak_memory_bytes": _peak_memory()})
