@@ -161,7 +161,7 @@ class Build:
         if not ended.ok:
             state = _STATE_OF.get(ended.kind, "failed")
             retry = state == "failed" and ended.kind != "timed out"
-            return Built(replace(outcome, state=state, reason=ended.error), "", spec, retry, warm)
+            return Built(replace(outcome, state=state, reason=ended.error), "", spec, retry, warm=warm)
         outcome = replace(outcome, toolchain=Toolchain(chain.name, ended.value["packages"]))
         self._watch(each.name, f"verifying ({route.name})")
         runtime = toolchain.find(each.runtime or route.toolchain)
