@@ -21,6 +21,7 @@ lint: $(VENV)/lint
 bench: $(VENV)/test
 	$(BIN)/python tests/benchmarks/stall.py
 	$(BIN)/python tests/benchmarks/overlap.py
+	$(BIN)/python tests/benchmarks/onnx2tf.py
 
 clean:
 	rm -rf $(VENV) runs

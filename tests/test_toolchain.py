@@ -106,8 +106,9 @@ def test_what_cannot_be_installed_is_a_missing_tool_and_leaves_nothing(cache):
 
 
 def test_the_directives_of_a_requirement_file_are_read():
-    chain = parse("x", "# a comment\n# polyexport: layered\n# polyexport: python >=3.11,<3.13\na==1 # why\n\nb>=2\n")
-    assert chain == Toolchain("x", ("a==1", "b>=2"), layered=True, python=">=3.11,<3.13")
+    directives = "# polyexport: layered\n# polyexport: reuse\n# polyexport: python >=3.11,<3.13\n"
+    expected = Toolchain("x", ("a==1", "b>=2"), layered=True, python=">=3.11,<3.13", reuse=True)
+    assert parse("x", f"# a comment\n{directives}a==1 # why\n\nb>=2\n") == expected
 
 
 def test_every_toolchain_of_ours_can_be_read():

@@ -96,7 +96,7 @@ def _measured(
     for name in found:
         watch(name, None)
     return {
-        name: summarise(**about, batch=batch, threads=dispatcher.bounds.threads, device="cpu")
+        name: summarise(**about, batch=batch, threads=dispatcher.bounds.threads)
         for name, about in found.items()
         if about
     }

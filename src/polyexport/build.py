@@ -40,12 +40,14 @@ class Built:
     """A format's artifact as it lies in the export's folder, and what is known of it.
 
     `retry` tells whether static shapes may do what this did not: not where a tool is missing, nor where it hung.
+    `warm` tells that it was converted by a worker that had done other jobs before.
     """
 
     outcome: Outcome
     path: str
     spec: ExportSpec
     retry: bool = False
+    warm: bool = False
 
     @property
     def usable(self) -> bool:
@@ -113,7 +115,10 @@ class Build:
         """Try the routes in order until one verifies; else the best of them, with what became of each."""
         tried: list[Built] = []
         for route in each.routes:
-            tried.append(self._by_route(each, route, dynamic=dynamic))
+            built = self._by_route(each, route, dynamic=dynamic)
+            if built.warm and built.retry:  # was it what the worker had done before?
+                built = self._by_route(each, route, dynamic=dynamic, fresh=True)
+            tried.append(built)
             if tried[-1].outcome.state == "verified":
                 break
         best = min(tried, key=lambda built: STATES.index(built.outcome.state))
@@ -123,7 +128,7 @@ class Build:
         retry = best.outcome.state in ("failed", "mismatch", "skipped") and any(built.retry for built in tried)
         return replace(best, outcome=replace(best.outcome, reason=_reason(best, tried)), retry=retry)
 
-    def _by_route(self, each: Format, route: Route, *, dynamic: bool) -> Built:
+    def _by_route(self, each: Format, route: Route, *, dynamic: bool, fresh: bool = False) -> Built:
         """Upstream, conversion, verification: the first that fails decides."""
         spec = self._reference.spec if dynamic else self._reference.spec.static()
         outcome = Outcome(
@@ -146,16 +151,17 @@ class Build:
         outcome = replace(outcome, log=log)
         chain = toolchain.find(route.toolchain)
         self._watch(each.name, f"converting ({route.name})")
+        shutil.rmtree((self._dispatcher.root / target).parent, ignore_errors=True)  # of a try before
         job = self._job(
             each, "convert", source, spec, route=route.name, target=target, options={"packages": chain.requirements}
         )
-        ended, command = self._dispatcher.run(job, chain, f"{label}.convert", log, gpu=each.needs_gpu)
-        seconds = {"convert": ended.seconds}
+        ended, command = self._dispatcher.run(job, chain, f"{label}.convert", log, gpu=each.needs_gpu, fresh=fresh)
+        warm, seconds = ended.warm, {"convert": ended.seconds}
         outcome = replace(outcome, seconds=seconds, reproduce=command or None)
         if not ended.ok:
             state = _STATE_OF.get(ended.kind, "failed")
             retry = state == "failed" and ended.kind != "timed out"
-            return Built(replace(outcome, state=state, reason=ended.error), "", spec, retry)
+            return Built(replace(outcome, state=state, reason=ended.error), "", spec, retry, warm=warm)
         outcome = replace(outcome, toolchain=Toolchain(chain.name, ended.value["packages"]))
         self._watch(each.name, f"verifying ({route.name})")
         runtime = toolchain.find(each.runtime or route.toolchain)
@@ -164,7 +170,8 @@ class Build:
         ended, command = self._dispatcher.run(job, runtime, f"{label}.verify", log, gpu=each.needs_gpu)
         outcome = replace(outcome, seconds=seconds | {"verify": ended.seconds})
         outcome = judged(outcome, ended, command, target)
-        return Built(outcome, target, spec, outcome.state in ("failed", "mismatch") and ended.kind != "timed out")
+        retry = outcome.state in ("failed", "mismatch") and ended.kind != "timed out"
+        return Built(outcome, target, spec, retry, warm)
 
     def _job(self, each: Format, kind: Kind, source: str, spec: ExportSpec, **more: Any) -> Job:
         return Job(kind, each.name, self._dispatcher.declared(each), source=source, spec=spec, **more)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import Executor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from polyexport import toolchain
 from polyexport.format import Format
 from polyexport.formats import known
 from polyexport.job import Job, reproduce
-from polyexport.process import Conversation, Ended, Workers, environment
+from polyexport.process import Conversation, Ended, Kept, Workers, environment
 from polyexport.records import write_json
 from polyexport.toolchain import Toolchain
 
@@ -38,6 +39,7 @@ class Dispatcher:
         slots: Runs as many jobs at once as there are slots.
         bounds: What each worker may take.
         sys_path: The training process's import path.
+        kept: Workers that do one job after another, by the words that start them.
     """
 
     root: Path
@@ -46,19 +48,38 @@ class Dispatcher:
     slots: Executor
     bounds: Bounds
     sys_path: tuple[str, ...]
+    kept: dict[tuple[str, ...], Kept] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def run(self, job: Job, chain: Toolchain, name: str, log: str, *, gpu: bool = False) -> tuple[Ended, str]:
-        """Have a job done when a slot is free; returns how it ended and the command to run it again."""
+    def run(
+        self, job: Job, chain: Toolchain, name: str, log: str, *, gpu: bool = False, fresh: bool = False
+    ) -> tuple[Ended, str]:
+        """Have a job done when a slot is free; returns how it ended and the command to run it again.
+
+        A conversion of ours goes to a worker that has done others, where its toolchain allows it and `fresh` does not
+        forbid it.
+        """
         try:
             command = chain.command()
         except Exception as error:  # an environment that cannot be made is a missing tool, whatever went wrong in it
             return Ended(error=str(error), kind="missing"), ""
         path = self._place(job, chain, name)
         around = environment(threads=self.bounds.threads, gpu=gpu, host=chain.in_host)
+        again = reproduce(command, self.final / path.relative_to(self.root))
+        if chain.reuse and job.kind in ("prepare", "convert") and not (job.declared or gpu or fresh):
+            with self._lock:
+                kept = self.kept.setdefault(command, Kept(self.workers, command, around))
+            with kept.turn:  # before the slot, which others may use meanwhile
+                return self.slots.submit(kept.run, path, self.root / log, timeout=self.bounds.timeout).result(), again
         done = self.slots.submit(
             self.workers.run, command, path, self.root / log, timeout=self.bounds.timeout, environment=around
         )
-        return done.result(), reproduce(command, self.final / path.relative_to(self.root))
+        return done.result(), again
+
+    def close(self) -> None:
+        """End the workers that were kept."""
+        for kept in self.kept.values():
+            kept.end()
 
     @contextlib.contextmanager
     def converse(self, job: Job, chain: Toolchain, name: str, log: str, *, gpu: bool = False) -> Iterator[Conversation]:

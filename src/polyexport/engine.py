@@ -9,6 +9,7 @@ Requirements:
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import shutil
@@ -139,9 +140,12 @@ class Engine:
     # --- one request --------------------------------------------------------------------------------------------------
 
     def _export(self, request: Request) -> Report:
+        with contextlib.closing(self._dispatcher(request.work, request.final, self._bounds)) as dispatcher:
+            return self._exported(request, dispatcher)
+
+    def _exported(self, request: Request, dispatcher: Dispatcher) -> Report:
         start = time.perf_counter()
         self._watch("model", "running PyTorch")
-        dispatcher = self._dispatcher(request.work, request.final, self._bounds)
         if request.held:
             _fetch(request.held, request.work / "source" / "weights.pt")
         job = Job("prepare", options={"dynamic": request.dynamic})

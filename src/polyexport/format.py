@@ -13,7 +13,11 @@ if TYPE_CHECKING:
     from polyexport.toolchain import Toolchain
 
 Runner = Callable[[Arrays], Arrays]
-"""A loaded artifact: named arrays in, named arrays out. The only interface to a runtime."""
+"""A loaded artifact: named arrays in, named arrays out. The only interface to a runtime.
+
+Once it was called, attributes may tell what the report is to say: `verified_by` of `Parity`, `device` and `first_ms` of
+`Latency`.
+"""
 
 Convert = Callable[[Path, Path, ExportSpec], None]
 """`convert(source, target, spec)`: read the upstream artifact at `source`, write the artifact to `target`."""

@@ -47,7 +47,7 @@ class Parity:
         reason: The first check that failed, in words; empty when all passed.
         outputs: The figures by output name, on the validation batch.
         batches: The sizes of the dynamic axes that were run.
-        verified_by: What ran the artifact, where that is not its own runtime.
+        verified_by: What ran the artifact, where that is not its own runtime, or one of several ways to run it.
     """
 
     passed: bool

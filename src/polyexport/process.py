@@ -11,8 +11,9 @@ import os
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +41,14 @@ class Ended:
     """How a job ended.
 
     `value` is its result. Without one, `error` says why in a line, and `kind` is `raised`, `missing` (a tool),
-    `cannot run`, `crashed`, `timed out` or `cancelled`.
+    `cannot run`, `crashed`, `timed out` or `cancelled`. `warm` tells that its worker had done another job before.
     """
 
     value: Any = None
     error: str = ""
     kind: str = ""
     seconds: float = 0.0
+    warm: bool = False
 
     @property
     def ok(self) -> bool:
@@ -95,6 +97,12 @@ class Workers:
         ):
             yield Conversation(process, timeout)
 
+    @contextlib.contextmanager
+    def kept(self, command: Sequence[str], log: Path, environment: Mapping[str, str]) -> Iterator[Any]:
+        """A worker that takes jobs from its standard input."""
+        with log.open("ab") as stream, self._started([*command, "-"], stream, stream, environment) as process:
+            yield process
+
     def end_all(self) -> None:
         """Kill every running worker with its children, and start no more."""
         with self._lock:
@@ -132,6 +140,58 @@ class Workers:
                             pipe.close()
                 with self._lock:
                     self._running.discard(process)
+
+
+class Kept:
+    """A worker that does one job after another, so that they share its imports; one that failed a job is replaced.
+
+    Attributes:
+        turn: To be held by whoever runs a job.
+    """
+
+    def __init__(self, workers: Workers, command: Sequence[str], environment: Mapping[str, str]) -> None:
+        self.turn = threading.Lock()
+        self._workers = workers
+        self._command = command
+        self._environment = environment
+        self._process: subprocess.Popen[bytes] | None = None
+        self._opened = contextlib.ExitStack()
+
+    def run(self, job: Path, log: Path, *, timeout: float) -> Ended:
+        """Run one job to its end, as `Workers.run` does."""
+        log.parent.mkdir(parents=True, exist_ok=True)
+        result_path(job).unlink(missing_ok=True)
+        warm = self._process is not None
+        if not warm:
+            self._process = self._opened.enter_context(self._workers.kept(self._command, log, self._environment))
+        ended = replace(self._done(job, log, timeout), warm=warm)
+        if not ended.ok:
+            self.end()
+        return ended
+
+    def _done(self, job: Path, log: Path, timeout: float) -> Ended:
+        process = self._process
+        if process is None or process.stdin is None:
+            return Ended(error="cancelled", kind="cancelled")
+        with contextlib.suppress(OSError):  # a dead worker shows below
+            process.stdin.write(json.dumps([str(job), str(log)]).encode() + b"\n")
+            process.stdin.flush()
+        end = time.monotonic() + timeout
+        while process.poll() is None and not result_path(job).exists():
+            if time.monotonic() > end:
+                return Ended(error=f"timed out after {timeout:g} s", kind="timed out", seconds=timeout)
+            time.sleep(_POLL_SECONDS)
+        if self._workers.closed:
+            return Ended(error="cancelled", kind="cancelled")
+        return _read(result_path(job), process.returncode or 0)
+
+    def end(self) -> None:
+        """End the worker, if there is one; the next job gets a new one."""
+        self._process = None
+        self._opened.close()
+
+
+_POLL_SECONDS = 0.02  # a pipe would not do: children that a crashed worker left behind keep it open
 
 
 class Conversation:

@@ -4,11 +4,12 @@ A toolchain is a requirement file in `toolchains/`. If the training environment 
 If not, an environment of its own is made with uv under the user's cache folder, once per set of pins. The training
 environment is never changed.
 
-Three lines in the file's comments are read by us:
+Four lines in the file's comments are read by us:
 
     # polyexport: layered              over the training environment's packages, so that torch is the same one
     # polyexport: python >=3.11,<3.13  the interpreter it needs, where that differs from the training environment's
     # polyexport: npm                  npm packages too, by toolchains/NAME/package-lock.json
+    # polyexport: reuse                one worker may do several conversions, one after another
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ class Toolchain:
         layered: Whether an environment made for it sees the training environment's packages below its own.
         python: A PEP 440 specifier of the interpreter, or None for the training environment's own.
         npm: Content of the npm lock file, empty where no npm packages are needed.
+        reuse: Whether one worker may do several conversions, so that they share its imports.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Toolchain:
     layered: bool = False
     python: str | None = None
     npm: str = ""
+    reuse: bool = False
 
     def unmet(self) -> tuple[str, ...]:
         """The requirements that the training environment does not satisfy."""
@@ -109,7 +112,7 @@ class Toolchain:
         return (str(self.interpreter(say)), "-P", str(_WORKER))
 
 
-HOST = Toolchain("host", ())
+HOST = Toolchain("host", (), reuse=True)
 """The training environment itself."""
 
 _COMPLETE = ".complete"
@@ -143,13 +146,14 @@ def _of_file(name: str) -> Toolchain:
 
 
 def parse(name: str, text: str) -> Toolchain:
-    """Read a requirement file: one requirement a line, `#` comments, and our three directives."""
+    """Read a requirement file: one requirement a line, `#` comments, and our directives."""
     lines = [line.split(" #")[0].strip() for line in text.splitlines()]
     directives = [match.group(1).strip() for line in lines if (match := re.match(r"#\s*polyexport:(.*)", line))]
     python = next((each.removeprefix("python").strip() for each in directives if each.startswith("python")), None)
     pins = tuple(line for line in lines if line and not line.startswith("#"))
     npm = "npm" if "npm" in directives else ""
-    return Toolchain(name, pins, layered="layered" in directives, python=python, npm=npm)
+    flags = {flag: flag in directives for flag in ("layered", "reuse")}
+    return Toolchain(name, pins, python=python, npm=npm, **flags)
 
 
 def cache_folder() -> Path:

@@ -4,7 +4,8 @@
 
 The job is a JSON file; its paths are relative to the export's folder. The result is written beside it, everything that
 is printed goes to the caller. `--scratch` is for people: the artifact goes to a new temporary folder instead, and the
-export stays as it is.
+export stays as it is. With `-` for a job, jobs come one after another on standard input, each line a JSON list of the
+job's file and the log that it prints to, until one fails.
 
 In an isolated toolchain this file is run by path, and only the standard library and numpy are there beside the
 toolchain's own packages; hence the imports inside the functions.
@@ -24,8 +25,10 @@ if not __package__:  # run by path: make the package known without its __init__,
     sys.modules["polyexport"] = _package
 
 import argparse
+import gc
 import hashlib
 import json
+import queue
 import tempfile
 import threading
 import time
@@ -47,12 +50,12 @@ def main() -> int:
     parser.add_argument("job", type=Path, help="the job's JSON file")
     parser.add_argument("--scratch", action="store_true", help="write into a new temporary folder, print everything")
     given = parser.parse_args()
+    if given.job == Path("-"):
+        return one_after_another()
     path = given.job.resolve()
     if not path.is_file():
         parser.error(f"no job file {given.job}")
-    job = decode(Job, read_json(path))
-    root = path.parent.parent.parent
-    sys.path += [entry for entry in job.sys_path if entry not in sys.path]
+    root, job = _opened(path)
     if given.scratch:
         if job.target:
             job = replace(job, target=str(Path(tempfile.mkdtemp(prefix="polyexport-"), Path(job.target).name)))
@@ -63,6 +66,35 @@ def main() -> int:
     if job.kind in _CONVERSATIONS:
         return _CONVERSATIONS[job.kind](root, job, answers)
     _end_with_parent()
+    return 0 if _done(path, root, job) else 1
+
+
+def one_after_another() -> int:
+    """Do the jobs that standard input names; the one that fails is the last."""
+    home = Path.cwd()
+    for number, line in enumerate(iter(_end_with_parent().get, None)):
+        path, log = map(Path, json.loads(line))
+        with log.open("ab") as stream:
+            for output in (1, 2):
+                os.dup2(stream.fileno(), output)
+        root, job = _opened(path)
+        os.nice(0 if number else job.nice)
+        if not _done(path, root, job):
+            return 1
+        os.chdir(home)
+        gc.collect()
+    return 0
+
+
+def _opened(path: Path) -> tuple[Path, Job]:
+    """The export's folder and the job, whose import path is ours from now on."""
+    job = decode(Job, read_json(path))
+    sys.path += [entry for entry in job.sys_path if entry not in sys.path]
+    return path.parent.parent.parent, job
+
+
+def _done(path: Path, root: Path, job: Job) -> bool:
+    """Do one job and write its result; returns whether it went well."""
     result: dict[str, Any] = {}
     start = time.perf_counter()
     try:
@@ -71,8 +103,9 @@ def main() -> int:
         traceback.print_exc()
         result |= {"error": _one_line(error), "error_kind": _kind(error)}
     result["seconds"] = time.perf_counter() - start
+    sys.stdout.flush()
     write_json(result_path(path), result)
-    return 0 if "value" in result else 1
+    return "value" in result
 
 
 # --- the jobs ---------------------------------------------------------------------------------------------------------
@@ -135,7 +168,8 @@ def bench(root: Path, job: Job, answers: TextIO) -> int:
 
     first_ms = timed_ms(call)
     warm_up(call)
-    _answer(answers, {"load_seconds": load_seconds, "first_ms": first_ms})
+    about = {"first_ms": getattr(runner, "first_ms", first_ms), "device": getattr(runner, "device", "cpu")}
+    _answer(answers, {"load_seconds": load_seconds, **about})
     for _ in sys.stdin:
         warm_up(call, count=2, seconds=0.05)  # the runtime before may still have threads that spin
         _answer(answers, {"samples_ms": sample_ms(call), "peak_memory_bytes": _peak_memory()})
@@ -248,17 +282,23 @@ def _answer(answers: TextIO, value: Any) -> None:
     answers.flush()
 
 
-def _end_with_parent() -> None:
-    """End this process and its children when the one that started it is gone: then standard input closes."""
+def _end_with_parent() -> queue.SimpleQueue[bytes]:
+    """End this process and its children when the one that started it is gone: then standard input closes.
+
+    Returns the lines that come until then.
+    """
+    lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
 
     def watch() -> None:
-        while os.read(0, 1024):  # not sys.stdin, whose lock would be held while the interpreter ends
-            pass
+        with open(0, "rb", closefd=False) as stream:  # not sys.stdin, whose lock is held when the interpreter ends
+            for line in stream:
+                lines.put(line)
         if hasattr(os, "killpg"):
             os.killpg(0, 9)
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+    return lines
 
 
 if __name__ == "__main__":

@@ -6,11 +6,14 @@ https://www.tensorflow.org/js/guide/conversion
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 import struct
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,6 +21,8 @@ import numpy as np
 
 from polyexport.format import Format, Route, Runner, Snippet
 from polyexport.formats.saved_model import SIGNATURE
+from polyexport.latency import timed_ms
+from polyexport.parity import compare
 from polyexport.spec import Arrays, ExportSpec
 
 _PROGRAM = Path(__file__).parents[1] / "toolchains" / "tfjs" / "run.cjs"
@@ -27,8 +32,9 @@ def convert(source: Path, target: Path, spec: ExportSpec) -> None:
     """Let tensorflowjs freeze and optimise the SavedModel; weights go into shards of 4 MB."""
     model = _converted(source, target, spec)
     if _activations(model) - _FUSED:
-        _fuse_nothing()
-        model = _converted(source, target, spec)
+        with _fusing_nothing():
+            model = _converted(source, target, spec)
+    _split_sums(model)
     model["signature"] = _named(model["signature"], spec)
     target.write_text(json.dumps(model), encoding="utf-8")
 
@@ -52,12 +58,16 @@ _FUSED = {"BiasAdd", "Relu", "Relu6", "Elu", "Prelu", "LeakyRelu", "Sigmoid"}
 
 
 def _activations(model: dict[str, Any]) -> set[str]:
-    nodes = model["modelTopology"]["node"]
-    lists = [node["attr"]["fused_ops"]["list"].get("s", []) for node in nodes if "fused_ops" in node.get("attr", {})]
-    return {base64.b64decode(each).decode() for names in lists for each in names}
+    return {name for node in model["modelTopology"]["node"] for name in _fused(node)}
 
 
-def _fuse_nothing() -> None:
+def _fused(node: dict[str, Any]) -> list[str]:
+    listed = node.get("attr", {}).get("fused_ops", {"list": {}})["list"].get("s", [])
+    return [base64.b64decode(each).decode() for each in listed]
+
+
+@contextlib.contextmanager
+def _fusing_nothing() -> Iterator[None]:
     """Take the optimiser that fuses out of tensorflowjs' list: it fuses tanh and gelu, which no kernel then takes."""
     from tensorflowjs.converters import tf_saved_model_conversion_v2 as conversion
 
@@ -69,6 +79,41 @@ def _fuse_nothing() -> None:
         return run(config, *rest)
 
     conversion._run_grappler = without
+    try:
+        yield
+    finally:  # another model may be converted in this process
+        conversion._run_grappler = run
+
+
+_UNFUSED = {
+    "_FusedConv2D": "Conv2D",
+    "FusedDepthwiseConv2dNative": "DepthwiseConv2dNative",
+    "_FusedMatMul": "MatMul",
+}
+
+
+def _split_sums(model: dict[str, Any]) -> None:
+    """Take apart what was fused with a whole tensor for a bias, as at the end of a residual block.
+
+    TensorFlow's optimiser fuses it, TensorFlow.js' CPU backend adds it, and its wasm and WebGL backends refuse it.
+    """
+    vectors = {w["name"] for group in model["weightsManifest"] for w in group["weights"] if len(w["shape"]) == 1}
+    nodes: list[dict[str, Any]] = []
+    for node in model["modelTopology"]["node"]:
+        bias, *activation = _fused(node) or [""]
+        if bias != "BiasAdd" or node["input"][2] in vectors or len(node["input"]) > 3:
+            nodes.append(node)
+            continue
+        name, dtype = node["name"], {"T": node["attr"]["T"]}
+        product, total = f"{name}/product", f"{name}/sum" if activation else name
+        one, other, added = node["input"]
+        attributes = {key: value for key, value in node["attr"].items() if key != "fused_ops"}
+        nodes += [
+            {"name": product, "op": _UNFUSED[node["op"]], "input": [one, other], "attr": attributes},
+            {"name": total, "op": "AddV2", "input": [product, added], "attr": dtype},
+            *({"name": name, "op": op, "input": [total], "attr": node["attr"]} for op in activation),
+        ]
+    model["modelTopology"]["node"] = nodes
 
 
 def _named(signature: dict[str, Any], spec: ExportSpec) -> dict[str, Any]:
@@ -87,23 +132,72 @@ def _number(name: str) -> int:
     return int(name.split(":")[0].removeprefix("Identity").removeprefix("_") or 0)
 
 
+Ask = Callable[[str, Arrays], Arrays]
+"""Runs the model on one of TensorFlow.js' backends, `cpu` or `wasm`."""
+
+
 def load(path: Path, spec: ExportSpec, *, threads: int) -> Runner:
-    """Run it in Node, on TensorFlow.js' CPU backend, in a process that ends with this one."""
+    """Run it in Node, on the faster of TensorFlow.js' cpu and wasm backends, in a process that ends with this one."""
     process = subprocess.Popen(
         [_node(), str(_PROGRAM), sys.prefix, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
     assert process.stdin is not None, "it was asked for a pipe"
     assert process.stdout is not None, "it was asked for a pipe"
-    ask, answers = process.stdin, process.stdout
+    to, answers = process.stdin, process.stdout
     dtypes = {tensor.name: np.dtype(tensor.dtype) for tensor in spec.outputs}
+    _read(answers)  # the model is loaded
 
-    def run(inputs: Arrays) -> Arrays:
-        _write(ask, {name: _narrow(array) for name, array in inputs.items()}, spec.output_names)
+    def ask(backend: str, inputs: Arrays) -> Arrays:
+        _write(to, backend, {name: _narrow(array) for name, array in inputs.items()}, spec.output_names)
         found = _read(answers)
         # JavaScript has no 64-bit integers: what was int64 has been computed as int32
         return {name: array.astype(dtypes[name]) for name, array in found.items()}
 
-    return run
+    return _Faster(ask)
+
+
+class _Faster:
+    """Runs a model on both backends once, and from then on where it was faster; wasm has to agree with cpu.
+
+    Attributes:
+        verified_by: The backend that is used, and what became of the other one.
+        device: The backend, as the latency names it.
+        first_ms: The first call's time on that backend.
+    """
+
+    def __init__(self, ask: Ask) -> None:
+        self._ask = ask
+        self._backend = ""
+        self.verified_by = self.device = ""
+        self.first_ms = 0.0
+
+    def __call__(self, inputs: Arrays) -> Arrays:
+        return self._ask(self._backend, inputs) if self._backend else self._choose(inputs)
+
+    def _choose(self, inputs: Arrays) -> Arrays:
+        answer, first_ms, cpu_ms = self._timed("cpu", inputs)
+        self._backend, self.first_ms = "cpu", first_ms
+        try:
+            found, first_ms, wasm_ms = self._timed("wasm", inputs)
+        except RuntimeError as error:  # the backend lacks an operator, or takes it in another form only
+            other = f"wasm cannot run it: {error}"
+        else:
+            other = f"cpu {cpu_ms:.3g} ms, wasm {wasm_ms:.3g} ms a call, and they agree"
+            agreed = compare(found, answer, FORMAT.limits)
+            if not agreed.passed:
+                other = f"wasm differs: {agreed.reason}"
+            elif wasm_ms < cpu_ms:
+                answer, self._backend, self.first_ms = found, "wasm", first_ms
+        self.device = f"cpu ({self._backend} backend)"
+        self.verified_by = f"TensorFlow.js in Node, {self._backend} backend ({other})"
+        return answer
+
+    def _timed(self, backend: str, inputs: Arrays) -> tuple[Arrays, float, float]:
+        """The answer, and the milliseconds of a first and of a second call."""
+        first_ms = timed_ms(lambda: self._ask(backend, inputs))
+        start = time.perf_counter()
+        answer = self._ask(backend, inputs)
+        return answer, first_ms, (time.perf_counter() - start) * 1e3
 
 
 def _node() -> str:
@@ -119,13 +213,13 @@ def _narrow(array: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(array, kinds.get(array.dtype.kind, np.int32))
 
 
-def _write(stream: IO[bytes], arrays: Arrays, outputs: tuple[str, ...]) -> None:
+def _write(stream: IO[bytes], backend: str, arrays: Arrays, outputs: tuple[str, ...]) -> None:
     """Send a frame; `run.cjs` describes it."""
     listed = [
         {"name": name, "dtype": str(array.dtype), "shape": array.shape, "bytes": array.nbytes}
         for name, array in arrays.items()
     ]
-    header = json.dumps({"arrays": listed, "outputs": outputs}).encode()
+    header = json.dumps({"arrays": listed, "outputs": outputs, "backend": backend}).encode()
     stream.write(struct.pack("<I", len(header)) + header)
     for array in arrays.values():
         stream.write(array.tobytes())

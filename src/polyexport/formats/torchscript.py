@@ -19,11 +19,15 @@ def convert(source: Path, target: Path, spec: ExportSpec) -> None:
 
     from polyexport import module
 
+    fastpath = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # its fused attention is known to PyTorch alone, not to converters
-    with warnings.catch_warnings(), torch.inference_mode():
-        warnings.simplefilter("ignore", DeprecationWarning)  # TorchScript is frozen, and still what mobile and C++ run
-        traced = torch.jit.trace(module.load(source), module.example(source, spec), strict=False, check_trace=False)
-        torch.jit.save(traced, str(target), _extra_files={"polyexport.json": json.dumps(dict(spec.metadata))})
+    try:
+        with warnings.catch_warnings(), torch.inference_mode():
+            warnings.simplefilter("ignore", DeprecationWarning)  # it is frozen, and still what mobile and C++ run
+            traced = torch.jit.trace(module.load(source), module.example(source, spec), strict=False, check_trace=False)
+            torch.jit.save(traced, str(target), _extra_files={"polyexport.json": json.dumps(dict(spec.metadata))})
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fastpath)
 
 
 def load(path: Path, spec: ExportSpec, *, threads: int) -> Runner:

@@ -3,8 +3,9 @@
 //     node run.cjs FOLDER_OF_NODE_MODULES MODEL_JSON
 //
 // A frame is the length of a JSON header (uint32, little-endian), the header, and the bytes of the arrays it lists:
-// {"arrays": [{"name", "dtype", "shape", "bytes"}], "outputs": [names]}, or {"error": text} as an answer.
-// dtype is one of TensorFlow.js: float32, int32, bool (one byte each).
+// {"arrays": [{"name", "dtype", "shape", "bytes"}], "outputs": [names], "backend": "cpu" or "wasm"}, or as an answer
+// {"arrays"} or {"error": text}. dtype is one of TensorFlow.js: float32, int32, bool (one byte each).
+// The first answer, of no arrays, comes unasked, once the model is loaded.
 const fs = require("fs");
 const path = require("path");
 const load = require("module").createRequire(path.join(process.argv[2], "/"));
@@ -14,6 +15,7 @@ console.log = console.info = console.warn; // standard output is for frames
 
 const tf = load("@tensorflow/tfjs-core");
 load("@tensorflow/tfjs-backend-cpu");
+load("@tensorflow/tfjs-backend-wasm"); // finds its .wasm files beside itself
 const { loadGraphModel } = load("@tensorflow/tfjs-converter");
 
 function readExactly(count) {
@@ -80,16 +82,19 @@ async function main() {
   const { json, handler } = modelFromDisk(process.argv[3]);
   const model = await loadGraphModel(handler);
   const { inputs, outputs } = json.signature;
+  answer({ arrays: [] }, []);
   for (;;) {
     const size = readExactly(4);
     if (size === null) return;
     const header = JSON.parse(readExactly(size.readUInt32LE()).toString());
+    const given = header.arrays.map((array) => decode(readExactly(array.bytes), array.dtype));
     try {
+      // the weights move along with the first call
+      if (!(await tf.setBackend(header.backend))) throw new Error(`no ${header.backend} backend on this machine`);
       const feed = {};
-      for (const array of header.arrays) {
-        const values = decode(readExactly(array.bytes), array.dtype);
+      for (const [i, array] of header.arrays.entries()) {
         const known = inputs[array.name];
-        if (known) feed[known.name] = tf.tensor(values, array.shape, array.dtype);
+        if (known) feed[known.name] = tf.tensor(given[i], array.shape, array.dtype);
       }
       const wanted = header.outputs.map((name) => outputs[name].name);
       const made = [].concat(await model.executeAsync(feed, wanted));
