@@ -40,12 +40,14 @@ class Built:
     """A format's artifact as it lies in the export's folder, and what is known of it.
 
     `retry` tells whether static shapes may do what this did not: not where a tool is missing, nor where it hung.
+    `shortfall` is what the verified artifact lacks of what was asked for.
     """
 
     outcome: Outcome
     path: str
     spec: ExportSpec
     retry: bool = False
+    shortfall: str = ""
 
     @property
     def usable(self) -> bool:
@@ -89,9 +91,10 @@ class Build:
             static = self._built(each.name, dynamic=False)
             if static.outcome.state == "verified":
                 built, because = static, built.outcome.reason
-        if because and built.outcome.state == "verified":
-            reason = f"static shapes only, since with dynamic axes: {because}"
-            built = replace(built, outcome=replace(built.outcome, state="degraded", reason=reason))
+        lost = [f"static shapes only, since with dynamic axes: {because}"] if because else []
+        lost += [built.shortfall] if built.shortfall else []
+        if lost and built.outcome.state == "verified":
+            built = replace(built, outcome=replace(built.outcome, state="degraded", reason="; ".join(lost)))
         return built
 
     def _built(self, name: str, *, dynamic: bool) -> Built:
@@ -176,11 +179,12 @@ class Build:
             outcome = replace(outcome, artifact=Artifact(target, 0, ""))
             return Built(outcome, target, spec, state == "failed" and ended.kind != "timed out")
         parity = decode(Parity, ended.value["parity"])
-        outcome = replace(
-            outcome, artifact=Artifact(target, ended.value["bytes"], ended.value["sha256"]), parity=parity
-        )
+        own = decode(ExportSpec, ended.value["signature"]) if "signature" in ended.value else spec
+        artifact = Artifact(target, ended.value["bytes"], ended.value["sha256"])
+        outcome = replace(outcome, artifact=artifact, parity=parity, inputs=own.inputs, outputs=own.outputs)
         if parity.passed:
-            return Built(replace(outcome, state="verified"), target, spec)
+            shortfall = ended.value.get("shortfall", "")
+            return Built(replace(outcome, state="verified"), target, spec, shortfall=shortfall)
         return Built(replace(outcome, state="mismatch", reason=parity.reason, reproduce=command), target, spec, True)
 
     def _job(self, each: Format, kind: Kind, source: str, spec: ExportSpec, **more: Any) -> Job:

@@ -95,6 +95,7 @@ class Format:
         tolerance: By default the one that belongs to `precision`.
         aliases: Other names for it.
         needs_gpu: Whether its workers may see the GPU.
+        calibrated: Whether its routes take number ranges from real batches (`ExportSpec.calibration`).
     """
 
     name: str
@@ -108,6 +109,7 @@ class Format:
     tolerance: Tolerance | None = None
     aliases: tuple[str, ...] = ()
     needs_gpu: bool = False
+    calibrated: bool = False
 
     @property
     def limits(self) -> Tolerance:
