@@ -113,13 +113,13 @@ class Build:
         return future.result()
 
     def _by_routes(self, each: Format, *, dynamic: bool) -> Built:
-        """Try the routes in order until one verifies; else the best of them, with what became of each."""
+        """Try the routes in order until one verifies and lacks nothing; else the best, with what became of each."""
         tried: list[Built] = []
         for route in each.routes:
             tried.append(self._by_route(each, route, dynamic=dynamic))
-            if tried[-1].outcome.state == "verified":
+            if tried[-1].outcome.state == "verified" and not tried[-1].shortfall:
                 break
-        best = min(tried, key=lambda built: STATES.index(built.outcome.state))
+        best = min(tried, key=lambda built: (STATES.index(built.outcome.state), bool(built.shortfall)))
         for built in tried:
             if built is not best:
                 self._discard(built)
@@ -210,9 +210,14 @@ class Build:
 
 def _reason(best: Built, tried: Sequence[Built]) -> str:
     """Why the format is in its state: what became of the routes that were run."""
-    told = [f"{b.outcome.route}: {b.outcome.state}: {b.outcome.reason}" for b in tried if b.outcome.state != "skipped"]
-    if best.outcome.state == "verified":
-        return f"by another route, since {'; '.join(told[:-1])}" if told[:-1] else ""
+    verified = best.outcome.state == "verified"
+    told = [
+        f"{b.outcome.route}: {b.outcome.state}: {b.outcome.reason or b.shortfall}"
+        for b in (tried[: tried.index(best)] if verified else tried)
+        if b.outcome.state != "skipped"
+    ]
+    if verified:
+        return f"by another route, since {'; '.join(told)}" if told else ""
     return "; ".join(told) if len(told) > 1 else best.outcome.reason
 
 

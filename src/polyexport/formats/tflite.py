@@ -12,7 +12,8 @@ Requirements:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -136,15 +137,22 @@ def halve(source: Path, target: Path, spec: ExportSpec) -> None:
     quantizer.Quantizer(str(source), manager.get_quantization_recipe()).quantize().export_model(str(target))
 
 
-def quantise(source: Path, target: Path, spec: ExportSpec) -> None:
-    """Quantise weights and activations of a float32 file to int8, as far as there are int8 operators."""
+def quantise(
+    source: Path, target: Path, spec: ExportSpec, *, prepare: Callable[[Arrays], Arrays] = lambda arrays: arrays
+) -> None:
+    """Quantise weights and activations of a float32 file to int8, as far as there are int8 operators.
+
+    `prepare` brings a batch into the artifact's layout.
+    """
     from ai_edge_quantizer import quantizer, recipe
 
     work = quantizer.Quantizer(str(source), recipe.static_wi8_ai8())
     interpreter = _interpreter(source, threads=1)
     (signature,) = interpreter.get_signature_list()
     details = interpreter.get_signature_runner(signature).get_input_details()
-    ranges = work.calibrate({signature: [_to_artifact(arrays, details) for arrays in calibration(spec)]}, num_threads=1)
+    ranges = work.calibrate(
+        {signature: [_to_artifact(prepare(arrays), details) for arrays in calibration(spec)]}, num_threads=1
+    )
     work.quantize(ranges).export_model(str(target))
 
 
@@ -159,7 +167,10 @@ class Interpreted:
 
     Attributes:
         signature: The artifact's own.
+        shortfall: What an int8 file computes in float32 all the same.
     """
+
+    shortfall = ""
 
     def __init__(self, path: Path, spec: ExportSpec, *, threads: int) -> None:
         self._runner = _interpreter(path, threads=threads).get_signature_runner()
@@ -183,6 +194,37 @@ class Interpreted:
 def load(path: Path, spec: ExportSpec, *, threads: int) -> Runner:
     """Run it with LiteRT's interpreter on the CPU."""
     return Interpreted(path, spec, threads=threads)
+
+
+def load_int8(path: Path, spec: ExportSpec, *, threads: int) -> Runner:
+    """The same, and tell which of its operators are not in int8."""
+    runner = Interpreted(path, spec, threads=threads)
+    runner.shortfall = float_operations(path)
+    return runner
+
+
+def operations(path: Path) -> list[tuple[str, list[Detail]]]:
+    """The operators of a file's main graph in order, each with its inputs and outputs, constants left out."""
+    interpreter = _interpreter(path, threads=1)
+    tensors = {detail["index"]: detail for detail in interpreter.get_tensor_details()}
+    listed = interpreter._get_ops_details()  # the interpreter tells it nowhere else
+    computed = {detail["index"] for detail in interpreter.get_input_details()}
+    computed |= {index for each in listed for index in each["outputs"]}
+    return [
+        (each["op_name"], [tensors[index] for index in (*each["inputs"], *each["outputs"]) if index in computed])
+        for each in listed
+    ]
+
+
+def float_operations(path: Path) -> str:
+    """Which operators compute in float32, in words; empty where none does."""
+    found = Counter(
+        name
+        for name, tensors in operations(path)
+        if name not in ("QUANTIZE", "DEQUANTIZE") and any(tensor["dtype"] == np.float32 for tensor in tensors)
+    )
+    listed = ", ".join(f"{count} × {name}" for name, count in sorted(found.items()))
+    return f"in float32, since there is no int8 for it: {listed}" if listed else ""
 
 
 def _interpreter(path: Path, *, threads: int) -> Any:
@@ -225,7 +267,7 @@ def _zeros(detail: Detail) -> np.ndarray:
     return np.asarray(detail["quantization_parameters"]["zero_points"])
 
 
-def _format(name: str, precision: str, description: str, *routes: Route, calibrated: bool = False) -> Format:
+def _format(name: str, precision: str, description: str, *routes: Route, **more: Any) -> Format:
     return Format(
         name=name,
         aliases=(name.replace("tflite", "litert"),),
@@ -234,9 +276,8 @@ def _format(name: str, precision: str, description: str, *routes: Route, calibra
         artifact=ARTIFACT,
         precision=precision,
         routes=routes,
-        load=load,
         runtime="tflite",
-        calibrated=calibrated,
+        **({"load": load} | more),
     )
 
 
@@ -261,6 +302,7 @@ FORMATS = (
         "TensorFlow Lite model in int8, calibrated with validation batches",
         Route("quantizer", "tflite", "tflite", quantise),
         Route("tensorflow", "saved_model", "tensorflow", quantise_saved_model),
+        load=load_int8,
         calibrated=True,
     ),
 )
