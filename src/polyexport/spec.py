@@ -74,16 +74,25 @@ class ExportSpec:
 
 
 def calibration(spec: ExportSpec) -> Iterator[Arrays]:
-    """The inputs of `spec.calibration`, one batch after another; along a fixed axis cut or repeated to its size."""
+    """The inputs of `spec.calibration`, one batch after another, in the sizes of `spec`.
+
+    Where the first axis is fixed at less than a batch has, the batch comes in pieces; what is too short is repeated.
+    """
     for path in spec.calibration:
         with np.load(path) as arrays:
             batch = {tensor.name: arrays[tensor.name] for tensor in spec.inputs}
-        for tensor in spec.inputs:
-            for axis, size in enumerate(tensor.shape):
-                array = batch[tensor.name]
-                if isinstance(size, int) and array.shape[axis] != size:
-                    batch[tensor.name] = np.take(array, np.arange(size) % array.shape[axis], axis)
-        yield batch
+        fixed = {tensor.name: tensor.shape[0] for tensor in spec.inputs if tensor.shape}
+        pieces = max((-(-len(batch[name]) // rows) for name, rows in fixed.items() if isinstance(rows, int)), default=1)
+        for piece in range(pieces):
+            yield {tensor.name: _fitted(batch[tensor.name], tensor.shape, piece) for tensor in spec.inputs}
+
+
+def _fitted(array: np.ndarray, shape: tuple[int | str, ...], piece: int) -> np.ndarray:
+    for axis, size in enumerate(shape):
+        if isinstance(size, int) and array.shape[axis] != size:
+            start = 0 if axis else piece * size
+            array = np.take(array, (start + np.arange(size)) % array.shape[axis], axis)
+    return array
 
 
 def write_arrays(path: Path, arrays: Arrays) -> None:
