@@ -134,7 +134,8 @@ def halve(source: Path, target: Path, spec: ExportSpec) -> None:
         num_bits=16,
         algorithm_key=AlgorithmName.FLOAT_CASTING,
     )
-    quantizer.Quantizer(str(source), manager.get_quantization_recipe()).quantize().export_model(str(target))
+    work = quantizer.Quantizer(str(source), manager.get_quantization_recipe())
+    work.quantize().export_model(str(target), overwrite=True)
 
 
 def quantise(
@@ -144,16 +145,21 @@ def quantise(
 
     `prepare` brings a batch into the artifact's layout.
     """
-    from ai_edge_quantizer import quantizer, recipe
+    from ai_edge_quantizer import quantizer, recipe, recipe_manager
+    from ai_edge_quantizer.calibrator import Calibrator
+    from ai_edge_quantizer.utils.qsv_utils import min_max_update
 
-    work = quantizer.Quantizer(str(source), recipe.static_wi8_ai8())
     interpreter = _interpreter(source, threads=1)
     (signature,) = interpreter.get_signature_list()
     details = interpreter.get_signature_runner(signature).get_input_details()
-    ranges = work.calibrate(
-        {signature: [_to_artifact(prepare(arrays), details) for arrays in calibration(spec)]}, num_threads=1
-    )
-    work.quantize(ranges).export_model(str(target))
+    manager = recipe_manager.RecipeManager()
+    manager.load_quantization_recipe(recipe.static_wi8_ai8())
+    # the range of all batches; by default it is a moving average, which one row after another leaves far too narrow
+    ranges = Calibrator(str(source), num_threads=1, qsv_update_func=min_max_update)
+    batches = [_to_artifact(prepare(arrays), details) for arrays in calibration(spec)]
+    ranges.calibrate({signature: batches}, manager)
+    work = quantizer.Quantizer(str(source), manager.get_quantization_recipe())
+    work.quantize(ranges.get_model_qsvs()).export_model(str(target), overwrite=True)
 
 
 # --- running ----------------------------------------------------------------------------------------------------------
