@@ -117,6 +117,20 @@ def test_an_edge_tpu_model_is_verified_before_compilation_and_says_so(report):
     assert names == ["model.tflite", "model_edgetpu.log", "model_edgetpu.tflite"]
 
 
+@pytest.mark.slow
+def test_fixed_shapes_come_by_the_first_route_with_narrow_integers(tmp_path):
+    module, inputs = zoo.build("two_inputs")
+    report = polyexport.export(module, inputs, ["tflite"], tmp_path / "x", dynamic=False, bench=False)
+    outcome = report["tflite"]
+    assert (outcome.state, outcome.route, outcome.reason) == ("verified", "litert-torch", "")
+    assert [str(tensor) for tensor in outcome.inputs] == ["ids: int32[4, 9]", "mask: bool[4, 9]"]
+
+
+@pytest.mark.slow
+def test_by_the_manifest_alone_a_compiled_model_takes_any_number_of_rows(shadows):
+    assert shadows["loaded"] == {"output_0": ["float32", [3, 5]]}
+
+
 # --- shadows: what must not pass --------------------------------------------------------------------------------------
 
 CASES = """
@@ -125,8 +139,10 @@ module = types.ModuleType("polyexport"); module.__path__ = [PACKAGE]; sys.module
 answers = os.fdopen(os.dup(1), "w"); os.dup2(2, 1)
 from dataclasses import replace
 from pathlib import Path
+import numpy as np
 from polyexport import worker
 from polyexport.formats import edgetpu, tflite
+from polyexport.spec import ExportSpec
 from polyexport.job import Job
 from polyexport.records import decode, encode, read_json
 root, elsewhere = Path(ROOT), Path(ELSEWHERE)
@@ -138,6 +154,11 @@ def verify(name, source):
     except Exception as error:
         return f"{type(error).__name__}: {error}"
 found = {}
+
+about = read_json(root / "manifest.json")["artifacts"]["edgetpu"]
+run = edgetpu.load(root / about["path"], decode(ExportSpec, about), threads=1)
+answer = run({"image": np.zeros((3, 3, 16, 16), np.float32)})
+found["loaded"] = {name: [str(array.dtype), array.shape] for name, array in answer.items()}
 
 spec = replace(jobs["tflite-int8"].spec, calibration=(elsewhere / "tiny.npz",))
 tflite.quantise(root / "tflite" / "model.tflite", elsewhere / "tiny.tflite", spec)
