@@ -232,9 +232,19 @@ def test_without_the_compiler_it_is_told_where_to_get_it_and_what_would_map(shad
 def test_corals_table_refuses_a_batch_and_float32(shadows):
     one_row, batch, precise = shadows["predicted"]
     assert "on the CPU" not in one_row
-    assert "more than three axes" in batch
+    assert "(a free axis)" in batch
     assert precise.startswith("0 of ")
     assert "(not int8)" in precise
+
+
+def test_corals_table_refuses_what_it_does_not_list_and_what_has_too_many_axes(tmp_path, monkeypatch):
+    def tensor(*shape: int) -> dict[str, Any]:
+        return {"dtype": np.int8, "shape": shape, "shape_signature": shape}
+
+    listed = [("CONV_2D", [tensor(1, 8, 8, 3)]), ("CONV_2D", [tensor(4, 8, 8, 3)]), ("GELU", [tensor(1, 5)])]
+    monkeypatch.setattr(edgetpu.tflite, "operations", lambda path: listed)
+    words = "1 of 3 operations on the Edge TPU, on the CPU 1 × CONV_2D (more than three axes), 1 × GELU (not supported)"
+    assert str(edgetpu.predict(tmp_path / "model.tflite")) == words
 
 
 # --- the compiler's log -----------------------------------------------------------------------------------------------

@@ -135,8 +135,8 @@ class Mapping:
 def predict(path: Path) -> Mapping:
     """What Coral's table says of the operations in a file.
 
-    Of the limits in the table those are checked that show in types and shapes: int8, and of the axes before the last
-    three none longer than one. Strides, sizes and the like are the compiler's own business.
+    Of the limits in the table those are checked that show in types and shapes: int8, no free axis, and of the axes
+    before the last three none longer than one. Strides, sizes and the like are the compiler's own business.
     """
     on_cpu: Counter[str] = Counter()
     operations = tflite.operations(path)
@@ -145,6 +145,8 @@ def predict(path: Path) -> Mapping:
             on_cpu[f"{name} (not supported)"] += 1
         elif any(tensor["dtype"] not in (np.int8, np.uint8, np.int32) for tensor in tensors):
             on_cpu[f"{name} (not int8)"] += 1
+        elif any(-1 in tensor["shape_signature"] for tensor in tensors):
+            on_cpu[f"{name} (a free axis)"] += 1
         elif any(max(tensor["shape"][:-3], default=1) > 1 for tensor in tensors):
             on_cpu[f"{name} (more than three axes)"] += 1
     return Mapping(len(operations), on_cpu)
