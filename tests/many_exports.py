@@ -20,6 +20,9 @@ ARTIFACTS = {
     "saved_model": ("lowering", "onnx/model.onnx", "many/saved_model/saved_model"),
     "graphdef": ("freeze", "many/saved_model/saved_model", "many/graphdef/model.pb"),
     "tfjs": ("tensorflowjs", "many/saved_model/saved_model", "many/tfjs/model.json"),
+    "tflite": ("tensorflow", "many/saved_model/saved_model", "many/tflite/model.tflite"),
+    "tflite-fp16": ("quantizer", "many/tflite/model.tflite", "many/tflite-fp16/model.tflite"),
+    "tflite-int8": ("quantizer", "many/tflite/model.tflite", "many/tflite-int8/model.tflite"),
 }
 """Route, source and target."""
 

@@ -12,11 +12,18 @@ import numpy as np
 
 from polyexport import Arrays, ExportSpec, Format, Route, Runner, Toolchain, ToolMissing
 from polyexport.errors import CannotRun
+from polyexport.spec import calibration
 
 
 def replay(source: Path, target: Path, spec: ExportSpec) -> None:
     """The artifact is the reference itself: what it answers is right by construction."""
     target.write_text(json.dumps({"factor": 1.0}))
+
+
+def calibrates(source: Path, target: Path, spec: ExportSpec) -> None:
+    """Right too, and it keeps what it was calibrated with."""
+    batches = [batch[spec.input_names[0]].tolist() for batch in calibration(spec)]
+    target.write_text(json.dumps({"factor": 1.0, "batches": batches}))
 
 
 def wrong(source: Path, target: Path, spec: ExportSpec) -> None:

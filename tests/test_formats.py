@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 
 import numpy as np
@@ -14,24 +13,10 @@ import zoo
 from polyexport import FORMATS, Report
 
 GROUND_FORMATS = ("torchscript", "pt2", "onnx", "openvino")
-ZOO_FORMATS = (*GROUND_FORMATS, "coreml")
-
-
-@pytest.fixture(scope="session")
-def exported(tmp_path_factory: pytest.TempPathFactory):
-    """`exported(model)`: the report of that model in all formats, made once a session."""
-    folder = tmp_path_factory.mktemp("zoo")
-
-    @functools.cache
-    def export(model: str) -> Report:
-        module, inputs = zoo.build(model)
-        return polyexport.export(module, inputs, ZOO_FORMATS, folder / model, bench=False)
-
-    return export
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ZOO_FORMATS)
+@pytest.mark.parametrize("name", zoo.FORMATS)
 @pytest.mark.parametrize("model", [*zoo.GROUND, *zoo.FURTHER])
 def test_agrees_with_pytorch_at_three_batch_sizes(exported, model, name):
     outcome = exported(model)[name]

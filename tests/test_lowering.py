@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,6 +24,13 @@ def in_toolchain(name: str, *words: str) -> str:
     done = subprocess.run([str(python), "-P", *words], capture_output=True, text=True, check=False, cwd=HERE)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
+
+
+def many(toolchain: str, kind: str, formats: Sequence[str], roots: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The same job for many formats of many exports; see `many_exports`."""
+    words = ("many_exports.py", str(PACKAGE), kind, ",".join(formats), *roots)
+    found: dict[str, dict[str, Any]] = json.loads(in_toolchain(toolchain, *words))
+    return found
 
 
 @pytest.mark.slow

@@ -220,6 +220,10 @@ FURTHER: dict[str, Entry] = {
 """Six more, with what the ten lack."""
 
 
+FORMATS = ("torchscript", "pt2", "onnx", "openvino", "coreml")
+"""What every model is exported to once a session; see `exported`."""
+
+
 def build(name: str) -> tuple[nn.Module, Any]:
     """The model and its inputs, the same at every call."""
     torch.manual_seed(0)

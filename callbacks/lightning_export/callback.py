@@ -25,7 +25,7 @@ from lightning_export.loggers import sinks
 from polyexport import BadRequest, Engine, ExportFailed, Format, Report, Request, ToolMissing, console, plan
 from polyexport.folders import unfinished
 from polyexport.formats import resolve
-from polyexport.module import UNAVAILABLE, as_call, selected
+from polyexport.module import UNAVAILABLE, as_call, save_call, selected
 from polyexport.report import STATES, Checkpoint, State
 from polyexport.sinks import Sink
 from polyexport.sinks.remote import copy_to
@@ -66,6 +66,7 @@ class ExportCallback(Callback):
         inputs: None for what `forward` received from the first validation batch, else a function of that batch that
             returns a tensor, a tuple of positional arguments, or a dict of keyword arguments.
         dynamic: True frees the batch axis, False none; or input name -> {axis: name}.
+        calibration_batches: How many validation batches int8 formats take their number ranges from.
         fail_on: States that make `fit` raise `ExportFailed` once everything is written.
         timeout: Seconds that one conversion or verification may take.
         workers: How many conversions run side by side; by default half the cores, at least two.
@@ -93,6 +94,7 @@ class ExportCallback(Callback):
         module: str | Callable[[Any], Any] | None = None,
         inputs: Callable[[Any], Any] | None = None,
         dynamic: bool | Mapping[str, Mapping[int, str]] = True,
+        calibration_batches: int = 8,
         fail_on: Sequence[State] = (),
         timeout: float = 600.0,
         workers: int | None = None,
@@ -103,7 +105,9 @@ class ExportCallback(Callback):
     ) -> None:
         super().__init__()
         self.formats = resolve(formats)
-        plan.steps(self.formats)
+        steps = plan.steps(self.formats)
+        if calibration_batches < 1:
+            raise BadRequest(f"calibration_batches={calibration_batches}; give 1 or more")
         _check_arguments(when=when, fail_on=fail_on, timeout=timeout, workers=workers, publish=publish, keep=keep)
         if bench not in (True, False, "all"):
             raise BadRequest(f"bench={bench!r}; known: True, False, 'all'")
@@ -112,6 +116,7 @@ class ExportCallback(Callback):
         self.module = module
         self.inputs = inputs
         self.dynamic = dynamic
+        self.calibration_batches = calibration_batches
         self.fail_on = tuple(fail_on)
         self.timeout = timeout
         self.workers = workers
@@ -126,6 +131,8 @@ class ExportCallback(Callback):
         self._tail: Callback | None = None
         self._spy: Spy | None = None
         self._captured: Path | None = None
+        self._wanted = calibration_batches if any(each.calibrated for each in steps.values()) else 1
+        self._taken = 0
         self._notes: tuple[str, ...] = ()
         self._seen: Best | None = None
         self._active = False
@@ -181,7 +188,7 @@ class ExportCallback(Callback):
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        if self._capturing(trainer) and self.inputs is None and batch_idx == 0 and dataloader_idx == 0:
+        if self._takes(trainer, batch_idx, dataloader_idx) and self.inputs is None:
             self._spy = Spy(selected(pl_module, self.module))
 
     @override
@@ -195,13 +202,19 @@ class ExportCallback(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if not self._capturing(trainer) or batch_idx or dataloader_idx:
+        if not self._takes(trainer, batch_idx, dataloader_idx):
             return
+        self._taken += 1
         call = None
         if self._spy is not None:
             self._spy.remove()
             call, self._spy = self._spy.call, None
-        self._capture(trainer, pl_module, self._call(pl_module, batch, call, early=trainer.sanity_checking))
+        if self._captured is None:
+            self._capture(trainer, pl_module, self._call(pl_module, batch, call, early=trainer.sanity_checking))
+            return
+        call = call if self.inputs is None else as_call(self.inputs(batch))
+        if call is not None:
+            save_call(*call, self._captured, batch_idx)
 
     @override
     @_harmless
@@ -209,6 +222,15 @@ class ExportCallback(Callback):
         """Without validation, `inputs` and `example_input_array` are asked at the first training batch."""
         if self._capturing(trainer) and not _validates(trainer, pl_module):
             self._capture(trainer, pl_module, self._call(pl_module, batch, None, early=False))
+
+    def _takes(self, trainer: Trainer, batch_idx: int, dataloader_idx: int) -> bool:
+        """Whether this validation batch is one to keep: the first, or the next of those to calibrate with.
+
+        The sanity check may be shorter than what is wanted; then the first validation goes on where it ended.
+        """
+        if self._capturing(trainer):
+            return batch_idx == dataloader_idx == 0
+        return self._captured is not None and dataloader_idx == 0 and batch_idx == self._taken < self._wanted
 
     def _capturing(self, trainer: Trainer) -> bool:
         return self._active and trainer.is_global_zero and self._captured is None
@@ -402,6 +424,7 @@ class ExportCallback(Callback):
         if self._captured is not None:
             shutil.rmtree(self._captured, ignore_errors=True)
             self._captured = None
+            self._taken = 0
         self._futures.clear()
         self._told.clear()
 

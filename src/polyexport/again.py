@@ -78,7 +78,9 @@ def runnables(report: Report, formats: Mapping[str, Format]) -> list[Runnable]:
             continue
         each = formats[outcome.format]
         made_by = next(route for route in each.routes if route.name == outcome.route)
-        spec = replace(signature(report), inputs=outcome.inputs, outputs=outcome.outputs)
+        spec = signature(report)  # PyTorch's, which a runner answers in, also where the artifact's own differs
+        if not any(tensor.dynamic for tensor in outcome.inputs):
+            spec = spec.static()
         found.append(Runnable(outcome, each, toolchain.find(each.runtime or made_by.toolchain), spec))
     return found
 

@@ -41,6 +41,7 @@ class Built:
 
     `retry` tells whether static shapes may do what this did not: not where a tool is missing, nor where it hung.
     `warm` tells that it was converted by a worker that had done other jobs before.
+    `shortfall` is what the verified artifact lacks of what was asked for.
     """
 
     outcome: Outcome
@@ -48,6 +49,7 @@ class Built:
     spec: ExportSpec
     retry: bool = False
     warm: bool = False
+    shortfall: str = ""
 
     @property
     def usable(self) -> bool:
@@ -91,9 +93,10 @@ class Build:
             static = self._built(each.name, dynamic=False)
             if static.outcome.state == "verified":
                 built, because = static, built.outcome.reason
-        if because and built.outcome.state == "verified":
-            reason = f"static shapes only, since with dynamic axes: {because}"
-            built = replace(built, outcome=replace(built.outcome, state="degraded", reason=reason))
+        lost = [f"static shapes only, since with dynamic axes: {because}"] if because else []
+        lost += [built.shortfall] if built.shortfall else []
+        if lost and built.outcome.state == "verified":
+            built = replace(built, outcome=replace(built.outcome, state="degraded", reason="; ".join(lost)))
         return built
 
     def _built(self, name: str, *, dynamic: bool) -> Built:
@@ -112,16 +115,16 @@ class Build:
         return future.result()
 
     def _by_routes(self, each: Format, *, dynamic: bool) -> Built:
-        """Try the routes in order until one verifies; else the best of them, with what became of each."""
+        """Try the routes in order until one verifies and lacks nothing; else the best, with what became of each."""
         tried: list[Built] = []
         for route in each.routes:
             built = self._by_route(each, route, dynamic=dynamic)
             if built.warm and built.retry:  # was it what the worker had done before?
                 built = self._by_route(each, route, dynamic=dynamic, fresh=True)
             tried.append(built)
-            if tried[-1].outcome.state == "verified":
+            if built.outcome.state == "verified" and not built.shortfall:
                 break
-        best = min(tried, key=lambda built: STATES.index(built.outcome.state))
+        best = min(tried, key=lambda built: (STATES.index(built.outcome.state), bool(built.shortfall)))
         for built in tried:
             if built is not best:
                 self._discard(built)
@@ -171,7 +174,8 @@ class Build:
         outcome = replace(outcome, seconds=seconds | {"verify": ended.seconds})
         outcome = judged(outcome, ended, command, target)
         retry = outcome.state in ("failed", "mismatch") and ended.kind != "timed out"
-        return Built(outcome, target, spec, retry, warm)
+        shortfall = ended.value.get("shortfall", "") if ended.ok else ""
+        return Built(outcome, target, spec, retry, warm, shortfall)
 
     def _job(self, each: Format, kind: Kind, source: str, spec: ExportSpec, **more: Any) -> Job:
         return Job(kind, each.name, self._dispatcher.declared(each), source=source, spec=spec, **more)
@@ -205,6 +209,9 @@ def judged(outcome: Outcome, ended: Ended, command: str, target: str) -> Outcome
     parity = decode(Parity, ended.value["parity"])
     artifact = Artifact(target, ended.value["bytes"], ended.value["sha256"])
     outcome = replace(outcome, artifact=artifact, parity=parity)
+    if "signature" in ended.value:
+        own = decode(ExportSpec, ended.value["signature"])
+        outcome = replace(outcome, inputs=own.inputs, outputs=own.outputs)
     if parity.passed:
         return replace(outcome, state="verified")
     return replace(outcome, state="mismatch", reason=parity.reason, reproduce=command)
@@ -212,9 +219,14 @@ def judged(outcome: Outcome, ended: Ended, command: str, target: str) -> Outcome
 
 def _reason(best: Built, tried: Sequence[Built]) -> str:
     """Why the format is in its state: what became of the routes that were run."""
-    told = [f"{b.outcome.route}: {b.outcome.state}: {b.outcome.reason}" for b in tried if b.outcome.state != "skipped"]
-    if best.outcome.state == "verified":
-        return f"by another route, since {'; '.join(told[:-1])}" if told[:-1] else ""
+    verified = best.outcome.state == "verified"
+    told = [
+        f"{b.outcome.route}: {b.outcome.state}: {b.outcome.reason or b.shortfall}"
+        for b in (tried[: tried.index(best)] if verified else tried)
+        if b.outcome.state != "skipped"
+    ]
+    if verified:
+        return f"by another route, since {'; '.join(told)}" if told else ""
     return "; ".join(told) if len(told) > 1 else best.outcome.reason
 
 

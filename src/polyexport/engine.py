@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import os
 import shutil
 import sys
@@ -74,7 +75,8 @@ class Request:
     @property
     def question(self) -> dict[str, Any]:
         """What makes another export of the same weights a different one."""
-        return {"formats": sorted(each.name for each in self.formats), "dynamic": self.dynamic}
+        further = len(list((self.work / "source").glob("call_*.pkl")))
+        return {"formats": sorted(each.name for each in self.formats), "dynamic": self.dynamic, "calibration": further}
 
 
 class Engine:
@@ -323,6 +325,7 @@ def export(
     into: str | Path,
     *,
     dynamic: Dynamic = True,
+    calibration: Iterable[Any] = (),
     bench: bool = True,
     timeout: float = 600.0,
     workers: int | None = None,
@@ -337,6 +340,7 @@ def export(
         formats: Names, aliases or `Format` values.
         into: Folder that becomes the export. An earlier export in it is replaced.
         dynamic: True frees the batch axis, False none; or input name -> {axis: name}.
+        calibration: Further inputs, each like `inputs`; int8 formats take their number ranges from all of them.
         bench: Whether to time the artifacts.
         timeout: Seconds that one conversion or verification may take.
         workers: How many jobs run side by side; by default half the cores, at least two.
@@ -358,8 +362,8 @@ def export(
     final.parent.mkdir(parents=True, exist_ok=True)
     work = unfinished(final.parent)
     try:
-        args, kwargs = as_call(inputs)
-        save_call(args, kwargs, work / "source")
+        for index, call in enumerate(itertools.chain([inputs], calibration)):
+            save_call(*as_call(call), work / "source", index)
         save_structure(module, None, work / "source")
         torch.save(module.state_dict(), work / "source" / "weights.pt")
         with Engine(workers=workers, timeout=timeout, tell=progress) as engine:

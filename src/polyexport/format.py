@@ -112,6 +112,7 @@ class Format:
         aliases: Other names for it.
         needs_gpu: Whether its workers may see the GPU.
         snippets: How applications open it, the language that it is mostly used from first.
+        calibrated: Whether its routes take number ranges from real batches (`ExportSpec.calibration`).
     """
 
     name: str
@@ -126,6 +127,7 @@ class Format:
     aliases: tuple[str, ...] = ()
     needs_gpu: bool = False
     snippets: tuple[Snippet, ...] = ()
+    calibrated: bool = False
 
     @property
     def limits(self) -> Tolerance:

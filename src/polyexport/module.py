@@ -4,6 +4,7 @@ A folder holds what a worker needs to rebuild the module without the process tha
 
     structure.pkl    the module with its buffers, but of its parameters the shapes only (or a trace, structure.pt2)
     call.pkl         the arguments that forward received
+    call_001.pkl …   those of further batches, where a format is calibrated
     weights.pt       a state dict, or a Lightning checkpoint with one
 
 Requirements:
@@ -102,9 +103,14 @@ def save_structure(root: nn.Module, select: Select, folder: Path) -> None:
     dump({"root": root, "select": select}, folder / "structure.pkl")
 
 
-def save_call(args: Sequence[Any], kwargs: Mapping[str, Any], folder: Path) -> None:
-    """Write `call.pkl`: the arguments of forward."""
-    dump((tuple(args), dict(kwargs)), folder / "call.pkl")
+def call_file(folder: Path, index: int = 0) -> Path:
+    """Where the arguments of forward lie, those of batch 0 or of a further one."""
+    return folder / (f"call_{index:03}.pkl" if index else "call.pkl")
+
+
+def save_call(args: Sequence[Any], kwargs: Mapping[str, Any], folder: Path, index: int = 0) -> None:
+    """Write the arguments of forward."""
+    dump((tuple(args), dict(kwargs)), call_file(folder, index))
 
 
 def as_call(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -162,8 +168,17 @@ def load(folder: Path) -> Any:
         raise BadRequest(f"the checkpoint has no weights for {', '.join(lost[:5])} ({len(lost)} parameters in all)")
     _hide_broken_properties(module)
     _register_with_transformers(module)
-    args, kwargs = restore(folder / "call.pkl")
+    args, kwargs = restore(call_file(folder))
     return flat(module.float(), args, kwargs)
+
+
+def call_tensors(path: Path) -> tuple[torch.Tensor, ...]:
+    """The tensors of a saved call, in the order of a flat module's inputs."""
+    import torch
+
+    leaves = torch.utils._pytree.tree_leaves(restore(path))
+    tensors = (leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
+    return tuple(tensor.float() if tensor.is_floating_point() else tensor for tensor in tensors)
 
 
 def _hide_broken_properties(module: nn.Module) -> None:
@@ -283,7 +298,5 @@ def _load_traced(path: Path, state: Mapping[str, Any]) -> Any:
     module.load_state_dict({key: state[name] for key, name in about["weights"].items() if name in state}, strict=False)
     module.float().cpu()
     module.input_names, module.output_names, module.dropped = tuple(about["inputs"]), tuple(about["outputs"]), ()
-    args, kwargs = restore(path.with_name("call.pkl"))
-    tensors = [leaf for leaf in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-    module.example = tuple(tensor.float() if tensor.is_floating_point() else tensor for tensor in tensors)
+    module.example = call_tensors(call_file(path.parent))
     return module

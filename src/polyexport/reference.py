@@ -85,7 +85,9 @@ def make(root: Path, source: Path, dynamic: Dynamic) -> Reference:
     )
     about = environment()
     commit = git_commit()
-    spec = _with_metadata(spec, sha256, commit, about)
+    further_inputs, note = _calibration(root, source, model_any.input_names, inputs)
+    notes += note
+    spec = replace(_with_metadata(spec, sha256, commit, about), calibration=(Path(VALIDATION_BATCH), *further_inputs))
     batches = [Batch(VALIDATION_BATCH, sizes)]
     write_arrays(root / VALIDATION_BATCH, inputs | outputs)
     for index, (batch_sizes, batch) in enumerate(further):
@@ -113,6 +115,23 @@ def eager(source: Path, *, threads: int) -> Runner:
 
     torch.set_num_threads(threads)
     return as_runner(modules.load(source))
+
+
+def _calibration(root: Path, source: Path, names: Sequence[str], inputs: Arrays) -> tuple[list[Path], tuple[str, ...]]:
+    """Write the inputs of further saved calls; those that are not of the first one's kind are left out."""
+    written: list[Path] = []
+    calls = sorted(source.glob("call_*.pkl"))
+    for call in calls:
+        tensors = modules.call_tensors(call)
+        alike = len(tensors) == len(names)
+        arrays = to_arrays(names, tensors) if alike else {}
+        if alike and all((a.dtype, a.ndim) == (inputs[name].dtype, inputs[name].ndim) for name, a in arrays.items()):
+            written.append(Path("source", call.with_suffix(".npz").name))
+            write_arrays(root / written[-1], arrays)
+    lost = len(calls) - len(written)
+    return written, (f"{lost} of {len(calls)} calibration batches are not like the first and are left out",) * bool(
+        lost
+    )
 
 
 def _same(one: Arrays, other: Arrays) -> bool:

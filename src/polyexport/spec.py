@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from zipfile import ZipFile
@@ -39,13 +39,15 @@ class ExportSpec:
     """The signature of the model that is exported, and what is to be written into the artifact beside it.
 
     `sizes` gives the size that each named axis has in the validation batch.
-    `metadata` is embedded where the format has a place for it.
+    `metadata` is embedded where the format has a place for it. `calibration` names `.npz` files with real inputs, for a
+    format that takes its number ranges from them (see the function of that name).
     """
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     sizes: Mapping[str, int] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
+    calibration: tuple[Path, ...] = ()
 
     @property
     def is_dynamic(self) -> bool:
@@ -69,6 +71,28 @@ class ExportSpec:
             return replace(tensor, shape=tuple(self.sizes[s] if isinstance(s, str) else s for s in tensor.shape))
 
         return replace(self, inputs=tuple(map(fix, self.inputs)), outputs=tuple(map(fix, self.outputs)))
+
+
+def calibration(spec: ExportSpec) -> Iterator[Arrays]:
+    """The inputs of `spec.calibration`, one batch after another, in the sizes of `spec`.
+
+    Where the first axis is fixed at less than a batch has, the batch comes in pieces; what is too short is repeated.
+    """
+    for path in spec.calibration:
+        with np.load(path) as arrays:
+            batch = {tensor.name: arrays[tensor.name] for tensor in spec.inputs}
+        fixed = {tensor.name: tensor.shape[0] for tensor in spec.inputs if tensor.shape}
+        pieces = max((-(-len(batch[name]) // rows) for name, rows in fixed.items() if isinstance(rows, int)), default=1)
+        for piece in range(pieces):
+            yield {tensor.name: _fitted(batch[tensor.name], tensor.shape, piece) for tensor in spec.inputs}
+
+
+def _fitted(array: np.ndarray, shape: tuple[int | str, ...], piece: int) -> np.ndarray:
+    for axis, size in enumerate(shape):
+        if isinstance(size, int) and array.shape[axis] != size:
+            start = 0 if axis else piece * size
+            array = np.take(array, (start + np.arange(size)) % array.shape[axis], axis)
+    return array
 
 
 def write_arrays(path: Path, arrays: Arrays) -> None:

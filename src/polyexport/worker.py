@@ -125,7 +125,8 @@ def convert(root: Path, job: Job) -> Any:
     assert route is not None, "a convert job names its route"
     target = root / job.target  # an absolute target stays as it is
     target.parent.mkdir(parents=True, exist_ok=True)
-    route.convert(root / job.source, target, job.spec)
+    spec = replace(job.spec, calibration=tuple(root / path for path in job.spec.calibration))
+    route.convert(root / job.source, target, spec)
     if not target.exists():
         raise RuntimeError(f"the converter ended without an error, but wrote no {each.artifact}")
     from polyexport.versions import versions
@@ -134,7 +135,11 @@ def convert(root: Path, job: Job) -> Any:
 
 
 def verify(root: Path, job: Job) -> Any:
-    """Load the artifact from disk, run it on every batch, compare."""
+    """Load the artifact from disk, run it on every batch, compare.
+
+    A runner may say what it is beyond a function: `verified_by` (see `Parity`), the artifact's own `signature` where
+    that is not PyTorch's, and its `shortfall`, what was asked for and dropped.
+    """
     from polyexport.parity import compare, merge
 
     assert job.spec is not None, "a job that runs an artifact has its signature"
@@ -148,7 +153,8 @@ def verify(root: Path, job: Job) -> Any:
     folder = artifact if artifact.is_dir() else artifact.parent
     verified_by = getattr(runner, "verified_by", None)
     parity = replace(merge(results, [batch.sizes for batch in job.batches]), verified_by=verified_by)
-    return {"parity": parity, **_fingerprint(folder)}
+    own = {name: getattr(runner, name) for name in ("signature", "shortfall") if hasattr(runner, name)}
+    return {"parity": parity, **own, **_fingerprint(folder)}
 
 
 def bench(root: Path, job: Job, answers: TextIO) -> int:

@@ -1,0 +1,272 @@
+"""Edge TPU: an int8 TensorFlow Lite model, compiled for Coral's accelerator.
+
+https://coral.ai/docs/edgetpu/compiler/
+
+Requirements:
+* What is compiled is a format of its own, `tflite-int8-nhwc`: all in int8, channels last, one row at a time, since the
+  accelerator takes nothing else. It is made and verified on the CPU, compiler or not.
+* The compiler is a program for Linux on x86-64 that the vendor's package repository has. Where it is not on PATH, the
+  outcome is `skipped`, and says what Coral's table of operations predicts.
+* An operation that is not mapped runs on the CPU, and so does all that follows it; with more than a tenth of them
+  there, the outcome is `degraded`.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from polyexport.errors import ToolMissing
+from polyexport.format import Format, Route, Runner, Snippet
+from polyexport.formats import tflite
+from polyexport.spec import Arrays, ExportSpec, TensorSpec
+
+COMPILER = "edgetpu_compiler"
+URL = "https://coral.ai/docs/edgetpu/compiler/"
+
+_ON_CPU_AT_MOST = 0.1
+_MODEL = "model.tflite"
+_LOG = "model_edgetpu.log"
+
+# --- the model before compilation -------------------------------------------------------------------------------------
+
+
+def convert(source: Path, target: Path, spec: ExportSpec) -> None:
+    """Lower the program of `torch.export` once more, for one row and channels last, and quantise it."""
+    import torch
+
+    one = _one_row(spec)
+    precise = target.with_name("float32.tflite")
+    tflite.lower(torch.export.load(source).module(), precise, one, channels_last=True)
+    tflite.quantise(precise, target, one, prepare=_channels_last)
+    precise.unlink()
+    print(prediction(target))
+
+
+def _one_row(spec: ExportSpec) -> ExportSpec:
+    """With every free leading axis of an input at one, and all other free axes as in the validation batch."""
+    leading = {tensor.dynamic[0] for tensor in spec.inputs if 0 in tensor.dynamic}
+    return replace(spec, sizes={**spec.sizes, **dict.fromkeys(leading, 1)}).static()
+
+
+def _channels_last(arrays: Arrays) -> Arrays:
+    return {name: array.transpose(tflite.TO_LAST) if array.ndim == 4 else array for name, array in arrays.items()}
+
+
+class Rowwise:
+    """The int8 model on the CPU, a batch fed in rows.
+
+    Attributes:
+        signature: The artifact's own: one row, channels last.
+        shortfall: That it has no batch, where one was asked for.
+    """
+
+    def __init__(self, path: Path, spec: ExportSpec, *, threads: int) -> None:
+        one = _one_row(spec)
+        self._run = tflite.Interpreted(path, one, threads=threads)
+        own = self._run.signature
+        self.signature = replace(own, inputs=_last(own.inputs), outputs=_last(own.outputs))
+        self._rows = {tensor.name: tensor.shape[:1] for tensor in one.inputs}
+        self.shortfall = "one row at a time: an Edge TPU has no batch axis" if spec.is_dynamic else ""
+
+    def __call__(self, inputs: Arrays) -> Arrays:
+        """Run it on PyTorch's arrays, of any number of rows."""
+        given = _channels_last(inputs)
+        pieces = max(len(array) // int(self._rows[name][0]) for name, array in given.items() if self._rows[name])
+        answers = [self._run({name: self._piece(name, array, index, pieces) for name, array in given.items()})
+                   for index in range(pieces)]  # fmt: skip
+        found = {name: np.concatenate([answer[name] for answer in answers]) for name in answers[0]}
+        return {name: array.transpose(tflite.TO_FIRST) if array.ndim == 4 else array for name, array in found.items()}
+
+    def _piece(self, name: str, array: np.ndarray, index: int, pieces: int) -> np.ndarray:
+        rows = int(self._rows[name][0]) if self._rows[name] else 0
+        return array[index * rows : (index + 1) * rows] if rows and len(array) == pieces * rows else array
+
+
+def _last(tensors: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
+    return tuple(
+        replace(tensor, shape=tuple(tensor.shape[axis] for axis in tflite.TO_LAST))
+        if len(tensor.shape) == 4
+        else tensor
+        for tensor in tensors
+    )
+
+
+def load_int8(path: Path, spec: ExportSpec, *, threads: int) -> Runner:
+    """Run it with LiteRT's interpreter on the CPU, row by row."""
+    return Rowwise(path, spec, threads=threads)
+
+
+# --- what would map ---------------------------------------------------------------------------------------------------
+
+SUPPORTED = frozenset({
+    "ADD", "AVERAGE_POOL_2D", "CONCATENATION", "CONV_2D", "DEPTHWISE_CONV_2D", "EXPAND_DIMS", "FULLY_CONNECTED",
+    "L2_NORMALIZATION", "LOGISTIC", "MAXIMUM", "MAX_POOL_2D", "MEAN", "MINIMUM", "MUL", "PACK", "PAD", "PRELU",
+    "QUANTIZE", "REDUCE_MAX", "REDUCE_MIN", "RELU", "RELU6", "RELU_N1_TO_1", "RESHAPE", "RESIZE_BILINEAR",
+    "RESIZE_NEAREST_NEIGHBOR", "RSQRT", "SLICE", "SOFTMAX", "SPACE_TO_DEPTH", "SPLIT", "SQUARED_DIFFERENCE",
+    "SQUEEZE", "STRIDED_SLICE", "SUB", "SUM", "TANH", "TRANSPOSE", "TRANSPOSE_CONV", "UNIDIRECTIONAL_SEQUENCE_LSTM",
+})  # fmt: skip  # a table is read at a glance
+"""The operations of Coral's table, for the runtime of its newest compiler (16), by TensorFlow Lite's names.
+
+https://coral.ai/docs/edgetpu/models-intro/#supported-operations
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Mapping:
+    """How many operations run where. `on_cpu` counts by name, with the reason."""
+
+    total: int
+    on_cpu: Counter[str]
+
+    def __str__(self) -> str:
+        mapped = f"{self.total - self.on_cpu.total()} of {self.total} operations"
+        kept = ", ".join(f"{count} × {name}" for name, count in sorted(self.on_cpu.items()))
+        return f"{mapped} on the Edge TPU" + (f", on the CPU {kept}" if kept else "")
+
+
+def predict(path: Path) -> Mapping:
+    """What Coral's table says of the operations in a file.
+
+    Of the limits in the table those are checked that show in types and shapes: int8, no free axis, and of the axes
+    before the last three none longer than one. Strides, sizes and the like are the compiler's own business.
+    """
+    on_cpu: Counter[str] = Counter()
+    operations = tflite.operations(path)
+    for name, tensors in operations:
+        if name not in SUPPORTED:
+            on_cpu[f"{name} (not supported)"] += 1
+        elif any(tensor["dtype"] not in (np.int8, np.uint8, np.int32) for tensor in tensors):
+            on_cpu[f"{name} (not int8)"] += 1
+        elif any(-1 in tensor["shape_signature"] for tensor in tensors):
+            on_cpu[f"{name} (a free axis)"] += 1
+        elif any(max(tensor["shape"][:-3], default=1) > 1 for tensor in tensors):
+            on_cpu[f"{name} (more than three axes)"] += 1
+    return Mapping(len(operations), on_cpu)
+
+
+def prediction(path: Path) -> str:
+    """The same in words."""
+    return f"Coral's table of operations predicts {predict(path)}"
+
+
+# --- compilation ------------------------------------------------------------------------------------------------------
+
+
+def compile_int8(source: Path, target: Path, spec: ExportSpec) -> None:
+    """Have the compiler write its model and its log beside a copy of the int8 one.
+
+    Raises:
+        ToolMissing: there is no compiler.
+    """
+    compiler = shutil.which(COMPILER)
+    if compiler is None:
+        raise ToolMissing(
+            f"{COMPILER} is not on PATH; it is at {URL} (Linux, x86-64). The int8 model that it would compile agrees "
+            f"with PyTorch on the CPU; {prediction(source)}"
+        )
+    model = target.with_name(_MODEL)
+    shutil.copyfile(source, model)
+    command = [compiler, "-s", "-a", "-o", str(target.parent), str(model)]
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
+    print(done.stdout, done.stderr)
+    if done.returncode:
+        said = " ".join((done.stderr or done.stdout).split())
+        raise RuntimeError(f"{COMPILER} ended with exit code {done.returncode}: {said}")
+    print(f"{prediction(source)}; {COMPILER} says: {read_log(target.with_name(_LOG).read_text(encoding='utf-8'))}")
+
+
+def read_log(text: str) -> Mapping:
+    """The table at the end of the compiler's log: an operator, how often, and its status.
+
+    Raises:
+        ValueError: there is no such table.
+    """
+    rows = re.findall(r"^([A-Za-z][\w-]*)[ \t]+(\d+)[ \t]+(\S.*?)[ \t]*$", text, re.MULTILINE)
+    if not rows:
+        raise ValueError(f"no operator is listed in the log of {COMPILER}")
+    on_cpu: Counter[str] = Counter()
+    for name, count, status in rows:
+        if status != "Mapped to Edge TPU":
+            on_cpu[f"{name} ({status})"] += int(count)
+    return Mapping(sum(int(count) for _, count, _ in rows), on_cpu)
+
+
+class Compiled(Rowwise):
+    """The int8 model of a compiled one, on the CPU: where there is no Edge TPU, that is what can be run."""
+
+    def __init__(self, path: Path, spec: ExportSpec, *, threads: int) -> None:
+        super().__init__(path.with_name(_MODEL), spec, threads=threads)
+        mapping = read_log(path.with_name(_LOG).read_text(encoding="utf-8"))
+        self.verified_by = f"the int8 model before compilation, on the CPU; {COMPILER} has {mapping}"
+        if mapping.on_cpu.total() > _ON_CPU_AT_MOST * mapping.total:
+            self.shortfall = "; ".join([str(mapping), *([self.shortfall] if self.shortfall else [])])
+
+
+def load(path: Path, spec: ExportSpec, *, threads: int) -> Runner:
+    """Run the int8 model that was compiled, on the CPU."""
+    return Compiled(path, spec, threads=threads)
+
+
+_CODE = """\
+import numpy as np
+from MODULE import MAKE
+
+interpreter = MAKE("{{ path }}")
+interpreter.allocate_tensors()
+batch = np.load("validation_batch.npz")
+for detail in interpreter.get_input_details():
+    name = next(name for name in {{ names | tojson }} if name in detail["name"])
+    row = np.moveaxis(batch[name][:1], 1, -1) if batch[name].ndim == 4 else batch[name][:1]
+    scale, zero = detail["quantization"]
+    interpreter.set_tensor(detail["index"], np.clip(np.round(row / scale) + zero, -128, 127).astype(np.int8))
+interpreter.invoke()
+outputs = [interpreter.get_tensor(detail["index"]) for detail in interpreter.get_output_details()]
+"""
+
+
+def _snippets(module: str, make: str) -> tuple[Snippet, ...]:
+    return (Snippet("Python", _CODE.replace("MODULE", module).replace("MAKE", make)),)
+
+
+def _format(name: str, description: str, artifact: str, route: Route, load: Any, **more: Any) -> Format:
+    return Format(
+        name=name,
+        description=description,
+        url=URL,
+        artifact=artifact,
+        precision="int8",
+        routes=(route,),
+        load=load,
+        runtime="tflite",
+        calibrated=True,
+        **more,
+    )
+
+
+FORMATS = (
+    _format(
+        "tflite-int8-nhwc",
+        "TensorFlow Lite model in int8, channels last, one row at a time: what an Edge TPU takes",
+        _MODEL,
+        Route("litert-torch", "pt2", "litert", convert),
+        load_int8,
+        snippets=_snippets("ai_edge_litert.interpreter", "Interpreter"),
+    ),
+    _format(
+        "edgetpu",
+        "TensorFlow Lite model compiled for Coral's Edge TPU",
+        "model_edgetpu.tflite",
+        Route(COMPILER, "tflite-int8-nhwc", "tflite", compile_int8),
+        load,
+        aliases=("coral",),
+        snippets=_snippets("pycoral.utils.edgetpu", "make_interpreter"),
+    ),
+)

@@ -1,0 +1,350 @@
+"""TensorFlow Lite, now LiteRT: one file for phones and small devices; in float32, in float16 and in int8.
+
+https://ai.google.dev/edge/litert
+
+Requirements:
+* Only LiteRT's own operators. What needs TensorFlow's besides (`SELECT_TF_OPS`) fails and says so: a device that has
+  the interpreter alone could not run it.
+* The artifact's own dtypes stand in the report: a route may narrow int64 to int32, and int8 takes quantised numbers.
+  The runner takes PyTorch's and converts.
+* Quantised ranges come from real batches, `spec.calibration`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from polyexport.format import Format, Route, Runner, Snippet
+from polyexport.formats.saved_model import SIGNATURE
+from polyexport.spec import Arrays, ExportSpec, TensorSpec, calibration
+
+if TYPE_CHECKING:
+    import torch
+
+URL = "https://ai.google.dev/edge/litert"
+ARTIFACT = "model.tflite"
+
+# --- conversion -------------------------------------------------------------------------------------------------------
+
+
+def convert_program(source: Path, target: Path, spec: ExportSpec) -> None:
+    """Lower the program of `torch.export` with litert-torch, which takes fixed shapes only."""
+    if spec.is_dynamic:
+        raise ValueError("it takes fixed shapes only")
+    import torch
+
+    lower(torch.export.load(source).module(), target, spec)
+
+
+def lower(module: Any, target: Path, spec: ExportSpec, *, channels_last: bool = False) -> None:
+    """Write a module with the signature `spec`, whose shapes are fixed, under its own names.
+
+    Args:
+        module: Takes tensors in forward's order, returns one or a tuple.
+        target: The file.
+        spec: Of the module, not of the artifact.
+        channels_last: Whether tensors of four axes, read as images, have their channels last in the artifact.
+    """
+    import litert_torch
+    import torch
+
+    class Named(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = module
+            self.training = False  # not eval(), which a program of torch.export refuses
+
+        def forward(self, **tensors: torch.Tensor) -> dict[str, torch.Tensor]:
+            given = (tensors[name] for name in spec.input_names)
+            found = self.inner(*(_permuted(t, TO_FIRST) if channels_last else t for t in given))
+            listed = (found,) if isinstance(found, torch.Tensor) else tuple(found)
+            outputs = zip(spec.output_names, listed, strict=True)
+            return {name: _permuted(t, TO_LAST) if channels_last else t for name, t in outputs}
+
+    inputs = {
+        tensor.name: torch.zeros([int(size) for size in tensor.shape], dtype=getattr(torch, tensor.dtype))
+        for tensor in spec.inputs
+    }
+    if channels_last:
+        inputs = {name: _permuted(tensor, TO_LAST).contiguous() for name, tensor in inputs.items()}
+    litert_torch.convert(Named(), (), inputs).export(str(target))
+
+
+TO_FIRST, TO_LAST = (0, 3, 1, 2), (0, 2, 3, 1)
+
+
+def _permuted(tensor: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
+    return tensor.permute(order) if tensor.ndim == 4 else tensor
+
+
+def convert_saved_model(source: Path, target: Path, spec: ExportSpec) -> None:
+    """Convert the SavedModel with TensorFlow's own converter, free axes and all."""
+    target.write_bytes(_converter(source).convert())
+
+
+def halve_saved_model(source: Path, target: Path, spec: ExportSpec) -> None:
+    """The same with its weights in float16."""
+    import tensorflow as tf
+
+    converter = _converter(source)
+    converter.optimizations = [tf.lite.Optimize.DEFAULT]
+    converter.target_spec.supported_types = [tf.float16]
+    target.write_bytes(converter.convert())
+
+
+def quantise_saved_model(source: Path, target: Path, spec: ExportSpec) -> None:
+    """The same with weights and activations in int8, to the borders."""
+    import tensorflow as tf
+
+    converter = _converter(source)
+    converter.optimizations = [tf.lite.Optimize.DEFAULT]
+    converter.representative_dataset = lambda: ((SIGNATURE, arrays) for arrays in calibration(spec))
+    converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
+    if all(np.dtype(tensor.dtype).kind == "f" for tensor in spec.inputs):
+        converter.inference_input_type = tf.int8
+    if all(np.dtype(tensor.dtype).kind == "f" for tensor in spec.outputs):
+        converter.inference_output_type = tf.int8
+    target.write_bytes(converter.convert())
+
+
+def _converter(source: Path) -> Any:
+    import tensorflow as tf
+
+    converter = tf.lite.TFLiteConverter.from_saved_model(str(source), signature_keys=[SIGNATURE])
+    converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]
+    return converter
+
+
+def halve(source: Path, target: Path, spec: ExportSpec) -> None:
+    """Store the weights of a float32 file in float16."""
+    from ai_edge_quantizer import quantizer, recipe_manager
+    from ai_edge_quantizer.algorithm_manager import AlgorithmName
+    from ai_edge_quantizer.qtyping import TFLOperationName
+
+    manager = recipe_manager.RecipeManager()
+    manager.add_weight_only_config(
+        regex=".*",
+        operation_name=TFLOperationName.ALL_SUPPORTED,
+        num_bits=16,
+        algorithm_key=AlgorithmName.FLOAT_CASTING,
+    )
+    work = quantizer.Quantizer(str(source), manager.get_quantization_recipe())
+    work.quantize().export_model(str(target), overwrite=True)
+
+
+def quantise(
+    source: Path, target: Path, spec: ExportSpec, *, prepare: Callable[[Arrays], Arrays] = lambda arrays: arrays
+) -> None:
+    """Quantise weights and activations of a float32 file to int8, as far as there are int8 operators.
+
+    `prepare` brings a batch into the artifact's layout.
+    """
+    from ai_edge_quantizer import quantizer, recipe, recipe_manager
+    from ai_edge_quantizer.calibrator import Calibrator
+    from ai_edge_quantizer.utils.qsv_utils import min_max_update
+
+    interpreter = _interpreter(source, threads=1)
+    (signature,) = interpreter.get_signature_list()
+    details = interpreter.get_signature_runner(signature).get_input_details()
+    manager = recipe_manager.RecipeManager()
+    manager.load_quantization_recipe(recipe.static_wi8_ai8())
+    # the range of all batches; by default it is a moving average, which one row after another leaves far too narrow
+    ranges = Calibrator(str(source), num_threads=1, qsv_update_func=min_max_update)
+    batches = [_to_artifact(prepare(arrays), details) for arrays in calibration(spec)]
+    ranges.calibrate({signature: batches}, manager)
+    work = quantizer.Quantizer(str(source), manager.get_quantization_recipe())
+    work.quantize(ranges.get_model_qsvs()).export_model(str(target), overwrite=True)
+
+
+# --- running ----------------------------------------------------------------------------------------------------------
+
+Detail = Mapping[str, Any]
+"""What the interpreter tells of a tensor."""
+
+
+class Interpreted:
+    """A file in LiteRT's interpreter, on the CPU.
+
+    Attributes:
+        signature: The artifact's own.
+        shortfall: What an int8 file computes in float32 all the same.
+    """
+
+    shortfall = ""
+
+    def __init__(self, path: Path, spec: ExportSpec, *, threads: int) -> None:
+        self._runner = _interpreter(path, threads=threads).get_signature_runner()
+        self._in: Mapping[str, Detail] = self._runner.get_input_details()
+        self._out: Mapping[str, Detail] = self._runner.get_output_details()
+        self._spec = spec
+        self.signature = ExportSpec(
+            tuple(_described(tensor, self._in) for tensor in spec.inputs),
+            tuple(_described(tensor, self._out) for tensor in spec.outputs),
+        )
+
+    def __call__(self, inputs: Arrays) -> Arrays:
+        """Run it on PyTorch's inputs; an output that is quantised comes back as float32."""
+        answer = self._runner(**_to_artifact(inputs, self._in))
+        return {
+            tensor.name: _from_artifact(answer[tensor.name], self._out[tensor.name], tensor.dtype)
+            for tensor in self._spec.outputs
+        }
+
+
+def load(path: Path, spec: ExportSpec, *, threads: int) -> Runner:
+    """Run it with LiteRT's interpreter on the CPU."""
+    return Interpreted(path, spec, threads=threads)
+
+
+def load_int8(path: Path, spec: ExportSpec, *, threads: int) -> Runner:
+    """The same, and tell which of its operators are not in int8."""
+    runner = Interpreted(path, spec, threads=threads)
+    runner.shortfall = float_operations(path)
+    return runner
+
+
+def operations(path: Path) -> list[tuple[str, list[Detail]]]:
+    """The operators of a file's main graph in order, each with its inputs and outputs, constants left out."""
+    interpreter = _interpreter(path, threads=1)
+    tensors = {detail["index"]: detail for detail in interpreter.get_tensor_details()}
+    listed = interpreter._get_ops_details()  # the interpreter tells it nowhere else
+    computed = {detail["index"] for detail in interpreter.get_input_details()}
+    computed |= {index for each in listed for index in each["outputs"]}
+    return [
+        (each["op_name"], [tensors[index] for index in (*each["inputs"], *each["outputs"]) if index in computed])
+        for each in listed
+    ]
+
+
+def float_operations(path: Path) -> str:
+    """Which operators compute in float32, in words; empty where none does."""
+    found = Counter(
+        name
+        for name, tensors in operations(path)
+        if name not in ("QUANTIZE", "DEQUANTIZE") and any(tensor["dtype"] == np.float32 for tensor in tensors)
+    )
+    listed = ", ".join(f"{count} × {name}" for name, count in sorted(found.items()))
+    return f"in float32, since there is no int8 for it: {listed}" if listed else ""
+
+
+def _interpreter(path: Path, *, threads: int) -> Any:
+    from ai_edge_litert.interpreter import Interpreter
+
+    return Interpreter(str(path), num_threads=threads)
+
+
+def _described(tensor: TensorSpec, details: Mapping[str, Detail]) -> TensorSpec:
+    """As the artifact has it; an input that the artifact does not read stays as it is."""
+    found = details.get(tensor.name)
+    return replace(tensor, dtype=np.dtype(found["dtype"]).name) if found else tensor
+
+
+def _to_artifact(inputs: Arrays, details: Mapping[str, Detail]) -> Arrays:
+    """PyTorch's arrays as the artifact takes them: narrowed, or quantised with its own scale."""
+    given = {}
+    for name, detail in details.items():
+        array, dtype, scales = inputs[name], np.dtype(detail["dtype"]), _scales(detail)
+        if scales.size and array.dtype.kind == "f":
+            limits = np.iinfo(detail["dtype"])
+            array = np.clip(np.round(array / scales) + _zeros(detail), limits.min, limits.max)
+        given[name] = np.ascontiguousarray(array, dtype)
+    return given
+
+
+def _from_artifact(array: np.ndarray, detail: Detail, dtype: str) -> np.ndarray:
+    """An output in PyTorch's dtype; one of another kind stays as it is, for parity to see."""
+    scales = _scales(detail)
+    if scales.size and array.dtype.kind in "iu":
+        return np.asarray((array - _zeros(detail)) * scales, np.float32)
+    return array.astype(dtype) if array.dtype.kind == np.dtype(dtype).kind else array
+
+
+def _scales(detail: Detail) -> np.ndarray:
+    return np.asarray(detail["quantization_parameters"]["scales"])
+
+
+def _zeros(detail: Detail) -> np.ndarray:
+    return np.asarray(detail["quantization_parameters"]["zero_points"])
+
+
+SNIPPETS = (
+    Snippet(
+        "Python",
+        """\
+import numpy as np
+from ai_edge_litert.interpreter import Interpreter
+
+runner = Interpreter("{{ path }}").get_signature_runner()
+batch = np.load("validation_batch.npz")
+
+
+def given(name, detail):  # int8 counts steps of a scale from a zero point
+    scale, zero = detail["quantization"]
+    x = np.clip(np.round(batch[name] / scale) + zero, -128, 127) if scale else batch[name]
+    return x.astype(detail["dtype"])
+
+
+outputs = runner(**{name: given(name, detail) for name, detail in runner.get_input_details().items()})
+""",
+    ),
+    Snippet(
+        "Kotlin",
+        """\
+import com.google.ai.edge.litert.Accelerator
+import com.google.ai.edge.litert.CompiledModel
+
+val model = CompiledModel.create("{{ path }}", CompiledModel.Options(Accelerator.CPU))
+val inputs = model.createInputBuffers()  // {{ names | join(", ") }}
+val outputs = model.createOutputBuffers()  // {{ outputs | join(", ") }}
+model.run(inputs, outputs)
+""",
+    ),
+)
+
+
+def _format(name: str, precision: str, description: str, *routes: Route, **more: Any) -> Format:
+    return Format(
+        name=name,
+        aliases=(name.replace("tflite", "litert"),),
+        description=description,
+        url=URL,
+        artifact=ARTIFACT,
+        precision=precision,
+        routes=routes,
+        runtime="tflite",
+        snippets=SNIPPETS,
+        **({"load": load} | more),
+    )
+
+
+FORMATS = (
+    _format(
+        "tflite",
+        "float32",
+        "TensorFlow Lite (LiteRT) model, for phones and small devices",
+        Route("litert-torch", "pt2", "litert", convert_program),
+        Route("tensorflow", "saved_model", "tensorflow", convert_saved_model),
+    ),
+    _format(
+        "tflite-fp16",
+        "float16",
+        "TensorFlow Lite model with its weights in float16, half the size",
+        Route("quantizer", "tflite", "tflite", halve),
+        Route("tensorflow", "saved_model", "tensorflow", halve_saved_model),
+    ),
+    _format(
+        "tflite-int8",
+        "int8",
+        "TensorFlow Lite model in int8, calibrated with validation batches",
+        Route("quantizer", "tflite", "tflite", quantise),
+        Route("tensorflow", "saved_model", "tensorflow", quantise_saved_model),
+        load=load_int8,
+        calibrated=True,
+    ),
+)

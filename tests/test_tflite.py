@@ -1,0 +1,292 @@
+"""TensorFlow Lite and Edge TPU: every model of the zoo, signatures, calibration, the compiler's contract."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import polyexport
+import zoo
+from polyexport import Report, toolchain
+from polyexport.formats import edgetpu
+from polyexport.spec import write_arrays
+from test_lowering import HERE, PACKAGE, in_toolchain, many
+
+TFLITE = ("tflite", "tflite-fp16", "tflite-int8")
+
+NOT_IN_INT8 = {
+    "segformer": "cosine similarity 0.9",
+    "gpt2": "cosine similarity 0.98",
+    "unet": "top-1 agreement 9",
+}
+"""What eight bits cost these with random weights; gpt2 agrees by TensorFlow's quantizer, the second route."""
+
+
+@pytest.mark.slow
+def test_the_zoo_agrees_at_three_batch_sizes(lowered: dict[str, dict[str, str]]) -> None:
+    roots = list(lowered)
+    assert {lowered[root]["tflite"] for root in roots} == {"made"}
+    made = many("tflite", "convert", TFLITE[1:], roots)
+    assert made == {root: dict.fromkeys(TFLITE[1:], "made") for root in roots}
+    found = many("tflite", "verify", TFLITE, roots)
+    for root, by_format in found.items():
+        for name, parity in by_format.items():
+            assert isinstance(parity, dict), (root, name, parity)
+            assert [sizes["batch"] for sizes in parity["batches"]] == [zoo.BATCH, 1, 3]
+            lost = NOT_IN_INT8.get(Path(root).name) if name == "tflite-int8" else None
+            assert parity["passed"] == (lost is None), (root, name, parity["reason"])
+            assert lost is None or lost in parity["reason"]
+
+
+# --- one model, end to end --------------------------------------------------------------------------------------------
+
+
+class Classifier(torch.nn.Module):
+    """Two convolutions and a linear layer: what an Edge TPU is made for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = torch.nn.Sequential(
+            *(torch.nn.Conv2d(3, 8, 3, 2, 1), torch.nn.ReLU(), torch.nn.Conv2d(8, 8, 3, padding=1), torch.nn.ReLU()),
+            *(torch.nn.Flatten(), torch.nn.Linear(8 * 8 * 8, 5)),
+        )
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return self.body(image)
+
+
+def run_here(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put the stand-in on PATH, under the compiler's name."""
+    folder.mkdir()
+    program = folder / edgetpu.COMPILER
+    program.write_text(f'#!/bin/sh\nexec {toolchain.find("tflite").interpreter()} {HERE / "edgetpu_standin.py"} "$@"\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder), prepend=":")
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Report:
+    """The classifier in every format that is told of below, where the stand-in is on PATH."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("tflite")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        run_here(folder / "bin", monkeypatch)
+        return polyexport.export(
+            Classifier(),
+            torch.randn(4, 3, 16, 16),
+            ["tflite", "tflite-int8", "edgetpu"],
+            folder / "export",
+            calibration=[torch.randn(4, 3, 16, 16)],
+            bench=False,
+        )
+
+
+@pytest.mark.slow
+def test_a_free_batch_beats_the_order_of_routes(report):
+    outcome = report["tflite"]
+    reason = "by another route, since litert-torch: failed: ValueError: it takes fixed shapes only"
+    assert (outcome.state, outcome.route, outcome.reason) == ("verified", "tensorflow", reason)
+    assert len(outcome.parity.batches) == 3
+
+
+@pytest.mark.slow
+def test_the_report_tells_the_artifacts_own_signature(report):
+    outcome = report["tflite-int8"]
+    assert (outcome.state, outcome.route, outcome.reason) == ("verified", "quantizer", "")
+    assert [str(tensor) for tensor in outcome.inputs] == ["image: int8[batch, 3, 16, 16]"]
+    assert [str(tensor) for tensor in outcome.outputs] == ["output_0: int8[batch, 5]"]
+    (tensor,) = report["edgetpu"].inputs
+    assert (tensor.dtype, tensor.shape) == ("int8", (1, 16, 16, 3))
+
+
+@pytest.mark.slow
+def test_an_edge_tpu_model_is_verified_before_compilation_and_says_so(report):
+    outcome = report["edgetpu"]
+    assert (outcome.state, outcome.reason) == ("degraded", "one row at a time: an Edge TPU has no batch axis")
+    assert outcome.parity.verified_by.startswith("the int8 model before compilation, on the CPU; edgetpu_compiler has ")
+    assert len(outcome.parity.batches) == 3
+    assert "stand-in" in (report.folder / "logs" / "edgetpu.log").read_text()
+    names = sorted(path.name for path in (report.folder / "edgetpu").iterdir())
+    assert names == ["model.tflite", "model_edgetpu.log", "model_edgetpu.tflite"]
+
+
+@pytest.mark.slow
+def test_fixed_shapes_come_by_the_first_route_with_narrow_integers(tmp_path):
+    module, inputs = zoo.build("two_inputs")
+    report = polyexport.export(module, inputs, ["tflite"], tmp_path / "x", dynamic=False, bench=False)
+    outcome = report["tflite"]
+    assert (outcome.state, outcome.route, outcome.reason) == ("verified", "litert-torch", "")
+    assert [str(tensor) for tensor in outcome.inputs] == ["ids: int32[4, 9]", "mask: bool[4, 9]"]
+
+
+@pytest.mark.slow
+def test_by_the_manifest_alone_a_compiled_model_takes_any_number_of_rows(shadows):
+    assert shadows["loaded"] == {"output_0": ["float32", [3, 5]]}
+
+
+# --- shadows: what must not pass --------------------------------------------------------------------------------------
+
+CASES = """
+import sys, types, json, os
+module = types.ModuleType("polyexport"); module.__path__ = [PACKAGE]; sys.modules["polyexport"] = module
+answers = os.fdopen(os.dup(1), "w"); os.dup2(2, 1)
+from dataclasses import replace
+from pathlib import Path
+import numpy as np
+from polyexport import worker
+from polyexport.formats import edgetpu, tflite
+from polyexport.spec import ExportSpec
+from polyexport.job import Job
+from polyexport.records import decode, encode, read_json
+root, elsewhere = Path(ROOT), Path(ELSEWHERE)
+jobs = {name: decode(Job, read_json(next((root / "source" / "jobs").glob(f"{name}.*.verify.json"))))
+        for name in ("tflite", "tflite-int8", "edgetpu")}
+def verify(name, source):
+    try:
+        return encode(worker.verify(root, replace(jobs[name], source=str(source))))
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+found = {}
+
+about = read_json(root / "manifest.json")["artifacts"]["edgetpu"]
+run = edgetpu.load(root / about["path"], decode(ExportSpec, about), threads=1)
+answer = run({"image": np.zeros((3, 3, 16, 16), np.float32)})
+found["loaded"] = {name: [str(array.dtype), array.shape] for name, array in answer.items()}
+
+spec = replace(jobs["tflite-int8"].spec, calibration=(elsewhere / "tiny.npz",))
+tflite.quantise(root / "tflite" / "model.tflite", elsewhere / "tiny.tflite", spec)
+found["wrong ranges"] = verify("tflite-int8", elsewhere / "tiny.tflite")
+found["not in int8"] = verify("tflite-int8", root / "tflite" / "model.tflite")
+found["unlike"] = verify("tflite", root / "edgetpu" / "model.tflite")
+found["refused"] = verify("edgetpu", elsewhere / "refused" / "model_edgetpu.tflite")
+
+os.environ["PATH"] = ""
+try:
+    edgetpu.compile_int8(root / "edgetpu" / "model.tflite", elsewhere / "x.tflite", spec)
+except Exception as error:
+    found["no compiler"] = f"{type(error).__name__}: {error}"
+files = [root / name / "model.tflite" for name in ("edgetpu", "tflite-int8", "tflite")]
+found["predicted"] = [str(edgetpu.predict(file)) for file in files]
+json.dump(found, answers); answers.close(); os._exit(0)
+"""
+
+
+@pytest.fixture(scope="module")
+def shadows(report: Report, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What became of wrong files; see `CASES`."""
+    folder = tmp_path_factory.mktemp("shadows")
+    write_arrays(folder / "tiny.npz", {"image": np.full((4, 3, 16, 16), 1e-3, np.float32)})
+    shutil.copytree(report.folder / "edgetpu", folder / "refused")
+    log = folder / "refused" / "model_edgetpu.log"
+    log.write_text(log.read_text().replace("Mapped to Edge TPU", "Operation not supported", 1))
+    script = folder / "cases.py"
+    known = f"PACKAGE, ROOT, ELSEWHERE = {str(PACKAGE)!r}, {str(report.folder)!r}, {str(folder)!r}\n"
+    script.write_text(known + CASES)
+    found: dict[str, Any] = json.loads(in_toolchain("tflite", str(script)))
+    return found
+
+
+@pytest.mark.slow
+def test_ranges_of_other_inputs_are_a_mismatch(shadows):
+    assert not shadows["wrong ranges"]["parity"]["passed"]
+
+
+@pytest.mark.slow
+def test_a_file_with_another_layout_does_not_pass_for_the_right_one(shadows):
+    unlike = shadows["unlike"]
+    assert isinstance(unlike, str) or not unlike["parity"]["passed"]
+
+
+@pytest.mark.slow
+def test_operators_left_in_float_are_told(shadows):
+    assert shadows["not in int8"]["shortfall"].startswith("in float32, since there is no int8 for it: ")
+    assert "CONV_2D" in shadows["not in int8"]["shortfall"]
+
+
+@pytest.mark.slow
+def test_operations_that_the_compiler_leaves_to_the_cpu_are_told_and_degrade(shadows):
+    first, second = shadows["refused"]["shortfall"].split("; ")
+    assert "(Operation not supported)" in first
+    assert second == "one row at a time: an Edge TPU has no batch axis"
+    assert shadows["refused"]["parity"]["passed"]
+
+
+@pytest.mark.slow
+def test_without_the_compiler_it_is_told_where_to_get_it_and_what_would_map(shadows):
+    reason = shadows["no compiler"]
+    assert reason.startswith(
+        "ToolMissing: edgetpu_compiler is not on PATH; it is at https://coral.ai/docs/edgetpu/compiler/"
+    )
+    assert len(reason.removeprefix("ToolMissing: ")) < 500  # what a reason holds
+    assert shadows["predicted"][0] in reason
+
+
+@pytest.mark.slow
+def test_corals_table_refuses_a_batch_and_float32(shadows):
+    one_row, batch, precise = shadows["predicted"]
+    assert "on the CPU" not in one_row
+    assert "(a free axis)" in batch
+    assert precise.startswith("0 of ")
+    assert "(not int8)" in precise
+
+
+def test_corals_table_refuses_what_it_does_not_list_and_what_has_too_many_axes(tmp_path, monkeypatch):
+    def tensor(*shape: int) -> dict[str, Any]:
+        return {"dtype": np.int8, "shape": shape, "shape_signature": shape}
+
+    listed = [("CONV_2D", [tensor(1, 8, 8, 3)]), ("CONV_2D", [tensor(4, 8, 8, 3)]), ("GELU", [tensor(1, 5)])]
+    monkeypatch.setattr(edgetpu.tflite, "operations", lambda path: listed)
+    words = "1 of 3 operations on the Edge TPU, on the CPU 1 × CONV_2D (more than three axes), 1 × GELU (not supported)"
+    assert str(edgetpu.predict(tmp_path / "model.tflite")) == words
+
+
+# --- the compiler's log -----------------------------------------------------------------------------------------------
+
+LOG = """Edge TPU Compiler version 16.0.384591198
+Input: model.tflite
+Output: model_edgetpu.tflite
+
+Operator                       Count      Status
+
+CONCATENATION                  1          More than one subgraph is not supported
+MAX_POOL_2D                    6          Mapped to Edge TPU
+CONV_2D                        11         Mapped to Edge TPU
+CONV_2D                        2          More than one subgraph is not supported
+DEQUANTIZE                     1          Operation is working on an unsupported data type
+"""
+"""As the vendor's program writes it (after google-coral/edgetpu#519 and others)."""
+
+
+def test_the_compilers_log_is_read():
+    mapping = edgetpu.read_log(LOG)
+    assert mapping.total == 21
+    assert mapping.on_cpu == Counter(
+        {
+            "CONCATENATION (More than one subgraph is not supported)": 1,
+            "CONV_2D (More than one subgraph is not supported)": 2,
+            "DEQUANTIZE (Operation is working on an unsupported data type)": 1,
+        }
+    )
+    assert str(mapping).startswith("17 of 21 operations on the Edge TPU, on the CPU 1 × CONCATENATION (More")
+
+
+def test_a_log_without_a_table_is_an_error():
+    with pytest.raises(ValueError, match="no operator is listed"):
+        edgetpu.read_log(LOG.split("Operator")[0])
+
+
+def test_a_compiler_that_fails_is_told_in_its_own_words(tmp_path, monkeypatch):
+    program = tmp_path / edgetpu.COMPILER
+    program.write_text("#!/bin/sh\necho 'Invalid model: not quantized' >&2\nexit 1\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    (tmp_path / "int8.tflite").touch()
+    with pytest.raises(RuntimeError, match="edgetpu_compiler ended with exit code 1: Invalid model: not quantized"):
+        edgetpu.compile_int8(tmp_path / "int8.tflite", tmp_path / "model_edgetpu.tflite", None)
