@@ -66,7 +66,7 @@ class ExportCallback(Callback):
             returns a tensor, a tuple of positional arguments, or a dict of keyword arguments.
         dynamic: True frees the batch axis, False none; or input name -> {axis: name}.
         fail_on: States that make `fit` raise `ExportFailed` once everything is written.
-        timeout: Seconds that one conversion or verification may take.
+        timeout: Seconds that one conversion or verification may take, without those in which training has the machine.
         workers: How many conversions run side by side; by default half the cores, at least two.
         publish: `"auto"` for W&B when the trainer has a `WandbLogger`, or functions that take the report.
         monitor: Which `ModelCheckpoint` to follow, by what it monitors, where there are several.
@@ -332,6 +332,7 @@ class ExportCallback(Callback):
     def _drain(self) -> None:
         """Finish what is under way; time the newest, now that the machine is quiet."""
         assert self._engine is not None, "only rank zero drains"
+        self._engine.hurry()
         for future in self._futures:
             try:
                 self.reports.append(future.result())

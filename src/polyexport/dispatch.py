@@ -24,7 +24,6 @@ class Bounds:
 
     timeout: float
     threads: int
-    nice: int = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +82,7 @@ class Dispatcher:
         """Write a job's file."""
         path = self.root / "source" / "jobs" / f"{name}.json"
         own = self.sys_path if chain.in_host or chain.layered else ()
-        write_json(path, replace(job, threads=self.bounds.threads, nice=self.bounds.nice, sys_path=own))
+        write_json(path, replace(job, threads=self.bounds.threads, background=self.workers.background, sys_path=own))
         return path
 
 

@@ -77,7 +77,7 @@ class Engine:
 
     Args:
         workers: How many jobs run side by side; by default half the cores, at least two.
-        timeout: Seconds that one conversion or verification may take.
+        timeout: Seconds that one conversion or verification may take, without those in which it has no processor.
     """
 
     def __init__(self, *, workers: int | None = None, timeout: float = 600.0) -> None:
@@ -107,6 +107,10 @@ class Engine:
             future = self._queue.submit(self._export, request)
             self._waiting = (future, request)
         return future
+
+    def hurry(self) -> None:
+        """Training is over: workers that start from now on are no longer in the background."""
+        self._workers.background = False
 
     @property
     def doing(self) -> Mapping[str, str]:
@@ -205,13 +209,14 @@ class Engine:
     def bench(self, report: Report, formats: Iterable[Format] = ()) -> Report:
         """Time every artifact that runs, and eager PyTorch, on all cores; saves the report.
 
-        Call it when the machine is quiet.
+        Call it when the machine is quiet: nothing is in the background any more.
 
         Args:
             report: A finished export.
             formats: The `Format` values in it that are not ours.
         """
-        bounds = replace(self._bounds, threads=self._cores, nice=0)
+        self.hurry()
+        bounds = replace(self._bounds, threads=self._cores)
         dispatcher = self._dispatcher(report.folder, report.folder, bounds)
         return bench(report, {each.name: each for each in (*known().values(), *formats)}, dispatcher, self._watch)
 
@@ -316,6 +321,7 @@ def export(
         save_structure(module, None, work / "source")
         torch.save(module.state_dict(), work / "source" / "weights.pt")
         with Engine(workers=workers, timeout=timeout) as engine:
+            engine.hurry()
             report = engine.submit(Request(work, final.name, chosen, dynamic, best=False)).result()
             return engine.bench(report, chosen) if bench else report
     finally:

@@ -11,12 +11,14 @@ import os
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from polyexport.job import result_path
+from polyexport.priority import waited_seconds
 from polyexport.records import read_json
 
 _DISTRIBUTED = (
@@ -55,9 +57,13 @@ class Ended:
 
 
 class Workers:
-    """The processes that are running, so that all can be ended at once."""
+    """The processes that are running, so that all can be ended at once.
+
+    `background` tells whether training runs beside them: those that start then take only what it leaves.
+    """
 
     def __init__(self) -> None:
+        self.background = True
         self._running: set[subprocess.Popen[Any]] = set()
         self._lock = threading.Lock()
         self._closed = False
@@ -76,9 +82,7 @@ class Workers:
         with log.open("ab") as stream, self._started([*command, str(job)], stream, stream, environment) as process:
             if process is None:
                 return Ended(error="cancelled", kind="cancelled")
-            try:
-                process.wait(timeout)
-            except subprocess.TimeoutExpired:
+            if not _ends_within(process, timeout):
                 return Ended(error=f"timed out after {timeout:g} s", kind="timed out", seconds=timeout)
             if self._closed:
                 return Ended(error="cancelled", kind="cancelled")
@@ -174,6 +178,18 @@ def environment(*, threads: int, gpu: bool, host: bool) -> dict[str, str]:
         kept["CUDA_VISIBLE_DEVICES"] = ""
     kept |= dict.fromkeys(_THREADS, str(threads))
     return kept | {"PYTHONUNBUFFERED": "1", "TF_CPP_MIN_LOG_LEVEL": "2", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def _ends_within(process: subprocess.Popen[Any], timeout: float) -> bool:
+    """Wait for the end of a process; seconds in which others had its processor do not count."""
+    start = time.monotonic()
+    while True:
+        left = timeout + waited_seconds(process.pid) - (time.monotonic() - start)
+        if left <= 0:
+            return False
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(left)
+            return True
 
 
 def _read(result: Path, returncode: int) -> Ended:

@@ -39,6 +39,7 @@ import numpy as np
 from polyexport.errors import CannotRun, ToolMissing
 from polyexport.format import Format, Route, Runner
 from polyexport.job import Job, result_path
+from polyexport.priority import step_back
 from polyexport.records import decode, read_json, write_json
 from polyexport.spec import Arrays
 
@@ -61,7 +62,8 @@ def main() -> int:
         print(json.dumps(_JOBS[job.kind](root, job), indent=2, default=str))
         return 0
     answers = _keep_stdout()
-    os.nice(job.nice)
+    if job.background:
+        step_back()
     if job.kind == "bench":
         return bench(root, job, answers)
     _end_with_parent()
