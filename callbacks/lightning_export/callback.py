@@ -72,6 +72,10 @@ class ExportCallback(Callback):
         monitor: Which `ModelCheckpoint` to follow, by what it monitors, where there are several.
         keep: How many exports stay on disk; the newest always does. By default all.
         bench: Whether to time the artifacts when `fit` ends.
+        executor: Has the work done on other machines: anything with `submit(function, *arguments)` that returns a
+            future, such as dask's `Client.get_executor()`. Timing stays on this one.
+        staging: An fsspec URL that this machine and those reach, through which files travel; else they travel through
+            the executor.
 
     Attributes:
         reports: The finished exports of this run, the oldest first.
@@ -97,6 +101,8 @@ class ExportCallback(Callback):
         monitor: str | None = None,
         keep: int | None = None,
         bench: bool = True,
+        executor: Any = None,
+        staging: str | None = None,
     ) -> None:
         super().__init__()
         self.formats = resolve(formats)
@@ -114,6 +120,8 @@ class ExportCallback(Callback):
         self.monitor = monitor
         self.keep = keep
         self.bench = bench
+        self.executor = executor
+        self.staging = staging
         self.reports: list[Report] = []
         self._engine: Engine | None = None
         self._futures: list[Future[Report]] = []
@@ -157,7 +165,9 @@ class ExportCallback(Callback):
 
         Other ranks would wait for this one, so a distributed run makes them in the background, when they are needed.
         """
-        self._engine = Engine(workers=self.workers, timeout=self.timeout)
+        self._engine = Engine(workers=self.workers, timeout=self.timeout, executor=self.executor, staging=self.staging)
+        if self.executor is not None:
+            return  # toolchains are made where the jobs land
         missing = {chain for chains in plan.toolchains(self.formats).values() for chain in chains if not chain.ready}
         for chain in sorted(missing, key=lambda each: each.name):
             if distributed:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from polyexport import toolchain
+from polyexport.elsewhere import Elsewhere, Errand, run
 from polyexport.format import Format
 from polyexport.formats import known
 from polyexport.job import Job, reproduce
@@ -37,6 +38,7 @@ class Dispatcher:
         slots: Runs as many jobs at once as there are slots.
         bounds: What each worker may take.
         sys_path: The training process's import path.
+        elsewhere: Where jobs run; None for this machine.
     """
 
     root: Path
@@ -45,9 +47,12 @@ class Dispatcher:
     slots: Executor
     bounds: Bounds
     sys_path: tuple[str, ...]
+    elsewhere: Elsewhere | None = None
 
     def run(self, job: Job, chain: Toolchain, name: str, log: str, *, gpu: bool = False) -> tuple[Ended, str]:
         """Have a job done when a slot is free; returns how it ended and the command to run it again."""
+        if self.elsewhere is not None:
+            return self._run_elsewhere(self.elsewhere, job, chain, name, log, gpu=gpu)
         try:
             command = chain.command()
         except Exception as error:  # an environment that cannot be made is a missing tool, whatever went wrong in it
@@ -58,6 +63,16 @@ class Dispatcher:
             self.workers.run, command, path, self.root / log, timeout=self.bounds.timeout, environment=around
         )
         return done.result(), reproduce(command, self.final / path.relative_to(self.root))
+
+    def _run_elsewhere(
+        self, elsewhere: Elsewhere, job: Job, chain: Toolchain, name: str, log: str, *, gpu: bool
+    ) -> tuple[Ended, str]:
+        path = self._place(job, chain, name)
+        place = path.relative_to(self.root)
+        errand = Errand(place.as_posix(), log, chain, self.bounds.timeout, self.bounds.threads, gpu)
+        done = self.slots.submit(run, elsewhere, self.root, job, errand, lambda: self.workers.closed)
+        ended, command = done.result()
+        return ended, reproduce(command, self.final / place) if command else ""
 
     @contextlib.contextmanager
     def converse(self, job: Job, chain: Toolchain, name: str, log: str, *, gpu: bool = False) -> Iterator[Conversation]:
@@ -82,7 +97,7 @@ class Dispatcher:
         """Write a job's file."""
         path = self.root / "source" / "jobs" / f"{name}.json"
         own = self.sys_path if chain.in_host or chain.layered else ()
-        write_json(path, replace(job, threads=self.bounds.threads, background=self.workers.background, sys_path=own))
+        write_json(path, replace(job, threads=self.bounds.threads, sys_path=own))
         return path
 
 

@@ -24,8 +24,9 @@ from polyexport import toolchain
 from polyexport.bench import bench
 from polyexport.build import Build
 from polyexport.dispatch import Bounds, Dispatcher
+from polyexport.elsewhere import Elsewhere
 from polyexport.errors import BadRequest
-from polyexport.folders import point_best, prune, unfinished
+from polyexport.folders import point_best, prune, take_place, unfinished
 from polyexport.format import Format
 from polyexport.formats import known, resolve
 from polyexport.job import Job
@@ -78,13 +79,29 @@ class Engine:
     Args:
         workers: How many jobs run side by side; by default half the cores, at least two.
         timeout: Seconds that one conversion or verification may take, without those in which it has no processor.
+        executor: Has the jobs done on other machines: anything with `submit(function, *arguments)` that returns a
+            future. Timing stays on this one.
+        staging: An fsspec URL that this machine and those reach, through which files travel; else they travel through
+            the executor.
     """
 
-    def __init__(self, *, workers: int | None = None, timeout: float = 600.0) -> None:
+    def __init__(
+        self,
+        *,
+        workers: int | None = None,
+        timeout: float = 600.0,
+        executor: Any = None,
+        staging: str | None = None,
+    ) -> None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         count = workers if workers is not None else max(2, cores // 2)
         if count < 1 or timeout <= 0:
             raise BadRequest(f"workers={workers}, timeout={timeout}: both must be greater than zero")
+        if executor is not None and not callable(getattr(executor, "submit", None)):
+            raise BadRequest(f"executor={executor!r} has no submit(function, *arguments)")
+        if staging is not None and executor is None:
+            raise BadRequest(f"staging={staging!r} is for an executor; give executor= too")
+        self._elsewhere = None if executor is None else Elsewhere(executor, staging)
         self._cores = cores
         self._bounds = Bounds(timeout=timeout, threads=max(1, cores // count))
         self._workers = Workers()
@@ -109,8 +126,8 @@ class Engine:
         return future
 
     def hurry(self) -> None:
-        """Training is over: workers that start from now on are no longer in the background."""
-        self._workers.background = False
+        """Training is over: workers are no longer in the background."""
+        self._workers.hurry()
 
     @property
     def doing(self) -> Mapping[str, str]:
@@ -136,7 +153,7 @@ class Engine:
     def _export(self, request: Request) -> Report:
         start = time.perf_counter()
         self._watch("model", "running PyTorch")
-        dispatcher = self._dispatcher(request.work, request.final, self._bounds)
+        dispatcher = self._dispatcher(request.work, request.final, self._bounds, self._elsewhere)
         if request.held:
             _fetch(request.held, request.work / "source" / "weights.pt")
         job = Job("prepare", options={"dynamic": request.dynamic})
@@ -179,13 +196,7 @@ class Engine:
             raise InterruptedError("the engine was closed")
         report = replace(report, seconds=time.perf_counter() - start, folder=request.work)
         report.save()
-        if request.final.exists():  # another checkpoint under the same name: the newer takes the place
-            stale = unfinished(request.final.parent)
-            request.final.rename(stale / "old")
-            request.work.rename(request.final)
-            shutil.rmtree(stale, ignore_errors=True)
-        else:
-            request.work.rename(request.final)
+        take_place(request.work, request.final)  # another checkpoint may have had the name: the newer one has it now
         self._unfinished.discard(request.work)
         if report.model is not None:
             self._point(request)
@@ -220,9 +231,9 @@ class Engine:
         dispatcher = self._dispatcher(report.folder, report.folder, bounds)
         return bench(report, {each.name: each for each in (*known().values(), *formats)}, dispatcher, self._watch)
 
-    def _dispatcher(self, root: Path, final: Path, bounds: Bounds) -> Dispatcher:
+    def _dispatcher(self, root: Path, final: Path, bounds: Bounds, elsewhere: Elsewhere | None = None) -> Dispatcher:
         sys_path = tuple(entry or os.getcwd() for entry in sys.path)
-        return Dispatcher(root, final, self._workers, self._slots, bounds, sys_path)
+        return Dispatcher(root, final, self._workers, self._slots, bounds, sys_path, elsewhere)
 
 
 # --- pieces -----------------------------------------------------------------------------------------------------------
@@ -286,6 +297,8 @@ def export(
     bench: bool = True,
     timeout: float = 600.0,
     workers: int | None = None,
+    executor: Any = None,
+    staging: str | None = None,
 ) -> Report:
     """Export a PyTorch module: convert it, prove each artifact against it, time them.
 
@@ -299,6 +312,8 @@ def export(
         bench: Whether to time the artifacts.
         timeout: Seconds that one conversion or verification may take.
         workers: How many jobs run side by side; by default half the cores, at least two.
+        executor: Has the jobs done on other machines; see `Engine`.
+        staging: Through which URL their files travel; see `Engine`.
 
     Returns:
         The report, which also lies in `into` as `report.json` and `report.md`.
@@ -320,7 +335,7 @@ def export(
         save_call(args, kwargs, work / "source")
         save_structure(module, None, work / "source")
         torch.save(module.state_dict(), work / "source" / "weights.pt")
-        with Engine(workers=workers, timeout=timeout) as engine:
+        with Engine(workers=workers, timeout=timeout, executor=executor, staging=staging) as engine:
             engine.hurry()
             report = engine.submit(Request(work, final.name, chosen, dynamic, best=False)).result()
             return engine.bench(report, chosen) if bench else report

@@ -1,8 +1,10 @@
 """Beside training: a worker takes what training leaves of the machine, and is not blamed for having to wait.
 
 Requirements:
-* A worker in the background gets a processor only when nothing else wants it, also where the kernel groups processes by
-  session: there niceness counts within the session only, and a worker has one of its own.
+* Niceness alone is not enough: where the kernel groups processes by session (autogroup in sched(7)), it counts within
+  the session only, and a worker has one of its own. There the session has a niceness too.
+* When training is over, workers that still run are like any other process, as far as the system allows it: a session's
+  niceness may be taken back by anyone, a process's by the privileged only.
 * Time in which others had the processor is no sign of a hang.
 """
 
@@ -10,19 +12,22 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
-_LOWEST = 19
+LOWEST, NORMAL = 19, 0
 
 
-def step_back() -> None:
-    """Give this process and its children the lowest priority that the system knows; cannot be taken back."""
-    with contextlib.suppress(OSError, AttributeError):  # no such call on Windows
-        os.nice(_LOWEST)
-    with contextlib.suppress(OSError):  # sched(7), the autogroup feature: a session's share, which nice leaves alone
-        Path("/proc/self/autogroup").write_text(str(_LOWEST))
-    with contextlib.suppress(OSError, AttributeError):  # Linux; its input and output become idle with it, ionice(1)
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+def step_back(session: int) -> None:
+    """Give the processes of a session the lowest priority; those that they start inherit it."""
+    for process in _of(session):
+        _set(process, LOWEST)
+
+
+def come_forward(session: int) -> None:
+    """Give the processes of a session the normal priority again."""
+    for process in _of(session):
+        _set(process, NORMAL)
 
 
 def waited_seconds(session: int) -> float:
@@ -31,9 +36,22 @@ def waited_seconds(session: int) -> float:
     0.0 where the system does not tell (https://docs.kernel.org/scheduler/sched-stats.html).
     """
     waited = 0.0
-    for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError, ValueError, IndexError):  # it ended meanwhile
-            if os.getsid(int(process.name)) == session:
-                for thread in (process / "task").iterdir():
-                    waited = max(waited, int((thread / "schedstat").read_text().split()[1]) / 1e9)
+    for process in _of(session):
+        with contextlib.suppress(OSError, IndexError):  # it ended meanwhile
+            for thread in Path(f"/proc/{process}/task").iterdir():
+                waited = max(waited, int((thread / "schedstat").read_text().split()[1]) / 1e9)
     return waited
+
+
+def _set(process: int, niceness: int) -> None:
+    with contextlib.suppress(OSError):  # no such file but on Linux
+        Path(f"/proc/{process}/autogroup").write_text(str(niceness))
+    with contextlib.suppress(OSError, AttributeError):  # not allowed, or Windows, which has no such call
+        os.setpriority(os.PRIO_PROCESS, process, niceness)
+
+
+def _of(session: int) -> Iterator[int]:
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            if os.getsid(int(folder.name)) == session:
+                yield int(folder.name)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from polyexport.job import result_path
-from polyexport.priority import waited_seconds
+from polyexport.priority import come_forward, step_back, waited_seconds
 from polyexport.records import read_json
 
 _DISTRIBUTED = (
@@ -59,11 +59,12 @@ class Ended:
 class Workers:
     """The processes that are running, so that all can be ended at once.
 
-    `background` tells whether training runs beside them: those that start then take only what it leaves.
+    Args:
+        background: Whether training runs beside them, so that they may take only what it leaves.
     """
 
-    def __init__(self) -> None:
-        self.background = True
+    def __init__(self, *, background: bool = True) -> None:
+        self._background = background
         self._running: set[subprocess.Popen[Any]] = set()
         self._lock = threading.Lock()
         self._closed = False
@@ -99,6 +100,14 @@ class Workers:
         ):
             yield Conversation(process, timeout)
 
+    def hurry(self) -> None:
+        """Training is over: those that run and those to come have the machine to themselves."""
+        with self._lock:
+            self._background = False
+            running = tuple(self._running)
+        for process in running:
+            come_forward(process.pid)
+
     def end_all(self) -> None:
         """Kill every running worker with its children, and start no more."""
         with self._lock:
@@ -124,6 +133,8 @@ class Workers:
                     env=dict(environment),
                     start_new_session=True,
                 )
+                if self._background:
+                    step_back(process.pid)
                 self._running.add(process)
         try:
             yield process

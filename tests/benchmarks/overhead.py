@@ -3,8 +3,9 @@
     python tests/benchmarks/overhead.py [--sizes 1 25] [--seconds 20]
 
 Every run is a process of its own and trains for the same time; with the callback, an export is under way all along.
-Each run with it stands beside one without it, right before. `steps` are those after the first export began. `lasting` is
-what the callback keeps alive in the training process: bytes of tensors when training ends, less those without it.
+Each run with it stands beside one without it, right before. Steps count from the second epoch on, when an export runs.
+`lasting` is what the callback keeps alive in the training process: bytes of tensors when training ends, less those
+without it.
 `resident` and `peak` are the same differences of the whole process's memory, imports included.
 """
 
@@ -22,9 +23,9 @@ import torch
 from lightning.pytorch.callbacks import Callback, Timer
 from rich.console import Console
 from rich.table import Table
+from training import FORMATS, fit, in_process
 
 from lightning_export import ExportCallback
-from training import FORMATS, fit, in_process
 
 STEPS = 50  # in an epoch: validation and checkpoints are a small part of the time
 COLUMNS = ("parameters", "formats", "steps/s without", "with", "ratio", "lasting B", "resident MB", "peak MB")
