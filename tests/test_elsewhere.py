@@ -74,7 +74,7 @@ def test_a_real_cluster_exports_and_a_worker_that_is_killed_costs_one_more_try(t
     assert list((tmp_path / "staging").iterdir()) == []
     checkpoint = torch.load(trainer.checkpoint_callback.best_model_path, weights_only=True)
     assert "optimizer_states" in checkpoint, "the user's checkpoint is as it was, though it was linked"
-    assert (report.folder / "torchscript" / "model.pt").exists()
+    assert (report.folder / report["torchscript"].artifact.path).exists()
     assert (report.folder / "logs" / "lost.log").exists()
 
 
