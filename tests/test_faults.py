@@ -5,8 +5,6 @@ The faults, and what is expected of each, are the table in `faults.py`.
 
 from __future__ import annotations
 
-import os
-import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +13,6 @@ from typing import Any
 import pytest
 
 from faults import FAULTS, MARK, SHADOWS, Matrix, Seen, table, unfinished_in, workers_of
-from polyexport.priority import waited_seconds
 
 
 @pytest.fixture(scope="module")
@@ -69,22 +66,3 @@ def test_the_table_has_a_row_for_each_fault_and_says_what_was_seen():
     rows = table(dict.fromkeys(FAULTS, harmed)).splitlines()[2:]
     assert [row.split(" | ")[0] for row in rows] == [f"| {name}" for name in FAULTS]
     assert all(row.endswith("`failed` | because | verified | NO | 1 (without: 0) | 1 |") for row in rows)
-
-
-@pytest.mark.skipif(not os.path.exists("/proc/self/schedstat"), reason="only Linux tells who waited for a processor")
-def test_waiting_for_a_processor_is_told_from_sleeping(tmp_path):
-    core = str(min(os.sched_getaffinity(0)))
-    spin = f"import os; os.sched_setaffinity(0, {{{core}}})\nwhile True: pass"
-    programs = [spin, spin, "input()"]
-    processes = [
-        subprocess.Popen([sys.executable, "-c", each], stdin=subprocess.PIPE, start_new_session=True)
-        for each in programs
-    ]
-    try:
-        while min(waited_seconds(process.pid) for process in processes[:2]) < 0.5:
-            assert all(process.poll() is None for process in processes)
-        assert waited_seconds(processes[2].pid) < max(waited_seconds(process.pid) for process in processes[:2])
-    finally:
-        for process in processes:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()

@@ -15,19 +15,22 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-LOWEST, NORMAL = 19, 0
+_LOWEST = 19
 
 
-def step_back(session: int) -> None:
-    """Give the processes of a session the lowest priority; those that they start inherit it."""
-    for process in _of(session):
-        _set(process, LOWEST)
+def step_back(process: int) -> None:
+    """Give a process that has just begun its session the lowest priority; those that it starts inherit it."""
+    _set(process, niceness=_LOWEST, of_session=_LOWEST)
 
 
 def come_forward(session: int) -> None:
-    """Give the processes of a session the normal priority again."""
+    """Give the processes of a session the priority that this process has."""
+    own, of_session = 0, 0
+    with contextlib.suppress(OSError, AttributeError, ValueError, IndexError):  # see _set
+        own = os.getpriority(os.PRIO_PROCESS, 0)
+        of_session = int(Path("/proc/self/autogroup").read_text().split()[-1])
     for process in _of(session):
-        _set(process, NORMAL)
+        _set(process, niceness=own, of_session=of_session)
 
 
 def waited_seconds(session: int) -> float:
@@ -43,9 +46,9 @@ def waited_seconds(session: int) -> float:
     return waited
 
 
-def _set(process: int, niceness: int) -> None:
+def _set(process: int, *, niceness: int, of_session: int) -> None:
     with contextlib.suppress(OSError):  # no such file but on Linux
-        Path(f"/proc/{process}/autogroup").write_text(str(niceness))
+        Path(f"/proc/{process}/autogroup").write_text(str(of_session))
     with contextlib.suppress(OSError, AttributeError):  # not allowed, or Windows, which has no such call
         os.setpriority(os.PRIO_PROCESS, process, niceness)
 

@@ -193,14 +193,13 @@ def environment(*, threads: int, gpu: bool, host: bool) -> dict[str, str]:
 
 def _ends_within(process: subprocess.Popen[Any], timeout: float) -> bool:
     """Wait for the end of a process; seconds in which others had its processor do not count."""
-    start = time.monotonic()
-    while True:
-        left = timeout + waited_seconds(process.pid) - (time.monotonic() - start)
-        if left <= 0:
-            return False
+    start, left = time.monotonic(), timeout
+    while left > 0:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(left)
             return True
+        left = timeout + waited_seconds(process.pid) - (time.monotonic() - start)
+    return False
 
 
 def _read(result: Path, returncode: int) -> Ended:

@@ -20,8 +20,8 @@ FORMATS = {
     1: ("onnx",),
     4: ("torchscript", "pt2", "onnx", "openvino"),
     12: (
-        "torchscript", "pt2", "onnx", "onnx15", "openvino", "coreml", "executorch", "saved_model", "graphdef", "tfjs",
-        "paddle", "tensorrt",
+        "torchscript", "pt2", "onnx", "onnx-opset15", "openvino", "coreml",
+        "executorch", "saved_model", "graphdef", "tfjs", "paddle", "tensorrt",
     ),
 }  # fmt: skip  # a table
 """By their number. What cannot run here is skipped, and costs the training thread the same."""
