@@ -102,7 +102,7 @@ class LosesItsCheckpoint(Waits):
 class Corrupts(Checkpoint):
     """Cuts the checkpoint short once it is written; as a `Checkpoint` it comes right behind the one that writes."""
 
-    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         if trainer.checkpoint_callback.best_model_path:
             os.truncate(trainer.checkpoint_callback.best_model_path, 1000)
 
@@ -113,7 +113,7 @@ class GoesBackInTime(Callback):
     PATCH = "import itertools, time\nhours = itertools.count()\ntime.time = lambda: 1.6e9 - 3600 * next(hours)\n"
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        exec(self.PATCH)
+        exec(self.PATCH, {})
         Path("sitecustomize.py").write_text(self.PATCH)
         os.environ["PYTHONPATH"] = os.pathsep.join([os.getcwd(), *filter(None, [os.environ.get("PYTHONPATH")])])
 

@@ -12,25 +12,29 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 _LOWEST = 19
+_BETWEEN_SECONDS, _TRIES = 0.1, 20  # the kernel takes ten changes a second from all that are unprivileged
 
 
 def step_back(process: int) -> None:
     """Give a process that has just begun its session the lowest priority; those that it starts inherit it."""
-    _set(process, niceness=_LOWEST, of_session=_LOWEST)
+    _nice_session(process, _LOWEST)
+    _nice(process, _LOWEST)
 
 
 def come_forward(session: int) -> None:
     """Give the processes of a session the priority that this process has."""
     own, of_session = 0, 0
-    with contextlib.suppress(OSError, AttributeError, ValueError, IndexError):  # see _set
+    with contextlib.suppress(OSError, AttributeError, ValueError, IndexError):  # see _nice
         own = os.getpriority(os.PRIO_PROCESS, 0)
         of_session = int(Path("/proc/self/autogroup").read_text().split()[-1])
+    _nice_session(session, of_session)
     for process in _of(session):
-        _set(process, niceness=own, of_session=of_session)
+        _nice(process, own)
 
 
 def waited_seconds(session: int) -> float:
@@ -46,9 +50,18 @@ def waited_seconds(session: int) -> float:
     return waited
 
 
-def _set(process: int, *, niceness: int, of_session: int) -> None:
-    with contextlib.suppress(OSError):  # no such file but on Linux
-        Path(f"/proc/{process}/autogroup").write_text(str(of_session))
+def _nice_session(process: int, niceness: int) -> None:
+    for _ in range(_TRIES):
+        try:
+            Path(f"/proc/{process}/autogroup").write_text(str(niceness))
+            return
+        except BlockingIOError:
+            time.sleep(_BETWEEN_SECONDS)
+        except OSError:  # no such file but on Linux
+            return
+
+
+def _nice(process: int, niceness: int) -> None:
     with contextlib.suppress(OSError, AttributeError):  # not allowed, or Windows, which has no such call
         os.setpriority(os.PRIO_PROCESS, process, niceness)
 

@@ -26,6 +26,7 @@ if not __package__:  # run by path: make the package known without its __init__,
 import argparse
 import hashlib
 import json
+import shutil
 import tempfile
 import threading
 import time
@@ -93,7 +94,11 @@ def convert(root: Path, job: Job) -> Any:
     assert route is not None, "a convert job names its route"
     target = root / job.target  # an absolute target stays as it is
     target.parent.mkdir(parents=True, exist_ok=True)
-    route.convert(root / job.source, target, job.spec)
+    try:
+        route.convert(root / job.source, target, job.spec)
+    except BaseException:
+        shutil.rmtree(target.parent, ignore_errors=True)  # it may have filled the disk, and the result needs room
+        raise
     if not target.exists():
         raise RuntimeError(f"the converter ended without an error, but wrote no {each.artifact}")
     from polyexport.versions import versions
