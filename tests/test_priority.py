@@ -25,7 +25,7 @@ def priority(process: int) -> tuple[int, int]:
 
 
 def test_a_worker_beside_training_steps_back_until_training_is_over():
-    workers = Workers()
+    workers = Workers(background=True)
     with workers._started(WAITS, subprocess.DEVNULL, subprocess.DEVNULL, os.environ) as process:
         assert priority(process.pid) == (19, 19)
         workers.hurry()

@@ -165,7 +165,13 @@ class ExportCallback(Callback):
 
         Other ranks would wait for this one, so a distributed run makes them in the background, when they are needed.
         """
-        self._engine = Engine(workers=self.workers, timeout=self.timeout, executor=self.executor, staging=self.staging)
+        self._engine = Engine(
+            workers=self.workers,
+            timeout=self.timeout,
+            background=True,
+            executor=self.executor,
+            staging=self.staging,
+        )
         if self.executor is not None:
             return  # toolchains are made where the jobs land
         missing = {chain for chains in plan.toolchains(self.formats).values() for chain in chains if not chain.ready}

@@ -93,7 +93,7 @@ def work(parcel: Parcel, errand: Errand, staging: str | None) -> tuple[Ended, tu
         except Exception as error:  # see Dispatcher.run
             return Ended(error=str(error), kind="missing"), (), _pack(root, (), staging)
         around = environment(threads=errand.threads, gpu=errand.gpu, host=errand.chain.in_host)
-        workers = Workers(background=False)
+        workers = Workers()
         ended = workers.run(command, root / errand.job, root / errand.log, timeout=errand.timeout, environment=around)
         made = [root / name for name, state in _files(root).items() if before.get(name) != state]
         return ended, command, _pack(root, made, staging)

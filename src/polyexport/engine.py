@@ -79,6 +79,7 @@ class Engine:
     Args:
         workers: How many jobs run side by side; by default half the cores, at least two.
         timeout: Seconds that one conversion or verification may take, without those in which it has no processor.
+        background: Whether training runs beside the workers, until `hurry` is called: they take only what it leaves.
         executor: Has the jobs done on other machines: anything with `submit(function, *arguments)` that returns a
             future. Timing stays on this one.
         staging: An fsspec URL that this machine and those reach, through which files travel; else they travel through
@@ -90,6 +91,7 @@ class Engine:
         *,
         workers: int | None = None,
         timeout: float = 600.0,
+        background: bool = False,
         executor: Any = None,
         staging: str | None = None,
     ) -> None:
@@ -104,7 +106,7 @@ class Engine:
         self._elsewhere = None if executor is None else Elsewhere(executor, staging)
         self._cores = cores
         self._bounds = Bounds(timeout=timeout, threads=max(1, cores // count))
-        self._workers = Workers()
+        self._workers = Workers(background=background)
         self._slots = ThreadPoolExecutor(count, thread_name_prefix="polyexport-slot")
         self._queue = ThreadPoolExecutor(1, thread_name_prefix="polyexport-queue")
         self._waiting: tuple[Future[Report], Request] | None = None
@@ -336,7 +338,6 @@ def export(
         save_structure(module, None, work / "source")
         torch.save(module.state_dict(), work / "source" / "weights.pt")
         with Engine(workers=workers, timeout=timeout, executor=executor, staging=staging) as engine:
-            engine.hurry()
             report = engine.submit(Request(work, final.name, chosen, dynamic, best=False)).result()
             return engine.bench(report, chosen) if bench else report
     finally:

@@ -63,7 +63,7 @@ class Workers:
         background: Whether training runs beside them, so that they may take only what it leaves.
     """
 
-    def __init__(self, *, background: bool = True) -> None:
+    def __init__(self, *, background: bool = False) -> None:
         self._background = background
         self._running: set[subprocess.Popen[Any]] = set()
         self._lock = threading.Lock()
