@@ -20,6 +20,7 @@ lint: $(VENV)/lint
 
 bench: $(VENV)/test
 	$(BIN)/python tests/benchmarks/stall.py
+	$(BIN)/python tests/benchmarks/overhead.py
 	$(BIN)/python tests/benchmarks/overlap.py
 	$(BIN)/python tests/benchmarks/onnx2tf.py
 

@@ -42,6 +42,27 @@ def hangs(source: Path, target: Path, spec: ExportSpec) -> None:
     time.sleep(600)
 
 
+def waits_to_be_killed(source: Path, target: Path, spec: ExportSpec) -> None:
+    """Says who it is, for one who kills it from outside."""
+    target.with_name("pid").write_text(str(os.getpid()))
+    time.sleep(600)
+
+
+def is_lost_once(source: Path, target: Path, spec: ExportSpec) -> None:
+    """The first time, says who started this worker, and waits to be lost with it; the second time all is well."""
+    mark = Path(os.environ["LOST_ONCE"])
+    if not mark.exists():
+        mark.write_text(str(os.getppid()))
+        time.sleep(600)
+    replay(source, target, spec)
+
+
+def writes_too_much(source: Path, target: Path, spec: ExportSpec) -> None:
+    with target.open("wb") as file:
+        for _ in range(64):
+            file.write(bytes(1024**2))
+
+
 def slow(source: Path, target: Path, spec: ExportSpec) -> None:
     time.sleep(12)
     replay(source, target, spec)

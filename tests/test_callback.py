@@ -227,20 +227,6 @@ def test_weights_optimizer_metrics_and_random_state_are_bit_identical(tmp_path):
     assert torch.equal(rng, with_rng)
 
 
-def test_faults_fail_no_run_and_no_other_format(tmp_path):
-    formats = [
-        plant("segfaults", planted.segfaults),
-        plant("raises", planted.raises),
-        plant("wrong", planted.wrong),
-        GOOD,
-    ]
-    callback = ExportCallback(formats, bench=False)
-    model = runs.Scripted([3.0, 2.0])
-    fit(tmp_path, callback, model)
-    assert float(model.clock) == 8
-    assert [each.state for each in callback.reports[-1].outcomes] == ["failed", "failed", "mismatch", "verified"]
-
-
 def test_fail_on_raises_after_everything_is_written(tmp_path):
     callback = ExportCallback([plant("raises", planted.raises), GOOD], bench=False, fail_on=["failed", "mismatch"])
     with pytest.raises(ExportFailed, match=r"fit finished, but raises is failed: NotImplementedError"):
@@ -255,27 +241,6 @@ def interruptible() -> Iterator[None]:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
-
-
-class Fails(Callback):
-    def __init__(self, error: BaseException) -> None:
-        self.error = error
-
-    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        if trainer.current_epoch == 2:
-            raise self.error
-
-
-@pytest.mark.parametrize("error", [ValueError("mine"), KeyboardInterrupt()])
-def test_nothing_is_left_behind_when_fit_raises(tmp_path, error, interruptible):
-    callback = ExportCallback([plant("hangs", planted.hangs)], bench=False)
-    callbacks = [ModelCheckpoint(monitor="val_loss"), callback, Fails(error)]
-    trainer = runs.trainer(tmp_path, callbacks, max_epochs=9)
-    with pytest.raises(ValueError if isinstance(error, ValueError) else SystemExit):
-        trainer.fit(runs.Scripted([3.0, 2.0, 1.0]), runs.loader(), runs.loader())
-    assert workers_of(tmp_path) == []
-    (exports,) = tmp_path.rglob("exports")
-    assert list(exports.iterdir()) == []
 
 
 def workers_of(folder: Path) -> list[str]:
@@ -321,14 +286,6 @@ def test_a_sink_that_fails_harms_nobody(tmp_path):
     with pytest.warns(UserWarning, match="ConnectionError: no route to host"):
         fit(tmp_path, callback)
     assert got == callback.reports[-1:]
-
-
-def test_a_folder_that_cannot_be_written_harms_nobody(tmp_path):
-    (tmp_path / "file").write_text("in the way")
-    model = runs.Scripted([3.0, 2.0])
-    with pytest.warns(UserWarning, match="training goes on"):
-        fit(tmp_path, ExportCallback([GOOD], into=tmp_path / "file" / "exports"), model)
-    assert float(model.clock) == 8
 
 
 def test_averaged_weights_are_exported_where_they_are_averaged(tmp_path):

@@ -7,6 +7,7 @@ import os
 import shlex
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from planted import GOOD
 from planted import planted as plant
 from polyexport import BadRequest, Engine, Report, Request
 from polyexport import module as modules
-from polyexport.folders import finished, unfinished
+from polyexport.folders import finished, take_place, unfinished
 from polyexport.report import Checkpoint
 
 TIMEOUT = 30.0  # rebuilding a module takes a few seconds on a busy machine, most of it importing torch
@@ -175,6 +176,18 @@ def test_a_newer_request_takes_the_place_of_one_that_waits(tmp_path):
         assert newest.result()["good"].state == "verified"
     assert waiting.cancelled()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "newest", "running"]
+
+
+def test_of_many_that_finish_under_one_name_at_once_the_last_stays_whole(tmp_path):
+    works = [unfinished(tmp_path) for _ in range(16)]
+    for work in works:
+        (work / work.name).touch()
+    with ThreadPoolExecutor(len(works)) as pool:
+        list(pool.map(lambda work: take_place(work, tmp_path / "name"), works))
+    assert [path.name for path in tmp_path.iterdir()] == ["name"]
+    left = [path.name for path in (tmp_path / "name").iterdir() if path.is_file()]
+    assert len(left) == 1
+    assert left[0] in {work.name for work in works}
 
 
 def children() -> set[int]:

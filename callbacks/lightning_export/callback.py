@@ -68,7 +68,7 @@ class ExportCallback(Callback):
         dynamic: True frees the batch axis, False none; or input name -> {axis: name}.
         calibration_batches: How many validation batches int8 formats take their number ranges from.
         fail_on: States that make `fit` raise `ExportFailed` once everything is written.
-        timeout: Seconds that one conversion or verification may take.
+        timeout: Seconds that one conversion or verification may take, without those in which training has the machine.
         workers: How many conversions run side by side; by default half the cores, at least two.
         publish: Where the best export goes when `fit` ends. `"auto"`: to the trainer's `WandbLogger`,
             `TensorBoardLogger` and `MLFlowLogger`, together with the figures of the exports before it. Or functions
@@ -76,6 +76,10 @@ class ExportCallback(Callback):
         monitor: Which `ModelCheckpoint` to follow, by what it monitors, where there are several.
         keep: How many exports stay on disk; the newest always does. By default all.
         bench: Whether to time the artifacts when `fit` ends; `"all"` times those of every export, not of the best only.
+        executor: Has the work done on other machines: anything with `submit(function, *arguments)` that returns a
+            future, such as dask's `Client.get_executor()`. Timing stays on this one.
+        staging: An fsspec URL that this machine and those reach, through which files travel; else they travel through
+            the executor.
 
     Attributes:
         reports: The finished exports of this run, the oldest first.
@@ -102,6 +106,8 @@ class ExportCallback(Callback):
         monitor: str | None = None,
         keep: int | None = None,
         bench: bool | Literal["all"] = True,
+        executor: Any = None,
+        staging: str | None = None,
     ) -> None:
         super().__init__()
         self.formats = resolve(formats)
@@ -124,6 +130,8 @@ class ExportCallback(Callback):
         self.monitor = monitor
         self.keep = keep
         self.bench = bench
+        self.executor = executor
+        self.staging = staging
         self.reports: list[Report] = []
         self._engine: Engine | None = None
         self._futures: list[Future[Report]] = []
@@ -170,7 +178,16 @@ class ExportCallback(Callback):
 
         Other ranks would wait for this one, so a distributed run makes them in the background, when they are needed.
         """
-        self._engine = Engine(workers=self.workers, timeout=self.timeout, tell=self._told.append)
+        self._engine = Engine(
+            workers=self.workers,
+            timeout=self.timeout,
+            background=True,
+            executor=self.executor,
+            staging=self.staging,
+            tell=self._told.append,
+        )
+        if self.executor is not None:
+            return  # toolchains are made where the jobs land
         missing = {chain for chains in plan.toolchains(self.formats).values() for chain in chains if not chain.ready}
         for chain in sorted(missing, key=lambda each: each.name):
             if distributed:
@@ -371,6 +388,7 @@ class ExportCallback(Callback):
     def _drain(self) -> None:
         """Finish what is under way; time the newest, now that the machine is quiet."""
         assert self._engine is not None, "only rank zero drains"
+        self._engine.hurry()
         for future in self._futures:
             try:
                 self.reports.append(future.result())

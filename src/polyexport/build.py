@@ -127,7 +127,7 @@ class Build:
         best = min(tried, key=lambda built: (STATES.index(built.outcome.state), bool(built.shortfall)))
         for built in tried:
             if built is not best:
-                self._discard(built)
+                self._discard(built.path)
         retry = best.outcome.state in ("failed", "mismatch", "skipped") and any(built.retry for built in tried)
         return replace(best, outcome=replace(best.outcome, reason=_reason(best, tried)), retry=retry)
 
@@ -164,6 +164,7 @@ class Build:
         if not ended.ok:
             state = _STATE_OF.get(ended.kind, "failed")
             retry = state == "failed" and ended.kind != "timed out"
+            self._discard(target)  # half an artifact is none, and may have filled the disk
             return Built(replace(outcome, state=state, reason=ended.error), "", spec, retry, warm=warm)
         outcome = replace(outcome, toolchain=Toolchain(chain.name, ended.value["packages"]))
         self._watch(each.name, f"verifying ({route.name})")
@@ -192,9 +193,9 @@ class Build:
         where = Path(each.name, each.artifact).as_posix()
         return replace(built.outcome, artifact=replace(artifact, path=where))
 
-    def _discard(self, built: Built) -> None:
-        if built.path:
-            folder = self._dispatcher.root.joinpath(*Path(built.path).parts[:3])
+    def _discard(self, path: str) -> None:
+        if path:
+            folder = self._dispatcher.root.joinpath(*Path(path).parts[:3])
             shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from polyexport import toolchain
+from polyexport.elsewhere import Elsewhere, Errand, run
 from polyexport.format import Format
 from polyexport.formats import known
 from polyexport.job import Job, reproduce
@@ -25,7 +26,6 @@ class Bounds:
 
     timeout: float
     threads: int
-    nice: int = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +39,7 @@ class Dispatcher:
         slots: Runs as many jobs at once as there are slots.
         bounds: What each worker may take.
         sys_path: The training process's import path.
+        elsewhere: Where jobs run; None for this machine.
         kept: Workers that do one job after another, by the words that start them.
     """
 
@@ -48,6 +49,7 @@ class Dispatcher:
     slots: Executor
     bounds: Bounds
     sys_path: tuple[str, ...]
+    elsewhere: Elsewhere | None = None
     kept: dict[tuple[str, ...], Kept] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -59,6 +61,8 @@ class Dispatcher:
         A conversion of ours goes to a worker that has done others, where its toolchain allows it and `fresh` does not
         forbid it.
         """
+        if self.elsewhere is not None:
+            return self._run_elsewhere(self.elsewhere, job, chain, name, log, gpu=gpu)
         try:
             command = chain.command()
         except Exception as error:  # an environment that cannot be made is a missing tool, whatever went wrong in it
@@ -80,6 +84,16 @@ class Dispatcher:
         """End the workers that were kept."""
         for kept in self.kept.values():
             kept.end()
+
+    def _run_elsewhere(
+        self, elsewhere: Elsewhere, job: Job, chain: Toolchain, name: str, log: str, *, gpu: bool
+    ) -> tuple[Ended, str]:
+        path = self._place(job, chain, name)
+        place = path.relative_to(self.root)
+        errand = Errand(place.as_posix(), log, chain, self.bounds.timeout, self.bounds.threads, gpu)
+        done = self.slots.submit(run, elsewhere, self.root, job, errand, lambda: self.workers.closed)
+        ended, command = done.result()
+        return ended, reproduce(command, self.final / place) if command else ""
 
     @contextlib.contextmanager
     def converse(self, job: Job, chain: Toolchain, name: str, log: str, *, gpu: bool = False) -> Iterator[Conversation]:
@@ -104,7 +118,7 @@ class Dispatcher:
         """Write a job's file."""
         path = self.root / "source" / "jobs" / f"{name}.json"
         own = self.sys_path if chain.in_host or chain.layered else ()
-        write_json(path, replace(job, threads=self.bounds.threads, nice=self.bounds.nice, sys_path=own))
+        write_json(path, replace(job, threads=self.bounds.threads, sys_path=own))
         return path
 
 

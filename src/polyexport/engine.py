@@ -29,8 +29,9 @@ from polyexport.again import runnables, runner, verify
 from polyexport.bench import bench, sweep
 from polyexport.build import Build
 from polyexport.dispatch import Bounds, Dispatcher
+from polyexport.elsewhere import Elsewhere
 from polyexport.errors import BadRequest
-from polyexport.folders import point_best, prune, unfinished
+from polyexport.folders import point_best, prune, take_place, unfinished
 from polyexport.format import Format, Runner
 from polyexport.formats import known, resolve
 from polyexport.job import Job
@@ -84,21 +85,38 @@ class Engine:
 
     Args:
         workers: How many jobs run side by side; by default half the cores, at least two.
-        timeout: Seconds that one conversion or verification may take.
+        timeout: Seconds that one conversion or verification may take, without those in which it has no processor.
+        background: Whether training runs beside the workers, until `hurry` is called: they take only what it leaves.
+        executor: Has the jobs done on other machines: anything with `submit(function, *arguments)` that returns a
+            future. Timing stays on this one.
+        staging: An fsspec URL that this machine and those reach, through which files travel; else they travel through
+            the executor.
         tell: Takes one line about each format as it comes to its end. Called from threads of the engine, so it must be
             quick and safe there: a queue's `append`, or `print`.
     """
 
     def __init__(
-        self, *, workers: int | None = None, timeout: float = 600.0, tell: Callable[[str], object] | None = None
+        self,
+        *,
+        workers: int | None = None,
+        timeout: float = 600.0,
+        background: bool = False,
+        executor: Any = None,
+        staging: str | None = None,
+        tell: Callable[[str], object] | None = None,
     ) -> None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         count = workers if workers is not None else max(2, cores // 2)
         if count < 1 or timeout <= 0:
             raise BadRequest(f"workers={workers}, timeout={timeout}: both must be greater than zero")
+        if executor is not None and not callable(getattr(executor, "submit", None)):
+            raise BadRequest(f"executor={executor!r} has no submit(function, *arguments)")
+        if staging is not None and executor is None:
+            raise BadRequest(f"staging={staging!r} is for an executor; give executor= too")
+        self._elsewhere = None if executor is None else Elsewhere(executor, staging)
         self._cores = cores
         self._bounds = Bounds(timeout=timeout, threads=max(1, cores // count))
-        self._workers = Workers()
+        self._workers = Workers(background=background)
         self._slots = ThreadPoolExecutor(count, thread_name_prefix="polyexport-slot")
         self._queue = ThreadPoolExecutor(1, thread_name_prefix="polyexport-queue")
         self._waiting: tuple[Future[Report], Request] | None = None
@@ -119,6 +137,10 @@ class Engine:
             future = self._queue.submit(self._export, request)
             self._waiting = (future, request)
         return future
+
+    def hurry(self) -> None:
+        """Training is over: workers are no longer in the background."""
+        self._workers.hurry()
 
     @property
     def doing(self) -> Mapping[str, str]:
@@ -142,7 +164,9 @@ class Engine:
     # --- one request --------------------------------------------------------------------------------------------------
 
     def _export(self, request: Request) -> Report:
-        with contextlib.closing(self._dispatcher(request.work, request.final, self._bounds)) as dispatcher:
+        with contextlib.closing(
+            self._dispatcher(request.work, request.final, self._bounds, self._elsewhere)
+        ) as dispatcher:
             return self._exported(request, dispatcher)
 
     def _exported(self, request: Request, dispatcher: Dispatcher) -> Report:
@@ -191,13 +215,7 @@ class Engine:
             raise InterruptedError("the engine was closed")
         report = replace(report, seconds=time.perf_counter() - start, folder=request.work)
         report.save()
-        if request.final.exists():  # another checkpoint under the same name: the newer takes the place
-            stale = unfinished(request.final.parent)
-            request.final.rename(stale / "old")
-            request.work.rename(request.final)
-            shutil.rmtree(stale, ignore_errors=True)
-        else:
-            request.work.rename(request.final)
+        take_place(request.work, request.final)  # another checkpoint may have had the name: the newer one has it now
         self._unfinished.discard(request.work)
         if report.model is not None:
             self._point(request)
@@ -223,7 +241,7 @@ class Engine:
     def bench(self, report: Report, formats: Iterable[Format] = ()) -> Report:
         """Time every artifact that runs, and eager PyTorch, on all cores; saves the report.
 
-        Call it when the machine is quiet.
+        Call it when the machine is quiet: nothing is in the background any more.
 
         Args:
             report: A finished export.
@@ -252,12 +270,12 @@ class Engine:
 
     def _quiet(self, report: Report) -> Dispatcher:
         """A dispatcher for a finished export, which gets the whole machine."""
-        bounds = replace(self._bounds, threads=self._cores, nice=0)
-        return self._dispatcher(report.folder, report.folder, bounds)
+        self.hurry()
+        return self._dispatcher(report.folder, report.folder, replace(self._bounds, threads=self._cores))
 
-    def _dispatcher(self, root: Path, final: Path, bounds: Bounds) -> Dispatcher:
+    def _dispatcher(self, root: Path, final: Path, bounds: Bounds, elsewhere: Elsewhere | None = None) -> Dispatcher:
         sys_path = tuple(entry or os.getcwd() for entry in sys.path)
-        return Dispatcher(root, final, self._workers, self._slots, bounds, sys_path)
+        return Dispatcher(root, final, self._workers, self._slots, bounds, sys_path, elsewhere)
 
 
 # --- pieces -----------------------------------------------------------------------------------------------------------
@@ -329,6 +347,8 @@ def export(
     bench: bool = True,
     timeout: float = 600.0,
     workers: int | None = None,
+    executor: Any = None,
+    staging: str | None = None,
     progress: Callable[[str], object] | None = None,
 ) -> Report:
     """Export a PyTorch module: convert it, prove each artifact against it, time them.
@@ -344,6 +364,8 @@ def export(
         bench: Whether to time the artifacts.
         timeout: Seconds that one conversion or verification may take.
         workers: How many jobs run side by side; by default half the cores, at least two.
+        executor: Has the jobs done on other machines; see `Engine`.
+        staging: Through which URL their files travel; see `Engine`.
         progress: Takes one line about each format as it comes to its end: `print`, say.
 
     Returns:
@@ -366,7 +388,7 @@ def export(
             save_call(*as_call(call), work / "source", index)
         save_structure(module, None, work / "source")
         torch.save(module.state_dict(), work / "source" / "weights.pt")
-        with Engine(workers=workers, timeout=timeout, tell=progress) as engine:
+        with Engine(workers=workers, timeout=timeout, executor=executor, staging=staging, tell=progress) as engine:
             report = engine.submit(Request(work, final.name, chosen, dynamic, best=False)).result()
             return engine.bench(report, chosen) if bench else report
     finally:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import secrets
 import shutil
 from pathlib import Path
 
 BEST = "best"
 _UNFINISHED = ".unfinished-"
+_ATTEMPTS = 100
 
 
 def unfinished(parent: Path) -> Path:
@@ -19,6 +22,25 @@ def unfinished(parent: Path) -> Path:
     folder = parent / f"{_UNFINISHED}{secrets.token_hex(4)}"
     (folder / "source").mkdir(parents=True)
     return folder
+
+
+def take_place(work: Path, final: Path) -> None:
+    """Give a complete folder its name; an earlier one under that name goes, also where several runs do so at once.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    for attempt in range(_ATTEMPTS):
+        try:
+            work.rename(final)
+            return
+        except OSError as error:
+            if attempt == _ATTEMPTS - 1 or error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.EACCES):
+                raise
+        stale = unfinished(final.parent)
+        with contextlib.suppress(FileNotFoundError):  # the other run has just moved it away
+            final.rename(stale / "old")
+        shutil.rmtree(stale, ignore_errors=True)
 
 
 def finished(parent: Path) -> list[Path]:

@@ -28,7 +28,6 @@ class Job:
         batches: Arrays with inputs and reference outputs, the validation batch first, each with its dynamic sizes.
         noise: Noise floor of each output.
         threads: Of the runtime.
-        nice: Added to the process's niceness.
         sys_path: The training process's import path, for modules that are pickled by reference.
         options: What only one kind of job knows.
     """
@@ -43,7 +42,6 @@ class Job:
     batches: tuple[Batch, ...] = ()
     noise: Mapping[str, float] = field(default_factory=dict)
     threads: int = 1
-    nice: int = 0
     sys_path: tuple[str, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
 

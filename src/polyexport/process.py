@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from polyexport.job import result_path
+from polyexport.priority import come_forward, step_back, waited_seconds
 from polyexport.records import read_json
 
 _DISTRIBUTED = (
@@ -57,9 +58,14 @@ class Ended:
 
 
 class Workers:
-    """The processes that are running, so that all can be ended at once."""
+    """The processes that are running, so that all can be ended at once.
 
-    def __init__(self) -> None:
+    Args:
+        background: Whether training runs beside them, so that they may take only what it leaves.
+    """
+
+    def __init__(self, *, background: bool = False) -> None:
+        self._background = background
         self._running: set[subprocess.Popen[Any]] = set()
         self._lock = threading.Lock()
         self._closed = False
@@ -78,9 +84,7 @@ class Workers:
         with log.open("ab") as stream, self._started([*command, str(job)], stream, stream, environment) as process:
             if process is None:
                 return Ended(error="cancelled", kind="cancelled")
-            try:
-                process.wait(timeout)
-            except subprocess.TimeoutExpired:
+            if not _ends_within(process, timeout):
                 return Ended(error=f"timed out after {timeout:g} s", kind="timed out", seconds=timeout)
             if self._closed:
                 return Ended(error="cancelled", kind="cancelled")
@@ -102,6 +106,14 @@ class Workers:
         """A worker that takes jobs from its standard input."""
         with log.open("ab") as stream, self._started([*command, "-"], stream, stream, environment) as process:
             yield process
+
+    def hurry(self) -> None:
+        """Training is over: those that run and those to come have the machine to themselves."""
+        with self._lock:
+            self._background = False
+            running = tuple(self._running)
+        for process in running:
+            come_forward(process.pid)
 
     def end_all(self) -> None:
         """Kill every running worker with its children, and start no more."""
@@ -128,6 +140,8 @@ class Workers:
                     env=dict(environment),
                     start_new_session=True,
                 )
+                if self._background:
+                    step_back(process.pid)
                 self._running.add(process)
         try:
             yield process
@@ -176,9 +190,10 @@ class Kept:
         with contextlib.suppress(OSError):  # a dead worker shows below
             process.stdin.write(json.dumps([str(job), str(log)]).encode() + b"\n")
             process.stdin.flush()
-        end = time.monotonic() + timeout
+        start, before = time.monotonic(), waited_seconds(process.pid)
         while process.poll() is None and not result_path(job).exists():
-            if time.monotonic() > end:
+            spent = time.monotonic() - start
+            if spent > timeout and spent > timeout + waited_seconds(process.pid) - before:
                 return Ended(error=f"timed out after {timeout:g} s", kind="timed out", seconds=timeout)
             time.sleep(_POLL_SECONDS)
         if self._workers.closed:
@@ -234,6 +249,17 @@ def environment(*, threads: int, gpu: bool, host: bool) -> dict[str, str]:
         kept["CUDA_VISIBLE_DEVICES"] = ""
     kept |= dict.fromkeys(_THREADS, str(threads))
     return kept | {"PYTHONUNBUFFERED": "1", "TF_CPP_MIN_LOG_LEVEL": "2", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def _ends_within(process: subprocess.Popen[Any], timeout: float) -> bool:
+    """Wait for the end of a process; seconds in which others had its processor do not count."""
+    start, left = time.monotonic(), timeout
+    while left > 0:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(left)
+            return True
+        left = timeout + waited_seconds(process.pid) - (time.monotonic() - start)
+    return False
 
 
 def _read(result: Path, returncode: int) -> Ended:

@@ -29,6 +29,7 @@ import gc
 import hashlib
 import json
 import queue
+import shutil
 import tempfile
 import threading
 import time
@@ -36,6 +37,8 @@ import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, TextIO
+
+import numpy as np
 
 from polyexport.errors import CannotRun, ToolMissing
 from polyexport.format import Format, Route, Runner
@@ -62,7 +65,6 @@ def main() -> int:
         print(json.dumps(_JOBS[job.kind](root, job), indent=2, default=str))
         return 0
     answers = _keep_stdout()
-    os.nice(job.nice)
     if job.kind in _CONVERSATIONS:
         return _CONVERSATIONS[job.kind](root, job, answers)
     _end_with_parent()
@@ -72,13 +74,12 @@ def main() -> int:
 def one_after_another() -> int:
     """Do the jobs that standard input names; the one that fails is the last."""
     home = Path.cwd()
-    for number, line in enumerate(iter(_end_with_parent().get, None)):
+    for line in iter(_end_with_parent().get, None):
         path, log = map(Path, json.loads(line))
         with log.open("ab") as stream:
             for output in (1, 2):
                 os.dup2(stream.fileno(), output)
         root, job = _opened(path)
-        os.nice(0 if number else job.nice)
         if not _done(path, root, job):
             return 1
         os.chdir(home)
@@ -126,7 +127,11 @@ def convert(root: Path, job: Job) -> Any:
     target = root / job.target  # an absolute target stays as it is
     target.parent.mkdir(parents=True, exist_ok=True)
     spec = replace(job.spec, calibration=tuple(root / path for path in job.spec.calibration))
-    route.convert(root / job.source, target, spec)
+    try:
+        route.convert(root / job.source, target, spec)
+    except BaseException:
+        shutil.rmtree(target.parent, ignore_errors=True)  # it may have filled the disk, and the result needs room
+        raise
     if not target.exists():
         raise RuntimeError(f"the converter ended without an error, but wrote no {each.artifact}")
     from polyexport.versions import versions
@@ -149,6 +154,8 @@ def verify(root: Path, job: Job) -> Any:
     results = []
     for batch in job.batches:
         inputs, reference = _inputs(root / batch.path, job), read_arrays(root / batch.path, job.spec.output_names)
+        if not any(_says_something(array) for array in reference.values()):
+            raise CannotRun("PyTorch itself answers nothing but NaN or infinity, which proves nothing")
         results.append(compare(runner(inputs), reference, each.limits, job.noise if batch is job.batches[0] else None))
     folder = artifact if artifact.is_dir() else artifact.parent
     verified_by = getattr(runner, "verified_by", None)
@@ -241,6 +248,10 @@ def _load(root: Path, job: Job) -> Runner:
 def _inputs(path: Path, job: Job) -> Arrays:
     assert job.spec is not None, "a job that runs an artifact has its signature"
     return read_arrays(path, job.spec.input_names)
+
+
+def _says_something(array: np.ndarray) -> bool:
+    return not np.issubdtype(array.dtype, np.inexact) or not array.size or bool(np.isfinite(array).any())
 
 
 def _fingerprint(folder: Path) -> dict[str, Any]:

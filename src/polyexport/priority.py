@@ -1,0 +1,73 @@
+"""Beside training: a worker takes what training leaves of the machine, and is not blamed for having to wait.
+
+Requirements:
+* Niceness alone is not enough: where the kernel groups processes by session (autogroup in sched(7)), it counts within
+  the session only, and a worker has one of its own. There the session has a niceness too.
+* When training is over, workers that still run are like any other process, as far as the system allows it: a session's
+  niceness may be taken back by anyone, a process's by the privileged only.
+* Time in which others had the processor is no sign of a hang.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+_LOWEST = 19
+_BETWEEN_SECONDS, _TRIES = 0.1, 20  # the kernel takes ten changes a second from all that are unprivileged
+
+
+def step_back(process: int) -> None:
+    """Give a process that has just begun its session the lowest priority; those that it starts inherit it."""
+    _nice_session(process, _LOWEST)
+    _nice(process, _LOWEST)
+
+
+def come_forward(session: int) -> None:
+    """Give the processes of a session the priority that this process has."""
+    own, of_session = 0, 0
+    with contextlib.suppress(OSError, AttributeError, ValueError, IndexError):  # see _nice
+        own = os.getpriority(os.PRIO_PROCESS, 0)
+        of_session = int(Path("/proc/self/autogroup").read_text().split()[-1])
+    _nice_session(session, of_session)
+    for process in _of(session):
+        _nice(process, own)
+
+
+def waited_seconds(session: int) -> float:
+    """How long the processes of a session were ready to run while others ran: the greatest of all their threads.
+
+    0.0 where the system does not tell (https://docs.kernel.org/scheduler/sched-stats.html).
+    """
+    waited = 0.0
+    for process in _of(session):
+        with contextlib.suppress(OSError, IndexError):  # it ended meanwhile
+            for thread in Path(f"/proc/{process}/task").iterdir():
+                waited = max(waited, int((thread / "schedstat").read_text().split()[1]) / 1e9)
+    return waited
+
+
+def _nice_session(process: int, niceness: int) -> None:
+    for _ in range(_TRIES):
+        try:
+            Path(f"/proc/{process}/autogroup").write_text(str(niceness))
+            return
+        except BlockingIOError:
+            time.sleep(_BETWEEN_SECONDS)
+        except OSError:  # no such file but on Linux
+            return
+
+
+def _nice(process: int, niceness: int) -> None:
+    with contextlib.suppress(OSError, AttributeError):  # not allowed, or Windows, which has no such call
+        os.setpriority(os.PRIO_PROCESS, process, niceness)
+
+
+def _of(session: int) -> Iterator[int]:
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            if os.getsid(int(folder.name)) == session:
+                yield int(folder.name)

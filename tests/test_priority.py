@@ -1,0 +1,55 @@
+"""Workers beside training have the lowest priority, get a normal one when it is over, and may wait for a processor."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from polyexport.priority import waited_seconds
+from polyexport.process import Workers
+
+WAITS = [sys.executable, "-c", "input()"]
+AUTOGROUP = Path("/proc/self/autogroup")
+
+
+def priority(process: int) -> tuple[int, int]:
+    """Niceness of a process and of its session; where the system has none of sessions, the process's again."""
+    own = os.getpriority(os.PRIO_PROCESS, process)
+    group = Path(f"/proc/{process}/autogroup")
+    return own, int(group.read_text().split()[-1]) if AUTOGROUP.exists() else own
+
+
+def test_a_worker_beside_training_steps_back_until_training_is_over():
+    workers = Workers(background=True)
+    with workers._started(WAITS, subprocess.DEVNULL, subprocess.DEVNULL, os.environ) as process:
+        assert priority(process.pid) == (19, 19)
+        workers.hurry()
+        own, of_session = priority(process.pid)
+        assert of_session == priority(os.getpid())[1] or not AUTOGROUP.exists()
+        assert own == os.getpriority(os.PRIO_PROCESS, 0) or os.geteuid() != 0, "only root may take it back"
+    with workers._started(WAITS, subprocess.DEVNULL, subprocess.DEVNULL, os.environ) as process:
+        assert priority(process.pid)[0] == os.getpriority(os.PRIO_PROCESS, 0)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/schedstat"), reason="only Linux tells who waited for a processor")
+def test_waiting_for_a_processor_is_told_from_sleeping(tmp_path):
+    core = str(min(os.sched_getaffinity(0)))
+    spin = f"import os; os.sched_setaffinity(0, {{{core}}})\nwhile True: pass"
+    programs = [spin, spin, "input()"]
+    processes = [
+        subprocess.Popen([sys.executable, "-c", each], stdin=subprocess.PIPE, start_new_session=True)
+        for each in programs
+    ]
+    try:
+        while min(waited_seconds(process.pid) for process in processes[:2]) < 0.5:
+            assert all(process.poll() is None for process in processes)
+        assert waited_seconds(processes[2].pid) < max(waited_seconds(process.pid) for process in processes[:2])
+    finally:
+        for process in processes:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
