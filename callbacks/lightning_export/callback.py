@@ -176,7 +176,7 @@ class ExportCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         if self._capturing(trainer) and self.inputs is None and batch_idx == 0 and dataloader_idx == 0:
-            self._spy = Spy(selected(pl_module, self.module))
+            self._spy = Spy(selected(pl_module, self.module), pl_module)
 
     @override
     @_harmless

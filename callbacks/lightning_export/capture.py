@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -20,16 +21,20 @@ from polyexport.module import UNAVAILABLE, Select, save_call, save_structure, sa
 
 
 class Spy:
-    """Takes copies of the arguments of the first call of `module.forward`; `remove` leaves no trace of it."""
+    """Takes copies of the arguments of the first call of `module.forward`; `remove` leaves no trace of it.
 
-    def __init__(self, module: nn.Module) -> None:
+    Compiled code would not call it, so what is compiled around it runs eagerly meanwhile.
+    """
+
+    def __init__(self, module: nn.Module, root: nn.Module) -> None:
         self._module = module
+        self._eager = torch.compiler.set_stance("force_eager") if _is_compiled(module, root) else None
         self._own = module.__dict__.get("forward")
         self.call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         forward = module.forward
 
         def spy(*args: Any, **kwargs: Any) -> Any:
-            if self.call is None and not torch.compiler.is_compiling():
+            if self.call is None:
                 # copies, before forward can change them in place
                 self.call = pytree.tree_map_only(torch.Tensor, _copy, (args, kwargs))
             return forward(*args, **kwargs)
@@ -38,14 +43,44 @@ class Spy:
 
     def remove(self) -> None:
         """Put back what was there."""
+        if self._eager is not None:
+            self._eager.__exit__(None, None, None)
         if self._own is None:
             self._module.__dict__.pop("forward", None)
         else:
             self._module.__dict__["forward"] = self._own
 
 
+def _is_compiled(module: nn.Module, root: nn.Module) -> bool:
+    """Whether `torch.compile` took the module's forward, alone or as a part of something in `root`."""
+    compiled = (each for each in root.modules() if each._compiled_call_impl or getattr(each, "_compiler_ctx", None))
+    wrapped = (each for each in root.modules() if "OptimizedModule" in type(each).__name__)
+    return any(module in each.modules() for each in (*compiled, *wrapped))
+
+
 def _copy(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().to("cpu", copy=True)
+
+
+_OF_THE_TRAINER = (
+    "current_epoch", "global_step", "max_epochs", "max_steps", "precision", "fast_dev_run", "barebones", "testing",
+    "predicting", "num_devices", "num_nodes", "world_size", "global_rank", "local_rank", "node_rank", "is_global_zero",
+)  # fmt: skip  # one word a line would be longer than what reads it
+"""What `self.trainer` still knows in a worker. Nothing that broadcasts, since one rank alone asks."""
+
+
+def _attached(root: Any) -> dict[str, Any]:
+    """For a forward that asks `self.trainer` or calls `self.log`: a trainer as it was in validation, and a deaf log."""
+    trainer = getattr(root, "_trainer", None)
+    if trainer is None:
+        return {}
+    known = {name: getattr(trainer, name) for name in _OF_THE_TRAINER}
+    validating = {"training": False, "sanity_checking": False, "validating": True, "evaluating": True}
+    return {"_trainer": SimpleNamespace(**known, **validating), "log": _log, "log_dict": _log}
+
+
+def _log(*args: Any, **kwargs: Any) -> None:
+    """Take the place of `self.log`, which asks the trainer for more than there is."""
 
 
 def save(root: nn.Module, select: Select, args: Any, kwargs: Any, folder: Path) -> str:
@@ -55,7 +90,7 @@ def save(root: nn.Module, select: Select, args: Any, kwargs: Any, folder: Path) 
     """
     save_call(args, kwargs, folder)
     try:
-        save_structure(root, select, folder)
+        save_structure(root, select, folder, _attached(root))
         return ""
     except Exception as error:  # any attribute of the user's module may refuse to be pickled, with any exception
         why = f"the module cannot be pickled ({type(error).__name__}: {' '.join(str(error).split())[:200]})"

@@ -5,7 +5,6 @@ Runs in a worker. Everything that the later steps have to know about the model i
 
 from __future__ import annotations
 
-import copy
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -122,11 +121,12 @@ def _same(one: Arrays, other: Arrays) -> bool:
 def _noise(model: torch.nn.Module, inputs: Arrays, outputs: Arrays) -> tuple[dict[str, float], tuple[str, ...]]:
     """Float32 against float64, the same module."""
     try:
-        precise = copy.deepcopy(model).double()
         doubled = {n: a.astype(np.float64) if a.dtype == np.float32 else a for n, a in inputs.items()}
-        return noise_floor(outputs, as_runner(precise)(doubled)), ()
+        return noise_floor(outputs, as_runner(model.double())(doubled)), ()
     except Exception as error:  # a module with a fixed dtype in its forward has no float64 twin; that is no failure
         return {}, (f"no noise floor: the module does not run in float64 ({type(error).__name__})",)
+    finally:
+        model.float()  # every float32 has a float64 of its own, so nothing is lost on the way there and back
 
 
 # --- dynamic axes -----------------------------------------------------------------------------------------------------
