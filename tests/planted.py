@@ -36,7 +36,7 @@ def hangs(source: Path, target: Path, spec: ExportSpec) -> None:
 
 
 def slow(source: Path, target: Path, spec: ExportSpec) -> None:
-    time.sleep(12)
+    time.sleep(20)  # several times what a process group may wait in the tests
     replay(source, target, spec)
 
 

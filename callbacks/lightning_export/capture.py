@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from polyexport.module import UNAVAILABLE, Select, save_call, save_structure, save_traced
+from polyexport.module import SHARDS, UNAVAILABLE, WEIGHTS, Select, save_call, save_structure, save_traced
 
 
 class Spy:
@@ -83,10 +84,11 @@ def _log(*args: Any, **kwargs: Any) -> None:
     """Take the place of `self.log`, which asks the trainer for more than there is."""
 
 
-def save(root: nn.Module, select: Select, args: Any, kwargs: Any, folder: Path) -> str:
+def save(root: nn.Module, select: Select, args: Any, kwargs: Any, folder: Path, *, sharded: bool = False) -> str:
     """Write structure and call into `folder`; returns a note where it was not done the usual way.
 
     A module that cannot be pickled is traced here and now; where that fails too, the reason is written in its place.
+    A sharded one is not traced: its forward gathers weights from all ranks, and the others would not be there.
     """
     save_call(args, kwargs, folder)
     try:
@@ -95,6 +97,9 @@ def save(root: nn.Module, select: Select, args: Any, kwargs: Any, folder: Path) 
     except Exception as error:  # any attribute of the user's module may refuse to be pickled, with any exception
         why = f"the module cannot be pickled ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
     (folder / "structure.pkl").unlink(missing_ok=True)
+    if sharded:
+        (folder / UNAVAILABLE).write_text(f"{why}, and one rank alone cannot trace it: its weights are sharded")
+        return why
     try:
         with isolate_rng():
             save_traced(root, select, args, kwargs, folder)
@@ -109,26 +114,27 @@ def hold(checkpoint: str, folder: Path) -> str | None:
     """Make sure that the weights survive the deletion of `checkpoint`, without reading them.
 
     A hard link `folder/weights.pt` where that works; on another file system a hidden link beside the checkpoint, whose
-    path is returned, as is a URL; a copy only where the file system has no links.
+    path is returned, as is a URL; a copy only where the file system has no links. A checkpoint that is a folder of
+    shards is linked file by file, as `folder/weights.shards`.
     """
     if "://" in checkpoint:
         return checkpoint
     source = os.path.realpath(checkpoint)
+    target = folder / (SHARDS if os.path.isdir(source) else WEIGHTS)
+    hidden = Path(f"{os.path.dirname(source)}/.{os.path.basename(source)}.{folder.parent.name}")
+    for place in (target, hidden):
+        try:
+            _copied(source, place, os.link)
+            return None if place is target else str(hidden)
+        except (OSError, shutil.Error):
+            shutil.rmtree(place, ignore_errors=True)
+    _copied(source, target, shutil.copyfile)
+    return None
+
+
+def _copied(source: str, target: Path, copy: Callable[[Any, Any], Any]) -> None:
+    """A file, or all files of a folder."""
     if os.path.isdir(source):
-        reason = (
-            f"the checkpoint {checkpoint} is a folder of shards; consolidate it with "
-            "`python -m lightning.pytorch.utilities.consolidate_checkpoint` and export the result"
-        )
-        (folder / UNAVAILABLE).write_text(reason, encoding="utf-8")
-        return None
-    try:
-        os.link(source, folder / "weights.pt")
-        return None
-    except OSError:
-        hidden = f"{os.path.dirname(source)}/.{os.path.basename(source)}.{folder.parent.name}"
-    try:
-        os.link(source, hidden)
-        return hidden
-    except OSError:
-        shutil.copyfile(source, folder / "weights.pt")
-        return None
+        shutil.copytree(source, target, copy_function=copy)
+    else:
+        copy(source, target)

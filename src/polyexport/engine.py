@@ -29,10 +29,11 @@ from polyexport.folders import point_best, prune, unfinished
 from polyexport.format import Format
 from polyexport.formats import known, resolve
 from polyexport.job import Job
+from polyexport.module import SHARDS, WEIGHTS
 from polyexport.process import Workers
 from polyexport.records import decode, encode, read_json, write_json
 from polyexport.reference import Dynamic, Reference
-from polyexport.report import Checkpoint, Model, Outcome, Report
+from polyexport.report import Checkpoint, Model, Outcome, Report, State
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +50,8 @@ class Request:
         held: Where the weights still are, if not in the folder: a path, to be moved, or an fsspec URL, to be copied.
         best: Whether `best` beside the finished folder is to point to it.
         keep: How many finished folders may stay in the parent folder; None for all.
+        elsewhere: Further parent folders where this may have been exported under the same name, by a run that this one
+            resumes.
     """
 
     work: Path
@@ -60,6 +63,7 @@ class Request:
     held: str | None = None
     best: bool = True
     keep: int | None = None
+    elsewhere: tuple[Path, ...] = ()
 
     @property
     def final(self) -> Path:
@@ -134,13 +138,15 @@ class Engine:
         self._watch("model", "running PyTorch")
         dispatcher = self._dispatcher(request.work, request.final, self._bounds)
         if request.held:
-            _fetch(request.held, request.work / "source" / "weights.pt")
+            _fetch(request.held, request.work / "source")
         job = Job("prepare", options={"dynamic": request.dynamic})
         ended, command = dispatcher.run(job, toolchain.HOST, "prepare", "logs/model.log")
         self._watch("model", "")
         if not ended.ok:
+            state: State = "skipped" if ended.kind == "missing" else "failed"
+            why = ended.error if state == "skipped" else f"the module cannot be rebuilt: {ended.error}"
             outcomes = tuple(
-                Outcome(each.name, each.precision, "failed", f"the module cannot be rebuilt: {ended.error}",
+                Outcome(each.name, each.precision, state, why,
                         log="logs/model.log", reproduce=command)
                 for each in request.formats
             )  # fmt: skip  # the call reads better on two lines than on eight
@@ -150,7 +156,8 @@ class Engine:
         earlier = _earlier(request, reference.checkpoint_sha256)
         if earlier is not None:
             self._remove(request.work)
-            self._point(request)
+            if earlier.folder == request.final:
+                self._point(request)
             return earlier
         outcomes = Build(dispatcher, request.formats, reference, self._watch).outcomes()
         spec = reference.spec
@@ -223,14 +230,17 @@ class Engine:
 # --- pieces -----------------------------------------------------------------------------------------------------------
 
 
-def _fetch(held: str, target: Path) -> None:
-    if "://" not in held:
-        shutil.move(held, target)
-        return
+def _fetch(held: str, source: Path) -> None:
+    """Bring the weights into `source`: a file, or a folder of shards."""
     import fsspec
 
-    with fsspec.open(held, "rb") as source, target.open("wb") as file:
-        shutil.copyfileobj(source, file)
+    system, path = fsspec.url_to_fs(held)
+    folder = system.isdir(path)
+    target = source / (SHARDS if folder else WEIGHTS)
+    if "://" in held:
+        system.get(path, str(target), recursive=folder)
+    else:
+        shutil.move(held, target)
 
 
 def _manifest(request: Request, report: Report, reference: Reference) -> dict[str, Any]:
@@ -257,15 +267,16 @@ def _manifest(request: Request, report: Report, reference: Reference) -> dict[st
 
 def _earlier(request: Request, sha256: str) -> Report | None:
     """The finished export of the same weights under the same name, if the same was asked of it."""
-    try:
-        manifest = read_json(request.final / "manifest.json")
-        report = Report.load(request.final)
-    except (OSError, ValueError):
-        return None
     if not all(known().get(each.name) is each for each in request.formats):
         return None  # a format of the user's own may have changed under its name
-    same = manifest["checkpoint"]["sha256"] == sha256 and manifest["question"] == encode(request.question)
-    return report if same else None
+    for folder in (request.final, *(parent / request.name for parent in request.elsewhere)):
+        try:
+            manifest, report = read_json(folder / "manifest.json"), Report.load(folder)
+        except (OSError, ValueError):
+            continue
+        if manifest["checkpoint"]["sha256"] == sha256 and manifest["question"] == encode(request.question):
+            return report
+    return None
 
 
 # --- without Lightning ------------------------------------------------------------------------------------------------

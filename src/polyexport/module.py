@@ -4,7 +4,7 @@ A folder holds what a worker needs to rebuild the module without the process tha
 
     structure.pkl    the module with its buffers, but of its parameters the shapes only (or a trace, structure.pt2)
     call.pkl         the arguments that forward received
-    weights.pt       a state dict, or a Lightning checkpoint with one
+    weights.pt       a state dict, or a Lightning checkpoint with one (or weights.shards, see `polyexport.shards`)
 
 Requirements:
 * Taking the structure neither copies a parameter nor touches the module: parameters are named by position while
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 Select = str | Callable[[Any], Any] | None
 """What of a module to export: a dotted attribute, a function of it, or None for itself."""
 
+
+WEIGHTS, SHARDS = "weights.pt", "weights.shards"
 
 UNAVAILABLE = "unavailable.txt"
 """Stands in a module's folder in place of what could not be saved, and says why."""

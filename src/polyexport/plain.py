@@ -7,7 +7,6 @@ stays as it is.
 
 from __future__ import annotations
 
-import copyreg
 import functools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,8 @@ if TYPE_CHECKING:
 
 _TRAINING_ONLY = ("torch.distributed.", "deepspeed.")
 _BACKWARD = ("_backward_hooks", "_backward_pre_hooks")
+_COMPOSABLE = "__composable_api_state_key"
+"""How names begin under which `fully_shard` and its like keep what they know of a module."""
 _COMPILED = ("_compiled_call_impl", "_compiler_ctx")
 """Where `Module.compile` and Lightning keep what `torch.compile` made of a module."""
 
@@ -40,7 +41,12 @@ def reduced(item: Any) -> Any:
     state = item.__dict__ if parametrize.is_parametrized(item) else item.__getstate__()
     if not isinstance(state, dict):
         return NotImplemented
-    return copyreg.__newobj__, (_own_class(kind),), _cleaned(state)  # type: ignore[attr-defined]  # what pickle itself names
+    return _empty, (_own_class(kind),), _cleaned(state)
+
+
+def _empty(kind: Any) -> Any:
+    """Not `copyreg.__newobj__`, with which pickle allows no class but the object's own."""
+    return kind.__new__(kind)
 
 
 def _itself(value: Any) -> Any:
@@ -73,8 +79,8 @@ def _cleaned(state: Mapping[str, Any]) -> dict[str, Any]:
             cleaned[name] = kind()
         elif name.endswith("_hooks") and isinstance(value, Mapping):
             cleaned[name] = kind((key, hook) for key, hook in value.items() if not _of_training(hook))
-        elif not hasattr(value, "_torchdynamo_orig_callable"):  # a method that was compiled, in place of the class's
-            cleaned[name] = value
+        elif not (name.startswith(_COMPOSABLE) or hasattr(value, "_torchdynamo_orig_callable")):
+            cleaned[name] = value  # and not a method that was compiled, in place of the class's
     return cleaned
 
 

@@ -6,6 +6,7 @@ Runs in a worker. Everything that the later steps have to know about the model i
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from polyexport import module as modules
+from polyexport import shards
 from polyexport.errors import BadRequest
 from polyexport.flat import as_runner, to_arrays
 from polyexport.format import Runner
@@ -57,10 +59,14 @@ def make(root: Path, source: Path, dynamic: Dynamic) -> Reference:
 
     Raises:
         BadRequest: the module cannot be rebuilt, or its inputs cannot be fed to a converter.
+        ToolMissing: the checkpoint is in shards, and what joins them is not installed.
     """
     import torch
 
-    weights = source / "weights.pt"
+    weights = source / modules.WEIGHTS
+    if (source / modules.SHARDS).exists():
+        shards.join(source / modules.SHARDS, weights)
+        shutil.rmtree(source / modules.SHARDS)
     model = modules.load(source)
     sha256, at = _sha256(weights), _keep_only_weights(weights)
     model_any: Any = model
