@@ -24,22 +24,29 @@ BEGIN = """
 import sys
 from datetime import timedelta
 sys.path.insert(0, {tests!r})
+import time
 import planted, runs
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from lightning_export import ExportCallback
+from torch import distributed
+
+class Impatient(Callback):
+    # once the ranks have found each other, collectives give up after five seconds
+    def on_fit_start(self, trainer, pl_module):
+        distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=5), None)
 
 def fit(model, callback, strategy, epochs):
     checkpoint = ModelCheckpoint(monitor="val_loss", dirpath={folder!r} + "/checkpoints")
-    trainer = runs.trainer({folder!r}, [checkpoint, callback], max_epochs=epochs, devices=2, strategy=strategy)
+    callbacks = [checkpoint, callback, Impatient()]
+    trainer = runs.trainer({folder!r}, callbacks, max_epochs=epochs, devices=2, strategy=strategy)
     trainer.fit(model, runs.loader(), runs.loader())
     return trainer
 """
 
 DDP = """
 if __name__ == "__main__":
-    # collectives give up after five seconds, the export takes longer
-    strategy = DDPStrategy(process_group_backend="gloo", start_method={kind!r}, timeout=timedelta(seconds=5))
+    strategy = DDPStrategy(process_group_backend="gloo", start_method={kind!r})
     callback = ExportCallback([planted.planted("slow", planted.slow)], bench=False)
     model = runs.Scripted([3.0, 2.0])
     trainer = fit(model, callback, strategy, 2)
@@ -50,13 +57,24 @@ if __name__ == "__main__":
 
 FAILS = """
 if __name__ == "__main__":
-    strategy = DDPStrategy(process_group_backend="gloo", start_method={kind!r}, timeout=timedelta(seconds=5))
+    strategy = DDPStrategy(process_group_backend="gloo", start_method={kind!r})
     callback = ExportCallback([planted.planted("raises", planted.raises)], bench=False, fail_on=["failed"])
     try:
         fit(runs.Scripted([3.0]), callback, strategy, 1)
     except BaseException as error:
         print("told", type(error).__name__, flush=True)
         raise
+"""
+
+WAITS = """
+class Naive(Callback):
+    # exports in the training process, on rank zero
+    def on_train_epoch_end(self, trainer, pl_module):
+        if trainer.is_global_zero:
+            time.sleep(20)
+
+if __name__ == "__main__":
+    fit(runs.Scripted([3.0, 2.0]), Naive(), DDPStrategy(process_group_backend="gloo", start_method={kind!r}), 2)
 """
 
 FSDP = """
@@ -79,6 +97,7 @@ RUNS = {
     "ddp-popen": DDP,
     "ddp-spawn": DDP,
     "fails-popen": FAILS,
+    "waits-popen": WAITS,
     "fsdp-full": FSDP,
     "fsdp-sharded": FSDP,
 }
@@ -121,6 +140,13 @@ def test_rank_zero_exports_and_no_collective_waits_for_it(ended, start):
 
 
 @pytest.mark.slow
+def test_an_export_in_the_training_process_would_be_waited_for(ended):
+    _, code, output = ended("waits-popen")
+    assert code != 0
+    assert "Timed out waiting 5000ms" in output
+
+
+@pytest.mark.slow
 def test_fail_on_is_raised_on_every_rank(ended):
     folder, code, output = ended("fails-popen")
     assert code != 0
@@ -156,7 +182,7 @@ def test_a_folder_of_shards_is_joined_in_a_worker(ended):
     assert report["torchscript"].state == "verified", report["torchscript"].reason
     assert Path(report.checkpoint.path).is_dir()
     assert np.allclose(
-        *answers(report.folder, _load_distributed_checkpoint(report.checkpoint.path)["state_dict"]), atol=1e-6
+        *answers(report.folder, _load_distributed_checkpoint(Path(report.checkpoint.path))["state_dict"]), atol=1e-6
     )
     assert (report.checkpoint.epoch, report.checkpoint.global_step) == (1, 4)
     assert not (report.folder / "source" / modules.SHARDS).exists()

@@ -124,7 +124,7 @@ class ExportCallback(Callback):
         self._notes: tuple[str, ...] = ()
         self._seen: Best | None = None
         self._active = False
-        self._fits = 0
+        self._turn = ""
         self._complaint = ""
         self._folders: list[str] = []
 
@@ -152,7 +152,7 @@ class ExportCallback(Callback):
         self._active = stage == "fit" and not trainer.fast_dev_run  # type: ignore[attr-defined]  # set by a connector
         if not self._active:
             return
-        self._fits += 1
+        self._turn = ranks.turn()
         self.reports, self._complaint = [], ""
         twins = [each for each in _siblings(trainer) if each.into == self.into and each is not self]
         if self.into is not None and twins:
@@ -346,17 +346,16 @@ class ExportCallback(Callback):
     @override
     @_harmless
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self._fits:
+        if not self._turn:
             return
-        turn = f"{self.state_key}/{self._fits}"
         if not trainer.is_global_zero:
-            self._complaint = ranks.hear(trainer, turn)
+            self._complaint = ranks.hear(trainer, self._turn)
             return
         try:
             self._finish(trainer, pl_module)
         finally:
             self._complaint = self._failed()
-            ranks.tell(trainer, turn, self._complaint)
+            ranks.tell(trainer, self._turn, self._complaint)
 
     def _finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Export the best if that was not done yet, wait for all exports, publish the last."""
