@@ -13,7 +13,6 @@ from typing import Any
 
 from torch import distributed
 
-
 _TURNS = itertools.count(1)
 
 
