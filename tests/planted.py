@@ -64,7 +64,7 @@ def writes_too_much(source: Path, target: Path, spec: ExportSpec) -> None:
 
 
 def slow(source: Path, target: Path, spec: ExportSpec) -> None:
-    time.sleep(12)
+    time.sleep(20)  # several times what a process group may wait in the tests
     replay(source, target, spec)
 
 

@@ -1,45 +1,246 @@
-"""Two processes that train together: rank zero exports, and nobody waits for it in a collective."""
+"""Processes that train together: rank zero exports, nobody waits for it in a collective, shards are joined."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from torch.distributed import checkpoint
 
-from polyexport import Report
+import planted
+import runs
+from lightning_export.capture import hold
+from polyexport import Engine, Report, Request
+from polyexport import module as modules
+from polyexport.folders import unfinished
+from polyexport.shards import join
 
-SCRIPT = """
+BEGIN = """
 import sys
 from datetime import timedelta
 sys.path.insert(0, {tests!r})
+import time
 import planted, runs
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from lightning_export import ExportCallback
+from torch import distributed
 
+class Impatient(Callback):
+    # once the ranks have found each other, collectives give up after five seconds
+    def on_fit_start(self, trainer, pl_module):
+        distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=5), None)
+
+def fit(model, callback, strategy, epochs):
+    checkpoint = ModelCheckpoint(monitor="val_loss", dirpath={folder!r} + "/checkpoints")
+    callbacks = [checkpoint, callback, Impatient()]
+    trainer = runs.trainer({folder!r}, callbacks, max_epochs=epochs, devices=2, strategy=strategy)
+    trainer.fit(model, runs.loader(), runs.loader())
+    return trainer
+"""
+
+DDP = """
 if __name__ == "__main__":
-    # collectives give up after five seconds, the export takes longer
-    strategy = DDPStrategy(process_group_backend="gloo", start_method={start!r}, timeout=timedelta(seconds=5))
+    strategy = DDPStrategy(process_group_backend="gloo", start_method={kind!r})
     callback = ExportCallback([planted.planted("slow", planted.slow)], bench=False)
     model = runs.Scripted([3.0, 2.0])
-    trainer = runs.trainer({folder!r}, [ModelCheckpoint(monitor="val_loss"), callback], max_epochs=2, devices=2,
-                           strategy=strategy)
-    trainer.fit(model, runs.loader(), runs.loader())
-    print("clock", float(model.clock.detach()))
+    trainer = fit(model, callback, strategy, 2)
+    # nor does the next collective give up
+    trainer.validate(model, runs.loader(), verbose=False)
+    print("validated", trainer.global_rank)
 """
+
+FAILS = """
+if __name__ == "__main__":
+    strategy = DDPStrategy(process_group_backend="gloo", start_method={kind!r})
+    callback = ExportCallback([planted.planted("raises", planted.raises)], bench=False, fail_on=["failed"])
+    try:
+        fit(runs.Scripted([3.0]), callback, strategy, 1)
+    except BaseException as error:
+        print("told", type(error).__name__, flush=True)
+        raise
+"""
+
+WAITS = """
+class Naive(Callback):
+    # exports in the training process, on rank zero
+    def on_train_epoch_end(self, trainer, pl_module):
+        if trainer.is_global_zero:
+            time.sleep(20)
+
+if __name__ == "__main__":
+    fit(runs.Scripted([3.0, 2.0]), Naive(), DDPStrategy(process_group_backend="gloo", start_method={kind!r}), 2)
+"""
+
+FSDP = """
+from torch.distributed.fsdp import fully_shard
+
+class Sharded(runs.Noisy):
+    def configure_model(self):
+        for part in (self.net[0], self.net[4], self):
+            fully_shard(part, mesh=self.device_mesh["data_parallel"])
+
+if __name__ == "__main__":
+    strategy = ModelParallelStrategy(
+        data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo",
+        save_distributed_checkpoint={kind!r} == "sharded",
+    )
+    fit(Sharded(), ExportCallback(["torchscript"], bench=False), strategy, 2)
+"""
+
+RUNS = {
+    "ddp-popen": DDP,
+    "ddp-spawn": DDP,
+    "fails-popen": FAILS,
+    "waits-popen": WAITS,
+    "fsdp-full": FSDP,
+    "fsdp-sharded": FSDP,
+}
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory) -> Callable[[str], tuple[Path, int, str]]:
+    """`ended(name)`: folder, exit code and output of a run; all run side by side, since most of it is waiting."""
+    folder, started = tmp_path_factory.mktemp("ranks"), {}
+    for name, script in RUNS.items():
+        home = folder / name
+        home.mkdir()
+        text = (BEGIN + script).format(tests=str(Path(__file__).parent), folder=str(home), kind=name.split("-")[1])
+        (home / "train.py").write_text(text)
+        with (home / "output.txt").open("w") as output:
+            command = [sys.executable, home / "train.py"]
+            started[name] = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, cwd=home)
+
+    def end(name: str) -> tuple[Path, int, str]:
+        try:
+            code = started[name].wait(500)
+        finally:
+            started[name].kill()
+        return folder / name, code, (folder / name / "output.txt").read_text()
+
+    return end
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("start", ["popen", "spawn"])
-def test_rank_zero_exports_and_no_collective_waits_for_it(tmp_path, start):
-    script = tmp_path / "train.py"
-    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), start=start, folder=str(tmp_path)))
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    (best,) = tmp_path.rglob("exports/best")
-    report = Report.load(best)
+def test_rank_zero_exports_and_no_collective_waits_for_it(ended, start):
+    folder, code, output = ended(f"ddp-{start}")
+    assert code == 0, output[-3000:]
+    report = Report.load(folder / "exports" / "best")
     assert report["slow"].state == "verified"
-    assert report["slow"].seconds["convert"] > 10
-    assert sorted(path.name for path in best.parent.iterdir())[0] == "best"
+    assert report["slow"].seconds["convert"] >= 20
+    assert output.count("validated") == 2 if start == "popen" else 1
+    assert {path.name for path in (folder / "exports").iterdir()} >= {"best", "epoch=1-step=4"}
+    assert not list((folder / "exports").glob(".*"))
+
+
+@pytest.mark.slow
+def test_an_export_in_the_training_process_would_be_waited_for(ended):
+    _, code, output = ended("waits-popen")
+    assert code != 0
+    assert "Timed out waiting 5000ms" in output
+
+
+@pytest.mark.slow
+def test_fail_on_is_raised_on_every_rank(ended):
+    folder, code, output = ended("fails-popen")
+    assert code != 0
+    assert output.count("told ExportFailed") == 2
+    assert Report.load(folder / "exports" / "epoch=0-step=2")["raises"].state == "failed"
+
+
+def answers(folder: Path, state: dict[str, torch.Tensor]) -> tuple[np.ndarray, np.ndarray]:
+    """What the export in `folder` holds for right, and what a module answers that never saw a shard."""
+    plain = runs.Noisy()
+    plain.load_state_dict(state)
+    with np.load(folder / "validation_batch.npz") as arrays, torch.no_grad():
+        return arrays["output_0"], plain.eval()(torch.from_numpy(arrays["x"])).numpy()
+
+
+@pytest.mark.slow
+def test_a_sharded_module_is_exported_from_the_one_file_of_its_checkpoint(ended):
+    folder, code, output = ended("fsdp-full")
+    assert code == 0, output[-3000:]
+    report = Report.load(folder / "exports" / "best")
+    assert report["torchscript"].state == "verified", report["torchscript"].reason
+    state = torch.load(report.checkpoint.path, weights_only=True)["state_dict"]
+    assert np.allclose(*answers(report.folder, state), atol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_folder_of_shards_is_joined_in_a_worker(ended):
+    from lightning.fabric.utilities.load import _load_distributed_checkpoint
+
+    folder, code, output = ended("fsdp-sharded")
+    assert code == 0, output[-3000:]
+    report = Report.load(folder / "exports" / "best")
+    assert report["torchscript"].state == "verified", report["torchscript"].reason
+    assert Path(report.checkpoint.path).is_dir()
+    assert np.allclose(
+        *answers(report.folder, _load_distributed_checkpoint(Path(report.checkpoint.path))["state_dict"]), atol=1e-6
+    )
+    assert report.folder.resolve().name == f"epoch={report.checkpoint.epoch}-step={report.checkpoint.global_step}"
+    assert not (report.folder / "source" / modules.SHARDS).exists()
+
+
+# --- a folder as a checkpoint -----------------------------------------------------------------------------------------
+
+
+def fsdp_checkpoint(folder: Path) -> dict[str, torch.Tensor]:
+    """What FSDPStrategy writes: weights and optimizer in shards, the rest in `meta.pt`."""
+    state = runs.Noisy().state_dict()
+    optimizer = {"state": {"net.0.weight": {"step": torch.ones(())}}}
+    checkpoint.save({"model": state, "optimizer_0": optimizer}, checkpoint_id=folder, no_dist=True)
+    torch.save({"epoch": 3, "global_step": 7, "loops": {}}, folder / "meta.pt")
+    return state
+
+
+def test_shards_are_held_without_a_copy_and_outlive_the_checkpoint(tmp_path):
+    best, source = tmp_path / "best.ckpt", tmp_path / "export" / "source"
+    state = fsdp_checkpoint(best)
+    source.mkdir(parents=True)
+    assert hold(str(best), source) is None
+    assert all(path.stat().st_nlink == 2 for path in best.iterdir())
+    for path in best.iterdir():
+        path.unlink()
+    join(source / modules.SHARDS, source / modules.WEIGHTS)
+    joined = modules.read_checkpoint(source / modules.WEIGHTS)
+    assert (joined["epoch"], joined["global_step"]) == (3, 7)
+    assert joined["state_dict"].keys() == state.keys()
+    assert all(torch.equal(joined["state_dict"][name], tensor) for name, tensor in state.items())
+
+
+def exported(folder: Path, held: Path) -> Report:
+    work = unfinished(folder)
+    modules.save_call((torch.randn(4, runs.FEATURES),), {}, work / "source")
+    modules.save_structure(runs.Noisy(), None, work / "source")
+    with Engine() as engine:
+        return engine.submit(Request(work, "made", (planted.GOOD,), held=str(held))).result()
+
+
+def test_a_folder_that_lies_elsewhere_is_fetched(tmp_path):
+    fsdp_checkpoint(tmp_path / "best.ckpt")
+    assert exported(tmp_path, tmp_path / "best.ckpt")["good"].state == "verified"
+
+
+def test_without_deepspeed_its_checkpoints_are_skipped_with_a_word_what_to_do(tmp_path):
+    best = tmp_path / "best.ckpt"
+    (best / "checkpoint").mkdir(parents=True)
+    (best / "latest").write_text("checkpoint")
+    outcome = exported(tmp_path, best)["good"]
+    assert outcome.state == "skipped"
+    assert "deepspeed, which joins it, is not installed; install it (`pip install deepspeed`)" in outcome.reason
+
+
+def test_a_folder_of_something_else_fails_with_what_is_known(tmp_path):
+    best = tmp_path / "best.ckpt"
+    best.mkdir()
+    (best / "notes.txt").write_text("no shards")
+    outcome = exported(tmp_path, best)["good"]
+    assert outcome.state == "failed"
+    assert "a folder with notes.txt; known are those of torch.distributed.checkpoint" in outcome.reason

@@ -19,6 +19,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
+from lightning_export import ranks
 from lightning_export.best import Best, bases, best_of, checkpointer, tail
 from lightning_export.capture import Spy, hold, save
 from lightning_export.loggers import sinks
@@ -82,7 +83,7 @@ class ExportCallback(Callback):
             the executor.
 
     Attributes:
-        reports: The finished exports of this run, the oldest first.
+        reports: The finished exports of this run, the oldest first; on rank zero, and not outside a spawned process.
 
     Raises:
         UnknownFormat: a format's name is none.
@@ -144,6 +145,26 @@ class ExportCallback(Callback):
         self._notes: tuple[str, ...] = ()
         self._seen: Best | None = None
         self._active = False
+        self._turn = ""
+        self._complaint = ""
+        self._folders: list[str] = []
+
+    @property
+    @override
+    def state_key(self) -> str:
+        """Tells the callbacks of one trainer apart, by what they export; where to may differ when a run is resumed."""
+        what = self.module if self.module is None or isinstance(self.module, str) else self.module.__qualname__
+        names = [each.name for each in self.formats]
+        return self._generate_state_key(formats=names, module=what, when=self.when, monitor=self.monitor)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """Where exports of this run lie, so that a resumed one repeats none; what is finished, the folders tell."""
+        return {"folders": list(self._folders)}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._folders = [str(folder) for folder in state_dict.get("folders", ())]
 
     # --- before training ----------------------------------------------------------------------------------------------
 
@@ -152,7 +173,11 @@ class ExportCallback(Callback):
         self._active = stage == "fit" and not trainer.fast_dev_run  # type: ignore[attr-defined]  # set by a connector
         if not self._active:
             return
-        self.reports = []
+        self._turn = ranks.turn()
+        self.reports, self._complaint = [], ""
+        twins = [each for each in _siblings(trainer) if each.into == self.into and each is not self]
+        if self.into is not None and twins:
+            raise BadRequest(f"two ExportCallbacks write into {self.into}; give each a folder of its own")
         if isinstance(self.module, str) and not _overrides(pl_module, "configure_model"):
             selected(pl_module, self.module)
         if not _validates(trainer, pl_module) and self.inputs is None and _example(pl_module) is None:
@@ -173,6 +198,7 @@ class ExportCallback(Callback):
         if trainer.is_global_zero:
             self._preflight(distributed=trainer.world_size > 1)
 
+    @_harmless
     def _preflight(self, *, distributed: bool) -> None:
         """Make the toolchains that are missing, or say before the first epoch what will be skipped.
 
@@ -206,7 +232,7 @@ class ExportCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         if self._takes(trainer, batch_idx, dataloader_idx) and self.inputs is None:
-            self._spy = Spy(selected(pl_module, self.module))
+            self._spy = Spy(selected(pl_module, self.module), pl_module)
 
     @override
     @_harmless
@@ -277,9 +303,11 @@ class ExportCallback(Callback):
     def _capture(self, trainer: Trainer, pl_module: LightningModule, call: tuple[Any, Any] | None) -> None:
         if call is None:
             return
-        folder = Path(tempfile.mkdtemp(prefix=".capture-", dir=_made(self._parent(trainer))))
+        parent = _made(self._parent(trainer))
+        self._folders = [*(each for each in self._folders if each != str(parent)), str(parent)]
+        folder = Path(tempfile.mkdtemp(prefix=".capture-", dir=parent))
         self._captured = folder
-        note = save(pl_module, self.module, *call, folder)
+        note = save(pl_module, self.module, *call, folder, sharded=_shards(trainer))
         if note:
             self._notes = (note,)
             rank_zero_warn(f"ExportCallback: {note}")
@@ -325,7 +353,7 @@ class ExportCallback(Callback):
     def _export_live(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """No checkpoint was written: export the weights as they are when fit ends, and say so."""
         work = self._work(trainer)
-        if any(word in type(trainer.strategy).__name__ for word in ("FSDP", "DeepSpeed", "ModelParallel")):
+        if _shards(trainer):
             reason = (
                 "no ModelCheckpoint wrote a checkpoint, and this strategy shards the weights; add a ModelCheckpoint"
             )
@@ -346,29 +374,45 @@ class ExportCallback(Callback):
     def _submit(self, trainer: Trainer, work: Path, name: str, checkpoint: Checkpoint, held: str | None) -> None:
         assert self._engine is not None, "rank zero has an engine from setup on"
         at = replace(checkpoint, epoch=trainer.current_epoch, global_step=trainer.global_step)
-        request = Request(work, name, self.formats, self.dynamic, at, self._notes, held, keep=self.keep)
+        before = tuple(Path(folder) for folder in self._folders)
+        request = Request(work, name, self.formats, self.dynamic, at, self._notes, held, keep=self.keep, former=before)
         self._futures.append(self._engine.submit(request))
 
     def _parent(self, trainer: Trainer) -> Path:
         """Where exports lie. Nothing here may broadcast: only rank zero asks."""
         if self.into is not None and "://" not in str(self.into):
             return Path(self.into).absolute()
+        place = _siblings(trainer).index(self)
+        exports = f"exports-{place + 1}" if place else "exports"  # a second callback's folders have the same names
         model_checkpoint = checkpointer(_callbacks(trainer), self.monitor)
         directory = getattr(model_checkpoint, "dirpath", None)
         if directory and "://" not in str(directory):
             run = Path(directory)
-            return (run.parent if run.name == "checkpoints" else run).absolute() / "exports"
+            return (run.parent if run.name == "checkpoints" else run).absolute() / exports
         logger = trainer.logger
         if logger is not None and logger.save_dir:
             version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
-            return Path(logger.save_dir, str(logger.name), version, "exports").absolute()
-        return Path(trainer.default_root_dir, "exports").absolute()
+            return Path(logger.save_dir, str(logger.name), version, exports).absolute()
+        return Path(trainer.default_root_dir, exports).absolute()
 
     # --- the end ------------------------------------------------------------------------------------------------------
 
     @override
     @_harmless
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._turn:
+            return
+        if not trainer.is_global_zero:
+            self._complaint = ranks.hear(trainer, self._turn)
+            return
+        try:
+            self._finish(trainer, pl_module)
+        finally:
+            self._complaint = self._failed()
+            ranks.tell(trainer, self._turn, self._complaint)
+
+    def _finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Export the best if that was not done yet, wait for all exports, publish the last."""
         if self._engine is None or self._captured is None or not self._active:
             return
         if not self._export_best(trainer) and not self._futures:
@@ -398,9 +442,11 @@ class ExportCallback(Callback):
                 rank_zero_warn(f"ExportCallback: an export was lost: {type(error).__name__}: {error}")
         self._futures.clear()
         self.reports = [report for report in self.reports if report.folder.exists()]
-        timed = {True: self.reports[-1:], False: [], "all": self.reports}[self.bench]
-        rest = self.reports[: len(self.reports) - len(timed)]
-        self.reports = [*rest, *(self._engine.bench(report, self.formats) for report in timed)]
+        wanted = {True: self.reports[-1:], False: [], "all": self.reports}[self.bench]
+        self.reports = [  # an export that a resumed run found finished may have been timed already
+            self._engine.bench(report, self.formats) if report in wanted and report.baseline is None else report
+            for report in self.reports
+        ]
 
     def _sinks(self, trainer: Trainer) -> Iterator[Sink]:
         if self.into is not None and "://" in str(self.into):
@@ -424,13 +470,18 @@ class ExportCallback(Callback):
         self._close()
         if self._tail is not None:  # a second checkpoint callback would have `test(ckpt_path="best")` warn
             trainer.callbacks = [each for each in _callbacks(trainer) if each is not self._tail]  # type: ignore[attr-defined]
-        failed = [o for report in self.reports[-1:] for o in report.outcomes if o.state in self.fail_on]
-        if stage == "fit" and failed:
+        if stage == "fit" and self._complaint:
             for logger in trainer.loggers:  # the trainer would do so right after this hook
                 logger.finalize("success")
-            listed = "; ".join(f"{outcome.format} is {outcome.state}: {outcome.reason}" for outcome in failed)
-            raise ExportFailed(f"fit finished, but {listed} (see {self.reports[-1].folder / 'report.md'})")
+            raise ExportFailed(self._complaint)
 
+    def _failed(self) -> str:
+        """What `fail_on` has to say of the last export; empty where all is well."""
+        failed = [o for report in self.reports[-1:] for o in report.outcomes if o.state in self.fail_on]
+        listed = "; ".join(f"{outcome.format} is {outcome.state}: {outcome.reason}" for outcome in failed)
+        return f"fit finished, but {listed} (see {self.reports[-1].folder / 'report.md'})" if failed else ""
+
+    @_harmless
     def _close(self) -> None:
         """Leave nothing running and nothing half-written."""
         if self._spy is not None:
@@ -443,6 +494,8 @@ class ExportCallback(Callback):
             shutil.rmtree(self._captured, ignore_errors=True)
             self._captured = None
             self._taken = 0
+        if self._futures:  # what was not finished is to be exported when fit goes on
+            self._seen = None
         self._futures.clear()
         self._told.clear()
 
@@ -465,6 +518,16 @@ def _check_arguments(
 
 def _callbacks(trainer: Trainer) -> list[Any]:
     return list(trainer.callbacks)  # type: ignore[attr-defined]  # set by a connector
+
+
+def _siblings(trainer: Trainer) -> list[Any]:
+    """The callbacks of our kind in a trainer, in its order."""
+    return [each for each in _callbacks(trainer) if isinstance(each, ExportCallback)]
+
+
+def _shards(trainer: Trainer) -> bool:
+    """Whether each rank holds a part of the weights only; the names of a user's strategy's classes count too."""
+    return not bases(trainer.strategy).isdisjoint({"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"})
 
 
 def _example(pl_module: LightningModule) -> Any:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from polyexport.job import Job
+from polyexport.module import SHARDS
 from polyexport.process import Ended, Workers, environment
 from polyexport.toolchain import Toolchain
 
@@ -105,7 +106,8 @@ def _read_by(root: Path, job: Job, errand: Errand) -> list[Path]:
     named = [errand.job, *(batch.path for batch in job.batches), *([job.declared] if job.declared else [])]
     named += [path.as_posix() for path in job.spec.calibration] if job.kind == "convert" and job.spec else []
     if job.source == "source":
-        return [*(root / name for name in named), *(file for file in source.glob("*") if file.is_file())]
+        files = [*source.glob("*"), *(source / SHARDS).rglob("*")]
+        return [*(root / name for name in named), *(file for file in files if file.is_file())]
     within = source if source.is_dir() else source.parent
     return [*(root / name for name in named), *(file for file in within.rglob("*") if file.is_file())]
 

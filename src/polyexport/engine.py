@@ -36,10 +36,11 @@ from polyexport.format import Format, Runner
 from polyexport.formats import known, resolve
 from polyexport.job import Job
 from polyexport.latency import Latency
+from polyexport.module import SHARDS, WEIGHTS
 from polyexport.process import Workers
 from polyexport.records import decode, encode, read_json, write_json
 from polyexport.reference import Dynamic, Reference
-from polyexport.report import Checkpoint, Model, Outcome, Report, sentence
+from polyexport.report import Checkpoint, Model, Outcome, Report, State, sentence
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +57,8 @@ class Request:
         held: Where the weights still are, if not in the folder: a path, to be moved, or an fsspec URL, to be copied.
         best: Whether `best` beside the finished folder is to point to it.
         keep: How many finished folders may stay in the parent folder; None for all.
+        former: Further parent folders where this may have been exported under the same name, by a run that this one
+            resumes.
     """
 
     work: Path
@@ -67,6 +70,7 @@ class Request:
     held: str | None = None
     best: bool = True
     keep: int | None = None
+    former: tuple[Path, ...] = ()
 
     @property
     def final(self) -> Path:
@@ -173,13 +177,15 @@ class Engine:
         start = time.perf_counter()
         self._watch("model", "running PyTorch")
         if request.held:
-            _fetch(request.held, request.work / "source" / "weights.pt")
+            _fetch(request.held, request.work / "source")
         job = Job("prepare", options={"dynamic": request.dynamic})
         ended, command = dispatcher.run(job, toolchain.HOST, "prepare", "logs/model.log")
         self._watch("model", None)
         if not ended.ok:
+            state: State = "skipped" if ended.kind == "missing" else "failed"
+            why = ended.error if state == "skipped" else f"the module cannot be rebuilt: {ended.error}"
             outcomes = tuple(
-                Outcome(each.name, each.precision, "failed", f"the module cannot be rebuilt: {ended.error}",
+                Outcome(each.name, each.precision, state, why,
                         log="logs/model.log", reproduce=command)
                 for each in request.formats
             )  # fmt: skip  # the call reads better on two lines than on eight
@@ -189,7 +195,8 @@ class Engine:
         earlier = _earlier(request, reference.checkpoint_sha256)
         if earlier is not None:
             self._remove(request.work)
-            self._point(request)
+            if earlier.folder == request.final:
+                self._point(request)
             return earlier
         watch = functools.partial(self._watch, of=f"{request.name} ")
         outcomes = Build(dispatcher, request.formats, reference, watch).outcomes()
@@ -286,14 +293,17 @@ def _by_name(formats: Iterable[Format]) -> dict[str, Format]:
     return {each.name: each for each in (*known().values(), *formats)}
 
 
-def _fetch(held: str, target: Path) -> None:
-    if "://" not in held:
-        shutil.move(held, target)
-        return
+def _fetch(held: str, source: Path) -> None:
+    """Bring the weights into `source`: a file, or a folder of shards."""
     import fsspec
 
-    with fsspec.open(held, "rb") as source, target.open("wb") as file:
-        shutil.copyfileobj(source, file)
+    system, path = fsspec.url_to_fs(held)
+    folder = system.isdir(path)
+    target = source / (SHARDS if folder else WEIGHTS)
+    if "://" in held:
+        system.get(path, str(target), recursive=folder)
+    else:
+        shutil.move(held, target)
 
 
 def _manifest(request: Request, report: Report, reference: Reference) -> dict[str, Any]:
@@ -322,15 +332,16 @@ def _manifest(request: Request, report: Report, reference: Reference) -> dict[st
 
 def _earlier(request: Request, sha256: str) -> Report | None:
     """The finished export of the same weights under the same name, if the same was asked of it."""
-    try:
-        manifest = read_json(request.final / "manifest.json")
-        report = Report.load(request.final)
-    except (OSError, ValueError):
-        return None
     if not all(known().get(each.name) is each for each in request.formats):
         return None  # a format of the user's own may have changed under its name
-    same = manifest["checkpoint"]["sha256"] == sha256 and manifest["question"] == encode(request.question)
-    return report if same else None
+    for folder in (request.final, *(parent / request.name for parent in request.former)):
+        try:
+            manifest, report = read_json(folder / "manifest.json"), Report.load(folder)
+        except (OSError, ValueError):
+            continue
+        if manifest["checkpoint"]["sha256"] == sha256 and manifest["question"] == encode(request.question):
+            return report
+    return None
 
 
 # --- without Lightning ------------------------------------------------------------------------------------------------

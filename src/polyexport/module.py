@@ -5,7 +5,7 @@ A folder holds what a worker needs to rebuild the module without the process tha
     structure.pkl    the module with its buffers, but of its parameters the shapes only (or a trace, structure.pt2)
     call.pkl         the arguments that forward received
     call_001.pkl …   those of further batches, where a format is calibrated
-    weights.pt       a state dict, or a Lightning checkpoint with one
+    weights.pt       a state dict, or a Lightning checkpoint with one (or weights.shards, see `polyexport.shards`)
 
 Requirements:
 * Taking the structure neither copies a parameter nor touches the module: parameters are named by position while
@@ -22,10 +22,12 @@ import pickle
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
+from polyexport import plain
 from polyexport.errors import BadRequest
 from polyexport.flat import flat
 from polyexport.spec import ExportSpec
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
 Select = str | Callable[[Any], Any] | None
 """What of a module to export: a dotted attribute, a function of it, or None for itself."""
 
+
+WEIGHTS, SHARDS = "weights.pt", "weights.shards"
 
 UNAVAILABLE = "unavailable.txt"
 """Stands in a module's folder in place of what could not be saved, and says why."""
@@ -68,10 +72,14 @@ def dump(value: Any, path: Path) -> None:
                 shelf.append(item)  # type: ignore[arg-type]  # the two lists differ in their element only
             return seen[id(item)]
 
+        def reducer_override(self, item: Any) -> Any:
+            found = plain.reduced(item)
+            return super().reducer_override(item) if found is NotImplemented else found
+
     buffer = io.BytesIO()
     Pickler(buffer).dump(value)
-    shapes = [(tuple(p.shape), p.dtype, p.requires_grad) for p in parameters]
-    copies = [tensor.detach().to("cpu", copy=True).contiguous() for tensor in tensors]
+    shapes = [(plain.shape(p), p.dtype, p.requires_grad) for p in parameters]
+    copies = [plain.local(tensor).detach().to("cpu", copy=True).contiguous() for tensor in tensors]
     torch.save({"pickle": buffer.getvalue(), "parameters": shapes, "tensors": copies}, path)
 
 
@@ -90,17 +98,23 @@ def restore(path: Path) -> Any:
                 return blob["tensors"][index]
             if index not in made:
                 shape, dtype, requires_grad = blob["parameters"][index]
-                empty = torch.empty(shape, dtype=dtype)
-                made[index] = torch.nn.Parameter(empty, requires_grad=requires_grad)
+                empty = torch.empty(shape or (), dtype=dtype)
+                made[index] = torch.nn.Parameter(empty, requires_grad=requires_grad and dtype.is_floating_point)
+                made[index].of_any_shape = shape is None  # type: ignore[attr-defined]  # a tensor takes any attribute
             return made[index]
 
     file: BinaryIO = io.BytesIO(blob["pickle"])
     return Unpickler(file).load()
 
 
-def save_structure(root: nn.Module, select: Select, folder: Path) -> None:
-    """Write `structure.pkl`: `root` without its weights, and what of it to export."""
-    dump({"root": root, "select": select}, folder / "structure.pkl")
+def save_structure(
+    root: nn.Module, select: Select, folder: Path, attributes: Mapping[str, Any] = MappingProxyType({})
+) -> None:
+    """Write `structure.pkl`: `root` without its weights, and what of it to export.
+
+    `attributes` are set on it when it is back, in place of what does not survive pickling.
+    """
+    dump({"root": root, "select": select, "attributes": dict(attributes)}, folder / "structure.pkl")
 
 
 def call_file(folder: Path, index: int = 0) -> Path:
@@ -153,6 +167,8 @@ def load(folder: Path) -> Any:
     Raises:
         BadRequest: weights that the checkpoint lacks, or a call that is not made of tensors.
     """
+    import torch
+
     if (folder / UNAVAILABLE).exists():
         raise BadRequest((folder / UNAVAILABLE).read_text(encoding="utf-8"))
     state = load_weights(folder / "weights.pt")
@@ -160,6 +176,10 @@ def load(folder: Path) -> Any:
         return _load_traced(folder / "structure.pt2", state)
     blueprint = restore(folder / "structure.pkl")
     root = blueprint["root"]
+    vars(root).update(blueprint["attributes"])
+    for name, parameter in root.named_parameters():
+        if parameter.of_any_shape and name in state:
+            parameter.data = torch.empty_like(state[name])
     missing, _ = root.load_state_dict(state, strict=bool(getattr(root, "strict_loading", True)))
     module = selected(root, blueprint["select"])
     parameters, needed = dict(root.named_parameters()), set(map(id, module.parameters()))
@@ -169,7 +189,9 @@ def load(folder: Path) -> Any:
     _hide_broken_properties(module)
     _register_with_transformers(module)
     args, kwargs = restore(call_file(folder))
-    return flat(module.float(), args, kwargs)
+    wrapped = flat(module.float(), args, kwargs)
+    plain.settle(wrapped)
+    return wrapped
 
 
 def call_tensors(path: Path) -> tuple[torch.Tensor, ...]:
@@ -222,7 +244,7 @@ def _raises(value: Any, name: str) -> bool:
 def load_weights(path: Path) -> dict[str, Any]:
     """Read a state dict, bare or inside a checkpoint."""
     blob = read_checkpoint(path)
-    return dict(blob.get("state_dict", blob))
+    return {plain.clean_name(name): tensor for name, tensor in blob.get("state_dict", blob).items()}
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -270,7 +292,7 @@ def save_traced(root: nn.Module, select: Select, args: Sequence[Any], kwargs: Ma
     finally:
         for each, training in modes:
             each.training = training
-    names = {id(tensor): name for name, tensor in root.state_dict(keep_vars=True).items()}
+    names = {id(tensor): plain.clean_name(name) for name, tensor in root.state_dict(keep_vars=True).items()}
     weights = {key: names.get(id(tensor), "") for key, tensor in wrapped.state_dict(keep_vars=True).items()}
     about = {"inputs": wrapped.input_names, "outputs": wrapped.output_names, "weights": weights}
     torch.export.save(program, folder / "structure.pt2", extra_files={"about.json": json.dumps(about)})

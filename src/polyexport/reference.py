@@ -5,8 +5,8 @@ Runs in a worker. Everything that the later steps have to know about the model i
 
 from __future__ import annotations
 
-import copy
 import hashlib
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from polyexport import module as modules
+from polyexport import shards
 from polyexport.errors import BadRequest
 from polyexport.flat import as_runner, to_arrays
 from polyexport.format import Runner
@@ -58,10 +59,14 @@ def make(root: Path, source: Path, dynamic: Dynamic) -> Reference:
 
     Raises:
         BadRequest: the module cannot be rebuilt, or its inputs cannot be fed to a converter.
+        ToolMissing: the checkpoint is in shards, and what joins them is not installed.
     """
     import torch
 
-    weights = source / "weights.pt"
+    weights = source / modules.WEIGHTS
+    if (source / modules.SHARDS).exists():
+        shards.join(source / modules.SHARDS, weights)
+        shutil.rmtree(source / modules.SHARDS)
     model = modules.load(source)
     sha256, at = _sha256(weights), _keep_only_weights(weights)
     model_any: Any = model
@@ -141,11 +146,12 @@ def _same(one: Arrays, other: Arrays) -> bool:
 def _noise(model: torch.nn.Module, inputs: Arrays, outputs: Arrays) -> tuple[dict[str, float], tuple[str, ...]]:
     """Float32 against float64, the same module."""
     try:
-        precise = copy.deepcopy(model).double()
         doubled = {n: a.astype(np.float64) if a.dtype == np.float32 else a for n, a in inputs.items()}
-        return noise_floor(outputs, as_runner(precise)(doubled)), ()
+        return noise_floor(outputs, as_runner(model.double())(doubled)), ()
     except Exception as error:  # a module with a fixed dtype in its forward has no float64 twin; that is no failure
         return {}, (f"no noise floor: the module does not run in float64 ({type(error).__name__})",)
+    finally:
+        model.float()  # every float32 has a float64 of its own, so nothing is lost on the way there and back
 
 
 # --- dynamic axes -----------------------------------------------------------------------------------------------------
