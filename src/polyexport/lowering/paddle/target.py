@@ -194,6 +194,32 @@ def sizes_of(value: Value) -> list[Any]:
     return [sizes[axis] if size is None else size for axis, size in enumerate(shape)]
 
 
+def entries_of(shape: Value, node: Node) -> list[Any]:
+    """What a shape says, entry by entry: an `int` where it is known, else a scalar int64 tensor.
+
+    Raises:
+        UnsupportedOp: not even the number of entries is known.
+    """
+    if shape.sizes is not None and None not in shape.sizes:
+        return [int(each) for each in shape.sizes.ravel()]
+    count = (shape.shape or (None,))[0]
+    if count is None:
+        raise node.unsupported("how many axes its result has is not known before the run")
+    content = paddle.cast(shape.tensor, "int64")
+    sizes = [None] * count if shape.sizes is None else shape.sizes
+    return [content[i] if size is None else int(size) for i, size in enumerate(sizes)]
+
+
+def shaped(tensor: Tensor, sizes: Sequence[Any]) -> Tensor:
+    """Reshaped to sizes of which some may be scalar tensors; an `int` of 0 is meant as one."""
+    free = [axis for axis, size in enumerate(sizes) if is_tensor(size)]
+    if 0 in [size for size in sizes if not is_tensor(size)]:
+        return paddle.zeros(list(sizes), tensor.dtype)  # Paddle's reshape would keep a size there
+    if len(free) == 1 and -1 not in [size for size in sizes if not is_tensor(size)]:
+        return paddle.reshape(tensor, [-1 if is_tensor(size) else int(size) for size in sizes])
+    return paddle.reshape(tensor, list(sizes))
+
+
 def vector(entries: Sequence[Any]) -> Tensor:
     """An int64 tensor of integers of which some are scalar tensors."""
     if not any(is_tensor(each) for each in entries):
@@ -207,6 +233,11 @@ def vector(entries: Sequence[Any]) -> Tensor:
 def is_tensor(content: Any) -> bool:
     """Whether it is a tensor of Paddle, and not an integer that is known."""
     return not isinstance(content, int | float | np.generic)
+
+
+def is_float(tensor: Tensor) -> bool:
+    """Whether a tensor's elements are real or complex, and no integers."""
+    return numpy_dtype(tensor.dtype).kind in "fc"
 
 
 DTYPES = {
