@@ -153,6 +153,7 @@ def split_attribute(x: Value, *, axis: int = 0, split: list[int] | None = None, 
 
 
 _FAR = 2**31 - 1  # beyond any axis
+_SLICED_RANK = 6  # Paddle slices no tensor of more axes
 
 
 @OPS.op("Slice", since=10)
@@ -166,7 +167,8 @@ def slice_(
     if chosen is None or count is None:
         raise node.unsupported("its axes are not known before the run")
     chosen = [axis % (x.rank or 1) for axis in chosen]
-    if begin is None or end is None or (stride is None and steps is not None):
+    too_many = (x.rank or 0) > _SLICED_RANK
+    if begin is None or end is None or too_many or (stride is None and steps is not None):
         return _slice_dynamic(x, starts, ends, steps, chosen)
     sizes = x.shape or ()
     bounds = [
@@ -188,7 +190,7 @@ def _bounds(first: int, last: int, step: int, size: int | None) -> tuple[int, in
 
 
 def _slice_dynamic(x: Value, starts: Value, ends: Value, steps: Value | None, axes: list[int]) -> Tensor:
-    """Bounds or steps that only the run knows: the entries are counted, and looked up."""
+    """By bounds or steps that only the run knows: the entries are counted, and looked up."""
     first, last = (paddle.cast(each.tensor, "int64") for each in (starts, ends))
     stride = paddle.ones_like(first) if steps is None else paddle.cast(steps.tensor, "int64")
     tensor, sizes = x.tensor, sizes_of(x)
