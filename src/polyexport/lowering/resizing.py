@@ -126,9 +126,9 @@ def known_targets(x: Value, plan: list[Axis], how: Mode) -> list[int] | None:
         return None
     if not all(abs(each.size * each.scale - each.target) < 1e-4 for each in plan):
         return None
-    sizes = {each.index: each.target for each in plan}
-    target = [sizes.get(axis, size) for axis, size in zip((2, 3), (x.shape or ())[2:], strict=True)]
-    return target if all(isinstance(each, int) for each in target) else None
+    sizes: dict[int, Any] = {each.index: each.target for each in plan}
+    target: list[Any] = [sizes.get(axis, size) for axis, size in zip((2, 3), (x.shape or ())[2:], strict=True)]
+    return None if None in target else target
 
 
 def declare(operators: Operators, images: Images) -> None:

@@ -29,7 +29,7 @@ def not_negative(amount: Tensor) -> Tensor:
     return paddle.clip(amount, min=0)
 
 
-def _pad(x: Tensor, sides: Sides, fill: float = 0.0) -> Tensor:
+def pad(x: Tensor, sides: Sides, fill: float = 0.0) -> Tensor:
     """Pad the spatial axes, or cut them where an amount is negative."""
     if are_known(sides) and not any(map(any, sides)):
         return x
@@ -61,7 +61,7 @@ def convolve(
     )  # fmt: skip  # the attributes on one line
     data, sides = x.tensor, where.sides
     if not are_known(sides) or min(_flat(sides)) < 0:
-        data, sides = _pad(data, sides), [(0, 0)] * count
+        data, sides = pad(data, sides), [(0, 0)] * count
     given = None if bias is None else bias.tensor
     if count == 1:
         return paddle.squeeze(
@@ -93,12 +93,14 @@ def convolve_transposed(
     sizes = sizes_of(x)[2:]
     whole = [(n - 1) * stride + span for n, stride, span in zip(sizes, strides, spans(kernel, dilations), strict=True)]
     sides = cuts(sizes, whole, strides, extra, pads, output_shape, auto_pad)
-    given = None if bias is None else bias.tensor
+    data, given = x.tensor, None if bias is None else bias.tensor
+    if (x.shape or ())[1] is None:  # which Paddle wants to know
+        data = told(paddle.assign(data), [None, (weight.shape or ())[0], *[None] * count])
     even = are_known(sides) and all(before == after >= 0 for before, after in sides)
     if even and not any(extra):  # as most decoders have it: Paddle's kernel cuts itself
-        return _transposed(x.tensor, weight.tensor, given, [side[0] for side in sides], strides, dilations, group)
-    made = _transposed(x.tensor, weight.tensor, None, [0] * count, strides, dilations, group)
-    made = _pad(made, [(-before, more - after) for (before, after), more in zip(sides, extra, strict=True)])
+        return _transposed(data, weight.tensor, given, [side[0] for side in sides], strides, dilations, group)
+    made = _transposed(data, weight.tensor, None, [0] * count, strides, dilations, group)
+    made = pad(made, [(-before, more - after) for (before, after), more in zip(sides, extra, strict=True)])
     return made if given is None else made + paddle.reshape(given, [-1] + [1] * count)
 
 
@@ -203,7 +205,7 @@ def max_pool(
     greatest = _greatest(data, where)
     if not node.wants(1):
         return greatest
-    places = paddle.stack(_taken(_pad(_places(x, storage_order), where.whole, -1), where))
+    places = paddle.stack(_taken(pad(_places(x, storage_order), where.whole, -1), where))
     best = paddle.unsqueeze(paddle.argmax(paddle.stack(_taken(data, where)), 0), 0)
     found = paddle.squeeze(paddle.take_along_axis(places, best, 0, broadcast=False), 0)
     return greatest, found
@@ -212,9 +214,9 @@ def max_pool(
 def _lowest_around(x: Value, sides: Sides, node: Node) -> Tensor:
     """Padded by what is less than every entry: minus infinity, which no attribute of a saved program can hold."""
     if not is_float(x.tensor):
-        return _pad(x.tensor, sides, float(np.iinfo(x.dtype).min))
-    inside = _pad(paddle.ones([1, 1, *sizes_of(x)[2:]]), sides)
-    return paddle.where(inside > 0, _pad(x.tensor, sides), node.value(np.array(-np.inf, x.dtype)).tensor)
+        return pad(x.tensor, sides, float(np.iinfo(x.dtype).min))
+    inside = pad(paddle.ones([1, 1, *sizes_of(x)[2:]]), sides)
+    return paddle.where(inside > 0, pad(x.tensor, sides), node.value(np.array(-np.inf, x.dtype)).tensor)
 
 
 def _places(x: Value, storage_order: int) -> Tensor:
@@ -245,8 +247,8 @@ def average_pool(
     if _is_native(x, where) and not (count_include_pad and any(where.tails)):
         return _pool(_AVERAGE_POOL, x.tensor, where, exclusive=not count_include_pad)
     ones = paddle.ones([1, 1, *sizes], x.tensor.dtype)
-    counted = _pad(_pad(ones, where.sides, float(bool(count_include_pad))), beyond)
-    return _summed(_pad(x.tensor, where.whole), where) / _summed(counted, where)
+    counted = pad(pad(ones, where.sides, float(bool(count_include_pad))), beyond)
+    return _summed(pad(x.tensor, where.whole), where) / _summed(counted, where)
 
 
 @OPS.op("LpPool", since=2)
@@ -261,7 +263,7 @@ def norm_pool(
         ceil_mode=ceil_mode, not_negative=not_negative,
     )  # fmt: skip  # the attributes on two lines
     powers = paddle.abs(x.tensor) ** p
-    return _summed(_pad(powers, where.whole), where) ** (1 / p)
+    return _summed(pad(powers, where.whole), where) ** (1 / p)
 
 
 def _global(reduce: Callable[[Tensor, Sequence[int]], Tensor]) -> Callable[[Value], Tensor]:
@@ -301,4 +303,4 @@ def max_unpool(
     if output_shape is None:
         return made
     missing = paddle.cast(output_shape.tensor, "int64")[2:] - shape[2:]
-    return _pad(made, [(0, missing[i]) for i in range(count)])
+    return pad(made, [(0, missing[i]) for i in range(count)])
