@@ -69,7 +69,7 @@ class Lowered:
             fetches = [op for op in program.global_block().ops if op.name() == "pd_op.fetch"]
             for op, name in zip(fetches, self.outputs, strict=True):
                 op.set_str_attr("name", name)
-            paddle.base.core.serialize_pir_program(program, f"{prefix}.json", True, False, False)
+            paddle.base.core.serialize_pir_program(program, f"{prefix}.json", True, False, True)
             paddle.static.io.save_vars_pir(
                 str(prefix.parent), main_program=program, filename=f"{prefix.name}.pdiparams"
             )

@@ -8,7 +8,7 @@ import numpy as np
 import paddle
 
 from polyexport.lowering.graph import Node
-from polyexport.lowering.paddle.target import OPS, is_tensor, shaped, sizes_of, static, vector
+from polyexport.lowering.paddle.target import OPS, is_tensor, shaped, sizes_of, static, told, vector
 from polyexport.lowering.value import Tensor, Value
 
 
@@ -71,6 +71,7 @@ def _scattered(tensor: Tensor, places: Tensor, updates: Tensor, axis: int, reduc
     if tensor.dtype == paddle.bool:
         whole = _scattered(paddle.cast(tensor, "int32"), places, paddle.cast(updates, "int32"), axis, reduction)
         return paddle.cast(whole, "bool")
+    places = told(paddle.assign(places), [None] * len(places.shape))  # Paddle takes a known size for more than a free one
     return paddle.put_along_axis(tensor, places, updates, axis, _REDUCTIONS[reduction], True, False)
 
 
