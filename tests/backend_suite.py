@@ -1,10 +1,10 @@
 """ONNX's own backend suite against a lowering; run by the Python of the toolchain that has its framework.
 
-    python backend_suite.py TARGET PACKAGE RESULT [static|dynamic] [PATTERN]
+    python backend_suite.py TARGET PACKAGE RESULT [static,dynamic] [PATTERN]
 
-TARGET is `tensorflow` or `paddle`. PACKAGE is the folder of `polyexport`; it is imported without what only the training environment has, as a worker does.
-RESULT is written as JSON: for each case "passed", "not applicable: <rule>" or "failed: <why>". With `dynamic` no size
-of the data is known while the graph is lowered.
+TARGET is `tensorflow` or `paddle`. PACKAGE is the folder of `polyexport`; it is imported without what only the training
+environment has, as a worker does. RESULT is written as JSON: for each mode and case "passed", "not applicable: <rule>"
+or "failed: <why>". In the mode `dynamic` no size of the data is known while the graph is lowered.
 """
 
 from __future__ import annotations
@@ -43,6 +43,14 @@ PARAMETERS = {
 WEIGHTS = {"W", "R", "w", "weight", "B", "roi", "size", "sizes", "scales", "indices"}
 """Inputs whose shapes are the model's and not the data's; they stay static in the dynamic run."""
 
+MENDED = "the answer that ONNX before 1.18 expects is wrong, and was mended there"
+
+WRONG = {
+    "test_averagepool_3d_dilations_large_count_include_pad_is_1_ceil_mode_is_True",  # the tail belongs to one side only
+    "test_qlinearmatmul_2D_int8_float32", "test_qlinearmatmul_2D_int8_float16", "test_qlinearmatmul_3D_int8_float32",
+    "test_qlinearmatmul_3D_int8_float16",  # they wrap where the standard saturates
+}  # fmt: skip  # a list, read as one
+
 ROUNDED = {"test_resize_downsample_scales_linear_align_corners", "test_resize_downsample_scales_cubic_align_corners"}
 
 
@@ -53,6 +61,13 @@ TYPES = {
 """The element types that a target cannot compute with."""
 
 Answers = dict[str, np.ndarray]
+
+
+def onnx_version() -> tuple[int, ...]:
+    """Of the suite: a case is judged by the release that it comes with."""
+    import onnx
+
+    return tuple(map(int, onnx.__version__.split(".")[:2]))
 
 
 def rule_against(model: Any, name: str, target: str) -> str | None:
@@ -81,6 +96,8 @@ def rule_against(model: Any, name: str, target: str) -> str | None:
         return RANDOM
     if name in ROUNDED:
         return FRACTION
+    if name in WRONG and onnx_version() < (1, 18):
+        return MENDED
     if "Scan" in ops and any(o.domain == "" and o.version < 9 for o in model.opset_import):
         return OLD_SCAN
     if ("training" in name or "train" in name) and "Dropout" in ops:
@@ -200,7 +217,22 @@ def cases() -> list[tuple[str, Any, list[tuple[list[Any], list[Any]]], float, fl
     return found
 
 
-def main(target: str, package: str, result: str, mode: str = "static", pattern: str = "") -> None:
+def outcome(target: str, mode: str, case: tuple[str, Any, list[tuple[list[Any], list[Any]]], float, float]) -> str:
+    """What RESULT says of one case."""
+    name, model, data_sets, rtol, atol = case
+    rule = rule_against(model, name, target)
+    if mode == "dynamic" and "sizes" in name and "antialias" in name:
+        rule = SMOOTH
+    if rule:
+        return f"not applicable: {rule.format(target=target)}"
+    try:
+        run(target, model, data_sets, rtol, atol, mode == "dynamic")
+    except Exception as error:
+        return f"failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return "passed"
+
+
+def main(target: str, package: str, result: str, modes: str = "static,dynamic", pattern: str = "") -> None:
     """Run the suite; see the module's docstring."""
     module = types.ModuleType("polyexport")
     module.__path__ = [package]
@@ -209,21 +241,8 @@ def main(target: str, package: str, result: str, mode: str = "static", pattern: 
     os.environ.setdefault("GLOG_minloglevel", "2")
     warnings.simplefilter("ignore")
     np.random.seed(0)
-    results: dict[str, str] = {}
-    for name, model, data_sets, rtol, atol in cases():
-        if not re.search(pattern, name):
-            continue
-        rule = rule_against(model, name, target)
-        if mode == "dynamic" and "sizes" in name and "antialias" in name:
-            rule = SMOOTH
-        if rule:
-            results[name] = f"not applicable: {rule.format(target=target)}"
-            continue
-        try:
-            run(target, model, data_sets, rtol, atol, mode == "dynamic")
-            results[name] = "passed"
-        except Exception as error:
-            results[name] = f"failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    chosen = [case for case in cases() if re.search(pattern, case[0])]
+    results = {mode: {case[0]: outcome(target, mode, case) for case in chosen} for mode in modes.split(",")}
     Path(result).write_text(json.dumps(results, indent=1), encoding="utf-8")
 
 

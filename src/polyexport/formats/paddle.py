@@ -2,8 +2,9 @@
 
 https://www.paddlepaddle.org.cn/inference/
 
-X2Paddle comes first, and a lowering of our own where it fails or its result is not the model's. It asks for some care: no opset above 15, no `dilations` of all ones on a pool, no weight that two layers share,
-one conversion a process (which a worker is), and no report of what was converted to its makers.
+X2Paddle comes first, and a lowering of our own where it fails or its result is not the model's. It asks for some care:
+no opset above 15, no `dilations` of all ones on a pool, no weight that two layers share, one conversion a process
+(which a worker is), and no report of what was converted to its makers.
 """
 
 from __future__ import annotations

@@ -81,7 +81,7 @@ def optional_get_element(value: Any) -> Any:
     return value
 
 
-_TABLE = {
+_TABLE: dict[str, Function] = {
     "SequenceEmpty": sequence_empty, "SequenceConstruct": sequence_construct, "SequenceLength": sequence_length,
     "SequenceInsert": sequence_insert, "SequenceErase": sequence_erase, "SequenceMap": sequence_map,
     "Optional": optional, "OptionalHasElement": optional_has_element, "OptionalGetElement": optional_get_element,

@@ -22,7 +22,9 @@ def if_(condition: Value, *, then_branch: Any, else_branch: Any, node: Node) -> 
     if condition.known is not None:
         return tuple(node.run(then_branch if bool(condition.known.ravel()[0]) else else_branch, []))
     flag = paddle.reshape(condition.tensor, [])
-    made = paddle.static.nn.cond(flag, *(functools.partial(_tensors, node, each, []) for each in (then_branch, else_branch)))
+    made = paddle.static.nn.cond(
+        flag, *(functools.partial(_tensors, node, each, []) for each in (then_branch, else_branch))
+    )
     return tuple(made) if isinstance(made, list | tuple) else made
 
 
@@ -70,7 +72,7 @@ def _unrolled(turns: int, carried: list[Any], body: Any, node: Node) -> tuple[An
 def _while(
     limit: Tensor, first: Tensor, states: list[Tensor], step: Callable[..., list[Tensor]], scans: int
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Turns while there are any left and the flag, the first that a step gives, is set; the scan outputs are stacked."""
+    """Turns while any are left and the flag, the first that a step gives, is set; the scan outputs are stacked."""
     arrays: list[Any] = []
 
     def going(turn: Tensor, flag: Tensor, *_: Tensor) -> Tensor:

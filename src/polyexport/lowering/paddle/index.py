@@ -71,7 +71,9 @@ def _scattered(tensor: Tensor, places: Tensor, updates: Tensor, axis: int, reduc
     if tensor.dtype == paddle.bool:
         whole = _scattered(paddle.cast(tensor, "int32"), places, paddle.cast(updates, "int32"), axis, reduction)
         return paddle.cast(whole, "bool")
-    places = told(paddle.assign(places), [None] * len(places.shape))  # Paddle takes a known size for more than a free one
+    places = told(
+        paddle.assign(places), [None] * len(places.shape)
+    )  # Paddle takes a known size for more than a free one
     return paddle.put_along_axis(tensor, places, updates, axis, _REDUCTIONS[reduction], True, False)
 
 

@@ -142,7 +142,9 @@ class Weights:
 
 def _is_kept(array: np.ndarray) -> bool:
     """Whether a program that is saved and loaded has the same constant: it holds finite doubles only."""
-    return bool(np.isfinite(array).all()) and (array.dtype.kind == "f" or bool((abs(array.astype("f8")) < _EXACT).all()))
+    return bool(np.isfinite(array).all()) and (
+        array.dtype.kind == "f" or bool((abs(array.astype("f8")) < _EXACT).all())
+    )
 
 
 def framework(weights: Weights) -> Framework:
