@@ -267,8 +267,9 @@ def _taps(axis: Axis, how: Mode, of: Arithmetic) -> tuple[Any, Any, Any]:
     stretch = _stretch(axis, how, of)
     reach = _reach(1 if how.kind == "linear" else 2, stretch)
     offsets = of.line(2 * reach) + of.real(1 - reach)
-    places = of.floor(source)[:, None] + offsets[None, :]
-    distance = (places - source[:, None]) * stretch
+    column = source[:, None]
+    places = of.floor(column) + offsets[None, :]
+    distance = (places - column) * stretch
     weights = of.maximum(1 - abs(distance), 0.0) if how.kind == "linear" else cubic(distance, how.cubic, of.where)
     if how.exclude_outside:
         weights = of.where((places >= 0) & (places <= size - 1), weights, 0.0)

@@ -112,7 +112,7 @@ def _greatest(
 ) -> Tensor:
     """The maximum of the weighed neighbours of all samples; what a region has no sample for does not count."""
     images = paddle.transpose(x.tensor, [0, 2, 3, 1])
-    corners = paddle.flip(paddle.reshape(rois, [-1, 2, 2]), [2]) * scale - (0.5 if half else 0.0)
+    corners = paddle.gather(rois, vector([1, 0, 3, 2]), axis=1).reshape([-1, 2, 2]) * scale - (0.5 if half else 0.0)
     size = corners[:, 1] - corners[:, 0]
     size = size if half else paddle.clip(size, min=1.0)
     axes, valid = [], []
