@@ -115,7 +115,7 @@ class Weights:
 
     def __init__(self) -> None:
         self.arrays: dict[str, np.ndarray] = {}
-        self._by_array: dict[int, tuple[np.ndarray, Tensor]] = {}
+        self._made: dict[int, tuple[Any, Tensor]] = {}
 
     def tensor(self, array: np.ndarray) -> Tensor:
         """A constant: written into the program where that keeps it as it is, else a parameter."""
@@ -128,16 +128,21 @@ class Weights:
             plain = array if array.dtype not in _WIDE else array.astype(_WIDE[array.dtype])
             return paddle.cast(paddle.assign(np.ascontiguousarray(plain).reshape(plain.shape)), dtype)
         base = array if array.base is None else array.base
-        key = hash((id(base), array.shape, array.strides, array.__array_interface__["data"][0]))
-        if key not in self._by_array:
+        program = paddle.static.default_main_program()  # the body of a loop is built once beside the one that is kept
+        key = hash((id(program), id(base), array.shape, array.strides, array.__array_interface__["data"][0]))
+        if key not in self._made:
             name = paddle.utils.unique_name.generate("weight")
+            pir = paddle.base.libpaddle.pir
+            place = pir.get_current_insertion_point()
+            pir.set_insertion_point_to_block_end(program.global_block())  # only what lies there is saved
             made = paddle.create_parameter(
                 array.shape, dtype, name=name, default_initializer=paddle.nn.initializer.Constant(0)
             )
+            pir.set_insertion_point(place)
             made.stop_gradient = True
             self.arrays[name] = array
-            self._by_array[key] = (array, made)  # the array is kept, so that its address stays its own
-        return self._by_array[key][1]
+            self._made[key] = ((program, array), made)  # they are kept, so that their addresses stay their own
+        return self._made[key][1]
 
 
 def _is_kept(array: np.ndarray) -> bool:
