@@ -73,6 +73,52 @@ print(json.dumps([predictor.get_input_names(), predictor.get_output_names()]))
     assert json.loads(in_toolchain("paddle", str(script)).splitlines()[-1]) == [["image"], ["boxes", "scores"]]
 
 
+def test_a_weight_inside_a_loop_is_saved(tmp_path):
+    """A Scan whose body multiplies by a matrix, saved, and run by Paddle Inference, against numpy."""
+    script = tmp_path / "scan.py"
+    script.write_text(
+        f"""
+import sys, types
+from pathlib import Path
+module = types.ModuleType("polyexport"); module.__path__ = [{str(PACKAGE)!r}]; sys.modules["polyexport"] = module
+import numpy as np
+from onnx import helper, numpy_helper
+from paddle import inference
+from paddle.static import InputSpec
+from polyexport.lowering.paddle import lower_model
+weight = np.random.rand(12, 12).astype("f4")
+port = lambda name, *sizes: helper.make_tensor_value_info(name, 1, [*sizes, 12])
+nodes = [
+    helper.make_node("MatMul", ["s", "w"], ["t"]), helper.make_node("Add", ["t", "row"], ["new"]),
+    helper.make_node("Tanh", ["new"], ["out"]),
+]
+body = helper.make_graph(nodes, "b", [port("s", "N"), port("row", "N")], [port("new", "N"), port("out", "N")])
+scan = helper.make_node("Scan", ["start", "x"], ["end", "y"], body=body, num_scan_inputs=1)
+ports = [port("start", "N"), port("x", "T", "N")], [port("end", "N"), port("y", "T", "N")]
+graph = helper.make_graph([scan], "g", *ports, [numpy_helper.from_array(weight, "w")])
+model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
+specs = [InputSpec([-1, 12], "float32", "start"), InputSpec([-1, -1, 12], "float32", "x")]
+prefix = Path({str(tmp_path)!r}) / "model"
+lower_model(model, specs).save(prefix)
+config = inference.Config(f"{{prefix}}.json", f"{{prefix}}.pdiparams")
+config.disable_glog_info()
+predictor = inference.create_predictor(config)
+given = {{"start": np.random.rand(2, 12).astype("f4"), "x": np.random.rand(5, 2, 12).astype("f4")}}
+for name, array in given.items():
+    predictor.get_input_handle(name).copy_from_cpu(array)
+predictor.run()
+state, rows = given["start"], []
+for row in given["x"]:
+    state = state @ weight + row
+    rows.append(np.tanh(state))
+for name, expected in (("end", state), ("y", np.stack(rows))):
+    np.testing.assert_allclose(predictor.get_output_handle(name).copy_to_cpu(), expected, rtol=1e-4)
+print("agrees")
+"""
+    )
+    assert in_toolchain("paddle", str(script)).splitlines()[-1] == "agrees"
+
+
 # --- the graph it is given --------------------------------------------------------------------------------------------
 
 
