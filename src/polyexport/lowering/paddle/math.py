@@ -86,7 +86,13 @@ def _legacy(function: Any) -> Any:
 @OPS.elementwise("Div", since=7)
 def divide(a: Tensor, b: Tensor) -> Tensor:
     """True division of floats; integers are cut towards zero."""
-    return paddle.divide(a, b) if is_float(a) else _quotient(a, b)
+    if not is_float(a):
+        return _quotient(a, b)
+    missing = len(a.shape) - len(b.shape)
+    sizes = zip(a.shape[max(missing, 0) :], b.shape, strict=False)
+    fits = missing >= 0 and all(theirs == 1 or theirs == own >= 0 for own, theirs in sizes)
+    # oneDNN, which the inference runtime divides by, swaps the two where the first is the smaller one
+    return paddle.divide(a if fits else a + paddle.zeros_like(b), b)
 
 
 def _quotient(a: Tensor, b: Tensor) -> Tensor:

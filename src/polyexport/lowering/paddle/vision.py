@@ -125,7 +125,10 @@ def _greatest(
         )  # fmt: skip  # two lines of numbers
         places = paddle.reshape(line, [1, -1, 1])
         # no division of a smaller tensor by a larger one: oneDNN, in the inference runtime, swaps the two
-        axes.append(paddle.reshape(corners[:, 0, axis], [-1, 1, 1]) + (places + (samples + 0.5) * (1 / counts)) * step)
+        axes.append(
+            paddle.reshape(corners[:, 0, axis], [-1, 1, 1])
+            + (places + (samples + 0.5) * paddle.reciprocal(counts)) * step
+        )
         valid.append(paddle.logical_and(samples < counts, places >= 0))
     flat = paddle.zeros_like(axes[0]).unsqueeze([3, 4]) + paddle.zeros_like(axes[1]).unsqueeze([1, 2])
     ys, xs = flat + axes[0].unsqueeze([3, 4]), flat + axes[1].unsqueeze([1, 2])
