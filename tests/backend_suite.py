@@ -1,10 +1,10 @@
-"""ONNX's own backend suite against the TensorFlow lowering; run by the `tensorflow` toolchain's Python.
+"""ONNX's own backend suite against a lowering; run by the Python of the toolchain that has its framework.
 
-    python backend_suite.py PACKAGE RESULT [static|dynamic] [PATTERN]
+    python backend_suite.py TARGET PACKAGE RESULT [static,dynamic] [PATTERN]
 
-PACKAGE is the folder of `polyexport`; it is imported without what only the training environment has, as a worker does.
-RESULT is written as JSON: for each case "passed", "not applicable: <rule>" or "failed: <why>". With `dynamic` no size
-of the data is known while the graph is lowered.
+TARGET is `tensorflow` or `paddle`. PACKAGE is the folder of `polyexport`; it is imported without what only the training
+environment has, as a worker does. RESULT is written as JSON: for each mode and case "passed", "not applicable: <rule>"
+or "failed: <why>". In the mode `dynamic` no size of the data is known while the graph is lowered.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 
 STRINGS = "it computes with strings, which no tensor of PyTorch holds"
-NO_TYPE = "its element type has no arithmetic in TensorFlow"
+NO_TYPE = "its element type has no arithmetic in {target}"
 RANDOM = "it draws at random, and ONNX does not say which numbers"
-OPTIONAL = "an optional, a sequence or a map is an input or output of the model, which no signature of TensorFlow has"
+OPTIONAL = "an optional, a sequence or a map is an input or output of the model, which no signature of {target} has"
 OLD_SCAN = "the Scan of opset 8, older than anything that PyTorch's exporters write"
 FRACTION = (
     "it aligns corners by a fractional length; PyTorch, whose graphs are lowered, rounds it, as ONNX Runtime does"
@@ -43,10 +43,34 @@ PARAMETERS = {
 WEIGHTS = {"W", "R", "w", "weight", "B", "roi", "size", "sizes", "scales", "indices"}
 """Inputs whose shapes are the model's and not the data's; they stay static in the dynamic run."""
 
+MENDED = "the answer that ONNX before 1.18 expects is wrong, and was mended there"
+
+WRONG = {
+    "test_averagepool_3d_dilations_large_count_include_pad_is_1_ceil_mode_is_True",  # the tail belongs to one side only
+    "test_qlinearmatmul_2D_int8_float32", "test_qlinearmatmul_2D_int8_float16", "test_qlinearmatmul_3D_int8_float32",
+    "test_qlinearmatmul_3D_int8_float16",  # they wrap where the standard saturates
+}  # fmt: skip  # a list, read as one
+
 ROUNDED = {"test_resize_downsample_scales_linear_align_corners", "test_resize_downsample_scales_cubic_align_corners"}
 
 
-def rule_against(model: Any, name: str) -> str | None:
+TYPES = {
+    "tensorflow": "FLOAT8|FLOAT4|U?INT4|U?INT2",
+    "paddle": "FLOAT8|FLOAT4|U?INT4|U?INT2|UINT16|UINT32|UINT64|BFLOAT16",  # its CPU kernels do not know the last
+}
+"""The element types that a target cannot compute with."""
+
+Answers = dict[str, np.ndarray]
+
+
+def onnx_version() -> tuple[int, ...]:
+    """Of the suite: a case is judged by the release that it comes with."""
+    import onnx
+
+    return tuple(map(int, onnx.__version__.split(".")[:2]))
+
+
+def rule_against(model: Any, name: str, target: str) -> str | None:
     """Why a case says nothing about the lowering; None where it does."""
     from onnx import TensorProto
 
@@ -60,7 +84,7 @@ def rule_against(model: Any, name: str) -> str | None:
     narrow = {
         each
         for each in TensorProto.DataType.values()
-        if re.match("FLOAT8|FLOAT4|U?INT4|U?INT2", TensorProto.DataType.Name(each))
+        if re.match(f"({TYPES[target]})", TensorProto.DataType.Name(each))
     }
     attributes = {a.i for node in model.graph.node for a in node.attribute if a.name in ("to", "dtype", "output_dtype")}
     inner = {weight.data_type for weight in model.graph.initializer}
@@ -72,6 +96,8 @@ def rule_against(model: Any, name: str) -> str | None:
         return RANDOM
     if name in ROUNDED:
         return FRACTION
+    if name in WRONG and onnx_version() < (1, 18):
+        return MENDED
     if "Scan" in ops and any(o.domain == "" and o.version < 9 for o in model.opset_import):
         return OLD_SCAN
     if ("training" in name or "train" in name) and "Dropout" in ops:
@@ -79,18 +105,42 @@ def rule_against(model: Any, name: str) -> str | None:
     return None
 
 
-def run(model: Any, data_sets: list[tuple[list[Any], list[Any]]], rtol: float, atol: float, dynamic: bool) -> None:
+def tensorflow(model: Any, inputs: Answers, shapes: dict[str, Any]) -> Answers:
+    """Lower to TensorFlow and run."""
+    import tensorflow as tf
+
+    from polyexport.lowering.tensorflow import lower_model
+
+    module = lower_model(model, [tf.TensorSpec(shapes[name], array.dtype, name) for name, array in inputs.items()])
+    found = module.forward(*(tf.constant(array) for array in inputs.values()))
+    return {name: tensor.numpy() for name, tensor in found.items()}
+
+
+def paddle(model: Any, inputs: Answers, shapes: dict[str, Any]) -> Answers:
+    """Lower to Paddle and run."""
+    from paddle.static import InputSpec
+
+    from polyexport.lowering.paddle import lower_model
+
+    return lower_model(model, [InputSpec(shapes[name], array.dtype.name, name) for name, array in inputs.items()]).run(
+        inputs
+    )
+
+
+TARGETS = {"tensorflow": tensorflow, "paddle": paddle}
+
+
+def run(
+    target: str, model: Any, data_sets: list[tuple[list[Any], list[Any]]], rtol: float, atol: float, dynamic: bool
+) -> None:
     """Lower a model, run it on the data, compare.
 
     Raises:
         AssertionError: an output differs.
     """
     import onnx
-    import tensorflow as tf
     from onnx import numpy_helper
     from onnx.inliner import inline_local_functions
-
-    from polyexport.lowering.tensorflow import lower_model
 
     if model.functions:
         model = inline_local_functions(model)
@@ -109,15 +159,14 @@ def run(model: Any, data_sets: list[tuple[list[Any], list[Any]]], rtol: float, a
     weights = {weight.name for weight in model.graph.initializer}
     names = [value.name for value in model.graph.input if value.name not in weights]
     for given, expected in data_sets:
-        arrays = [_array(each) for each in given]
-        specs = [
-            tf.TensorSpec(_free(array, model) if dynamic and name not in WEIGHTS else array.shape, array.dtype, name)
-            for name, array in zip(names, arrays, strict=False)
-        ]
-        module = lower_model(model, specs)
-        found = module.forward(*(tf.constant(array) for array in arrays))
+        inputs = dict(zip(names, (_array(each) for each in given), strict=False))
+        shapes = {
+            name: _free(array, model) if dynamic and name not in WEIGHTS else list(array.shape)
+            for name, array in inputs.items()
+        }
+        found = TARGETS[target](model, inputs, shapes)
         for value, reference in zip(model.graph.output, expected, strict=False):
-            check(found[value.name].numpy(), _array(reference), rtol, atol)
+            check(found[value.name], _array(reference), rtol, atol)
 
 
 def _free(array: np.ndarray, model: Any) -> list[int | None]:
@@ -168,29 +217,32 @@ def cases() -> list[tuple[str, Any, list[tuple[list[Any], list[Any]]], float, fl
     return found
 
 
-def main(package: str, result: str, mode: str = "static", pattern: str = "") -> None:
+def outcome(target: str, mode: str, case: tuple[str, Any, list[tuple[list[Any], list[Any]]], float, float]) -> str:
+    """What RESULT says of one case."""
+    name, model, data_sets, rtol, atol = case
+    rule = rule_against(model, name, target)
+    if mode == "dynamic" and "sizes" in name and "antialias" in name:
+        rule = SMOOTH
+    if rule:
+        return f"not applicable: {rule.format(target=target)}"
+    try:
+        run(target, model, data_sets, rtol, atol, mode == "dynamic")
+    except Exception as error:
+        return f"failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return "passed"
+
+
+def main(target: str, package: str, result: str, modes: str = "static,dynamic", pattern: str = "") -> None:
     """Run the suite; see the module's docstring."""
     module = types.ModuleType("polyexport")
     module.__path__ = [package]
     sys.modules["polyexport"] = module
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("GLOG_minloglevel", "2")
     warnings.simplefilter("ignore")
     np.random.seed(0)
-    results: dict[str, str] = {}
-    for name, model, data_sets, rtol, atol in cases():
-        if not re.search(pattern, name):
-            continue
-        rule = rule_against(model, name)
-        if mode == "dynamic" and "sizes" in name and "antialias" in name:
-            rule = SMOOTH
-        if rule:
-            results[name] = f"not applicable: {rule}"
-            continue
-        try:
-            run(model, data_sets, rtol, atol, mode == "dynamic")
-            results[name] = "passed"
-        except Exception as error:
-            results[name] = f"failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    chosen = [case for case in cases() if re.search(pattern, case[0])]
+    results = {mode: {case[0]: outcome(target, mode, case) for case in chosen} for mode in modes.split(",")}
     Path(result).write_text(json.dumps(results, indent=1), encoding="utf-8")
 
 

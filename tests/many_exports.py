@@ -1,4 +1,4 @@
-"""The jobs of many exports in one process, so that a test pays for one import of TensorFlow.
+"""The jobs of many exports in one process, so that a test pays for one import of a framework.
 
     python many_exports.py PACKAGE convert|verify FORMAT,... EXPORT...
 
@@ -19,6 +19,7 @@ from pathlib import Path
 ARTIFACTS = {
     "saved_model": ("lowering", "onnx/model.onnx", "many/saved_model/saved_model"),
     "graphdef": ("freeze", "many/saved_model/saved_model", "many/graphdef/model.pb"),
+    "paddle": ("lowering", "onnx/model.onnx", "many/paddle/inference_model"),
     "tfjs": ("tensorflowjs", "many/saved_model/saved_model", "many/tfjs/model.json"),
     "tflite": ("tensorflow", "many/saved_model/saved_model", "many/tflite/model.tflite"),
     "tflite-fp16": ("quantizer", "many/tflite/model.tflite", "many/tflite-fp16/model.tflite"),

@@ -1,6 +1,9 @@
-"""Paddle by X2Paddle: what it can carry is verified, and what it cannot says why."""
+"""Paddle: the routes in their order, and our own lowering on every model of the zoo, run by Paddle Inference."""
 
 from __future__ import annotations
+
+import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,32 +12,111 @@ from torch import nn
 import polyexport
 import zoo
 from polyexport.formats import paddle
+from test_lowering import PACKAGE, in_toolchain
 
-CARRIED = ("lstm", "vit", "resnet", "convnext", "unet")
-"""Of the zoo X2Paddle translates eleven; these have between them what the others have."""
-
-
-def exported(name, tmp_path):
-    module, inputs = zoo.build(name)
-    report = polyexport.export(module, inputs, ["paddle"], tmp_path / "export", bench=False)
-    return report.outcomes[0]
+ROUTES = {"resnet": "x2paddle", "gru": "lowering"}
+"""One that X2Paddle translates, and one that it does not."""
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CARRIED)
-def test_a_model_is_verified_at_every_batch_size(name, tmp_path):
-    outcome = exported(name, tmp_path)
-    assert (outcome.state, outcome.route) == ("verified", "x2paddle"), outcome.reason
+@pytest.mark.parametrize("name", ROUTES)
+def test_a_model_is_verified_at_every_batch_size_by_the_first_route_that_carries_it(name, tmp_path):
+    module, inputs = zoo.build(name)
+    (outcome,) = polyexport.export(module, inputs, ["paddle"], tmp_path / "export", bench=False).outcomes
+    assert (outcome.state, outcome.route) == ("verified", ROUTES[name]), outcome.reason
     assert {sizes["batch"] for sizes in outcome.parity.batches} == {1, 3, zoo.BATCH}
     folder = tmp_path / "export/paddle/inference_model"
     assert sorted(path.name for path in folder.iterdir()) == ["model.json", "model.pdiparams"]
 
 
+@pytest.fixture(scope="module")
+def lowered(tmp_path_factory):
+    """Every model of the zoo, converted by our own route in one process; the exports' folders."""
+    root = tmp_path_factory.mktemp("zoo")
+    for name in zoo.GROUND | zoo.FURTHER:
+        module, inputs = zoo.build(name)
+        polyexport.export(module, inputs, ["onnx"], root / name, bench=False, workers=1)
+    roots = [str(root / name) for name in zoo.GROUND | zoo.FURTHER]
+    script = (str(Path(__file__).with_name("many_exports.py")), str(PACKAGE))
+    made = json.loads(in_toolchain("paddle", *script, "convert", "paddle", *roots))
+    assert made == {root: {"paddle": "made"} for root in roots}
+    return roots
+
+
 @pytest.mark.slow
-def test_what_it_cannot_translate_fails_with_its_own_words(tmp_path):
-    outcome = exported("gru", tmp_path)
-    assert outcome.state == "failed"
-    assert "not supported" in outcome.reason
+def test_our_own_lowering_of_the_whole_zoo_agrees_with_pytorch(lowered):
+    script = (str(Path(__file__).with_name("many_exports.py")), str(PACKAGE))
+    found = json.loads(in_toolchain("paddle", *script, "verify", "paddle", *lowered))
+    cells = {Path(root).name: parities["paddle"] for root, parities in found.items()}
+    assert {
+        name: parity for name, parity in cells.items() if not isinstance(parity, dict) or not parity["passed"]
+    } == {}
+    assert all(len(parity["batches"]) > 1 for parity in cells.values())
+
+
+@pytest.mark.slow
+def test_the_saved_model_calls_its_tensors_as_forward_does(lowered, tmp_path):
+    """Read by Paddle Inference alone, which knows nothing of this package."""
+    (root,) = [Path(root) for root in lowered if Path(root).name == "dict_output"]
+    script = tmp_path / "names.py"
+    script.write_text(
+        f"""
+import json
+from paddle import inference
+folder = {str(root / "many/paddle/inference_model")!r}
+config = inference.Config(folder + "/model.json", folder + "/model.pdiparams")
+config.disable_glog_info()
+predictor = inference.create_predictor(config)
+print(json.dumps([predictor.get_input_names(), predictor.get_output_names()]))
+"""
+    )
+    assert json.loads(in_toolchain("paddle", str(script)).splitlines()[-1]) == [["image"], ["boxes", "scores"]]
+
+
+def test_a_weight_inside_a_loop_is_saved(tmp_path):
+    """A Scan whose body multiplies by a matrix, saved, and run by Paddle Inference, against numpy."""
+    script = tmp_path / "scan.py"
+    script.write_text(
+        f"""
+import sys, types
+from pathlib import Path
+module = types.ModuleType("polyexport"); module.__path__ = [{str(PACKAGE)!r}]; sys.modules["polyexport"] = module
+import numpy as np
+from onnx import helper, numpy_helper
+from paddle import inference
+from paddle.static import InputSpec
+from polyexport.lowering.paddle import lower_model
+weight = np.random.rand(12, 12).astype("f4")
+port = lambda name, *sizes: helper.make_tensor_value_info(name, 1, [*sizes, 12])
+nodes = [
+    helper.make_node("MatMul", ["s", "w"], ["t"]), helper.make_node("Add", ["t", "row"], ["new"]),
+    helper.make_node("Tanh", ["new"], ["out"]),
+]
+body = helper.make_graph(nodes, "b", [port("s", "N"), port("row", "N")], [port("new", "N"), port("out", "N")])
+scan = helper.make_node("Scan", ["start", "x"], ["end", "y"], body=body, num_scan_inputs=1)
+ports = [port("start", "N"), port("x", "T", "N")], [port("end", "N"), port("y", "T", "N")]
+graph = helper.make_graph([scan], "g", *ports, [numpy_helper.from_array(weight, "w")])
+model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
+specs = [InputSpec([-1, 12], "float32", "start"), InputSpec([-1, -1, 12], "float32", "x")]
+prefix = Path({str(tmp_path)!r}) / "model"
+lower_model(model, specs).save(prefix)
+config = inference.Config(f"{{prefix}}.json", f"{{prefix}}.pdiparams")
+config.disable_glog_info()
+predictor = inference.create_predictor(config)
+given = {{"start": np.random.rand(2, 12).astype("f4"), "x": np.random.rand(5, 2, 12).astype("f4")}}
+for name, array in given.items():
+    predictor.get_input_handle(name).copy_from_cpu(array)
+predictor.run()
+state, rows = given["start"], []
+for row in given["x"]:
+    state = state @ weight + row
+    rows.append(np.tanh(state))
+for name, expected in (("end", state), ("y", np.stack(rows))):
+    np.testing.assert_allclose(predictor.get_output_handle(name).copy_to_cpu(), expected, rtol=1e-4)
+print("agrees")
+"""
+    )
+    assert in_toolchain("paddle", str(script)).splitlines()[-1] == "agrees"
 
 
 # --- the graph it is given --------------------------------------------------------------------------------------------

@@ -2,8 +2,9 @@
 
 https://www.paddlepaddle.org.cn/inference/
 
-X2Paddle asks for some care: no opset above 15, no `dilations` of all ones on a pool, no weight that two layers share,
-one conversion a process (which a worker is), and no report of what was converted to its makers.
+X2Paddle comes first, and a lowering of our own where it fails or its result is not the model's. It asks for some care:
+no opset above 15, no `dilations` of all ones on a pool, no weight that two layers share, one conversion a process
+(which a worker is), and no report of what was converted to its makers.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from polyexport.format import Format, Route, Runner, Snippet
-from polyexport.spec import Arrays, ExportSpec
+from polyexport.spec import Arrays, ExportSpec, TensorSpec
 
 _PREFIX = "x2paddle_"
 """X2Paddle puts it in front of the names of inputs."""
@@ -76,6 +77,22 @@ def _own(graph: Any, weight: Any, uses: Counter[str]) -> str:
     return str(copy.name)
 
 
+def lower(source: Path, target: Path, spec: ExportSpec) -> None:
+    """Lower the ONNX graph to Paddle's operators, under forward's own names."""
+    from paddle.static import InputSpec
+
+    from polyexport.lowering import paddle
+
+    shaped = [InputSpec(_shape(tensor), tensor.dtype, tensor.name) for tensor in spec.inputs]
+    lowered = paddle.lower(source, shaped)
+    target.mkdir()
+    lowered.save(target / "model")
+
+
+def _shape(tensor: TensorSpec) -> list[int]:
+    return [-1 if isinstance(size, str) else size for size in tensor.shape]
+
+
 def load(path: Path, spec: ExportSpec, *, threads: int) -> Runner:
     """Run it with Paddle Inference on the CPU."""
     from paddle import inference
@@ -85,7 +102,9 @@ def load(path: Path, spec: ExportSpec, *, threads: int) -> Runner:
     config.set_cpu_math_library_num_threads(threads)
     predictor = inference.create_predictor(config)
     given = {name.removeprefix(_PREFIX): predictor.get_input_handle(name) for name in predictor.get_input_names()}
-    answers = [predictor.get_output_handle(name) for name in predictor.get_output_names()]
+    made = predictor.get_output_names()
+    names = spec.output_names if set(spec.output_names) <= set(made) else made  # X2Paddle's are its own, in order
+    answers = [predictor.get_output_handle(name) for name in names]
 
     def run(inputs: Arrays) -> Arrays:
         for name, handle in given.items():
@@ -125,7 +144,10 @@ FORMAT = Format(
     description="PaddlePaddle inference model",
     url="https://www.paddlepaddle.org.cn/inference/",
     artifact="inference_model",
-    routes=(Route("x2paddle", upstream="onnx-opset15", toolchain="paddle", convert=convert),),
+    routes=(
+        Route("x2paddle", upstream="onnx-opset15", toolchain="paddle", convert=convert),
+        Route("lowering", upstream="onnx", toolchain="paddle", convert=lower),
+    ),
     load=load,
     snippets=_SNIPPETS,
 )

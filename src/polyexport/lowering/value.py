@@ -152,3 +152,8 @@ def align(values: Sequence[Value]) -> tuple[list[Tensor], Order | None]:
         return [value.tensor for value in values], None
     order = orders[0]
     return [value.tensor if value.rank == 0 else value.widened(rank).in_order(order) for value in values], order
+
+
+def static(value: Value | None) -> list[int] | None:
+    """The integers of an input, if all are known."""
+    return None if value is None or value.known is None else [int(each) for each in value.known.ravel()]

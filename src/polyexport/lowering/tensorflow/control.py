@@ -1,7 +1,4 @@
-"""If, Loop, Scan and the sequences that they and PyTorch's exporters pass around.
-
-A sequence is a Python list while the graph is built: how many tensors it has must be known before the run.
-"""
+"""If, Loop, Scan and the sequences that they and PyTorch's exporters pass around."""
 
 from __future__ import annotations
 
@@ -11,6 +8,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from polyexport.lowering import sequences
 from polyexport.lowering.graph import Node
 from polyexport.lowering.tensorflow.target import OPS, sizes_of, static
 from polyexport.lowering.value import Tensor, Value
@@ -161,31 +159,7 @@ def _placed(tensor: Tensor, axis: int, turned: int) -> Tensor:
 # --- sequences --------------------------------------------------------------------------------------------------------
 
 
-@OPS.op("SequenceEmpty")
-def sequence_empty(*, dtype: int = 1) -> list[Value]:
-    """None yet."""
-    return []
-
-
-@OPS.op("SequenceConstruct")
-def sequence_construct(*values: Value) -> list[Value]:
-    """As given."""
-    return list(values)
-
-
-@OPS.op("SequenceLength")
-def sequence_length(sequence: list[Value]) -> np.ndarray:
-    """Known now."""
-    return np.array(len(sequence), np.int64)
-
-
-def _position(position: Value | None, default: int, node: Node) -> int:
-    if position is None:
-        return default
-    known = static(position)
-    if known is None:
-        raise node.unsupported("its position is not known before the run")
-    return known[0]
+sequences.declare(OPS.op)
 
 
 @OPS.op("SequenceAt")
@@ -196,21 +170,6 @@ def sequence_at(sequence: list[Value], position: Value, *, node: Node) -> Any:
     place = tf.reshape(position.tensor, [])
     place = tf.where(place < 0, place + len(sequence), place)
     return tf.stack([each.tensor for each in sequence])[place]
-
-
-@OPS.op("SequenceInsert")
-def sequence_insert(sequence: list[Value], value: Value, position: Value | None = None, *, node: Node) -> list[Value]:
-    """Before a position, or at the end."""
-    place = _position(position, len(sequence), node)
-    place = place + len(sequence) if place < 0 else place
-    return [*sequence[:place], value, *sequence[place:]]
-
-
-@OPS.op("SequenceErase")
-def sequence_erase(sequence: list[Value], position: Value | None = None, *, node: Node) -> list[Value]:
-    """At a position, or the last."""
-    place = _position(position, len(sequence) - 1, node) % len(sequence)
-    return [*sequence[:place], *sequence[place + 1 :]]
 
 
 @OPS.op("SplitToSequence")
@@ -241,33 +200,3 @@ def concat_from_sequence(sequence: list[Value], *, axis: int, new_axis: int = 0)
     """Joined along an axis, a new one if asked for."""
     join = tf.stack if new_axis else tf.concat
     return join([each.tensor for each in sequence], axis)
-
-
-@OPS.op("SequenceMap")
-def sequence_map(*inputs: Any, body: Any, node: Node) -> Any:
-    """A graph on each tensor of a sequence; inputs that are no sequence are the same every time."""
-    found = []
-    for index in range(len(inputs[0])):
-        found.append(node.run(body, [each[index] if isinstance(each, list) else each for each in inputs]))
-    return tuple(list(each) for each in zip(*found, strict=True))
-
-
-# --- optionals --------------------------------------------------------------------------------------------------------
-
-
-@OPS.op("Optional")
-def optional(value: Any = None, *, type: Any = None) -> Any:
-    """The value itself, or nothing."""
-    return value
-
-
-@OPS.op("OptionalHasElement")
-def optional_has_element(value: Any = None) -> np.ndarray:
-    """Known now."""
-    return np.array(value is not None)
-
-
-@OPS.op("OptionalGetElement")
-def optional_get_element(value: Any) -> Any:
-    """The value itself."""
-    return value

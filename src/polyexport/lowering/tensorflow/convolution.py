@@ -17,8 +17,7 @@ from polyexport.lowering.graph import Node
 from polyexport.lowering.tensorflow.shape import padded
 from polyexport.lowering.tensorflow.target import OPS, sizes_of
 from polyexport.lowering.value import Tensor, Value
-
-Sides = list[tuple[Any, Any]]
+from polyexport.lowering.windows import Sides, are_known, cuts, spans, windows
 
 
 def last(rank: int) -> tuple[int, ...]:
@@ -29,36 +28,15 @@ def last(rank: int) -> tuple[int, ...]:
 # --- padding ----------------------------------------------------------------------------------------------------------
 
 
-def _spans(kernel: Sequence[int], dilations: Sequence[int]) -> list[int]:
-    return [(k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True)]
-
-
-def _sides(
-    sizes: Sequence[Any], spans: Sequence[int], strides: Sequence[int], pads: Sequence[int] | None, auto: str
-) -> Sides:
-    """How much to pad before and after each spatial axis; tensors where the size is only known to the run."""
-    count = len(spans)
-    if auto in ("NOTSET", ""):
-        pads = pads or [0] * (2 * count)
-        return [(pads[i], pads[i + count]) for i in range(count)]
-    if auto == "VALID":
-        return [(0, 0)] * count
-    sides: Sides = []
-    for size, span, stride in zip(sizes, spans, strides, strict=True):
-        total = _at_least_zero((-(-size // stride) - 1) * stride + span - size)
-        small, large = total // 2, total - total // 2
-        sides.append((small, large) if auto == "SAME_UPPER" else (large, small))
-    return sides
-
-
-def _at_least_zero(amount: Any) -> Any:
-    return max(amount, 0) if isinstance(amount, int) else tf.maximum(amount, 0)
+def not_negative(amount: Tensor) -> Tensor:
+    """A scalar's maximum with zero."""
+    return tf.maximum(amount, 0)
 
 
 def _pad(x: Tensor, sides: Sides, fill: float = 0.0) -> Tensor:
     """Pad the spatial axes of a tensor that has its channels last."""
     amounts = [(0, 0), *sides, (0, 0)]
-    if all(isinstance(each, int) for side in sides for each in side):
+    if are_known(sides):
         return padded(x, amounts, tf.constant(fill, x.dtype))
     return tf.pad(x, tf.convert_to_tensor(amounts), constant_values=tf.constant(fill, x.dtype))
 
@@ -75,14 +53,18 @@ def convolve(
     """Kernels are `(out, in / group, *spatial)`."""
     rank = x.rank or 0
     kernel = kernel_shape or [int(each) for each in (weight.shape or ())[2:]]  # type: ignore[arg-type]  # static
-    dilations, strides = dilations or [1] * (rank - 2), strides or [1] * (rank - 2)
     if not 3 <= rank <= 5:
         raise node.unsupported(f"a convolution over {rank - 2} axes")
-    data = x.in_order(last(rank))
-    spans = _spans(kernel, dilations)
-    sides = _sides(sizes_of(x)[2:], spans, strides, pads, auto_pad)
-    same = all(s == 1 and side == ((n - 1) // 2, n // 2) for s, side, n in zip(strides, sides, spans, strict=True))
-    data = data if same else _pad(data, sides)
+    where = windows(
+        sizes_of(x)[2:], kernel, strides=strides, dilations=dilations, pads=pads, auto_pad=auto_pad,
+        not_negative=not_negative,
+    )  # fmt: skip  # the attributes on one line
+    data, strides, dilations = x.in_order(last(rank)), list(where.strides), list(where.dilations)
+    reach = spans(kernel, dilations)
+    same = all(
+        s == 1 and side == ((n - 1) // 2, n // 2) for s, side, n in zip(strides, where.sides, reach, strict=True)
+    )
+    data = data if same else _pad(data, where.sides)
     kernels = weight.permuted((*range(2, rank), 1, 0))
     made = _grouped(data, kernels, group, strides, dilations, "SAME" if same else "VALID")
     if bias is not None:
@@ -152,38 +134,20 @@ def convolve_transposed(
     kernel = kernel_shape or [int(each) for each in (weight.shape or ())[2:]]  # type: ignore[arg-type]  # static
     dilations, strides = dilations or [1] * count, strides or [1] * count
     extra = output_padding or [0] * count
-    sizes, spans = sizes_of(x)[2:], _spans(kernel, dilations)
-    whole = [(size - 1) * stride + span for size, stride, span in zip(sizes, strides, spans, strict=True)]
-    sides = _cuts(sizes, whole, strides, extra, pads, output_shape, auto_pad)
+    sizes = sizes_of(x)[2:]
+    whole = [(n - 1) * stride + span for n, stride, span in zip(sizes, strides, spans(kernel, dilations), strict=True)]
+    sides = cuts(sizes, whole, strides, extra, pads, output_shape, auto_pad)
     kernels = weight.permuted((*range(2, rank), 1, 0))
     data = x.in_order(last(rank))
     made = _transposed(data, kernels.tensor, group, strides, dilations, [sizes_of(x)[0], *whole])
     made = (
         _pad(made, [(-before, more - after) for (before, after), more in zip(sides, extra, strict=True)])
-        if all(isinstance(each, int) for side in sides for each in side)
+        if are_known(sides)
         else _cut(made, sides, extra)
     )
     if bias is not None:
         made = tf.nn.bias_add(made, bias.tensor)
     return node.value(made, last(rank))
-
-
-def _cuts(
-    sizes: list[Any], whole: list[Any], strides: list[int], extra: list[int],
-    pads: list[int] | None, output_shape: list[int] | None, auto: str,
-) -> Sides:  # fmt: skip  # the sizes on one line, the attributes on the next
-    """How much of the whole result falls away before and after each axis."""
-    count = len(sizes)
-    if output_shape is None and auto in ("NOTSET", "", "VALID"):
-        pads = (pads if auto != "VALID" else None) or [0] * (2 * count)
-        return [(pads[i], pads[i + count]) for i in range(count)]
-    wanted = output_shape[-count:] if output_shape else [n * s for n, s in zip(sizes, strides, strict=True)]
-    sides: Sides = []
-    for have, more, want in zip(whole, extra, wanted, strict=True):
-        total = have + more - want
-        small, large = total // 2, total - total // 2
-        sides.append((small, large) if auto == "SAME_UPPER" else (large, small))
-    return sides
 
 
 def _cut(made: Tensor, sides: Sides, extra: list[int]) -> Tensor:
@@ -235,27 +199,14 @@ def convolve_integer(
 # --- pools ------------------------------------------------------------------------------------------------------------
 
 
-def _tail(size: Any, span: int, stride: int, before: Any, after: Any, ceil: bool) -> Any:
-    """What is missing after an axis for its last window, which must begin inside it or in the padding before it."""
-    if not ceil:
-        return 0
-    room = size + before + after - span
-    count = -(-room // stride) + 1
-    if isinstance(count, int):
-        count -= (count - 1) * stride >= size + before
-    else:
-        count -= tf.cast((count - 1) * stride >= size + before, tf.int32)
-    return _at_least_zero((count - 1) * stride + span - size - before - after)
-
-
-def _windows(data: Tensor, kernel: Sequence[int], strides: Sequence[int], dilations: Sequence[int]) -> list[Tensor]:
+def _taken(data: Tensor, kernel: Sequence[int], strides: Sequence[int], dilations: Sequence[int]) -> list[Tensor]:
     """For every place of the kernel what lies there in all windows; for what TensorFlow's own pools do not take."""
-    spans = _spans(kernel, dilations)
+    reach = spans(kernel, dilations)
     sizes = [
         static if static is not None else size
         for static, size in zip(data.shape[1:-1], tf.unstack(tf.shape(data))[1:-1], strict=True)
     ]
-    counts = [(size - span) // stride for size, span, stride in zip(sizes, spans, strides, strict=True)]
+    counts = [(size - span) // stride for size, span, stride in zip(sizes, reach, strides, strict=True)]
     found = []
     for place in itertools.product(*map(range, kernel)):
         starts = [i * d for i, d in zip(place, dilations, strict=True)]
@@ -274,7 +225,7 @@ def _pool(
             return tf.squeeze(native(data[:, None], [1, *kernel], [1, *strides], "VALID"), 1)
         if len(kernel) == 2 or data.dtype == tf.float32:
             return native(data, kernel, strides, "VALID")
-    return functools.reduce(combine, _windows(data, kernel, strides, dilations))
+    return functools.reduce(combine, _taken(data, kernel, strides, dilations))
 
 
 def _max_native(data: Tensor, kernel: list[int], strides: list[int], padding: str) -> Tensor:
@@ -294,26 +245,23 @@ def max_pool(
     pads: list[int] | None = None, storage_order: int = 0, strides: list[int] | None = None, node: Node,
 ) -> Any:  # fmt: skip  # the attributes on two lines
     """And, if asked for, where in the flat tensor each maximum was."""
-    rank, count = x.rank or 0, len(kernel_shape)
-    strides, dilations = strides or [1] * count, dilations or [1] * count
-    spans, sizes = _spans(kernel_shape, dilations), sizes_of(x)[2:]
-    sides = _sides(sizes, spans, strides, pads, auto_pad)
-    tails = [
-        _tail(size, span, stride, *side, bool(ceil_mode))
-        for size, span, stride, side in zip(sizes, spans, strides, sides, strict=True)
-    ]
-    sides = [(before, after + tail) for (before, after), tail in zip(sides, tails, strict=True)]
+    rank = x.rank or 0
+    where = windows(
+        sizes_of(x)[2:], kernel_shape, strides=strides, dilations=dilations, pads=pads, auto_pad=auto_pad,
+        ceil_mode=ceil_mode, not_negative=not_negative,
+    )  # fmt: skip  # the attributes on two lines
+    strides, dilations = list(where.strides), list(where.dilations)
     data = x.in_order(last(rank))
     lowest = data.dtype.min if data.dtype.is_integer else -np.inf
-    wide = _pad(data, sides, lowest)
+    wide = _pad(data, where.whole, lowest)
     made = node.value(_pool(wide, kernel_shape, strides, dilations, _max_native, tf.maximum), last(rank))
     if not node.wants(1):
         return made
-    places = _pad(_places(x, storage_order), sides, -1)
-    where = tf.argmax(tf.stack(_windows(wide, kernel_shape, strides, dilations)), 0)
-    found = tf.stack(_windows(places, kernel_shape, strides, dilations), -1)
-    found = tf.broadcast_to(found, tf.concat([tf.shape(where), [found.shape[-1]]], 0))
-    return made, node.value(tf.gather(found, where, batch_dims=rank), last(rank))
+    places = _pad(_places(x, storage_order), where.whole, -1)
+    best = tf.argmax(tf.stack(_taken(wide, kernel_shape, strides, dilations)), 0)
+    found = tf.stack(_taken(places, kernel_shape, strides, dilations), -1)
+    found = tf.broadcast_to(found, tf.concat([tf.shape(best), [found.shape[-1]]], 0))
+    return made, node.value(tf.gather(found, best, batch_dims=rank), last(rank))
 
 
 def _places(x: Value, storage_order: int) -> Tensor:
@@ -335,23 +283,22 @@ def average_pool(
     dilations: list[int] | None = None, pads: list[int] | None = None, strides: list[int] | None = None, node: Node,
 ) -> Value:  # fmt: skip  # the attributes on two lines
     """The sum of each window, by the number of its entries that count."""
-    rank, count = x.rank or 0, len(kernel_shape)
-    strides, dilations = strides or [1] * count, dilations or [1] * count
-    spans, sizes = _spans(kernel_shape, dilations), sizes_of(x)[2:]
-    sides = _sides(sizes, spans, strides, pads, auto_pad)
-    tails = [
-        _tail(size, span, stride, *side, bool(ceil_mode))
-        for size, span, stride, side in zip(sizes, spans, strides, sides, strict=True)
-    ]
+    rank = x.rank or 0
+    where = windows(
+        sizes_of(x)[2:], kernel_shape, strides=strides, dilations=dilations, pads=pads, auto_pad=auto_pad,
+        ceil_mode=ceil_mode, not_negative=not_negative,
+    )  # fmt: skip  # the attributes on two lines
+    strides, dilations = list(where.strides), list(where.dilations)
     data = x.in_order(last(rank))
-    beyond: Sides = [(0, tail) for tail in tails]
+    sides, sizes = where.sides, sizes_of(x)[2:]
+    beyond: Sides = [(0, tail) for tail in where.tails]
 
     def total(tensor: Tensor) -> Tensor:
         return _pool(tensor, kernel_shape, strides, dilations, _average_native, tf.add)
 
     made = total(_pad(_pad(data, sides), beyond))
     plain = all(isinstance(each, int) and each == 0 for side in (*sides, *beyond) for each in side)
-    if plain or (count_include_pad and all(isinstance(tail, int) and tail == 0 for tail in tails)):
+    if plain or (count_include_pad and all(isinstance(tail, int) and tail == 0 for tail in where.tails)):
         return node.value(made / tf.cast(int(np.prod(kernel_shape)), made.dtype), last(rank))
     ones = tf.ones(tf.stack([1, *sizes, 1]), data.dtype)
     ones.set_shape([1, *(size if isinstance(size, int) else None for size in sizes), 1])
@@ -366,16 +313,13 @@ def norm_pool(
     p: int = 2, pads: list[int] | None = None, strides: list[int] | None = None, node: Node,
 ) -> Value:  # fmt: skip  # the attributes on two lines
     """The p-norm of each window."""
-    rank, count = x.rank or 0, len(kernel_shape)
-    strides, dilations = strides or [1] * count, dilations or [1] * count
-    spans, sizes = _spans(kernel_shape, dilations), sizes_of(x)[2:]
-    sides = _sides(sizes, spans, strides, pads, auto_pad)
-    tails = [
-        _tail(size, span, stride, *side, bool(ceil_mode))
-        for size, span, stride, side in zip(sizes, spans, strides, sides, strict=True)
-    ]
-    sides = [(before, after + tail) for (before, after), tail in zip(sides, tails, strict=True)]
-    powers = tf.abs(_pad(x.in_order(last(rank)), sides)) ** p
+    rank = x.rank or 0
+    where = windows(
+        sizes_of(x)[2:], kernel_shape, strides=strides, dilations=dilations, pads=pads, auto_pad=auto_pad,
+        ceil_mode=ceil_mode, not_negative=not_negative,
+    )  # fmt: skip  # the attributes on two lines
+    strides, dilations = list(where.strides), list(where.dilations)
+    powers = tf.abs(_pad(x.in_order(last(rank)), where.whole)) ** p
     total = _pool(powers, kernel_shape, strides, dilations, _average_native, tf.add)
     return node.value(total ** (1 / p), last(rank))
 

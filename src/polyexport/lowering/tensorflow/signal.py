@@ -6,6 +6,7 @@ import numpy as np
 import tensorflow as tf
 
 from polyexport.lowering.graph import Node
+from polyexport.lowering.spectra import block_places, mel_triangles
 from polyexport.lowering.tensorflow.target import OPS, dtype_of, sizes_of, static
 from polyexport.lowering.value import Tensor, Value
 
@@ -105,23 +106,12 @@ def mel(
     bins: Value, length: Value, rate: Value, low: Value, high: Value, *, output_datatype: int = 1, node: Node
 ) -> np.ndarray:
     """Triangles on the mel scale, computed now."""
-    if any(each.known is None for each in (bins, length, rate, low, high)):
+    given = [each.known for each in (bins, length, rate, low, high)]
+    if any(each is None for each in given):
         raise node.unsupported("its parameters are not known before the run")
-    count, points, sampling, bottom, top = (each.known.item() for each in (bins, length, rate, low, high))  # type: ignore[union-attr]  # the lines above
-    lines = points // 2 + 1
-    # ONNX leaves the last edge out: it divides the range by the number of edges
-    start, end = (2595 * np.log10(1 + edge / 700) for edge in (bottom, top))
-    mels = start + np.arange(count + 2) * (end - start) / (count + 2)
-    edges = ((points + 1) * (700 * (10 ** (mels / 2595) - 1)) // sampling).astype(np.int64)
-    found = np.zeros((lines, count), np.float64)
-    for i in range(count):
-        first, peak, final = edges[i : i + 3]
-        found[peak, i] = 1
-        for j in range(first, peak):
-            found[j, i] = (j - first) / (peak - first)
-        for j in range(peak, final):
-            found[j, i] = (final - j) / (final - peak)
-    return found.astype(dtype_of(output_datatype).as_numpy_dtype)
+    return mel_triangles(*(each.item() for each in given if each is not None)).astype(
+        dtype_of(output_datatype).as_numpy_dtype
+    )
 
 
 @OPS.op("Col2Im", since=18)
@@ -133,16 +123,8 @@ def columns_to_image(
     kernel, sizes = static(block), static(image)
     if kernel is None or sizes is None:
         raise node.unsupported("its shapes are not known before the run")
-    count = len(kernel)
-    dilations, strides, pads = dilations or [1] * count, strides or [1] * count, pads or [0] * 2 * count
-    wide = [size + pads[i] + pads[i + count] for i, size in enumerate(sizes)]
-    steps = [(n - (k - 1) * d - 1) // s + 1 for n, k, d, s in zip(wide, kernel, dilations, strides, strict=True)]
-    # where in the padded image each entry of each block lies, flat
-    places = np.zeros((*kernel, *steps), np.int64)
-    for i in range(count):
-        line = np.arange(kernel[i]).reshape([-1] + [1] * (count - i - 1) + [1] * count) * dilations[i]
-        line = line + np.arange(steps[i]).reshape([-1] + [1] * (count - i - 1)) * strides[i]
-        places = places * wide[i] + line
+    pads = pads or [0] * 2 * len(kernel)
+    places, wide = block_places(sizes, kernel, dilations, pads, strides)
     batch, depth = sizes_of(x)[0], (x.shape or ())[1]
     channels = depth // int(np.prod(kernel)) if depth is not None else -1
     data = tf.reshape(x.tensor, tf.stack([batch, channels, places.size]))

@@ -11,6 +11,7 @@ from tensorflow.python.ops.resource_variable_ops import ResourceVariable
 
 from polyexport.lowering.operators import Operators
 from polyexport.lowering.value import Framework, Order, Tensor, Value
+from polyexport.lowering.value import static as static
 
 OPS = Operators()
 
@@ -85,11 +86,6 @@ def sizes_of(value: Value) -> list[Any]:
         return list(shape)
     stored = tf.shape(value.stored)
     return [stored[value.placed(axis)] if size is None else size for axis, size in enumerate(shape)]
-
-
-def static(value: Value | None) -> list[int] | None:
-    """The integers of an input, if all are known."""
-    return None if value is None or value.known is None else [int(each) for each in value.known.ravel()]
 
 
 def like(value: Value, tensor: Tensor, order: Order | None) -> Value:

@@ -9,7 +9,9 @@ import numpy as np
 import tensorflow as tf
 
 from polyexport.lowering.graph import Node
+from polyexport.lowering.resizing import cubic
 from polyexport.lowering.tensorflow.convolution import last
+from polyexport.lowering.tensorflow.resize import where
 from polyexport.lowering.tensorflow.target import OPS, sizes_of
 from polyexport.lowering.value import Tensor, Value
 
@@ -221,9 +223,7 @@ def _taps(at: Tensor, mode: str) -> list[tuple[Tensor, Tensor]]:
     part = at - low
     if "cubic" not in mode:
         return [(low, 1 - part), (low + 1, part)]
-    from polyexport.lowering.tensorflow.resize import cubic
-
-    return [(low + i, cubic(part - i, -0.75)) for i in (-1, 0, 1, 2)]
+    return [(low + i, cubic(part - i, -0.75, where)) for i in (-1, 0, 1, 2)]
 
 
 @OPS.op("DeformConv", since=19)

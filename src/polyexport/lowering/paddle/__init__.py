@@ -1,0 +1,108 @@
+"""ONNX to Paddle: the graph's operators as Paddle's own, in a static program.
+
+This folder is the one place where Paddle is imported at module level: it is imported by routes only, inside their
+functions, and in the toolchain that has Paddle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import paddle
+from paddle.static import InputSpec, Program
+
+from polyexport.lowering.graph import Lowering, read
+from polyexport.lowering.paddle import (  # each writes its operators into the table
+    control,
+    convolution,
+    index,
+    linear,
+    math,
+    normalise,
+    quantise,
+    random,
+    recurrent,
+    reduce,
+    resize,
+    shape,
+    signal,
+    vision,
+)
+from polyexport.lowering.paddle.target import OPS, Weights, framework
+from polyexport.lowering.value import Tensor, Value
+
+if TYPE_CHECKING:
+    import onnx
+
+FILES = (
+    control, convolution, index, linear, math, normalise, quantise, random, recurrent, reduce, resize, shape, signal,
+    vision,
+)  # fmt: skip  # one after another
+"""Where the operators are."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lowered:
+    """A program, its weights in a scope of its own, and the tensors that go in and out, by name."""
+
+    program: Program
+    scope: Any
+    inputs: Mapping[str, Tensor]
+    outputs: Mapping[str, Tensor]
+
+    def run(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The outputs, computed here by Paddle's executor."""
+        executor = paddle.static.Executor(paddle.CPUPlace())
+        with paddle.static.scope_guard(self.scope):
+            found = executor.run(self.program, feed=dict(arrays), fetch_list=list(self.outputs.values()))
+        return dict(zip(self.outputs, found, strict=True))
+
+    def save(self, prefix: Path) -> None:
+        """Write an inference model, `<prefix>.json` and `<prefix>.pdiparams`, that calls its outputs by their names."""
+        tensors = list(self.inputs.values()), list(self.outputs.values())
+        with paddle.static.scope_guard(self.scope):
+            program = paddle.static.normalize_program(self.program, *tensors)
+            fetches = [op for op in program.global_block().ops if op.name() == "pd_op.fetch"]
+            for op, name in zip(fetches, self.outputs, strict=True):
+                op.set_str_attr("name", name)
+            paddle.base.core.serialize_pir_program(program, f"{prefix}.json", True, False, True)
+            paddle.static.io.save_vars_pir(
+                str(prefix.parent), main_program=program, filename=f"{prefix.name}.pdiparams"
+            )
+
+
+def lower(path: Path, inputs: list[InputSpec]) -> Lowered:
+    """The program that computes an ONNX file's graph.
+
+    Args:
+        path: The ONNX file.
+        inputs: Name, type and shape of forward's inputs; one that the graph does not read is taken and left.
+
+    Raises:
+        UnsupportedOp: the graph has an operator, or a use of one, that the table does not carry.
+    """
+    return lower_model(read(path), inputs)
+
+
+def lower_model(model: onnx.ModelProto, inputs: list[InputSpec]) -> Lowered:
+    """The same for a model in memory, its functions inlined."""
+    paddle.enable_static()
+    weights, program, scope = Weights(), Program(), paddle.static.Scope()
+    names = [output.name for output in model.graph.output]
+    with paddle.static.program_guard(program, Program()):
+        given = {spec.name: paddle.static.data(spec.name, spec.shape, spec.dtype) for spec in inputs}
+        found = Lowering(framework(weights), OPS, model).outputs(given)
+        outputs = {name: _named(name, each) for name, each in zip(names, found, strict=True)}
+    for name, array in weights.arrays.items():
+        scope.var(name).get_tensor().set(array, paddle.CPUPlace())
+    return Lowered(program, scope, given, outputs)
+
+
+def _named(name: str, content: Any) -> Tensor:
+    if not isinstance(content, Value):
+        raise NotImplementedError(f"the output {name!r} is a sequence, and Paddle's programs answer with tensors only")
+    return paddle.assign(content.tensor)

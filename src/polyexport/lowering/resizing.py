@@ -1,0 +1,334 @@
+"""Resize and Upsample in all of ONNX's modes, whatever framework gathers and weighs.
+
+Every mode is a few source entries for each result entry, with weights, one axis after the other. What is known of the
+sizes is computed now, by numpy; what only the run knows, by the framework.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from polyexport.lowering.graph import Node
+from polyexport.lowering.operators import Operators
+from polyexport.lowering.value import Tensor, Value
+
+
+@dataclass(frozen=True, slots=True)
+class Arithmetic:
+    """What is needed beside Python's own operators, in numpy or in a framework.
+
+    Attributes:
+        floor: Of each entry, as are ceil, maximum and minimum.
+        ceil: See floor.
+        maximum: See floor; of two tensors, or of a tensor and a number.
+        minimum: See maximum.
+        where: The second where the first is true, else the third, which may be a number.
+        line: The float32 numbers from 0 up to a size.
+        real: In float32.
+        whole: In integers, as `gather` takes them.
+        total: The sum along axis 1, which stays.
+    """
+
+    floor: Callable[[Any], Any]
+    ceil: Callable[[Any], Any]
+    maximum: Callable[[Any, Any], Any]
+    minimum: Callable[[Any, Any], Any]
+    where: Callable[[Any, Any, Any], Any]
+    line: Callable[[Any], Any]
+    real: Callable[[Any], Any]
+    whole: Callable[[Any], Any]
+    total: Callable[[Any], Any]
+
+
+NUMPY = Arithmetic(
+    floor=np.floor,
+    ceil=np.ceil,
+    maximum=np.maximum,
+    minimum=np.minimum,
+    where=lambda condition, this, that: np.where(condition, this, np.float32(that)),
+    line=lambda count: np.arange(count, dtype=np.float32),
+    real=np.float32,
+    whole=lambda x: np.asarray(x).astype(np.int32),
+    total=lambda x: x.sum(1, keepdims=True),
+)
+"""For what is known before the run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Images:
+    """What the resize needs of a framework's tensors.
+
+    Attributes:
+        arithmetic: For numbers that only the run knows.
+        sizes: The sizes of a value's axes.
+        gather: Entries of a tensor along an axis, by a tensor or a numpy array of integers.
+        weighed: A tensor, times a vector that lies along an axis.
+        masked: A tensor, with a number in the places of an axis where a vector is true.
+        cast: A tensor in a numpy type.
+        native: By the framework's own operator, where that computes the same; else None.
+    """
+
+    arithmetic: Arithmetic
+    sizes: Callable[[Value], list[Any]]
+    gather: Callable[[Tensor, Any, int], Tensor]
+    weighed: Callable[[Tensor, Any, int], Tensor]
+    masked: Callable[[Tensor, Any, int, float], Tensor]
+    cast: Callable[[Tensor, np.dtype[Any]], Tensor]
+    native: Callable[[Value, list[Axis], Mode, Node], Value | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """One axis that is resized; what only the run knows is a tensor. `scale` is the nominal one."""
+
+    index: int
+    size: Any
+    target: Any
+    scale: Any
+    region: tuple[Any, Any] | None
+
+    @property
+    def is_known(self) -> bool:
+        """Whether nothing of it is left to the run."""
+        return all(_is_known(each) for each in (self.size, self.target, self.scale, *(self.region or ())))
+
+
+@dataclass(frozen=True, slots=True)
+class Mode:
+    """ONNX's attributes of how entries are found and weighed."""
+
+    kind: str
+    coordinates: str
+    nearest: str
+    cubic: float
+    antialias: bool
+    exclude_outside: bool
+    outside: float
+
+
+def _is_known(number: Any) -> bool:
+    return isinstance(number, int | float)
+
+
+def known_targets(x: Value, plan: list[Axis], how: Mode) -> list[int] | None:
+    """The last two sizes of the result where it is images that a framework's own operator might resize.
+
+    None unless they are float32, known before the run, and scaled by exactly the ratio of the sizes.
+    """
+    if x.rank != 4 or not plan or not {each.index for each in plan} <= {2, 3} or how.antialias or how.outside:
+        return None
+    if x.dtype != np.float32 or not all(each.is_known for each in plan):
+        return None
+    if not all(abs(each.size * each.scale - each.target) < 1e-4 for each in plan):
+        return None
+    sizes: dict[int, Any] = {each.index: each.target for each in plan}
+    target: list[Any] = [sizes.get(axis, size) for axis, size in zip((2, 3), (x.shape or ())[2:], strict=True)]
+    return None if None in target else target
+
+
+def declare(operators: Operators, images: Images) -> None:
+    """Write Resize and Upsample into a framework's table."""
+
+    @operators.op("Resize", since=11)
+    def resize(
+        x: Value, roi: Value | None = None, scales: Value | None = None, sizes: Value | None = None,
+        *, mode: str = "nearest", coordinate_transformation_mode: str = "half_pixel",
+        nearest_mode: str = "round_prefer_floor", cubic_coeff_a: float = -0.75, antialias: int = 0,
+        exclude_outside: int = 0, extrapolation_value: float = 0.0,
+        axes: list[int] | None = None, keep_aspect_ratio_policy: str = "stretch", node: Node,
+    ) -> Value:  # fmt: skip  # the inputs on one line, the attributes on four
+        """By scales or by sizes."""
+        chosen = [axis % (x.rank or 1) for axis in axes] if axes else list(range(x.rank or 0))
+        how = Mode(
+            mode, coordinate_transformation_mode, nearest_mode, cubic_coeff_a, bool(antialias), bool(exclude_outside),
+            extrapolation_value,
+        )  # fmt: skip  # the attributes in their order
+        if scales is not None and scales.shape == (0,):
+            scales = None
+        plan = _plan(images, x, chosen, roi, scales, sizes, keep_aspect_ratio_policy)
+        return _resized(images, x, plan, how, node)
+
+    @operators.op("Resize", "Upsample", since=9)
+    def upsample(x: Value, scales: Value, *, mode: str = "nearest", node: Node) -> Value:
+        """Before opset 11 a place is scaled without any shift, and rounded down."""
+        plan = _plan(images, x, list(range(x.rank or 0)), None, scales, None, "stretch")
+        return _resized(images, x, plan, Mode(mode, "asymmetric", "floor", -0.75, False, False, 0.0), node)
+
+    @operators.op("Upsample", since=7)
+    def upsample_attribute(x: Value, *, scales: list[float], mode: str = "nearest", node: Node) -> Value:
+        """With the scales as an attribute."""
+        return upsample(x, node.value(np.array(scales, np.float32)), mode=mode, node=node)
+
+
+# --- what becomes of each axis ----------------------------------------------------------------------------------------
+
+
+def _plan(
+    images: Images, x: Value, chosen: list[int], roi: Value | None, scales: Value | None, sizes: Value | None,
+    policy: str,
+) -> list[Axis]:  # fmt: skip  # the inputs on one line
+    of = images.arithmetic
+    own = [images.sizes(x)[axis] for axis in chosen]
+    if scales is not None:
+        factors = [
+            of.real(scales.tensor[place]) if scales.known is None else float(scales.known[place])
+            for place in range(len(chosen))
+        ]
+        wanted = [(_floored(size, scale, of), scale) for size, scale in zip(own, factors, strict=True)]
+    else:
+        wanted = _kept_aspect(own, sizes, policy, of)
+    regions = _regions(roi, len(chosen), of)
+    return [
+        Axis(axis, size, *pair, region) for axis, size, pair, region in zip(chosen, own, wanted, regions, strict=True)
+    ]
+
+
+def _floored(size: Any, scale: Any, of: Arithmetic) -> Any:
+    if _is_known(size) and _is_known(scale):
+        return int(np.floor(size * scale))
+    if _is_known(scale) and scale == int(scale):
+        return size * int(scale)
+    return of.whole(of.floor(of.real(size) * scale))
+
+
+def _kept_aspect(own: list[Any], sizes: Value | None, policy: str, of: Arithmetic) -> list[tuple[Any, Any]]:
+    """Target and scale of each axis for the sizes asked for."""
+    if sizes is None:
+        return []
+    entries = [None] * len(own) if sizes.sizes is None else list(sizes.sizes)
+    wanted = [of.whole(sizes.tensor[i]) if each is None else int(each) for i, each in enumerate(entries)]
+    factors = [_ratio(target, size, of) for target, size in zip(wanted, own, strict=True)]
+    if policy == "stretch":
+        return list(zip(wanted, factors, strict=True))
+    if all(_is_known(each) for each in factors):
+        factor = min(factors) if policy == "not_larger" else max(factors)
+        return [(int(np.floor(size * factor + 0.5)), factor) for size in own]
+    reduce = of.minimum if policy == "not_larger" else of.maximum
+    shared = functools.reduce(reduce, [of.real(each) for each in factors])
+    return [(of.whole(of.floor(of.real(size) * shared + 0.5)), shared) for size in own]
+
+
+def _ratio(target: Any, size: Any, of: Arithmetic) -> Any:
+    return target / size if _is_known(target) and _is_known(size) else of.real(target) / of.real(size)
+
+
+def _regions(roi: Value | None, count: int, of: Arithmetic) -> list[tuple[Any, Any] | None]:
+    if roi is None or roi.shape == (0,):
+        return [None] * count
+    bounds = [of.real(roi.tensor[i]) if roi.known is None else float(roi.known[i]) for i in range(2 * count)]
+    return [(bounds[i], bounds[i + count]) for i in range(count)]
+
+
+# --- one axis after the other -----------------------------------------------------------------------------------------
+
+
+def _resized(images: Images, x: Value, plan: list[Axis], how: Mode, node: Node) -> Value:
+    plan = [each for each in plan if not _stays(each, how)]
+    native = images.native(x, plan, how, node)
+    if native is not None:
+        return native
+    tensor, is_cast = x.stored, how.kind != "nearest" and x.dtype.kind != "f"
+    tensor = images.cast(tensor, np.dtype(np.float32)) if is_cast else tensor
+    for each in plan:
+        tensor = _along(images, tensor, x.placed(each.index), each, how)
+    # integers are cut as ONNX's reference does: towards zero
+    return node.value(images.cast(tensor, x.dtype) if is_cast else tensor, x.order)
+
+
+def _stays(axis: Axis, how: Mode) -> bool:
+    return _is_known(axis.scale) and axis.scale == 1.0 and how.coordinates != "tf_crop_and_resize"
+
+
+def _along(images: Images, tensor: Tensor, place: int, axis: Axis, how: Mode) -> Tensor:
+    indices, weights, outside = _taps(axis, how, NUMPY if axis.is_known else images.arithmetic)
+    if weights is None:
+        made = images.gather(tensor, indices[:, 0], place)
+    else:
+        parts = [
+            images.weighed(images.gather(tensor, indices[:, i], place), weights[:, i], place)
+            for i in range(indices.shape[1])
+        ]
+        made = sum(parts[1:], parts[0])
+    return made if outside is None else images.masked(made, outside, place, how.outside)
+
+
+def _taps(axis: Axis, how: Mode, of: Arithmetic) -> tuple[Any, Any, Any]:
+    """Source entries and weights `(target, taps)` of one axis, and which entries lie outside; None for not at all."""
+    source = _source(axis, how.coordinates, of)
+    size = of.real(axis.size)
+    outside = (source < 0) | (source > size - 1) if how.coordinates == "tf_crop_and_resize" else None
+    if how.kind == "nearest":
+        return _within(_rounded(source, how.nearest, of), size, of)[:, None], None, outside
+    stretch = _stretch(axis, how, of)
+    reach = _reach(1 if how.kind == "linear" else 2, stretch)
+    offsets = of.line(2 * reach) + of.real(1 - reach)
+    column = source[:, None]
+    places = of.floor(column) + offsets[None, :]
+    distance = (places - column) * stretch
+    weights = of.maximum(1 - abs(distance), 0.0) if how.kind == "linear" else cubic(distance, how.cubic, of.where)
+    if how.exclude_outside:
+        weights = of.where((places >= 0) & (places <= size - 1), weights, 0.0)
+    if how.exclude_outside or how.antialias:
+        weights = weights / of.total(weights)
+    return _within(places, size, of), weights, outside
+
+
+def _within(places: Any, size: Any, of: Arithmetic) -> Any:
+    return of.whole(of.minimum(of.maximum(places, 0.0), size - 1))
+
+
+def _stretch(axis: Axis, how: Mode, of: Arithmetic) -> Any:
+    """How much wider the filter gets when it shrinks without aliasing."""
+    if not how.antialias:
+        return 1.0
+    return min(axis.scale, 1.0) if _is_known(axis.scale) else of.minimum(axis.scale, 1.0)
+
+
+def _reach(support: int, stretch: Any) -> int:
+    if not _is_known(stretch):
+        raise NotImplementedError("Resize with antialias needs sizes that are known before the run")
+    return int(np.ceil(support / stretch))
+
+
+def _source(axis: Axis, coordinates: str, of: Arithmetic) -> Any:
+    """Where in the source each entry of the target lies."""
+    place = of.line(axis.target)
+    scale, size, target = of.real(axis.scale), of.real(axis.size), of.real(axis.target)
+    if coordinates == "half_pixel":
+        return (place + 0.5) / scale - 0.5
+    if coordinates == "half_pixel_symmetric":
+        return size / 2 * (1 - target / (scale * size)) + (place + 0.5) / scale - 0.5
+    if coordinates == "pytorch_half_pixel":
+        return of.where(target > 1, (place + 0.5) / scale - 0.5, 0.0)
+    if coordinates == "align_corners":
+        return of.where(target > 1, place * (size - 1) / of.maximum(target - 1, 1.0), 0.0)
+    if coordinates == "asymmetric":
+        return place / scale
+    if coordinates == "tf_crop_and_resize":
+        first, end = (of.real(each) for each in axis.region or (0.0, 1.0))
+        inside = first * (size - 1) + place * (end - first) * (size - 1) / of.maximum(target - 1, 1.0)
+        return of.where(target > 1, inside, 0.5 * (first + end) * (size - 1))
+    raise NotImplementedError(f"Resize with coordinate_transformation_mode {coordinates!r}")
+
+
+def _rounded(source: Any, how: str, of: Arithmetic) -> Any:
+    found: Mapping[str, Callable[[], Any]] = {
+        "round_prefer_floor": lambda: of.ceil(source - 0.5),
+        "round_prefer_ceil": lambda: of.floor(source + 0.5),
+        "floor": lambda: of.floor(source),
+        "ceil": lambda: of.ceil(source),
+    }
+    return found[how]()
+
+
+def cubic(distance: Any, a: float, where: Callable[[Any, Any, Any], Any]) -> Any:
+    """Keys' kernel with the parameter `a`."""
+    d = abs(distance)
+    near = ((a + 2) * d - (a + 3)) * d * d + 1
+    far = ((a * d - 5 * a) * d + 8 * a) * d - 4 * a
+    return where(d <= 1, near, where(d < 2, far, 0.0))
