@@ -14,6 +14,24 @@ from torch.utils.data import DataLoader, TensorDataset, random_split
 
 from lightning_export import ExportCallback
 
+FORMATS = (
+    "torchscript",
+    "onnx",
+    "openvino",
+    "tensorrt",
+    "coreml",
+    "saved_model",
+    "graphdef",
+    "tflite",
+    "edgetpu",
+    "tfjs",
+    "paddle",
+)
+"""The eleven that most people ask for."""
+
+FURTHER = ("pt2", "tflite-int8")
+"""Add to it what you like: `polyexport formats` lists them all."""
+
 
 class Digits(LightningModule):
     """A convolutional classifier of 8x8 grey images."""
@@ -27,8 +45,7 @@ class Digits(LightningModule):
         )
 
     def forward(self, image: torch.Tensor) -> dict[str, torch.Tensor]:
-        logits = self.net(image)
-        return {"logits": logits, "digit": logits.argmax(-1)}
+        return {"logits": self.net(image)}
 
     def training_step(self, batch, batch_idx):
         image, digit = batch
@@ -36,9 +53,9 @@ class Digits(LightningModule):
 
     def validation_step(self, batch, batch_idx):
         image, digit = batch
-        found = self(image)
-        self.log("val_loss", functional.cross_entropy(found["logits"], digit))
-        self.log("val_acc", (found["digit"] == digit).float().mean(), prog_bar=True)
+        logits = self(image)["logits"]
+        self.log("val_loss", functional.cross_entropy(logits, digit))
+        self.log("val_acc", (logits.argmax(-1) == digit).float().mean(), prog_bar=True)
 
     def configure_optimizers(self):
         return torch.optim.Adam(self.parameters(), lr=1e-2)
@@ -59,7 +76,7 @@ def main() -> None:
         logger=WandbLogger(project="digits", save_dir="runs", offline=True),
         callbacks=[
             ModelCheckpoint(monitor="val_loss"),
-            ExportCallback(formats=["torchscript", "pt2", "onnx", "openvino"]),
+            ExportCallback(formats=[*FORMATS, *FURTHER], when="fit_end"),
         ],
         log_every_n_steps=10,
         enable_model_summary=False,

@@ -36,20 +36,35 @@ def test_every_example_is_run_here():
         assert f"test_{example.stem}" in tested, example
 
 
+@pytest.mark.slow
 def test_digits(tmp_path):
     printed = run("digits.py", tmp_path)
     report = report_in(tmp_path)
-    assert [(each.format, each.state) for each in report.outcomes] == [
-        (name, "verified") for name in ("torchscript", "pt2", "onnx", "openvino")
-    ]
-    assert all(each.latency.samples == 100 for each in report.outcomes)
+    states = {each.format: each.state for each in report.outcomes}
+    # what is skipped needs a GPU, and a compiler that only its vendor has
+    skipped = {name for name, state in states.items() if state == "skipped"}
+    assert skipped <= {"tensorrt", "edgetpu"}
+    verified = set(states) - skipped
+    assert {states[name] for name in verified} == {"verified"}
+    assert {
+        "torchscript",
+        "onnx",
+        "openvino",
+        "coreml",
+        "saved_model",
+        "graphdef",
+        "tflite",
+        "tfjs",
+        "paddle",
+    } <= verified
+    assert all(report[name].latency.samples == 100 for name in verified - {"coreml"})
     assert report.checkpoint.monitor == "val_loss"
     assert str(report.folder / "report.html") in printed
     assert re.search(r"^epoch=\d-step=\d+ onnx \(dynamo\): verified in", printed, re.MULTILINE)
-    assert "val_loss of the exported checkpoints" in (report.folder / "report.html").read_text(encoding="utf-8")
+    assert "tflite-int8" in (report.folder / "report.html").read_text(encoding="utf-8")
     (path,) = tmp_path.rglob("*.wandb")
     run_found = wandb_log.read(path)
-    assert len(run_found.artifacts) == 4
+    assert len(run_found.artifacts) == len(verified)
     assert run_found.summary["export/onnx/state"] == "verified"
 
 

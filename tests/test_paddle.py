@@ -12,7 +12,7 @@ from torch import nn
 import polyexport
 import zoo
 from polyexport.formats import paddle
-from test_lowering import PACKAGE, in_toolchain
+from test_lowering import PACKAGE, in_toolchain, many
 
 ROUTES = {"resnet": "x2paddle", "gru": "lowering"}
 """One that X2Paddle translates, and one that it does not."""
@@ -30,23 +30,17 @@ def test_a_model_is_verified_at_every_batch_size_by_the_first_route_that_carries
 
 
 @pytest.fixture(scope="module")
-def lowered(tmp_path_factory):
-    """Every model of the zoo, converted by our own route in one process; the exports' folders."""
-    root = tmp_path_factory.mktemp("zoo")
-    for name in zoo.GROUND | zoo.FURTHER:
-        module, inputs = zoo.build(name)
-        polyexport.export(module, inputs, ["onnx"], root / name, bench=False, workers=1)
-    roots = [str(root / name) for name in zoo.GROUND | zoo.FURTHER]
-    script = (str(Path(__file__).with_name("many_exports.py")), str(PACKAGE))
-    made = json.loads(in_toolchain("paddle", *script, "convert", "paddle", *roots))
-    assert made == {root: {"paddle": "made"} for root in roots}
-    return roots
+def roots(exported):
+    """Every export of the zoo, converted by our own route in one process."""
+    folders = [str(exported(name).folder) for name in zoo.GROUND | zoo.FURTHER]
+    made = many("paddle", "convert", ("paddle",), folders)
+    assert made == {folder: {"paddle": "made"} for folder in folders}
+    return folders
 
 
 @pytest.mark.slow
-def test_our_own_lowering_of_the_whole_zoo_agrees_with_pytorch(lowered):
-    script = (str(Path(__file__).with_name("many_exports.py")), str(PACKAGE))
-    found = json.loads(in_toolchain("paddle", *script, "verify", "paddle", *lowered))
+def test_our_own_lowering_of_the_whole_zoo_agrees_with_pytorch(roots):
+    found = many("paddle", "verify", ("paddle",), roots)
     cells = {Path(root).name: parities["paddle"] for root, parities in found.items()}
     assert {
         name: parity for name, parity in cells.items() if not isinstance(parity, dict) or not parity["passed"]
@@ -55,9 +49,9 @@ def test_our_own_lowering_of_the_whole_zoo_agrees_with_pytorch(lowered):
 
 
 @pytest.mark.slow
-def test_the_saved_model_calls_its_tensors_as_forward_does(lowered, tmp_path):
+def test_the_saved_model_calls_its_tensors_as_forward_does(roots, tmp_path):
     """Read by Paddle Inference alone, which knows nothing of this package."""
-    (root,) = [Path(root) for root in lowered if Path(root).name == "dict_output"]
+    (root,) = [Path(root) for root in roots if Path(root).name == "dict_output"]
     script = tmp_path / "names.py"
     script.write_text(
         f"""

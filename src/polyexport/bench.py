@@ -3,7 +3,8 @@
 Requirements:
 * One process per runtime, since some runtimes crash beside each other; the same inputs and threads for all.
 * Cold starts one after another, then rounds in turn, so that drift of the machine hits all alike.
-* A runtime that ends while it is timed keeps its state, gets no latency, and is named in the notes.
+* A runtime that ends while it is timed, and one that only stands in for the artifact's own, keeps its state, gets no
+  latency, and is named in the notes.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ def bench(report: Report, formats: Mapping[str, Format], dispatcher: Dispatcher,
         return report
     spec = signature(report)
     batch = next((int(tensor.shape[0]) for tensor in spec.static().inputs if tensor.shape), 1)
-    measured = _measured(runnable, spec, VALIDATION_BATCH, batch, dispatcher, watch)
-    return _recorded(report, measured, [each.name for each in runnable])
+    measured, why_not = _measured(runnable, spec, VALIDATION_BATCH, batch, dispatcher, watch)
+    return _recorded(report, measured, why_not)
 
 
 def sweep(
@@ -67,7 +68,7 @@ def sweep(
         path = Path(folder, "batch.npz")
         while left and leading and size <= most:
             write_arrays(path, resized(real, axes, {**spec.sizes, **dict.fromkeys(leading, size)}))
-            measured = _measured(left, spec, str(path), size, dispatcher, watch)
+            measured, _ = _measured(left, spec, str(path), size, dispatcher, watch)
             found += measured.items()
             now = {name: latency.throughput_per_second for name, latency in measured.items()}
             left = [each for each in left if now.get(each.name, 0) > _WORTH_IT * before.get(each.name, 0)]
@@ -83,23 +84,29 @@ Start = Callable[[], AbstractContextManager[Conversation]]
 
 def _measured(
     runnable: Sequence[Runnable], spec: ExportSpec, batch_path: str, batch: int, dispatcher: Dispatcher, watch: Watch
-) -> dict[str, Latency]:
-    """Latency of eager PyTorch and of each artifact on one batch; who ended meanwhile is missing."""
+) -> tuple[dict[str, Latency], dict[str, str]]:
+    """Latency of eager PyTorch and of each artifact on one batch, and why there is none of the others."""
     found: dict[str, dict[str, Any]] = {}
+    why_not: dict[str, str] = {}
     with contextlib.ExitStack() as stack:
         talks: dict[str, Conversation] = {}
         for name, start in _starts(runnable, spec, batch_path, dispatcher):
             watch(name, "measuring")
             talks[name] = stack.enter_context(start())
-            found[name] = talks[name].answer()
-        _take_turns(talks, found)
-    for name in found:
+            found[name] = talks[name].answer() or {}
+            if "stand_in" in found[name]:
+                why_not[name] = found.pop(name)["stand_in"]
+        _take_turns({name: talks[name] for name in found}, found)
+    for name in talks:
         watch(name, None)
-    return {
+    ended = [name for name, about in found.items() if not about]
+    why_not |= {name: f"its runtime ended while it was timed, see logs/{name}.log" for name in ended}
+    measured = {
         name: summarise(**about, batch=batch, threads=dispatcher.bounds.threads)
         for name, about in found.items()
         if about
     }
+    return measured, why_not
 
 
 def _starts(
@@ -129,11 +136,10 @@ def _take_turns(talks: Mapping[str, Conversation], found: dict[str, dict[str, An
                 found[name] |= answer
 
 
-def _recorded(report: Report, measured: Mapping[str, Latency], timed: Sequence[str]) -> Report:
+def _recorded(report: Report, measured: Mapping[str, Latency], why_not: Mapping[str, str]) -> Report:
     baseline = measured.get(EAGER)
     outcomes = tuple(_with_latency(outcome, measured.get(outcome.format), baseline) for outcome in report.outcomes)
-    missing = [name for name in timed if name not in measured]
-    notes = (f"no latency of {name}: its runtime ended while it was timed, see logs/{name}.log" for name in missing)
+    notes = (f"no latency of {name}: {why}" for name, why in why_not.items())
     report = replace(report, outcomes=outcomes, baseline=baseline, notes=(*report.notes, *notes))
     report.save()
     return report

@@ -28,15 +28,22 @@ _STYLES = {
 }
 
 
-def table(report: Report) -> Table:
-    """The report as a table that fits 80 columns; empty columns are left out, reasons stand below it (see `show`)."""
+_WITH_ROUTES = 100
+
+
+def table(report: Report, width: int) -> Table:
+    """The report as a table; empty columns are left out, reasons stand below it (see `show`).
+
+    The route goes first where `width`, in characters, is too little: it has been told when the format was finished.
+    """
     found = rows(report)
-    shown = [column for column in COLUMNS if column != "reason" and any(row[column] for row in found)]
+    left_out = {"reason"} if width >= _WITH_ROUTES else {"reason", "route"}
+    shown = [column for column in COLUMNS if column not in left_out and any(row[column] for row in found)]
     drawn = Table(title=report.folder.name, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for column in shown:
         justify: Literal["left", "right"] = "right" if column in NUMBERS else "left"
         header = column.replace(" ", "\n").replace("-", "-\n")
-        drawn.add_column(header, justify=justify, overflow="fold", no_wrap=column != "route")
+        drawn.add_column(header, justify=justify, no_wrap=True)
     for row in found:
         drawn.add_row(*(row[column] for column in shown), style=_STYLES[row["state"]])
     return drawn
@@ -45,7 +52,7 @@ def table(report: Report) -> Table:
 def show(report: Report, console: Console | None = None) -> None:
     """Print the table, the reasons, the notes and where everything lies."""
     console = console or Console()
-    console.print(table(report))
+    console.print(table(report, console.width))
     lines = [f"{outcome.format}: {outcome.reason}" for outcome in report.outcomes if outcome.reason]
     lines += [f"note: {note}" for note in report.notes]
     for line in (*lines, f"export: {report.folder}", f"report: {report.folder / 'report.html'}"):

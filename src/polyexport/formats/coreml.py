@@ -173,6 +173,7 @@ class Evaluated:
     """A package's program, evaluated op by op with PyTorch, where there is no Core ML."""
 
     verified_by = "MIL program evaluated off-device"
+    stand_in = "its program is evaluated op by op, which says nothing of Core ML's speed"
 
     def __init__(self, path: Path, spec: ExportSpec, *, threads: int) -> None:
         import torch

@@ -202,6 +202,8 @@ def read_log(text: str) -> Mapping:
 class Compiled(Rowwise):
     """The int8 model of a compiled one, on the CPU: where there is no Edge TPU, that is what can be run."""
 
+    stand_in = "what ran is the int8 model before compilation, on the CPU, which says nothing of an Edge TPU's speed"
+
     def __init__(self, path: Path, spec: ExportSpec, *, threads: int) -> None:
         super().__init__(path.with_name(_MODEL), spec, threads=threads)
         mapping = read_log(path.with_name(_LOG).read_text(encoding="utf-8"))

@@ -160,6 +160,24 @@ def quantise(
     ranges.calibrate({signature: batches}, manager)
     work = quantizer.Quantizer(str(source), manager.get_quantization_recipe())
     work.quantize(ranges.get_model_qsvs()).export_model(str(target), overwrite=True)
+    _settle_outputs(target)
+
+
+def _settle_outputs(path: Path) -> None:
+    """Let the graph return the tensors that its signature names.
+
+    The quantizer returns a float32 copy instead where the model reads its own output, as for an argmax beside the
+    logits; an interpreter with a delegate then finds nothing under the signature's name.
+    """
+    from ai_edge_quantizer.utils import tfl_flatbuffer_utils as flatbuffers
+
+    model = flatbuffers.read_model(str(path))
+    for signature in model.signatureDefs:
+        graph = model.subgraphs[signature.subgraphIndex]
+        copy_of = {each.outputs[0]: each.inputs[0] for each in graph.operators}
+        named = {each.tensorIndex for each in signature.outputs}
+        graph.outputs = [index if index in named else copy_of[index] for index in graph.outputs]
+    flatbuffers.write_model(model, str(path))
 
 
 # --- running ----------------------------------------------------------------------------------------------------------
