@@ -23,6 +23,7 @@ from lightning_export import ranks
 from lightning_export.best import Best, bases, best_of, checkpointer, tail
 from lightning_export.capture import Spy, hold, save
 from lightning_export.loggers import sinks
+from lightning_export.metrics import measured
 from polyexport import BadRequest, Engine, ExportFailed, Format, Report, Request, ToolMissing, console, plan
 from polyexport.folders import unfinished
 from polyexport.formats import resolve
@@ -77,6 +78,8 @@ class ExportCallback(Callback):
         monitor: Which `ModelCheckpoint` to follow, by what it monitors, where there are several.
         keep: How many exports stay on disk; the newest always does. By default all.
         bench: Whether to time the artifacts when `fit` ends; `"all"` times those of every export, not of the best only.
+        metric_batches: On how many validation batches your own `validation_step` is run with each artifact in place of
+            `forward` when `fit` ends, so that the metrics that it logs stand beside PyTorch's; 0 for none.
         executor: Has the work done on other machines: anything with `submit(function, *arguments)` that returns a
             future, such as dask's `Client.get_executor()`. Timing stays on this one.
         staging: An fsspec URL that this machine and those reach, through which files travel; else they travel through
@@ -107,6 +110,7 @@ class ExportCallback(Callback):
         monitor: str | None = None,
         keep: int | None = None,
         bench: bool | Literal["all"] = True,
+        metric_batches: int = 0,
         executor: Any = None,
         staging: str | None = None,
     ) -> None:
@@ -115,6 +119,9 @@ class ExportCallback(Callback):
         steps = plan.steps(self.formats)
         if calibration_batches < 1:
             raise BadRequest(f"calibration_batches={calibration_batches}; give 1 or more")
+        if metric_batches < 0:
+            raise BadRequest(f"metric_batches={metric_batches}; give 1 or more, or 0 for no metrics")
+        self.metric_batches = metric_batches
         _check_arguments(when=when, fail_on=fail_on, timeout=timeout, workers=workers, publish=publish, keep=keep)
         if bench not in (True, False, "all"):
             raise BadRequest(f"bench={bench!r}; known: True, False, 'all'")
@@ -425,9 +432,21 @@ class ExportCallback(Callback):
                 raise
         if not self.reports:
             return
+        if self.metric_batches:
+            self.reports[-1] = self._with_metrics(trainer, pl_module, self.reports[-1])
         for sink in self._sinks(trainer):
             self._publish(sink, self.reports[-1])
         console.show(self.reports[-1])
+
+    def _with_metrics(self, trainer: Trainer, pl_module: LightningModule, report: Report) -> Report:
+        assert self._engine is not None, "only rank zero has reports"
+        if trainer.world_size > 1 or not _validates(trainer, pl_module):
+            why = "there is no validation" if trainer.world_size == 1 else "several processes trained together"
+            return replace(report, notes=(*report.notes, f"no metrics: {why}"))
+        rank_zero_info(f"ExportCallback: validating {report.folder.name} in each runtime")
+        return measured(
+            report, trainer, pl_module, self.module, self._engine, self.formats, batches=self.metric_batches
+        )
 
     def _drain(self) -> None:
         """Finish what is under way; time the newest, now that the machine is quiet."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Literal, TypeVar
 
@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from polyexport.report import COLUMNS, NUMBERS, Report, rows
+from polyexport.report import COLUMNS, NUMBERS, Report, metrics, rows
 
 T = TypeVar("T")
 
@@ -49,10 +49,21 @@ def table(report: Report, width: int) -> Table:
     return drawn
 
 
+def _plain(found: Sequence[Mapping[str, str]]) -> Table:
+    drawn = Table(title="validation metrics", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for column in found[0]:
+        drawn.add_column(column, justify="left" if column == "format" else "right")
+    for row in found:
+        drawn.add_row(*row.values())
+    return drawn
+
+
 def show(report: Report, console: Console | None = None) -> None:
     """Print the table, the reasons, the notes and where everything lies."""
     console = console or Console()
     console.print(table(report, console.width))
+    if report.metrics:
+        console.print(_plain(metrics(report)))
     lines = [f"{outcome.format}: {outcome.reason}" for outcome in report.outcomes if outcome.reason]
     lines += [f"note: {note}" for note in report.notes]
     for line in (*lines, f"export: {report.folder}", f"report: {report.folder / 'report.html'}"):

@@ -53,7 +53,8 @@ class Outcome:
     """What became of one format.
 
     `seconds` has `convert`, `verify` and `bench`. `log` and `artifact.path` are relative to the report's folder;
-    `reproduce` is a shell command that runs the deciding step again and prints what it says.
+    `reproduce` is a shell command that runs the deciding step again and prints what it says. `metrics` are what the
+    user's own validation found with the artifact in place of PyTorch, where that was asked for.
     """
 
     format: str
@@ -70,6 +71,7 @@ class Outcome:
     reproduce: str | None = None
     inputs: tuple[TensorSpec, ...] = ()
     outputs: tuple[TensorSpec, ...] = ()
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def publishable(self) -> bool:
@@ -101,7 +103,10 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Everything about one export. `folder` is where it lies and is not part of the file."""
+    """Everything about one export.
+
+    `metrics` are PyTorch's own, beside which an outcome's stand. `folder` is where it lies and is not part of the file.
+    """
 
     checkpoint: Checkpoint
     model: Model | None
@@ -109,6 +114,7 @@ class Report:
     environment: Mapping[str, str] = field(default_factory=dict)
     baseline: Latency | None = None
     notes: tuple[str, ...] = ()
+    metrics: Mapping[str, float] = field(default_factory=dict)
     seconds: float = 0.0
     version: int = VERSION
     folder: Path = field(default=Path(), metadata={"json": False})
@@ -309,6 +315,19 @@ def rows(report: Report) -> list[dict[str, str]]:
     return [{name: write(row[figure]) for name, (figure, write) in COLUMNS.items()} for row in figures(report)]
 
 
+def metrics(report: Report) -> list[dict[str, str]]:
+    """The validation metrics of PyTorch and of every runtime that has some, with the difference from PyTorch's."""
+    if not report.metrics:
+        return []
+    table = [{"format": "eager", **{name: f"{value:.6g}" for name, value in report.metrics.items()}}]
+    for outcome in report.outcomes:
+        if outcome.metrics:
+            found = ((name, outcome.metrics.get(name), value) for name, value in report.metrics.items())
+            cells = {name: "" if mine is None else f"{mine:.6g} ({mine - value:+.1e})" for name, mine, value in found}
+            table.append({"format": outcome.format, **cells})
+    return table
+
+
 def markdown(report: Report) -> str:
     """The report as Markdown: what was exported, the table, the notes, how to reproduce each step."""
     checkpoint, model = report.checkpoint, report.model
@@ -322,6 +341,13 @@ def markdown(report: Report) -> str:
         signature = f"({', '.join(map(str, model.inputs))}) → ({', '.join(map(str, model.outputs))})"
         lines += [f"`{model.class_name}`, {model.parameters:,} parameters: `{signature}`", ""]
     lines += [*_markdown_table(rows(report)), ""]
+    if report.metrics:
+        lines += [
+            "Validation metrics, with `forward` answered by each runtime:",
+            "",
+            *_markdown_table(metrics(report)),
+            "",
+        ]
     if report.baseline:
         measured = report.baseline
         lines += [
@@ -336,7 +362,7 @@ def markdown(report: Report) -> str:
 
 
 def _markdown_table(table: Sequence[Mapping[str, str]]) -> Iterable[str]:
-    yield "| " + " | ".join(COLUMNS) + " |"
-    yield "|" + "---|" * len(COLUMNS)
+    yield "| " + " | ".join(table[0]) + " |"
+    yield "|" + "---|" * len(table[0])
     for row in table:
         yield "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row.values()) + " |"
