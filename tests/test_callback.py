@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,14 @@ def test_toolchains_are_made_before_training_or_it_is_said_that_they_cannot_be(t
     assert (isolated.state, isolated.toolchain.packages) == ("verified", {"toposort": "1.10"})
     assert hopeless.state == "skipped"
     assert "cannot be installed" in hopeless.reason
+
+
+def test_what_the_machine_lacks_is_told_before_training(tmp_path):
+    far = replace(plant("far", planted.replay), lacks=lambda: "its compiler is not on PATH; it is at its vendor's")
+    callback = ExportCallback([far], when="fit_end", bench=False)
+    with pytest.warns(UserWarning, match="far will be skipped: its compiler is not on PATH"):
+        fit(tmp_path, callback, epochs=1)
+    assert callback.reports[0]["far"].state == "verified"  # what the engine then sees is for the engine to judge
 
 
 # --- what forward takes -----------------------------------------------------------------------------------------------

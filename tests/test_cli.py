@@ -136,11 +136,13 @@ def test_formats_and_toolchains_are_listed(tmp_path: Path) -> None:
 
 def test_doctor_says_what_would_be_skipped_and_how_to_mend_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("POLYEXPORT_CACHE", str(tmp_path))
-    done = command("doctor", "onnx", "mnn", "--json")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    done = command("doctor", "onnx", "mnn", "coral", "--json")
     assert done.returncode == 1
     assert {row["format"]: row["missing"] for row in json.loads(done.stdout)} == {
         "onnx": "",
         "mnn": "not installed yet: polyexport toolchain install mnn",
+        "edgetpu": "edgetpu_compiler is not on PATH; it is at https://coral.ai/docs/edgetpu/compiler/ (Linux, x86-64)",
     }
     assert command("doctor", "onnx").returncode == 0
 

@@ -221,6 +221,9 @@ class ExportCallback(Callback):
         )
         if self.executor is not None:
             return  # toolchains are made where the jobs land
+        for each in self.formats:
+            if why := each.lacks():
+                rank_zero_warn(f"ExportCallback: {each.name} will be skipped: {why}")
         missing = {chain for chains in plan.toolchains(self.formats).values() for chain in chains if not chain.ready}
         for chain in sorted(missing, key=lambda each: each.name):
             if distributed:

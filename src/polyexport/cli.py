@@ -20,7 +20,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from polyexport import checkpoint, console, gpu, plan, toolchain
+from polyexport import checkpoint, console, plan, toolchain
 from polyexport.engine import Engine, export
 from polyexport.errors import BadRequest, PolyexportError
 from polyexport.folders import BEST
@@ -276,7 +276,7 @@ def _format_or_toolchain(name: str, chains: Iterable[str]) -> tuple[Format, ...]
 
 def _lacks(each: Format) -> str:
     """What a format lacks here, with the fix; empty where nothing is missing."""
-    if each.needs_gpu and (why := gpu.missing()):
+    if why := each.lacks():
         return why
     missing = {chain.name for chains in plan.toolchains([each]).values() for chain in chains if not chain.ready}
     return f"not installed yet: polyexport toolchain install {' '.join(sorted(missing))}" if missing else ""

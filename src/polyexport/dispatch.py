@@ -125,7 +125,7 @@ class Dispatcher:
 def _by_value(each: Format) -> bytes:
     import cloudpickle
 
-    functions = [route.convert for route in each.routes] + ([each.load] if each.load else [])
+    functions = [each.lacks, *(route.convert for route in each.routes), *([each.load] if each.load else [])]
     # toolchains by name: the module of their class needs more than an isolated toolchain has
     routes = tuple(replace(route, toolchain=toolchain.find(route.toolchain).name) for route in each.routes)
     with contextlib.ExitStack() as stack:

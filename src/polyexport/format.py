@@ -95,6 +95,10 @@ class Snippet:
     code: str
 
 
+def _nothing() -> str:
+    return ""
+
+
 @dataclass(frozen=True, slots=True)
 class Format:
     """A deployment format: everything the engine has to know about it.
@@ -111,6 +115,8 @@ class Format:
         tolerance: By default the one that belongs to `precision`.
         aliases: Other names for it.
         needs_gpu: Whether its workers may see the GPU.
+        lacks: Tells what this machine lacks for it beside packages, such as a device or a vendor's program, and where
+            to get it, in a line; empty where nothing is missing.
         snippets: How applications open it, the language that it is mostly used from first.
         calibrated: Whether its routes take number ranges from real batches (`ExportSpec.calibration`).
     """
@@ -126,6 +132,7 @@ class Format:
     tolerance: Tolerance | None = None
     aliases: tuple[str, ...] = ()
     needs_gpu: bool = False
+    lacks: Callable[[], str] = _nothing
     snippets: tuple[Snippet, ...] = ()
     calibrated: bool = False
 

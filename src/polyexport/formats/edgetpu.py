@@ -160,21 +160,23 @@ def prediction(path: Path) -> str:
 # --- compilation ------------------------------------------------------------------------------------------------------
 
 
+def lacks() -> str:
+    """The compiler, in a line."""
+    return "" if shutil.which(COMPILER) else f"{COMPILER} is not on PATH; it is at {URL} (Linux, x86-64)"
+
+
 def compile_int8(source: Path, target: Path, spec: ExportSpec) -> None:
     """Have the compiler write its model and its log beside a copy of the int8 one.
 
     Raises:
         ToolMissing: there is no compiler.
     """
-    compiler = shutil.which(COMPILER)
-    if compiler is None:
-        raise ToolMissing(
-            f"{COMPILER} is not on PATH; it is at {URL} (Linux, x86-64). The int8 model that it would compile agrees "
-            f"with PyTorch on the CPU; {prediction(source)}"
-        )
+    if why := lacks():
+        agrees = "The int8 model that it would compile agrees with PyTorch on the CPU"
+        raise ToolMissing(f"{why}. {agrees}; {prediction(source)}")
     model = target.with_name(_MODEL)
     shutil.copyfile(source, model)
-    command = [compiler, "-s", "-a", "-o", str(target.parent), str(model)]
+    command = [COMPILER, "-s", "-a", "-o", str(target.parent), str(model)]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
     print(done.stdout, done.stderr)
     if done.returncode:
@@ -269,6 +271,7 @@ FORMATS = (
         Route(COMPILER, "tflite-int8-nhwc", "tflite", compile_int8),
         load,
         aliases=("coral",),
+        lacks=lacks,
         snippets=_snippets("pycoral.utils.edgetpu", "make_interpreter"),
     ),
 )

@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -76,10 +77,18 @@ def _library() -> Any:
     except ModuleNotFoundError as error:
         if error.name != "tensorrt":
             raise
-        raise ToolMissing(
-            "TensorRT is not in the training environment: `pip install tensorrt-cu13` (or -cu12, as the driver's CUDA)"
-        ) from None
+        raise ToolMissing(_NO_LIBRARY) from None
     return tensorrt
+
+
+_NO_LIBRARY = (
+    "TensorRT is not in the training environment: `pip install tensorrt-cu13` (or -cu12, as the driver's CUDA)"
+)
+
+
+def lacks() -> str:
+    """A GPU or the library, in a line."""
+    return gpu.missing() or ("" if find_spec("tensorrt") else _NO_LIBRARY)
 
 
 def _device() -> Device:
@@ -258,6 +267,7 @@ def _format(name: str, precision: str, convert: Convert, description: str, alias
         routes=(Route("onnx", upstream="onnx", toolchain="onnx", convert=convert),),
         load=load,
         needs_gpu=True,
+        lacks=lacks,
         snippets=_SNIPPETS,
     )
 
