@@ -29,6 +29,7 @@ import gc
 import hashlib
 import json
 import queue
+import re
 import shutil
 import tempfile
 import threading
@@ -280,9 +281,12 @@ def _peak_memory() -> int | None:
 
 
 def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
+    text = " ".join(_COLOURS.sub("", str(error)).split())
     own = isinstance(error, ToolMissing | CannotRun)
     return (text if own else f"{type(error).__name__}: {text}")[:500]
+
+
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def _kind(error: BaseException) -> str:

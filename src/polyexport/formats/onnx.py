@@ -37,7 +37,7 @@ def convert_program(source: Path, target: Path, spec: ExportSpec) -> None:
     _finish(target, spec)
 
 
-def convert_trace(source: Path, target: Path, spec: ExportSpec, *, opset: int = 17) -> None:
+def convert_trace(source: Path, target: Path, spec: ExportSpec, *, opset: int = 20) -> None:
     """Trace and translate the module with the TorchScript exporter, which takes some models that dynamo does not."""
     import torch
 

@@ -78,7 +78,10 @@ def divide(a: Tensor, b: Tensor) -> Tensor:
     """True division of floats; integers are cut towards zero."""
     if a.dtype.is_floating or a.dtype.is_complex:
         return a / b
-    return a // b if a.dtype.is_unsigned else tf.truncatediv(a, b)
+    quotient = a // b  # not tf.truncatediv, which TensorFlow.js and TensorFlow Lite lack
+    if a.dtype.is_unsigned:
+        return quotient
+    return quotient + tf.cast((quotient < 0) & (quotient * b != a), a.dtype)
 
 
 @OPS.elementwise("Mod", since=10)
