@@ -37,8 +37,8 @@ class Digits(LightningModule):
     def validation_step(self, batch, batch_idx):
         image, digit = batch
         found = self(image)
-        self.log("val_loss", functional.cross_entropy(found["logits"], digit))
-        self.log("val_acc", (found["digit"] == digit).float().mean(), prog_bar=True)
+        self.log("val_loss", functional.cross_entropy(found["logits"], digit), sync_dist=True)
+        self.log("val_acc", (found["digit"] == digit).float().mean(), prog_bar=True, sync_dist=True)
 
     def configure_optimizers(self):
         return torch.optim.Adam(self.parameters(), lr=1e-2)
