@@ -3,8 +3,8 @@
 python examples/detection.py
 
 Each image shows one bright rectangle on noise. A line tells of each format that is done, then comes the table of the
-best checkpoint, then what its ONNX file finds in a new image, by the names of the dict. Other formats than ONNX and
-OpenVINO can be named behind the command: `onnx tfjs`, for one.
+best checkpoint, then what its ONNX file finds in a new image, by the names of the dict. Formats named behind the
+command, such as `tfjs`, take OpenVINO's place.
 """
 
 import sys
@@ -58,14 +58,10 @@ def scenes(count: int) -> TensorDataset:
 
 def main() -> None:
     seed_everything(1)
-    export = ExportCallback(sys.argv[1:] or ["onnx", "openvino"], bench=False)
+    export = ExportCallback(["onnx", *(sys.argv[1:] or ["openvino"])], bench=False)
+    callbacks = [ModelCheckpoint(monitor="val_loss"), export]
     trainer = Trainer(
-        max_epochs=4,
-        accelerator="cpu",
-        logger=False,
-        default_root_dir="runs/detection",
-        callbacks=[ModelCheckpoint(monitor="val_loss"), export],
-        enable_model_summary=False,
+        max_epochs=4, accelerator="cpu", logger=False, default_root_dir="runs/detection", callbacks=callbacks
     )
     trainer.fit(Detector(), DataLoader(scenes(4096), 64), DataLoader(scenes(256), 64))
 

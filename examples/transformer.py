@@ -53,13 +53,9 @@ def sentences(count: int) -> DataLoader:
 def main() -> None:
     seed_everything(1)
     export = ExportCallback(["onnx", "openvino"], dynamic={"ids": AXES, "attention_mask": AXES}, bench=False)
+    callbacks = [ModelCheckpoint(monitor="val_loss"), export]
     trainer = Trainer(
-        max_epochs=3,
-        accelerator="cpu",
-        logger=False,
-        default_root_dir="runs/transformer",
-        callbacks=[ModelCheckpoint(monitor="val_loss"), export],
-        enable_model_summary=False,
+        max_epochs=3, accelerator="cpu", logger=False, default_root_dir="runs/transformer", callbacks=callbacks
     )
     trainer.fit(Majority(), sentences(4096), sentences(512))
 

@@ -192,6 +192,7 @@ def answer(browser: Any, page: str, picture: Path) -> np.ndarray:
     return np.array([float(number) for number in re.findall(r"-?\d[\d.e-]*", text)])
 
 
+@pytest.mark.slow
 def test_tfjs(browser, page, tmp_path):
     module, _ = zoo.build("resnet")
     pictures = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), np.uint8)
