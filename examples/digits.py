@@ -54,8 +54,8 @@ class Digits(LightningModule):
     def validation_step(self, batch, batch_idx):
         image, digit = batch
         logits = self(image)["logits"]
-        self.log("val_loss", functional.cross_entropy(logits, digit))
-        self.log("val_acc", (logits.argmax(-1) == digit).float().mean(), prog_bar=True)
+        self.log("val_loss", functional.cross_entropy(logits, digit), sync_dist=True)
+        self.log("val_acc", (logits.argmax(-1) == digit).float().mean(), prog_bar=True, sync_dist=True)
 
     def configure_optimizers(self):
         return torch.optim.Adam(self.parameters(), lr=1e-2)

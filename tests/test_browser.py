@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-import http.server
 import json
 import shutil
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,9 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-import polyexport
-import zoo
-from polyexport import FORMATS, Report, toolchain
+import web
+from polyexport import FORMATS, Report
 from polyexport.parity import Parity, compare
 
 BACKENDS = ("cpu", "wasm")
@@ -47,33 +43,18 @@ PAGE = """
 
 
 @pytest.fixture(scope="module")
-def converted(tmp_path_factory: pytest.TempPathFactory) -> Report:
-    module, inputs = zoo.build("resnet")
-    return polyexport.export(module, inputs, ["tfjs"], tmp_path_factory.mktemp("web") / "resnet", bench=False)
-
-
-@pytest.fixture(scope="module")
 def site(converted: Report, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a page beside the model, a spoiled copy of it, and TensorFlow.js."""
     root = tmp_path_factory.mktemp("site")
     (root / "index.html").write_text(PAGE)
-    (root / "node_modules").symlink_to(toolchain.find("tfjs").folder / "node_modules")
     shutil.copytree(converted.folder / "tfjs", root / "good")
     shutil.copytree(converted.folder / "tfjs", root / "spoiled")
     weights = next((root / "spoiled").glob("*.bin"))
     content = bytearray(weights.read_bytes())
     content[_classifier(root / "spoiled" / "model.json") + 3] ^= 0x80  # the sign of its first float32
     weights.write_bytes(content)
-    handler = functools.partial(_Quiet, directory=str(root))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}/index.html"
-        server.shutdown()
-
-
-class _Quiet(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *args: object) -> None:
-        """Say nothing."""
+    with web.served(root) as address:
+        yield f"{address}/index.html"
 
 
 def _classifier(model: Path) -> int:
@@ -83,28 +64,6 @@ def _classifier(model: Path) -> int:
     assert {dtype for dtype, _ in kinds} <= {"float32", "int32"}, "four bytes each"
     sizes = [int(np.prod(each["shape"])) * 4 for each in group["weights"]]
     return sum(sizes[: kinds.index(("float32", 2))])
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """A headless Chromium without network."""
-    from selenium import webdriver
-
-    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    chromedriver = shutil.which("chromedriver")
-    if chromium is None or chromedriver is None:
-        pytest.skip("there is no Chromium with its chromedriver on PATH")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for flag in (
-        "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-component-update",
-        "--disable-background-networking", "--disable-sync", f"--user-data-dir={tmp_path_factory.mktemp('profile')}",
-    ):  # fmt: skip  # a line for each would bury them
-        options.add_argument(flag)
-    driver = webdriver.Chrome(options, webdriver.ChromeService(chromedriver))
-    driver.set_script_timeout(120)
-    yield driver
-    driver.quit()
 
 
 def answered(browser: Any, site: str, report: Report, folder: str, backend: str) -> Parity:

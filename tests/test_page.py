@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
@@ -18,31 +15,10 @@ import made_up
 from polyexport import FORMATS, Report
 from polyexport.report import STATES
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-in_browser = pytest.mark.skipif(
-    not (CHROMIUM and shutil.which("chromedriver")), reason="no Chromium with its chromedriver on the PATH"
-)
-FLAGS = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-component-update",
-    "--disable-background-networking", "--disable-sync",
-)  # fmt: skip  # one flag a line would bury the tests
-
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Report:
     return made_up.report(tmp_path_factory.mktemp("run"))
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('browser')}"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
-    yield driver
-    driver.quit()
 
 
 def opened(browser: Any, path: Path, *, width: int = 1280, media: str = "screen", scheme: str = "light") -> Any:
@@ -75,7 +51,6 @@ def heading(browser: Any, name: str) -> Any:
     return next(each for each in browser.find_elements(By.CSS_SELECTOR, "#table thead th") if name in each.text)
 
 
-@in_browser
 def test_the_page_is_whole_quiet_and_alone(browser, report):
     opened(browser, report.folder / "report.html")
     assert len(formats_shown(browser)) == 1 + len(report.outcomes)
@@ -86,7 +61,6 @@ def test_the_page_is_whole_quiet_and_alone(browser, report):
     assert requests(browser) == []
 
 
-@in_browser
 def test_a_page_that_is_not_is_noticed(browser, tmp_path):
     """The shadow of the checks that the other tests make."""
     page = tmp_path / "bad.html"
@@ -97,7 +71,6 @@ def test_a_page_that_is_not_is_noticed(browser, tmp_path):
     assert overhang(browser) > 0
 
 
-@in_browser
 def test_what_users_named_is_text(browser, report):
     opened(browser, report.folder / "report.html")
     assert made_up.HOSTILE in formats_shown(browser)
@@ -105,7 +78,6 @@ def test_what_users_named_is_text(browser, report):
     assert f"note of {made_up.HOSTILE}" in browser.find_element(By.CLASS_NAME, "notes").text
 
 
-@in_browser
 def test_a_click_on_a_heading_sorts_with_what_is_missing_last(browser, report):
     opened(browser, report.folder / "report.html")
     original = formats_shown(browser)
@@ -120,7 +92,6 @@ def test_a_click_on_a_heading_sorts_with_what_is_missing_last(browser, report):
     assert (head.get_attribute("aria-sort"), formats_shown(browser)) == (None, original)
 
 
-@in_browser
 def test_the_keyboard_reaches_a_heading_and_sorts(browser, report):
     opened(browser, report.folder / "report.html")
     browser.find_element(By.CLASS_NAME, "skip").send_keys(Keys.ENTER)
@@ -135,7 +106,6 @@ def test_the_keyboard_reaches_a_heading_and_sorts(browser, report):
     assert browser.execute_script("return getComputedStyle(document.activeElement).outlineStyle") == "solid"
 
 
-@in_browser
 @pytest.mark.parametrize(("scheme", "dark"), [("light", False), ("dark", True)])
 def test_the_page_follows_the_colour_scheme(browser, report, scheme, dark):
     opened(browser, report.folder / "report.html", scheme=scheme)
@@ -147,14 +117,12 @@ def test_the_page_follows_the_colour_scheme(browser, report, scheme, dark):
     assert (paper < 0.3, ink > 0.7, name > 0.7) == (dark, dark, dark)
 
 
-@in_browser
 def test_on_a_phone_the_tables_scroll_and_the_page_does_not(browser, report):
     opened(browser, report.folder / "report.html", width=390)
     assert overhang(browser) == 0
     assert browser.execute_script("const t = document.querySelector('.scroll'); return t.scrollWidth > t.clientWidth")
 
 
-@in_browser
 def test_print_opens_what_is_folded_and_leaves_out_what_is_for_the_screen(browser, report):
     opened(browser, report.folder / "report.html", media="print", scheme="dark")
     browser.execute_script("dispatchEvent(new Event('beforeprint'))")
@@ -164,7 +132,6 @@ def test_print_opens_what_is_folded_and_leaves_out_what_is_for_the_screen(browse
     assert paper == "rgb(255, 255, 255)"
 
 
-@in_browser
 def test_a_snippet_can_be_copied_or_is_selected(browser, report):
     opened(browser, report.folder / "report.html")
     block = browser.find_element(By.CSS_SELECTOR, "details[open] .code")
