@@ -91,6 +91,15 @@ def test_two_callbacks_for_one_folder_are_told_before_training(tmp_path):
         fit(tmp_path, *callbacks)
 
 
+def test_a_checkpoint_that_is_called_best_is_exported_beside_what_points_to_it(tmp_path):
+    callback = ExportCallback([planted.GOOD], bench=False)
+    trainer = runs.trainer(tmp_path, [ModelCheckpoint(monitor="val_loss", filename="best"), callback], max_epochs=2)
+    trainer.fit(runs.Scripted([3.0, 2.0]), runs.loader(), runs.loader())
+    assert {path.name for path in (tmp_path / "exports").iterdir()} == {"best", "best.ckpt"}
+    report = Report.load(tmp_path / "exports" / "best")
+    assert (report["good"].state, report.checkpoint.score) == ("verified", 2.0)
+
+
 # --- scripts and notebooks --------------------------------------------------------------------------------------------
 
 UNGUARDED = """

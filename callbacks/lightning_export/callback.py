@@ -25,7 +25,7 @@ from lightning_export.capture import Spy, hold, save
 from lightning_export.loggers import sinks
 from lightning_export.metrics import measured
 from polyexport import BadRequest, Engine, ExportFailed, Format, Report, Request, ToolMissing, console, plan
-from polyexport.folders import unfinished
+from polyexport.folders import BEST, unfinished
 from polyexport.formats import resolve
 from polyexport.module import UNAVAILABLE, as_call, save_call, selected
 from polyexport.report import STATES, Checkpoint, State
@@ -352,9 +352,9 @@ class ExportCallback(Callback):
         work = self._work(trainer)
         held = hold(best.path, work / "source")
         score = None if best.monitor is None or best.score is None else float(best.score)
-        self._submit(
-            trainer, work, Path(best.path).stem, Checkpoint(best.path, monitor=best.monitor, score=score), held
-        )
+        stem = Path(best.path).stem
+        name = f"{BEST}.ckpt" if stem == BEST else stem  # `best` is what points to the newest
+        self._submit(trainer, work, name, Checkpoint(best.path, monitor=best.monitor, score=score), held)
         return True
 
     def _export_live(self, trainer: Trainer, pl_module: LightningModule) -> None:
