@@ -159,6 +159,7 @@ def test_the_same_checkpoint_is_not_exported_twice_but_another_is(tmp_path, monk
     with Engine(timeout=TIMEOUT) as engine:
         first = engine.submit(request(tmp_path, (known,))).result()
         again = engine.submit(request(tmp_path, (known,))).result()
+        (first.folder / "manifest.json").write_text("{}")  # as of a version that wrote other things
         other = engine.submit(request(tmp_path, (known,), module=nn.Linear(5, 3))).result()
     assert again == first
     assert other.checkpoint.sha256 != first.checkpoint.sha256
@@ -170,7 +171,9 @@ def test_a_newer_request_takes_the_place_of_one_that_waits(tmp_path):
         running = engine.submit(request(tmp_path, name="running"))
         while not engine.doing:
             time.sleep(0.01)
-        waiting = engine.submit(request(tmp_path, name="waiting"))
+        held = tmp_path / ".weights"  # where the folder is on another file system than the checkpoint
+        held.touch()
+        waiting = engine.submit(request(tmp_path, name="waiting", held=str(held)))
         newest = engine.submit(request(tmp_path, name="newest"))
         assert running.result().folder.name == "running"
         assert newest.result()["good"].state == "verified"
@@ -210,14 +213,16 @@ def test_closing_ends_every_worker_and_leaves_no_folder(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_module_that_cannot_be_rebuilt_fails_every_format_with_the_reason(tmp_path):
-    asked = request(tmp_path)
+def test_a_module_that_cannot_be_rebuilt_fails_every_format_with_the_reason_and_the_best_before_it_stays(tmp_path):
+    asked = request(tmp_path, keep=1)
     (asked.work / "source" / "weights.pt").write_bytes(b"not a checkpoint")
     with Engine(timeout=TIMEOUT) as engine:
+        before = engine.submit(request(tmp_path, name="before")).result()
         report = engine.submit(asked).result()
     assert report["good"].state == "failed"
     assert report["good"].reason.startswith("the module cannot be rebuilt: ")
-    assert not (tmp_path / "best").exists()
+    assert (tmp_path / "best").resolve() == before.folder
+    assert Report.load(tmp_path / "best")["good"].state == "verified"
 
 
 class Fixed(nn.Module):

@@ -127,7 +127,7 @@ class Engine:
         self._lock = threading.Lock()
         self._doing: dict[str, str] = {}
         self._tell = tell
-        self._unfinished: set[Path] = set()
+        self._unfinished: dict[Path, str | None] = {}  # and where the weights still are
 
     def submit(self, request: Request) -> Future[Report]:
         """Queue a request; a waiting one is cancelled and its folder removed."""
@@ -137,7 +137,7 @@ class Engine:
                 if future.cancel():
                     # not here: freeing the last link of a large checkpoint takes longer than training may wait
                     self._queue.submit(self._remove, older.work)
-            self._unfinished.add(request.work)
+            self._unfinished[request.work] = request.held
             future = self._queue.submit(self._export, request)
             self._waiting = (future, request)
         return future
@@ -195,7 +195,7 @@ class Engine:
         earlier = _earlier(request, reference.checkpoint_sha256)
         if earlier is not None:
             self._remove(request.work)
-            if earlier.folder == request.final:
+            if earlier.folder == request.final.resolve():
                 self._point(request)
             return earlier
         watch = functools.partial(self._watch, of=f"{request.name} ")
@@ -223,10 +223,10 @@ class Engine:
         report = replace(report, seconds=time.perf_counter() - start, folder=request.work)
         report.save()
         take_place(request.work, request.final)  # another checkpoint may have had the name: the newer one has it now
-        self._unfinished.discard(request.work)
-        if report.model is not None:
+        self._unfinished.pop(request.work, None)
+        if report.model is not None:  # else the one before is still the best, and stays
             self._point(request)
-        prune(request.final, request.keep)
+            prune(request.final, request.keep)
         return replace(report, folder=request.final)
 
     def _point(self, request: Request) -> None:
@@ -243,7 +243,11 @@ class Engine:
 
     def _remove(self, folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
-        self._unfinished.discard(folder)
+        held = self._unfinished.pop(folder, None)
+        if held and "://" not in held:
+            shutil.rmtree(held, ignore_errors=True)
+            with contextlib.suppress(OSError):  # a folder is gone by now, and so is what was moved
+                os.unlink(held)
 
     def bench(self, report: Report, formats: Iterable[Format] = ()) -> Report:
         """Time every artifact that runs, and eager PyTorch, on all cores; saves the report.
@@ -337,9 +341,10 @@ def _earlier(request: Request, sha256: str) -> Report | None:
     for folder in (request.final, *(parent / request.name for parent in request.former)):
         try:
             manifest, report = read_json(folder / "manifest.json"), Report.load(folder)
-        except (OSError, ValueError):
-            continue
-        if manifest["checkpoint"]["sha256"] == sha256 and manifest["question"] == encode(request.question):
+            same = manifest["checkpoint"]["sha256"] == sha256 and manifest["question"] == encode(request.question)
+        except (OSError, ValueError, TypeError, KeyError):
+            continue  # there is none, or another version wrote it
+        if same:
             return report
     return None
 
