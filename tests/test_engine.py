@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ import planted
 import polyexport
 from planted import GOOD
 from planted import planted as plant
-from polyexport import BadRequest, Engine, Report, Request
+from polyexport import BadRequest, Engine, Report, Request, Toolchain
 from polyexport import module as modules
 from polyexport.folders import finished, take_place, unfinished
 from polyexport.report import Checkpoint
@@ -253,11 +254,13 @@ def test_dynamic_axes_may_be_named_by_input(tmp_path):
     assert "dynamic names the input 'image'; forward received input" in bad["good"].reason
 
 
-def test_latency_is_measured_beside_eager_pytorch(tmp_path):
+def test_latency_is_measured_beside_eager_pytorch(tmp_path, monkeypatch):
+    monkeypatch.setenv("POLYEXPORT_CACHE", "/dev/null/here")
+    nowhere = Toolchain("nowhere", ("toposort==0.1",))
     with Engine(timeout=TIMEOUT) as engine:
-        formats = (GOOD, plant("dies", planted.replay, load=planted.load_once))
+        formats = (GOOD, plant("dies", planted.replay, load=planted.load_once), plant("moved", planted.replay))
         report = engine.submit(request(tmp_path, formats)).result()
-        timed = engine.bench(report, formats)
+        timed = engine.bench(report, (*formats[:2], replace(formats[2], runtime=nowhere)))
     assert report["good"].latency is None
     latency = timed["good"].latency
     assert latency.samples == timed.baseline.samples == 100
@@ -265,5 +268,7 @@ def test_latency_is_measured_beside_eager_pytorch(tmp_path):
     assert latency.speedup == pytest.approx(timed.baseline.p50_ms / latency.p50_ms)
     assert latency.peak_memory_bytes > 1_000_000
     assert timed["dies"].latency is None
-    assert timed.notes == ("no latency of dies: its runtime ended while it was timed, see logs/dies.log",)
+    moved, dies = timed.notes
+    assert moved.startswith("no latency of moved: NotADirectoryError")
+    assert dies == "no latency of dies: its runtime ended while it was timed, see logs/dies.log"
     assert Report.load(report.folder) == timed

@@ -79,7 +79,7 @@ def runnables(report: Report, formats: Mapping[str, Format]) -> list[Runnable]:
         each = formats[outcome.format]
         made_by = next(route for route in each.routes if route.name == outcome.route)
         spec = signature(report)  # PyTorch's, which a runner answers in, also where the artifact's own differs
-        if not any(tensor.dynamic for tensor in outcome.inputs):
+        if len(outcome.parity.batches) == 1:  # made with fixed sizes; its inputs do not tell, where they are its own
             spec = spec.static()
         found.append(Runnable(outcome, each, toolchain.find(each.runtime or made_by.toolchain), spec))
     return found
