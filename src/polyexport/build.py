@@ -9,7 +9,6 @@ Requirements:
 
 from __future__ import annotations
 
-import os
 import shutil
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +19,7 @@ from typing import Any
 
 from polyexport import gpu, plan, toolchain
 from polyexport.dispatch import Dispatcher
+from polyexport.folders import link
 from polyexport.format import MODULE, Format, Route
 from polyexport.job import Job, Kind
 from polyexport.parity import Parity
@@ -189,7 +189,7 @@ class Build:
         folder = made / Path(built.path).relative_to("source/made").parts[0]
         with self._lock:  # by hard links, since another format may still read it where it lies
             shutil.rmtree(place, ignore_errors=True)
-            shutil.copytree(folder, place, copy_function=_link)
+            shutil.copytree(folder, place, copy_function=link)
         where = Path(each.name, each.artifact).as_posix()
         return replace(built.outcome, artifact=replace(artifact, path=where))
 
@@ -229,10 +229,3 @@ def _reason(best: Built, tried: Sequence[Built]) -> str:
     if verified:
         return f"by another route, since {'; '.join(told)}" if told else ""
     return "; ".join(told) if len(told) > 1 else best.outcome.reason
-
-
-def _link(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
