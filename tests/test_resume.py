@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -83,6 +84,13 @@ def test_two_callbacks_in_one_trainer_keep_their_exports_and_their_state_apart(t
     assert Report.load(other.reports[-1].folder)["other"].state == "verified"
     state = torch.load(trainer.checkpoint_callback.last_model_path, weights_only=True)["callbacks"]
     assert {one.state_key, other.state_key} <= state.keys()
+
+
+def test_two_callbacks_are_told_apart_by_what_their_functions_read(tmp_path):
+    parts = [lambda root: root.head, lambda root: root.clock, functools.partial(runs.Scripted.get_submodule, target="head"), "head", None]
+    callbacks = [ExportCallback([planted.GOOD], module=part) for part in parts]
+    assert len({each.state_key for each in callbacks}) == len(parts)
+    runs.trainer(tmp_path, callbacks)  # which refuses two of one key
 
 
 def test_two_callbacks_for_one_folder_are_told_before_training(tmp_path):

@@ -25,7 +25,7 @@ from lightning_export.capture import Spy, hold, save
 from lightning_export.loggers import sinks
 from lightning_export.metrics import measured
 from polyexport import BadRequest, Engine, ExportFailed, Format, Report, Request, ToolMissing, console, plan
-from polyexport.folders import BEST, unfinished
+from polyexport.folders import BEST, link, unfinished
 from polyexport.formats import resolve
 from polyexport.module import UNAVAILABLE, as_call, save_call, selected
 from polyexport.report import STATES, Checkpoint, State
@@ -160,7 +160,10 @@ class ExportCallback(Callback):
     @override
     def state_key(self) -> str:
         """Tells the callbacks of one trainer apart, by what they export; where to may differ when a run is resumed."""
-        what = self.module if self.module is None or isinstance(self.module, str) else self.module.__qualname__
+        what: Any = self.module
+        if callable(what):  # a lambda's name tells nothing, what it reads does; a partial has no name
+            code = getattr(what, "__code__", None)
+            what = (getattr(what, "__qualname__", type(what).__qualname__), *(code.co_names if code else ()))
         names = [each.name for each in self.formats]
         return self._generate_state_key(formats=names, module=what, when=self.when, monitor=self.monitor)
 
@@ -181,7 +184,7 @@ class ExportCallback(Callback):
         if not self._active:
             return
         self._turn = ranks.turn()
-        self.reports, self._complaint = [], ""
+        self.reports, self._notes, self._complaint = [], (), ""
         twins = [each for each in _siblings(trainer) if each.into == self.into and each is not self]
         if self.into is not None and twins:
             raise BadRequest(f"two ExportCallbacks write into {self.into}; give each a folder of its own")
@@ -375,7 +378,7 @@ class ExportCallback(Callback):
         assert self._captured is not None, "nothing is exported before its inputs are known"
         work = unfinished(self._parent(trainer))
         for file in self._captured.iterdir():
-            os.link(file, work / "source" / file.name)
+            link(file, work / "source" / file.name)
         return work
 
     def _submit(self, trainer: Trainer, work: Path, name: str, checkpoint: Checkpoint, held: str | None) -> None:
