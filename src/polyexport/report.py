@@ -114,9 +114,9 @@ class Report:
     environment: Mapping[str, str] = field(default_factory=dict)
     baseline: Latency | None = None
     notes: tuple[str, ...] = ()
-    metrics: Mapping[str, float | None] = field(default_factory=dict)
     seconds: float = 0.0
     version: int = VERSION
+    metrics: Mapping[str, float | None] = field(default_factory=dict)
     folder: Path = field(default=Path(), metadata={"json": False})
 
     def __getitem__(self, name: str) -> Outcome:
