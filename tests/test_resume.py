@@ -87,7 +87,8 @@ def test_two_callbacks_in_one_trainer_keep_their_exports_and_their_state_apart(t
 
 
 def test_two_callbacks_are_told_apart_by_what_their_functions_read(tmp_path):
-    parts = [lambda root: root.head, lambda root: root.clock, functools.partial(runs.Scripted.get_submodule, target="head"), "head", None]
+    unnamed = functools.partial(runs.Scripted.get_submodule, target="head")
+    parts = [lambda root: root.head, lambda root: root.clock, unnamed, "head", None]
     callbacks = [ExportCallback([planted.GOOD], module=part) for part in parts]
     assert len({each.state_key for each in callbacks}) == len(parts)
     runs.trainer(tmp_path, callbacks)  # which refuses two of one key
@@ -100,12 +101,14 @@ def test_two_callbacks_for_one_folder_are_told_before_training(tmp_path):
 
 
 def test_a_checkpoint_that_is_called_best_is_exported_beside_what_points_to_it(tmp_path):
-    callback = ExportCallback([planted.GOOD], bench=False)
-    trainer = runs.trainer(tmp_path, [ModelCheckpoint(monitor="val_loss", filename="best"), callback], max_epochs=2)
+    callback = ExportCallback([planted.GOOD], bench="all")
+    checkpoint = ModelCheckpoint(monitor="val_loss", filename="best")
+    trainer = runs.trainer(tmp_path, [checkpoint, callback, runs.OneByOne(callback)], max_epochs=2)
     trainer.fit(runs.Scripted([3.0, 2.0]), runs.loader(), runs.loader())
     assert {path.name for path in (tmp_path / "exports").iterdir()} == {"best", "best.ckpt"}
     report = Report.load(tmp_path / "exports" / "best")
     assert (report["good"].state, report.checkpoint.score) == ("verified", 2.0)
+    assert callback.reports == [report], "the one before it has no folder any more"
 
 
 # --- scripts and notebooks --------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from lightning_export.metrics import measured
 from polyexport import BadRequest, Engine, ExportFailed, Format, Report, Request, ToolMissing, console, plan
 from polyexport.folders import BEST, link, unfinished
 from polyexport.formats import resolve
-from polyexport.module import UNAVAILABLE, as_call, save_call, selected
+from polyexport.module import UNAVAILABLE, WEIGHTS, as_call, save_call, selected
 from polyexport.report import STATES, Checkpoint, State
 from polyexport.sinks import Sink
 from polyexport.sinks.remote import copy_to
@@ -369,7 +369,7 @@ class ExportCallback(Callback):
             )
             (work / "source" / UNAVAILABLE).write_text(reason, encoding="utf-8")
         else:
-            torch.save(pl_module.state_dict(), work / "source" / "weights.pt")
+            torch.save(pl_module.state_dict(), work / "source" / WEIGHTS)
         name = f"epoch={trainer.current_epoch}-step={trainer.global_step}"
         self._notes += ("no ModelCheckpoint wrote a best checkpoint: these are the weights when fit ended",)
         self._submit(trainer, work, name, Checkpoint(f"{name} (weights when fit ended)"), None)
@@ -463,7 +463,9 @@ class ExportCallback(Callback):
             except Exception as error:  # one export that cannot be written must not hide the others
                 rank_zero_warn(f"ExportCallback: an export was lost: {type(error).__name__}: {error}")
         self._futures.clear()
-        self.reports = [report for report in self.reports if report.folder.exists()]
+        # of several under one name the last has the folder, and an older one would write over its report
+        last = {report.folder: report for report in self.reports}
+        self.reports = [each for each in self.reports if each is last[each.folder] and each.folder.exists()]
         wanted = {True: self.reports[-1:], False: [], "all": self.reports}[self.bench]
         self.reports = [  # an export that a resumed run found finished may have been timed already
             self._engine.bench(report, self.formats) if report in wanted and report.baseline is None else report
