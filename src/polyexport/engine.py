@@ -54,7 +54,8 @@ class Request:
         dynamic: Which input axes are free.
         checkpoint: Where the weights come from, as far as it is known yet.
         notes: What the report has to say about how it came to be.
-        held: Where the weights still are, if not in the folder: a path, to be moved, or an fsspec URL, to be copied.
+        held: Where the weights still are, if not in the folder: a path, which is the engine's to move or remove, or an
+            fsspec URL, to be copied.
         best: Whether `best` beside the finished folder is to point to it.
         keep: How many finished folders may stay in the parent folder; None for all.
         former: Further parent folders where this may have been exported under the same name, by a run that this one
@@ -192,6 +193,7 @@ class Engine:
             report = Report(request.checkpoint, None, outcomes, notes=request.notes)
             return self._finish(request, report, start)
         reference = decode(Reference, ended.value)
+        shutil.rmtree(request.work / "source" / SHARDS, ignore_errors=True)  # joined by now, here or elsewhere
         earlier = _earlier(request, reference.checkpoint_sha256)
         if earlier is not None:
             self._remove(request.work)
@@ -403,7 +405,7 @@ def export(
         for index, call in enumerate(itertools.chain([inputs], calibration)):
             save_call(*as_call(call), work / "source", index)
         save_structure(module, None, work / "source")
-        torch.save(module.state_dict(), work / "source" / "weights.pt")
+        torch.save(module.state_dict(), work / "source" / WEIGHTS)
         with Engine(workers=workers, timeout=timeout, executor=executor, staging=staging, tell=progress) as engine:
             report = engine.submit(Request(work, final.name, chosen, dynamic, best=False)).result()
             return engine.bench(report, chosen) if bench else report

@@ -41,6 +41,7 @@ Select = str | Callable[[Any], Any] | None
 
 
 WEIGHTS, SHARDS = "weights.pt", "weights.shards"
+"""The weights in a module's folder: a file, or until a worker has joined them a folder of several files."""
 
 UNAVAILABLE = "unavailable.txt"
 """Stands in a module's folder in place of what could not be saved, and says why."""
@@ -171,7 +172,7 @@ def load(folder: Path) -> Any:
 
     if (folder / UNAVAILABLE).exists():
         raise BadRequest((folder / UNAVAILABLE).read_text(encoding="utf-8"))
-    state = load_weights(folder / "weights.pt")
+    state = load_weights(folder / WEIGHTS)
     if (folder / "structure.pt2").exists():
         return _load_traced(folder / "structure.pt2", state)
     blueprint = restore(folder / "structure.pkl")
