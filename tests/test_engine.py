@@ -100,6 +100,13 @@ def test_a_route_that_verifies_wins_over_an_earlier_one_and_the_reason_tells(fau
     assert "raises: failed" in outcome.reason
 
 
+def test_verifying_again_what_still_agrees_changes_nothing_that_was_said_of_it(faults):
+    asked = replace(faults, outcomes=(faults["second-route"], faults["static"]))
+    with Engine(timeout=TIMEOUT) as engine:
+        again = engine.verify(asked, FAULTS)
+    assert [(each.state, each.reason) for each in again.outcomes] == [(o.state, o.reason) for o in asked.outcomes]
+
+
 def test_a_verified_format_was_run_at_three_batch_sizes(faults):
     sizes = [batch["batch"] for batch in faults["good"].parity.batches]
     assert sizes == [4, 1, 3]

@@ -103,8 +103,8 @@ def verify(report: Report, formats: Mapping[str, Format], dispatcher: Dispatcher
         job = each.job("verify", dispatcher, batches=taken, noise=manifest["noise"])
         ended, command = dispatcher.run(job, each.runtime, f"{each.name}.again", each.log, gpu=each.format.needs_gpu)
         outcome = judged(before, ended, command, before.artifact.path)
-        if before.state == "degraded" and outcome.state == "verified":
-            outcome = replace(outcome, state="degraded")
+        if before.publishable and outcome.state == "verified":
+            outcome = replace(outcome, state=before.state)  # what was said of it then holds today
         elif outcome.state == "verified":
             outcome = replace(outcome, reason="")
         if outcome.artifact and outcome.artifact.sha256 not in ("", before.artifact.sha256):
