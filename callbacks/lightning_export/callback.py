@@ -60,8 +60,8 @@ class ExportCallback(Callback):
 
     Args:
         formats: Names, aliases or `Format` values: `["onnx", "openvino"]`.
-        into: Folder for the exports, or an fsspec URL that finished ones are copied to. By default `exports/` in the
-            folder of the run.
+        into: Folder for the exports, or an fsspec URL that the best one is copied to when `fit` ends. By default
+            `exports/` in the folder of the run.
         when: `"improved"` for each new best, `"fit_end"` for the last one only.
         module: What to export: None for the LightningModule's `forward`, a dotted attribute (`"model.backbone"`), or a
             function of the LightningModule that returns a module of it.
@@ -353,7 +353,11 @@ class ExportCallback(Callback):
             return False  # AsyncCheckpointIO is still writing it: the next hook comes, at the latest when fit ends
         self._seen = best
         work = self._work(trainer)
-        held = hold(best.path, work / "source")
+        try:
+            held = hold(best.path, work / "source")
+        except BaseException:
+            shutil.rmtree(work, ignore_errors=True)
+            raise
         score = None if best.monitor is None or best.score is None else float(best.score)
         stem = Path(best.path).stem
         name = f"{BEST}.ckpt" if stem == BEST else stem  # `best` is what points to the newest
@@ -437,6 +441,7 @@ class ExportCallback(Callback):
             return
         if self.metric_batches:
             self.reports[-1] = self._with_metrics(trainer, pl_module, self.reports[-1])
+            self.reports[-1].save()
         for sink in self._sinks(trainer):
             self._publish(sink, self.reports[-1])
         console.show(self.reports[-1])
