@@ -36,7 +36,7 @@ from polyexport.format import Format, Runner
 from polyexport.formats import known, resolve
 from polyexport.job import Job
 from polyexport.latency import Latency
-from polyexport.module import SHARDS, WEIGHTS
+from polyexport.module import SHARDS, WEIGHTS, further_calls
 from polyexport.process import Workers
 from polyexport.records import decode, encode, read_json, write_json
 from polyexport.reference import Dynamic, Reference
@@ -81,7 +81,7 @@ class Request:
     @property
     def question(self) -> dict[str, Any]:
         """What makes another export of the same weights a different one."""
-        further = len(list((self.work / "source").glob("call_*.pkl")))
+        further = len(further_calls(self.work / "source"))
         return {"formats": sorted(each.name for each in self.formats), "dynamic": self.dynamic, "calibration": further}
 
 

@@ -123,6 +123,11 @@ def call_file(folder: Path, index: int = 0) -> Path:
     return folder / (f"call_{index:03}.pkl" if index else "call.pkl")
 
 
+def further_calls(folder: Path) -> list[Path]:
+    """The files of further batches, in order."""
+    return sorted(folder.glob("call_*.pkl"))
+
+
 def save_call(args: Sequence[Any], kwargs: Mapping[str, Any], folder: Path, index: int = 0) -> None:
     """Write the arguments of forward."""
     dump((tuple(args), dict(kwargs)), call_file(folder, index))

@@ -123,7 +123,7 @@ def eager(source: Path, *, threads: int) -> Runner:
 def _calibration(root: Path, source: Path, names: Sequence[str], inputs: Arrays) -> tuple[list[Path], tuple[str, ...]]:
     """Write the inputs of further saved calls; those that are not of the first one's kind are left out."""
     written: list[Path] = []
-    calls = sorted(source.glob("call_*.pkl"))
+    calls = modules.further_calls(source)
     for call in calls:
         tensors = modules.call_tensors(call)
         alike = len(tensors) == len(names)
