@@ -5,7 +5,9 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -215,17 +217,20 @@ def test_shards_are_held_without_a_copy_and_outlive_the_checkpoint(tmp_path):
     assert all(torch.equal(joined["state_dict"][name], tensor) for name, tensor in state.items())
 
 
-def exported(folder: Path, held: Path) -> Report:
+def exported(folder: Path, held: Path, executor: Any = None) -> Report:
     work = unfinished(folder)
     modules.save_call((torch.randn(4, runs.FEATURES),), {}, work / "source")
     modules.save_structure(runs.Noisy(), None, work / "source")
-    with Engine() as engine:
+    with Engine(executor=executor) as engine:
         return engine.submit(Request(work, "made", (planted.GOOD,), held=str(held))).result()
 
 
-def test_a_folder_that_lies_elsewhere_is_fetched(tmp_path):
+@pytest.mark.parametrize("executor", [None, ThreadPoolExecutor(2)])
+def test_a_folder_that_lies_elsewhere_is_fetched_and_joined_wherever_that_is_done(tmp_path, executor):
     fsdp_checkpoint(tmp_path / "best.ckpt")
-    assert exported(tmp_path, tmp_path / "best.ckpt")["good"].state == "verified"
+    report = exported(tmp_path, tmp_path / "best.ckpt", executor)
+    assert report["good"].state == "verified"
+    assert not (report.folder / "source" / modules.SHARDS).exists()
 
 
 def test_without_deepspeed_its_checkpoints_are_skipped_with_a_word_what_to_do(tmp_path):

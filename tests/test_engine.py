@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ import planted
 import polyexport
 from planted import GOOD
 from planted import planted as plant
-from polyexport import BadRequest, Engine, Report, Request
+from polyexport import BadRequest, Engine, Report, Request, Toolchain
 from polyexport import module as modules
 from polyexport.folders import finished, take_place, unfinished
 from polyexport.report import Checkpoint
@@ -99,6 +100,13 @@ def test_a_route_that_verifies_wins_over_an_earlier_one_and_the_reason_tells(fau
     assert "raises: failed" in outcome.reason
 
 
+def test_verifying_again_what_still_agrees_changes_nothing_that_was_said_of_it(faults):
+    asked = replace(faults, outcomes=(faults["second-route"], faults["static"]))
+    with Engine(timeout=TIMEOUT) as engine:
+        again = engine.verify(asked, FAULTS)
+    assert [(each.state, each.reason) for each in again.outcomes] == [(o.state, o.reason) for o in asked.outcomes]
+
+
 def test_a_verified_format_was_run_at_three_batch_sizes(faults):
     sizes = [batch["batch"] for batch in faults["good"].parity.batches]
     assert sizes == [4, 1, 3]
@@ -159,6 +167,7 @@ def test_the_same_checkpoint_is_not_exported_twice_but_another_is(tmp_path, monk
     with Engine(timeout=TIMEOUT) as engine:
         first = engine.submit(request(tmp_path, (known,))).result()
         again = engine.submit(request(tmp_path, (known,))).result()
+        (first.folder / "manifest.json").write_text("{}")  # as of a version that wrote other things
         other = engine.submit(request(tmp_path, (known,), module=nn.Linear(5, 3))).result()
     assert again == first
     assert other.checkpoint.sha256 != first.checkpoint.sha256
@@ -170,7 +179,9 @@ def test_a_newer_request_takes_the_place_of_one_that_waits(tmp_path):
         running = engine.submit(request(tmp_path, name="running"))
         while not engine.doing:
             time.sleep(0.01)
-        waiting = engine.submit(request(tmp_path, name="waiting"))
+        held = tmp_path / ".weights"  # where the folder is on another file system than the checkpoint
+        held.touch()
+        waiting = engine.submit(request(tmp_path, name="waiting", held=str(held)))
         newest = engine.submit(request(tmp_path, name="newest"))
         assert running.result().folder.name == "running"
         assert newest.result()["good"].state == "verified"
@@ -210,14 +221,16 @@ def test_closing_ends_every_worker_and_leaves_no_folder(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_module_that_cannot_be_rebuilt_fails_every_format_with_the_reason(tmp_path):
-    asked = request(tmp_path)
+def test_a_module_that_cannot_be_rebuilt_fails_every_format_with_the_reason_and_the_best_before_it_stays(tmp_path):
+    asked = request(tmp_path, keep=1)
     (asked.work / "source" / "weights.pt").write_bytes(b"not a checkpoint")
     with Engine(timeout=TIMEOUT) as engine:
+        before = engine.submit(request(tmp_path, name="before")).result()
         report = engine.submit(asked).result()
     assert report["good"].state == "failed"
     assert report["good"].reason.startswith("the module cannot be rebuilt: ")
-    assert not (tmp_path / "best").exists()
+    assert (tmp_path / "best").resolve() == before.folder
+    assert Report.load(tmp_path / "best")["good"].state == "verified"
 
 
 class Fixed(nn.Module):
@@ -248,11 +261,13 @@ def test_dynamic_axes_may_be_named_by_input(tmp_path):
     assert "dynamic names the input 'image'; forward received input" in bad["good"].reason
 
 
-def test_latency_is_measured_beside_eager_pytorch(tmp_path):
+def test_latency_is_measured_beside_eager_pytorch(tmp_path, monkeypatch):
+    monkeypatch.setenv("POLYEXPORT_CACHE", "/dev/null/here")
+    nowhere = Toolchain("nowhere", ("toposort==0.1",))
     with Engine(timeout=TIMEOUT) as engine:
-        formats = (GOOD, plant("dies", planted.replay, load=planted.load_once))
+        formats = (GOOD, plant("dies", planted.replay, load=planted.load_once), plant("moved", planted.replay))
         report = engine.submit(request(tmp_path, formats)).result()
-        timed = engine.bench(report, formats)
+        timed = engine.bench(report, (*formats[:2], replace(formats[2], runtime=nowhere)))
     assert report["good"].latency is None
     latency = timed["good"].latency
     assert latency.samples == timed.baseline.samples == 100
@@ -260,5 +275,7 @@ def test_latency_is_measured_beside_eager_pytorch(tmp_path):
     assert latency.speedup == pytest.approx(timed.baseline.p50_ms / latency.p50_ms)
     assert latency.peak_memory_bytes > 1_000_000
     assert timed["dies"].latency is None
-    assert timed.notes == ("no latency of dies: its runtime ended while it was timed, see logs/dies.log",)
+    moved, dies = timed.notes
+    assert moved.startswith("no latency of moved: NotADirectoryError")
+    assert dies == "no latency of dies: its runtime ended while it was timed, see logs/dies.log"
     assert Report.load(report.folder) == timed

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from lightning_export import ExportCallback
 from planted import GOOD, planted, wrong
-from polyexport import BadRequest, Tolerance
+from polyexport import BadRequest, Report, Tolerance
 from runs import Noisy, loader
 
 ANYTHING_GOES = Tolerance(rtol=None, atol=None, misses=1.0, cosine=-1.0, top1=0.0)
@@ -82,6 +82,7 @@ def test_what_cannot_be_validated_is_a_note(tmp_path):
     assert report["good"].metrics == {}
     (note,) = report.notes
     assert note.startswith("no metrics of good: CannotRun: good: AssertionError: inputs that were never run")
+    assert Report.load(report.folder) == report
 
 
 def test_a_negative_number_is_told_at_construction():

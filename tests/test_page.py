@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from selenium.webdriver.common.keys import Keys
 import made_up
 from polyexport import FORMATS, Report
 from polyexport.report import STATES
+from polyexport.sinks import html
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +152,15 @@ def test_the_page_has_reasons_commands_and_history(report):
     assert 'href="../epoch%3D1-step%3D200/report.html"' in text
     assert "val_loss of the exported checkpoints" in text
     assert len(text) < 200_000
+
+
+def test_the_page_has_the_metrics_of_each_runtime_beside_pytorchs(tmp_path):
+    made = made_up.report(tmp_path)
+    onnx = replace(made["onnx"], metrics={"val_acc": 0.75})
+    page = html.page(replace(made, outcomes=(onnx,), metrics={"val_acc": 0.5}))
+    assert ">0.5</td>" in page
+    assert ">0.75 (+2.5e-01)</td>" in page
+    assert 'id="metrics"' not in html.page(made)
 
 
 def test_a_first_export_that_came_to_nothing_has_a_page_too(tmp_path):

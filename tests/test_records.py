@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 from polyexport import ExportSpec, Outcome, Report, TensorSpec
 from polyexport.latency import summarise
 from polyexport.parity import OutputParity, Parity
 from polyexport.records import decode, encode, read_json, write_json
-from polyexport.report import Artifact, Checkpoint, Model, Toolchain, markdown, rows
+from polyexport.report import Artifact, Checkpoint, Model, Toolchain, markdown, metrics, rows
 
 
 def report(folder: Path) -> Report:
@@ -46,6 +47,19 @@ def test_the_file_has_the_fields_of_version_one(tmp_path):
         "log", "reproduce",
     }  # fmt: skip
     assert "folder" not in found
+
+
+def test_metrics_that_are_no_number_are_left_blank_before_and_after_the_disk(tmp_path):
+    made = report(tmp_path)
+    outcome = replace(made["onnx"], metrics={"auc": 0.5, "iou": math.nan, "acc": 0.75})
+    made = replace(made, outcomes=(outcome,), metrics={"auc": math.nan, "iou": 1.0, "acc": 0.5})
+    made.save()
+    expected = [
+        {"format": "eager", "auc": "", "iou": "1", "acc": "0.5"},
+        {"format": "onnx", "auc": "0.5", "iou": "", "acc": "0.75 (+2.5e-01)"},
+    ]
+    assert metrics(made) == expected
+    assert metrics(Report.load(tmp_path)) == expected
 
 
 def test_infinity_and_nan_become_null(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -85,10 +86,29 @@ def test_two_callbacks_in_one_trainer_keep_their_exports_and_their_state_apart(t
     assert {one.state_key, other.state_key} <= state.keys()
 
 
+def test_two_callbacks_are_told_apart_by_what_their_functions_read(tmp_path):
+    unnamed = functools.partial(runs.Scripted.get_submodule, target="head")
+    parts = [lambda root: root.head, lambda root: root.clock, unnamed, "head", None]
+    callbacks = [ExportCallback([planted.GOOD], module=part) for part in parts]
+    assert len({each.state_key for each in callbacks}) == len(parts)
+    runs.trainer(tmp_path, callbacks)  # which refuses two of one key
+
+
 def test_two_callbacks_for_one_folder_are_told_before_training(tmp_path):
     callbacks = [ExportCallback([name], into=tmp_path / "here") for name in ("onnx", "pt2")]
     with pytest.raises(BadRequest, match=r"two ExportCallbacks write into .*here; give each a folder of its own"):
         fit(tmp_path, *callbacks)
+
+
+def test_a_checkpoint_that_is_called_best_is_exported_beside_what_points_to_it(tmp_path):
+    callback = ExportCallback([planted.GOOD], bench="all")
+    checkpoint = ModelCheckpoint(monitor="val_loss", filename="best")
+    trainer = runs.trainer(tmp_path, [checkpoint, callback, runs.OneByOne(callback)], max_epochs=2)
+    trainer.fit(runs.Scripted([3.0, 2.0]), runs.loader(), runs.loader())
+    assert {path.name for path in (tmp_path / "exports").iterdir()} == {"best", "best.ckpt"}
+    report = Report.load(tmp_path / "exports" / "best")
+    assert (report["good"].state, report.checkpoint.score) == ("verified", 2.0)
+    assert callback.reports == [report], "the one before it has no folder any more"
 
 
 # --- scripts and notebooks --------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 
 import polyexport
 import zoo
-from polyexport import Report, toolchain
+from polyexport import Engine, Report, toolchain
 from polyexport.formats import edgetpu
 from polyexport.spec import write_arrays
 from test_lowering import HERE, PACKAGE, in_toolchain, many
@@ -104,6 +105,13 @@ def test_the_report_tells_the_artifacts_own_signature(report):
     assert [str(tensor) for tensor in outcome.outputs] == ["output_0: int8[batch, 5]"]
     (tensor,) = report["edgetpu"].inputs
     assert (tensor.dtype, tensor.shape) == ("int8", (1, 16, 16, 3))
+
+
+@pytest.mark.slow
+def test_an_artifact_of_one_row_is_verified_again_on_every_batch(report):
+    with Engine() as engine:
+        again = engine.verify(replace(report, outcomes=(report["edgetpu"],)))["edgetpu"]
+    assert (again.state, len(again.parity.batches)) == ("degraded", 3)
 
 
 @pytest.mark.slow

@@ -7,6 +7,8 @@ hands over is recorded instead.
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +169,23 @@ def test_validate_and_test_take_nothing_and_work(tmp_path):
     model.test_step = model.validation_step
     trainer.test(model, runs.loader(), ckpt_path="best", verbose=False)
     assert len(recording.taken) == 1
+
+
+def test_a_file_system_without_hard_links_costs_copies(tmp_path, monkeypatch):
+    def link(*paths: Any) -> None:
+        raise OSError(errno.EPERM, "it has none")
+
+    monkeypatch.setattr(os, "link", link)
+    assert clocks(fit(tmp_path, [3.0, 2.0], ModelCheckpoint(monitor="val_loss"))) == [4, 8]
+
+
+def test_what_is_told_of_one_fit_is_not_told_of_the_next(tmp_path):
+    recording = fit(tmp_path / "one", [3.0], enable_checkpointing=False)
+    assert len(recording._notes) == 1, "there was no ModelCheckpoint"
+    checkpoint = ModelCheckpoint(monitor="val_loss")
+    trainer = runs.trainer(tmp_path / "other", [recording, checkpoint], max_epochs=1)
+    trainer.fit(runs.Scripted([3.0]), runs.loader(), runs.loader())
+    assert recording._notes == ()
 
 
 def test_a_development_run_takes_nothing(tmp_path):

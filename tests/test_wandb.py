@@ -219,7 +219,7 @@ def test_an_offline_run_is_linked_after_its_sync(tmp_path, exported, monkeypatch
         (linked,) = server.links
         assert (linked.source, linked.aliases) == ("model-one-good", ["good", "fastest"])
     again = CliRunner().invoke(app, ["wandb-link", str(tmp_path)])
-    assert (again.exit_code, "remembers no registry link" in again.output) == (1, True)
+    assert (again.exit_code, "remembers no registry link" in again.output) == (2, True)
 
 
 @pytest.mark.parametrize(

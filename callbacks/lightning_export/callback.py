@@ -25,9 +25,9 @@ from lightning_export.capture import Spy, hold, save
 from lightning_export.loggers import sinks
 from lightning_export.metrics import measured
 from polyexport import BadRequest, Engine, ExportFailed, Format, Report, Request, ToolMissing, console, plan
-from polyexport.folders import unfinished
+from polyexport.folders import BEST, link, unfinished
 from polyexport.formats import resolve
-from polyexport.module import UNAVAILABLE, as_call, save_call, selected
+from polyexport.module import UNAVAILABLE, WEIGHTS, as_call, save_call, selected
 from polyexport.report import STATES, Checkpoint, State
 from polyexport.sinks import Sink
 from polyexport.sinks.remote import copy_to
@@ -60,8 +60,8 @@ class ExportCallback(Callback):
 
     Args:
         formats: Names, aliases or `Format` values: `["onnx", "openvino"]`.
-        into: Folder for the exports, or an fsspec URL that finished ones are copied to. By default `exports/` in the
-            folder of the run.
+        into: Folder for the exports, or an fsspec URL that the best one is copied to when `fit` ends. By default
+            `exports/` in the folder of the run.
         when: `"improved"` for each new best, `"fit_end"` for the last one only.
         module: What to export: None for the LightningModule's `forward`, a dotted attribute (`"model.backbone"`), or a
             function of the LightningModule that returns a module of it.
@@ -160,7 +160,10 @@ class ExportCallback(Callback):
     @override
     def state_key(self) -> str:
         """Tells the callbacks of one trainer apart, by what they export; where to may differ when a run is resumed."""
-        what = self.module if self.module is None or isinstance(self.module, str) else self.module.__qualname__
+        what: Any = self.module
+        if callable(what):  # a lambda's name tells nothing, what it reads does; a partial has no name
+            code = getattr(what, "__code__", None)
+            what = (getattr(what, "__qualname__", type(what).__qualname__), *(code.co_names if code else ()))
         names = [each.name for each in self.formats]
         return self._generate_state_key(formats=names, module=what, when=self.when, monitor=self.monitor)
 
@@ -181,7 +184,7 @@ class ExportCallback(Callback):
         if not self._active:
             return
         self._turn = ranks.turn()
-        self.reports, self._complaint = [], ""
+        self.reports, self._notes, self._complaint = [], (), ""
         twins = [each for each in _siblings(trainer) if each.into == self.into and each is not self]
         if self.into is not None and twins:
             raise BadRequest(f"two ExportCallbacks write into {self.into}; give each a folder of its own")
@@ -353,11 +356,15 @@ class ExportCallback(Callback):
             return False  # AsyncCheckpointIO is still writing it: the next hook comes, at the latest when fit ends
         self._seen = best
         work = self._work(trainer)
-        held = hold(best.path, work / "source")
+        try:
+            held = hold(best.path, work / "source")
+        except BaseException:
+            shutil.rmtree(work, ignore_errors=True)
+            raise
         score = None if best.monitor is None or best.score is None else float(best.score)
-        self._submit(
-            trainer, work, Path(best.path).stem, Checkpoint(best.path, monitor=best.monitor, score=score), held
-        )
+        stem = Path(best.path).stem
+        name = f"{BEST}.ckpt" if stem == BEST else stem  # `best` is what points to the newest
+        self._submit(trainer, work, name, Checkpoint(best.path, monitor=best.monitor, score=score), held)
         return True
 
     def _export_live(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -369,7 +376,7 @@ class ExportCallback(Callback):
             )
             (work / "source" / UNAVAILABLE).write_text(reason, encoding="utf-8")
         else:
-            torch.save(pl_module.state_dict(), work / "source" / "weights.pt")
+            torch.save(pl_module.state_dict(), work / "source" / WEIGHTS)
         name = f"epoch={trainer.current_epoch}-step={trainer.global_step}"
         self._notes += ("no ModelCheckpoint wrote a best checkpoint: these are the weights when fit ended",)
         self._submit(trainer, work, name, Checkpoint(f"{name} (weights when fit ended)"), None)
@@ -378,7 +385,7 @@ class ExportCallback(Callback):
         assert self._captured is not None, "nothing is exported before its inputs are known"
         work = unfinished(self._parent(trainer))
         for file in self._captured.iterdir():
-            os.link(file, work / "source" / file.name)
+            link(file, work / "source" / file.name)
         return work
 
     def _submit(self, trainer: Trainer, work: Path, name: str, checkpoint: Checkpoint, held: str | None) -> None:
@@ -437,6 +444,7 @@ class ExportCallback(Callback):
             return
         if self.metric_batches:
             self.reports[-1] = self._with_metrics(trainer, pl_module, self.reports[-1])
+            self.reports[-1].save()
         for sink in self._sinks(trainer):
             self._publish(sink, self.reports[-1])
         console.show(self.reports[-1])
@@ -463,7 +471,9 @@ class ExportCallback(Callback):
             except Exception as error:  # one export that cannot be written must not hide the others
                 rank_zero_warn(f"ExportCallback: an export was lost: {type(error).__name__}: {error}")
         self._futures.clear()
-        self.reports = [report for report in self.reports if report.folder.exists()]
+        # of several under one name the last has the folder, and an older one would write over its report
+        last = {report.folder: report for report in self.reports}
+        self.reports = [each for each in self.reports if each is last[each.folder] and each.folder.exists()]
         wanted = {True: self.reports[-1:], False: [], "all": self.reports}[self.bench]
         self.reports = [  # an export that a resumed run found finished may have been timed already
             self._engine.bench(report, self.formats) if report in wanted and report.baseline is None else report

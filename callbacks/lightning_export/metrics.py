@@ -53,7 +53,6 @@ def measured(
             continue
         outcomes = tuple(found if each is outcome else each for each in report.outcomes)
         report = replace(report, outcomes=outcomes)
-    report.save()
     return report
 
 

@@ -79,7 +79,7 @@ def runnables(report: Report, formats: Mapping[str, Format]) -> list[Runnable]:
         each = formats[outcome.format]
         made_by = next(route for route in each.routes if route.name == outcome.route)
         spec = signature(report)  # PyTorch's, which a runner answers in, also where the artifact's own differs
-        if not any(tensor.dynamic for tensor in outcome.inputs):
+        if len(outcome.parity.batches) == 1:  # made with fixed sizes; its inputs do not tell, where they are its own
             spec = spec.static()
         found.append(Runnable(outcome, each, toolchain.find(each.runtime or made_by.toolchain), spec))
     return found
@@ -103,8 +103,8 @@ def verify(report: Report, formats: Mapping[str, Format], dispatcher: Dispatcher
         job = each.job("verify", dispatcher, batches=taken, noise=manifest["noise"])
         ended, command = dispatcher.run(job, each.runtime, f"{each.name}.again", each.log, gpu=each.format.needs_gpu)
         outcome = judged(before, ended, command, before.artifact.path)
-        if before.state == "degraded" and outcome.state == "verified":
-            outcome = replace(outcome, state="degraded")
+        if before.publishable and outcome.state == "verified":
+            outcome = replace(outcome, state=before.state)  # what was said of it then holds today
         elif outcome.state == "verified":
             outcome = replace(outcome, reason="")
         if outcome.artifact and outcome.artifact.sha256 not in ("", before.artifact.sha256):

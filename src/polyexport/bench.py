@@ -3,8 +3,8 @@
 Requirements:
 * One process per runtime, since some runtimes crash beside each other; the same inputs and threads for all.
 * Cold starts one after another, then rounds in turn, so that drift of the machine hits all alike.
-* A runtime that ends while it is timed, and one that only stands in for the artifact's own, keeps its state, gets no
-  latency, and is named in the notes.
+* A runtime that is missing here or ends while it is timed, and one that only stands in for the artifact's own, keeps
+  its state, gets no latency, and is named in the notes.
 """
 
 from __future__ import annotations
@@ -76,6 +76,8 @@ def sweep(
     return found
 
 
+_NO_LATENCY = "no latency of "
+
 _WORTH_IT = 1.05
 """Throughput of a doubled batch over that of the batch, from which on the next one is tried too."""
 
@@ -92,12 +94,16 @@ def _measured(
         talks: dict[str, Conversation] = {}
         for name, start in _starts(runnable, spec, batch_path, dispatcher):
             watch(name, "measuring")
-            talks[name] = stack.enter_context(start())
+            try:
+                talks[name] = stack.enter_context(start())
+            except Exception as error:  # it was made on another machine, and here its environment cannot be
+                why_not[name] = f"{type(error).__name__}: {error}"
+                continue
             found[name] = talks[name].answer() or {}
             if "stand_in" in found[name]:
                 why_not[name] = found.pop(name)["stand_in"]
         _take_turns({name: talks[name] for name in found}, found)
-    for name in talks:
+    for name in (*talks, *why_not):
         watch(name, None)
     ended = [name for name, about in found.items() if not about]
     why_not |= {name: f"its runtime ended while it was timed, see logs/{name}.log" for name in ended}
@@ -115,7 +121,7 @@ def _starts(
     """What is timed, by name, and how its worker is started."""
     batches = (Batch(batch_path),)
     eager = Job("bench", spec=spec, batches=batches)
-    yield EAGER, partial(dispatcher.converse, eager, toolchain.HOST, f"{EAGER}.bench", "logs/model.log")
+    yield EAGER, partial(dispatcher.converse, eager, toolchain.HOST, f"{EAGER}.bench", f"logs/{EAGER}.log")
     for each in runnable:
         job = each.job("bench", dispatcher, batches=batches)
         yield (
@@ -139,8 +145,9 @@ def _take_turns(talks: Mapping[str, Conversation], found: dict[str, dict[str, An
 def _recorded(report: Report, measured: Mapping[str, Latency], why_not: Mapping[str, str]) -> Report:
     baseline = measured.get(EAGER)
     outcomes = tuple(_with_latency(outcome, measured.get(outcome.format), baseline) for outcome in report.outcomes)
-    notes = (f"no latency of {name}: {why}" for name, why in why_not.items())
-    report = replace(report, outcomes=outcomes, baseline=baseline, notes=(*report.notes, *notes))
+    kept = (note for note in report.notes if not note.startswith(_NO_LATENCY))  # of an earlier time
+    notes = (f"{_NO_LATENCY}{name}: {why}" for name, why in why_not.items())
+    report = replace(report, outcomes=outcomes, baseline=baseline, notes=(*kept, *notes))
     report.save()
     return report
 

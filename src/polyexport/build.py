@@ -9,7 +9,6 @@ Requirements:
 
 from __future__ import annotations
 
-import os
 import shutil
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +19,7 @@ from typing import Any
 
 from polyexport import gpu, plan, toolchain
 from polyexport.dispatch import Dispatcher
+from polyexport.folders import link
 from polyexport.format import MODULE, Format, Route
 from polyexport.job import Job, Kind
 from polyexport.parity import Parity
@@ -46,7 +46,6 @@ class Built:
 
     outcome: Outcome
     path: str
-    spec: ExportSpec
     retry: bool = False
     warm: bool = False
     shortfall: str = ""
@@ -138,13 +137,13 @@ class Build:
             each.name, each.precision, "skipped", route=route.name, inputs=spec.inputs, outputs=spec.outputs
         )
         if each.needs_gpu and (why := gpu.missing()):
-            return Built(replace(outcome, reason=why), "", spec)
+            return Built(replace(outcome, reason=why), "")
         source = "source"
         if route.upstream != MODULE:
             upstream = self._built(route.upstream, dynamic=dynamic)
             if not upstream.usable:
                 reason = f"its upstream {route.upstream} is {upstream.outcome.state}: {upstream.outcome.reason}"
-                return Built(replace(outcome, reason=reason), "", spec, upstream.retry)
+                return Built(replace(outcome, reason=reason), "", upstream.retry)
             source = upstream.path
         label = ".".join(
             [each.name, route.name, *([] if dynamic or not self._reference.spec.is_dynamic else ["static"])]
@@ -165,7 +164,7 @@ class Build:
             state = _STATE_OF.get(ended.kind, "failed")
             retry = state == "failed" and ended.kind != "timed out"
             self._discard(target)  # half an artifact is none, and may have filled the disk
-            return Built(replace(outcome, state=state, reason=ended.error), "", spec, retry, warm=warm)
+            return Built(replace(outcome, state=state, reason=ended.error), "", retry, warm=warm)
         outcome = replace(outcome, toolchain=Toolchain(chain.name, ended.value["packages"]))
         self._watch(each.name, f"verifying ({route.name})")
         runtime = toolchain.find(each.runtime or route.toolchain)
@@ -176,7 +175,7 @@ class Build:
         outcome = judged(outcome, ended, command, target)
         retry = outcome.state in ("failed", "mismatch") and ended.kind != "timed out"
         shortfall = ended.value.get("shortfall", "") if ended.ok else ""
-        return Built(outcome, target, spec, retry, warm, shortfall)
+        return Built(outcome, target, retry, warm, shortfall)
 
     def _job(self, each: Format, kind: Kind, source: str, spec: ExportSpec, **more: Any) -> Job:
         return Job(kind, each.name, self._dispatcher.declared(each), source=source, spec=spec, **more)
@@ -189,7 +188,7 @@ class Build:
         folder = made / Path(built.path).relative_to("source/made").parts[0]
         with self._lock:  # by hard links, since another format may still read it where it lies
             shutil.rmtree(place, ignore_errors=True)
-            shutil.copytree(folder, place, copy_function=_link)
+            shutil.copytree(folder, place, copy_function=link)
         where = Path(each.name, each.artifact).as_posix()
         return replace(built.outcome, artifact=replace(artifact, path=where))
 
@@ -229,10 +228,3 @@ def _reason(best: Built, tried: Sequence[Built]) -> str:
     if verified:
         return f"by another route, since {'; '.join(told)}" if told else ""
     return "; ".join(told) if len(told) > 1 else best.outcome.reason
-
-
-def _link(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)

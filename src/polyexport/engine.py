@@ -36,7 +36,7 @@ from polyexport.format import Format, Runner
 from polyexport.formats import known, resolve
 from polyexport.job import Job
 from polyexport.latency import Latency
-from polyexport.module import SHARDS, WEIGHTS
+from polyexport.module import SHARDS, WEIGHTS, further_calls
 from polyexport.process import Workers
 from polyexport.records import decode, encode, read_json, write_json
 from polyexport.reference import Dynamic, Reference
@@ -54,7 +54,8 @@ class Request:
         dynamic: Which input axes are free.
         checkpoint: Where the weights come from, as far as it is known yet.
         notes: What the report has to say about how it came to be.
-        held: Where the weights still are, if not in the folder: a path, to be moved, or an fsspec URL, to be copied.
+        held: Where the weights still are, if not in the folder: a path, which is the engine's to move or remove, or an
+            fsspec URL, to be copied.
         best: Whether `best` beside the finished folder is to point to it.
         keep: How many finished folders may stay in the parent folder; None for all.
         former: Further parent folders where this may have been exported under the same name, by a run that this one
@@ -80,7 +81,7 @@ class Request:
     @property
     def question(self) -> dict[str, Any]:
         """What makes another export of the same weights a different one."""
-        further = len(list((self.work / "source").glob("call_*.pkl")))
+        further = len(further_calls(self.work / "source"))
         return {"formats": sorted(each.name for each in self.formats), "dynamic": self.dynamic, "calibration": further}
 
 
@@ -127,7 +128,7 @@ class Engine:
         self._lock = threading.Lock()
         self._doing: dict[str, str] = {}
         self._tell = tell
-        self._unfinished: set[Path] = set()
+        self._unfinished: dict[Path, str | None] = {}  # and where the weights still are
 
     def submit(self, request: Request) -> Future[Report]:
         """Queue a request; a waiting one is cancelled and its folder removed."""
@@ -137,7 +138,7 @@ class Engine:
                 if future.cancel():
                     # not here: freeing the last link of a large checkpoint takes longer than training may wait
                     self._queue.submit(self._remove, older.work)
-            self._unfinished.add(request.work)
+            self._unfinished[request.work] = request.held
             future = self._queue.submit(self._export, request)
             self._waiting = (future, request)
         return future
@@ -192,10 +193,11 @@ class Engine:
             report = Report(request.checkpoint, None, outcomes, notes=request.notes)
             return self._finish(request, report, start)
         reference = decode(Reference, ended.value)
+        shutil.rmtree(request.work / "source" / SHARDS, ignore_errors=True)  # joined by now, here or elsewhere
         earlier = _earlier(request, reference.checkpoint_sha256)
         if earlier is not None:
             self._remove(request.work)
-            if earlier.folder == request.final:
+            if earlier.folder == request.final.resolve():
                 self._point(request)
             return earlier
         watch = functools.partial(self._watch, of=f"{request.name} ")
@@ -223,10 +225,10 @@ class Engine:
         report = replace(report, seconds=time.perf_counter() - start, folder=request.work)
         report.save()
         take_place(request.work, request.final)  # another checkpoint may have had the name: the newer one has it now
-        self._unfinished.discard(request.work)
-        if report.model is not None:
+        self._unfinished.pop(request.work, None)
+        if report.model is not None:  # else the one before is still the best, and stays
             self._point(request)
-        prune(request.final, request.keep)
+            prune(request.final, request.keep)
         return replace(report, folder=request.final)
 
     def _point(self, request: Request) -> None:
@@ -243,7 +245,11 @@ class Engine:
 
     def _remove(self, folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
-        self._unfinished.discard(folder)
+        held = self._unfinished.pop(folder, None)
+        if held and "://" not in held:
+            shutil.rmtree(held, ignore_errors=True)
+            with contextlib.suppress(OSError):  # a folder is gone by now, and so is what was moved
+                os.unlink(held)
 
     def bench(self, report: Report, formats: Iterable[Format] = ()) -> Report:
         """Time every artifact that runs, and eager PyTorch, on all cores; saves the report.
@@ -337,9 +343,10 @@ def _earlier(request: Request, sha256: str) -> Report | None:
     for folder in (request.final, *(parent / request.name for parent in request.former)):
         try:
             manifest, report = read_json(folder / "manifest.json"), Report.load(folder)
-        except (OSError, ValueError):
-            continue
-        if manifest["checkpoint"]["sha256"] == sha256 and manifest["question"] == encode(request.question):
+            same = manifest["checkpoint"]["sha256"] == sha256 and manifest["question"] == encode(request.question)
+        except (OSError, ValueError, TypeError, KeyError):
+            continue  # there is none, or another version wrote it
+        if same:
             return report
     return None
 
@@ -398,7 +405,7 @@ def export(
         for index, call in enumerate(itertools.chain([inputs], calibration)):
             save_call(*as_call(call), work / "source", index)
         save_structure(module, None, work / "source")
-        torch.save(module.state_dict(), work / "source" / "weights.pt")
+        torch.save(module.state_dict(), work / "source" / WEIGHTS)
         with Engine(workers=workers, timeout=timeout, executor=executor, staging=staging, tell=progress) as engine:
             report = engine.submit(Request(work, final.name, chosen, dynamic, best=False)).result()
             return engine.bench(report, chosen) if bench else report

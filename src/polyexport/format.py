@@ -15,8 +15,9 @@ if TYPE_CHECKING:
 Runner = Callable[[Arrays], Arrays]
 """A loaded artifact: named arrays in, named arrays out. The only interface to a runtime.
 
-Once it was called, attributes may tell what the report is to say: `verified_by` of `Parity`, `device` and `first_ms` of
-`Latency`.
+Attributes may tell what the report is to say: the artifact's own `signature`, where that is not PyTorch's; its
+`shortfall`, what it lacks of what was asked for; as `stand_in`, why it is not what will serve the artifact, and is not
+timed; and once it was called, `verified_by` of `Parity`, `device` and `first_ms` of `Latency`.
 """
 
 Convert = Callable[[Path, Path, ExportSpec], None]

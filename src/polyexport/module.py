@@ -41,6 +41,7 @@ Select = str | Callable[[Any], Any] | None
 
 
 WEIGHTS, SHARDS = "weights.pt", "weights.shards"
+"""The weights in a module's folder: a file, or until a worker has joined them a folder of several files."""
 
 UNAVAILABLE = "unavailable.txt"
 """Stands in a module's folder in place of what could not be saved, and says why."""
@@ -122,6 +123,11 @@ def call_file(folder: Path, index: int = 0) -> Path:
     return folder / (f"call_{index:03}.pkl" if index else "call.pkl")
 
 
+def further_calls(folder: Path) -> list[Path]:
+    """The files of further batches, in order."""
+    return sorted(folder.glob("call_*.pkl"))
+
+
 def save_call(args: Sequence[Any], kwargs: Mapping[str, Any], folder: Path, index: int = 0) -> None:
     """Write the arguments of forward."""
     dump((tuple(args), dict(kwargs)), call_file(folder, index))
@@ -171,7 +177,7 @@ def load(folder: Path) -> Any:
 
     if (folder / UNAVAILABLE).exists():
         raise BadRequest((folder / UNAVAILABLE).read_text(encoding="utf-8"))
-    state = load_weights(folder / "weights.pt")
+    state = load_weights(folder / WEIGHTS)
     if (folder / "structure.pt2").exists():
         return _load_traced(folder / "structure.pt2", state)
     blueprint = restore(folder / "structure.pkl")

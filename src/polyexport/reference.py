@@ -6,7 +6,6 @@ Runs in a worker. Everything that the later steps have to know about the model i
 from __future__ import annotations
 
 import hashlib
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -66,7 +65,6 @@ def make(root: Path, source: Path, dynamic: Dynamic) -> Reference:
     weights = source / modules.WEIGHTS
     if (source / modules.SHARDS).exists():
         shards.join(source / modules.SHARDS, weights)
-        shutil.rmtree(source / modules.SHARDS)
     model = modules.load(source)
     sha256, at = _sha256(weights), _keep_only_weights(weights)
     model_any: Any = model
@@ -125,7 +123,7 @@ def eager(source: Path, *, threads: int) -> Runner:
 def _calibration(root: Path, source: Path, names: Sequence[str], inputs: Arrays) -> tuple[list[Path], tuple[str, ...]]:
     """Write the inputs of further saved calls; those that are not of the first one's kind are left out."""
     written: list[Path] = []
-    calls = sorted(source.glob("call_*.pkl"))
+    calls = modules.further_calls(source)
     for call in calls:
         tensors = modules.call_tensors(call)
         alike = len(tensors) == len(names)

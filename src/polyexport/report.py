@@ -71,7 +71,7 @@ class Outcome:
     reproduce: str | None = None
     inputs: tuple[TensorSpec, ...] = ()
     outputs: tuple[TensorSpec, ...] = ()
-    metrics: Mapping[str, float] = field(default_factory=dict)
+    metrics: Mapping[str, float | None] = field(default_factory=dict)
 
     @property
     def publishable(self) -> bool:
@@ -114,9 +114,9 @@ class Report:
     environment: Mapping[str, str] = field(default_factory=dict)
     baseline: Latency | None = None
     notes: tuple[str, ...] = ()
-    metrics: Mapping[str, float] = field(default_factory=dict)
     seconds: float = 0.0
     version: int = VERSION
+    metrics: Mapping[str, float | None] = field(default_factory=dict)
     folder: Path = field(default=Path(), metadata={"json": False})
 
     def __getitem__(self, name: str) -> Outcome:
@@ -319,13 +319,21 @@ def metrics(report: Report) -> list[dict[str, str]]:
     """The validation metrics of PyTorch and of every runtime that has some, with the difference from PyTorch's."""
     if not report.metrics:
         return []
-    table = [{"format": "eager", **{name: f"{value:.6g}" for name, value in report.metrics.items()}}]
+    table = [{"format": "eager", **{name: _metric(value) for name, value in report.metrics.items()}}]
     for outcome in report.outcomes:
         if outcome.metrics:
             found = ((name, outcome.metrics.get(name), value) for name, value in report.metrics.items())
-            cells = {name: "" if mine is None else f"{mine:.6g} ({mine - value:+.1e})" for name, mine, value in found}
-            table.append({"format": outcome.format, **cells})
+            table.append({"format": outcome.format, **{name: _metric(mine, value) for name, mine, value in found}})
     return table
+
+
+def _metric(value: float | None, beside: float | None = None) -> str:
+    """One that is no number is None once it was on disk."""
+    if value is None or not math.isfinite(value):
+        return ""
+    if beside is None or not math.isfinite(beside):
+        return f"{value:.6g}"
+    return f"{value:.6g} ({value - beside:+.1e})"
 
 
 def markdown(report: Report) -> str:

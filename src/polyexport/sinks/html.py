@@ -22,7 +22,20 @@ from polyexport import pictures
 from polyexport.format import Snippet
 from polyexport.formats import known
 from polyexport.pictures import Point
-from polyexport.report import COLUMNS, NUMBERS, STATES, Outcome, Report, eager, error, history, milliseconds, rows, size
+from polyexport.report import (
+    COLUMNS,
+    NUMBERS,
+    STATES,
+    Outcome,
+    Report,
+    eager,
+    error,
+    history,
+    metrics,
+    milliseconds,
+    rows,
+    size,
+)
 from polyexport.spec import TensorSpec
 
 if TYPE_CHECKING:
@@ -46,6 +59,7 @@ def page(report: Report) -> str:
         columns=COLUMNS,
         numbers=NUMBERS,
         table=list(_table(report)),
+        metrics=metrics(report),
         highlights=list(_highlights(report)),
         pictures=list(_pictures(report)),
         history=_history(report),

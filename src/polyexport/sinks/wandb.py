@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,6 +28,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
+from polyexport import folders
 from polyexport.errors import BadRequest
 from polyexport.records import decode, encode, read_json, write_json
 from polyexport.report import Figure, Outcome, Report, figures, history
@@ -317,10 +317,7 @@ def _linked(source: Path, target: Path) -> Path:
         copy = target / file.relative_to(source)
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.unlink(missing_ok=True)
-        try:
-            os.link(file, copy)
-        except OSError:
-            shutil.copyfile(file, copy)
+        folders.link(file, copy)
     return target
 
 
