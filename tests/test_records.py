@@ -42,6 +42,7 @@ def test_the_file_has_the_fields_of_version_one(tmp_path):
     assert found["checkpoint"] == {
         "path": "a.ckpt", "sha256": "ff", "epoch": 1, "global_step": 10, "monitor": "val_loss", "score": 0.5,
     }  # fmt: skip
+    assert set(found["model"]) == {"class", "parameters", "inputs", "outputs"}
     assert set(found["outcomes"][0]) >= {
         "format", "precision", "state", "reason", "route", "artifact", "seconds", "parity", "latency", "toolchain",
         "log", "reproduce",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from polyexport.errors import BadRequest, ToolMissing
@@ -31,7 +32,8 @@ def load(path: str | Path, *, threads: int = 1) -> Runner:
     manifest_path = folder.parent / "manifest.json"
     if not manifest_path.is_file():
         raise BadRequest(f"{folder} is not a format of an export: {manifest_path} does not exist")
-    artifacts = read_json(manifest_path)["artifacts"]
+    manifest = read_json(manifest_path)
+    artifacts = manifest["artifacts"]
     if folder.name not in artifacts:
         raise BadRequest(f"{folder} was not exported; {folder.parent} has {', '.join(artifacts) or 'nothing'}")
     if folder.name not in known():
@@ -40,6 +42,8 @@ def load(path: str | Path, *, threads: int = 1) -> Runner:
     if each.load is None:
         raise BadRequest(f"{each.name} cannot be run on any host")
     inputs, outputs = (tuple(decode(TensorSpec, tensor) for tensor in about[side]) for side in ("inputs", "outputs"))
+    dtypes = {tensor.name: tensor.dtype for tensor in decode(ExportSpec, manifest["spec"]).outputs}
+    outputs = tuple(replace(tensor, dtype=dtypes[tensor.name]) for tensor in outputs)  # PyTorch's, as was verified
     try:
         return each.load(folder / each.artifact, ExportSpec(inputs, outputs), threads=threads)
     except ModuleNotFoundError as error:

@@ -17,8 +17,7 @@ T = TypeVar("T")
 def encode(value: Any) -> Any:
     """Turn records, tuples, paths and mappings into what JSON knows; NaN and infinity become None."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = (f for f in dataclasses.fields(value) if f.metadata.get("json", True))
-        return {f.name: encode(getattr(value, f.name)) for f in fields}
+        return {key: encode(getattr(value, name)) for name, key in _keys(type(value)).items()}
     if isinstance(value, Mapping):
         return {str(key): encode(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
@@ -30,6 +29,12 @@ def encode(value: Any) -> Any:
     return value
 
 
+def _keys(kind: Any) -> dict[str, str]:
+    """The fields of a record and what JSON calls them: by their `json` in the metadata, where False leaves one out."""
+    named = {field.name: field.metadata.get("json", field.name) for field in dataclasses.fields(kind)}
+    return {name: key for name, key in named.items() if key}
+
+
 def decode(kind: type[T], data: Any) -> T:
     """Build a record of type `kind` from decoded JSON; unknown keys are dropped, so old readers read new files."""
     return typing.cast(T, _decode(kind, data))
@@ -39,8 +44,8 @@ def _decode(kind: Any, data: Any) -> Any:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if dataclasses.is_dataclass(kind):
         hints = typing.get_type_hints(kind)
-        known = {f.name for f in dataclasses.fields(kind) if f.metadata.get("json", True)}
-        return typing.cast(Any, kind)(**{k: _decode(hints[k], v) for k, v in data.items() if k in known})
+        known = {name: data[key] for name, key in _keys(kind).items() if key in data}
+        return typing.cast(Any, kind)(**{name: _decode(hints[name], value) for name, value in known.items()})
     if origin in (types.UnionType, typing.Union):
         if data is None:
             return None

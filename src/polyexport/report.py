@@ -95,7 +95,7 @@ class Checkpoint:
 class Model:
     """The exported module: its class, its parameter count, its signature."""
 
-    class_name: str
+    class_name: str = field(metadata={"json": "class"})
     parameters: int
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
