@@ -162,6 +162,14 @@ def test_finished_exports_are_pointed_to_and_bounded(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["b", "best", "c"]
 
 
+def test_the_exports_of_another_run_in_the_same_folder_are_not_counted(tmp_path):
+    with Engine(timeout=TIMEOUT) as engine:
+        for run, name in (("one", "a"), ("other", "b"), ("other", "c")):
+            asked = request(tmp_path, name=name, keep=1)
+            engine.submit(replace(asked, checkpoint=Checkpoint(f"{run}/{name}.ckpt", epoch=1, global_step=10))).result()
+    assert [folder.name for folder in finished(tmp_path)] == ["a", "c"]
+
+
 def test_the_same_checkpoint_is_not_exported_twice_but_another_is(tmp_path, monkeypatch):
     known = polyexport.FORMATS["pt2"]
     with Engine(timeout=TIMEOUT) as engine:

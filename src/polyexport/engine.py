@@ -31,7 +31,7 @@ from polyexport.build import Build
 from polyexport.dispatch import Bounds, Dispatcher
 from polyexport.elsewhere import Elsewhere
 from polyexport.errors import BadRequest
-from polyexport.folders import point_best, prune, take_place, unfinished
+from polyexport.folders import point_best, take_place, unfinished
 from polyexport.format import Format, Runner
 from polyexport.formats import known, resolve
 from polyexport.job import Job
@@ -40,7 +40,7 @@ from polyexport.module import SHARDS, WEIGHTS, further_calls
 from polyexport.process import Workers
 from polyexport.records import decode, encode, read_json, write_json
 from polyexport.reference import Dynamic, Reference
-from polyexport.report import Checkpoint, Model, Outcome, Report, State, sentence
+from polyexport.report import Checkpoint, Model, Outcome, Report, State, history, sentence
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,7 +228,7 @@ class Engine:
         self._unfinished.pop(request.work, None)
         if report.model is not None:  # else the one before is still the best, and stays
             self._point(request)
-            prune(request.final, request.keep)
+            _prune(replace(report, folder=request.final), request.keep)
         return replace(report, folder=request.final)
 
     def _point(self, request: Request) -> None:
@@ -292,6 +292,13 @@ class Engine:
 
 
 # --- pieces -----------------------------------------------------------------------------------------------------------
+
+
+def _prune(newest: Report, keep: int | None) -> None:
+    """Remove the oldest exports of the run beyond `keep`; the newest, the best, always stays, and so do other runs'."""
+    older = history(newest)[:-1] if keep is not None else []
+    for each in older[: max(0, len(older) + 1 - (keep or 1))]:
+        shutil.rmtree(each.folder, ignore_errors=True)
 
 
 def _by_name(formats: Iterable[Format]) -> dict[str, Format]:

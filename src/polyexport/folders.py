@@ -68,12 +68,3 @@ def point_best(folder: Path) -> None:
     except OSError:
         temporary.write_text(folder.name, encoding="utf-8")
     temporary.replace(best)
-
-
-def prune(newest: Path, keep: int | None) -> None:
-    """Remove the oldest exports beyond `keep`; the newest, the best, always stays."""
-    if keep is None:
-        return
-    old = [folder for folder in finished(newest.parent) if folder != newest]
-    for folder in old[: max(0, len(old) - max(keep - 1, 0))]:
-        shutil.rmtree(folder, ignore_errors=True)

@@ -199,7 +199,7 @@ def history(report: Report) -> list[Report]:
     come from another folder of checkpoints.
     """
     run, found = Path(report.checkpoint.path).parent, []
-    for folder in finished(report.folder.parent) if run.name else ():
+    for folder in finished(report.folder.parent) if report.checkpoint.path else ():
         try:
             each = Report.load(folder)
         except (OSError, ValueError, TypeError, KeyError):
