@@ -20,7 +20,7 @@ import planted
 import polyexport
 from planted import GOOD
 from planted import planted as plant
-from polyexport import BadRequest, Engine, Report, Request, Toolchain
+from polyexport import BadRequest, Engine, Report, Request, Toolchain, gpu
 from polyexport import module as modules
 from polyexport.folders import finished, take_place, unfinished
 from polyexport.report import Checkpoint
@@ -180,6 +180,21 @@ def test_the_same_checkpoint_is_not_exported_twice_but_another_is(tmp_path, monk
     assert again == first
     assert other.checkpoint.sha256 != first.checkpoint.sha256
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "epoch=1"]
+
+
+def test_what_was_missing_is_asked_for_again(tmp_path, monkeypatch):
+    """It may be there by now, so the same export is made once more."""
+    asked = (polyexport.FORMATS["tensorrt"],)
+    monkeypatch.setattr(gpu, "_SIGNS", ())
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+    folders = []
+    with Engine(timeout=TIMEOUT) as engine:
+        for _ in range(2):
+            made = engine.submit(request(tmp_path, asked, module=nn.Linear(5, 3))).result()
+            folders.append((made["tensorrt"].state, made.folder.stat().st_ino))
+    (state, first), (_, second) = folders
+    assert state == "skipped"
+    assert first != second
 
 
 def test_a_newer_request_takes_the_place_of_one_that_waits(tmp_path):

@@ -3,7 +3,8 @@
 Requirements:
 * `submit` returns at once. One request is built at a time; a newer one takes the place of one that still waits.
 * A folder appears under its name only when it is complete; `best` points to the newest complete one.
-* An earlier export of the same checkpoint, with the same question asked, is not repeated.
+* An earlier export of the same checkpoint, with the same question asked, is not repeated where every format agreed;
+  what was missing or failed then may do now.
 * Nothing is left running after `close`.
 """
 
@@ -344,7 +345,7 @@ def _manifest(request: Request, report: Report, reference: Reference) -> dict[st
 
 
 def _earlier(request: Request, sha256: str) -> Report | None:
-    """The finished export of the same weights under the same name, if the same was asked of it."""
+    """The finished export of the same weights under the same name, if the same was asked of it and all agreed."""
     if not all(known().get(each.name) is each for each in request.formats):
         return None  # a format of the user's own may have changed under its name
     for folder in (request.final, *(parent / request.name for parent in request.former)):
@@ -353,7 +354,7 @@ def _earlier(request: Request, sha256: str) -> Report | None:
             same = manifest["checkpoint"]["sha256"] == sha256 and manifest["question"] == encode(request.question)
         except (OSError, ValueError, TypeError, KeyError):
             continue  # there is none, or another version wrote it
-        if same:
+        if same and all(outcome.publishable for outcome in report.outcomes):
             return report
     return None
 
