@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -259,26 +259,28 @@ def _say(line: str) -> None:
 
 
 def _chains(names: Sequence[str]) -> list[toolchain.Toolchain]:
-    """Toolchains by their names, or by those of the formats that need them."""
-    by_name = {name: toolchain.find(name) for name in toolchain.names()}
-    found: dict[str, toolchain.Toolchain] = {}
+    """Toolchains by their names, or all that lie on the way to the formats of these names."""
+    found: list[toolchain.Toolchain] = []
     for name in names:
-        chains = [by_name[name]] if name in by_name else plan.toolchains(_format_or_toolchain(name, by_name))[name]
-        found |= {chain.name: chain for chain in chains}
-    return list(found.values())
+        if name in toolchain.names():
+            found.append(toolchain.find(name))
+        elif name in known():
+            found += _needed(known()[name])
+        else:
+            raise BadRequest(f"no toolchain or format {name!r}; known toolchains: {', '.join(toolchain.names())}")
+    return list(dict.fromkeys(found))
 
 
-def _format_or_toolchain(name: str, chains: Iterable[str]) -> tuple[Format, ...]:
-    if name not in known():
-        raise BadRequest(f"no toolchain or format {name!r}; known toolchains: {', '.join(chains)}")
-    return (known()[name],)
+def _needed(each: Format) -> list[toolchain.Toolchain]:
+    """What a format needs, and what it is made from."""
+    return [chain for chains in plan.toolchains([each]).values() for chain in chains]
 
 
 def _lacks(each: Format) -> str:
     """What a format lacks here, with the fix; empty where nothing is missing."""
     if why := each.lacks():
         return why
-    missing = {chain.name for chains in plan.toolchains([each]).values() for chain in chains if not chain.ready}
+    missing = {chain.name for chain in _needed(each) if not chain.ready}
     return f"not installed yet: polyexport toolchain install {' '.join(sorted(missing))}" if missing else ""
 
 
