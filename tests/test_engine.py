@@ -6,6 +6,9 @@ import json
 import os
 import shlex
 import subprocess
+import sys
+import tempfile
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -23,6 +26,7 @@ from planted import planted as plant
 from polyexport import BadRequest, Engine, Report, Request, Toolchain, gpu
 from polyexport import module as modules
 from polyexport.folders import finished, take_place, unfinished
+from polyexport.process import Workers
 from polyexport.report import Checkpoint
 
 TIMEOUT = 30.0  # rebuilding a module takes a few seconds on a busy machine, most of it importing torch
@@ -222,6 +226,38 @@ def test_of_many_that_finish_under_one_name_at_once_the_last_stays_whole(tmp_pat
     left = [path.name for path in (tmp_path / "name").iterdir() if path.is_file()]
     assert len(left) == 1
     assert left[0] in {work.name for work in works}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux swaps two folders in one step")
+def test_a_name_is_never_without_a_folder_while_another_takes_it(tmp_path):
+    take_place(unfinished(tmp_path), tmp_path / "name")
+    missing, over = [], threading.Event()
+
+    def look() -> None:
+        while not over.is_set():
+            missing.append(not (tmp_path / "name" / "source").exists())
+
+    with ThreadPoolExecutor(1) as pool:
+        looking = pool.submit(look)
+        for _ in range(300):
+            take_place(unfinished(tmp_path), tmp_path / "name")
+        over.set()
+        looking.result()
+    assert missing
+    assert not any(missing)
+
+
+def test_what_a_killed_worker_left_among_temporary_files_goes_with_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    leaves = "import os, tempfile; print(tempfile.mkdtemp(), flush=True); os.kill(os.getpid(), 9)"
+    log = tmp_path / "log"
+    ended = Workers().run(
+        [sys.executable, "-c", leaves], tmp_path / "job.json", log, timeout=TIMEOUT, environment=os.environ
+    )
+    assert ended.error == "killed by SIGKILL"
+    assert Path(log.read_text().strip()).is_relative_to(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["log"]
 
 
 def children() -> set[int]:

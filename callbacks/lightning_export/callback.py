@@ -473,7 +473,8 @@ class ExportCallback(Callback):
         self._futures.clear()
         # of several under one name the last has the folder, and an older one would write over its report
         last = {report.folder: report for report in self.reports}
-        self.reports = [each for each in self.reports if each is last[each.folder] and each.folder.exists()]
+        self.reports = [each for each in self.reports if each is last[each.folder]]
+        self.reports = [each for each in self.reports[:-1] if each.folder.exists()] + self.reports[-1:]  # see keep
         wanted = {True: self.reports[-1:], False: [], "all": self.reports}[self.bench]
         self.reports = [  # an export that a resumed run found finished may have been timed already
             self._engine.bench(report, self.formats) if report in wanted and report.baseline is None else report

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import os
 import secrets
@@ -12,6 +13,7 @@ from pathlib import Path
 BEST = "best"
 _UNFINISHED = ".unfinished-"
 _ATTEMPTS = 100
+_HERE, _RENAME_EXCHANGE = -100, 2  # AT_FDCWD of fcntl.h, and a flag of renameat2
 
 
 def unfinished(parent: Path) -> Path:
@@ -36,6 +38,8 @@ def link(source: str | Path, target: str | Path) -> None:
 def take_place(work: Path, final: Path) -> None:
     """Give a complete folder its name; an earlier one under that name goes, also where several runs do so at once.
 
+    Whoever reads meanwhile finds one of them, where the system can swap two names.
+
     Raises:
         OSError: the folder cannot be written.
     """
@@ -46,10 +50,23 @@ def take_place(work: Path, final: Path) -> None:
         except OSError as error:
             if attempt == _ATTEMPTS - 1 or error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.EACCES):
                 raise
+        if _swap(work, final):
+            shutil.rmtree(work, ignore_errors=True)
+            return
         stale = unfinished(final.parent)
         with contextlib.suppress(FileNotFoundError):  # the other run has just moved it away
             final.rename(stale / "old")
         shutil.rmtree(stale, ignore_errors=True)
+
+
+def _swap(one: Path, other: Path) -> bool:
+    """Exchange two names in one step; False where that cannot be done (https://man7.org/linux/man-pages/man2/rename.2.html)."""
+    try:
+        renameat2 = ctypes.CDLL(None).renameat2
+    except (AttributeError, OSError, TypeError):  # only Linux has it
+        return False
+    names = os.fsencode(one), os.fsencode(other)
+    return bool(renameat2(_HERE, names[0], _HERE, names[1], _RENAME_EXCHANGE) == 0)
 
 
 def finished(parent: Path) -> list[Path]:

@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -127,33 +128,37 @@ class Workers:
     def _started(
         self, command: Sequence[str], stdout: Any, stderr: Any, environment: Mapping[str, str]
     ) -> Iterator[subprocess.Popen[bytes] | None]:
-        """A process in a session of its own, killed with its children on leaving; None once all were ended."""
-        with self._lock:
-            if self._closed:
-                process = None
-            else:
-                process = subprocess.Popen(
-                    command,
-                    stdin=subprocess.PIPE,
-                    stdout=stdout,
-                    stderr=stderr,
-                    env=dict(environment),
-                    start_new_session=True,
-                )
-                if self._background:
-                    step_back(process.pid)
-                self._running.add(process)
-        try:
-            yield process
-        finally:
-            if process is not None:
-                _kill(process)
-                for pipe in (process.stdin, process.stdout):
-                    if pipe is not None:
-                        with contextlib.suppress(OSError):
-                            pipe.close()
-                with self._lock:
-                    self._running.discard(process)
+        """A process in a session of its own, killed with its children on leaving; None once all were ended.
+
+        It has a folder of its own for temporary files: converters leave gigabytes, and one that is killed all of them.
+        """
+        with tempfile.TemporaryDirectory(prefix="polyexport-", ignore_cleanup_errors=True) as temporary:
+            with self._lock:
+                if self._closed:
+                    process = None
+                else:
+                    process = subprocess.Popen(
+                        command,
+                        stdin=subprocess.PIPE,
+                        stdout=stdout,
+                        stderr=stderr,
+                        env=dict(environment) | dict.fromkeys(("TMPDIR", "TEMP", "TMP"), temporary),
+                        start_new_session=True,
+                    )
+                    if self._background:
+                        step_back(process.pid)
+                    self._running.add(process)
+            try:
+                yield process
+            finally:
+                if process is not None:
+                    _kill(process)
+                    for pipe in (process.stdin, process.stdout):
+                        if pipe is not None:
+                            with contextlib.suppress(OSError):
+                                pipe.close()
+                    with self._lock:
+                        self._running.discard(process)
 
 
 class Kept:
