@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -25,7 +26,7 @@ from planted import GOOD
 from planted import planted as plant
 from polyexport import BadRequest, Engine, Report, Request, Toolchain, gpu
 from polyexport import module as modules
-from polyexport.folders import finished, take_place, unfinished
+from polyexport.folders import finished, followed, point_best, take_place, unfinished
 from polyexport.process import Workers
 from polyexport.report import Checkpoint
 
@@ -214,6 +215,19 @@ def test_a_newer_request_takes_the_place_of_one_that_waits(tmp_path):
         assert newest.result()["good"].state == "verified"
     assert waiting.cancelled()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "newest", "running"]
+
+
+def test_best_leads_to_the_export_also_where_links_do_not_work(faults, tmp_path, monkeypatch):
+    def refused(*arguments: object, **more: object) -> None:
+        raise OSError("A required privilege is not held by the client")
+
+    shutil.copytree(faults.folder, tmp_path / faults.folder.name)
+    monkeypatch.setattr(Path, "symlink_to", refused)
+    point_best(tmp_path / faults.folder.name)
+    best = tmp_path / "best"
+    assert best.is_file()
+    assert Report.load(best).folder == tmp_path / faults.folder.name
+    assert followed(best / "good") == tmp_path / faults.folder.name / "good"
 
 
 def test_of_many_that_finish_under_one_name_at_once_the_last_stays_whole(tmp_path):

@@ -378,7 +378,7 @@ class ExportCallback(Callback):
         else:
             torch.save(pl_module.state_dict(), work / "source" / WEIGHTS)
         name = f"epoch={trainer.current_epoch}-step={trainer.global_step}"
-        self._notes += ("no ModelCheckpoint wrote a best checkpoint: these are the weights when fit ended",)
+        self._notes += ("there was no best checkpoint on disk: these are the weights when fit ended",)
         self._submit(trainer, work, name, Checkpoint(f"{name} (weights when fit ended)"), None)
 
     def _work(self, trainer: Trainer) -> Path:

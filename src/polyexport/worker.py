@@ -190,7 +190,9 @@ def bench(root: Path, job: Job, answers: TextIO) -> int:
     _answer(answers, {"load_seconds": load_seconds, **about})
     for _ in sys.stdin:
         warm_up(call, count=2, seconds=0.05)  # the runtime before may still have threads that spin
-        _answer(answers, {"samples_ms": sample_ms(call), "peak_memory_bytes": _peak_memory()})
+        samples_ms = sample_ms(call)
+        peak_memory_bytes = getattr(runner, "peak_memory_bytes", None) or _peak_memory()
+        _answer(answers, {"samples_ms": samples_ms, "peak_memory_bytes": peak_memory_bytes})
     return 0
 
 
