@@ -306,6 +306,38 @@ def test_a_module_that_cannot_be_rebuilt_fails_every_format_with_the_reason_and_
     assert Report.load(tmp_path / "best")["good"].state == "verified"
 
 
+class InPlace(nn.Module):
+    """Normalises what it is given where it lies."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.sub_(3.0).square().sum(-1)
+
+
+def test_a_forward_that_changes_its_inputs_in_place_is_judged_on_what_they_were(tmp_path):
+    with Engine(timeout=TIMEOUT) as engine:
+        report = engine.submit(request(tmp_path, module=InPlace())).result()
+    assert report["good"].state == "verified"
+    expected = torch.randn(4, 5, generator=torch.Generator().manual_seed(1))
+    with np.load(report.folder / "validation_batch.npz") as batch:
+        assert np.array_equal(batch["x"], expected)
+        assert np.allclose(batch["output_0"], (expected - 3).square().sum(-1))
+
+
+class Drawing(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + torch.randn(5)
+
+
+def test_nothing_is_proven_of_a_forward_that_draws_random_numbers(tmp_path):
+    wrong = plant("wrong", planted.wrong)
+    with Engine(timeout=TIMEOUT) as engine:
+        report = engine.submit(request(tmp_path, (wrong,), module=Drawing())).result()
+    assert report["wrong"].state == "unverified"
+    assert report["wrong"].reason.startswith(
+        "nothing can be proven: forward answers two calls differently in eval mode"
+    )
+
+
 class Fixed(nn.Module):
     """Cannot run at another batch size than four."""
 

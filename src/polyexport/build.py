@@ -173,6 +173,10 @@ class Build:
         ended, command = self._dispatcher.run(job, runtime, f"{label}.verify", log, gpu=each.needs_gpu)
         outcome = replace(outcome, seconds=seconds | {"verify": ended.seconds})
         outcome = judged(outcome, ended, command, target)
+        if outcome.state == "mismatch" and self._reference.undecidable:
+            outcome = replace(
+                outcome, state="unverified", reason=f"nothing can be proven: {self._reference.undecidable}"
+            )
         retry = outcome.state in ("failed", "mismatch") and ended.kind != "timed out"
         shortfall = ended.value.get("shortfall", "") if ended.ok else ""
         return Built(outcome, target, retry, warm, shortfall)
