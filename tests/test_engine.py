@@ -379,8 +379,9 @@ def test_latency_is_measured_beside_eager_pytorch(tmp_path, monkeypatch):
     assert latency.batch == 4
     assert latency.speedup == pytest.approx(timed.baseline.p50_ms / latency.p50_ms)
     assert latency.peak_memory_bytes > 1_000_000
+    assert 0 <= latency.waited <= 1
     assert timed["dies"].latency is None
-    moved, dies = timed.notes
+    moved, dies = (note for note in timed.notes if note.startswith("no latency"))  # the machine may be busy too
     assert moved.startswith("no latency of moved: NotADirectoryError")
     assert dies == "no latency of dies: its runtime ended while it was timed, see logs/dies.log"
     assert Report.load(report.folder) == timed

@@ -231,4 +231,5 @@ def _reason(best: Built, tried: Sequence[Built]) -> str:
     ]
     if verified:
         return f"by another route, since {'; '.join(told)}" if told else ""
-    return "; ".join(told) if len(told) > 1 else best.outcome.reason
+    different = len({built.outcome.reason for built in tried}) > 1
+    return "; ".join(told) if len(told) > 1 and different else best.outcome.reason
