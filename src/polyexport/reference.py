@@ -21,7 +21,7 @@ from polyexport.format import Runner, Tolerance
 from polyexport.job import Batch
 from polyexport.parity import compare, noise_floor
 from polyexport.spec import Arrays, ExportSpec, TensorSpec, write_arrays
-from polyexport.versions import environment, git_commit
+from polyexport.versions import environment
 
 if TYPE_CHECKING:
     import torch
@@ -55,8 +55,10 @@ class Reference:
     notes: tuple[str, ...] = ()
 
 
-def make(root: Path, source: Path, dynamic: Dynamic) -> Reference:
+def make(root: Path, source: Path, dynamic: Dynamic, commit: str = "") -> Reference:
     """Run the module of `source`; write `validation_batch.npz`, further batches and the example to trace with.
+
+    `commit` is the code's, of which this machine need not have a repository.
 
     Raises:
         BadRequest: the module cannot be rebuilt, or its inputs cannot be fed to a converter.
@@ -89,7 +91,6 @@ def make(root: Path, source: Path, dynamic: Dynamic) -> Reference:
         sizes=sizes | own,
     )
     about = environment()
-    commit = git_commit()
     further_inputs, note = _calibration(root, source, model_any.input_names, inputs)
     notes += note
     spec = replace(_with_metadata(spec, sha256, commit, about), calibration=(Path(VALIDATION_BATCH), *further_inputs))

@@ -117,7 +117,7 @@ def prepare(root: Path, job: Job) -> Any:
     """Make the reference; see `polyexport.reference`."""
     from polyexport.reference import make
 
-    return make(root, root / job.source, job.options["dynamic"])
+    return make(root, root / job.source, job.options["dynamic"], job.options.get("git_commit", ""))
 
 
 def convert(root: Path, job: Job) -> Any:
