@@ -20,6 +20,7 @@ from polyexport.lowering.paddle import (  # each writes its operators into the t
     control,
     convolution,
     index,
+    inference,
     linear,
     math,
     normalise,
@@ -63,9 +64,9 @@ class Lowered:
 
     def save(self, prefix: Path) -> None:
         """Write an inference model, `<prefix>.json` and `<prefix>.pdiparams`, that calls its outputs by their names."""
-        tensors = list(self.inputs.values()), list(self.outputs.values())
+        read = inference.read(self.inputs, self.outputs, self.program)
         with paddle.static.scope_guard(self.scope):
-            program = paddle.static.normalize_program(self.program, *tensors)
+            program = paddle.static.normalize_program(self.program, read, list(self.outputs.values()))
             fetches = [op for op in program.global_block().ops if op.name() == "pd_op.fetch"]
             for op, name in zip(fetches, self.outputs, strict=True):
                 op.set_str_attr("name", name)
@@ -97,6 +98,7 @@ def lower_model(model: onnx.ModelProto, inputs: list[InputSpec]) -> Lowered:
         given = {spec.name: paddle.static.data(spec.name, spec.shape, spec.dtype) for spec in inputs}
         found = Lowering(framework(weights), OPS, model).outputs(given)
         outputs = {name: _named(name, each) for name, each in zip(names, found, strict=True)}
+        inference.unshared(program)
     for name, array in weights.arrays.items():
         scope.var(name).get_tensor().set(array, paddle.CPUPlace())
     return Lowered(program, scope, given, outputs)
