@@ -98,7 +98,7 @@ def lower_model(model: onnx.ModelProto, inputs: list[InputSpec]) -> Lowered:
         given = {spec.name: paddle.static.data(spec.name, spec.shape, spec.dtype) for spec in inputs}
         found = Lowering(framework(weights), OPS, model).outputs(given)
         outputs = {name: _named(name, each) for name, each in zip(names, found, strict=True)}
-        inference.unshared(program)
+        inference.guard(program)
     for name, array in weights.arrays.items():
         scope.var(name).get_tensor().set(array, paddle.CPUPlace())
     return Lowered(program, scope, given, outputs)
