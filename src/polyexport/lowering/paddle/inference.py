@@ -39,7 +39,7 @@ def guard(program: Program) -> None:
     pir = paddle.base.libpaddle.pir
     for op in list(_operations(program.global_block())):
         for place, tensor in enumerate(op.operands_source()):
-            if tensor.initialized() and tensor.is_dense_tensor_type() and _is_in_danger(tensor, op):
+            if _is_copied(tensor) and _is_in_danger(tensor, op):
                 pir.set_insertion_point(op)
                 op.operand(place).set_source(paddle.tile(tensor, [1] * len(tensor.shape)))
     pir.set_insertion_point_to_block_end(program.global_block())
@@ -50,6 +50,12 @@ def _operations(block: Any) -> Iterator[Any]:
         yield op
         for inner in op.blocks():
             yield from _operations(inner)
+
+
+def _is_copied(tensor: Tensor) -> bool:
+    """Whether `tile` takes it."""
+    types = (paddle.bool, paddle.int32, paddle.int64, paddle.float32, paddle.float64)
+    return bool(tensor.initialized()) and tensor.is_dense_tensor_type() and tensor.dtype in types and tensor.ndim < 8
 
 
 def _name(op: Any) -> str:

@@ -14,6 +14,7 @@ from polyexport.lowering.paddle.target import (
     dtype_of,
     entries_of,
     is_tensor,
+    moved,
     paddle_dtype,
     shaped,
     sizes_of,
@@ -28,7 +29,9 @@ from polyexport.lowering.value import Tensor, Value
 def transpose(x: Value, *, perm: list[int] | None = None) -> Any:
     """All axes turned round, if none is named."""
     order = list(range(x.rank or 0))[::-1] if perm is None else perm
-    return x.permuted(order) if x.known is not None else paddle.transpose(x.tensor, order)
+    if x.known is not None:
+        return x.permuted(order)
+    return moved(x.tensor, len(order), lambda each: paddle.transpose(each, order))
 
 
 @OPS.op("Shape", narrow=True)
@@ -108,7 +111,8 @@ def unsqueeze(x: Value, axes: Value, *, node: Node) -> Tensor:
     if places is None:
         raise node.unsupported("its axes are not known before the run")
     rank = (x.rank or 0) + len(places)
-    return paddle.unsqueeze(x.tensor, sorted(axis % rank for axis in places)) if places else x.tensor
+    new = sorted(axis % rank for axis in places)
+    return moved(x.tensor, rank, lambda each: paddle.unsqueeze(each, new)) if new else x.tensor
 
 
 @OPS.op("Unsqueeze", narrow=True)
