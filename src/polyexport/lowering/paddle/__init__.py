@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import paddle
 from paddle.static import InputSpec, Program
 
@@ -54,13 +53,6 @@ class Lowered:
     scope: Any
     inputs: Mapping[str, Tensor]
     outputs: Mapping[str, Tensor]
-
-    def run(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The outputs, computed here by Paddle's executor."""
-        executor = paddle.static.Executor(paddle.CPUPlace())
-        with paddle.static.scope_guard(self.scope):
-            found = executor.run(self.program, feed=dict(arrays), fetch_list=list(self.outputs.values()))
-        return dict(zip(self.outputs, found, strict=True))
 
     def save(self, prefix: Path) -> None:
         """Write an inference model, `<prefix>.json` and `<prefix>.pdiparams`, that calls its outputs by their names."""

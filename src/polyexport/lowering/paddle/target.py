@@ -241,7 +241,7 @@ def shaped(tensor: Tensor, sizes: Sequence[Any]) -> Tensor:
 def _shaped(tensor: Tensor, sizes: Sequence[Any]) -> Tensor:
     free = [axis for axis, size in enumerate(sizes) if is_tensor(size)]
     if 0 in [size for size in sizes if not is_tensor(size)]:
-        return paddle.cast(paddle.zeros(list(sizes), "float64"), tensor.dtype)  # Paddle's reshape would keep a size there
+        return paddle.zeros(list(sizes), tensor.dtype)  # Paddle's reshape would keep a size there
     if len(free) == 1 and -1 not in [size for size in sizes if not is_tensor(size)]:
         return paddle.reshape(tensor, [-1 if is_tensor(size) else int(size) for size in sizes])
     return paddle.reshape(tensor, list(sizes))
