@@ -40,7 +40,7 @@ CASES = {"tensorflow": (1600, 280), "paddle": (1180, 210)}
 @pytest.mark.slow
 @pytest.mark.parametrize("target", CASES)
 def test_passes_every_applicable_case_of_onnx_own_suite(target: str, tmp_path: Path) -> None:
-    """Each twice: with static sizes, and with none known. Most of the time goes into ONNX's making of the cases."""
+    """Each twice: with static sizes, and with none known; for Paddle from its files, by Paddle Inference."""
     in_toolchain(target, "backend_suite.py", target, str(PACKAGE), str(tmp_path / "result.json"))
     passed, excused = CASES[target]
     for results in json.loads((tmp_path / "result.json").read_text()).values():

@@ -113,6 +113,58 @@ print("agrees")
     assert in_toolchain("paddle", str(script)).splitlines()[-1] == "agrees"
 
 
+def test_what_the_passes_of_paddle_inference_break_is_kept_from_them(tmp_path):
+    """Against numpy; and each output is wrong when the graph is lowered as plainly as Paddle's executor takes it."""
+    script = tmp_path / "passes.py"
+    script.write_text(
+        f"""
+import json, os, sys, types
+module = types.ModuleType("polyexport"); module.__path__ = [{str(PACKAGE)!r}]; sys.modules["polyexport"] = module
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import backend_suite
+import numpy as np, paddle
+from onnx import helper, numpy_helper
+from polyexport.lowering.paddle import inference
+from polyexport.lowering.paddle.target import OPS
+answers = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)
+x, rows, weight = (np.random.rand(*shape).astype("f4") for shape in ((2, 3), (5, 2, 4), (3, 4)))
+wide, narrow, up = x.astype("f8"), x[:, :1].astype("f8") * 2, np.arange(6)
+given = {{"x": x, "rows": rows, "wide": wide, "narrow": narrow, "up": up, "down": up[::-1].copy()}}
+expected = {{
+    "read_again": np.floor(x * 3) + x * 3, "answered": x * 3, "low": np.floor(x * 3), "added_to": x @ weight + rows,
+    "of_doubles": np.tanh(wide - narrow), "of_integers": abs(up - up[::-1]),
+}}
+nodes = [
+    ("Mul", ["x", "three"], ["m"]), ("Floor", ["m"], ["f"]), ("Add", ["f", "m"], ["read_again"]),
+    ("Mul", ["three", "x"], ["answered"]), ("Floor", ["answered"], ["low"]),
+    ("MatMul", ["x", "weight"], ["p"]), ("Add", ["p", "rows"], ["added_to"]),
+    ("Sub", ["wide", "narrow"], ["s"]), ("Tanh", ["s"], ["of_doubles"]),
+    ("Sub", ["up", "down"], ["d"]), ("Abs", ["d"], ["of_integers"]),
+]
+port = lambda name, a: helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(a.dtype), a.shape)
+graph = helper.make_graph(
+    [helper.make_node(*each) for each in nodes], "g", [port(*each) for each in given.items()],
+    [port(*each) for each in expected.items()],
+    [numpy_helper.from_array(weight, "weight"), numpy_helper.from_array(np.float32([3]), "three")],
+)
+model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
+def wrong():
+    found = backend_suite.paddle(model, given, {{name: list(array.shape) for name, array in given.items()}})
+    same = lambda a, b: a.shape == b.shape and np.allclose(a, b, rtol=1e-4)
+    return sorted(name for name, array in expected.items() if not same(found[name], array))
+kept = wrong()
+inference.guard = lambda program: None
+OPS.elementwise("Add", since=14)(lambda a, b: paddle.add(a, b))
+answers.write(json.dumps([kept, wrong()]))
+answers.close()
+"""
+    )
+    kept, plain = json.loads(in_toolchain("paddle", str(script)))
+    assert kept == []
+    assert plain == ["added_to", "answered", "of_doubles", "of_integers", "read_again"]
+
+
 # --- the graph it is given --------------------------------------------------------------------------------------------
 
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import paddle
 from paddle.static import InputSpec, Program
 
@@ -20,6 +19,7 @@ from polyexport.lowering.paddle import (  # each writes its operators into the t
     control,
     convolution,
     index,
+    inference,
     linear,
     math,
     normalise,
@@ -54,18 +54,11 @@ class Lowered:
     inputs: Mapping[str, Tensor]
     outputs: Mapping[str, Tensor]
 
-    def run(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The outputs, computed here by Paddle's executor."""
-        executor = paddle.static.Executor(paddle.CPUPlace())
-        with paddle.static.scope_guard(self.scope):
-            found = executor.run(self.program, feed=dict(arrays), fetch_list=list(self.outputs.values()))
-        return dict(zip(self.outputs, found, strict=True))
-
     def save(self, prefix: Path) -> None:
         """Write an inference model, `<prefix>.json` and `<prefix>.pdiparams`, that calls its outputs by their names."""
-        tensors = list(self.inputs.values()), list(self.outputs.values())
+        read = inference.read(self.inputs, self.outputs, self.program)
         with paddle.static.scope_guard(self.scope):
-            program = paddle.static.normalize_program(self.program, *tensors)
+            program = paddle.static.normalize_program(self.program, read, list(self.outputs.values()))
             fetches = [op for op in program.global_block().ops if op.name() == "pd_op.fetch"]
             for op, name in zip(fetches, self.outputs, strict=True):
                 op.set_str_attr("name", name)
@@ -97,6 +90,7 @@ def lower_model(model: onnx.ModelProto, inputs: list[InputSpec]) -> Lowered:
         given = {spec.name: paddle.static.data(spec.name, spec.shape, spec.dtype) for spec in inputs}
         found = Lowering(framework(weights), OPS, model).outputs(given)
         outputs = {name: _named(name, each) for name, each in zip(names, found, strict=True)}
+        inference.guard(program)
     for name, array in weights.arrays.items():
         scope.var(name).get_tensor().set(array, paddle.CPUPlace())
     return Lowered(program, scope, given, outputs)

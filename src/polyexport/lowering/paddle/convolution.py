@@ -14,6 +14,7 @@ import paddle
 import paddle.nn.functional as F
 
 from polyexport.lowering.graph import Node
+from polyexport.lowering.paddle.shape import looked_up, padded
 from polyexport.lowering.paddle.target import OPS, is_float, sizes_of, told, vector
 from polyexport.lowering.value import Tensor, Value
 from polyexport.lowering.windows import Sides, Windows, are_known, cuts, spans, windows
@@ -31,10 +32,8 @@ def not_negative(amount: Tensor) -> Tensor:
 
 def pad(x: Tensor, sides: Sides, fill: float = 0.0) -> Tensor:
     """Pad the spatial axes, or cut them where an amount is negative."""
-    if are_known(sides) and not any(map(any, sides)):
-        return x
-    flat = [each for side in reversed(sides) for each in side]
-    return F.pad(x, flat if are_known(sides) else paddle.cast(vector(flat), "int32"), value=fill)
+    every: Sides = [(0, 0), (0, 0), *sides]
+    return padded(x, every, fill) if are_known(sides) else looked_up(x, every, paddle.full([], fill, x.dtype))
 
 
 def _flat(sides: Sides) -> list[int]:

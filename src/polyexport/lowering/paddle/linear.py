@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import paddle
 
+from polyexport.lowering.paddle.math import add
 from polyexport.lowering.paddle.target import OPS, is_float
 from polyexport.lowering.value import Tensor, Value
 
@@ -30,7 +31,7 @@ def gemm(
     """`alpha * a b + beta * c`, either matrix transposed first."""
     left, right = (paddle.t(x.tensor) if flag else x.tensor for x, flag in ((a, transA), (b, transB)))
     product = _times(multiplied(left, right), alpha)
-    return product if c is None else product + _times(c.tensor, beta)
+    return product if c is None else add(product, _times(c.tensor, beta))
 
 
 def _times(tensor: Tensor, factor: float) -> Tensor:

@@ -57,7 +57,20 @@ def _binary(function: Any) -> Any:
     return apply
 
 
-_ARITHMETIC = {"Add": paddle.add, "Sub": paddle.subtract, "Mul": paddle.multiply}
+def add(a: Tensor, b: Tensor) -> Tensor:
+    """The sum; as a difference where a pass of the inference runtime would make it part of the product before it.
+
+    oneDNN's matrix products and convolutions can end in an addition, but what they add may not be wider than they are,
+    and narrower only as a bias is: a vector as long as their last axis.
+    """
+    narrow, wide = sorted((list(a.shape), list(b.shape)), key=len)
+    is_bias = len(narrow) == 1 < len(wide) and narrow[0] == wide[-1] > 1
+    if a.dtype != paddle.float32 or is_bias or (narrow == wide and len(wide) > 1):
+        return paddle.add(a, b)
+    return a - (-b) if list(a.shape) == wide else b - (-a)
+
+
+_ARITHMETIC = {"Add": add, "Sub": paddle.subtract, "Mul": paddle.multiply}
 
 for _name, _function in {
     **_ARITHMETIC, "And": paddle.logical_and, "Or": paddle.logical_or, "Xor": paddle.logical_xor,
@@ -144,8 +157,8 @@ def _variadic(combine: Any, finish: Any = None) -> Any:
 
 OPS.elementwise("Max")(_variadic(paddle.maximum))
 OPS.elementwise("Min")(_variadic(paddle.minimum))
-OPS.elementwise("Sum")(_variadic(paddle.add))
-OPS.elementwise("Mean")(_variadic(paddle.add, lambda total, count: total / count))
+OPS.elementwise("Sum")(_variadic(add))
+OPS.elementwise("Mean")(_variadic(add, lambda total, count: total / count))
 
 
 @OPS.elementwise("Where", since=9)

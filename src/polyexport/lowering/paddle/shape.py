@@ -14,6 +14,7 @@ from polyexport.lowering.paddle.target import (
     dtype_of,
     entries_of,
     is_tensor,
+    moved,
     paddle_dtype,
     shaped,
     sizes_of,
@@ -28,7 +29,9 @@ from polyexport.lowering.value import Tensor, Value
 def transpose(x: Value, *, perm: list[int] | None = None) -> Any:
     """All axes turned round, if none is named."""
     order = list(range(x.rank or 0))[::-1] if perm is None else perm
-    return x.permuted(order) if x.known is not None else paddle.transpose(x.tensor, order)
+    if x.known is not None:
+        return x.permuted(order)
+    return moved(x.tensor, len(order), lambda each: paddle.transpose(each, order))
 
 
 @OPS.op("Shape", narrow=True)
@@ -108,7 +111,8 @@ def unsqueeze(x: Value, axes: Value, *, node: Node) -> Tensor:
     if places is None:
         raise node.unsupported("its axes are not known before the run")
     rank = (x.rank or 0) + len(places)
-    return paddle.unsqueeze(x.tensor, sorted(axis % rank for axis in places)) if places else x.tensor
+    new = sorted(axis % rank for axis in places)
+    return moved(x.tensor, rank, lambda each: paddle.unsqueeze(each, new)) if new else x.tensor
 
 
 @OPS.op("Unsqueeze", narrow=True)
@@ -305,7 +309,7 @@ def pad(
         sides[axis] = (amounts[i], amounts[i + len(chosen)])
     fill = node.value(np.zeros((), x.dtype)) if value is None else value
     if mode != "constant" or any(map(is_tensor, amounts)) or fill.known is None or not np.isfinite(fill.known).all():
-        return _looked_up(x.tensor, sides, paddle.reshape(fill.tensor, []), mode)
+        return looked_up(x.tensor, sides, paddle.reshape(fill.tensor, []), mode)
     return padded(x.tensor, sides, fill.known.item())
 
 
@@ -323,8 +327,22 @@ def padded(tensor: Tensor, sides: list[tuple[int, int]], fill: float) -> Tensor:
     cuts = [cut for cut in cuts if cut[1:] != (0, _FAR)]
     if cuts:
         tensor = paddle.slice(tensor, *(list(part) for part in zip(*cuts, strict=True)))
-    amounts = [max(each, 0) for side in sides for each in side]
-    return paddle.nn.functional.pad(tensor, amounts, value=fill, pad_from_left_axis=True) if any(amounts) else tensor
+    wide = [(max(before, 0), max(after, 0)) for before, after in sides]
+    if 3 <= len(wide) <= 5 and not any(map(any, wide[:2])) and any(map(any, wide)):
+        return paddle.nn.functional.pad(tensor, [each for side in reversed(wide[2:]) for each in side], value=fill)
+    for axis, (before, after) in enumerate(wide):  # Paddle's operator for any axis pads others when oneDNN runs it
+        parts = [_filled(tensor, axis, before, fill), tensor, _filled(tensor, axis, after, fill)]
+        tensor = paddle.concat([part for part in parts if part is not None], axis) if before or after else tensor
+    return tensor
+
+
+def _filled(tensor: Tensor, axis: int, count: int, fill: float) -> Tensor | None:
+    """As many slices of one value, None for no slice."""
+    if not count:
+        return None
+    sizes = paddle.cast(paddle.shape(tensor), "int64")
+    own = [sizes[i] if size < 0 else size for i, size in enumerate(tensor.shape)]
+    return paddle.full([*own[:axis], count, *own[axis + 1 :]], fill, tensor.dtype)
 
 
 def source_of(size: Any, before: Any, after: Any, mode: str) -> Tensor:
@@ -339,8 +357,8 @@ def source_of(size: Any, before: Any, after: Any, mode: str) -> Tensor:
     return paddle.minimum(place, turn - place)
 
 
-def _looked_up(tensor: Tensor, sides: list[tuple[Any, Any]], fill: Tensor, mode: str) -> Tensor:
-    """Each entry of the padded tensor by its place in the other; Paddle has such modes for few ranks only."""
+def looked_up(tensor: Tensor, sides: list[tuple[Any, Any]], fill: Tensor, mode: str = "constant") -> Tensor:
+    """Padded, and cut where an amount is negative, by the place in the tensor that each entry of the result repeats."""
     rank = len(sides)
     for axis, (before, after) in enumerate(sides):
         if not is_tensor(before) and not is_tensor(after) and not before and not after:

@@ -28,6 +28,8 @@ _WIDE = {
 }
 """Types that Paddle stores and casts but has hardly a CPU kernel for, and the type that is computed in instead."""
 
+_ONEDNN_AXES = 6  # more than that it does not take; its kernels are of float32, so that float64 goes past it
+
 _PARAMETER_FROM = 64  # entries; smaller constants are written into the program, where the runtime can fold them
 
 _EXACT = 2**53  # a program's constants are saved as doubles
@@ -77,9 +79,16 @@ def _widened(function: Function) -> Function:
 
 def _wide(value: Any) -> Any:
     """The value in a type with kernels; itself where it has one, or where it is no tensor."""
-    if not isinstance(value, Value) or value.dtype not in _WIDE:
-        return value
-    return cast(value, _WIDE[value.dtype])
+    wider = _wider(value)
+    return value if wider is None else cast(value, wider)
+
+
+def _wider(value: Any) -> np.dtype[Any] | None:
+    if not isinstance(value, Value):
+        return None
+    if value.dtype == np.float32 and (value.rank or 0) > _ONEDNN_AXES:
+        return np.dtype(np.float64)
+    return _WIDE.get(value.dtype)
 
 
 def _types(node: Node, inputs: Sequence[Any]) -> Mapping[int, np.dtype[Any]]:
@@ -89,7 +98,7 @@ def _types(node: Node, inputs: Sequence[Any]) -> Mapping[int, np.dtype[Any]]:
     schema: Any = onnx.defs.get_schema(node.proto.op_type, node.version, node.proto.domain)
     given = {}
     for place, value in enumerate(inputs):
-        if isinstance(value, Value) and value.dtype in _WIDE:
+        if _wider(value) is not None:
             given[schema.inputs[min(place, len(schema.inputs) - 1)].type_str] = value.dtype
     names = [schema.outputs[min(place, len(schema.outputs) - 1)].type_str for place in range(node.outputs)]
     return {place: given[name] for place, name in enumerate(names) if name in given}
@@ -217,8 +226,19 @@ def entries_of(shape: Value, node: Node) -> list[Any]:
     return [content[i] if size is None else int(size) for i, size in enumerate(sizes)]
 
 
+def moved(tensor: Tensor, axes: int, move: Callable[[Tensor], Tensor]) -> Tensor:
+    """What becomes of a tensor that is only moved, to a number of axes; past oneDNN where that takes no such number."""
+    if tensor.dtype != paddle.float32 or max(axes, len(tensor.shape)) <= _ONEDNN_AXES:
+        return move(tensor)
+    return paddle.cast(move(paddle.cast(tensor, "float64")), "float32")
+
+
 def shaped(tensor: Tensor, sizes: Sequence[Any]) -> Tensor:
     """Reshaped to sizes of which some may be scalar tensors; an `int` of 0 is meant as one."""
+    return moved(tensor, len(sizes), lambda each: _shaped(each, sizes))
+
+
+def _shaped(tensor: Tensor, sizes: Sequence[Any]) -> Tensor:
     free = [axis for axis, size in enumerate(sizes) if is_tensor(size)]
     if 0 in [size for size in sizes if not is_tensor(size)]:
         return paddle.zeros(list(sizes), tensor.dtype)  # Paddle's reshape would keep a size there

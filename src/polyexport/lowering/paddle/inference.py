@@ -1,0 +1,83 @@
+"""What Paddle Inference would break of a program that Paddle's executor runs rightly, mended while it is made.
+
+On a CPU the runtime's defaults compute by oneDNN, and two passes over a program go wrong there:
+
+* An operator may overwrite its input where no later one reads it. A tensor goes from oneDNN to an operator without a
+  kernel of oneDNN's under a name of its own but without a copy, and the pass looks at the names: in `y = x * 3;
+  z = floor(y) + y` the last y is floor(y) already.
+* Operators that oneDNN can run as one become one, whatever the type. oneDNN has kernels for float32; of any other type
+  the first operator alone is run, or none: of integers `(a - b) * 2` is `a - b`.
+
+A copy by `tile`, which oneDNN does not know, no operator overwrites and no pass takes away, stops both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import paddle
+from paddle.static import Program
+
+from polyexport.lowering.value import Tensor
+
+_OVERWRITING = {
+    "abs", "add", "add_n", "cast", "clip", "divide", "elu", "exp", "multiply", "relu", "reshape", "round", "scale",
+    "sigmoid", "softmax", "sqrt", "subtract", "tanh", "transpose",
+}  # fmt: skip  # words, not lines
+"""Operators that may overwrite their input and that oneDNN has kernels for, so that the pass knows what they read."""
+
+_FUSED = _OVERWRITING | {
+    "concat", "conv2d", "conv2d_transpose", "conv3d", "conv3d_transpose", "depthwise_conv2d", "gelu", "hardsigmoid",
+    "hardswish", "leaky_relu", "matmul", "mish", "relu6", "silu", "softplus", "squeeze", "swish", "unsqueeze",
+}  # fmt: skip  # the same
+"""Operators that a pass may make one of with the one before or behind."""
+
+
+def guard(program: Program) -> None:
+    """Copy what an operator would overwrite or be made one of wrongly."""
+    pir = paddle.base.libpaddle.pir
+    for op in list(_operations(program.global_block())):
+        for place, tensor in enumerate(op.operands_source()):
+            if _is_copied(tensor) and _is_in_danger(tensor, op):
+                pir.set_insertion_point(op)
+                op.operand(place).set_source(paddle.tile(tensor, [1] * len(tensor.shape)))
+    pir.set_insertion_point_to_block_end(program.global_block())
+
+
+def _operations(block: Any) -> Iterator[Any]:
+    for op in block.ops:
+        yield op
+        for inner in op.blocks():
+            yield from _operations(inner)
+
+
+def _is_copied(tensor: Tensor) -> bool:
+    """Whether `tile` takes it."""
+    types = (paddle.bool, paddle.int32, paddle.int64, paddle.float32, paddle.float64)
+    return bool(tensor.initialized()) and tensor.is_dense_tensor_type() and tensor.dtype in types and tensor.ndim < 8
+
+
+def _name(op: Any) -> str:
+    return "" if op is None else str(op.name()).removeprefix("pd_op.").removesuffix("_")
+
+
+def _is_in_danger(tensor: Tensor, op: Any) -> bool:
+    """Whether an operator needs a tensor of its own: oneDNN computes in float32, and casts from there."""
+    name, source = _name(op), _name(tensor.get_defining_op())
+    if tensor.dtype != paddle.float32 and name in _FUSED and source in _FUSED:
+        return True
+    overwrites = name not in _OVERWRITING and hasattr(paddle._C_ops, f"{name}_")
+    return overwrites and not tensor.has_one_use() and (tensor.dtype == paddle.float32 or source == "cast")
+
+
+def read(inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor], program: Program) -> list[Tensor]:
+    """The inputs that an output depends on; Paddle saves no program with another one."""
+    from paddle.autograd.backward_utils import ValueSet, get_real_op_inputs, get_real_op_outputs, some_in_set
+
+    needed = ValueSet(outputs.values())
+    for op in reversed(program.global_block().ops):
+        if some_in_set(get_real_op_outputs(op), needed):
+            for tensor in get_real_op_inputs(op):
+                needed.add(tensor)
+    return [tensor for tensor in inputs.values() if tensor in needed]
