@@ -54,6 +54,7 @@ FUNCTIONS = {
     "clamp": (lambda x: x.clamp(-0.5, 0.7), ROWS),
     "erf": (torch.erf, ROWS),
     "exp, log": (lambda x: torch.log(torch.exp(x) + 1), ROWS),
+    "reciprocal of little": (lambda x: 1 / (x.abs() * 0.01 + 0.01), ROWS),
     "rsqrt": (lambda x: torch.rsqrt(x.abs() + 0.1), ROWS),
     "reciprocal": (lambda x: torch.reciprocal(x.abs() + 1), ROWS),
     "pow": (lambda x: x.abs() ** 1.7, ROWS),

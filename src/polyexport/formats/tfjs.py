@@ -172,7 +172,16 @@ class _Faster:
         self.first_ms = 0.0
 
     def __call__(self, inputs: Arrays) -> Arrays:
-        return self._ask(self._backend, inputs) if self._backend else self._choose(inputs)
+        if not self._backend:
+            return self._choose(inputs)
+        try:
+            return self._ask(self._backend, inputs)
+        except RuntimeError as error:  # what wasm could do for one batch size, it may not for another
+            if self._backend == "cpu":
+                raise
+            answer = self._ask("cpu", inputs)
+            self._settle("cpu", f"wasm cannot run it at every size: {error}")
+            return answer
 
     def _choose(self, inputs: Arrays) -> Arrays:
         answer, first_ms, cpu_ms = self._timed("cpu", inputs)
@@ -188,9 +197,14 @@ class _Faster:
                 other = f"wasm differs: {agreed.reason}"
             elif wasm_ms < cpu_ms:
                 answer, self._backend, self.first_ms = found, "wasm", first_ms
-        self.device = f"cpu ({self._backend} backend)"
-        self.verified_by = f"TensorFlow.js in Node, {self._backend} backend ({other})"
+        self._settle(self._backend, other)
         return answer
+
+    def _settle(self, backend: str, other: str) -> None:
+        """Use a backend from now on, and say what became of the other one."""
+        self._backend = backend
+        self.device = f"cpu ({backend} backend)"
+        self.verified_by = f"TensorFlow.js in Node, {backend} backend ({other})"
 
     def _timed(self, backend: str, inputs: Arrays) -> tuple[Arrays, float, float]:
         """The answer, and the milliseconds of a first and of a second call."""

@@ -97,19 +97,36 @@ def prod(context: Any, node: Any) -> None:
 
 
 def where(context: Any, node: Any) -> None:
-    """A choice between two scalars, whose shape coremltools would take for that of the result."""
+    """A choice whose result has the shape of all three inputs; MIL's has that of the two that are chosen from."""
     from coremltools.converters.mil import Builder as mb
     from coremltools.converters.mil.frontend.torch import ops
+    from coremltools.converters.mil.mil.types.symbolic import any_symbolic
 
     values = ops._get_inputs(context, node)
-    if len(values) != 3 or any(value is None or value.rank for value in values[1:]) or not values[0].rank:
+    shapes = [tuple(value.shape) for value in values if value is not None]
+    scalars = len(values) == 3 and not any(shapes[1:])
+    if len(shapes) != 3 or len(set(shapes)) == 1 or not (scalars or any(map(any_symbolic, shapes))):
         ops.where(context, node)
         return
     condition, first, second = values
     wanted = "fp32" if "fp" in _cast_name(first) + _cast_name(second) else "int32"
     nothing = mb.mul(x=mb.cast(x=condition, dtype=wanted), y=mb.cast(x=0, dtype=wanted))
+    for value in (first, second):
+        same = mb.equal(x=mb.cast(x=value, dtype=wanted), y=mb.cast(x=value, dtype=wanted))
+        nothing = mb.mul(x=nothing, y=mb.cast(x=same, dtype=wanted))  # of its shape, and still zero
     a, b = (mb.add(x=nothing, y=mb.cast(x=value, dtype=wanted)) for value in (first, second))
-    context.add(mb.select(cond=mb.cast(x=condition, dtype="bool"), a=a, b=b, name=node.name))
+    wide = mb.not_equal(x=mb.add(x=nothing, y=mb.cast(x=condition, dtype=wanted)), y=mb.cast(x=0, dtype=wanted))
+    booleans = _cast_name(first) == _cast_name(second) == "bool"
+    chosen = mb.select(cond=wide, a=a, b=b, name=node.name + ("_number" if booleans else ""))
+    context.add(mb.cast(x=chosen, dtype="bool", name=node.name) if booleans else chosen, torch_name=node.name)
+
+
+def reciprocal(context: Any, node: Any) -> None:
+    """One divided by it; MIL's own `inverse` adds an epsilon of 1e-4 to it first."""
+    from coremltools.converters.mil import Builder as mb
+    from coremltools.converters.mil.frontend.torch.ops import _get_inputs
+
+    context.add(mb.real_div(x=1.0, y=mb.cast(x=_get_inputs(context, node)[0], dtype="fp32"), name=node.name))
 
 
 # --- adaptive pooling -------------------------------------------------------------------------------------------------
@@ -164,6 +181,7 @@ _COMPOSITES = {
     "diff": diff,
     "prod": prod,
     "where": where,
+    "reciprocal": reciprocal,
     **{f"adaptive_avg_pool{rank}d": adaptive_avg_pool for rank in (1, 2, 3)},
     **{f"_adaptive_avg_pool{rank}d": adaptive_avg_pool for rank in (2, 3)},
     **{f"adaptive_max_pool{rank}d": adaptive_max_pool for rank in (1, 2, 3)},
