@@ -67,6 +67,14 @@ def written_out() -> Iterator[None]:
         torch.Tensor.__and__: _logical(torch.Tensor.__and__, torch.logical_and),
         torch.Tensor.__or__: _logical(torch.Tensor.__or__, torch.logical_or),
         torch.Tensor.__xor__: _logical(torch.Tensor.__xor__, torch.logical_xor),
+        torch.kthvalue: kthvalue,
+        torch.Tensor.kthvalue: kthvalue,
+        torch.movedim: movedim,
+        torch.Tensor.movedim: movedim,
+        torch.nn.functional.pad: pad,
+        torch.take_along_dim: take_along_dim,
+        torch.Tensor.take_along_dim: take_along_dim,
+        torch.hypot: lambda x, other: (x * x + other * other).sqrt(),
         torch.sum: total,
         torch.Tensor.sum: total,
     }
@@ -175,7 +183,7 @@ def unfold(x: torch.Tensor, dimension: int, size: int, step: int) -> torch.Tenso
     axis = dimension % x.dim()
     starts = torch.arange(0, x.shape[axis] - size + 1, step)
     places = starts.unsqueeze(1) + torch.arange(size)
-    return x.movedim(axis, -1)[..., places].movedim(-2, axis)
+    return movedim(movedim(x, axis, -1)[..., places], -2, axis)
 
 
 def bucketize(
@@ -211,7 +219,7 @@ def diagonal(x: torch.Tensor, offset: int = 0, dim1: int = 0, dim2: int = 1) -> 
     if not all(type(size) is int for size in sizes):  # free, or followed by a trace
         return torch.diagonal(x, offset, dim1, dim2)
     rows = torch.arange(max(0, -offset), max(0, -offset, min(sizes[0], sizes[1] - offset)))
-    return x.movedim((dim1, dim2), (-2, -1))[..., rows, rows + offset]
+    return movedim(x, (dim1, dim2), (-2, -1))[..., rows, rows + offset]
 
 
 _LONGEST = 512  # entries; their products are a square of that side
@@ -225,8 +233,8 @@ def cumprod(x: torch.Tensor, dim: int, **more: Any) -> torch.Tensor:
     if more or count > _LONGEST or not x.is_floating_point():
         return torch.cumprod(x, dim, **more)
     first = torch.ones(count, count, dtype=torch.bool).tril()
-    moved = x.movedim(dim, -1).unsqueeze(-2)
-    return torch.where(first, moved, torch.ones_like(moved)).prod(-1).movedim(-1, dim)
+    moved = movedim(x, dim, -1).unsqueeze(-2)
+    return movedim(torch.where(first, moved, torch.ones_like(moved)).prod(-1), -1, dim)
 
 
 def quantile(
@@ -237,7 +245,7 @@ def quantile(
 
     if isinstance(q, torch.Tensor) or interpolation != "linear":
         return torch.quantile(x, q, dim, keepdim, interpolation=interpolation)
-    moved = x.flatten() if dim is None else x.movedim(dim, -1)
+    moved = x.flatten() if dim is None else movedim(x, dim, -1)
     place = q * (int(moved.shape[-1]) - 1)
     ordered, low = moved.sort(-1).values, int(place)
     high = min(low + 1, int(moved.shape[-1]) - 1)
@@ -251,15 +259,54 @@ def median(x: torch.Tensor, dim: int | None = None, keepdim: bool = False) -> An
     """`torch.median`: the lower middle of the sorted entries, and along an axis its place."""
     import torch
 
-    along = x.flatten() if dim is None else x.movedim(dim, -1)
-    ordered = along.sort(-1)
-    middle = (int(along.shape[-1]) - 1) // 2
-    values, places = ordered.values[..., middle], ordered.indices[..., middle]
     if dim is None:
-        return values
+        return kthvalue(x.flatten(), (x.numel() + 1) // 2).values
+    return torch.return_types.median(tuple(kthvalue(x, (int(x.shape[dim]) + 1) // 2, dim, keepdim)))
+
+
+def kthvalue(x: torch.Tensor, k: int, dim: int = -1, keepdim: bool = False) -> Any:
+    """`torch.kthvalue`: the `k`th of the sorted entries, and its place."""
+    import torch
+
+    values, places = (movedim(each, dim, -1)[..., k - 1] for each in x.sort(dim))
     if keepdim:
         values, places = values.unsqueeze(dim), places.unsqueeze(dim)
-    return torch.return_types.median((values, places))
+    return torch.return_types.kthvalue((values, places))
+
+
+def movedim(x: torch.Tensor, source: Any, destination: Any) -> torch.Tensor:
+    """`torch.movedim` as a permutation, which every converter knows."""
+    pairs = zip(*([each] if isinstance(each, int) else each for each in (source, destination)), strict=True)
+    placed = {to % x.dim(): from_ % x.dim() for from_, to in pairs}
+    rest = iter([axis for axis in range(x.dim()) if axis not in placed.values()])
+    return x.permute([placed[axis] if axis in placed else next(rest) for axis in range(x.dim())])
+
+
+def pad(x: torch.Tensor, pad: Any, mode: str = "constant", value: float | None = None) -> torch.Tensor:
+    """`torch.nn.functional.pad` in circles by joining slices; hardly a converter knows that mode."""
+    import torch
+
+    if mode != "circular" or any(not isinstance(each, int) or each < 0 for each in pad):
+        return torch.nn.functional.pad(x, pad, mode, value)
+    for place in range(len(pad) // 2):
+        axis, before, after = x.dim() - 1 - place, pad[2 * place], pad[2 * place + 1]
+        ends = (x.narrow(axis, x.shape[axis] - before, before), x, x.narrow(axis, 0, after))
+        x = torch.cat([part for part, size in zip(ends, (before, 1, after), strict=True) if size], axis)
+    return x
+
+
+def take_along_dim(x: torch.Tensor, indices: torch.Tensor, dim: int | None = None) -> torch.Tensor:
+    """`torch.take_along_dim` as a gather, which compares no axes; one of size 1 is repeated as the other needs."""
+    import torch
+
+    if dim is None:
+        return x.flatten().gather(0, indices.flatten())
+    if x.dim() != indices.dim():
+        return torch.take_along_dim(x, indices, dim)
+    pairs = [list(pair) for pair in zip(x.shape, indices.shape, strict=True)]
+    pairs[dim] = [-1, -1]
+    mine, theirs = ([b if type(a) is int and a == 1 else -1 for a, b in each] for each in (pairs, map(reversed, pairs)))
+    return x.expand(mine).gather(dim, indices.expand(theirs))
 
 
 def _logical(operator: Callable[..., Any], named: Callable[..., Any]) -> Callable[..., Any]:
