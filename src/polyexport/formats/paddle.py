@@ -98,12 +98,13 @@ _BROKEN_PASSES = (
     "operator_reshape_onednn_fuse_pass",
     "operator_scale_onednn_fuse_pass",
     "operator_unsqueeze_onednn_fuse_pass",
+    "squeeze_transpose_onednn_fuse_pass",
 )
 """What Paddle 3.2's own optimiser breaks a correct program with on CPUs; the snippet below leaves it out too.
 
 The first lets an operator overwrite its input where oneDNN's operators share that with another one, so that of `sin(x)`
 and `cos(x)` neither is right. The others fuse what follows into an operator that forgets it where oneDNN has no kernel
-for its type, integers say, or where an axis is free.
+for its type, integers say, or where an axis is free; or, the last one, that is taken to have an axis too many.
 """
 
 
