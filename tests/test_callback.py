@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -85,6 +86,23 @@ class Silent(runs.Scripted):
 def test_a_forward_that_validation_never_calls_is_told_in_the_sanity_check(tmp_path):
     model = Silent([3.0, 2.0])
     with pytest.raises(BadRequest, match=r"forward was not called on the first validation batch.*example_input_array"):
+        fit(tmp_path, ExportCallback([GOOD]), model)
+    assert float(model.clock) == 0
+
+
+class Opaque(runs.Scripted):
+    """Wraps what it is given in something that no converter can take."""
+
+    def forward(self, x: Any) -> torch.Tensor:
+        return super().forward(x.tensor if isinstance(x, SimpleNamespace) else x)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        super().validation_step([SimpleNamespace(tensor=batch[0])], batch_idx)
+
+
+def test_an_argument_that_no_converter_can_take_is_told_in_the_sanity_check(tmp_path):
+    model = Opaque([3.0, 2.0])
+    with pytest.raises(BadRequest, match=r"forward's argument x is a SimpleNamespace, .*; give inputs="):
         fit(tmp_path, ExportCallback([GOOD]), model)
     assert float(model.clock) == 0
 

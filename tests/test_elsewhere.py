@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -25,6 +26,7 @@ from lightning_export import ExportCallback
 from planted import GOOD
 from planted import planted as plant
 from polyexport import BadRequest, Engine
+from polyexport.versions import git_commit
 
 NET = nn.Sequential(nn.Linear(5, 3))
 ROWS = torch.randn(4, 5, generator=torch.Generator().manual_seed(1))
@@ -42,7 +44,8 @@ def dask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     commands = [["scheduler", *local, "--port", "0"], *[["worker", *local, "--no-nanny", "--nthreads", "2"]] * 2]
     with (tmp_path / "dask.log").open("w") as log:
         processes = [
-            subprocess.Popen([sys.executable, "-m", "dask", *command], stdout=log, stderr=log) for command in commands
+            subprocess.Popen([sys.executable, "-m", "dask", *command], stdout=log, stderr=log, cwd=tmp_path)
+            for command in commands
         ]
         try:
             with Client(scheduler_file=address, timeout=60) as client:
@@ -72,6 +75,8 @@ def test_a_real_cluster_exports_and_a_worker_that_is_killed_costs_one_more_try(t
     assert [(each.state, each.reason) for each in report.outcomes] == [("verified", "")] * 3
     assert len(dask.scheduler_info()["workers"]) == 1, "one was killed"
     assert list((tmp_path / "staging").iterdir()) == []
+    about = json.loads((report.folder / "manifest.json").read_text())["environment"]
+    assert about["git_commit"] == git_commit(), "this machine's code, not what lies in the folder of a worker"
     checkpoint = torch.load(trainer.checkpoint_callback.best_model_path, weights_only=True)
     assert "optimizer_states" in checkpoint, "the user's checkpoint is as it was, though it was linked"
     assert (report.folder / report["torchscript"].artifact.path).exists()

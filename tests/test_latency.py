@@ -5,6 +5,8 @@ import itertools
 import numpy as np
 import pytest
 
+import written
+from polyexport.bench import _recorded
 from polyexport.latency import sample_ms, summarise, warm_up
 
 
@@ -28,6 +30,15 @@ def test_p99_is_not_given_below_a_hundred_samples():
 
 def test_throughput_counts_rows_not_calls():
     assert measured([2.0] * 10, batch=4).throughput_per_second == pytest.approx(4 / 2e-3)
+
+
+def test_figures_of_a_busy_machine_are_told_until_they_are_measured_again(tmp_path):
+    report = written.export(tmp_path / "export", step=4)
+    busy = _recorded(report, {"good": measured([2.0] * 10, waited=0.4), "static": measured([2.0] * 10)}, {})
+    assert busy.notes == (
+        "latency was measured on a busy machine: runtimes waited for a processor up to 40% of the time",
+    )
+    assert _recorded(busy, {"good": measured([2.0] * 10, waited=0.02)}, {}).notes == ()
 
 
 def test_no_samples_is_an_error():

@@ -47,7 +47,7 @@ def test_mlflow_has_each_figure_over_the_checkpoints_and_what_agreed(reports, tm
     assert (tags["export/good/state"], tags["export/lost/state"]) == ("verified", "skipped")
     (artifacts,) = tmp_path.glob("mlflow/*/*/artifacts/export")
     files = {path.relative_to(artifacts).as_posix() for path in artifacts.rglob("*") if path.is_file()}
-    assert files == {"report.json", "report.md", "good/model.json", "static/model.json"}
+    assert files == {"report.json", "report.md", "report.html", "good/model.json", "static/model.json"}
     assert (artifacts / "good" / "model.json").read_bytes() == (best / "good" / "model.json").read_bytes()
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchmetrics
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.nn import functional
@@ -15,11 +16,24 @@ from torch.nn import functional
 from lightning_export import ExportCallback
 from planted import GOOD, planted, wrong
 from polyexport import BadRequest, Report, Tolerance
-from runs import Noisy, loader
+from runs import CLASSES, Noisy, loader
 
 ANYTHING_GOES = Tolerance(rtol=None, atol=None, misses=1.0, cosine=-1.0, top1=0.0)
 TURNED = replace(planted("turned", wrong), tolerance=ANYTHING_GOES)
 """Answers the negative of what PyTorch does, and is not judged by it."""
+
+
+class Judged(Noisy):
+    """Logs a `torchmetrics.Metric` too, as most do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.accuracy = torchmetrics.Accuracy("multiclass", num_classes=CLASSES)
+
+    def validation_step(self, batch, batch_idx: int) -> None:
+        super().validation_step(batch, batch_idx)
+        self.accuracy(self(batch[0]), batch[1])
+        self.log("val_acc", self.accuracy)
 
 
 def fitted(folder: Path, **settings) -> tuple[ExportCallback, Noisy, torch.Tensor]:
@@ -31,7 +45,7 @@ def fitted(folder: Path, **settings) -> tuple[ExportCallback, Noisy, torch.Tenso
         max_epochs=2, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
         callbacks=[checkpoint, export], default_root_dir=folder, num_sanity_val_steps=0,
     )  # fmt: skip
-    model = Noisy()
+    model = Judged()
     trainer.fit(model, loader(shuffle=True), loader())
     drawn = torch.rand(3)
     best = Noisy()
@@ -51,12 +65,14 @@ def test_each_runtime_has_the_metrics_that_its_answers_give(run):
     with torch.no_grad():
         expected = float(functional.cross_entropy(best(x), y))
         turned = float(functional.cross_entropy(-best(x), y))
+        accuracy = float((best(x).argmax(-1) == y).float().mean())
+        turned_accuracy = float((best(x).argmin(-1) == y).float().mean())
     report = export.reports[-1]
     assert report.notes == ()
-    assert report.metrics == {"val_loss": pytest.approx(expected, rel=1e-5)}
+    assert report.metrics == {"val_loss": pytest.approx(expected, rel=1e-5), "val_acc": accuracy}
     for name in ("good", "torchscript"):
-        assert report[name].metrics == {"val_loss": pytest.approx(expected, rel=1e-5)}
-    assert report["turned"].metrics == {"val_loss": pytest.approx(turned, rel=1e-5)}
+        assert report[name].metrics == {"val_loss": pytest.approx(expected, rel=1e-5), "val_acc": accuracy}
+    assert report["turned"].metrics == {"val_loss": pytest.approx(turned, rel=1e-5), "val_acc": turned_accuracy}
     assert abs(turned - expected) > 0.01
 
 

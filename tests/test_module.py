@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections import namedtuple
+from collections import UserDict, namedtuple
 from dataclasses import dataclass
 
 import numpy as np
@@ -116,6 +116,37 @@ def test_inputs_have_the_names_of_the_arguments():
     made = flat(Net(), (one, {"a": one, "b": (one, 5)}, one), {"mask": one, "scale": 2.0})
     assert made.input_names == ("ids", "options_a", "options_b_0", "rest_0", "mask")
     assert made(*made.example).tolist() == [5.0, 5.0]
+
+
+class Batch(UserDict):
+    """As transformers' `BatchEncoding`: a mapping that is no dict, with attributes of its own."""
+
+    rows = 2
+
+
+@dataclass(frozen=True)
+class Sample:
+    batch: Batch
+    scale: float = 1.0
+
+
+def test_mappings_and_dataclasses_reach_forward_as_what_they_are(tmp_path):
+    class Net(nn.Module):
+        def forward(self, samples):
+            first = samples[0]
+            assert isinstance(first, Sample)
+            assert isinstance(first.batch, Batch)
+            return first.batch["x"] * first.scale + first.batch["more"]["y"] + first.batch.rows
+
+    one = torch.ones(2)
+    call = [Sample(Batch(x=one, more=Batch(y=3 * one)), 5.0)]
+    made = flat(Net(), (call,), {})
+    assert made.input_names == ("samples_0_batch_x", "samples_0_batch_more_y")
+    assert made(one, 2 * one).tolist() == [9.0, 9.0]
+    modules.save_call((call,), {}, tmp_path)
+    tensors = modules.call_tensors(modules.call_file(tmp_path))
+    assert [tensor.tolist() for tensor in tensors] == [[1.0, 1.0], [3.0, 3.0]]
+    assert call[0].batch["x"] is one
 
 
 @pytest.mark.parametrize(

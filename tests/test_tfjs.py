@@ -17,14 +17,14 @@ def asked(cpu_seconds: float, wasm_seconds: float, wasm: Arrays | Exception) -> 
     """A model that answers like this, and the backends that it was asked on."""
     used: list[str] = []
 
-    def ask(backend: str, inputs: Arrays) -> Arrays:
+    def ask(backend: str, inputs: Arrays) -> tuple[Arrays, int]:
         used.append(backend)
         time.sleep(cpu_seconds if backend == "cpu" else wasm_seconds)
         if backend == "cpu":
-            return RIGHT
+            return RIGHT, 1_000_000
         if isinstance(wasm, Exception):
             raise wasm
-        return wasm
+        return wasm, 2_000_000
 
     return _Faster(ask), used
 
@@ -46,6 +46,23 @@ def test_the_faster_backend_that_agrees_is_used_and_named(cpu_seconds, wasm_seco
     assert run.device == f"cpu ({backend} backend)"
     assert run.verified_by.startswith(f"TensorFlow.js in Node, {backend} backend (")
     assert says in run.verified_by
+    assert run.peak_memory_bytes == (1_000_000 if backend == "cpu" else 2_000_000)
+
+
+def test_a_backend_that_fails_at_another_size_is_left():
+    run, used = asked(0.1, 0.0, RIGHT)
+    ask = run._ask
+
+    def smaller(backend, inputs):
+        if backend == "wasm" and inputs:
+            raise RuntimeError("memory access out of bounds")
+        return ask(backend, inputs)
+
+    run._ask = smaller
+    run({})
+    assert np.array_equal(run({"x": RIGHT["y"]})["y"], RIGHT["y"])
+    assert used[-1] == "cpu"
+    assert run.verified_by.endswith("cpu backend (wasm cannot run it at every size: memory access out of bounds)")
 
 
 def test_a_sum_fused_with_a_whole_tensor_is_taken_apart_and_a_bias_is_not():

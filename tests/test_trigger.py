@@ -109,7 +109,7 @@ def test_lightnings_own_default_checkpoint_is_followed(tmp_path):
 def test_save_top_k_zero_gives_the_weights_at_fit_end(tmp_path):
     recording = fit(tmp_path, [2.0, 1.0], ModelCheckpoint(monitor="val_loss", save_top_k=0))
     assert recording.taken == [("epoch=2-step=8", 8, 8.0)]
-    assert "no ModelCheckpoint wrote a best checkpoint" in recording._notes[-1]
+    assert "there was no best checkpoint on disk" in recording._notes[-1]
 
 
 def test_no_checkpointing_at_all_gives_the_weights_at_fit_end(tmp_path):

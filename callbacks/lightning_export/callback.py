@@ -25,6 +25,7 @@ from lightning_export.capture import Spy, hold, save
 from lightning_export.loggers import sinks
 from lightning_export.metrics import measured
 from polyexport import BadRequest, Engine, ExportFailed, Format, Report, Request, ToolMissing, console, plan
+from polyexport.flat import taken_apart
 from polyexport.folders import BEST, link, unfinished
 from polyexport.formats import resolve
 from polyexport.module import UNAVAILABLE, WEIGHTS, as_call, save_call, selected
@@ -294,7 +295,20 @@ class ExportCallback(Callback):
     def _call(
         self, pl_module: LightningModule, batch: Any, seen: tuple[Any, Any] | None, *, early: bool
     ) -> tuple[Any, Any] | None:
-        """The arguments of forward: from `inputs`, else as seen, else from `example_input_array`."""
+        """The arguments of forward, if a converter can take them."""
+        try:
+            call = self._arguments(pl_module, batch, seen)
+            taken_apart(selected(pl_module, self.module).forward, *call)
+        except BadRequest as error:
+            if early:  # the sanity check: nothing is lost yet
+                raise
+            self._active = False
+            rank_zero_warn(f"{error}. Nothing is exported.")
+            return None
+        return call
+
+    def _arguments(self, pl_module: LightningModule, batch: Any, seen: tuple[Any, Any] | None) -> tuple[Any, Any]:
+        """From `inputs`, else as seen, else from `example_input_array`."""
         if self.inputs is not None:
             return as_call(self.inputs(batch))
         if seen is not None:
@@ -302,16 +316,11 @@ class ExportCallback(Callback):
         if self.module is None and _example(pl_module) is not None:
             return as_call(_example(pl_module))
         what = "forward" if self.module is None else f"forward of module={self.module!r}"
-        message = (
+        raise BadRequest(
             f"ExportCallback does not know what to feed: {what} was not called on the first validation batch; call it "
             "in validation_step, set example_input_array on the module, give module=<the part that is called>, or give "
             "inputs=<a function of the batch>"
         )
-        if early:  # the sanity check: nothing is lost yet
-            raise BadRequest(message)
-        self._active = False
-        rank_zero_warn(f"{message}. Nothing is exported.")
-        return None
 
     def _capture(self, trainer: Trainer, pl_module: LightningModule, call: tuple[Any, Any] | None) -> None:
         if call is None:
@@ -378,7 +387,7 @@ class ExportCallback(Callback):
         else:
             torch.save(pl_module.state_dict(), work / "source" / WEIGHTS)
         name = f"epoch={trainer.current_epoch}-step={trainer.global_step}"
-        self._notes += ("no ModelCheckpoint wrote a best checkpoint: these are the weights when fit ended",)
+        self._notes += ("there was no best checkpoint on disk: these are the weights when fit ended",)
         self._submit(trainer, work, name, Checkpoint(f"{name} (weights when fit ended)"), None)
 
     def _work(self, trainer: Trainer) -> Path:

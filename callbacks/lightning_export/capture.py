@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from polyexport.containers import closed, opened
 from polyexport.module import SHARDS, UNAVAILABLE, WEIGHTS, Select, save_call, save_structure, save_traced
 
 
@@ -37,7 +38,7 @@ class Spy:
         def spy(*args: Any, **kwargs: Any) -> Any:
             if self.call is None:
                 # copies, before forward can change them in place
-                self.call = pytree.tree_map_only(torch.Tensor, _copy, (args, kwargs))
+                self.call = closed(pytree.tree_map_only(torch.Tensor, _copy, opened((args, kwargs))))
             return forward(*args, **kwargs)
 
         module.__dict__["forward"] = spy

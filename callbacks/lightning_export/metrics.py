@@ -9,10 +9,12 @@ Requirements:
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
+import logging
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -59,6 +61,7 @@ def measured(
 def _copied(pl_module: Any, report: Report, trainer: Any) -> Any:
     """The module with the weights that were exported, and the data module's say on batches."""
     module = copy.deepcopy(pl_module).cpu().float()
+    module._metric_attributes = None  # Lightning finds a metric's name by its identity, which a copy changes
     weights = torch.load(report.folder / "source" / WEIGHTS, map_location="cpu", weights_only=True)
     module.load_state_dict(weights, strict=pl_module.strict_loading)
     data = trainer.datamodule
@@ -78,7 +81,7 @@ def _validated(trainer: Any, module: Any, select: Select, batches: int, run: Run
     if run is not None:
         part.__dict__["forward"] = _through(part, run)
     try:
-        with tempfile.TemporaryDirectory() as folder, isolate_rng():
+        with tempfile.TemporaryDirectory() as folder, isolate_rng(), _quiet():
             own = type(trainer)(
                 accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
                 enable_model_summary=False, limit_val_batches=batches, inference_mode=False, default_root_dir=folder,
@@ -89,6 +92,17 @@ def _validated(trainer: Any, module: Any, select: Select, batches: int, run: Run
         if before is not None:
             part.__dict__["forward"] = before
     return {name: float(value) for each in found for name, value in each.items()}
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the lines that every new trainer logs about the machine; warnings are shown."""
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.INFO))
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def _through(part: Any, run: Runner) -> Any:

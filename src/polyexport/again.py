@@ -77,7 +77,7 @@ def runnables(report: Report, formats: Mapping[str, Format]) -> list[Runnable]:
         if outcome.parity is None or outcome.format not in formats:
             continue
         each = formats[outcome.format]
-        made_by = next(route for route in each.routes if route.name == outcome.route)
+        made_by = next((route for route in each.routes if route.name == outcome.route), each.routes[0])
         spec = signature(report)  # PyTorch's, which a runner answers in, also where the artifact's own differs
         if len(outcome.parity.batches) == 1:  # made with fixed sizes; its inputs do not tell, where they are its own
             spec = spec.static()

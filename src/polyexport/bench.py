@@ -77,6 +77,10 @@ def sweep(
 
 
 _NO_LATENCY = "no latency of "
+_BUSY = "latency was measured on a busy machine"
+
+_QUIET = 0.1
+"""Share of its time that a runtime may have waited for others on a machine that passes for quiet."""
 
 _WORTH_IT = 1.05
 """Throughput of a doubled batch over that of the batch, from which on the next one is tried too."""
@@ -145,8 +149,11 @@ def _take_turns(talks: Mapping[str, Conversation], found: dict[str, dict[str, An
 def _recorded(report: Report, measured: Mapping[str, Latency], why_not: Mapping[str, str]) -> Report:
     baseline = measured.get(EAGER)
     outcomes = tuple(_with_latency(outcome, measured.get(outcome.format), baseline) for outcome in report.outcomes)
-    kept = (note for note in report.notes if not note.startswith(_NO_LATENCY))  # of an earlier time
-    notes = (f"{_NO_LATENCY}{name}: {why}" for name, why in why_not.items())
+    kept = (note for note in report.notes if not note.startswith((_NO_LATENCY, _BUSY)))  # of an earlier time
+    notes = [f"{_NO_LATENCY}{name}: {why}" for name, why in why_not.items()]
+    waited = max((latency.waited for latency in measured.values()), default=0.0)
+    if waited > _QUIET:
+        notes.append(f"{_BUSY}: runtimes waited for a processor up to {waited:.0%} of the time")
     report = replace(report, outcomes=outcomes, baseline=baseline, notes=(*kept, *notes))
     report.save()
     return report

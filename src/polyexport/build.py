@@ -92,6 +92,9 @@ class Build:
             static = self._built(each.name, dynamic=False)
             if static.outcome.state == "verified":
                 built, because = static, built.outcome.reason
+            elif static.outcome.state in ("failed", "mismatch") and static.outcome.reason != built.outcome.reason:
+                why = f"{built.outcome.reason}; with static shapes: {static.outcome.reason}"
+                built = replace(built, outcome=replace(built.outcome, reason=why))
         lost = [f"static shapes only, since with dynamic axes: {because}"] if because else []
         lost += [built.shortfall] if built.shortfall else []
         if lost and built.outcome.state == "verified":
@@ -173,6 +176,10 @@ class Build:
         ended, command = self._dispatcher.run(job, runtime, f"{label}.verify", log, gpu=each.needs_gpu)
         outcome = replace(outcome, seconds=seconds | {"verify": ended.seconds})
         outcome = judged(outcome, ended, command, target)
+        if outcome.state == "mismatch" and self._reference.undecidable:
+            outcome = replace(
+                outcome, state="unverified", reason=f"nothing can be proven: {self._reference.undecidable}"
+            )
         retry = outcome.state in ("failed", "mismatch") and ended.kind != "timed out"
         shortfall = ended.value.get("shortfall", "") if ended.ok else ""
         return Built(outcome, target, retry, warm, shortfall)
@@ -227,4 +234,5 @@ def _reason(best: Built, tried: Sequence[Built]) -> str:
     ]
     if verified:
         return f"by another route, since {'; '.join(told)}" if told else ""
-    return "; ".join(told) if len(told) > 1 else best.outcome.reason
+    different = len({built.outcome.reason for built in tried}) > 1
+    return "; ".join(told) if len(told) > 1 and different else best.outcome.reason

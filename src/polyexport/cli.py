@@ -23,7 +23,7 @@ from rich.table import Table
 from polyexport import checkpoint, console, plan, toolchain
 from polyexport.engine import Engine, export
 from polyexport.errors import BadRequest, PolyexportError
-from polyexport.folders import BEST
+from polyexport.folders import BEST, followed
 from polyexport.format import Format
 from polyexport.formats import known, resolve
 from polyexport.records import encode
@@ -287,7 +287,7 @@ def _lacks(each: Format) -> str:
 def _report(folder: Path) -> Report:
     """The report in a folder, or in the best export of it."""
     for place in (folder, folder / BEST):
-        if (place / "report.json").is_file():
+        if (followed(place) / "report.json").is_file():
             return Report.load(place)
     raise BadRequest(f"{folder} is no export, and has no best one in it: there is no report.json")
 

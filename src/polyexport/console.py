@@ -52,7 +52,7 @@ def table(report: Report, width: int) -> Table:
 def _plain(found: Sequence[Mapping[str, str]]) -> Table:
     drawn = Table(title="validation metrics", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for column in found[0]:
-        drawn.add_column(column, justify="left" if column == "format" else "right")
+        drawn.add_column(column, justify="left" if column == "format" else "right", overflow="fold")
     for row in found:
         drawn.add_row(*row.values())
     return drawn

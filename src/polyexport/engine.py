@@ -42,6 +42,7 @@ from polyexport.process import Workers
 from polyexport.records import decode, encode, read_json, write_json
 from polyexport.reference import Dynamic, Reference
 from polyexport.report import Checkpoint, Model, Outcome, Report, State, history, sentence
+from polyexport.versions import git_commit
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +181,7 @@ class Engine:
         self._watch("model", "running PyTorch")
         if request.held:
             _fetch(request.held, request.work / "source")
-        job = Job("prepare", options={"dynamic": request.dynamic})
+        job = Job("prepare", options={"dynamic": request.dynamic, "git_commit": git_commit()})
         ended, command = dispatcher.run(job, toolchain.HOST, "prepare", "logs/model.log")
         self._watch("model", None)
         if not ended.ok:

@@ -12,12 +12,12 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from polyexport.containers import closed, opened
 from polyexport.errors import BadRequest
 from polyexport.format import Runner
 from polyexport.spec import Arrays, ExportSpec
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
 _CONSTANTS = (bool, int, float, complex, str, bytes, type(None))
@@ -36,22 +36,7 @@ def flat(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> A
     import torch
     from torch.utils import _pytree as pytree
 
-    paths, tree = pytree.tree_flatten_with_path((tuple(args), dict(kwargs)))
-    names = _argument_names(module.forward, len(args))
-    leaves: list[Any] = []
-    inputs: dict[str, tuple[int, torch.Tensor]] = {}
-    for index, (path, leaf) in enumerate(paths):
-        leaves.append(leaf)
-        name = _unique(_identifier("_".join([_first(path, names), *map(_key, path[2:])])), inputs)
-        if isinstance(leaf, torch.Tensor):
-            inputs[name] = (index, leaf.float() if leaf.is_floating_point() else leaf)
-        elif not isinstance(leaf, (*_CONSTANTS, torch.dtype, torch.device)):
-            raise BadRequest(
-                f"forward's argument {name} is a {type(leaf).__name__}, which no converter can take; "
-                "give inputs=<a function of the batch> that returns tensors (or tuples and dicts of them)"
-            )
-    if not inputs:
-        raise BadRequest("forward received no tensor; give inputs=<a function of the batch> that returns some")
+    leaves, tree, inputs = taken_apart(module.forward, args, kwargs)
 
     class Flat(torch.nn.Module):
         def __init__(self) -> None:
@@ -60,13 +45,14 @@ def flat(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> A
             self.input_names = tuple(inputs)
             self.output_names: tuple[str, ...] = ()
             self.dropped: tuple[str, ...] = ()
-            self.example = tuple(tensor for _, tensor in inputs.values())
+            tensors = (leaves[index] for index in inputs.values())
+            self.example = tuple(tensor.float() if tensor.is_floating_point() else tensor for tensor in tensors)
 
         def forward(self, *tensors: Any) -> Any:
             values = list(leaves)
-            for (index, _), tensor in zip(inputs.values(), tensors, strict=True):
+            for index, tensor in zip(inputs.values(), tensors, strict=True):
                 values[index] = tensor
-            call_args, call_kwargs = pytree.tree_unflatten(values, tree)
+            call_args, call_kwargs = closed(pytree.tree_unflatten(values, tree))
             outputs, self.dropped = named_tensors(self.inner(*call_args, **call_kwargs), taken=inputs)
             self.output_names = tuple(outputs)
             return tuple(outputs.values()) if len(outputs) > 1 else next(iter(outputs.values()))
@@ -76,6 +62,34 @@ def flat(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> A
     parameters = [inspect.Parameter(name, kind) for name in ("self", *inputs)]
     Flat.forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # any function has one
     return Flat().eval()
+
+
+def taken_apart(
+    forward: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[list[Any], Any, dict[str, int]]:
+    """The leaves of a call of `forward`, the tree that they are of, and which leaf each tensor is, by name.
+
+    Raises:
+        BadRequest: the call holds something that is neither a tensor nor a plain constant.
+    """
+    import torch
+    from torch.utils import _pytree as pytree
+
+    paths, tree = pytree.tree_flatten_with_path(opened((tuple(args), dict(kwargs))))
+    names = _argument_names(forward, len(args))
+    inputs: dict[str, int] = {}
+    for index, (path, leaf) in enumerate(paths):
+        name = _unique(_identifier("_".join([_first(path, names), *map(_key, path[2:])])), inputs)
+        if isinstance(leaf, torch.Tensor):
+            inputs[name] = index
+        elif not isinstance(leaf, (*_CONSTANTS, torch.dtype, torch.device)):
+            raise BadRequest(
+                f"forward's argument {name} is a {type(leaf).__name__}, which no converter can take; "
+                "give inputs=<a function of the batch> that returns tensors (or tuples and dicts of them)"
+            )
+    if not inputs:
+        raise BadRequest("forward received no tensor; give inputs=<a function of the batch> that returns some")
+    return [leaf for _, leaf in paths], tree, inputs
 
 
 def named_tensors(value: Any, taken: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:

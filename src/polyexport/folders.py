@@ -76,6 +76,14 @@ def finished(parent: Path) -> list[Path]:
     return [path.parent for path in sorted(reports, key=lambda path: path.stat().st_mtime_ns)]
 
 
+def followed(path: Path) -> Path:
+    """`path`, where a `best` on the way to it that is a file is taken as the link that it stands for."""
+    for place in (path, *path.parents):
+        if place.name == BEST and place.is_file():
+            return place.parent / place.read_text(encoding="utf-8").strip() / path.relative_to(place)
+    return path
+
+
 def point_best(folder: Path) -> None:
     """Let `best` beside `folder` point to it: a link, or where links do not work, a file with the folder's name."""
     best = folder.parent / BEST

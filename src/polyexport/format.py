@@ -17,7 +17,8 @@ Runner = Callable[[Arrays], Arrays]
 
 Attributes may tell what the report is to say: the artifact's own `signature`, where that is not PyTorch's; its
 `shortfall`, what it lacks of what was asked for; as `stand_in`, why it is not what will serve the artifact, and is not
-timed; and once it was called, `verified_by` of `Parity`, `device` and `first_ms` of `Latency`.
+timed; and once it was called, `verified_by` of `Parity`, `device`, `first_ms` and (of a process
+of its own) `peak_memory_bytes` of `Latency`.
 """
 
 Convert = Callable[[Path, Path, ExportSpec], None]

@@ -19,7 +19,8 @@ class Latency:
     Percentiles are over the raw calls in `samples_ms`, taken in rounds that alternate with the other formats', so that
     drift of the machine hits all alike; `p99_ms` is None below 100 samples. `load_seconds` and `first_ms` are the cold
     start. `peak_memory_bytes` is the resident peak of the whole process that served the calls. `speedup` is eager
-    PyTorch's median over this one's, from the same rounds.
+    PyTorch's median over this one's, from the same rounds. `waited` is the share of the time in which it was ready to
+    run and other processes had the processor; 0 where the system does not tell.
     """
 
     p50_ms: float
@@ -35,6 +36,7 @@ class Latency:
     peak_memory_bytes: int | None
     samples_ms: tuple[float, ...]
     speedup: float | None = None
+    waited: float = 0.0
 
     @property
     def samples(self) -> int:
@@ -83,6 +85,7 @@ def summarise(
     load_seconds: float,
     first_ms: float,
     peak_memory_bytes: int | None,
+    waited: float = 0.0,
 ) -> Latency:
     """Percentiles (linear interpolation between the nearest ranks) and throughput of raw samples.
 
@@ -105,4 +108,5 @@ def summarise(
         first_ms=first_ms,
         peak_memory_bytes=peak_memory_bytes,
         samples_ms=tuple(samples_ms),
+        waited=waited,
     )

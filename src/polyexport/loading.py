@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from polyexport.errors import BadRequest, ToolMissing
+from polyexport.folders import followed
 from polyexport.format import Runner
 from polyexport.formats import known
 from polyexport.records import decode, read_json
@@ -28,7 +29,7 @@ def load(path: str | Path, *, threads: int = 1) -> Runner:
         ToolMissing: this environment lacks the format's runtime.
         CannotRun: nothing on this machine can run it.
     """
-    folder = Path(path)
+    folder = followed(Path(path))
     manifest_path = folder.parent / "manifest.json"
     if not manifest_path.is_file():
         raise BadRequest(f"{folder} is not a format of an export: {manifest_path} does not exist")

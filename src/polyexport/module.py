@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 
 from polyexport import plain
+from polyexport.containers import opened
 from polyexport.errors import BadRequest
 from polyexport.flat import flat
 from polyexport.spec import ExportSpec
@@ -204,7 +205,7 @@ def call_tensors(path: Path) -> tuple[torch.Tensor, ...]:
     """The tensors of a saved call, in the order of a flat module's inputs."""
     import torch
 
-    leaves = torch.utils._pytree.tree_leaves(restore(path))
+    leaves = torch.utils._pytree.tree_leaves(opened(restore(path)))
     tensors = (leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
     return tuple(tensor.float() if tensor.is_floating_point() else tensor for tensor in tensors)
 

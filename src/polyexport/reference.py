@@ -22,7 +22,7 @@ from polyexport.job import Batch
 from polyexport.parity import compare, noise_floor
 from polyexport.spec import Arrays, ExportSpec, TensorSpec, write_arrays
 from polyexport.tracing import plain_attention
-from polyexport.versions import environment, git_commit
+from polyexport.versions import environment
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +39,8 @@ class Reference:
     """What the worker found out about the model.
 
     `checkpoint_at` has the `epoch` and `global_step` that stand in the checkpoint, where they do.
-    `static_because` is set when a dynamic axis was asked for that the module itself cannot do.
+    `static_because` is set when a dynamic axis was asked for that the module itself cannot do, `undecidable` when it
+    does not agree with itself.
     """
 
     spec: ExportSpec
@@ -51,11 +52,14 @@ class Reference:
     noise: Mapping[str, float] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)
     static_because: str = ""
+    undecidable: str = ""
     notes: tuple[str, ...] = ()
 
 
-def make(root: Path, source: Path, dynamic: Dynamic) -> Reference:
+def make(root: Path, source: Path, dynamic: Dynamic, commit: str = "") -> Reference:
     """Run the module of `source`; write `validation_batch.npz`, further batches and the example to trace with.
+
+    `commit` is the code's, of which this machine need not have a repository.
 
     Raises:
         BadRequest: the module cannot be rebuilt, or its inputs cannot be fed to a converter.
@@ -69,14 +73,14 @@ def make(root: Path, source: Path, dynamic: Dynamic) -> Reference:
     model = modules.load(source)
     sha256, at = _sha256(weights), _keep_only_weights(weights)
     model_any: Any = model
-    own = as_runner(model)
+    own = _on_copies(as_runner(model))
     run = _with_plain_attention(own)
     inputs = to_arrays(model_any.input_names, model_any.example)
     outputs = run(inputs)
+    again = compare(run(inputs), outputs, Tolerance.for_precision("float32"))
+    undecidable = "" if again.passed else f"forward answers two calls differently in eval mode ({again.reason})"
     notes: list[str] = []
-    if not _same(outputs, run(inputs)):
-        notes.append("forward is not deterministic in eval mode: two calls with the same inputs differ")
-    elif any(isinstance(each, torch.nn.TransformerEncoder) for each in model.modules()):
+    if any(isinstance(each, torch.nn.TransformerEncoder) for each in model.modules()):
         notes += _fused_apart(own(inputs), outputs)
     notes += [f"output {name} holds no tensor and is not exported" for name in model_any.dropped]
     axes = _axes(inputs, dynamic)
@@ -91,7 +95,6 @@ def make(root: Path, source: Path, dynamic: Dynamic) -> Reference:
         sizes=sizes | own_sizes,
     )
     about = environment()
-    commit = git_commit()
     further_inputs, note = _calibration(root, source, model_any.input_names, inputs)
     notes += note
     spec = replace(_with_metadata(spec, sha256, commit, about), calibration=(Path(VALIDATION_BATCH), *further_inputs))
@@ -112,6 +115,7 @@ def make(root: Path, source: Path, dynamic: Dynamic) -> Reference:
         noise=noise,
         environment=about | {"git_commit": commit, "threads": str(torch.get_num_threads())},
         static_because=why_not,
+        undecidable=undecidable,
         notes=(*notes, *note),
     )
 
@@ -160,15 +164,16 @@ def _fused_apart(fused: Arrays, outputs: Arrays) -> list[str]:
     ]
 
 
-def _same(one: Arrays, other: Arrays) -> bool:
-    return all(np.array_equal(one[name], other[name], equal_nan=one[name].dtype.kind in "fc") for name in one)
+def _on_copies(run: Runner) -> Runner:
+    """For a forward that changes its inputs in place, which are those of later calls too."""
+    return lambda inputs: run({name: array.copy() for name, array in inputs.items()})
 
 
 def _noise(model: torch.nn.Module, inputs: Arrays, outputs: Arrays) -> tuple[dict[str, float], tuple[str, ...]]:
     """Float32 against float64, the same module."""
     try:
         doubled = {n: a.astype(np.float64) if a.dtype == np.float32 else a for n, a in inputs.items()}
-        return noise_floor(outputs, _with_plain_attention(as_runner(model.double()))(doubled)), ()
+        return noise_floor(outputs, _with_plain_attention(_on_copies(as_runner(model.double())))(doubled)), ()
     except Exception as error:  # a module with a fixed dtype in its forward has no float64 twin; that is no failure
         return {}, (f"no noise floor: the module does not run in float64 ({type(error).__name__})",)
     finally:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from polyexport.folders import finished
+from polyexport.folders import finished, followed
 from polyexport.latency import Latency
 from polyexport.parity import Parity
 from polyexport.records import decode, read_json, write_json
@@ -173,6 +173,7 @@ class Report:
         Raises:
             FileNotFoundError: there is none.
         """
+        folder = followed(folder)
         return replace(decode(Report, read_json(folder / "report.json")), folder=folder.resolve())
 
 

@@ -117,7 +117,7 @@ def prepare(root: Path, job: Job) -> Any:
     """Make the reference; see `polyexport.reference`."""
     from polyexport.reference import make
 
-    return make(root, root / job.source, job.options["dynamic"])
+    return make(root, root / job.source, job.options["dynamic"], job.options.get("git_commit", ""))
 
 
 def convert(root: Path, job: Job) -> Any:
@@ -172,6 +172,7 @@ def bench(root: Path, job: Job, answers: TextIO) -> int:
     artifact says so as its `stand_in`, and is not timed.
     """
     from polyexport.latency import sample_ms, timed_ms, warm_up
+    from polyexport.priority import waited_seconds
 
     inputs = _inputs(root / job.batches[0].path, job)
     start = time.perf_counter()
@@ -188,9 +189,15 @@ def bench(root: Path, job: Job, answers: TextIO) -> int:
     warm_up(call)
     about = {"first_ms": getattr(runner, "first_ms", first_ms), "device": getattr(runner, "device", "cpu")}
     _answer(answers, {"load_seconds": load_seconds, **about})
+    waited = spent = 0.0
     for _ in sys.stdin:
         warm_up(call, count=2, seconds=0.05)  # the runtime before may still have threads that spin
-        _answer(answers, {"samples_ms": sample_ms(call), "peak_memory_bytes": _peak_memory()})
+        before = waited_seconds(os.getpid())
+        samples_ms = sample_ms(call)
+        waited, spent = waited + waited_seconds(os.getpid()) - before, spent + sum(samples_ms) / 1e3
+        peak_memory_bytes = getattr(runner, "peak_memory_bytes", None) or _peak_memory()
+        costs = {"peak_memory_bytes": peak_memory_bytes, "waited": min(waited / spent, 1.0)}
+        _answer(answers, {"samples_ms": samples_ms, **costs})
     return 0
 
 

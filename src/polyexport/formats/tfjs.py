@@ -132,8 +132,8 @@ def _number(name: str) -> int:
     return int(name.split(":")[0].removeprefix("Identity").removeprefix("_") or 0)
 
 
-Ask = Callable[[str, Arrays], Arrays]
-"""Runs the model on one of TensorFlow.js' backends, `cpu` or `wasm`."""
+Ask = Callable[[str, Arrays], tuple[Arrays, int]]
+"""Runs the model on one of TensorFlow.js' backends, `cpu` or `wasm`; tells Node's peak memory in bytes too."""
 
 
 def load(path: Path, spec: ExportSpec, *, threads: int) -> Runner:
@@ -147,11 +147,11 @@ def load(path: Path, spec: ExportSpec, *, threads: int) -> Runner:
     dtypes = {tensor.name: np.dtype(tensor.dtype) for tensor in spec.outputs}
     _read(answers)  # the model is loaded
 
-    def ask(backend: str, inputs: Arrays) -> Arrays:
+    def ask(backend: str, inputs: Arrays) -> tuple[Arrays, int]:
         _write(to, backend, {name: _narrow(array) for name, array in inputs.items()}, spec.output_names)
-        found = _read(answers)
+        found, peak_memory_bytes = _read(answers)
         # JavaScript has no 64-bit integers: what was int64 has been computed as int32
-        return {name: array.astype(dtypes[name]) for name, array in found.items()}
+        return {name: array.astype(dtypes[name]) for name, array in found.items()}, peak_memory_bytes
 
     return _Faster(ask)
 
@@ -163,6 +163,7 @@ class _Faster:
         verified_by: The backend that is used, and what became of the other one.
         device: The backend, as the latency names it.
         first_ms: The first call's time on that backend.
+        peak_memory_bytes: Node's, of which this process has none.
     """
 
     def __init__(self, ask: Ask) -> None:
@@ -170,18 +171,22 @@ class _Faster:
         self._backend = ""
         self.verified_by = self.device = ""
         self.first_ms = 0.0
+        self.peak_memory_bytes = 0
 
     def __call__(self, inputs: Arrays) -> Arrays:
         if not self._backend:
             return self._choose(inputs)
         try:
-            return self._ask(self._backend, inputs)
+            return self._run(self._backend, inputs)
         except RuntimeError as error:  # what wasm could do for one batch size, it may not for another
             if self._backend == "cpu":
                 raise
-            answer = self._ask("cpu", inputs)
             self._settle("cpu", f"wasm cannot run it at every size: {error}")
-            return answer
+            return self._run("cpu", inputs)
+
+    def _run(self, backend: str, inputs: Arrays) -> Arrays:
+        answer, self.peak_memory_bytes = self._ask(backend, inputs)
+        return answer
 
     def _choose(self, inputs: Arrays) -> Arrays:
         answer, first_ms, cpu_ms = self._timed("cpu", inputs)
@@ -208,9 +213,9 @@ class _Faster:
 
     def _timed(self, backend: str, inputs: Arrays) -> tuple[Arrays, float, float]:
         """The answer, and the milliseconds of a first and of a second call."""
-        first_ms = timed_ms(lambda: self._ask(backend, inputs))
+        first_ms = timed_ms(lambda: self._run(backend, inputs))
         start = time.perf_counter()
-        answer = self._ask(backend, inputs)
+        answer = self._run(backend, inputs)
         return answer, first_ms, (time.perf_counter() - start) * 1e3
 
 
@@ -240,8 +245,8 @@ def _write(stream: IO[bytes], backend: str, arrays: Arrays, outputs: tuple[str, 
     stream.flush()
 
 
-def _read(stream: IO[bytes]) -> Arrays:
-    """Take the answer.
+def _read(stream: IO[bytes]) -> tuple[Arrays, int]:
+    """Take the answer, and Node's peak memory in bytes.
 
     Raises:
         RuntimeError: TensorFlow.js could not run the model, or ended.
@@ -256,7 +261,7 @@ def _read(stream: IO[bytes]) -> Arrays:
     for each in header["arrays"]:
         content = np.frombuffer(stream.read(each["bytes"]), each["dtype"])
         arrays[each["name"]] = content.reshape(each["shape"])
-    return arrays
+    return arrays, header.get("peak_memory_bytes", 0)
 
 
 _SNIPPETS = (

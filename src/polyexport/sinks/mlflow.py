@@ -32,7 +32,7 @@ def mlflow(client: Any, run_id: str) -> Sink:
             ]
             tags = [RunTag(f"export/{outcome.format}/state", outcome.state) for outcome in each.outcomes]
             client.log_batch(run_id, metrics=metrics, tags=tags)
-        for name in ("report.json", "report.md", "manifest.json"):
+        for name in ("report.json", "report.md", "report.html", "manifest.json"):
             if (report.folder / name).exists():
                 client.log_artifact(run_id, str(report.folder / name), "export")
         for outcome in report.outcomes:

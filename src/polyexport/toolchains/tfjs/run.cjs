@@ -4,7 +4,7 @@
 //
 // A frame is the length of a JSON header (uint32, little-endian), the header, and the bytes of the arrays it lists:
 // {"arrays": [{"name", "dtype", "shape", "bytes"}], "outputs": [names], "backend": "cpu" or "wasm"}, or as an answer
-// {"arrays"} or {"error": text}. dtype is one of TensorFlow.js: float32, int32, bool (one byte each).
+// {"arrays", "peak_memory_bytes"} or {"error": text}. dtype is one of TensorFlow.js: float32, int32, bool (one byte each).
 // The first answer, of no arrays, comes unasked, once the model is loaded.
 const fs = require("fs");
 const path = require("path");
@@ -106,7 +106,7 @@ async function main() {
         arrays.push({ name: header.outputs[i], dtype: tensor.dtype, shape: tensor.shape, bytes: bytes.length });
         chunks.push(bytes);
       }
-      answer({ arrays }, chunks);
+      answer({ arrays, peak_memory_bytes: process.resourceUsage().maxRSS * 1024 }, chunks);
       tf.dispose([Object.values(feed), made]);
     } catch (error) {
       console.error(error);
