@@ -52,6 +52,7 @@ CALLS = {
     "take_along_dim of all": lambda: X.take_along_dim(PLACES),
     "kthvalue": lambda: X.kthvalue(2, 1, keepdim=True).indices + torch.kthvalue(X, 3, dim=1, keepdim=True).values,
     "movedim": lambda: torch.movedim(X, (0, -1), (1, 0)),
+    "topk": lambda: X.topk(2, 1, largest=False).values,
     "movedim of one": lambda: X.movedim(0, 2),
     "padded in circles": lambda: functional.pad(X, (2, 0, 1, 3), mode="circular"),
     "padded with a value": lambda: functional.pad(X, (2, 0, 1, 3), value=0.5),

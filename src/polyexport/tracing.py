@@ -67,6 +67,8 @@ def written_out() -> Iterator[None]:
         torch.Tensor.__and__: _logical(torch.Tensor.__and__, torch.logical_and),
         torch.Tensor.__or__: _logical(torch.Tensor.__or__, torch.logical_or),
         torch.Tensor.__xor__: _logical(torch.Tensor.__xor__, torch.logical_xor),
+        torch.topk: topk,
+        torch.Tensor.topk: topk,
         torch.kthvalue: kthvalue,
         torch.Tensor.kthvalue: kthvalue,
         torch.movedim: movedim,
@@ -272,6 +274,13 @@ def kthvalue(x: torch.Tensor, k: int, dim: int = -1, keepdim: bool = False) -> A
     if keepdim:
         values, places = values.unsqueeze(dim), places.unsqueeze(dim)
     return torch.return_types.kthvalue((values, places))
+
+
+def topk(x: torch.Tensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> Any:
+    """`torch.topk`, in order even where any order will do: Core ML before iOS 16 has no other."""
+    import torch
+
+    return torch.topk(x, k, dim, largest, sorted=True)
 
 
 def movedim(x: torch.Tensor, source: Any, destination: Any) -> torch.Tensor:

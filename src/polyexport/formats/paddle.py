@@ -93,21 +93,6 @@ def _shape(tensor: TensorSpec) -> list[int]:
     return [-1 if isinstance(size, str) else size for size in tensor.shape]
 
 
-_BROKEN_PASSES = (
-    "inplace_pass",
-    "operator_reshape_onednn_fuse_pass",
-    "operator_scale_onednn_fuse_pass",
-    "operator_unsqueeze_onednn_fuse_pass",
-    "squeeze_transpose_onednn_fuse_pass",
-)
-"""What Paddle 3.2's own optimiser breaks a correct program with on CPUs; the snippet below leaves it out too.
-
-The first lets an operator overwrite its input where oneDNN's operators share that with another one, so that of `sin(x)`
-and `cos(x)` neither is right. The others fuse what follows into an operator that forgets it where oneDNN has no kernel
-for its type, integers say, or where an axis is free; or, the last one, that is taken to have an axis too many.
-"""
-
-
 def load(path: Path, spec: ExportSpec, *, threads: int) -> Runner:
     """Run it with Paddle Inference on the CPU."""
     from paddle import inference
@@ -115,8 +100,6 @@ def load(path: Path, spec: ExportSpec, *, threads: int) -> Runner:
     config = inference.Config(str(path / "model.json"), str(path / "model.pdiparams"))
     config.disable_gpu()
     config.set_cpu_math_library_num_threads(threads)
-    for each in _BROKEN_PASSES:
-        config.delete_pass(each)
     predictor = inference.create_predictor(config)
     given = {name.removeprefix(_PREFIX): predictor.get_input_handle(name) for name in predictor.get_input_names()}
     made = predictor.get_output_names()
@@ -141,8 +124,6 @@ import numpy as np
 from paddle import inference
 
 config = inference.Config("{{ path }}/model.json", "{{ path }}/model.pdiparams")
-for each in {{ passes }}:
-    config.delete_pass(each)  # on CPUs, Paddle 3.2 computes something else with it
 predictor = inference.create_predictor(config)
 batch = np.load("validation_batch.npz")
 for name in predictor.get_input_names():
@@ -152,7 +133,7 @@ for name in predictor.get_input_names():
     handle.copy_from_cpu(array)
 predictor.run()
 outputs = [predictor.get_output_handle(name).copy_to_cpu() for name in predictor.get_output_names()]
-""".replace("{{ passes }}", repr(_BROKEN_PASSES)),
+""",
     ),
 )
 

@@ -54,10 +54,12 @@ def _root(x: Tensor) -> Tensor:
 
 
 def _log_sum_exp(x: Tensor, axes: list[int], keepdims: bool, node: Node) -> Tensor:
-    """Of nothing but -inf it is -inf, and Paddle's own says NaN."""
+    """Where the greatest is infinite, that is it; Paddle's own says NaN, and its exponential of -inf is not zero."""
     greatest = _extreme(paddle.max, -1)(x, axes, True, node)
-    shift = paddle.where(paddle.isinf(greatest), paddle.zeros_like(greatest), greatest)
+    endless = paddle.isinf(greatest)
+    shift = paddle.where(endless, paddle.zeros_like(greatest), greatest)
     whole = paddle.log(_sum(paddle.exp(x - shift), axes, True, node)) + shift
+    whole = paddle.where(endless, greatest, whole)
     return whole if keepdims else paddle.squeeze(whole, axes)
 
 
