@@ -53,6 +53,10 @@ CALLS = {
     "kthvalue": lambda: X.kthvalue(2, 1, keepdim=True).indices + torch.kthvalue(X, 3, dim=1, keepdim=True).values,
     "movedim": lambda: torch.movedim(X, (0, -1), (1, 0)),
     "topk": lambda: X.topk(2, 1, largest=False).values,
+    "named arguments": lambda: torch.sum(input=X > 0, dim=1) + torch.topk(input=X, k=2, dim=1).indices.sum(1),
+    "another way to call it": lambda: (
+        torch.cumprod(X, dim=1, dtype=torch.float64) + X.sum(1, dtype=torch.float64)[:, None]
+    ),
     "movedim of one": lambda: X.movedim(0, 2),
     "padded in circles": lambda: functional.pad(X, (2, 0, 1, 3), mode="circular"),
     "padded with a value": lambda: functional.pad(X, (2, 0, 1, 3), value=0.5),

@@ -8,6 +8,7 @@ Requirements:
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -83,7 +84,16 @@ def written_out() -> Iterator[None]:
 
     class WrittenOut(TorchFunctionMode):
         def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            return functions.get(function, function)(*args, **(kwargs or {}))
+            written, given = functions.get(function, function), dict(kwargs or {})
+            if written is not function:
+                signature = inspect.signature(written)
+                named = {
+                    "x" if name == "input" and "x" in signature.parameters else name: given[name] for name in given
+                }
+                with contextlib.suppress(TypeError):  # a way to call it that is not foreseen below
+                    signature.bind(*args, **named)
+                    return written(*args, **named)
+            return function(*args, **given)
 
     with plain_attention(), WrittenOut():
         yield
