@@ -23,7 +23,7 @@ def convert(source: Path, target: Path, spec: ExportSpec) -> None:
     with warnings.catch_warnings(), torch.inference_mode(), written_out():
         warnings.simplefilter("ignore", DeprecationWarning)  # it is frozen, and still what mobile and C++ run
         traced = torch.jit.trace(module.load(source), module.example(source, spec), strict=False, check_trace=False)
-    torch.jit.save(traced, str(target), _extra_files={"polyexport.json": json.dumps(dict(spec.metadata))})
+        torch.jit.save(traced, str(target), _extra_files={"polyexport.json": json.dumps(dict(spec.metadata))})
 
 
 def load(path: Path, spec: ExportSpec, *, threads: int) -> Runner:
