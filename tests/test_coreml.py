@@ -176,3 +176,8 @@ def test_names_types_and_metadata_are_in_the_package(exported):
 @pytest.mark.parametrize(("dtype", "at_border"), [("int64", "int32"), ("bool", "int32"), ("float32", "float32")])
 def test_what_core_ml_lacks_is_int32_at_the_border(dtype, at_border):
     assert coreml.border_dtype(dtype) == at_border
+
+
+def test_an_output_is_found_that_coremltools_had_to_rename():
+    spec = ExportSpec((), (TensorSpec("any", "bool", (2,)),))
+    assert coreml._from_border({"any_workaround": np.array([0, 1])}, spec)["any"].tolist() == [False, True]

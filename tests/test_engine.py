@@ -352,6 +352,20 @@ def test_a_module_with_a_fixed_batch_is_degraded_by_itself(tmp_path):
     assert "PyTorch itself fails at batch=" in report["good"].reason
 
 
+class Graph(nn.Module):
+    """Cannot run with fewer rows than four, to which it refers."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + x[3]
+
+
+def test_a_graph_that_may_only_grow_is_verified_as_it_grows(tmp_path):
+    with Engine(timeout=TIMEOUT) as engine:
+        report = engine.submit(request(tmp_path, module=Graph())).result()
+    assert report["good"].state == "verified"
+    assert [sizes["batch"] for sizes in report["good"].parity.batches] == [4, 5, 8]
+
+
 def test_bounds_that_are_impossible_are_an_error():
     with pytest.raises(BadRequest, match="workers=0"):
         Engine(workers=0)

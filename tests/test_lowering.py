@@ -105,3 +105,35 @@ print([node.op for node in lowered.forward.graph.as_graph_def().node].count("Tra
 """
     )
     assert in_toolchain("tensorflow", str(script)).split() == ["2"]
+
+
+def test_what_tflite_and_tensorflow_js_lack_is_not_in_the_graph(tmp_path: Path) -> None:
+    """Complex numbers, a scatter into a tensor that adds, and a sum along an axis counted from the end."""
+    script = tmp_path / "plain.py"
+    script.write_text(
+        f"""
+import sys, types
+module = types.ModuleType("polyexport"); module.__path__ = [{str(PACKAGE)!r}]; sys.modules["polyexport"] = module
+import numpy as np, onnx, tensorflow as tf
+from onnx import helper, numpy_helper
+from polyexport.lowering.tensorflow import lower_model
+constants = {{"step": 4, "window": np.hanning(16).astype("f4"), "last": -1}}
+constants |= {{"places": [[0], [0]], "rows": np.ones((2, 64), "f4")}}
+weights = [numpy_helper.from_array(np.asarray(each), name) for name, each in constants.items()]
+nodes = [
+    helper.make_node("STFT", ["x", "step", "window"], ["spectrum"]),
+    helper.make_node("CumSum", ["x", "last"], ["sums"]),
+    helper.make_node("ScatterND", ["x", "places", "rows"], ["added"], reduction="add"),
+]
+port = lambda name, *sizes: helper.make_tensor_value_info(name, 1, sizes or None)
+outputs = [port(name) for name in ("spectrum", "sums", "added")]
+graph = helper.make_graph(nodes, "g", [port("x", None, 64)], outputs, weights)
+model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)])
+lowered = lower_model(model, [tf.TensorSpec([None, 64], tf.float32, "x")])
+nodes = lowered.forward.graph.as_graph_def().node
+print(*sorted({{node.op for node in nodes}} & {{"Complex", "FFT", "TensorScatterAdd"}}))
+axis = next(node for node in nodes if node.op == "Cumsum").input[1]
+print(next(tf.make_ndarray(node.attr["value"].tensor).item() for node in nodes if node.name == axis))
+"""
+    )
+    assert in_toolchain("tensorflow", str(script)).split() == ["1"]

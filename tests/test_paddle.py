@@ -165,6 +165,31 @@ answers.close()
     assert plain == ["added_to", "answered", "of_doubles", "of_integers", "read_again"]
 
 
+def test_the_log_of_a_sum_of_nothing_is_minus_infinity(tmp_path):
+    """ReduceLogSumExp over rows that a mask left empty, against numpy; Paddle's own operator answers NaN."""
+    script = tmp_path / "empty.py"
+    script.write_text(
+        f"""
+import sys, types
+module = types.ModuleType("polyexport"); module.__path__ = [{str(PACKAGE)!r}]; sys.modules["polyexport"] = module
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import backend_suite
+import numpy as np
+from onnx import helper, numpy_helper
+ports = lambda name: [helper.make_tensor_value_info(name, 1, None)]
+node = helper.make_node("ReduceLogSumExp", ["x", "last"], ["y"], keepdims=0)
+given = helper.make_tensor_value_info("x", 1, [None, 3])
+graph = helper.make_graph([node], "g", [given], ports("y"), [numpy_helper.from_array(np.array([1]), "last")])
+model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)])
+x = np.array([[-np.inf] * 3, [-np.inf, 1, 2], [0, np.inf, 1]], "f4")
+y = backend_suite.paddle(model, {{"x": x}}, {{"x": [-1, 3]}})["y"]
+np.testing.assert_allclose(y, np.log(np.exp(x).sum(1)), rtol=1e-6)
+print("agrees")
+"""
+    )
+    assert in_toolchain("paddle", str(script)).splitlines()[-1] == "agrees"
+
+
 # --- the graph it is given --------------------------------------------------------------------------------------------
 
 

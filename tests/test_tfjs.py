@@ -49,6 +49,22 @@ def test_the_faster_backend_that_agrees_is_used_and_named(cpu_seconds, wasm_seco
     assert run.peak_memory_bytes == (1_000_000 if backend == "cpu" else 2_000_000)
 
 
+def test_a_backend_that_fails_at_another_size_is_left():
+    run, used = asked(0.1, 0.0, RIGHT)
+    ask = run._ask
+
+    def smaller(backend, inputs):
+        if backend == "wasm" and inputs:
+            raise RuntimeError("memory access out of bounds")
+        return ask(backend, inputs)
+
+    run._ask = smaller
+    run({})
+    assert np.array_equal(run({"x": RIGHT["y"]})["y"], RIGHT["y"])
+    assert used[-1] == "cpu"
+    assert run.verified_by.endswith("cpu backend (wasm cannot run it at every size: memory access out of bounds)")
+
+
 def test_a_sum_fused_with_a_whole_tensor_is_taken_apart_and_a_bias_is_not():
     fused = {"T": {"type": "DT_FLOAT"}, "fused_ops": {"list": {"s": ["Qmlhc0FkZA==", "UmVsdQ=="]}}}  # BiasAdd, Relu
     node = {"name": "a", "op": "_FusedConv2D", "input": ["x", "w", "bias"], "attr": fused}

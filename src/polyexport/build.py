@@ -92,6 +92,9 @@ class Build:
             static = self._built(each.name, dynamic=False)
             if static.outcome.state == "verified":
                 built, because = static, built.outcome.reason
+            elif static.outcome.state in ("failed", "mismatch") and static.outcome.reason != built.outcome.reason:
+                why = f"{built.outcome.reason}; with static shapes: {static.outcome.reason}"
+                built = replace(built, outcome=replace(built.outcome, reason=why))
         lost = [f"static shapes only, since with dynamic axes: {because}"] if because else []
         lost += [built.shortfall] if built.shortfall else []
         if lost and built.outcome.state == "verified":

@@ -21,6 +21,7 @@ from polyexport.format import Runner, Tolerance
 from polyexport.job import Batch
 from polyexport.parity import compare, noise_floor
 from polyexport.spec import Arrays, ExportSpec, TensorSpec, write_arrays
+from polyexport.tracing import plain_attention
 from polyexport.versions import environment
 
 if TYPE_CHECKING:
@@ -72,23 +73,26 @@ def make(root: Path, source: Path, dynamic: Dynamic, commit: str = "") -> Refere
     model = modules.load(source)
     sha256, at = _sha256(weights), _keep_only_weights(weights)
     model_any: Any = model
-    run = _on_copies(as_runner(model))
+    own = _on_copies(as_runner(model))
+    run = _with_plain_attention(own)
     inputs = to_arrays(model_any.input_names, model_any.example)
     outputs = run(inputs)
     again = compare(run(inputs), outputs, Tolerance.for_precision("float32"))
     undecidable = "" if again.passed else f"forward answers two calls differently in eval mode ({again.reason})"
     notes: list[str] = []
+    if any(isinstance(each, torch.nn.TransformerEncoder) for each in model.modules()):
+        notes += _fused_apart(own(inputs), outputs)
     notes += [f"output {name} holds no tensor and is not exported" for name in model_any.dropped]
     axes = _axes(inputs, dynamic)
     sizes = _sizes(inputs, axes)
     further, why_not = _further(run, inputs, outputs, axes, sizes)
     if why_not:
         axes, sizes = {}, {}
-    described, own = _describe_outputs(outputs, sizes, further)
+    described, own_sizes = _describe_outputs(outputs, sizes, further)
     spec = ExportSpec(
         inputs=tuple(_describe(name, array, axes.get(name, {})) for name, array in inputs.items()),
         outputs=described,
-        sizes=sizes | own,
+        sizes=sizes | own_sizes,
     )
     about = environment()
     further_inputs, note = _calibration(root, source, model_any.input_names, inputs)
@@ -141,6 +145,25 @@ def _calibration(root: Path, source: Path, names: Sequence[str], inputs: Arrays)
     )
 
 
+def _with_plain_attention(run: Runner) -> Runner:
+    def plainly(inputs: Arrays) -> Arrays:
+        with plain_attention():
+            return run(inputs)
+
+    return plainly
+
+
+def _fused_apart(fused: Arrays, outputs: Arrays) -> list[str]:
+    """A note where PyTorch's fused path for transformers answers otherwise, as it does at masked positions."""
+    apart = compare(fused, outputs, Tolerance.for_precision("float32"))
+    if apart.passed:
+        return []
+    return [
+        "PyTorch's fused path for nn.TransformerEncoder answers otherwise where a padding mask masks (zeros); "
+        f"the reference is its plain path, the one that was trained: {apart.reason}"
+    ]
+
+
 def _on_copies(run: Runner) -> Runner:
     """For a forward that changes its inputs in place, which are those of later calls too."""
     return lambda inputs: run({name: array.copy() for name, array in inputs.items()})
@@ -150,7 +173,7 @@ def _noise(model: torch.nn.Module, inputs: Arrays, outputs: Arrays) -> tuple[dic
     """Float32 against float64, the same module."""
     try:
         doubled = {n: a.astype(np.float64) if a.dtype == np.float32 else a for n, a in inputs.items()}
-        return noise_floor(outputs, _on_copies(as_runner(model.double()))(doubled)), ()
+        return noise_floor(outputs, _with_plain_attention(_on_copies(as_runner(model.double())))(doubled)), ()
     except Exception as error:  # a module with a fixed dtype in its forward has no float64 twin; that is no failure
         return {}, (f"no noise floor: the module does not run in float64 ({type(error).__name__})",)
     finally:
@@ -203,7 +226,10 @@ def resized(inputs: Arrays, axes: Axes, sizes: Mapping[str, int]) -> Arrays:
 
 
 def _candidates(axes: Axes, sizes: Mapping[str, int]) -> Iterator[dict[str, int]]:
-    """Sizes to try beside those of the validation batch: small batches, other axes doubled, halved and as they are."""
+    """Sizes to try beside those of the validation batch: small batches, other axes doubled, halved and as they are.
+
+    At last greater ones: the nodes of a graph may grow, but not vanish under its edges.
+    """
     leading = {called for named in axes.values() for axis, called in named.items() if axis == 0}
     scales: tuple[Callable[[int], int], ...] = (lambda n: 2 * n, lambda n: max(n // 2, 1), lambda n: n)
     for index, rows in enumerate((1, 3, 2, 5)):
@@ -211,6 +237,8 @@ def _candidates(axes: Axes, sizes: Mapping[str, int]) -> Iterator[dict[str, int]
             tried = {called: rows if called in leading else scale(size) for called, size in sizes.items()}
             if tried != dict(sizes):
                 yield tried
+    for times, plus in ((2, 0), (1, 1)):
+        yield {called: times * size + plus if called in leading else size for called, size in sizes.items()}
 
 
 def _further(

@@ -195,7 +195,13 @@ def _to_border(inputs: Arrays) -> Arrays:
 
 def _from_border(outputs: Mapping[str, np.ndarray], spec: ExportSpec) -> Arrays:
     """Outputs in PyTorch's dtypes; what Core ML returned of another kind stays as it is, for parity to see."""
-    return {tensor.name: outputs[tensor.name].astype(tensor.dtype) for tensor in spec.outputs}
+    return {
+        tensor.name: outputs[tensor.name if tensor.name in outputs else tensor.name + _RESERVED].astype(tensor.dtype)
+        for tensor in spec.outputs
+    }
+
+
+_RESERVED = "_workaround"  # coremltools writes it behind words of MIL's own, such as any and bool
 
 
 def _in(precision: str, convert: Callable[..., None]) -> Convert:

@@ -42,9 +42,10 @@ def convert_trace(source: Path, target: Path, spec: ExportSpec, *, opset: int = 
     import torch
 
     from polyexport import module
+    from polyexport.tracing import written_out
 
     axes = {tensor.name: tensor.dynamic for tensor in (*spec.inputs, *spec.outputs) if tensor.dynamic}
-    with warnings.catch_warnings(), torch.no_grad():
+    with warnings.catch_warnings(), torch.no_grad(), written_out():
         warnings.simplefilter("ignore", DeprecationWarning)  # it is the fallback, by intent
         torch.onnx.export(
             module.load(source),

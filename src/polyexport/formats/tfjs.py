@@ -174,7 +174,15 @@ class _Faster:
         self.peak_memory_bytes = 0
 
     def __call__(self, inputs: Arrays) -> Arrays:
-        return self._run(self._backend, inputs) if self._backend else self._choose(inputs)
+        if not self._backend:
+            return self._choose(inputs)
+        try:
+            return self._run(self._backend, inputs)
+        except RuntimeError as error:  # what wasm could do for one batch size, it may not for another
+            if self._backend == "cpu":
+                raise
+            self._settle("cpu", f"wasm cannot run it at every size: {error}")
+            return self._run("cpu", inputs)
 
     def _run(self, backend: str, inputs: Arrays) -> Arrays:
         answer, self.peak_memory_bytes = self._ask(backend, inputs)
@@ -194,9 +202,14 @@ class _Faster:
                 other = f"wasm differs: {agreed.reason}"
             elif wasm_ms < cpu_ms:
                 answer, self._backend, self.first_ms = found, "wasm", first_ms
-        self.device = f"cpu ({self._backend} backend)"
-        self.verified_by = f"TensorFlow.js in Node, {self._backend} backend ({other})"
+        self._settle(self._backend, other)
         return answer
+
+    def _settle(self, backend: str, other: str) -> None:
+        """Use a backend from now on, and say what became of the other one."""
+        self._backend = backend
+        self.device = f"cpu ({backend} backend)"
+        self.verified_by = f"TensorFlow.js in Node, {backend} backend ({other})"
 
     def _timed(self, backend: str, inputs: Arrays) -> tuple[Arrays, float, float]:
         """The answer, and the milliseconds of a first and of a second call."""

@@ -18,16 +18,12 @@ def convert(source: Path, target: Path, spec: ExportSpec) -> None:
     import torch
 
     from polyexport import module
+    from polyexport.tracing import written_out
 
-    fastpath = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # its fused attention is known to PyTorch alone, not to converters
-    try:
-        with warnings.catch_warnings(), torch.inference_mode():
-            warnings.simplefilter("ignore", DeprecationWarning)  # it is frozen, and still what mobile and C++ run
-            traced = torch.jit.trace(module.load(source), module.example(source, spec), strict=False, check_trace=False)
-            torch.jit.save(traced, str(target), _extra_files={"polyexport.json": json.dumps(dict(spec.metadata))})
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fastpath)
+    with warnings.catch_warnings(), torch.inference_mode(), written_out():
+        warnings.simplefilter("ignore", DeprecationWarning)  # it is frozen, and still what mobile and C++ run
+        traced = torch.jit.trace(module.load(source), module.example(source, spec), strict=False, check_trace=False)
+        torch.jit.save(traced, str(target), _extra_files={"polyexport.json": json.dumps(dict(spec.metadata))})
 
 
 def load(path: Path, spec: ExportSpec, *, threads: int) -> Runner:

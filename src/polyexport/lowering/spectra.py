@@ -6,6 +6,23 @@ from collections.abc import Sequence
 
 import numpy as np
 
+LARGEST_TABLE = 1 << 22
+"""Entries; a Fourier transform with a larger one is left to the framework's own."""
+
+
+def fourier_table(have: int, points: int, wanted: int, *, parts: int, inverse: bool = False) -> np.ndarray | None:
+    """What `have` entries of `parts` parts (real, imaginary) are multiplied with, as a matrix, for their transform.
+
+    Shape `(have * parts, wanted * 2)`: `wanted` frequencies of a transform of `points`, each real and imaginary; None
+    where that is too large.
+    """
+    if have * parts * wanted * 2 > LARGEST_TABLE:
+        return None
+    angle = 2 * np.pi * (np.outer(np.arange(have), np.arange(wanted)) % points) / points
+    cos, sin = np.cos(angle), np.sin(angle) * (-1 if inverse else 1)
+    table = np.stack([np.stack([cos, -sin], -1), np.stack([sin, cos], -1)], 1)[:, :parts]
+    return table.reshape(have * parts, wanted * 2) / (points if inverse else 1)
+
 
 def mel_triangles(count: int, points: int, rate: int, low: float, high: float) -> np.ndarray:
     """Triangles on the mel scale, `(points // 2 + 1, count)`, for a transform of `points` at a sampling rate in Hz."""

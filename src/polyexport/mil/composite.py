@@ -67,7 +67,7 @@ def group_norm(context: Any, node: Any) -> None:
 
 
 def diff(context: Any, node: Any) -> None:
-    """First differences along one axis."""
+    """Differences along one axis, `n` times, of what is joined from `prepend`, the tensor and `append`."""
     from coremltools.converters.mil import Builder as mb
     from coremltools.converters.mil.frontend.torch.ops import _get_inputs
 
@@ -75,11 +75,14 @@ def diff(context: Any, node: Any) -> None:
     x = values[0]
     count, axis = (values[index].val if len(values) > index else None for index in (1, 2))
     axis = (int(axis) if axis is not None else -1) % x.rank
+    ends = [values[index] if len(values) > index else None for index in (3, 4)]
+    if ends != [None, None]:
+        x = mb.concat(values=[each for each in (ends[0], x, ends[1]) if each is not None], axis=axis)
     for _ in range(int(count) if count is not None else 1):
-        ends = [each == axis for each in range(x.rank)]
-        later = mb.slice_by_index(x=x, begin=[int(each) for each in ends], end=[0] * x.rank, end_mask=[True] * x.rank)
+        there = [each == axis for each in range(x.rank)]
+        later = mb.slice_by_index(x=x, begin=[int(each) for each in there], end=[0] * x.rank, end_mask=[True] * x.rank)
         earlier = mb.slice_by_index(
-            x=x, begin=[0] * x.rank, end=[-int(each) for each in ends], end_mask=[not each for each in ends]
+            x=x, begin=[0] * x.rank, end=[-int(each) for each in there], end_mask=[not each for each in there]
         )
         x = mb.sub(x=later, y=earlier)
     context.add(mb.identity(x=x, name=node.name))
@@ -97,19 +100,54 @@ def prod(context: Any, node: Any) -> None:
 
 
 def where(context: Any, node: Any) -> None:
-    """A choice between two scalars, whose shape coremltools would take for that of the result."""
+    """A choice whose result has the shape of all three inputs; MIL's has that of the two that are chosen from."""
     from coremltools.converters.mil import Builder as mb
     from coremltools.converters.mil.frontend.torch import ops
+    from coremltools.converters.mil.mil.types.symbolic import any_symbolic
 
     values = ops._get_inputs(context, node)
-    if len(values) != 3 or any(value is None or value.rank for value in values[1:]) or not values[0].rank:
+    shapes = [tuple(value.shape) for value in values if value is not None]
+    scalars = len(values) == 3 and not any(shapes[1:])
+    if len(shapes) != 3 or len(set(shapes)) == 1 or not (scalars or any(map(any_symbolic, shapes))):
         ops.where(context, node)
         return
     condition, first, second = values
     wanted = "fp32" if "fp" in _cast_name(first) + _cast_name(second) else "int32"
     nothing = mb.mul(x=mb.cast(x=condition, dtype=wanted), y=mb.cast(x=0, dtype=wanted))
+    for value in (first, second):
+        same = mb.equal(x=mb.cast(x=value, dtype=wanted), y=mb.cast(x=value, dtype=wanted))
+        nothing = mb.mul(x=nothing, y=mb.cast(x=same, dtype=wanted))  # of its shape, and still zero
     a, b = (mb.add(x=nothing, y=mb.cast(x=value, dtype=wanted)) for value in (first, second))
-    context.add(mb.select(cond=mb.cast(x=condition, dtype="bool"), a=a, b=b, name=node.name))
+    wide = mb.not_equal(x=mb.add(x=nothing, y=mb.cast(x=condition, dtype=wanted)), y=mb.cast(x=0, dtype=wanted))
+    booleans = _cast_name(first) == _cast_name(second) == "bool"
+    chosen = mb.select(cond=wide, a=a, b=b, name=node.name + ("_number" if booleans else ""))
+    context.add(mb.cast(x=chosen, dtype="bool", name=node.name) if booleans else chosen, torch_name=node.name)
+
+
+def reciprocal(context: Any, node: Any) -> None:
+    """One divided by it; MIL's own `inverse` adds an epsilon of 1e-4 to it first."""
+    from coremltools.converters.mil import Builder as mb
+    from coremltools.converters.mil.frontend.torch.ops import _get_inputs
+
+    context.add(mb.real_div(x=1.0, y=mb.cast(x=_get_inputs(context, node)[0], dtype="fp32"), name=node.name))
+
+
+def lerp(context: Any, node: Any) -> None:
+    """From one tensor towards another, by a weight."""
+    from coremltools.converters.mil import Builder as mb
+    from coremltools.converters.mil.frontend.torch.ops import _get_inputs
+
+    start, end, weight = _get_inputs(context, node)[:3]
+    context.add(mb.add(x=start, y=mb.mul(x=mb.sub(x=end, y=start), y=weight), name=node.name))
+
+
+def trunc(context: Any, node: Any) -> None:
+    """Towards zero."""
+    from coremltools.converters.mil import Builder as mb
+    from coremltools.converters.mil.frontend.torch.ops import _get_inputs
+
+    x = _get_inputs(context, node)[0]
+    context.add(mb.mul(x=mb.sign(x=x), y=mb.floor(x=mb.abs(x=x)), name=node.name))
 
 
 # --- adaptive pooling -------------------------------------------------------------------------------------------------
@@ -163,7 +201,10 @@ _COMPOSITES = {
     "group_norm": group_norm,
     "diff": diff,
     "prod": prod,
-    "where": where,
+    **dict.fromkeys(("where", "where.self", "where.scalarself"), where),
+    "reciprocal": reciprocal,
+    "lerp": lerp,
+    "trunc": trunc,
     **{f"adaptive_avg_pool{rank}d": adaptive_avg_pool for rank in (1, 2, 3)},
     **{f"_adaptive_avg_pool{rank}d": adaptive_avg_pool for rank in (2, 3)},
     **{f"adaptive_max_pool{rank}d": adaptive_max_pool for rank in (1, 2, 3)},

@@ -53,6 +53,16 @@ def _root(x: Tensor) -> Tensor:
     return paddle.sqrt(x) if is_float(x) else paddle.cast(paddle.sqrt(paddle.cast(x, "float64")), x.dtype)
 
 
+def _log_sum_exp(x: Tensor, axes: list[int], keepdims: bool, node: Node) -> Tensor:
+    """Where the greatest is infinite, that is it; Paddle's own says NaN, and its exponential of -inf is not zero."""
+    greatest = _extreme(paddle.max, -1)(x, axes, True, node)
+    endless = paddle.isinf(greatest)
+    shift = paddle.where(endless, paddle.zeros_like(greatest), greatest)
+    whole = paddle.log(_sum(paddle.exp(x - shift), axes, True, node)) + shift
+    whole = paddle.where(endless, greatest, whole)
+    return whole if keepdims else paddle.squeeze(whole, axes)
+
+
 _REDUCTIONS: dict[str, Reduction] = {
     "ReduceSum": _sum,
     "ReduceMean": _plain(paddle.mean),
@@ -63,7 +73,7 @@ _REDUCTIONS: dict[str, Reduction] = {
     "ReduceL2": lambda x, *how: _root(_sum(x * x, *how)),
     "ReduceSumSquare": lambda x, *how: _sum(x * x, *how),
     "ReduceLogSum": lambda x, *how: paddle.log(_sum(x, *how)),
-    "ReduceLogSumExp": _plain(paddle.logsumexp),
+    "ReduceLogSumExp": _log_sum_exp,
 }
 
 

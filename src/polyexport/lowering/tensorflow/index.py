@@ -63,9 +63,10 @@ def _along(line: Tensor, axis: int, rank: int) -> Tensor:
     return tf.reshape(line, [1] * axis + [-1] + [1] * (rank - axis - 1))
 
 
+# a scatter into zeros adds up what meets, and TensorFlow.js and TFLite have it where they lack the one into a tensor
 _SCATTER = {
     "none": tf.tensor_scatter_nd_update,
-    "add": tf.tensor_scatter_nd_add,
+    "add": lambda tensor, places, updates: tensor + tf.scatter_nd(places, updates, tf.shape(tensor, places.dtype)),
     "max": tf.tensor_scatter_nd_max,
     "min": tf.tensor_scatter_nd_min,
 }

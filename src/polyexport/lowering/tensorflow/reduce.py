@@ -107,13 +107,18 @@ def arg_extreme(x: Value, *, axis: int = 0, keepdims: int = 1, select_last_index
 @OPS.op("CumSum", since=11)
 def cumulative_sum(x: Value, axis: Value, *, exclusive: int = 0, reverse: int = 0) -> Tensor:
     """Along one axis, from either end."""
-    return tf.cumsum(x.tensor, tf.cast(tf.reshape(axis.tensor, []), tf.int32), bool(exclusive), bool(reverse))
+    return tf.cumsum(x.tensor, _from_start(x, axis), bool(exclusive), bool(reverse))
 
 
 @OPS.op("CumProd", since=26)
 def cumulative_product(x: Value, axis: Value, *, exclusive: int = 0, reverse: int = 0) -> Tensor:
     """Along one axis, from either end."""
-    return tf.math.cumprod(x.tensor, tf.cast(tf.reshape(axis.tensor, []), tf.int32), bool(exclusive), bool(reverse))
+    return tf.math.cumprod(x.tensor, _from_start(x, axis), bool(exclusive), bool(reverse))
+
+
+def _from_start(x: Value, axis: Value) -> Any:
+    """A known axis is counted from the first: TensorFlow.js takes a negative one for another."""
+    return tf.cast(tf.reshape(axis.tensor, []), tf.int32) if axis.known is None else axis.known.item() % (x.rank or 1)
 
 
 def _along(function: Callable[[Tensor, int], Tensor]) -> Callable[..., Value]:

@@ -1,4 +1,8 @@
-"""Fourier transforms and windows."""
+"""Fourier transforms and windows.
+
+Of a known size, a transform is a product with a table: complex numbers have hardly an operator in TFLite and
+TensorFlow.js.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from polyexport.lowering.graph import Node
-from polyexport.lowering.spectra import block_places, mel_triangles
+from polyexport.lowering.spectra import block_places, fourier_table, mel_triangles
 from polyexport.lowering.tensorflow.target import OPS, dtype_of, sizes_of, static
 from polyexport.lowering.value import Tensor, Value
 
@@ -17,6 +21,22 @@ def _complex(x: Tensor) -> Tensor:
         raise NotImplementedError("whether the signal is real or complex, its last axis, must be known before the run")
     imaginary = tf.zeros_like(x[..., 0]) if x.shape[-1] == 1 else x[..., 1]
     return tf.complex(x[..., 0], imaginary)
+
+
+def _product(data: Tensor, points: int | None, wanted: int | None, *, inverse: bool = False) -> Tensor | None:
+    """The transform of the axis before the last as a product; None where a size is unknown or too large for that."""
+    have, parts = data.shape[-2:]
+    if have is None or parts is None or points is None or wanted is None:
+        return None
+    have = min(have, points)
+    table = fourier_table(have, points, wanted, parts=parts, inverse=inverse)
+    if table is None:
+        return None
+    leading = tf.shape(data)[:-2]
+    flat = tf.reshape(data[..., :have, :], tf.concat([leading, [have * parts]], 0))
+    made = tf.reshape(tf.matmul(flat, tf.constant(table, data.dtype)), tf.concat([leading, [wanted, 2]], 0))
+    made.set_shape([*data.shape[:-2], wanted, 2])
+    return made
 
 
 def _parts(x: Tensor) -> Tensor:
@@ -48,6 +68,16 @@ def _transformed(x: Value, length: Value | None, axis: int, inverse: bool, onesi
     data = x.tensor
     if inverse and onesided:
         data = _mirrored(data, axis, length)
+    known = data.shape[axis] if length is None else (static(length) or (None,))[0]
+    product = _product(
+        tf.experimental.numpy.moveaxis(data, axis, -2),
+        known,
+        known // 2 + 1 if known is not None and onesided and not inverse else known,
+        inverse=inverse,
+    )
+    if product is not None:
+        moved = tf.experimental.numpy.moveaxis(product, -2, axis)
+        return moved[..., :1] if inverse and onesided else moved
     moved = tf.experimental.numpy.moveaxis(_complex(data), axis, -1)
     count = tf.shape(moved)[-1] if length is None else tf.cast(tf.reshape(length.tensor, []), tf.int32)
     have = tf.shape(moved)[-1]
@@ -92,6 +122,9 @@ def short_transform(
     frames = tf.signal.frame(data, size[0], stride[0], axis=1)
     if window is not None:
         frames *= _centred(window.tensor, size[0])[:, None]
+    product = _product(frames, size[0], size[0] // 2 + 1 if onesided else size[0])
+    if product is not None:
+        return product
     made = tf.signal.fft(_complex(frames))
     return _parts(made[..., : size[0] // 2 + 1] if onesided else made)
 

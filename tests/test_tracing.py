@@ -1,0 +1,106 @@
+"""What is written out while a module is traced answers as PyTorch's own functions do, and is what converters get."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+import polyexport
+from polyexport import tracing
+
+X, Y = torch.randn(3, 5, 7, generator=torch.Generator().manual_seed(0)), torch.linspace(-2, 2, 126).reshape(3, 6, 7)
+PLACES, BORDERS = X.argsort(1) % 2, torch.tensor([-1.0, 0.0, 0.5])
+IDS, TABLE = torch.tensor([[1, 4, 4], [0, 8, 1], [2, 2, 2]]), torch.linspace(-1, 1, 36).reshape(9, 4)
+BAGS = torch.tensor([0, 3, 3, 9])
+
+
+def bags(mode, *args, **more):
+    return lambda: functional.embedding_bag(*args, mode=mode, **more)
+
+
+CALLS = {
+    "cdist": lambda: torch.cdist(X, Y),
+    "cdist of many rows": lambda: torch.cdist(X.reshape(-1, 7), Y[0]),
+    "cdist, absolute": lambda: torch.cdist(X, Y, p=1),
+    "cdist, greatest": lambda: torch.cdist(X, Y, p=float("inf")),
+    "cdist, cubic": lambda: torch.cdist(X, Y, 3.0),
+    "diag_embed": lambda: torch.diag_embed(X),
+    "diag_embed beside the diagonal": lambda: X.diag_embed(1),
+    "scatter_reduce, sum": lambda: X.clone().scatter_reduce_(1, PLACES, X, "sum", include_self=False),
+    "scatter_reduce, mean": lambda: torch.scatter_reduce(X, 1, PLACES, X, "mean"),
+    "scatter_reduce, mean without itself": lambda: X.scatter_reduce(1, PLACES, X, "mean", include_self=False),
+    "scatter_reduce, amax": lambda: X.scatter_reduce(1, PLACES, Y[:, :5], reduce="amax"),
+    "scatter_reduce, amin without itself": lambda: X.scatter_reduce(1, PLACES, X, "amin", include_self=False),
+    "unfold": lambda: X.unfold(1, 3, 2),
+    "unfold of the last axis": lambda: X.unfold(-1, 2, 1),
+    "bucketize": lambda: torch.bucketize(torch.cat([X.flatten(), BORDERS]), BORDERS),
+    "bucketize, right": lambda: torch.bucketize(torch.cat([X.flatten(), BORDERS]), BORDERS, out_int32=True, right=True),
+    "searchsorted": lambda: torch.searchsorted(X.sort(-1).values, X[..., :2].contiguous(), side="right"),
+    "diagonal": lambda: X.diagonal(1, -2, -1),
+    "diagonal below": lambda: torch.diagonal(X, -1, 2, 1),
+    "cumprod": lambda: X.cumprod(1),
+    "quantile": lambda: torch.quantile(X, 0.3, dim=1),
+    "quantile, axis kept": lambda: X.quantile(0.5, 1, keepdim=True),
+    "quantile of all": lambda: X.quantile(0.25),
+    "median": lambda: X.median(1)[0],
+    "median's place": lambda: torch.median(X, dim=-1, keepdim=True).indices,
+    "median of all": lambda: X.median(),
+    "xor": lambda: (X > 0) ^ (X < 1),
+    "take_along_dim": lambda: torch.take_along_dim(X, PLACES[:, :1], 1) + X[:1].take_along_dim(PLACES, 1),
+    "take_along_dim of all": lambda: X.take_along_dim(PLACES),
+    "kthvalue": lambda: X.kthvalue(2, 1, keepdim=True).indices + torch.kthvalue(X, 3, dim=1, keepdim=True).values,
+    "movedim": lambda: torch.movedim(X, (0, -1), (1, 0)),
+    "topk": lambda: X.topk(2, 1, largest=False).values,
+    "named arguments": lambda: torch.sum(input=X > 0, dim=1) + torch.topk(input=X, k=2, dim=1).indices.sum(1),
+    "another way to call it": lambda: (
+        torch.cumprod(X, dim=1, dtype=torch.float64) + X.sum(1, dtype=torch.float64)[:, None]
+    ),
+    "movedim of one": lambda: X.movedim(0, 2),
+    "padded in circles": lambda: functional.pad(X, (2, 0, 1, 3), mode="circular"),
+    "padded with a value": lambda: functional.pad(X, (2, 0, 1, 3), value=0.5),
+    "hypot": lambda: torch.hypot(X, Y[:, :5]),
+    "and, or": lambda: ((X > 0) & (X < 1)) | (X > 1.5),
+    "xor of integers": lambda: IDS ^ 3,
+    "sum of booleans": lambda: (X > 0).sum(1, keepdim=True),
+    **{f"bags, {m}": bags(m, IDS, TABLE) for m in ("sum", "mean", "max")},
+    **{f"bags without the padding, {m}": bags(m, IDS, TABLE, padding_idx=2) for m in ("sum", "mean", "max")},
+    **{f"bags by offsets, {m}": bags(m, IDS.flatten(), TABLE, BAGS[:3]) for m in ("sum", "mean", "max")},
+    "bags by offsets, the last one too": bags("mean", IDS.flatten(), TABLE, BAGS, include_last_offset=True),
+    "bags, weighted": bags("sum", IDS, TABLE, per_sample_weights=torch.rand(3, 3)),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_function_written_out_answers_as_pytorch_does(name):
+    torch.manual_seed(0)
+    expected = CALLS[name]()
+    with tracing.written_out():
+        found = CALLS[name]()
+    assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
+    assert torch.allclose(found.double(), expected.double(), rtol=1e-4, atol=1e-5)
+
+
+class Padded(nn.Module):
+    """What has PyTorch's fused path, and what compares its mask with the causal one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bags = nn.EmbeddingBag(9, 8)
+        self.transformer = nn.Transformer(8, 2, 1, 1, 16, batch_first=True)
+
+    def forward(self, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1])
+        padding = ids == 0
+        x = x + self.bags(ids).unsqueeze(1)
+        return self.transformer.encoder(self.transformer(x, x, tgt_mask=mask), src_key_padding_mask=padding)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_a_transformer_that_pads_is_exported_by_the_first_route_and_its_padding_is_told_of(tmp_path):
+    inputs = (torch.randn(3, 4, 8), torch.tensor([[1, 2, 3, 4], [5, 6, 0, 0], [7, 0, 0, 0]]))
+    report = polyexport.export(Padded().eval(), inputs, ["pt2", "torchscript", "onnx"], tmp_path / "e", bench=False)
+    assert [(each.state, each.reason) for each in report.outcomes] == [("verified", "")] * 3
+    (note,) = report.notes
+    assert note.startswith("PyTorch's fused path for nn.TransformerEncoder answers otherwise where a padding mask")
