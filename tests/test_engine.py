@@ -363,7 +363,7 @@ def test_a_graph_that_may_only_grow_is_verified_as_it_grows(tmp_path):
     with Engine(timeout=TIMEOUT) as engine:
         report = engine.submit(request(tmp_path, module=Graph())).result()
     assert report["good"].state == "verified"
-    assert [sizes["batch"] for sizes in report["good"].parity.batches] == [4, 5, 8]
+    assert [sizes["batch"] for sizes in report["good"].parity.batches] == [4, 5, 6]
 
 
 def test_bounds_that_are_impossible_are_an_error():

@@ -231,14 +231,18 @@ def _candidates(axes: Axes, sizes: Mapping[str, int]) -> Iterator[dict[str, int]
     At last greater ones: the nodes of a graph may grow, but not vanish under its edges.
     """
     leading = {called for named in axes.values() for axis, called in named.items() if axis == 0}
+    yielded = [dict(sizes)]
     scales: tuple[Callable[[int], int], ...] = (lambda n: 2 * n, lambda n: max(n // 2, 1), lambda n: n)
     for index, rows in enumerate((1, 3, 2, 5)):
         for scale in scales[index:] if len(leading) < len(sizes) else scales[2:]:
             tried = {called: rows if called in leading else scale(size) for called, size in sizes.items()}
-            if tried != dict(sizes):
+            if tried not in yielded:
+                yielded.append(tried)
                 yield tried
-    for times, plus in ((2, 0), (1, 1)):
-        yield {called: times * size + plus if called in leading else size for called, size in sizes.items()}
+    for more in (1, 2):  # not twice as many, which a fixed batch may happen to divide
+        tried = {called: size + more if called in leading else size for called, size in sizes.items()}
+        if tried not in yielded:
+            yield tried
 
 
 def _further(
