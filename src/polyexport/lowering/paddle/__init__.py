@@ -32,6 +32,7 @@ from polyexport.lowering.paddle import (  # each writes its operators into the t
     signal,
     vision,
 )
+from polyexport.lowering.paddle.runtime import secure
 from polyexport.lowering.paddle.target import OPS, Weights, framework
 from polyexport.lowering.value import Tensor, Value
 
@@ -66,6 +67,7 @@ class Lowered:
         tensors = list(self.inputs.values()), list(self.outputs.values())
         with paddle.static.scope_guard(self.scope):
             program = paddle.static.normalize_program(self.program, *tensors)
+            secure(program)
             fetches = [op for op in program.global_block().ops if op.name() == "pd_op.fetch"]
             for op, name in zip(fetches, self.outputs, strict=True):
                 op.set_str_attr("name", name)

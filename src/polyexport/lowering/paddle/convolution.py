@@ -14,6 +14,7 @@ import paddle
 import paddle.nn.functional as F
 
 from polyexport.lowering.graph import Node
+from polyexport.lowering.paddle.shape import padded
 from polyexport.lowering.paddle.target import OPS, is_float, sizes_of, told, vector
 from polyexport.lowering.value import Tensor, Value
 from polyexport.lowering.windows import Sides, Windows, are_known, cuts, spans, windows
@@ -31,10 +32,10 @@ def not_negative(amount: Tensor) -> Tensor:
 
 def pad(x: Tensor, sides: Sides, fill: float = 0.0) -> Tensor:
     """Pad the spatial axes, or cut them where an amount is negative."""
-    if are_known(sides) and not any(map(any, sides)):
-        return x
+    if are_known(sides):  # Paddle's own cuts too, but oneDNN's, in the inference runtime, raises an exception
+        return padded(x, [(0, 0), (0, 0), *sides], fill)
     flat = [each for side in reversed(sides) for each in side]
-    return F.pad(x, flat if are_known(sides) else paddle.cast(vector(flat), "int32"), value=fill)
+    return F.pad(x, paddle.cast(vector(flat), "int32"), value=fill)
 
 
 def _flat(sides: Sides) -> list[int]:

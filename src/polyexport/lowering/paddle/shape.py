@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import paddle
+import paddle.nn.functional as F
 
 from polyexport.lowering.graph import Node, dense
 from polyexport.lowering.paddle.target import (
@@ -323,8 +324,25 @@ def padded(tensor: Tensor, sides: list[tuple[int, int]], fill: float) -> Tensor:
     cuts = [cut for cut in cuts if cut[1:] != (0, _FAR)]
     if cuts:
         tensor = paddle.slice(tensor, *(list(part) for part in zip(*cuts, strict=True)))
-    amounts = [max(each, 0) for side in sides for each in side]
-    return paddle.nn.functional.pad(tensor, amounts, value=fill, pad_from_left_axis=True) if any(amounts) else tensor
+    amounts = [(max(before, 0), max(after, 0)) for before, after in sides]
+    return enlarged(tensor, amounts, fill) if any(map(any, amounts)) else tensor
+
+
+def enlarged(tensor: Tensor, sides: list[tuple[int, int]], fill: float) -> Tensor:
+    """Padded, each axis before and after by no less than nothing.
+
+    The inference runtime has two kernels in oneDNN: one for the last three of five axes, and one for all axes, which
+    takes the amounts in another order and writes beside the memory of its result (Paddle 3.2.2).
+    """
+    missing, last = 5 - len(sides), sides[-3:]
+    if missing < 0 or any(map(any, sides[:-3])):
+        flat = [each for side in sides for each in side]
+        dtype, other = tensor.dtype, "float64" if tensor.dtype == paddle.float32 else tensor.dtype  # not for oneDNN
+        return paddle.cast(F.pad(paddle.cast(tensor, other), flat, value=fill, pad_from_left_axis=True), dtype)
+    flat = [each for side in [*reversed(last), *[(0, 0)] * (3 - len(last))] for each in side]
+    wide = paddle.unsqueeze(tensor, list(range(missing))) if missing else tensor
+    made = F.pad(wide, flat, value=fill, data_format="NCDHW")
+    return paddle.squeeze(made, list(range(missing))) if missing else made
 
 
 def source_of(size: Any, before: Any, after: Any, mode: str) -> Tensor:

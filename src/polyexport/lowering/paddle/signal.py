@@ -9,6 +9,7 @@ import paddle
 
 from polyexport.lowering.graph import Node
 from polyexport.lowering.paddle.resize import where
+from polyexport.lowering.paddle.shape import padded
 from polyexport.lowering.paddle.target import OPS, dtype_of, is_tensor, sizes_of, static, told, vector
 from polyexport.lowering.spectra import block_places, mel_triangles
 from polyexport.lowering.value import Tensor, Value
@@ -103,7 +104,7 @@ def short_transform(
     frames = told(frames, [None, None, span, data.shape[-1]])
     if window is not None:
         missing = span - (window.shape or (span,))[0]  # type: ignore[operator]  # static
-        wide = paddle.nn.functional.pad(window.tensor, [missing // 2, missing - missing // 2], pad_from_left_axis=True)
+        wide = padded(window.tensor, [(missing // 2, missing - missing // 2)], 0.0)
         frames = frames * paddle.unsqueeze(wide, 1)
     made = _parts(paddle.fft.fft(_complex(frames), axis=2))
     return made[:, :, : span // 2 + 1] if onesided else made

@@ -16,6 +16,7 @@ from polyexport.lowering.graph import Node
 from polyexport.lowering.paddle.convolution import pad
 from polyexport.lowering.paddle.math import round_
 from polyexport.lowering.paddle.resize import real, where
+from polyexport.lowering.paddle.shape import padded
 from polyexport.lowering.paddle.target import OPS, paddle_dtype, sizes_of, told, vector
 from polyexport.lowering.resizing import cubic
 from polyexport.lowering.value import Tensor, Value
@@ -263,7 +264,7 @@ def deformable_convolution(
     more = -own % unit
     kernels = weight.tensor
     if more:
-        wide = F.pad(paddle.reshape(kernels, [group, own, -1]), [0, 0, 0, more, 0, 0], pad_from_left_axis=True)
+        wide = padded(paddle.reshape(kernels, [group, own, -1]), [(0, 0), (0, more), (0, 0)], 0.0)
         kernels = paddle.reshape(wide, [group * (own + more), depth, *kernel])
     made = vision.deform_conv2d(
         data, offset.tensor, kernels, None, strides or [1, 1], [0, 0], dilations or [1, 1], offset_group, group,
