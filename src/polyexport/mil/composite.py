@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 
 def new_ones(context: Any, node: Any) -> None:
     """`tensor.new_ones(shape, dtype=…)`."""
@@ -64,6 +66,58 @@ def group_norm(context: Any, node: Any) -> None:
         if vector is not None:
             result = combine(x=result, y=mb.reshape(x=vector, shape=[1, -1, *[1] * (x.rank - 2)]))
     context.add(mb.identity(x=result, name=node.name))
+
+
+def instance_norm(context: Any, node: Any) -> None:
+    """By the statistics that training gathered where the layer keeps them, which coremltools overlooks."""
+    from coremltools.converters.mil import Builder as mb
+    from coremltools.converters.mil.frontend.torch import ops
+
+    x, weight, bias, mean, variance, of_input, _, epsilon = ops._get_inputs(context, node)[:8]
+    if mean is None or of_input.val:
+        ops.instance_norm(context, node)
+        return
+    made = mb.batch_norm(
+        x=x, mean=mean, variance=variance, gamma=weight, beta=bias, epsilon=epsilon, name=node.name
+    )  # fmt: skip  # one call on one line
+    context.add(made)
+
+
+def rms_norm(context: Any, node: Any) -> None:
+    """Scaled by the root of the mean square over the last axes; weight and epsilon may be left out."""
+    from coremltools.converters.mil import Builder as mb
+    from coremltools.converters.mil.frontend.torch.ops import _get_inputs
+
+    x, shape, weight, epsilon = [*_get_inputs(context, node), None, None][:4]
+    axes = list(range(-len(shape if isinstance(shape, list) else shape.val), 0))
+    least = float(np.finfo(np.float32).eps if epsilon is None else epsilon.val)
+    mean = mb.reduce_mean(x=mb.square(x=x), axes=axes, keep_dims=True)
+    result = mb.mul(x=x, y=mb.rsqrt(x=mean, epsilon=least))
+    result = result if weight is None else mb.mul(x=result, y=weight)
+    context.add(mb.identity(x=result, name=node.name))
+
+
+def affine_grid(context: Any, node: Any) -> None:
+    """The places to sample an image at, moved by a matrix for each; coremltools has it for a fixed batch only."""
+    from coremltools.converters.mil import Builder as mb
+    from coremltools.converters.mil.frontend.torch.ops import _get_inputs
+
+    theta, size, corners = _get_inputs(context, node)
+    sizes: list[Any] = [getattr(each, "val", each) for each in (size if isinstance(size, list) else size.val)][2:]
+    if None in sizes or len(sizes) != 2:
+        raise NotImplementedError("affine_grid over other than two axes of known size")
+    lines = [_places(int(count), bool(corners.val)) for count in sizes]
+    rows, columns = np.meshgrid(*lines, indexing="ij")
+    places = np.stack([columns, rows, np.ones_like(rows)], -1).reshape(-1, 3).astype(np.float32)
+    moved = mb.matmul(x=places, y=theta, transpose_y=True)
+    context.add(mb.reshape(x=moved, shape=[-1, *map(int, sizes), 2], name=node.name))
+
+
+def _places(count: int, corners: bool) -> np.ndarray:
+    """From -1 to 1, the centres of the first and the last pixel (`corners`) or their outer sides."""
+    if corners:
+        return np.linspace(-1, 1, count) if count > 1 else np.zeros(1)
+    return (2 * np.arange(count) + 1) / count - 1
 
 
 def diff(context: Any, node: Any) -> None:
@@ -161,6 +215,9 @@ _COMPOSITES = {
     "new_ones": new_ones,
     "new_zeros": new_zeros,
     "group_norm": group_norm,
+    "instance_norm": instance_norm,
+    "rms_norm": rms_norm,
+    "affine_grid_generator": affine_grid,
     "diff": diff,
     "prod": prod,
     "where": where,
