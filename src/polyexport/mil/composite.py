@@ -120,6 +120,57 @@ def _places(count: int, corners: bool) -> np.ndarray:
     return (2 * np.arange(count) + 1) / count - 1
 
 
+def unfold(context: Any, node: Any) -> None:
+    """The blocks of an image as columns, by a convolution that picks each place of a block; the batch may be free."""
+    from coremltools.converters.mil import Builder as mb
+    from coremltools.converters.mil.frontend.torch.ops import _get_inputs
+
+    x, *blocks = _get_inputs(context, node)
+    kernel, dilations, padding, strides = (_pair(each) for each in blocks)
+    channels = int(x.shape[1])
+    made = mb.conv(
+        x=x, weight=_picking(channels, kernel), strides=strides, dilations=dilations, groups=channels,
+        pad_type="custom", pad=[padding[0], padding[0], padding[1], padding[1]],
+    )  # fmt: skip  # the blocks on one line
+    count = int(made.shape[2] * made.shape[3])
+    context.add(mb.reshape(x=made, shape=[-1, channels * kernel[0] * kernel[1], count], name=node.name))
+
+
+def fold(context: Any, node: Any) -> None:
+    """Columns laid back as the blocks of an image, added where they overlap, by the convolution turned round."""
+    from coremltools.converters.mil import Builder as mb
+    from coremltools.converters.mil.frontend.torch.ops import _get_inputs
+
+    x, *blocks = _get_inputs(context, node)
+    sizes, kernel, dilations, padding, strides = (_pair(each) for each in blocks)
+    depth = int(x.shape[1])
+    channels = depth // (kernel[0] * kernel[1])
+    counts = [
+        (sizes[i] + 2 * padding[i] - dilations[i] * (kernel[i] - 1) - 1) // strides[i] + 1 for i in (0, 1)
+    ]  # fmt: skip  # as PyTorch's manual has it
+    image = mb.conv_transpose(
+        x=mb.reshape(x=x, shape=[-1, depth, *counts]), weight=_picking(channels, kernel), strides=strides,
+        dilations=dilations, groups=channels, pad_type="valid",
+    )  # fmt: skip  # as above
+    wide = [(counts[i] - 1) * strides[i] + dilations[i] * (kernel[i] - 1) + 1 for i in (0, 1)]
+    missing = [max(sizes[i] + padding[i] - wide[i], 0) for i in (0, 1)]
+    if any(missing):  # what no block reaches
+        image = mb.pad(x=image, pad=[0, 0, 0, 0, 0, missing[0], 0, missing[1]], mode="constant", constant_val=0.0)
+    begin, end = [0, 0, *padding], [0, 0, *(size + before for size, before in zip(sizes, padding, strict=True))]
+    context.add(mb.slice_by_index(x=image, begin=begin, end=end, end_mask=[True, True, False, False], name=node.name))
+
+
+def _pair(sizes: Any) -> list[int]:
+    values = [each.val for each in sizes] if isinstance(sizes, list) else list(sizes.val)
+    return [int(each) for each in values]
+
+
+def _picking(channels: int, kernel: list[int]) -> np.ndarray:
+    """Kernels `(channels * places, 1, *kernel)` of which each has a one at a place of its own."""
+    places = kernel[0] * kernel[1]
+    return np.tile(np.eye(places, dtype=np.float32).reshape(places, 1, *kernel), (channels, 1, 1, 1))
+
+
 def diff(context: Any, node: Any) -> None:
     """First differences along one axis."""
     from coremltools.converters.mil import Builder as mb
@@ -218,6 +269,8 @@ _COMPOSITES = {
     "instance_norm": instance_norm,
     "rms_norm": rms_norm,
     "affine_grid_generator": affine_grid,
+    "im2col": unfold,
+    "col2im": fold,
     "diff": diff,
     "prod": prod,
     "where": where,

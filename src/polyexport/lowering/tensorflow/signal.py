@@ -130,6 +130,8 @@ def columns_to_image(
     data = tf.reshape(x.tensor, tf.stack([batch, channels, places.size]))
     rows = tf.transpose(data, [2, 0, 1])
     shape = tf.concat([[int(np.prod(wide))], tf.shape(rows)[1:]], 0)
-    flat = tf.scatter_nd(places.reshape(-1, 1), rows, shape)  # it adds up, in LiteRT and TensorFlow.js too
+    flat = tf.scatter_nd(
+        places.reshape(-1, 1).astype(np.int32), rows, shape
+    )  # it adds up, in LiteRT and TensorFlow.js too
     whole = tf.reshape(tf.transpose(flat, [1, 2, 0]), tf.stack([batch, channels, *wide]))
     return whole[(slice(None), slice(None), *(slice(pads[i], pads[i] + size) for i, size in enumerate(sizes)))]
