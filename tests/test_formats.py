@@ -136,6 +136,15 @@ class Greatest(torch.nn.Module):
         return (found, places) if self.places else (found, functional.adaptive_max_pool1d(x.flatten(2), 5))
 
 
+class Both(torch.nn.Module):
+    def __init__(self, one: torch.nn.Module, other: torch.nn.Module) -> None:
+        super().__init__()
+        self.one, self.other = one, other
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.one(x), self.other(x)
+
+
 def to_onnx(module: torch.nn.Module, folder: Path) -> tuple[torch.Tensor, ...]:
     """Export it by way of a program with a free batch, and answer as ONNX Runtime does for another batch size."""
     program = torch.export.export(module, (torch.rand(2, 3, 11, 13),), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
@@ -151,6 +160,18 @@ def to_onnx(module: torch.nn.Module, folder: Path) -> tuple[torch.Tensor, ...]:
 def test_adaptive_maxima_over_uneven_parts_reach_onnx(tmp_path: Path):
     image, *found = to_onnx(Greatest(), tmp_path)
     assert all(map(torch.equal, found, Greatest()(image)))
+
+
+def test_a_pool_larger_than_its_image_is_cut_to_it(tmp_path: Path):
+    import onnx as library
+
+    pools = [torch.nn.AvgPool2d((40, 9), stride, (2, 1), ceil_mode=True) for stride in (None, (40, 2))]
+    module = Both(*pools)
+    image, *found = to_onnx(module, tmp_path)
+    assert all(map(torch.allclose, found, module(image)))
+    nodes = library.load(tmp_path / "m.onnx").graph.node
+    shapes = [list(each.ints) for node in nodes for each in node.attribute if each.name == "kernel_shape"]
+    assert shapes == [[15, 9]] * 2
 
 
 def test_the_reason_names_what_the_exporter_lacks(tmp_path: Path):

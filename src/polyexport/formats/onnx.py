@@ -24,7 +24,7 @@ def convert_program(source: Path, target: Path, spec: ExportSpec) -> None:
     """Translate the traced program with `torch.onnx`'s exporter of the dynamo era."""
     import torch
 
-    program = _without_adaptive_maxima(torch.export.load(source))
+    program = _without_adaptive_maxima(_within_images(torch.export.load(source)))
     size = sum(tensor.numel() * tensor.element_size() for tensor in program.state_dict.values())
     try:
         torch.onnx.export(
@@ -46,6 +46,23 @@ def _bottom(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     return f"{type(error).__name__}: {error}"
+
+
+def _within_images(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """The program with average pools no larger than the padded image, as EfficientNet has one of 1280 x 1280 entries.
+
+    What lies beyond counts for nothing, but OpenVINO refuses it, and other runtimes have to fill it with zeros.
+    """
+    import torch
+
+    for node in program.graph.nodes:
+        if node.target is torch.ops.aten.avg_pool2d.default and len(node.args) > 4 and node.args[4]:
+            x, kernel, strides, padding, *rest = node.args
+            room = [size + 2 * pad for size, pad in zip(x.meta["val"].shape[-2:], padding, strict=True)]
+            if all(isinstance(size, int) for size in room):
+                least = [min(pair) for pair in zip(kernel, room, strict=True)]
+                node.args = (x, least, strides or kernel, padding, *rest)
+    return program
 
 
 def _without_adaptive_maxima(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
