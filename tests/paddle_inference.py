@@ -93,6 +93,12 @@ def main(package: str, folder: str, *as_it_is: str) -> None:
         )
     steps = [("ConvTranspose", ["kernel"], {"strides": [2, 2], "pads": [1] * 4, "output_padding": [1, 1]})]
     agrees(folder, "a transposed convolution", steps, image, kernel=RANDOM.random((3, 4, 3, 3), "f4"))
+    steps = [
+        *(("Mul", ["half"], {}), ("Transpose", [], {"perm": [0, 2, 3, 1]}), ("Reshape", ["rows"], {})),
+        ("Concat", ["zeros"], {"axis": 1}),
+    ]
+    zeros = np.zeros((2, 1, 3), "f4")
+    agrees(folder, "pixels in rows", steps, image, half=np.float32(0.5), rows=[-1, 72, 3], zeros=zeros)
     steps = [("MatMul", ["matrix"], {}), ("Squeeze", ["axes"], {})]
     matrix = RANDOM.random((1, 3, 9, 1), "f4")
     agrees(folder, "a product whose batch is free on one side", steps, image, matrix=matrix, axes=[-1])

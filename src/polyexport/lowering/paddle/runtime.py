@@ -38,8 +38,6 @@ _FUSING = frozenset({"add", "divide", "matmul", "multiply", "subtract", "transpo
 _FUSED = frozenset({"abs", "clip", "relu", "reshape", "scale", "sqrt", "unsqueeze"})
 """Operators that it fuses to those."""
 
-_WINDOWS = 5  # axes from which on a reshape behind a transpose joins others than the last ones, which would do no harm
-
 
 def secure(program: Any) -> None:
     """Put copies into a program that is about to be saved."""
@@ -88,5 +86,8 @@ def _is_shared(value: Any) -> bool:
 def _is_fused_wrongly(value: Any, op: Any, place: int) -> bool:
     if place or _name(op) not in _FUSED or (before := value.get_defining_op()) is None or _name(before) not in _FUSING:
         return False
-    moved = _name(before) == "transpose" and _name(op) == "reshape" and len(value.shape) >= _WINDOWS
-    return moved or value.dtype != paddle.float32
+    if value.dtype != paddle.float32:
+        return True
+    # two last axes joined, as attention joins its heads, do no harm
+    heads = len(value.shape) == 4 and list(op.result(0).shape[:-1]) == list(value.shape[:2])
+    return _name(before) == "transpose" and _name(op) == "reshape" and not heads
