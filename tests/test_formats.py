@@ -7,10 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional
 
 import polyexport
 import zoo
-from polyexport import FORMATS, Report
+from polyexport import FORMATS, ExportSpec, Report, TensorSpec
+from polyexport.formats import onnx
 
 GROUND_FORMATS = ("torchscript", "pt2", "onnx", "openvino")
 
@@ -120,6 +122,61 @@ def test_what_one_exporter_cannot_do_the_other_does(tmp_path: Path):
     assert report["pt2"].state == "failed"
     assert (report["onnx"].state, report["onnx"].route) == ("verified", "torchscript")
     assert report["openvino"].state == "verified"
+
+
+class Greatest(torch.nn.Module):
+    """Adaptive max pools over parts of uneven size, by value or with their places."""
+
+    def __init__(self, *, places: bool = False) -> None:
+        super().__init__()
+        self.places = places
+
+    def forward(self, x: torch.Tensor):
+        found, places = functional.adaptive_max_pool2d(x, (4, 3), return_indices=True)
+        return (found, places) if self.places else (found, functional.adaptive_max_pool1d(x.flatten(2), 5))
+
+
+class Both(torch.nn.Module):
+    def __init__(self, one: torch.nn.Module, other: torch.nn.Module) -> None:
+        super().__init__()
+        self.one, self.other = one, other
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.one(x), self.other(x)
+
+
+def to_onnx(module: torch.nn.Module, folder: Path) -> tuple[torch.Tensor, ...]:
+    """Export it by way of a program with a free batch, and answer as ONNX Runtime does for another batch size."""
+    program = torch.export.export(module, (torch.rand(2, 3, 11, 13),), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+    torch.export.save(program, folder / "m.pt2")
+    image = torch.rand(3, 3, 11, 13)
+    names = [TensorSpec(f"output_{index}", "float32", ()) for index in range(2)]
+    spec = ExportSpec((TensorSpec("x", "float32", (2, 3, 11, 13)),), tuple(names))
+    onnx.convert_program(folder / "m.pt2", folder / "m.onnx", spec)
+    found = onnx.load(folder / "m.onnx", spec, threads=1)({"x": image.numpy()})
+    return image, *map(torch.from_numpy, found.values())
+
+
+def test_adaptive_maxima_over_uneven_parts_reach_onnx(tmp_path: Path):
+    image, *found = to_onnx(Greatest(), tmp_path)
+    assert all(map(torch.equal, found, Greatest()(image)))
+
+
+def test_a_pool_larger_than_its_image_is_cut_to_it(tmp_path: Path):
+    import onnx as library
+
+    pools = [torch.nn.AvgPool2d((40, 9), stride, (2, 1), ceil_mode=True) for stride in (None, (40, 2))]
+    module = Both(*pools)
+    image, *found = to_onnx(module, tmp_path)
+    assert all(map(torch.allclose, found, module(image)))
+    nodes = library.load(tmp_path / "m.onnx").graph.node
+    shapes = [list(each.ints) for node in nodes for each in node.attribute if each.name == "kernel_shape"]
+    assert shapes == [[15, 9]] * 2
+
+
+def test_the_reason_names_what_the_exporter_lacks(tmp_path: Path):
+    with pytest.raises(RuntimeError, match=r"^DispatchError: No ONNX function found for .*adaptive_max_pool2d"):
+        to_onnx(Greatest(places=True), tmp_path)
 
 
 def test_the_exported_module_is_not_touched(tmp_path: Path):

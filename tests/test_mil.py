@@ -46,6 +46,17 @@ def resized(**how):
     return functools.partial(functional.interpolate, **how)
 
 
+def trained(layer):
+    layer.running_mean.uniform_()
+    layer.running_var.uniform_(0.5, 2)
+    return layer
+
+
+def turned(x, *, align_corners):
+    grid = functional.affine_grid(x.mean((1, 2))[:, :6].reshape(-1, 2, 3), x.shape, align_corners=align_corners)
+    return functional.grid_sample(x, grid, align_corners=align_corners)
+
+
 FUNCTIONS = {
     "abs": (torch.abs, ROWS),
     "acos": (lambda x: torch.acos(x.clamp(-0.9, 0.9)), ROWS),
@@ -114,7 +125,10 @@ FUNCTIONS = {
     "global pooling": (nn.AdaptiveAvgPool2d(1), IMAGE),
     "batch_norm": (nn.BatchNorm2d(4).eval(), IMAGE),
     "instance_norm": (nn.InstanceNorm2d(4, affine=True), IMAGE),
+    "instance_norm, by what training gathered": (trained(nn.InstanceNorm2d(4, track_running_stats=True)), IMAGE),
     "layer_norm": (nn.LayerNorm([9, 10]), IMAGE),
+    "rms_norm": (nn.RMSNorm(10), IMAGE),
+    "rms_norm without weight": (lambda x: functional.rms_norm(x, [9, 10], eps=0.1), IMAGE),
     "group_norm": (nn.GroupNorm(2, 4), IMAGE),
     "local_response_norm": (nn.LocalResponseNorm(3), IMAGE),
     "normalize": (functional.normalize, ROWS),
@@ -124,6 +138,8 @@ FUNCTIONS = {
     "bilinear to a size": (resized(size=(14, 7), mode="bilinear"), IMAGE),
     "bilinear, corners": (resized(scale_factor=3, mode="bilinear", align_corners=True), IMAGE),
     "grid_sample": (lambda x: functional.grid_sample(x, x[:, :2].permute(0, 2, 3, 1), align_corners=False), IMAGE),
+    "affine_grid": (lambda x: turned(x, align_corners=False), IMAGE),
+    "affine_grid, corners": (lambda x: turned(x, align_corners=True), IMAGE),
     "pixel_shuffle": (nn.PixelShuffle(2), IMAGE),
     "pixel_unshuffle": (nn.PixelUnshuffle(2), (1, 3, 6, 8)),
     "pad": (lambda x: functional.pad(x, (1, 2, 3, 0), value=0.5), IMAGE),
@@ -155,6 +171,9 @@ FUNCTIONS = {
     "masked_fill": (lambda x: x.masked_fill(x > 0, -2.0), ROWS),
     "embedding": (lambda x: functional.embedding(x.argmax(1), torch.arange(40.0).reshape(8, 5)), ROWS),
     "unfold": (lambda x: functional.unfold(x, 3, stride=2), IMAGE),
+    "unfold, dilated": (lambda x: functional.unfold(x, (3, 2), dilation=2, padding=(1, 2)), IMAGE),
+    "fold": (lambda x: functional.fold(functional.unfold(x, 3, 2, 1, 2), IMAGE[2:], 3, 2, 1, 2), IMAGE),
+    "fold beyond the blocks": (lambda x: functional.fold(x, (6, 7), 2, stride=3), (2, 12, 4)),
     "diff": (lambda x: torch.diff(x, dim=1), ROWS),
     "meshgrid": (lambda x: torch.stack(torch.meshgrid(x[0], x[1], indexing="ij")), ROWS),
     "rnn": (First(nn.RNN(8, 6, batch_first=True), 1), (2, 5, 8)),

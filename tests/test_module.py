@@ -56,6 +56,22 @@ def test_tied_weights_stay_tied(tmp_path):
     assert len(list(loaded.parameters())) == 3
 
 
+def test_a_hook_that_refers_to_a_context_variable_comes_back(tmp_path):
+    """As those by which transformers gathers hidden states, from the first call that asks for them on."""
+    import transformers
+
+    config = transformers.ViTConfig(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, image_size=8, patch_size=4
+    )
+    net, image = transformers.ViTModel(config).eval(), torch.rand(2, 3, 8, 8)
+    expected = net(image, output_hidden_states=True).hidden_states[-1]
+    assert any(each._forward_hooks for each in net.modules())
+    loaded = modules.load(saved(net, tmp_path, pixel_values=image, output_hidden_states=True))
+    loaded(image)
+    at = loaded.output_names.index("hidden_states_1")
+    assert torch.equal(loaded(image)[at], expected)
+
+
 def test_buffers_that_no_checkpoint_has_are_kept(tmp_path):
     class Scaled(nn.Module):
         def __init__(self):

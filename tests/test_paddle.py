@@ -190,6 +190,16 @@ print("agrees")
     assert in_toolchain("paddle", str(script)).splitlines()[-1] == "agrees"
 
 
+def test_the_inference_runtime_computes_what_the_graph_says(tmp_path):
+    """It has optimisations of its own, of which the program that is saved must not fall foul."""
+    assert in_toolchain("paddle", "paddle_inference.py", str(PACKAGE), str(tmp_path)).splitlines()[-1] == "agree"
+
+
+def test_the_same_check_notices_a_program_that_is_saved_as_it_is(tmp_path):
+    with pytest.raises(AssertionError, match=r"y \+ Floor"):
+        in_toolchain("paddle", "paddle_inference.py", str(PACKAGE), str(tmp_path), "as it is")
+
+
 # --- the graph it is given --------------------------------------------------------------------------------------------
 
 

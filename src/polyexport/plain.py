@@ -8,7 +8,9 @@ stays as it is.
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Mapping
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -23,12 +25,17 @@ _COMPILED = ("_compiled_call_impl", "_compiler_ctx")
 
 
 def reduced(item: Any) -> Any:
-    """How to pickle a module without what training added: as `__reduce__` says it; NotImplemented for all else."""
+    """How to pickle a module without what training added: as `__reduce__` says it; NotImplemented for all else.
+
+    A global that holds a context variable, which cannot be pickled, is named: a hook of transformers refers to one.
+    """
     import torch
     from torch.nn.utils import parametrize
 
     if type(item).__name__ == "DeviceMesh":
         return type(None), ()
+    if any(isinstance(each, ContextVar) for each in getattr(item, "__dict__", {}).values()):
+        return _named(item)
     if not isinstance(item, torch.nn.Module):
         return NotImplemented
     inner = _inner(item)
@@ -47,6 +54,13 @@ def reduced(item: Any) -> Any:
 def _empty(kind: Any) -> Any:
     """Not `copyreg.__newobj__`, with which pickle allows no class but the object's own."""
     return kind.__new__(kind)
+
+
+def _named(item: Any) -> Any:
+    """An object as a global of the module that its class is from."""
+    module = sys.modules.get(type(item).__module__)
+    name = next((name for name, value in vars(module).items() if value is item), None) if module else None
+    return NotImplemented if name is None else (getattr, (module, name))
 
 
 def _itself(value: Any) -> Any:

@@ -6,6 +6,7 @@ https://onnx.ai/onnx/
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ from polyexport.spec import Arrays, ExportSpec
 
 if TYPE_CHECKING:
     import onnx
+    import torch
 
 _PROTOBUF_LIMIT = 2_000_000_000  # one ONNX file is one protobuf message, and that may have 2 GiB
 
@@ -22,19 +24,70 @@ def convert_program(source: Path, target: Path, spec: ExportSpec) -> None:
     """Translate the traced program with `torch.onnx`'s exporter of the dynamo era."""
     import torch
 
-    program = torch.export.load(source)
+    program = _without_adaptive_maxima(_within_images(torch.export.load(source)))
     size = sum(tensor.numel() * tensor.element_size() for tensor in program.state_dict.values())
-    torch.onnx.export(
-        program,
-        (),
-        target,
-        dynamo=True,
-        input_names=list(spec.input_names),
-        output_names=list(spec.output_names),
-        external_data=size > _PROTOBUF_LIMIT,
-        verbose=False,
-    )
+    try:
+        torch.onnx.export(
+            program,
+            (),
+            target,
+            dynamo=True,
+            input_names=list(spec.input_names),
+            output_names=list(spec.output_names),
+            external_data=size > _PROTOBUF_LIMIT,
+            verbose=False,
+        )
+    except Exception as error:  # it says how to report it; what it is about lies at the bottom
+        raise RuntimeError(_bottom(error)) from error
     _finish(target, spec)
+
+
+def _bottom(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {error}"
+
+
+def _within_images(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """The program with average pools no larger than the padded image, as EfficientNet has one of 1280 x 1280 entries.
+
+    What lies beyond counts for nothing, but OpenVINO refuses it, and other runtimes have to fill it with zeros.
+    """
+    import torch
+
+    for node in program.graph.nodes:
+        if node.target is torch.ops.aten.avg_pool2d.default and len(node.args) > 4 and node.args[4]:
+            x, kernel, strides, padding, *rest = node.args
+            room = [size + 2 * pad for size, pad in zip(x.meta["val"].shape[-2:], padding, strict=True)]
+            if all(isinstance(size, int) for size in room):
+                least = [min(pair) for pair in zip(kernel, room, strict=True)]
+                node.args = (x, least, strides or kernel, padding, *rest)
+    return program
+
+
+def _without_adaptive_maxima(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """The program with adaptive max pools as maxima of slices, where nobody asks for their places: ONNX has none."""
+    import torch
+
+    aten = torch.ops.aten
+    pools = {aten.adaptive_max_pool1d.default, aten.adaptive_max_pool2d.default, aten.adaptive_max_pool3d.default}
+    nodes = [node for node in program.graph.nodes if node.target in pools]
+    if not nodes or any(user.args[1] and user.users for node in nodes for user in node.users):
+        return program
+    taken_apart: torch.export.ExportedProgram = program.run_decompositions(dict.fromkeys(pools, _adaptive_maxima))
+    return taken_apart
+
+
+def _adaptive_maxima(x: torch.Tensor, sizes: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The maxima of parts as even as they can be, one axis after the other, and no places."""
+    import torch
+
+    for axis, count in enumerate(sizes, x.dim() - len(sizes)):
+        size = x.shape[axis]
+        bounds = [(part * size // count, -(-(part + 1) * size // count)) for part in range(count)]
+        parts = [x.narrow(axis, begin, end - begin).amax(axis, keepdim=True) for begin, end in bounds]
+        x = torch.cat(parts, axis) if count > 1 else parts[0]
+    return x, torch.zeros_like(x, dtype=torch.int64)
 
 
 def convert_trace(source: Path, target: Path, spec: ExportSpec, *, opset: int = 20) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 
 def new_ones(context: Any, node: Any) -> None:
     """`tensor.new_ones(shape, dtype=…)`."""
@@ -64,6 +66,109 @@ def group_norm(context: Any, node: Any) -> None:
         if vector is not None:
             result = combine(x=result, y=mb.reshape(x=vector, shape=[1, -1, *[1] * (x.rank - 2)]))
     context.add(mb.identity(x=result, name=node.name))
+
+
+def instance_norm(context: Any, node: Any) -> None:
+    """By the statistics that training gathered where the layer keeps them, which coremltools overlooks."""
+    from coremltools.converters.mil import Builder as mb
+    from coremltools.converters.mil.frontend.torch import ops
+
+    x, weight, bias, mean, variance, of_input, _, epsilon = ops._get_inputs(context, node)[:8]
+    if mean is None or of_input.val:
+        ops.instance_norm(context, node)
+        return
+    made = mb.batch_norm(
+        x=x, mean=mean, variance=variance, gamma=weight, beta=bias, epsilon=epsilon, name=node.name
+    )  # fmt: skip  # one call on one line
+    context.add(made)
+
+
+def rms_norm(context: Any, node: Any) -> None:
+    """Scaled by the root of the mean square over the last axes; weight and epsilon may be left out."""
+    from coremltools.converters.mil import Builder as mb
+    from coremltools.converters.mil.frontend.torch.ops import _get_inputs
+
+    x, shape, weight, epsilon = [*_get_inputs(context, node), None, None][:4]
+    axes = list(range(-len(shape if isinstance(shape, list) else shape.val), 0))
+    least = float(np.finfo(np.float32).eps if epsilon is None else epsilon.val)
+    mean = mb.reduce_mean(x=mb.square(x=x), axes=axes, keep_dims=True)
+    result = mb.mul(x=x, y=mb.rsqrt(x=mean, epsilon=least))
+    result = result if weight is None else mb.mul(x=result, y=weight)
+    context.add(mb.identity(x=result, name=node.name))
+
+
+def affine_grid(context: Any, node: Any) -> None:
+    """The places to sample an image at, moved by a matrix for each; coremltools has it for a fixed batch only."""
+    from coremltools.converters.mil import Builder as mb
+    from coremltools.converters.mil.frontend.torch.ops import _get_inputs
+
+    theta, size, corners = _get_inputs(context, node)
+    sizes: list[Any] = [getattr(each, "val", each) for each in (size if isinstance(size, list) else size.val)][2:]
+    if None in sizes or len(sizes) != 2:
+        raise NotImplementedError("affine_grid over other than two axes of known size")
+    lines = [_places(int(count), bool(corners.val)) for count in sizes]
+    rows, columns = np.meshgrid(*lines, indexing="ij")
+    places = np.stack([columns, rows, np.ones_like(rows)], -1).reshape(-1, 3).astype(np.float32)
+    moved = mb.matmul(x=places, y=theta, transpose_y=True)
+    context.add(mb.reshape(x=moved, shape=[-1, *map(int, sizes), 2], name=node.name))
+
+
+def _places(count: int, corners: bool) -> np.ndarray:
+    """From -1 to 1, the centres of the first and the last pixel (`corners`) or their outer sides."""
+    if corners:
+        return np.linspace(-1, 1, count) if count > 1 else np.zeros(1)
+    return (2 * np.arange(count) + 1) / count - 1
+
+
+def unfold(context: Any, node: Any) -> None:
+    """The blocks of an image as columns, by a convolution that picks each place of a block; the batch may be free."""
+    from coremltools.converters.mil import Builder as mb
+    from coremltools.converters.mil.frontend.torch.ops import _get_inputs
+
+    x, *blocks = _get_inputs(context, node)
+    kernel, dilations, padding, strides = (_pair(each) for each in blocks)
+    channels = int(x.shape[1])
+    made = mb.conv(
+        x=x, weight=_picking(channels, kernel), strides=strides, dilations=dilations, groups=channels,
+        pad_type="custom", pad=[padding[0], padding[0], padding[1], padding[1]],
+    )  # fmt: skip  # the blocks on one line
+    count = int(made.shape[2] * made.shape[3])
+    context.add(mb.reshape(x=made, shape=[-1, channels * kernel[0] * kernel[1], count], name=node.name))
+
+
+def fold(context: Any, node: Any) -> None:
+    """Columns laid back as the blocks of an image, added where they overlap, by the convolution turned round."""
+    from coremltools.converters.mil import Builder as mb
+    from coremltools.converters.mil.frontend.torch.ops import _get_inputs
+
+    x, *blocks = _get_inputs(context, node)
+    sizes, kernel, dilations, padding, strides = (_pair(each) for each in blocks)
+    depth = int(x.shape[1])
+    channels = depth // (kernel[0] * kernel[1])
+    counts = [
+        (sizes[i] + 2 * padding[i] - dilations[i] * (kernel[i] - 1) - 1) // strides[i] + 1 for i in (0, 1)
+    ]  # fmt: skip  # as PyTorch's manual has it
+    image = mb.conv_transpose(
+        x=mb.reshape(x=x, shape=[-1, depth, *counts]), weight=_picking(channels, kernel), strides=strides,
+        dilations=dilations, groups=channels, pad_type="valid",
+    )  # fmt: skip  # as above
+    wide = [(counts[i] - 1) * strides[i] + dilations[i] * (kernel[i] - 1) + 1 for i in (0, 1)]
+    missing = [max(sizes[i] + padding[i] - wide[i], 0) for i in (0, 1)]
+    if any(missing):  # what no block reaches
+        image = mb.pad(x=image, pad=[0, 0, 0, 0, 0, missing[0], 0, missing[1]], mode="constant", constant_val=0.0)
+    begin, end = [0, 0, *padding], [0, 0, *(size + before for size, before in zip(sizes, padding, strict=True))]
+    context.add(mb.slice_by_index(x=image, begin=begin, end=end, end_mask=[True, True, False, False], name=node.name))
+
+
+def _pair(sizes: Any) -> list[int]:
+    values = [each.val for each in sizes] if isinstance(sizes, list) else list(sizes.val)
+    return [int(each) for each in values]
+
+
+def _picking(channels: int, kernel: list[int]) -> np.ndarray:
+    """Kernels `(channels * places, 1, *kernel)` of which each has a one at a place of its own."""
+    places = kernel[0] * kernel[1]
+    return np.tile(np.eye(places, dtype=np.float32).reshape(places, 1, *kernel), (channels, 1, 1, 1))
 
 
 def diff(context: Any, node: Any) -> None:
@@ -199,6 +304,11 @@ _COMPOSITES = {
     "new_ones": new_ones,
     "new_zeros": new_zeros,
     "group_norm": group_norm,
+    "instance_norm": instance_norm,
+    "rms_norm": rms_norm,
+    "affine_grid_generator": affine_grid,
+    "im2col": unfold,
+    "col2im": fold,
     "diff": diff,
     "prod": prod,
     **dict.fromkeys(("where", "where.self", "where.scalarself"), where),

@@ -67,6 +67,8 @@ def _is_in_danger(tensor: Tensor, op: Any) -> bool:
     name, source = _name(op), _name(tensor.get_defining_op())
     if tensor.dtype != paddle.float32 and name in _FUSED and source in _FUSED:
         return True
+    if source == "transpose" and name == "reshape":  # made one it keeps a shape by which a product behind it is judged
+        return not (tensor.ndim == 4 and list(op.result(0).shape[:-1]) == list(tensor.shape[:2]))
     overwrites = name not in _OVERWRITING and hasattr(paddle._C_ops, f"{name}_")
     return overwrites and not tensor.has_one_use() and (tensor.dtype == paddle.float32 or source == "cast")
 

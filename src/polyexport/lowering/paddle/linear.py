@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+
 import paddle
 
 from polyexport.lowering.paddle.math import add
-from polyexport.lowering.paddle.target import OPS, is_float
+from polyexport.lowering.paddle.target import OPS, is_float, told
 from polyexport.lowering.value import Tensor, Value
 
 
@@ -18,8 +20,18 @@ def matmul(a: Value, b: Value) -> Tensor:
 def multiplied(a: Tensor, b: Tensor) -> Tensor:
     """The matrix product of tensors of any rank, one included; of integers in float64, which alone has a kernel."""
     if is_float(a):
-        return paddle.matmul(a, b)
-    return paddle.cast(paddle.matmul(paddle.cast(a, "float64"), paddle.cast(b, "float64")), a.dtype)
+        return _told_batch(paddle.matmul(a, b), a, b)
+    return paddle.cast(multiplied(paddle.cast(a, "float64"), paddle.cast(b, "float64")), a.dtype)
+
+
+def _told_batch(made: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """The product with its leading axes told: of 1 and a size unknown before the run Paddle makes 1."""
+    if min(len(a.shape), len(b.shape)) < 2:
+        return made
+    pairs = itertools.zip_longest(reversed(a.shape[:-2]), reversed(b.shape[:-2]), fillvalue=1)
+    batch = [max(pair) if max(pair) > 1 else min(pair) for pair in pairs]
+    sizes = [*reversed(batch), a.shape[-2], b.shape[-1]]
+    return told(made, [None if size < 0 else size for size in sizes])
 
 
 @OPS.op("Gemm")

@@ -202,11 +202,7 @@ def convolve_integer(
 def _taken(data: Tensor, kernel: Sequence[int], strides: Sequence[int], dilations: Sequence[int]) -> list[Tensor]:
     """For every place of the kernel what lies there in all windows; for what TensorFlow's own pools do not take."""
     reach = spans(kernel, dilations)
-    sizes = [
-        static if static is not None else size
-        for static, size in zip(data.shape[1:-1], tf.unstack(tf.shape(data))[1:-1], strict=True)
-    ]
-    counts = [(size - span) // stride for size, span, stride in zip(sizes, reach, strides, strict=True)]
+    counts = [(size - n) // stride for size, n, stride in zip(_sizes(data)[1:-1], reach, strides, strict=True)]
     found = []
     for place in itertools.product(*map(range, kernel)):
         starts = [i * d for i, d in zip(place, dilations, strict=True)]
@@ -223,19 +219,32 @@ def _pool(
     if set(dilations) == {1} and len(kernel) <= 3 and data.dtype in (tf.float32, tf.float64, tf.float16):
         if len(kernel) == 1:
             return tf.squeeze(native(data[:, None], [1, *kernel], [1, *strides], "VALID"), 1)
-        if len(kernel) == 2 or data.dtype == tf.float32:
-            return native(data, kernel, strides, "VALID")
+        return native(data, kernel, strides, "VALID") if len(kernel) == 2 else _in_turn(data, kernel, strides, native)
     return functools.reduce(combine, _taken(data, kernel, strides, dilations))
 
 
+def _in_turn(data: Tensor, kernel: list[int], strides: list[int], native: Callable[..., Tensor]) -> Tensor:
+    """Over the last two of three axes, then over the first: LiteRT has no pool over three."""
+    _, depth, height, width, channels = _sizes(data)
+    planes = native(tf.reshape(data, [-1, height, width, channels]), kernel[1:], strides[1:], "VALID")
+    _, height, width, _ = _sizes(planes)
+    rows = tf.reshape(planes, [-1, depth, height * width, channels])
+    made = native(rows, [kernel[0], 1], [strides[0], 1], "VALID")
+    return tf.reshape(made, [-1, _sizes(made)[1], height, width, channels])
+
+
+def _sizes(data: Tensor) -> list[Any]:
+    """Of each axis: static where that is known."""
+    dynamic = tf.unstack(tf.shape(data))
+    return [known if known is not None else size for known, size in zip(data.shape, dynamic, strict=True)]
+
+
 def _max_native(data: Tensor, kernel: list[int], strides: list[int], padding: str) -> Tensor:
-    run = tf.nn.max_pool2d if len(kernel) == 2 else tf.nn.max_pool3d
-    return run(data, kernel, strides, padding)
+    return tf.nn.max_pool2d(data, kernel, strides, padding)
 
 
 def _average_native(data: Tensor, kernel: list[int], strides: list[int], padding: str) -> Tensor:
-    run = tf.nn.avg_pool2d if len(kernel) == 2 else tf.nn.avg_pool3d
-    return run(data, kernel, strides, padding) * float(np.prod(kernel))
+    return tf.nn.avg_pool2d(data, kernel, strides, padding) * float(np.prod(kernel))
 
 
 @OPS.op("MaxPool")

@@ -159,8 +159,10 @@ def top_k(x: Value, k: Value, *, axis: int = -1, largest: int = 1, sorted: int =
 
 
 def _reversed(tensor: Tensor) -> Tensor:
-    """The same entries in the other order; integers without overflow."""
-    return tf.bitwise.invert(tensor) if tensor.dtype.is_integer else -tensor
+    """The same entries in the other order; integers without overflow, by what LiteRT and TensorFlow.js have too."""
+    if not tensor.dtype.is_integer:
+        return -tensor
+    return (tensor.dtype.max if tensor.dtype.is_unsigned else -1) - tensor
 
 
 @OPS.op("NonZero", since=9)

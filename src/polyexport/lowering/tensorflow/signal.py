@@ -161,8 +161,10 @@ def columns_to_image(
     batch, depth = sizes_of(x)[0], (x.shape or ())[1]
     channels = depth // int(np.prod(kernel)) if depth is not None else -1
     data = tf.reshape(x.tensor, tf.stack([batch, channels, places.size]))
-    flat = tf.transpose(
-        tf.math.unsorted_segment_sum(tf.transpose(data, [2, 0, 1]), places.ravel(), int(np.prod(wide))), [1, 2, 0]
-    )
-    whole = tf.reshape(flat, tf.stack([batch, channels, *wide]))
+    rows = tf.transpose(data, [2, 0, 1])
+    shape = tf.concat([[int(np.prod(wide))], tf.shape(rows)[1:]], 0)
+    flat = tf.scatter_nd(
+        places.reshape(-1, 1).astype(np.int32), rows, shape
+    )  # adds up; LiteRT and TensorFlow.js have it
+    whole = tf.reshape(tf.transpose(flat, [1, 2, 0]), tf.stack([batch, channels, *wide]))
     return whole[(slice(None), slice(None), *(slice(pads[i], pads[i] + size) for i, size in enumerate(sizes)))]
