@@ -18,7 +18,7 @@ State = Literal["verified", "degraded", "unverified", "mismatch", "failed", "ski
 """What may be said of a format.
 
 `verified`: loaded from disk in a fresh process and agreed with PyTorch. `degraded`: verified, but something asked for
-was dropped. `unverified`: made, but nothing here can run it. `mismatch`: runs, disagrees. `failed`: the conversion
+was dropped. `unverified`: made, but nothing here can prove it. `mismatch`: runs, disagrees. `failed`: the conversion
 failed, crashed or hung. `skipped`: a tool is missing, or its upstream failed.
 """
 

@@ -1,7 +1,7 @@
 """What tracers and converters do not see through, written out in functions that they do, while a module is traced.
 
 Requirements:
-* The reference is made without what is written here, so that parity judges it like everything else.
+* The reference is made without the functions that are written out here, so that parity judges them too.
 * A function is taken apart only as far as its answer stays the same; every other call of it goes through unchanged.
 """
 
