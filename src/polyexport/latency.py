@@ -19,8 +19,8 @@ class Latency:
     Percentiles are over the raw calls in `samples_ms`, taken in rounds that alternate with the other formats', so that
     drift of the machine hits all alike; `p99_ms` is None below 100 samples. `load_seconds` and `first_ms` are the cold
     start. `peak_memory_bytes` is the resident peak of the whole process that served the calls. `speedup` is eager
-    PyTorch's median over this one's, from the same rounds. `waited` is the share of the time in which it was ready to
-    run and other processes had the processor; 0 where the system does not tell.
+    PyTorch's median over this one's, from the same rounds. `waited` is the share of the time in which its first
+    thread was ready to run and others had the processor; 0 where the system does not tell.
     """
 
     p50_ms: float

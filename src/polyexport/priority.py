@@ -45,9 +45,20 @@ def waited_seconds(session: int) -> float:
     waited = 0.0
     for process in _of(session):
         with contextlib.suppress(OSError, IndexError):  # it ended meanwhile
-            for thread in Path(f"/proc/{process}/task").iterdir():
-                waited = max(waited, int((thread / "schedstat").read_text().split()[1]) / 1e9)
+            waited = max([waited, *map(_waited_seconds, Path(f"/proc/{process}/task").iterdir())])
     return waited
+
+
+def first_waited_seconds() -> float:
+    """The same of this process's first thread alone, since those beside it wait for each other too."""
+    try:
+        return _waited_seconds(Path(f"/proc/self/task/{os.getpid()}"))
+    except (OSError, IndexError):
+        return 0.0
+
+
+def _waited_seconds(thread: Path) -> float:
+    return int((thread / "schedstat").read_text().split()[1]) / 1e9
 
 
 def _nice_session(process: int, niceness: int) -> None:

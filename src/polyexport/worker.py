@@ -172,7 +172,7 @@ def bench(root: Path, job: Job, answers: TextIO) -> int:
     artifact says so as its `stand_in`, and is not timed.
     """
     from polyexport.latency import sample_ms, timed_ms, warm_up
-    from polyexport.priority import waited_seconds
+    from polyexport.priority import first_waited_seconds
 
     inputs = _inputs(root / job.batches[0].path, job)
     start = time.perf_counter()
@@ -192,9 +192,9 @@ def bench(root: Path, job: Job, answers: TextIO) -> int:
     waited = spent = 0.0
     for _ in sys.stdin:
         warm_up(call, count=2, seconds=0.05)  # the runtime before may still have threads that spin
-        before = waited_seconds(os.getpid())
+        before = first_waited_seconds()
         samples_ms = sample_ms(call)
-        waited, spent = waited + waited_seconds(os.getpid()) - before, spent + sum(samples_ms) / 1e3
+        waited, spent = waited + first_waited_seconds() - before, spent + sum(samples_ms) / 1e3
         peak_memory_bytes = getattr(runner, "peak_memory_bytes", None) or _peak_memory()
         costs = {"peak_memory_bytes": peak_memory_bytes, "waited": min(waited / spent, 1.0)}
         _answer(answers, {"samples_ms": samples_ms, **costs})
