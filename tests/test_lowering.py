@@ -16,6 +16,12 @@ from polyexport import toolchain
 
 HERE = Path(__file__).parent
 PACKAGE = Path(polyexport.__file__).parent
+AS_PACKAGE = f"""
+import sys, types
+module = types.ModuleType("polyexport"); module.__path__ = [{str(PACKAGE)!r}]; sys.modules["polyexport"] = module
+sys.path.insert(0, {str(HERE)!r})
+"""
+"""How a script in an isolated toolchain begins, which has our package and the tests' modules by their files only."""
 
 
 def in_toolchain(name: str, *words: str) -> str:
@@ -84,8 +90,7 @@ def test_transposes_around_convolutions_cancel(tmp_path: Path) -> None:
     script = tmp_path / "layout.py"
     script.write_text(
         f"""
-import sys, types
-module = types.ModuleType("polyexport"); module.__path__ = [{str(PACKAGE)!r}]; sys.modules["polyexport"] = module
+{AS_PACKAGE}
 import numpy as np, onnx, tensorflow as tf
 from onnx import helper, numpy_helper
 from polyexport.lowering.tensorflow import lower_model
@@ -112,8 +117,7 @@ def test_what_tflite_and_tensorflow_js_lack_is_not_in_the_graph(tmp_path: Path) 
     script = tmp_path / "plain.py"
     script.write_text(
         f"""
-import sys, types
-module = types.ModuleType("polyexport"); module.__path__ = [{str(PACKAGE)!r}]; sys.modules["polyexport"] = module
+{AS_PACKAGE}
 import numpy as np, onnx, tensorflow as tf
 from onnx import helper, numpy_helper
 from polyexport.lowering.tensorflow import lower_model

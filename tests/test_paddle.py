@@ -12,7 +12,7 @@ from torch import nn
 import polyexport
 import zoo
 from polyexport.formats import paddle
-from test_lowering import PACKAGE, in_toolchain, many
+from test_lowering import AS_PACKAGE, PACKAGE, in_toolchain, many
 
 ROUTES = {"resnet": "x2paddle", "gru": "lowering"}
 """One that X2Paddle translates, and one that it does not."""
@@ -72,9 +72,8 @@ def test_a_weight_inside_a_loop_is_saved(tmp_path):
     script = tmp_path / "scan.py"
     script.write_text(
         f"""
-import sys, types
+{AS_PACKAGE}
 from pathlib import Path
-module = types.ModuleType("polyexport"); module.__path__ = [{str(PACKAGE)!r}]; sys.modules["polyexport"] = module
 import numpy as np
 from onnx import helper, numpy_helper
 from paddle import inference
@@ -118,9 +117,8 @@ def test_what_the_passes_of_paddle_inference_break_is_kept_from_them(tmp_path):
     script = tmp_path / "passes.py"
     script.write_text(
         f"""
-import json, os, sys, types
-module = types.ModuleType("polyexport"); module.__path__ = [{str(PACKAGE)!r}]; sys.modules["polyexport"] = module
-sys.path.insert(0, {str(Path(__file__).parent)!r})
+{AS_PACKAGE}
+import json, os
 import backend_suite
 import numpy as np, paddle
 from onnx import helper, numpy_helper
@@ -170,9 +168,7 @@ def test_the_log_of_a_sum_of_nothing_is_minus_infinity(tmp_path):
     script = tmp_path / "empty.py"
     script.write_text(
         f"""
-import sys, types
-module = types.ModuleType("polyexport"); module.__path__ = [{str(PACKAGE)!r}]; sys.modules["polyexport"] = module
-sys.path.insert(0, {str(Path(__file__).parent)!r})
+{AS_PACKAGE}
 import backend_suite
 import numpy as np
 from onnx import helper, numpy_helper

@@ -74,7 +74,7 @@ def make(root: Path, source: Path, dynamic: Dynamic, commit: str = "") -> Refere
     sha256, at = _sha256(weights), _keep_only_weights(weights)
     model_any: Any = model
     own = _on_copies(as_runner(model))
-    run = _with_plain_attention(own)
+    run = plain_attention()(own)
     inputs = to_arrays(model_any.input_names, model_any.example)
     outputs = run(inputs)
     again = compare(run(inputs), outputs, Tolerance.for_precision("float32"))
@@ -145,14 +145,6 @@ def _calibration(root: Path, source: Path, names: Sequence[str], inputs: Arrays)
     )
 
 
-def _with_plain_attention(run: Runner) -> Runner:
-    def plainly(inputs: Arrays) -> Arrays:
-        with plain_attention():
-            return run(inputs)
-
-    return plainly
-
-
 def _fused_apart(fused: Arrays, outputs: Arrays) -> list[str]:
     """A note where PyTorch's fused path for transformers answers otherwise, as it does at masked positions."""
     apart = compare(fused, outputs, Tolerance.for_precision("float32"))
@@ -173,7 +165,7 @@ def _noise(model: torch.nn.Module, inputs: Arrays, outputs: Arrays) -> tuple[dic
     """Float32 against float64, the same module."""
     try:
         doubled = {n: a.astype(np.float64) if a.dtype == np.float32 else a for n, a in inputs.items()}
-        return noise_floor(outputs, _with_plain_attention(_on_copies(as_runner(model.double())))(doubled)), ()
+        return noise_floor(outputs, plain_attention()(_on_copies(as_runner(model.double())))(doubled)), ()
     except Exception as error:  # a module with a fixed dtype in its forward has no float64 twin; that is no failure
         return {}, (f"no noise floor: the module does not run in float64 ({type(error).__name__})",)
     finally:
@@ -231,17 +223,18 @@ def _candidates(axes: Axes, sizes: Mapping[str, int]) -> Iterator[dict[str, int]
     At last greater ones: the nodes of a graph may grow, but not vanish under its edges.
     """
     leading = {called for named in axes.values() for axis, called in named.items() if axis == 0}
-    yielded = [dict(sizes)]
     scales: tuple[Callable[[int], int], ...] = (lambda n: 2 * n, lambda n: max(n // 2, 1), lambda n: n)
-    for index, rows in enumerate((1, 3, 2, 5)):
-        for scale in scales[index:] if len(leading) < len(sizes) else scales[2:]:
-            tried = {called: rows if called in leading else scale(size) for called, size in sizes.items()}
-            if tried not in yielded:
-                yielded.append(tried)
-                yield tried
+    candidates = [
+        {called: rows if called in leading else scale(size) for called, size in sizes.items()}
+        for index, rows in enumerate((1, 3, 2, 5))
+        for scale in (scales[index:] if len(leading) < len(sizes) else scales[2:])
+    ]
     for more in (1, 2):  # not twice as many, which a fixed batch may happen to divide
-        tried = {called: size + more if called in leading else size for called, size in sizes.items()}
+        candidates.append({called: size + more if called in leading else size for called, size in sizes.items()})
+    yielded = [dict(sizes)]
+    for tried in candidates:
         if tried not in yielded:
+            yielded.append(tried)
             yield tried
 
 

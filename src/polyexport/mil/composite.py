@@ -77,10 +77,9 @@ def instance_norm(context: Any, node: Any) -> None:
     if mean is None or of_input.val:
         ops.instance_norm(context, node)
         return
-    made = mb.batch_norm(
-        x=x, mean=mean, variance=variance, gamma=weight, beta=bias, epsilon=epsilon, name=node.name
-    )  # fmt: skip  # one call on one line
-    context.add(made)
+    context.add(
+        mb.batch_norm(x=x, mean=mean, variance=variance, gamma=weight, beta=bias, epsilon=epsilon, name=node.name)
+    )
 
 
 def rms_norm(context: Any, node: Any) -> None:
