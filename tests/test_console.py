@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import io
+import os
+import subprocess
+import sys
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -35,3 +39,25 @@ def test_work_ends_well_where_the_terminal_is_gone():
         assert wait(done("all"), dict, deque(["onnx: verified"]), Console(file=terminal)) == "all"
     with pytest.raises(ZeroDivisionError), ThreadPoolExecutor(1) as pool:
         wait(pool.submit(lambda: 1 / 0), dict, console=Console(file=io.StringIO()))
+
+
+def test_training_ends_well_where_its_output_is_piped_to_a_program_that_ended():
+    program = """
+import os, sys
+sys.path[:0] = sys.argv[1:]
+from pathlib import Path
+from lightning.pytorch.callbacks import ModelCheckpoint
+import runs
+from lightning_export import ExportCallback
+from planted import GOOD
+
+export = ExportCallback([GOOD], bench=False)
+trainer = runs.trainer(Path(), [ModelCheckpoint(), export], max_epochs=1)
+trainer.fit(runs.Scripted(), runs.loader(), runs.loader())
+sys.exit(0 if export.reports else 3)
+"""
+    reads, writes = os.pipe()
+    os.close(reads)
+    ended = subprocess.run([sys.executable, "-c", program, str(Path(__file__).parent)], stdout=writes, check=False)
+    os.close(writes)
+    assert ended.returncode == 0

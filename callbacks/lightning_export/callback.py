@@ -46,7 +46,7 @@ def _harmless(
             hook(self, *args, **kwargs)
         except BadRequest:
             raise  # a mistake in the arguments, found in the sanity check at the latest: nothing is lost yet
-        except Exception as error:  # promise one: whatever goes wrong here is ours, and training goes on
+        except (Exception, SystemExit) as error:  # promise one: what goes wrong here is ours, and training goes on
             rank_zero_warn(f"ExportCallback: {hook.__name__} failed, training goes on: {type(error).__name__}: {error}")
 
     functools.update_wrapper(guarded, hook)

@@ -85,7 +85,7 @@ def wait(
     """
     try:
         _follow(work, doing, deque() if told is None else told, console)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # rich leaves the program where its pipe is closed
         warnings.warn(f"the progress cannot be shown: {type(error).__name__}: {error}", stacklevel=2)
     return work.result()
 
