@@ -21,7 +21,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import metadata, resources
@@ -32,6 +32,7 @@ from packaging.requirements import Requirement
 from platformdirs import user_cache_path
 
 from polyexport.errors import ToolMissing
+from polyexport.versions import versions
 
 _WORKER = Path(__file__).with_name("worker.py")
 
@@ -71,7 +72,7 @@ class Toolchain:
     @property
     def folder(self) -> Path:
         """Where its own environment lies or will lie; its name changes with every pin."""
-        below = [sys.prefix, *_versions(("torch",)).values()] if self.layered else []
+        below = [sys.prefix, *versions(("torch",)).values()] if self.layered else []
         pins = "\n".join([sys.version, str(self.python), *self.requirements, *below, *([self.npm] if self.npm else [])])
         return cache_folder() / f"{self.name}-{hashlib.sha256(pins.encode()).hexdigest()[:12]}"
 
@@ -172,16 +173,6 @@ def _satisfied(line: str) -> bool:
         return False
 
 
-def _versions(names: tuple[str, ...]) -> Mapping[str, str]:
-    found = {}
-    for name in names:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
 def _provision(toolchain: Toolchain, folder: Path) -> None:
     uv = _uv()
     shutil.rmtree(folder, ignore_errors=True)
@@ -223,7 +214,8 @@ def _layer(folder: Path, python: Path) -> Path:
     site = _run(str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
     hosts = dict.fromkeys(sysconfig.get_path(kind) for kind in ("purelib", "platlib"))
     # addsitedir, so that the editable installs of the training environment work too
-    lines = [f"import site; site.addsitedir({host!r})" for host in hosts]
+    # in ASCII, since Python before 3.13 reads such a file in the encoding of the machine
+    lines = [f"import site; site.addsitedir({host!a})" for host in hosts]
     Path(site, "_polyexport_layer.pth").write_text("\n".join(lines) + "\n", encoding="utf-8")
     overrides = folder / "overrides.txt"
     overrides.write_text('torch ; python_version < "0"\n', encoding="utf-8")
@@ -247,7 +239,9 @@ def _uv() -> str:
 
 
 def _run(*command: str) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
+    done = subprocess.run(
+        command, capture_output=True, encoding="utf-8", errors="replace", stdin=subprocess.DEVNULL, check=False
+    )
     if done.returncode:
         said = " ".join((done.stderr or done.stdout).split())
         raise ToolMissing(said or f"{command[0]} ended with exit code {done.returncode}")
