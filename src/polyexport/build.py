@@ -185,6 +185,8 @@ class Build:
         return Built(outcome, target, retry, warm, shortfall)
 
     def _job(self, each: Format, kind: Kind, source: str, spec: ExportSpec, **more: Any) -> Job:
+        if kind != "convert" or not each.calibrated:
+            spec = replace(spec, calibration=())  # a job elsewhere takes along what it names
         return Job(kind, each.name, self._dispatcher.declared(each), source=source, spec=spec, **more)
 
     def _settle(self, each: Format, built: Built) -> Outcome:
