@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from polyexport.job import result_path
+from polyexport.job import TEMPORARY, result_path
 from polyexport.priority import come_forward, step_back, waited_seconds
 from polyexport.records import read_json
 
@@ -142,7 +142,7 @@ class Workers:
                         stdin=subprocess.PIPE,
                         stdout=stdout,
                         stderr=stderr,
-                        env=dict(environment) | dict.fromkeys(("TMPDIR", "TEMP", "TMP"), temporary),
+                        env=dict(environment) | dict.fromkeys(("TMPDIR", "TEMP", "TMP", TEMPORARY), temporary),
                         start_new_session=True,
                     )
                     if self._background:
