@@ -122,13 +122,16 @@ class Dispatcher:
         return path
 
 
+_PICKLING = threading.Lock()  # what cloudpickle is told of a module holds for all threads
+
+
 def _by_value(each: Format) -> bytes:
     import cloudpickle
 
     functions = [each.lacks, *(route.convert for route in each.routes), *([each.load] if each.load else [])]
     # toolchains by name: the module of their class needs more than an isolated toolchain has
     routes = tuple(replace(route, toolchain=toolchain.find(route.toolchain).name) for route in each.routes)
-    with contextlib.ExitStack() as stack:
+    with _PICKLING, contextlib.ExitStack() as stack:
         for name in {function.__module__ for function in functions if not function.__module__.startswith("polyexport")}:
             home = sys.modules.get(name)
             if home is not None and name not in cloudpickle.list_registry_pickle_by_value():

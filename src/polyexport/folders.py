@@ -71,9 +71,12 @@ def _swap(one: Path, other: Path) -> bool:
 
 def finished(parent: Path) -> list[Path]:
     """The complete exports in `parent`, the oldest first."""
-    reports = [path for path in parent.glob("*/report.json") if not path.parent.is_symlink()]
-    reports = [path for path in reports if not path.parent.name.startswith(_UNFINISHED)]
-    return [path.parent for path in sorted(reports, key=lambda path: path.stat().st_mtime_ns)]
+    written: dict[Path, int] = {}
+    for report in parent.glob("*/report.json"):
+        if not (report.parent.is_symlink() or report.parent.name.startswith(_UNFINISHED)):
+            with contextlib.suppress(FileNotFoundError):  # another run has just removed it
+                written[report.parent] = report.stat().st_mtime_ns
+    return sorted(written, key=written.__getitem__)
 
 
 def followed(path: Path) -> Path:
