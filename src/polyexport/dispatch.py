@@ -64,7 +64,7 @@ class Dispatcher:
         if self.elsewhere is not None:
             return self._run_elsewhere(self.elsewhere, job, chain, name, log, gpu=gpu)
         try:
-            command = chain.command()
+            command = chain.command(self.workers)
         except Exception as error:  # an environment that cannot be made is a missing tool, whatever went wrong in it
             return Ended(error=str(error), kind="missing"), ""
         path = self._place(job, chain, name)
@@ -101,7 +101,7 @@ class Dispatcher:
         path = self._place(job, chain, name)
         around = environment(threads=self.bounds.threads, gpu=gpu, host=chain.in_host)
         with self.workers.conversation(
-            chain.command(), path, self.root / log, timeout=self.bounds.timeout, environment=around
+            chain.command(self.workers), path, self.root / log, timeout=self.bounds.timeout, environment=around
         ) as talk:
             yield talk
 

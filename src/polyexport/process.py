@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from polyexport.errors import ToolMissing
 from polyexport.job import TEMPORARY, result_path
 from polyexport.priority import come_forward, step_back, waited_seconds
 from polyexport.records import read_json
@@ -107,6 +108,26 @@ class Workers:
         """A worker that takes jobs from its standard input."""
         with log.open("ab") as stream, self._started([*command, "-"], stream, stream, environment) as process:
             yield process
+
+    def output(self, *command: str) -> str:
+        """Run a program to its end, and return what it printed.
+
+        Raises:
+            ToolMissing: it failed; in its own words.
+        """
+        with (
+            tempfile.TemporaryFile() as errors,
+            self._started(command, subprocess.PIPE, errors, os.environ) as process,
+        ):
+            if process is None or process.stdin is None or process.stdout is None:
+                raise ToolMissing("cancelled")
+            process.stdin.close()  # nobody is there to answer a question
+            said = process.stdout.read().decode(errors="replace")
+            if code := process.wait():
+                errors.seek(0)
+                words = " ".join((errors.read().decode(errors="replace") or said).split())
+                raise ToolMissing(words or f"{command[0]} ended with exit code {code}")
+        return said
 
     def hurry(self) -> None:
         """Training is over: those that run and those to come have the machine to themselves."""
