@@ -118,6 +118,44 @@ class GoesBackInTime(Callback):
         os.environ["PYTHONPATH"] = os.pathsep.join([os.getcwd(), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
+class HasLittleMemory(Callback):
+    """In a group of processes that may have three gigabytes, of which training has more than a worker can get."""
+
+    TRAINING, TOGETHER = 2 * 10**9, 3 * 10**9
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        self.group = memory_groups() / f"polyexport-{os.getpid()}"
+        self.group.mkdir()
+        limit = next(
+            self.group / name for name in ("memory.max", "memory.limit_in_bytes") if (self.group / name).exists()
+        )
+        limit.write_text(str(self.TOGETHER))
+        (self.group / "cgroup.procs").write_text(str(os.getpid()))
+        self.taken = b"x" * self.TRAINING
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        (self.group.parent / "cgroup.procs").write_text(str(os.getpid()))
+        self.group.rmdir()
+
+
+def memory_groups() -> Path:
+    """Where groups of processes with a limit of memory are made, under either version of cgroups(7)."""
+    root = Path("/sys/fs/cgroup")
+    return root / "memory" if (root / "memory").exists() else root
+
+
+def no_memory_groups() -> str:
+    """Why this machine cannot limit the memory of some processes; empty where it can."""
+    group = memory_groups() / f"polyexport-{os.getpid()}-try"
+    try:
+        group.mkdir()
+    except OSError as error:
+        return f"a group of processes: {error}"
+    can = any(group.glob("memory.*"))
+    group.rmdir()
+    return "" if can else f"{memory_groups()} has no memory controller"
+
+
 class HasNoToolchains(Callback):
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         os.environ["POLYEXPORT_CACHE"] = os.path.abspath("toolchains")
@@ -261,6 +299,11 @@ FAULTS = {
         Fault(
             "worker is killed", "SIGKILL from outside", "failed", "killed by SIGKILL",
             faulty=plant("faulty", planted.waits_to_be_killed), around=killer,
+        ),
+        Fault(
+            "memory runs out", "a limit of 3 GB, of which training has 2", "failed",
+            "killed by SIGKILL, since memory ran out", faulty=plant("faulty", planted.takes_all_memory),
+            callbacks=(HasLittleMemory, Waits), export={"workers": 1}, cannot=no_memory_groups,
         ),
         Fault(
             "converter hangs", "sleeps for ten minutes", "failed", f"timed out after {TIMEOUT:g} s",

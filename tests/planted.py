@@ -63,6 +63,12 @@ def writes_too_much(source: Path, target: Path, spec: ExportSpec) -> None:
             file.write(bytes(1024**2))
 
 
+def takes_all_memory(source: Path, target: Path, spec: ExportSpec) -> None:
+    taken = []
+    while True:
+        taken.append(b"x" * 2**26)
+
+
 def slow(source: Path, target: Path, spec: ExportSpec) -> None:
     time.sleep(20)  # several times what a process group may wait in the tests
     replay(source, target, spec)

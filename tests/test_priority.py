@@ -1,4 +1,4 @@
-"""Workers beside training have the lowest priority, get a normal one when it is over, and may wait for a processor."""
+"""Workers beside training have the lowest priority, may wait for a processor, and are the first to go."""
 
 from __future__ import annotations
 
@@ -36,6 +36,13 @@ def test_a_worker_beside_training_steps_back_until_training_is_over():
         assert own == os.getpriority(os.PRIO_PROCESS, 0) or os.geteuid() != 0, "only root may take it back"
     with workers._started(WAITS, subprocess.DEVNULL, subprocess.DEVNULL, os.environ) as process:
         assert priority(process.pid)[0] == os.getpriority(os.PRIO_PROCESS, 0)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/oom_score_adj"), reason="only Linux lets one choose who goes")
+def test_a_worker_goes_before_any_other_process_when_memory_runs_out():
+    with Workers()._started(WAITS, subprocess.DEVNULL, subprocess.DEVNULL, os.environ) as process:
+        assert Path(f"/proc/{process.pid}/oom_score_adj").read_text() == "1000\n"
+    assert Path("/proc/self/oom_score_adj").read_text() != "1000\n"
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/schedstat"), reason="only Linux tells who waited for a processor")

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from polyexport import memory
 from polyexport.errors import ToolMissing
 from polyexport.job import TEMPORARY, result_path
 from polyexport.priority import come_forward, step_back, waited_seconds
@@ -83,6 +84,7 @@ class Workers:
         """Run one job to its end; nothing it does raises here."""
         log.parent.mkdir(parents=True, exist_ok=True)
         result_path(job).unlink(missing_ok=True)
+        ran_out = memory.times_it_ran_out()
         with log.open("ab") as stream, self._started([*command, str(job)], stream, stream, environment) as process:
             if process is None:
                 return Ended(error="cancelled", kind="cancelled")
@@ -90,7 +92,7 @@ class Workers:
                 return Ended(error=f"timed out after {timeout:g} s", kind="timed out", seconds=timeout)
             if self._closed:
                 return Ended(error="cancelled", kind="cancelled")
-        return _read(result_path(job), process.returncode)
+        return _read(result_path(job), process.returncode, ran_out)
 
     @contextlib.contextmanager
     def conversation(
@@ -166,6 +168,7 @@ class Workers:
                         env=dict(environment) | dict.fromkeys(("TMPDIR", "TEMP", "TMP", TEMPORARY), temporary),
                         start_new_session=True,
                     )
+                    memory.goes_first(process.pid)
                     if self._background:
                         step_back(process.pid)
                     self._running.add(process)
@@ -216,7 +219,7 @@ class Kept:
         with contextlib.suppress(OSError):  # a dead worker shows below
             process.stdin.write(json.dumps([str(job), str(log)]).encode() + b"\n")
             process.stdin.flush()
-        start, before = time.monotonic(), waited_seconds(process.pid)
+        start, before, ran_out = time.monotonic(), waited_seconds(process.pid), memory.times_it_ran_out()
         while process.poll() is None and not result_path(job).exists():
             spent = time.monotonic() - start
             if spent > timeout and spent > timeout + waited_seconds(process.pid) - before:
@@ -224,7 +227,7 @@ class Kept:
             time.sleep(_POLL_SECONDS)
         if self._workers.closed:
             return Ended(error="cancelled", kind="cancelled")
-        return _read(result_path(job), process.returncode or 0)
+        return _read(result_path(job), process.returncode or 0, ran_out)
 
     def end(self) -> None:
         """End the worker, if there is one; the next job gets a new one."""
@@ -288,10 +291,13 @@ def _ends_within(process: subprocess.Popen[Any], timeout: float) -> bool:
     return False
 
 
-def _read(result: Path, returncode: int) -> Ended:
+def _read(result: Path, returncode: int, ran_out: int) -> Ended:
+    """What a job left; `ran_out` tells how often memory had run out before it."""
     if result.exists():
         found = read_json(result)
         return Ended(found.get("value"), found.get("error", ""), found.get("error_kind", ""), found["seconds"])
+    if returncode == -signal.SIGKILL and memory.times_it_ran_out() > ran_out:
+        return Ended(error="killed by SIGKILL, since memory ran out", kind="crashed")
     if returncode < 0:
         return Ended(error=f"killed by {_signal(-returncode)}", kind="crashed")
     return Ended(error=f"ended with exit code {returncode} and no result", kind="crashed")
