@@ -296,10 +296,10 @@ def _read(result: Path, returncode: int, ran_out: int) -> Ended:
     if result.exists():
         found = read_json(result)
         return Ended(found.get("value"), found.get("error", ""), found.get("error_kind", ""), found["seconds"])
-    if returncode == -signal.SIGKILL and memory.times_it_ran_out() > ran_out:
-        return Ended(error="killed by SIGKILL, since memory ran out", kind="crashed")
     if returncode < 0:
-        return Ended(error=f"killed by {_signal(-returncode)}", kind="crashed")
+        name = _signal(-returncode)
+        why = ", since memory ran out" if name == "SIGKILL" and memory.times_it_ran_out() > ran_out else ""
+        return Ended(error=f"killed by {name}{why}", kind="crashed")
     return Ended(error=f"ended with exit code {returncode} and no result", kind="crashed")
 
 
