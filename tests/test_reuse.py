@@ -21,6 +21,7 @@ import polyexport
 from planted import planted as plant
 from polyexport import ExportSpec, Format, Runner, toolchain
 from polyexport.dispatch import Bounds, Dispatcher
+from polyexport.folders import unfinished
 from polyexport.job import Job
 from polyexport.process import Ended, Kept, Workers, environment
 from polyexport.records import decode, read_json, write_json
@@ -141,10 +142,12 @@ def test_a_kept_worker_ends_with_the_process_that_started_it_and_leaves_no_files
     tmp_path: Path, temporary: Path
 ) -> None:
     kept = Kept(Workers(), toolchain.HOST.command(), environment(threads=1, gpu=False, host=True))
-    assert kept.run(job(tmp_path, plant("only", litters)), tmp_path / "only.log", timeout=60).ok
+    root = unfinished(tmp_path)
+    assert kept.run(job(root, plant("only", litters)), tmp_path / "only.log", timeout=60).ok
     assert list(temporary.glob("*/litter"))
     assert lose_parent(kept._process) < 0
     assert list(temporary.iterdir()) == []
+    assert not root.exists()
     kept.end()
 
 
@@ -164,6 +167,7 @@ def test_a_worker_that_is_asked_one_thing_after_another_does_so_too_though_it_ha
             time.sleep(0.05)
         assert lose_parent(talk._process) < 0
         assert list(temporary.iterdir()) == []
+    assert path.exists(), "a finished export stays"
 
 
 def hangs_loading(path: Path, spec: ExportSpec, *, threads: int) -> Runner:

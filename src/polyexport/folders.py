@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 
 BEST = "best"
-_UNFINISHED = ".unfinished-"
+UNFINISHED = ".unfinished-"  # how names of folders begin that nobody but the engine may see
 _ATTEMPTS = 100
 _HERE, _RENAME_EXCHANGE = -100, 2  # AT_FDCWD of fcntl.h, and a flag of renameat2
 
@@ -22,7 +22,7 @@ def unfinished(parent: Path) -> Path:
     Raises:
         OSError: the folder cannot be written.
     """
-    folder = parent / f"{_UNFINISHED}{secrets.token_hex(4)}"
+    folder = parent / f"{UNFINISHED}{secrets.token_hex(4)}"
     (folder / "source").mkdir(parents=True)
     return folder
 
@@ -73,7 +73,7 @@ def finished(parent: Path) -> list[Path]:
     """The complete exports in `parent`, the oldest first."""
     written: dict[Path, int] = {}
     for report in parent.glob("*/report.json"):
-        if not (report.parent.is_symlink() or report.parent.name.startswith(_UNFINISHED)):
+        if not (report.parent.is_symlink() or report.parent.name.startswith(UNFINISHED)):
             with contextlib.suppress(FileNotFoundError):  # another run has just removed it
                 written[report.parent] = report.stat().st_mtime_ns
     return sorted(written, key=written.__getitem__)

@@ -35,13 +35,14 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, TextIO
 
 import numpy as np
 
 from polyexport.errors import CannotRun, ToolMissing
+from polyexport.folders import UNFINISHED
 from polyexport.format import Format, Route, Runner
 from polyexport.job import TEMPORARY, Job, result_path
 from polyexport.records import decode, read_json, write_json
@@ -65,7 +66,7 @@ def main() -> int:
             job = replace(job, target=str(Path(tempfile.mkdtemp(prefix="polyexport-"), Path(job.target).name)))
         print(json.dumps(_JOBS[job.kind](root, job), indent=2, default=str))
         return 0
-    answers, lines = _keep_stdout(), _end_with_parent()
+    answers, lines = _keep_stdout(), _end_with_parent({root})
     if job.kind in _CONVERSATIONS:
         return _CONVERSATIONS[job.kind](root, job, lines, answers)
     return 0 if _done(path, root, job) else 1
@@ -74,12 +75,14 @@ def main() -> int:
 def one_after_another() -> int:
     """Do the jobs that standard input names; the one that fails is the last."""
     home = Path.cwd()
-    for line in _end_with_parent():
+    roots: set[Path] = set()
+    for line in _end_with_parent(roots):
         path, log = map(Path, json.loads(line))
         with log.open("ab") as stream:
             for output in (1, 2):
                 os.dup2(stream.fileno(), output)
         root, job = _opened(path)
+        roots.add(root)
         if not _done(path, root, job):
             return 1
         os.chdir(home)
@@ -313,10 +316,11 @@ def _answer(answers: TextIO, value: Any) -> None:
     answers.flush()
 
 
-def _end_with_parent() -> Iterator[bytes]:
+def _end_with_parent(roots: Iterable[Path]) -> Iterator[bytes]:
     """End this process and its children when the one that started it is gone: then standard input closes.
 
-    Its temporary files go too, which that one would have removed. Returns the lines that come until then.
+    What that one would have removed goes too: temporary files, and exports among `roots` that are not complete. Returns
+    the lines that come until then.
     """
     lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
 
@@ -324,8 +328,9 @@ def _end_with_parent() -> Iterator[bytes]:
         with open(0, "rb", closefd=False) as stream:  # not sys.stdin, whose lock is held when the interpreter ends
             for line in stream:
                 lines.put(line)
-        if temporary := os.environ.get(TEMPORARY):
-            shutil.rmtree(temporary, ignore_errors=True)
+        for folder in (os.environ.get(TEMPORARY), *(root for root in tuple(roots) if root.name.startswith(UNFINISHED))):
+            if folder:
+                shutil.rmtree(folder, ignore_errors=True)
         if hasattr(os, "killpg") and os.getpgrp() == os.getpid():  # else the group is that of who started it by hand
             os.killpg(0, 9)
         os._exit(1)
