@@ -99,6 +99,28 @@ def test_each_fault_becomes_its_state(faults, name, state, reason):
     assert bool(outcome.reason) == bool(reason)
 
 
+def into_a_folder(source: Path, target: Path, spec: polyexport.ExportSpec) -> None:
+    target.mkdir()
+    planted.replay(source, target / "model.json", spec)
+
+
+def load_from_a_folder(path: Path, spec: polyexport.ExportSpec, *, threads: int) -> polyexport.Runner:
+    return planted.load(path / "model.json", spec, threads=threads)
+
+
+def test_a_folder_may_be_the_artifact_and_where_it_fails_it_takes_nothing_along(tmp_path):
+    whole = replace(plant("whole", into_a_folder, load=load_from_a_folder), artifact=".")
+    broken = replace(plant("broken", planted.raises, upstream="whole"), artifact=".")
+    report = polyexport.export(net(), torch.rand(4, 5), [whole, broken, GOOD], tmp_path / "out", bench=False)
+    assert {each.format: each.state for each in report.outcomes} == {
+        "whole": "verified", "broken": "failed", "good": "verified",
+    }  # fmt: skip  # on one line
+    assert report["whole"].artifact.path == "whole"
+    assert [path.name for path in (tmp_path / "out" / "whole").iterdir()] == ["model.json"]
+    made = {path.name for path in (tmp_path / "out" / "source" / "made").iterdir()}
+    assert made == {"whole.into_a_folder", "whole.into_a_folder.static", "good.replay"}
+
+
 def test_a_route_that_verifies_wins_over_an_earlier_one_and_the_reason_tells(faults):
     outcome = faults["second-route"]
     assert (outcome.state, outcome.route) == ("verified", "replay")

@@ -133,7 +133,8 @@ def convert(root: Path, job: Job) -> Any:
     try:
         route.convert(root / job.source, target, spec)
     except BaseException:
-        shutil.rmtree(target.parent, ignore_errors=True)  # it may have filled the disk, and the result needs room
+        # it may have filled the disk, and the result needs room
+        shutil.rmtree(target if each.artifact == "." else target.parent, ignore_errors=True)
         raise
     if not target.exists():
         raise RuntimeError(f"the converter ended without an error, but wrote no {each.artifact}")
