@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import polyexport
 import zoo
 from polyexport import FORMATS, ExportSpec, Report, TensorSpec
 from polyexport.formats import onnx
+from polyexport.formats.graphdef import check_size
 
 GROUND_FORMATS = ("torchscript", "pt2", "onnx", "openvino")
 
@@ -195,3 +197,13 @@ def test_exporting_in_another_order_gives_the_same_result(tmp_path: Path):
     other = polyexport.export(module, inputs, ["onnx", "torchscript"], tmp_path / "other", bench=False)
     for name in ("torchscript", "onnx"):
         assert one[name].parity == other[name].parity
+
+
+def test_a_frozen_graph_refuses_weights_that_one_message_cannot_hold(tmp_path):
+    weights = tmp_path / "variables" / "variables.data-00000-of-00001"
+    weights.parent.mkdir()
+    weights.touch()
+    check_size(tmp_path)
+    os.truncate(weights, 2**31)  # a hole takes no space
+    with pytest.raises(ValueError, match=r"holds less than 2 GiB, and the weights take 2\.00 GiB"):
+        check_size(tmp_path)

@@ -89,6 +89,7 @@ def test_the_markdown_table_has_one_line_per_row(tmp_path):
     assert len(table) == 2 + len(rows(report(tmp_path)))
     assert r"coremltools \| is missing" in table[-1]
     assert "python x  # onnx" in text
+    assert str(report(tmp_path)) == text
 
 
 def test_the_table_starts_with_eager_pytorch(tmp_path):

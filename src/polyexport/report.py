@@ -131,6 +131,12 @@ class Report:
                 return outcome
         raise KeyError(f"no outcome for {name!r}; this report has {', '.join(o.format for o in self.outcomes)}")
 
+    def __str__(self) -> str:
+        """The report as Markdown, as in `report.md`."""
+        return markdown(self)
+
+    _repr_markdown_ = __str__  # a notebook draws it
+
     def pareto(self) -> tuple[Outcome, ...]:
         """The `verified` artifacts that no other one beats: in median latency, max error and size at once."""
         candidates = [outcome for outcome in self.outcomes if outcome.state == "verified"]

@@ -12,12 +12,26 @@ from polyexport.format import Format, Route, Runner, Snippet
 from polyexport.formats.saved_model import SIGNATURE, limit_threads
 from polyexport.spec import Arrays, ExportSpec
 
+_MESSAGE_BYTES = 2**31
+
+
+def check_size(source: Path) -> None:
+    """Refuse weights that no frozen graph can hold, before memory is filled with several copies of them.
+
+    Raises:
+        ValueError: they are larger than one protobuf message may be (https://protobuf.dev/programming-guides/encoding/).
+    """
+    weights = sum(file.stat().st_size for file in (source / "variables").iterdir())
+    if weights >= _MESSAGE_BYTES:
+        raise ValueError(f"a frozen graph holds less than 2 GiB, and the weights take {weights / 2**30:.2f} GiB")
+
 
 def convert(source: Path, target: Path, spec: ExportSpec) -> None:
     """Freeze the SavedModel's signature: variables become constants, and its ports get forward's names."""
     import tensorflow as tf
     from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
 
+    check_size(source)
     loaded = tf.saved_model.load(str(source))
     frozen = convert_variables_to_constants_v2(loaded.signatures[SIGNATURE], lower_control_flow=False)
     # a signature keeps its inputs and outputs in the order of their names

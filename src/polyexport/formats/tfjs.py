@@ -20,6 +20,7 @@ from typing import IO, Any
 import numpy as np
 
 from polyexport.format import Format, Route, Runner, Snippet
+from polyexport.formats.graphdef import check_size
 from polyexport.formats.saved_model import SIGNATURE
 from polyexport.latency import timed_ms
 from polyexport.parity import compare
@@ -30,6 +31,7 @@ _PROGRAM = Path(__file__).parents[1] / "toolchains" / "tfjs" / "run.cjs"
 
 def convert(source: Path, target: Path, spec: ExportSpec) -> None:
     """Let tensorflowjs freeze and optimise the SavedModel; weights go into shards of 4 MB."""
+    check_size(source)
     model = _converted(source, target, spec)
     if _activations(model) - _FUSED:
         with _fusing_nothing():
