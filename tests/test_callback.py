@@ -415,7 +415,7 @@ class Waits(Callback):
         self.export = export
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        end = time.monotonic() + 60
+        end = time.monotonic() + 300  # beside other programs a worker of the lowest priority hardly runs
         while trainer.current_epoch == 1 and not self.export._told and time.monotonic() < end:
             time.sleep(0.05)
 
