@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -10,6 +12,7 @@ from typing import Literal, TypeVar
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.errors import LiveError
 from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -76,10 +79,23 @@ def wait(
     told: deque[str] | None = None,
     console: Console | None = None,
 ) -> T:
-    """Wait for `work`, with a line for everything that is being done, and above them what is `told`, line by line."""
-    told = deque() if told is None else told
+    """Wait for `work`, with a line for everything that is being done, and above them what is `told`, line by line.
+
+    What cannot be shown, as on a terminal that was closed, is done all the same.
+    """
+    try:
+        _follow(work, doing, deque() if told is None else told, console)
+    except Exception as error:
+        warnings.warn(f"the progress cannot be shown: {type(error).__name__}: {error}", stacklevel=2)
+    return work.result()
+
+
+def _follow(work: Future[T], doing: Callable[[], Mapping[str, str]], told: deque[str], console: Console | None) -> None:
     columns = (SpinnerColumn(), TextColumn("{task.fields[name]:<14} {task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
+    progress = Progress(*columns, console=console, transient=True)
+    with contextlib.ExitStack() as shown:
+        with contextlib.suppress(LiveError):  # rich < 14.1 has one display at a time, and the trainer's is still there
+            shown.enter_context(progress)
         lines: dict[str, TaskID] = {}
         while not work.done() or told:
             while told:
@@ -92,7 +108,6 @@ def wait(
                     lines[name] = progress.add_task(what, total=None, name=name)
                 progress.update(lines[name], description=what)
             time.sleep(0.1)
-    return work.result()
 
 
 def _print(console: Console, line: str) -> None:

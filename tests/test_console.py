@@ -1,0 +1,37 @@
+"""What a terminal shows of the work, and that the work is done whatever the terminal does."""
+
+from __future__ import annotations
+
+import io
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import pytest
+from rich.console import Console
+from rich.progress import Progress
+
+from polyexport.console import wait
+
+
+def done(result: str) -> Future[str]:
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(lambda: result)
+
+
+def test_lines_are_told_beside_a_display_of_the_trainers():
+    """As in a notebook, where Lightning's own progress bar is still there when `fit` ends."""
+    console = Console(file=io.StringIO(), force_terminal=True)
+    with Progress(console=console):
+        assert wait(done("all"), dict, deque(["onnx: verified", "tflite: [failed]"]), console) == "all"
+    lines = console.file.getvalue().splitlines()
+    assert any("onnx: verified" in line for line in lines)
+    assert any("tflite: [failed]" in line for line in lines)
+
+
+def test_work_ends_well_where_the_terminal_is_gone():
+    terminal = io.StringIO()
+    terminal.close()
+    with pytest.warns(UserWarning, match="the progress cannot be shown: ValueError: I/O operation on closed file"):
+        assert wait(done("all"), dict, deque(["onnx: verified"]), Console(file=terminal)) == "all"
+    with pytest.raises(ZeroDivisionError), ThreadPoolExecutor(1) as pool:
+        wait(pool.submit(lambda: 1 / 0), dict, console=Console(file=io.StringIO()))
