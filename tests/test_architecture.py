@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import ast
+import inspect
+import pydoc
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
+import lightning_export
 import planted
 import polyexport
 from polyexport import FORMATS, BadRequest, UnknownFormat
@@ -64,13 +68,16 @@ def test_every_format_is_whole():
             assert route.upstream == MODULE or route.upstream in FORMATS
 
 
-def test_public_names_are_importable_and_documented():
-    public = [name for name, value in vars(polyexport).items() if isinstance(value, type) and name[0] != "_"]
-    assert {"Engine", "Format", "Report", "Route", "Tolerance"} <= set(public)
-    for name in public:
-        assert getattr(polyexport, name).__doc__, name
-    assert polyexport.export.__doc__
-    assert polyexport.load.__doc__
+@pytest.mark.parametrize("package", [polyexport, lightning_export])
+def test_help_shows_every_public_name_with_its_types_and_what_it_is_for(package: ModuleType):
+    shown = pydoc.render_doc(package, renderer=pydoc.plaintext)
+    for name in package.__all__:
+        value = getattr(package, name)
+        assert f" {name}" in shown, name
+        if inspect.isclass(value) or inspect.isfunction(value):
+            assert inspect.getdoc(value), name
+        if inspect.isfunction(value):
+            assert value.__annotations__.keys() >= {"return", *inspect.signature(value).parameters}, name
 
 
 def test_an_unknown_format_names_the_known_ones():

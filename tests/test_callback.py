@@ -31,7 +31,7 @@ import wandb_log
 from lightning_export import ExportCallback
 from planted import GOOD
 from planted import planted as plant
-from polyexport import BadRequest, ExportFailed, Report, Toolchain, UnknownFormat
+from polyexport import BadRequest, Engine, ExportFailed, Report, Toolchain, UnknownFormat
 from polyexport.module import load as load_module
 
 
@@ -315,6 +315,19 @@ def test_a_sink_that_fails_harms_nobody(tmp_path):
     assert got == callback.reports[-1:]
 
 
+def test_an_export_that_cannot_be_timed_is_told_and_published(tmp_path, monkeypatch):
+    """Another run that writes to the same folder may have taken it away by then."""
+
+    def find_nothing(engine: Engine, report: Report, formats: Any) -> Report:
+        raise BadRequest("there is no manifest.json")
+
+    got: list[Report] = []
+    monkeypatch.setattr(Engine, "bench", find_nothing)
+    with pytest.warns(UserWarning, match=r"epoch=0-step=4 is not timed: BadRequest: there is no manifest.json"):
+        fit(tmp_path, ExportCallback([GOOD], publish=[got.append]), epochs=1)
+    assert [(each["good"].state, each.baseline) for each in got] == [("verified", None)]
+
+
 def test_averaged_weights_are_exported_where_they_are_averaged(tmp_path):
     callback = ExportCallback([GOOD], bench=False, when="fit_end")
     model = runs.Scripted([3.0, 2.0])
@@ -402,7 +415,7 @@ class Waits(Callback):
         self.export = export
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        end = time.monotonic() + 60
+        end = time.monotonic() + 300  # beside other programs a worker of the lowest priority hardly runs
         while trainer.current_epoch == 1 and not self.export._told and time.monotonic() < end:
             time.sleep(0.05)
 

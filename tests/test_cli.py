@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -51,10 +52,14 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     net = names["Net"](width=5)
     torch.save({"state_dict": net.state_dict(), "hyper_parameters": {"width": 5}, "epoch": 2}, folder / "best.ckpt")
     np.savez(folder / "batch.npz", x=np.random.default_rng(0).random((6, 4), dtype=np.float32))
-    given = ("--model", "shop:Net", "--inputs", "batch.npz", "--formats", "onnx,torchscript", "--into", "out")
+    given = ("--model", "shop:Net", "--inputs", "batch.npz", "--formats", "onnx, torchscript", "--into", "out")
     done = command("export", "best.ckpt", *given, cwd=folder)
     assert done.returncode == 0, done.stderr
     assert "verified" in done.stdout
+    torch.save([net.state_dict()], folder / "list.ckpt")
+    (folder / "half.npz").write_bytes((folder / "batch.npz").read_bytes()[:40])
+    (folder / "half").mkdir()
+    (folder / "half" / "report.json").write_text((folder / "out" / "report.json").read_text()[:40])
     return folder
 
 
@@ -86,13 +91,36 @@ def test_wrong_inputs_are_told_by_the_runtime(shop: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_verifying_again_notices_a_changed_artifact(shop: Path, tmp_path: Path) -> None:
-    import shutil
+def test_outputs_that_cannot_be_written_are_one_line(shop: Path) -> None:
+    done = command("run", "out/onnx", "--inputs", "batch.npz", "--output", "nowhere/y.npz", cwd=shop)
+    assert done.returncode == 1
+    assert done.stderr == "polyexport: [Errno 2] No such file or directory: 'nowhere/y.npz'\n"
 
+
+def test_verifying_again_judges_what_was_made(shop: Path, tmp_path: Path) -> None:
+    """What was never made is no artifact that disagrees, and the report tells of it; nothing at all is no proof."""
+    export = tmp_path / "out"
+    shutil.copytree(shop / "out", export)
+    skip(export, "torchscript")
+    assert command("verify", export).returncode == 0
+    assert command("report", export).returncode == 1
+    skip(export, "onnx")
+    assert command("verify", export).returncode == 1
+
+
+def skip(export: Path, name: str) -> None:
+    """Have a report say that there was no tool for a format."""
+    report = json.loads((export / "report.json").read_text())
+    for outcome in report["outcomes"]:
+        if outcome["format"] == name:
+            outcome |= {"state": "skipped", "artifact": None, "parity": None}
+    (export / "report.json").write_text(json.dumps(report))
+
+
+def test_verifying_again_notices_a_changed_artifact(shop: Path, tmp_path: Path) -> None:
     import onnx
     from onnx import numpy_helper
 
-    assert command("verify", "out", cwd=shop).returncode == 0
     changed = tmp_path / "out"
     shutil.copytree(shop / "out", changed)
     model = onnx.load(changed / "onnx" / "model.onnx")
@@ -165,6 +193,13 @@ GIVEN = ("--inputs", "batch.npz", "-f", "onnx")
             ("export", "best.ckpt", "--model", "shop:Net", *GIVEN, "--arguments", '{"width": 7}'),
             "shop:Net(width) does not fit best.ckpt: RuntimeError: Error(s) in loading state_dict",
         ),
+        (("export", "list.ckpt", "--model", "shop:Net", *GIVEN), "list.ckpt holds a list, neither a checkpoint nor"),
+        (
+            ("export", "best.ckpt", "--model", "builtins:dict", *GIVEN),
+            "builtins:dict made a dict, which is no torch.nn.Module",
+        ),
+        (("run", "out/onnx", "--inputs", "half.npz"), "half.npz is no .npz of named arrays: BadZipFile"),
+        (("report", "half"), "half/report.json cannot be read: JSONDecodeError"),
     ],
 )
 def test_a_mistake_is_one_line(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -25,7 +27,10 @@ import runs
 from lightning_export import ExportCallback
 from planted import GOOD
 from planted import planted as plant
-from polyexport import BadRequest, Engine
+from polyexport import BadRequest, Engine, elsewhere
+from polyexport.elsewhere import Errand
+from polyexport.process import Ended
+from polyexport.toolchain import HOST
 from polyexport.versions import git_commit
 
 NET = nn.Sequential(nn.Linear(5, 3))
@@ -117,6 +122,62 @@ def test_a_job_that_is_lost_twice_has_failed_and_says_why(tmp_path):
     report = polyexport.export(NET, ROWS, [GOOD], tmp_path / "out", bench=False, executor=Loses(2))
     assert report["good"].state == "failed"
     assert "lost 2 times by the executor: RuntimeError: the node went away" in report["good"].reason
+
+
+class Opens:
+    """An executor that knows which files came with each job."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, set[str]] = {}
+        self.pool = ThreadPoolExecutor(2)
+
+    def submit(self, function: Any, parcel: bytes, errand: Errand, *more: Any) -> Future[Any]:
+        self.files[Path(errand.job).stem] = set(zipfile.ZipFile(io.BytesIO(parcel)).namelist())
+        return self.pool.submit(function, parcel, errand, *more)
+
+
+def test_batches_to_calibrate_with_travel_to_those_who_read_them(tmp_path):
+    ranges, executor = plant("ranges", planted.calibrates, calibrated=True), Opens()
+    polyexport.export(
+        NET, ROWS, [GOOD, ranges], tmp_path / "out", calibration=[ROWS + 1], bench=False, executor=executor
+    )
+    further = {"source/call_001.pkl", "source/call_001.npz"}
+    assert {name: files & further for name, files in executor.files.items()} == {
+        "prepare": {"source/call_001.pkl"},
+        "good.replay.convert": set(),
+        "good.replay.verify": set(),
+        "ranges.calibrates.convert": {"source/call_001.npz"},
+        "ranges.calibrates.verify": set(),
+    }
+    module = {f"source/{name}" for name in ("structure.pkl", "weights.pt", "call.pkl", "example.npz")}
+    assert executor.files["good.replay.convert"] >= module
+
+
+def test_a_job_whose_sender_is_gone_leaves_no_answer(tmp_path, monkeypatch):
+    """Only who waits removes an answer. The sender takes its parcel away when it no longer does."""
+    staging = tmp_path / "staging"
+    sent = elsewhere._pack(tmp_path, [], f"file://{staging}")
+
+    def work_while_the_sender_goes(*words: Any, **more: Any) -> Ended:
+        (parcel,) = staging.iterdir()
+        parcel.unlink()
+        return Ended(value="done")
+
+    monkeypatch.setattr(elsewhere.Workers, "run", work_while_the_sender_goes)
+    errand = Errand("job.json", "job.log", HOST, timeout=1.0, threads=1, gpu=False)
+    elsewhere.work(sent, errand, f"file://{staging}")
+    assert list(staging.iterdir()) == []
+
+
+def test_a_parcel_writes_nothing_outside_of_the_export(tmp_path):
+    (tmp_path / "theirs").write_text("as it was")
+    (tmp_path / "export").mkdir()
+    parcel = io.BytesIO()
+    with zipfile.ZipFile(parcel, "w") as archive:
+        archive.writestr("../theirs", "another")
+    with pytest.raises(ValueError, match=r"'\.\./theirs', which lies outside of the export"):
+        elsewhere._unpack(parcel.getvalue(), tmp_path / "export")
+    assert (tmp_path / "theirs").read_text() == "as it was"
 
 
 class Never:

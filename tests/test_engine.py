@@ -26,6 +26,7 @@ from planted import GOOD
 from planted import planted as plant
 from polyexport import BadRequest, Engine, Report, Request, Toolchain, gpu
 from polyexport import module as modules
+from polyexport.dispatch import _by_value
 from polyexport.folders import finished, followed, point_best, take_place, unfinished
 from polyexport.process import Workers
 from polyexport.report import Checkpoint
@@ -96,6 +97,28 @@ def test_each_fault_becomes_its_state(faults, name, state, reason):
     assert outcome.state == state
     assert outcome.reason.startswith(reason)
     assert bool(outcome.reason) == bool(reason)
+
+
+def into_a_folder(source: Path, target: Path, spec: polyexport.ExportSpec) -> None:
+    target.mkdir()
+    planted.replay(source, target / "model.json", spec)
+
+
+def load_from_a_folder(path: Path, spec: polyexport.ExportSpec, *, threads: int) -> polyexport.Runner:
+    return planted.load(path / "model.json", spec, threads=threads)
+
+
+def test_a_folder_may_be_the_artifact_and_where_it_fails_it_takes_nothing_along(tmp_path):
+    whole = replace(plant("whole", into_a_folder, load=load_from_a_folder), artifact=".")
+    broken = replace(plant("broken", planted.raises, upstream="whole"), artifact=".")
+    report = polyexport.export(net(), torch.rand(4, 5), [whole, broken, GOOD], tmp_path / "out", bench=False)
+    assert {each.format: each.state for each in report.outcomes} == {
+        "whole": "verified", "broken": "failed", "good": "verified",
+    }  # fmt: skip  # on one line
+    assert report["whole"].artifact.path == "whole"
+    assert [path.name for path in (tmp_path / "out" / "whole").iterdir()] == ["model.json"]
+    made = {path.name for path in (tmp_path / "out" / "source" / "made").iterdir()}
+    assert made == {"whole.into_a_folder", "whole.into_a_folder.static", "good.replay"}
 
 
 def test_a_route_that_verifies_wins_over_an_earlier_one_and_the_reason_tells(faults):
@@ -240,6 +263,38 @@ def test_of_many_that_finish_under_one_name_at_once_the_last_stays_whole(tmp_pat
     left = [path.name for path in (tmp_path / "name").iterdir() if path.is_file()]
     assert len(left) == 1
     assert left[0] in {work.name for work in works}
+
+
+def test_an_export_that_another_run_removes_meanwhile_is_not_there(tmp_path, monkeypatch):
+    for name in ("pruned", "kept"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "report.json").touch()
+
+    def found_before_it_went(parent: Path, pattern: str) -> list[Path]:
+        shutil.rmtree(tmp_path / "pruned")
+        return [tmp_path / name / "report.json" for name in ("pruned", "kept")]
+
+    monkeypatch.setattr(Path, "glob", found_before_it_went)
+    assert finished(tmp_path) == [tmp_path / "kept"]
+
+
+@pytest.mark.parametrize("name", ["", "../model", "a/b", "source", "logs", "module"])
+def test_a_format_that_cannot_be_a_folder_of_the_export_is_refused(name):
+    with pytest.raises(BadRequest, match="a format cannot be called"):
+        plant(name, planted.replay)
+
+
+def test_formats_of_one_module_are_pickled_by_value_from_many_threads_at_once():
+    """Who is done must not take away from another, who still pickles, that the module goes by value."""
+    formats = [plant(f"f{index}", planted.replay) for index in range(8)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            pickled = list(pool.map(_by_value, formats * 300))
+    finally:
+        sys.setswitchinterval(interval)
+    assert not any(b"planted\x94\x8c\x06replay" in each for each in pickled)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux swaps two folders in one step")

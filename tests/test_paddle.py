@@ -112,55 +112,15 @@ print("agrees")
     assert in_toolchain("paddle", str(script)).splitlines()[-1] == "agrees"
 
 
-def test_what_the_passes_of_paddle_inference_break_is_kept_from_them(tmp_path):
-    """Against numpy; and each output is wrong when the graph is lowered as plainly as Paddle's executor takes it."""
-    script = tmp_path / "passes.py"
-    script.write_text(
-        f"""
-{AS_PACKAGE}
-import json, os
-import backend_suite
-import numpy as np, paddle
-from onnx import helper, numpy_helper
-from polyexport.lowering.paddle import inference
-from polyexport.lowering.paddle.target import OPS
-answers = os.fdopen(os.dup(1), "w")
-os.dup2(2, 1)
-x, rows, weight = (np.random.rand(*shape).astype("f4") for shape in ((2, 3), (5, 2, 4), (3, 4)))
-wide, narrow, up = x.astype("f8"), x[:, :1].astype("f8") * 2, np.arange(6)
-given = {{"x": x, "rows": rows, "wide": wide, "narrow": narrow, "up": up, "down": up[::-1].copy()}}
-expected = {{
-    "read_again": np.floor(x * 3) + x * 3, "answered": x * 3, "low": np.floor(x * 3), "added_to": x @ weight + rows,
-    "of_doubles": np.tanh(wide - narrow), "of_integers": abs(up - up[::-1]),
-}}
-nodes = [
-    ("Mul", ["x", "three"], ["m"]), ("Floor", ["m"], ["f"]), ("Add", ["f", "m"], ["read_again"]),
-    ("Mul", ["three", "x"], ["answered"]), ("Floor", ["answered"], ["low"]),
-    ("MatMul", ["x", "weight"], ["p"]), ("Add", ["p", "rows"], ["added_to"]),
-    ("Sub", ["wide", "narrow"], ["s"]), ("Tanh", ["s"], ["of_doubles"]),
-    ("Sub", ["up", "down"], ["d"]), ("Abs", ["d"], ["of_integers"]),
-]
-port = lambda name, a: helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(a.dtype), a.shape)
-graph = helper.make_graph(
-    [helper.make_node(*each) for each in nodes], "g", [port(*each) for each in given.items()],
-    [port(*each) for each in expected.items()],
-    [numpy_helper.from_array(weight, "weight"), numpy_helper.from_array(np.float32([3]), "three")],
-)
-model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
-def wrong():
-    found = backend_suite.paddle(model, given, {{name: list(array.shape) for name, array in given.items()}})
-    same = lambda a, b: a.shape == b.shape and np.allclose(a, b, rtol=1e-4)
-    return sorted(name for name, array in expected.items() if not same(found[name], array))
-kept = wrong()
-inference.guard = lambda program: None
-OPS.elementwise("Add", since=14)(lambda a, b: paddle.add(a, b))
-answers.write(json.dumps([kept, wrong()]))
-answers.close()
-"""
-    )
-    kept, plain = json.loads(in_toolchain("paddle", str(script)))
-    assert kept == []
-    assert plain == ["added_to", "answered", "of_doubles", "of_integers", "read_again"]
+def test_what_the_passes_of_paddle_inference_break_is_kept_from_them():
+    """What the copies and our own addition are for is wrong without them; the others owe it to their operators."""
+    mended, plain = json.loads(in_toolchain("paddle", "paddle_inference.py", str(PACKAGE)).splitlines()[-1])
+    assert mended == []
+    assert plain == [
+        *("y + Floor(y)", "y + Reciprocal(y)", "y + CumSum(y)", "a product, unsqueezed"),
+        *("integers transposed and reshaped", "a distance of integers", "a distance of doubles"),
+        *("a product added to more axes", "windows in a linear layer", "pixels in rows"),
+    ]
 
 
 def test_the_log_of_a_sum_of_nothing_is_minus_infinity(tmp_path):
@@ -184,16 +144,6 @@ print("agrees")
 """
     )
     assert in_toolchain("paddle", str(script)).splitlines()[-1] == "agrees"
-
-
-def test_the_inference_runtime_computes_what_the_graph_says(tmp_path):
-    """It has optimisations of its own, of which the program that is saved must not fall foul."""
-    assert in_toolchain("paddle", "paddle_inference.py", str(PACKAGE), str(tmp_path)).splitlines()[-1] == "agree"
-
-
-def test_the_same_check_notices_a_program_that_is_saved_as_it_is(tmp_path):
-    with pytest.raises(AssertionError, match=r"y \+ Floor"):
-        in_toolchain("paddle", "paddle_inference.py", str(PACKAGE), str(tmp_path), "as it is")
 
 
 # --- the graph it is given --------------------------------------------------------------------------------------------

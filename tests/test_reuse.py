@@ -5,7 +5,12 @@ from __future__ import annotations
 import os
 import re
 import signal
+import sys
+import tempfile
+import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,11 +19,12 @@ from torch import nn
 import planted
 import polyexport
 from planted import planted as plant
-from polyexport import ExportSpec, Format, toolchain
+from polyexport import ExportSpec, Format, Runner, toolchain
 from polyexport.dispatch import Bounds, Dispatcher
+from polyexport.folders import unfinished
 from polyexport.job import Job
 from polyexport.process import Ended, Kept, Workers, environment
-from polyexport.records import write_json
+from polyexport.records import decode, read_json, write_json
 
 
 class Crashes(nn.Module):
@@ -117,15 +123,57 @@ def test_a_worker_that_failed_a_job_is_replaced_for_the_next(tmp_path: Path) -> 
     assert run("late", tells).kind == "cancelled"
 
 
-def test_a_kept_worker_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where temporary folders are made."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    return folder
+
+
+def lose_parent(process: Any) -> int:
+    """Close a worker's standard input, as the system does when the one that started it is gone; how it ends."""
+    process.stdin.close()
+    return int(process.wait(10))
+
+
+def test_a_kept_worker_ends_with_the_process_that_started_it_and_leaves_no_files(
+    tmp_path: Path, temporary: Path
+) -> None:
     kept = Kept(Workers(), toolchain.HOST.command(), environment(threads=1, gpu=False, host=True))
-    assert kept.run(job(tmp_path, plant("only", tells)), tmp_path / "only.log", timeout=60).ok
-    process = kept._process
-    assert process is not None
-    assert process.stdin is not None
-    process.stdin.close()  # as the system does for a process that is gone
-    assert process.wait(10) < 0
+    root = unfinished(tmp_path)
+    assert kept.run(job(root, plant("only", litters)), tmp_path / "only.log", timeout=60).ok
+    assert list(temporary.glob("*/litter"))
+    assert lose_parent(kept._process) < 0
+    assert list(temporary.iterdir()) == []
+    assert not root.exists()
     kept.end()
+
+
+def litters(source: Path, target: Path, spec: ExportSpec) -> None:
+    Path(tempfile.gettempdir(), "litter").touch()
+    planted.replay(source, target, spec)
+
+
+def test_a_worker_that_is_asked_one_thing_after_another_does_so_too_though_it_hangs(
+    tmp_path: Path, temporary: Path
+) -> None:
+    path = job(tmp_path, plant("hangs", planted.replay, load=hangs_loading))
+    write_json(path, replace(decode(Job, read_json(path)), kind="serve"))
+    around, log = environment(threads=1, gpu=False, host=True), tmp_path / "log"
+    with Workers().conversation(toolchain.HOST.command(), path, log, timeout=60, environment=around) as talk:
+        while not log.read_text():
+            time.sleep(0.05)
+        assert lose_parent(talk._process) < 0
+        assert list(temporary.iterdir()) == []
+    assert path.exists(), "a finished export stays"
+
+
+def hangs_loading(path: Path, spec: ExportSpec, *, threads: int) -> Runner:
+    print("loading", file=sys.stderr, flush=True)
+    time.sleep(600)
+    raise AssertionError("it waited for ten minutes")
 
 
 def test_only_toolchains_that_say_so_share_workers() -> None:

@@ -273,16 +273,16 @@ DEQUANTIZE                     1          Operation is working on an unsupported
 
 
 def test_the_compilers_log_is_read():
-    mapping = edgetpu.read_log(LOG)
-    assert mapping.total == 21
-    assert mapping.on_cpu == Counter(
+    placement = edgetpu.read_log(LOG)
+    assert placement.total == 21
+    assert placement.on_cpu == Counter(
         {
             "CONCATENATION (More than one subgraph is not supported)": 1,
             "CONV_2D (More than one subgraph is not supported)": 2,
             "DEQUANTIZE (Operation is working on an unsupported data type)": 1,
         }
     )
-    assert str(mapping).startswith("17 of 21 operations on the Edge TPU, on the CPU 1 × CONCATENATION (More")
+    assert str(placement).startswith("17 of 21 operations on the Edge TPU, on the CPU 1 × CONCATENATION (More")
 
 
 def test_a_log_without_a_table_is_an_error():

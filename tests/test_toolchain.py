@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from polyexport import ToolMissing
+from polyexport.process import Workers
 from polyexport.toolchain import HOST, Toolchain, find, parse
 
 PIN = "six==1.16.0"
@@ -22,7 +26,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def answer(python: Path, code: str) -> str:
-    done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=False)
+    done = subprocess.run([python, "-I", "-c", code], capture_output=True, text=True, check=False)
     return (done.stdout + done.stderr).strip()
 
 
@@ -102,6 +106,25 @@ def test_what_cannot_be_installed_is_a_missing_tool_and_leaves_nothing(cache):
     chain = Toolchain("hopeless", ("toposort==999.0",))
     with pytest.raises(ToolMissing, match=r"toolchain hopeless cannot be installed: .*toposort"):
         chain.interpreter()
+    assert not chain.folder.exists()
+
+
+@pytest.fixture
+def index(monkeypatch) -> Iterator[socket.socket]:
+    """A package index that takes calls and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setenv("PIP_INDEX_URL", f"http://127.0.0.1:{server.getsockname()[1]}/simple")
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        yield server
+
+
+def test_an_install_ends_when_the_workers_are_ended(cache, index):
+    chain, workers = Toolchain("endless", ("toposort==1.10",)), Workers()
+    with ThreadPoolExecutor(1) as pool:
+        installing = pool.submit(chain.interpreter, workers=workers)
+        index.accept()
+        workers.end_all()
+        assert isinstance(installing.exception(20), ToolMissing)  # uv itself would go on for minutes
     assert not chain.folder.exists()
 
 

@@ -1,4 +1,6 @@
-"""lightning_export: each new best checkpoint in every deployment format asked for, proven, measured, published."""
+"""Each new best checkpoint in every deployment format asked for, proven, measured, published."""
 
-from lightning_export.callback import ExportCallback as ExportCallback
-from polyexport.sinks.wandb import Wandb as Wandb
+from lightning_export.callback import ExportCallback
+from polyexport.sinks.wandb import Wandb
+
+__all__ = ["ExportCallback", "Wandb"]

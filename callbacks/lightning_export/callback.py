@@ -486,9 +486,16 @@ class ExportCallback(Callback):
         self.reports = [each for each in self.reports[:-1] if each.folder.exists()] + self.reports[-1:]  # see keep
         wanted = {True: self.reports[-1:], False: [], "all": self.reports}[self.bench]
         self.reports = [  # an export that a resumed run found finished may have been timed already
-            self._engine.bench(report, self.formats) if report in wanted and report.baseline is None else report
-            for report in self.reports
+            self._timed(report) if report in wanted and report.baseline is None else report for report in self.reports
         ]
+
+    def _timed(self, report: Report) -> Report:
+        assert self._engine is not None, "only rank zero has reports"
+        try:
+            return self._engine.bench(report, self.formats)
+        except Exception as error:  # another run may have taken its folder away; figures are not worth the report
+            rank_zero_warn(f"ExportCallback: {report.folder.name} is not timed: {type(error).__name__}: {error}")
+            return report
 
     def _sinks(self, trainer: Trainer) -> Iterator[Sink]:
         if self.into is not None and "://" in str(self.into):

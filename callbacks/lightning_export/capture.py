@@ -99,8 +99,9 @@ def save(root: nn.Module, select: Select, args: Any, kwargs: Any, folder: Path, 
         why = f"the module cannot be pickled ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
     (folder / "structure.pkl").unlink(missing_ok=True)
     if sharded:
-        (folder / UNAVAILABLE).write_text(f"{why}, and one rank alone cannot trace it: its weights are sharded")
-        return why
+        reason = f"{why}, and one rank alone cannot trace it: its weights are sharded"
+        (folder / UNAVAILABLE).write_text(reason, encoding="utf-8")
+        return reason
     try:
         with isolate_rng():
             save_traced(root, select, args, kwargs, folder)

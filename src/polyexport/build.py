@@ -148,43 +148,50 @@ class Build:
                 reason = f"its upstream {route.upstream} is {upstream.outcome.state}: {upstream.outcome.reason}"
                 return Built(replace(outcome, reason=reason), "", upstream.retry)
             source = upstream.path
-        label = ".".join(
-            [each.name, route.name, *([] if dynamic or not self._reference.spec.is_dynamic else ["static"])]
-        )
-        log = f"logs/{each.name}.log"
-        target = f"source/made/{label}/{each.artifact}"
-        outcome = replace(outcome, log=log)
-        chain = toolchain.find(route.toolchain)
+        static = [] if spec.is_dynamic == self._reference.spec.is_dynamic else ["static"]
+        label = ".".join([each.name, route.name, *static])
+        made = self._converted(each, route, source, spec, label, outcome, fresh=fresh)
+        return self._verified(each, route, spec, label, made) if made.path else made
+
+    def _converted(
+        self, each: Format, route: Route, source: str, spec: ExportSpec, label: str, outcome: Outcome, *, fresh: bool
+    ) -> Built:
+        """Write the artifact among the intermediates; without a path where that failed."""
+        chain, log = toolchain.find(route.toolchain), f"logs/{each.name}.log"
+        target = Path("source", "made", label, each.artifact).as_posix()
         self._watch(each.name, f"converting ({route.name})")
-        shutil.rmtree((self._dispatcher.root / target).parent, ignore_errors=True)  # of a try before
-        job = self._job(
-            each, "convert", source, spec, route=route.name, target=target, options={"packages": chain.requirements}
-        )
+        self._discard(target)  # of a try before
+        options = {"packages": chain.requirements}
+        job = self._job(each, "convert", source, spec, route=route.name, target=target, options=options)
         ended, command = self._dispatcher.run(job, chain, f"{label}.convert", log, gpu=each.needs_gpu, fresh=fresh)
-        warm, seconds = ended.warm, {"convert": ended.seconds}
-        outcome = replace(outcome, seconds=seconds, reproduce=command or None)
-        if not ended.ok:
-            state = _STATE_OF.get(ended.kind, "failed")
-            retry = state == "failed" and ended.kind != "timed out"
-            self._discard(target)  # half an artifact is none, and may have filled the disk
-            return Built(replace(outcome, state=state, reason=ended.error), "", retry, warm=warm)
-        outcome = replace(outcome, toolchain=Toolchain(chain.name, ended.value["packages"]))
+        outcome = replace(outcome, log=log, seconds={"convert": ended.seconds}, reproduce=command or None)
+        if ended.ok:
+            outcome = replace(outcome, toolchain=Toolchain(chain.name, ended.value["packages"]))
+            return Built(outcome, target, warm=ended.warm)
+        self._discard(target)  # half an artifact is none, and may have filled the disk
+        state = _STATE_OF.get(ended.kind, "failed")
+        retry = state == "failed" and ended.kind != "timed out"
+        return Built(replace(outcome, state=state, reason=ended.error), "", retry, warm=ended.warm)
+
+    def _verified(self, each: Format, route: Route, spec: ExportSpec, label: str, made: Built) -> Built:
+        """Run what was converted in a process of its own, and say whether it agrees."""
         self._watch(each.name, f"verifying ({route.name})")
-        runtime = toolchain.find(each.runtime or route.toolchain)
-        batches = self._reference.batches if dynamic else self._reference.batches[:1]
-        job = self._job(each, "verify", target, spec, batches=batches, noise=self._reference.noise)
+        runtime, log = toolchain.find(each.runtime or route.toolchain), made.outcome.log or ""
+        batches = self._reference.batches if spec.is_dynamic else self._reference.batches[:1]
+        job = self._job(each, "verify", made.path, spec, batches=batches, noise=self._reference.noise)
         ended, command = self._dispatcher.run(job, runtime, f"{label}.verify", log, gpu=each.needs_gpu)
-        outcome = replace(outcome, seconds=seconds | {"verify": ended.seconds})
-        outcome = judged(outcome, ended, command, target)
+        outcome = replace(made.outcome, seconds={**made.outcome.seconds, "verify": ended.seconds})
+        outcome = judged(outcome, ended, command, made.path)
         if outcome.state == "mismatch" and self._reference.undecidable:
-            outcome = replace(
-                outcome, state="unverified", reason=f"nothing can be proven: {self._reference.undecidable}"
-            )
+            why = f"nothing can be proven: {self._reference.undecidable}"
+            outcome = replace(outcome, state="unverified", reason=why)
         retry = outcome.state in ("failed", "mismatch") and ended.kind != "timed out"
         shortfall = ended.value.get("shortfall", "") if ended.ok else ""
-        return Built(outcome, target, retry, warm, shortfall)
+        return replace(made, outcome=outcome, retry=retry, shortfall=shortfall)
 
     def _job(self, each: Format, kind: Kind, source: str, spec: ExportSpec, **more: Any) -> Job:
+        if kind != "convert" or not each.calibrated:
+            spec = replace(spec, calibration=())  # a job elsewhere takes along what it names
         return Job(kind, each.name, self._dispatcher.declared(each), source=source, spec=spec, **more)
 
     def _settle(self, each: Format, built: Built) -> Outcome:

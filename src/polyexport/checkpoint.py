@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -44,16 +45,18 @@ def model(path: Path, name: str, arguments: Mapping[str, Any], *, trust: bool = 
         raise BadRequest(f"{path} holds more than tensors; if you trust who made it, give --trust") from None
     except Exception as error:  # torch says what it pleases of a file that is no checkpoint
         raise BadRequest(f"{path} cannot be read: {_line(error)}") from None
+    if not isinstance(blob, Mapping):
+        raise BadRequest(f"{path} holds a {type(blob).__name__}, neither a checkpoint nor a state dict")
     make = _named(name)
     given = {**blob.get("hyper_parameters", {}), **arguments}
     try:
         made = make(**given)
-        made.load_state_dict(blob.get("state_dict", blob))
+        if isinstance(made, torch.nn.Module):
+            made.load_state_dict(blob.get("state_dict", blob))
+            return made
     except Exception as error:  # the user's own constructor; or weights that do not fit
         raise BadRequest(f"{name}({', '.join(given)}) does not fit {path}: {_line(error)}") from None
-    if not isinstance(made, torch.nn.Module):
-        raise BadRequest(f"{name} made a {type(made).__name__}, which is no torch.nn.Module")
-    return made
+    raise BadRequest(f"{name} made a {type(made).__name__}, which is no torch.nn.Module")
 
 
 def arguments(text: str) -> dict[str, Any]:
@@ -80,7 +83,7 @@ def inputs(path: Path) -> Arrays:
     try:
         with np.load(path) as arrays:
             return {name: arrays[name] for name in arrays.files}
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, BadZipFile) as error:
         raise BadRequest(f"{path} is no .npz of named arrays: {_line(error)}") from None
 
 

@@ -27,7 +27,7 @@ from polyexport.folders import BEST, followed
 from polyexport.format import Format
 from polyexport.formats import known, resolve
 from polyexport.records import encode
-from polyexport.report import Report, markdown
+from polyexport.report import Outcome, Report, markdown
 from polyexport.spec import write_arrays
 
 T = TypeVar("T")
@@ -140,18 +140,21 @@ def export_checkpoint(
     with _told():
         module = checkpoint.model(path, model, checkpoint.arguments(arguments), trust=trust)
         given = {name: torch.from_numpy(array) for name, array in checkpoint.inputs(inputs).items()}
-        names = formats.split(",")
+        names = [name.strip() for name in formats.split(",")]
         report = export(module, given, names, into, dynamic=not static, timeout=timeout, progress=_say)
-    _conclude(report, as_json)
+    _conclude(report, report.outcomes, as_json)
 
 
 @app.command()
 def verify(folder: Folder, as_json: Json = False) -> None:
-    """Verify every artifact of an export once more, in fresh processes; exit code 1 if any does not agree."""
+    """Verify every artifact of an export once more, in fresh processes; exit code 1 if any does not agree.
+
+    A format that the export did not make has no artifact, and `report` tells of it.
+    """
     with _told(), Engine() as engine:
         report = _report(folder)
         report = _waited(engine, engine.verify, report)
-    _conclude(report, as_json)
+    _conclude(report, [outcome for outcome in report.outcomes if outcome.artifact], as_json)
 
 
 @app.command()
@@ -189,8 +192,8 @@ def show_report(
         report = _report(folder)
     if as_markdown:
         typer.echo(markdown(report))
-        raise typer.Exit(_code(report))
-    _conclude(report, as_json)
+        raise typer.Exit(_code(report.outcomes))
+    _conclude(report, report.outcomes, as_json)
 
 
 @app.command()
@@ -231,10 +234,10 @@ def wandb_link(folder: Folder, as_json: Json = False) -> None:
 
 @contextlib.contextmanager
 def _told() -> Iterator[None]:
-    """Errors of ours as one line: 2 for what was asked, 1 for what this machine cannot do."""
+    """Errors as one line: 2 for what was asked, 1 for what this machine cannot do."""
     try:
         yield
-    except PolyexportError as error:
+    except (PolyexportError, OSError) as error:
         _err.print(f"polyexport: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
         raise typer.Exit(2 if isinstance(error, ValueError) else 1) from None
 
@@ -292,16 +295,17 @@ def _report(folder: Path) -> Report:
     raise BadRequest(f"{folder} is no export, and has no best one in it: there is no report.json")
 
 
-def _code(report: Report) -> int:
-    return 0 if all(outcome.publishable for outcome in report.outcomes) else 1
+def _code(outcomes: Sequence[Outcome]) -> int:
+    return 0 if outcomes and all(outcome.publishable for outcome in outcomes) else 1
 
 
-def _conclude(report: Report, as_json: bool) -> None:
+def _conclude(report: Report, judged: Sequence[Outcome], as_json: bool) -> None:
+    """Show the report; the exit code tells whether all of `judged` agree."""
     if as_json:
         _print_json(encode(report))
     else:
         console.show(report, _out)
-    raise typer.Exit(_code(report))
+    raise typer.Exit(_code(judged))
 
 
 def _print_json(value: Any) -> None:

@@ -64,7 +64,7 @@ class Dispatcher:
         if self.elsewhere is not None:
             return self._run_elsewhere(self.elsewhere, job, chain, name, log, gpu=gpu)
         try:
-            command = chain.command()
+            command = chain.command(self.workers)
         except Exception as error:  # an environment that cannot be made is a missing tool, whatever went wrong in it
             return Ended(error=str(error), kind="missing"), ""
         path = self._place(job, chain, name)
@@ -101,7 +101,7 @@ class Dispatcher:
         path = self._place(job, chain, name)
         around = environment(threads=self.bounds.threads, gpu=gpu, host=chain.in_host)
         with self.workers.conversation(
-            chain.command(), path, self.root / log, timeout=self.bounds.timeout, environment=around
+            chain.command(self.workers), path, self.root / log, timeout=self.bounds.timeout, environment=around
         ) as talk:
             yield talk
 
@@ -122,13 +122,16 @@ class Dispatcher:
         return path
 
 
+_PICKLING = threading.Lock()  # what cloudpickle is told of a module holds for all threads
+
+
 def _by_value(each: Format) -> bytes:
     import cloudpickle
 
     functions = [each.lacks, *(route.convert for route in each.routes), *([each.load] if each.load else [])]
     # toolchains by name: the module of their class needs more than an isolated toolchain has
     routes = tuple(replace(route, toolchain=toolchain.find(route.toolchain).name) for route in each.routes)
-    with contextlib.ExitStack() as stack:
+    with _PICKLING, contextlib.ExitStack() as stack:
         for name in {function.__module__ for function in functions if not function.__module__.startswith("polyexport")}:
             home = sys.modules.get(name)
             if home is not None and name not in cloudpickle.list_registry_pickle_by_value():

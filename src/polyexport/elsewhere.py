@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from polyexport.job import Job
-from polyexport.module import SHARDS
+from polyexport.module import SHARDS, module_files
 from polyexport.process import Ended, Workers, environment
 from polyexport.toolchain import Toolchain
 
@@ -96,6 +96,8 @@ def work(parcel: Parcel, errand: Errand, staging: str | None) -> tuple[Ended, tu
         around = environment(threads=errand.threads, gpu=errand.gpu, host=errand.chain.in_host)
         workers = Workers()
         ended = workers.run(command, root / errand.job, root / errand.log, timeout=errand.timeout, environment=around)
+        if not _is_there(parcel):  # who sent it waits no longer, and nobody would take away the answer
+            return ended, command, b""
         made = [root / name for name, state in _files(root).items() if before.get(name) != state]
         return ended, command, _pack(root, made, staging)
 
@@ -104,12 +106,15 @@ def _read_by(root: Path, job: Job, errand: Errand) -> list[Path]:
     """The files that a job reads: its own, batches, and the artifact's folder, or the module's files."""
     source = root / job.source
     named = [errand.job, *(batch.path for batch in job.batches), *([job.declared] if job.declared else [])]
-    named += [path.as_posix() for path in job.spec.calibration] if job.kind == "convert" and job.spec else []
-    if job.source == "source":
-        files = [*source.glob("*"), *(source / SHARDS).rglob("*")]
-        return [*(root / name for name in named), *(file for file in files if file.is_file())]
-    within = source if source.is_dir() else source.parent
-    return [*(root / name for name in named), *(file for file in within.rglob("*") if file.is_file())]
+    named += [path.as_posix() for path in job.spec.calibration] if job.spec else []
+    found: Iterable[Path]
+    if job.kind == "prepare":
+        found = [*source.iterdir(), *(source / SHARDS).rglob("*")]
+    elif job.source == "source":
+        found = module_files(source)
+    else:
+        found = (source if source.is_dir() else source.parent).rglob("*")
+    return [*(root / name for name in named), *(file for file in found if file.is_file())]
 
 
 def _files(root: Path) -> Mapping[str, tuple[int, int]]:
@@ -136,6 +141,16 @@ def _zip(root: Path, files: Iterable[Path], stream: BinaryIO) -> None:
     with zipfile.ZipFile(stream, "w") as archive:
         for file in dict.fromkeys(files):
             archive.write(file, file.relative_to(root))
+
+
+def _is_there(parcel: Parcel) -> bool:
+    if isinstance(parcel, bytes):
+        return True
+    import fsspec
+
+    system, path = fsspec.url_to_fs(parcel)
+    system.invalidate_cache()
+    return bool(system.exists(path))
 
 
 @contextlib.contextmanager
@@ -165,6 +180,8 @@ def _unpack(parcel: Parcel, root: Path, *, log: str = "") -> None:
 def _unzip(stream: BinaryIO, root: Path, log: str) -> None:
     with zipfile.ZipFile(stream) as archive:
         for name in archive.namelist():
+            if not (root / name).resolve().is_relative_to(root.resolve()):
+                raise ValueError(f"a parcel has the file {name!r}, which lies outside of the export")
             if name == log:
                 (root / log).parent.mkdir(parents=True, exist_ok=True)
                 with (root / log).open("ab") as file:

@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 
 BEST = "best"
-_UNFINISHED = ".unfinished-"
+UNFINISHED = ".unfinished-"  # how names of folders begin that nobody but the engine may see
 _ATTEMPTS = 100
 _HERE, _RENAME_EXCHANGE = -100, 2  # AT_FDCWD of fcntl.h, and a flag of renameat2
 
@@ -22,7 +22,7 @@ def unfinished(parent: Path) -> Path:
     Raises:
         OSError: the folder cannot be written.
     """
-    folder = parent / f"{_UNFINISHED}{secrets.token_hex(4)}"
+    folder = parent / f"{UNFINISHED}{secrets.token_hex(4)}"
     (folder / "source").mkdir(parents=True)
     return folder
 
@@ -71,9 +71,12 @@ def _swap(one: Path, other: Path) -> bool:
 
 def finished(parent: Path) -> list[Path]:
     """The complete exports in `parent`, the oldest first."""
-    reports = [path for path in parent.glob("*/report.json") if not path.parent.is_symlink()]
-    reports = [path for path in reports if not path.parent.name.startswith(_UNFINISHED)]
-    return [path.parent for path in sorted(reports, key=lambda path: path.stat().st_mtime_ns)]
+    written: dict[Path, int] = {}
+    for report in parent.glob("*/report.json"):
+        if not (report.parent.is_symlink() or report.parent.name.startswith(UNFINISHED)):
+            with contextlib.suppress(FileNotFoundError):  # another run has just removed it
+                written[report.parent] = report.stat().st_mtime_ns
+    return sorted(written, key=written.__getitem__)
 
 
 def followed(path: Path) -> Path:

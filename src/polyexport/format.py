@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from polyexport.errors import BadRequest
 from polyexport.spec import Arrays, ExportSpec
 
 if TYPE_CHECKING:
@@ -97,6 +99,10 @@ class Snippet:
     code: str
 
 
+_TAKEN = ("source", "logs", MODULE, "eager", "pytorch")
+"""What the export's own folders, the upstream of root routes and the baseline are called."""
+
+
 def _nothing() -> str:
     return ""
 
@@ -121,6 +127,9 @@ class Format:
             to get it, in a line; empty where nothing is missing.
         snippets: How applications open it, the language that it is mostly used from first.
         calibrated: Whether its routes take number ranges from real batches (`ExportSpec.calibration`).
+
+    Raises:
+        BadRequest: its name cannot be that of a folder in the export.
     """
 
     name: str
@@ -137,6 +146,13 @@ class Format:
     lacks: Callable[[], str] = _nothing
     snippets: tuple[Snippet, ...] = ()
     calibrated: bool = False
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"\w[\w.-]*", self.name) or self.name in _TAKEN:
+            raise BadRequest(
+                f"a format cannot be called {self.name!r}: it gives a folder of the export its name, so take letters, "
+                f"digits, '_', '-' and '.', and not {', '.join(_TAKEN)}"
+            )
 
     @property
     def limits(self) -> Tolerance:

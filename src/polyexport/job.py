@@ -12,6 +12,9 @@ from polyexport.spec import ExportSpec
 
 Kind = Literal["prepare", "convert", "verify", "bench", "serve"]
 
+TEMPORARY = "POLYEXPORT_TEMPORARY"
+"""The variable that tells a worker its own folder for temporary files, which it may remove."""
+
 
 @dataclass(frozen=True, slots=True)
 class Job:

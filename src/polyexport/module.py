@@ -129,6 +129,12 @@ def further_calls(folder: Path) -> list[Path]:
     return sorted(folder.glob("call_*.pkl"))
 
 
+def module_files(folder: Path) -> list[Path]:
+    """What `load` and `example` read: everything but what came from further batches."""
+    further = {call.stem for call in further_calls(folder)}
+    return [path for path in folder.iterdir() if path.is_file() and path.stem not in further]
+
+
 def save_call(args: Sequence[Any], kwargs: Mapping[str, Any], folder: Path, index: int = 0) -> None:
     """Write the arguments of forward."""
     dump((tuple(args), dict(kwargs)), call_file(folder, index))

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from polyexport import memory
-from polyexport.job import result_path
+from polyexport.errors import ToolMissing
+from polyexport.job import TEMPORARY, result_path
 from polyexport.priority import come_forward, step_back, waited_seconds
 from polyexport.records import read_json
 
@@ -110,6 +111,26 @@ class Workers:
         with log.open("ab") as stream, self._started([*command, "-"], stream, stream, environment) as process:
             yield process
 
+    def output(self, *command: str) -> str:
+        """Run a program to its end, and return what it printed.
+
+        Raises:
+            ToolMissing: it failed; in its own words.
+        """
+        with (
+            tempfile.TemporaryFile() as errors,
+            self._started(command, subprocess.PIPE, errors, os.environ) as process,
+        ):
+            if process is None or process.stdin is None or process.stdout is None:
+                raise ToolMissing("cancelled")
+            process.stdin.close()  # nobody is there to answer a question
+            said = process.stdout.read().decode(errors="replace")
+            if code := process.wait():
+                errors.seek(0)
+                words = " ".join((errors.read().decode(errors="replace") or said).split())
+                raise ToolMissing(words or f"{command[0]} ended with exit code {code}")
+        return said
+
     def hurry(self) -> None:
         """Training is over: those that run and those to come have the machine to themselves."""
         with self._lock:
@@ -144,7 +165,7 @@ class Workers:
                         stdin=subprocess.PIPE,
                         stdout=stdout,
                         stderr=stderr,
-                        env=dict(environment) | dict.fromkeys(("TMPDIR", "TEMP", "TMP"), temporary),
+                        env=dict(environment) | dict.fromkeys(("TMPDIR", "TEMP", "TMP", TEMPORARY), temporary),
                         start_new_session=True,
                     )
                     memory.goes_first(process.pid)
@@ -275,10 +296,10 @@ def _read(result: Path, returncode: int, ran_out: int) -> Ended:
     if result.exists():
         found = read_json(result)
         return Ended(found.get("value"), found.get("error", ""), found.get("error_kind", ""), found["seconds"])
-    if returncode == -signal.SIGKILL and memory.times_it_ran_out() > ran_out:
-        return Ended(error="killed by SIGKILL, since memory ran out", kind="crashed")
     if returncode < 0:
-        return Ended(error=f"killed by {_signal(-returncode)}", kind="crashed")
+        name = _signal(-returncode)
+        why = ", since memory ran out" if name == "SIGKILL" and memory.times_it_ran_out() > ran_out else ""
+        return Ended(error=f"killed by {name}{why}", kind="crashed")
     return Ended(error=f"ended with exit code {returncode} and no result", kind="crashed")
 
 

@@ -306,8 +306,10 @@ def _keep_only_weights(path: Path) -> dict[str, int]:
     blob = modules.read_checkpoint(path)
     temporary = path.with_suffix(".tmp")
     torch.save(blob.get("state_dict", blob), temporary)
+    at = {key: blob[key] for key in ("epoch", "global_step") if isinstance(blob.get(key), int)}
+    del blob  # Windows replaces no file that is mapped into memory
     temporary.replace(path)
-    return {key: blob[key] for key in ("epoch", "global_step") if isinstance(blob.get(key), int)}
+    return at
 
 
 def _class_name(model: torch.nn.Module) -> str:

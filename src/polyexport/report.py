@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from polyexport.errors import BadRequest
 from polyexport.folders import finished, followed
 from polyexport.latency import Latency
 from polyexport.parity import Parity
@@ -173,14 +174,19 @@ class Report:
         html(self)
 
     @staticmethod
-    def load(folder: Path) -> Report:
-        """Read the report in `folder`.
+    def load(folder: str | Path) -> Report:
+        """Read the report in `folder`: an export, or the `best` beside it.
 
         Raises:
             FileNotFoundError: there is none.
+            BadRequest: it is no report of this version.
         """
-        folder = followed(folder)
-        return replace(decode(Report, read_json(folder / "report.json")), folder=folder.resolve())
+        folder = followed(Path(folder))
+        file = folder / "report.json"
+        try:
+            return replace(decode(Report, read_json(file)), folder=folder.resolve())
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise BadRequest(f"{file} cannot be read: {type(error).__name__}: {error}") from error
 
 
 def _costs(outcome: Outcome) -> tuple[float, float, float]:
@@ -209,7 +215,7 @@ def history(report: Report) -> list[Report]:
     for folder in finished(report.folder.parent) if report.checkpoint.path else ():
         try:
             each = Report.load(folder)
-        except (OSError, ValueError, TypeError, KeyError):
+        except (OSError, BadRequest):
             continue  # it was removed a moment ago, or another version wrote it
         if each.folder != report.folder.resolve() and Path(each.checkpoint.path).parent == run:
             found.append(each)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 from zipfile import ZipFile
 
 import numpy as np
+
+S = TypeVar("S")
 
 Arrays = dict[str, np.ndarray]
 """Named arrays: what goes into a runtime and what comes out of it."""
@@ -29,6 +32,10 @@ class TensorSpec:
     def dynamic(self) -> dict[int, str]:
         """The dynamic axes: `{0: "batch"}`."""
         return {axis: size for axis, size in enumerate(self.shape) if isinstance(size, str)}
+
+    def sized(self, size_of: Callable[[str], S]) -> tuple[int | S, ...]:
+        """The shape with `size_of(name)` for each dynamic axis."""
+        return tuple(size_of(size) if isinstance(size, str) else size for size in self.shape)
 
     def __str__(self) -> str:
         return f"{self.name}: {self.dtype}[{', '.join(map(str, self.shape))}]"
@@ -68,7 +75,7 @@ class ExportSpec:
         """The same signature with every dynamic axis fixed at its size in the validation batch."""
 
         def fix(tensor: TensorSpec) -> TensorSpec:
-            return replace(tensor, shape=tuple(self.sizes[s] if isinstance(s, str) else s for s in tensor.shape))
+            return replace(tensor, shape=tensor.sized(self.sizes.__getitem__))
 
         return replace(self, inputs=tuple(map(fix, self.inputs)), outputs=tuple(map(fix, self.outputs)))
 

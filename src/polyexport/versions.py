@@ -32,7 +32,7 @@ def git_commit() -> str:
     try:
         done = subprocess.run(
             ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"],
-            capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=10, check=False,
+            capture_output=True, encoding="utf-8", errors="replace", stdin=subprocess.DEVNULL, timeout=10, check=False,
         )  # fmt: skip  # one line per argument would bury the command
     except (OSError, subprocess.TimeoutExpired):
         return ""

@@ -35,15 +35,16 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, TextIO
 
 import numpy as np
 
 from polyexport.errors import CannotRun, ToolMissing
+from polyexport.folders import UNFINISHED
 from polyexport.format import Format, Route, Runner
-from polyexport.job import Job, result_path
+from polyexport.job import TEMPORARY, Job, result_path
 from polyexport.records import decode, read_json, write_json
 from polyexport.spec import Arrays, read_arrays, write_arrays
 
@@ -65,22 +66,23 @@ def main() -> int:
             job = replace(job, target=str(Path(tempfile.mkdtemp(prefix="polyexport-"), Path(job.target).name)))
         print(json.dumps(_JOBS[job.kind](root, job), indent=2, default=str))
         return 0
-    answers = _keep_stdout()
+    answers, lines = _keep_stdout(), _end_with_parent({root})
     if job.kind in _CONVERSATIONS:
-        return _CONVERSATIONS[job.kind](root, job, answers)
-    _end_with_parent()
+        return _CONVERSATIONS[job.kind](root, job, lines, answers)
     return 0 if _done(path, root, job) else 1
 
 
 def one_after_another() -> int:
     """Do the jobs that standard input names; the one that fails is the last."""
     home = Path.cwd()
-    for line in iter(_end_with_parent().get, None):
+    roots: set[Path] = set()
+    for line in _end_with_parent(roots):
         path, log = map(Path, json.loads(line))
         with log.open("ab") as stream:
             for output in (1, 2):
                 os.dup2(stream.fileno(), output)
         root, job = _opened(path)
+        roots.add(root)
         if not _done(path, root, job):
             return 1
         os.chdir(home)
@@ -131,7 +133,8 @@ def convert(root: Path, job: Job) -> Any:
     try:
         route.convert(root / job.source, target, spec)
     except BaseException:
-        shutil.rmtree(target.parent, ignore_errors=True)  # it may have filled the disk, and the result needs room
+        # it may have filled the disk, and the result needs room
+        shutil.rmtree(target if each.artifact == "." else target.parent, ignore_errors=True)
         raise
     if not target.exists():
         raise RuntimeError(f"the converter ended without an error, but wrote no {each.artifact}")
@@ -165,7 +168,7 @@ def verify(root: Path, job: Job) -> Any:
     return {"parity": parity, **own, **_fingerprint(folder)}
 
 
-def bench(root: Path, job: Job, answers: TextIO) -> int:
+def bench(root: Path, job: Job, lines: Iterator[bytes], answers: TextIO) -> int:
     """Time an artifact in rounds: each line on standard input asks for one, each line of output answers it.
 
     The first answer comes unasked, once the artifact is loaded and warm. A runner that is not what will serve the
@@ -190,7 +193,7 @@ def bench(root: Path, job: Job, answers: TextIO) -> int:
     about = {"first_ms": getattr(runner, "first_ms", first_ms), "device": getattr(runner, "device", "cpu")}
     _answer(answers, {"load_seconds": load_seconds, **about})
     waited = spent = 0.0
-    for _ in sys.stdin:
+    for _ in lines:
         warm_up(call, count=2, seconds=0.05)  # the runtime before may still have threads that spin
         before = first_waited_seconds()
         samples_ms = sample_ms(call)
@@ -201,7 +204,7 @@ def bench(root: Path, job: Job, answers: TextIO) -> int:
     return 0
 
 
-def serve(root: Path, job: Job, answers: TextIO) -> int:
+def serve(root: Path, job: Job, lines: Iterator[bytes], answers: TextIO) -> int:
     """Run an artifact on what is asked: each line on standard input is a JSON pair of `.npz` paths, from and to.
 
     Each line of output answers one, with an `error` where it failed; the first comes unasked, once the artifact is
@@ -214,7 +217,7 @@ def serve(root: Path, job: Job, answers: TextIO) -> int:
         _answer(answers, {"error": _one_line(error)})
         return 1
     _answer(answers, {})
-    for line in sys.stdin:
+    for line in lines:
         source, target = json.loads(line)
         try:
             write_arrays(Path(target), runner(_inputs(Path(source), job)))
@@ -227,7 +230,7 @@ def serve(root: Path, job: Job, answers: TextIO) -> int:
 
 _JOBS: Mapping[str, Callable[[Path, Job], Any]] = {"prepare": prepare, "convert": convert, "verify": verify}
 
-_CONVERSATIONS: Mapping[str, Callable[[Path, Job, TextIO], int]] = {"bench": bench, "serve": serve}
+_CONVERSATIONS: Mapping[str, Callable[[Path, Job, Iterator[bytes], TextIO], int]] = {"bench": bench, "serve": serve}
 
 
 # --- their pieces -----------------------------------------------------------------------------------------------------
@@ -314,10 +317,11 @@ def _answer(answers: TextIO, value: Any) -> None:
     answers.flush()
 
 
-def _end_with_parent() -> queue.SimpleQueue[bytes]:
+def _end_with_parent(roots: Iterable[Path]) -> Iterator[bytes]:
     """End this process and its children when the one that started it is gone: then standard input closes.
 
-    Returns the lines that come until then.
+    What that one would have removed goes too: temporary files, and exports among `roots` that are not complete. Returns
+    the lines that come until then.
     """
     lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
 
@@ -325,12 +329,15 @@ def _end_with_parent() -> queue.SimpleQueue[bytes]:
         with open(0, "rb", closefd=False) as stream:  # not sys.stdin, whose lock is held when the interpreter ends
             for line in stream:
                 lines.put(line)
-        if hasattr(os, "killpg"):
+        for folder in (os.environ.get(TEMPORARY), *(root for root in tuple(roots) if root.name.startswith(UNFINISHED))):
+            if folder:
+                shutil.rmtree(folder, ignore_errors=True)
+        if hasattr(os, "killpg") and os.getpgrp() == os.getpid():  # else the group is that of who started it by hand
             os.killpg(0, 9)
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-    return lines
+    return iter(lines.get, b"")  # no line is empty: it ends with this process
 
 
 if __name__ == "__main__":

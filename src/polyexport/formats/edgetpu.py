@@ -120,7 +120,7 @@ https://coral.ai/docs/edgetpu/models-intro/#supported-operations
 
 
 @dataclass(frozen=True, slots=True)
-class Mapping:
+class Placement:
     """How many operations run where. `on_cpu` counts by name, with the reason."""
 
     total: int
@@ -132,7 +132,7 @@ class Mapping:
         return f"{mapped} on the Edge TPU" + (f", on the CPU {kept}" if kept else "")
 
 
-def predict(path: Path) -> Mapping:
+def predict(path: Path) -> Placement:
     """What Coral's table says of the operations in a file.
 
     Of the limits in the table those are checked that show in types and shapes: int8, no free axis, and of the axes
@@ -149,7 +149,7 @@ def predict(path: Path) -> Mapping:
             on_cpu[f"{name} (a free axis)"] += 1
         elif any(max(tensor["shape"][:-3], default=1) > 1 for tensor in tensors):
             on_cpu[f"{name} (more than three axes)"] += 1
-    return Mapping(len(operations), on_cpu)
+    return Placement(len(operations), on_cpu)
 
 
 def prediction(path: Path) -> str:
@@ -177,7 +177,9 @@ def compile_int8(source: Path, target: Path, spec: ExportSpec) -> None:
     model = target.with_name(_MODEL)
     shutil.copyfile(source, model)
     command = [COMPILER, "-s", "-a", "-o", str(target.parent), str(model)]
-    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
+    done = subprocess.run(
+        command, capture_output=True, encoding="utf-8", errors="replace", stdin=subprocess.DEVNULL, check=False
+    )
     print(done.stdout, done.stderr)
     if done.returncode:
         said = " ".join((done.stderr or done.stdout).split())
@@ -185,7 +187,7 @@ def compile_int8(source: Path, target: Path, spec: ExportSpec) -> None:
     print(f"{prediction(source)}; {COMPILER} says: {read_log(target.with_name(_LOG).read_text(encoding='utf-8'))}")
 
 
-def read_log(text: str) -> Mapping:
+def read_log(text: str) -> Placement:
     """The table at the end of the compiler's log: an operator, how often, and its status.
 
     Raises:
@@ -198,7 +200,7 @@ def read_log(text: str) -> Mapping:
     for name, count, status in rows:
         if status != "Mapped to Edge TPU":
             on_cpu[f"{name} ({status})"] += int(count)
-    return Mapping(sum(int(count) for _, count, _ in rows), on_cpu)
+    return Placement(sum(int(count) for _, count, _ in rows), on_cpu)
 
 
 class Compiled(Rowwise):
@@ -208,10 +210,10 @@ class Compiled(Rowwise):
 
     def __init__(self, path: Path, spec: ExportSpec, *, threads: int) -> None:
         super().__init__(path.with_name(_MODEL), spec, threads=threads)
-        mapping = read_log(path.with_name(_LOG).read_text(encoding="utf-8"))
-        self.verified_by = f"the int8 model before compilation, on the CPU; {COMPILER} has {mapping}"
-        if mapping.on_cpu.total() > _ON_CPU_AT_MOST * mapping.total:
-            self.shortfall = "; ".join([str(mapping), *([self.shortfall] if self.shortfall else [])])
+        placement = read_log(path.with_name(_LOG).read_text(encoding="utf-8"))
+        self.verified_by = f"the int8 model before compilation, on the CPU; {COMPILER} has {placement}"
+        if placement.on_cpu.total() > _ON_CPU_AT_MOST * placement.total:
+            self.shortfall = "; ".join([str(placement), *([self.shortfall] if self.shortfall else [])])
 
 
 def load(path: Path, spec: ExportSpec, *, threads: int) -> Runner:

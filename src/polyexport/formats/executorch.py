@@ -29,10 +29,7 @@ def convert(source: Path, target: Path, spec: ExportSpec) -> None:
     free = {called: torch.export.Dim(called, min=1, max=most) for called, most in upper.items()}
     shapes = tuple({axis: free[called] for axis, called in tensor.dynamic.items()} for tensor in spec.inputs)
     inputs = tuple(
-        torch.zeros(
-            [max(2, spec.sizes[size]) if isinstance(size, str) else size for size in tensor.shape],
-            dtype=getattr(torch, tensor.dtype),
-        )
+        torch.zeros(tensor.sized(lambda called: max(2, spec.sizes[called])), dtype=getattr(torch, tensor.dtype))
         for tensor in spec.inputs
     )
     program = torch.export.export(module, inputs, dynamic_shapes=shapes if spec.is_dynamic else None, strict=False)

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from polyexport.format import Format, Route, Runner, Snippet
 from polyexport.spec import Arrays, ExportSpec
 
@@ -25,10 +27,7 @@ def convert_torchscript(source: Path, target: Path, spec: ExportSpec) -> None:
 
     openvino = _without_telemetry()
     shapes = [
-        (
-            openvino.PartialShape([-1 if isinstance(size, str) else size for size in tensor.shape]),
-            _element(tensor.dtype),
-        )
+        (openvino.PartialShape(list(tensor.sized(lambda _: -1))), openvino.Type(np.dtype(tensor.dtype)))
         for tensor in spec.inputs
     ]
     _save(openvino.convert_model(torch.jit.load(str(source)), input=shapes), target, spec)
@@ -40,13 +39,6 @@ def _without_telemetry() -> Any:
     import openvino
 
     return openvino
-
-
-def _element(dtype: str) -> Any:
-    import numpy as np
-
-    openvino = _without_telemetry()
-    return openvino.Type(np.dtype(dtype))
 
 
 def _save(model: Any, target: Path, spec: ExportSpec) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from polyexport.format import Format, Route, Runner, Snippet
-from polyexport.spec import Arrays, ExportSpec, TensorSpec
+from polyexport.spec import Arrays, ExportSpec
 
 _PREFIX = "x2paddle_"
 """X2Paddle puts it in front of the names of inputs."""
@@ -83,14 +83,10 @@ def lower(source: Path, target: Path, spec: ExportSpec) -> None:
 
     from polyexport.lowering import paddle
 
-    shaped = [InputSpec(_shape(tensor), tensor.dtype, tensor.name) for tensor in spec.inputs]
+    shaped = [InputSpec(tensor.sized(lambda _: -1), tensor.dtype, tensor.name) for tensor in spec.inputs]
     lowered = paddle.lower(source, shaped)
     target.mkdir()
     lowered.save(target / "model")
-
-
-def _shape(tensor: TensorSpec) -> list[int]:
-    return [-1 if isinstance(size, str) else size for size in tensor.shape]
 
 
 def load(path: Path, spec: ExportSpec, *, threads: int) -> Runner:

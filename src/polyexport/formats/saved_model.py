@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from polyexport.format import Format, Route, Runner, Snippet
-from polyexport.spec import Arrays, ExportSpec, TensorSpec
+from polyexport.spec import Arrays, ExportSpec
 
 SIGNATURE = "serving_default"
 
@@ -24,16 +24,12 @@ def convert(source: Path, target: Path, spec: ExportSpec) -> None:
 
     from polyexport.lowering.tensorflow import lower
 
-    shaped = [tf.TensorSpec(_shape(tensor), tensor.dtype, tensor.name) for tensor in spec.inputs]
+    shaped = [tf.TensorSpec(tensor.sized(lambda _: None), tensor.dtype, tensor.name) for tensor in spec.inputs]
     module = lower(source, shaped)
     tf.saved_model.save(module, str(target), signatures={SIGNATURE: module.forward})
     extra = target / "assets.extra"  # the place for files that TensorFlow leaves alone
     extra.mkdir(exist_ok=True)
     (extra / _METADATA).write_text(json.dumps(dict(spec.metadata)), encoding="utf-8")
-
-
-def _shape(tensor: TensorSpec) -> list[int | None]:
-    return [None if isinstance(size, str) else size for size in tensor.shape]
 
 
 def limit_threads(threads: int) -> None:

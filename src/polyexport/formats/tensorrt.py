@@ -134,16 +134,12 @@ def _profile(profile: Any, network: Any, spec: ExportSpec) -> Any:
     present = {network.get_input(index).name for index in range(network.num_inputs)}
     for tensor in spec.inputs:
         if tensor.name in present:
-            profile.set_shape(tensor.name, *(_sized(tensor.shape, sizes) for sizes in _bounds(spec.sizes)))
+            profile.set_shape(tensor.name, *(tensor.sized(sizes.__getitem__) for sizes in _bounds(spec.sizes)))
     return profile
 
 
 def _bounds(sizes: Mapping[str, int]) -> tuple[Mapping[str, int], Mapping[str, int], Mapping[str, int]]:
     return dict.fromkeys(sizes, 1), sizes, {name: max(_AT_LEAST, 2 * size) for name, size in sizes.items()}
-
-
-def _sized(shape: tuple[int | str, ...], sizes: Mapping[str, int]) -> tuple[int, ...]:
-    return tuple(sizes[size] if isinstance(size, str) else size for size in shape)
 
 
 def _cache_file(device: Device, trt: Any) -> Path:

@@ -36,7 +36,6 @@ from polyexport.report import (
     rows,
     size,
 )
-from polyexport.spec import TensorSpec
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -218,7 +217,7 @@ def snippets(outcome: Outcome) -> tuple[Snippet, ...]:
         return ()
     about: Mapping[str, Any] = {
         "path": outcome.artifact.path,
-        "inputs": [_one(tensor) for tensor in outcome.inputs],
+        "inputs": [replace(tensor, shape=tensor.sized(lambda _: 1)) for tensor in outcome.inputs],
         "names": [tensor.name for tensor in outcome.inputs],
         "outputs": [tensor.name for tensor in outcome.outputs],
     }
@@ -230,7 +229,3 @@ def _plain() -> Environment:
     from jinja2 import Environment
 
     return Environment(autoescape=False)  # a snippet is code; the page escapes what comes out
-
-
-def _one(tensor: TensorSpec) -> TensorSpec:
-    return replace(tensor, shape=tuple(1 if isinstance(length, str) else length for length in tensor.shape))
