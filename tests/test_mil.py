@@ -213,7 +213,7 @@ def test_a_function_evaluates_to_what_pytorch_computes(name, tmp_path):
     names = [f"output_{index}" for index in range(len(answers))]
     spec = ExportSpec((described("x", x),), tuple(map(described, names, answers)))
     coreml.convert_trace(tmp_path / "m.torchscript", tmp_path / "m.mlpackage", spec, precision="float32")
-    actual = coreml.Evaluated(tmp_path / "m.mlpackage", spec, threads=1)({"x": x.numpy()})
+    actual = coreml.Package(tmp_path / "m.mlpackage", spec, threads=1, evaluated=True)({"x": x.numpy()})
     reference = {each: answer.numpy() for each, answer in zip(names, answers, strict=True)}
     parity = compare(actual, reference, Tolerance.for_precision("float32"))
     assert parity.passed, parity.reason
