@@ -137,6 +137,10 @@ FUNCTIONS = {
     "bilinear": (resized(scale_factor=2, mode="bilinear"), IMAGE),
     "bilinear to a size": (resized(size=(14, 7), mode="bilinear"), IMAGE),
     "bilinear, corners": (resized(scale_factor=3, mode="bilinear", align_corners=True), IMAGE),
+    "bilinear by a scale that divides nothing": (resized(scale_factor=1.3, mode="bilinear"), IMAGE),
+    "bilinear without aliases": (resized(size=(5, 6), mode="bilinear", antialias=True), IMAGE),
+    "bicubic": (resized(size=(14, 7), mode="bicubic", align_corners=True), IMAGE),
+    "bicubic without aliases": (resized(scale_factor=0.5, mode="bicubic", antialias=True), IMAGE),
     "grid_sample": (lambda x: functional.grid_sample(x, x[:, :2].permute(0, 2, 3, 1), align_corners=False), IMAGE),
     "affine_grid": (lambda x: turned(x, align_corners=False), IMAGE),
     "affine_grid, corners": (lambda x: turned(x, align_corners=True), IMAGE),
@@ -195,25 +199,54 @@ def written(x):
     return y
 
 
-def described(name, tensor):
-    return TensorSpec(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+def windows(x):
+    n, channels, high, wide = x.shape
+    parts = x.permute(0, 2, 3, 1).reshape(n, high // 4, 4, wide // 5, 5, channels)
+    return parts.permute(0, 1, 3, 2, 4, 5).reshape(-1, 20, channels)
+
+
+def shifted_and_back(x):
+    """As a Swin block does, and at last with no axis beside the neighbour that it had."""
+    parts = windows(x.roll((-2, 1), (2, 3))).softmax(1).reshape(-1, 2, 2, 4, 5, 4)
+    return parts.permute(0, 5, 1, 3, 2, 4).reshape(x.shape).roll((2, -1), (2, 3))
+
+
+def proven(function, shape, folder, *, convert=coreml.convert_trace, free=False):
+    """What comes of a function against PyTorch: in that shape, and where its first axis is free in others too."""
+    torch.manual_seed(0)
+    module, x = Whole(function).eval(), torch.randn(shape)
+    batch = {0: torch.export.Dim.DYNAMIC} if free else None
+
+    def described(name, tensor):
+        sizes = ("batch", *tensor.shape[1:]) if free else tuple(tensor.shape)
+        return TensorSpec(name, str(tensor.dtype).removeprefix("torch."), sizes)
+
+    def answers(x):
+        answer = module(x)
+        return {f"output_{i}": each for i, each in enumerate(answer if isinstance(answer, tuple) else (answer,))}
+
+    # off, as `formats/torchscript.py` has it
+    with torch.no_grad(), fused_attention_off():
+        if convert is coreml.convert_trace:
+            torch.jit.trace(module, (x,), check_trace=False).save(str(folder / "source.pt2"))
+        else:
+            torch.export.save(torch.export.export(module, (x,), dynamic_shapes=[batch]), folder / "source.pt2")
+        outputs = tuple(described(name, each) for name, each in answers(x).items())
+        spec = ExportSpec((described("x", x),), outputs, sizes={"batch": len(x)})
+        convert(folder / "source.pt2", folder / "m.mlpackage", spec, precision="float32")
+        run = coreml.Package(folder / "m.mlpackage", spec, threads=1, evaluated=True)
+        for rows in (len(x), 1, 5) if free else (len(x),):
+            x = torch.randn(rows, *shape[1:])
+            reference = {name: each.numpy() for name, each in answers(x).items()}
+            parity = compare(run({"x": x.numpy()}), reference, Tolerance.for_precision("float32"))
+            assert parity.passed, parity.reason
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_a_function_evaluates_to_what_pytorch_computes(name, tmp_path):
-    function, shape = FUNCTIONS[name]
-    torch.manual_seed(0)
-    x = torch.randn(shape)
-    module = Whole(function).eval()
-    # off, as `formats/torchscript.py` has it
-    with torch.no_grad(), fused_attention_off():
-        expected = module(x)
-        answers = expected if isinstance(expected, tuple) else (expected,)
-        torch.jit.trace(module, (x,), check_trace=False).save(str(tmp_path / "m.torchscript"))
-    names = [f"output_{index}" for index in range(len(answers))]
-    spec = ExportSpec((described("x", x),), tuple(map(described, names, answers)))
-    coreml.convert_trace(tmp_path / "m.torchscript", tmp_path / "m.mlpackage", spec, precision="float32")
-    actual = coreml.Package(tmp_path / "m.mlpackage", spec, threads=1, evaluated=True)({"x": x.numpy()})
-    reference = {each: answer.numpy() for each, answer in zip(names, answers, strict=True)}
-    parity = compare(actual, reference, Tolerance.for_precision("float32"))
-    assert parity.passed, parity.reason
+    proven(*FUNCTIONS[name], tmp_path)
+
+
+@pytest.mark.parametrize("function", [windows, shifted_and_back])
+def test_windows_of_a_free_batch_pass_through_five_axes(function, tmp_path):
+    proven(function, (2, 4, 8, 10), tmp_path, free=True)

@@ -129,9 +129,10 @@ def _convert(model: Any, target: Path, spec: ExportSpec, precision: str) -> None
     """Write a package for the oldest systems that have all its ops."""
     import coremltools as ct
 
-    from polyexport.mil import composite
+    from polyexport.mil import composite, rank
 
     composite.register()
+    rank.register()
     try:
         package = _translated(model, spec, precision, None)
     except ValueError as error:

@@ -5,6 +5,7 @@ https://apple.github.io/coremltools/docs-guides/source/composite-operators.html
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -254,6 +255,44 @@ def trunc(context: Any, node: Any) -> None:
     context.add(mb.mul(x=mb.sign(x=x), y=mb.floor(x=mb.abs(x=x)), name=node.name))
 
 
+def bilinear(context: Any, node: Any) -> None:
+    """By coremltools, and what it refuses, sizes that the scale does not divide, by matrices."""
+    from coremltools.converters.mil.frontend.torch import ops
+
+    try:
+        ops.upsample_bilinear2d(context, node)
+    except NotImplementedError:
+        resampled(context, node)
+
+
+def resampled(context: Any, node: Any) -> None:
+    """A resize that weighs rows and columns each on their own, by a matrix for each: what it makes of the identity."""
+    import torch
+    from coremltools.converters.mil import Builder as mb
+    from coremltools.converters.mil.frontend.torch.ops import _get_inputs
+
+    x, size, corners, *scales = _get_inputs(context, node)
+    counts = x.shape[-2:]
+    if not all(isinstance(count, int | np.integer) for count in counts):
+        raise NotImplementedError(f"{node.kind} of an image of free size")
+    scales = _numbers(scales[0] if len(scales) == 1 else scales) or [None, None]
+    sizes = _numbers(size) or [math.floor(count * scale) for count, scale in zip(counts, scales, strict=True)]
+    resize = getattr(torch.ops.aten, node.kind.split(".")[0])
+    rows, columns = (
+        resize(torch.eye(int(count))[None, None], [int(wanted), int(count)], bool(corners.val), scale, None)[0, 0]
+        for count, wanted, scale in zip(counts, sizes, scales, strict=True)
+    )
+    tall = mb.matmul(x=rows.numpy(), y=x)
+    context.add(mb.matmul(x=tall, y=columns.numpy(), transpose_y=True, name=node.name))
+
+
+def _numbers(values: Any) -> list[Any]:
+    """Of a constant or a list of constants; empty where there is none, and as written where float32 was rounded."""
+    listed = values if isinstance(values, list) else getattr(values, "val", None)
+    found = [getattr(each, "val", each) for each in (listed if listed is not None else [])]
+    return [each if each is None else float(str(each)) for each in found]
+
+
 # --- adaptive pooling -------------------------------------------------------------------------------------------------
 
 
@@ -299,6 +338,8 @@ def _parts(x: Any, axis: int, count: int, reduce: Any) -> Any:
 
 # --- their table ------------------------------------------------------------------------------------------------------
 
+_SEPARABLE = ("_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa", "upsample_bicubic2d")
+
 _COMPOSITES = {
     "new_ones": new_ones,
     "new_zeros": new_zeros,
@@ -314,6 +355,8 @@ _COMPOSITES = {
     "reciprocal": reciprocal,
     "lerp": lerp,
     "trunc": trunc,
+    **dict.fromkeys(("upsample_bilinear2d", "upsample_bilinear2d.vec"), bilinear),
+    **{f"{name}{of}": resampled for name in _SEPARABLE for of in ("", ".vec")},
     **{f"adaptive_avg_pool{rank}d": adaptive_avg_pool for rank in (1, 2, 3)},
     **{f"_adaptive_avg_pool{rank}d": adaptive_avg_pool for rank in (2, 3)},
     **{f"adaptive_max_pool{rank}d": adaptive_max_pool for rank in (1, 2, 3)},
