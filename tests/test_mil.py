@@ -18,6 +18,7 @@ from polyexport.spec import ExportSpec, TensorSpec
 pytest.importorskip("coremltools", reason="coremltools is not installed; `pip install coremltools`")
 
 IMAGE, SIGNAL, ROWS = (2, 4, 9, 10), (2, 4, 12), (3, 8)
+PLACES = torch.tensor([2, 0, 2])
 
 
 class Whole(nn.Module):
@@ -40,6 +41,17 @@ class First(nn.Module):
 
     def forward(self, x):
         return self.layer(*[x] * self.times)[0]
+
+
+class Repeated(nn.Module):
+    """A recurrent cell, twice."""
+
+    def __init__(self, cell):
+        super().__init__()
+        self.cell = cell
+
+    def forward(self, x):
+        return self.cell(x, self.cell(x, x))
 
 
 def resized(**how):
@@ -116,6 +128,7 @@ FUNCTIONS = {
     "conv_transpose2d": (nn.ConvTranspose2d(4, 6, 3, 2, 1, groups=2), IMAGE),
     "conv_transpose2d with room": (nn.ConvTranspose2d(4, 6, 3, 2, 1, output_padding=1), IMAGE),
     "max_pool2d": (nn.MaxPool2d(3, 2, 1), IMAGE),
+    "max_pool2d and its places": (nn.MaxPool2d(3, 2, return_indices=True), IMAGE),
     "max_pool2d, ceil": (nn.MaxPool2d(3, 2, ceil_mode=True), IMAGE),
     "avg_pool2d": (nn.AvgPool2d(3, 2, 1), IMAGE),
     "avg_pool2d, ceil": (nn.AvgPool2d(2, 2, ceil_mode=True, count_include_pad=False), IMAGE),
@@ -163,6 +176,13 @@ FUNCTIONS = {
     "gather": (lambda x: x.gather(1, torch.tensor([[0, 2], [1, 1], [7, 3]])), ROWS),
     "scatter": (lambda x: x.scatter(1, torch.tensor([[0, 2], [1, 3], [7, 5]]), 1.0), ROWS),
     "scatter_add": (lambda x: x.scatter_add(1, torch.tensor([[0, 0], [1, 3], [7, 7]]), x[:, :2]), ROWS),
+    "scatter_reduce": (
+        lambda x: x.scatter_reduce(1, torch.tensor([[0, 0], [1, 3], [7, 7]]), 2 * x[:, :2], "amax"),
+        ROWS,
+    ),
+    "scatter_add of constants": (lambda x: x + torch.zeros(8).scatter_add(0, PLACES, torch.ones(3)), ROWS),
+    "index_add": (lambda x: x.index_add(1, PLACES, x[:, :3], alpha=2), ROWS),
+    "index_copy": (lambda x: x.index_copy(1, torch.tensor([5, 0]), x[:, :2]), ROWS),
     "index_put": (lambda x: torch.index_put(x, (torch.tensor([0, 2]),), x[:2]), ROWS),
     "written slice": (lambda x: written(x), ROWS),
     "tril, triu": (lambda x: x.tril() + x.triu(1), IMAGE),
@@ -171,6 +191,9 @@ FUNCTIONS = {
     "lerp": (lambda x: torch.lerp(x, 2 * x.flip(0), 0.3), ROWS),
     "trunc": (lambda x: torch.trunc(3 * x), ROWS),
     "diff, between two ends": (lambda x: x.diff(2, 1, prepend=x[:, :1] - 1, append=x[:, -2:]), ROWS),
+    "fmod": (lambda x: torch.fmod(x, 0.3), ROWS),
+    "erfc": (torch.erfc, ROWS),
+    "asinh, acosh": (lambda x: x.asinh() + (x.abs() + 1.5).acosh(), ROWS),
     "where, between scalars": (lambda x: torch.where(x > 0, 1.0, -0.5), ROWS),
     "masked_fill": (lambda x: x.masked_fill(x > 0, -2.0), ROWS),
     "embedding": (lambda x: functional.embedding(x.argmax(1), torch.arange(40.0).reshape(8, 5)), ROWS),
@@ -182,6 +205,7 @@ FUNCTIONS = {
     "meshgrid": (lambda x: torch.stack(torch.meshgrid(x[0], x[1], indexing="ij")), ROWS),
     "rnn": (First(nn.RNN(8, 6, batch_first=True), 1), (2, 5, 8)),
     "gru": (First(nn.GRU(8, 6, batch_first=True), 1), (2, 5, 8)),
+    "cell of a gru": (Repeated(nn.GRUCell(8, 8)), ROWS),
     "lstm": (First(nn.LSTM(8, 6, batch_first=True), 1), (2, 5, 8)),
 }
 
@@ -197,6 +221,17 @@ def written(x):
     y = x.clone()
     y[:, 2:4] = 0.5
     return y
+
+
+def put(x):
+    y = x.clone()
+    y[:, torch.tensor([1, -1])] = x[:, :2, :1]
+    y[..., torch.arange(4), torch.arange(4)] += 0.5
+    return y
+
+
+def unpooled(x):
+    return functional.max_unpool2d(*functional.max_pool2d(x, 2, return_indices=True), 2, output_size=x.shape)
 
 
 def windows(x):
@@ -230,7 +265,7 @@ def proven(function, shape, folder, *, convert=coreml.convert_trace, free=False)
         if convert is coreml.convert_trace:
             torch.jit.trace(module, (x,), check_trace=False).save(str(folder / "source.pt2"))
         else:
-            torch.export.save(torch.export.export(module, (x,), dynamic_shapes=[batch]), folder / "source.pt2")
+            torch.export.save(torch.export.export(module, (x,), dynamic_shapes=[(batch,)]), folder / "source.pt2")
         outputs = tuple(described(name, each) for name, each in answers(x).items())
         spec = ExportSpec((described("x", x),), outputs, sizes={"batch": len(x)})
         convert(folder / "source.pt2", folder / "m.mlpackage", spec, precision="float32")
@@ -245,6 +280,11 @@ def proven(function, shape, folder, *, convert=coreml.convert_trace, free=False)
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_a_function_evaluates_to_what_pytorch_computes(name, tmp_path):
     proven(*FUNCTIONS[name], tmp_path)
+
+
+@pytest.mark.parametrize("function", [put, unpooled])
+def test_a_function_that_a_trace_loses_comes_through_torch_export(function, tmp_path):
+    proven(function, (2, 4, 6, 8), tmp_path, convert=coreml.convert_program, free=True)
 
 
 @pytest.mark.parametrize("function", [windows, shifted_and_back])
