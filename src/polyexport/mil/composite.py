@@ -44,12 +44,15 @@ def _cast_name(like: Any) -> str:
 
 
 def _as_vector(shape: Any) -> Any:
+    """A shape of tensors and numbers; a free size goes as it is, else its axis would count as another one's."""
     from coremltools.converters.mil import Builder as mb
 
     if not isinstance(shape, list | tuple):
         return shape
-    whole = [mb.cast(x=size, dtype="int32") if hasattr(size, "dtype") else size for size in shape]
-    return mb.concat(values=[mb.expand_dims(x=s, axes=[0]) if getattr(s, "rank", 1) == 0 else s for s in whole], axis=0)
+    whole = [mb.cast(x=s, dtype="int32") if hasattr(s, "dtype") and _cast_name(s) != "int32" else s for s in shape]
+    if any(getattr(size, "rank", 0) for size in whole):
+        whole = [mb.expand_dims(x=s, axes=[0]) if getattr(s, "rank", 1) == 0 else s for s in whole]
+    return mb.concat(values=whole, axis=0)
 
 
 def group_norm(context: Any, node: Any) -> None:

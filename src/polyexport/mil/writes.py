@@ -32,8 +32,7 @@ def index_put(context: Any, node: Any) -> None:
         inside = mb.mod(x=mb.cast(x=indices[axis], dtype="int32"), y=sizes[axis])  # a place may count from the end
         place = mb.add(x=mb.mul(x=place, y=sizes[axis]), y=inside)
     merged = mb.reshape(x=x, shape=[*sizes[:first], math.prod(sizes[first:last]), *sizes[last:]])
-    there = mb.fill_like(ref_tensor=mb.gather(x=merged, indices=place, axis=first), value=0)
-    updates = mb.add(x=mb.cast(x=there, dtype=_kind(x)), y=mb.cast(x=values, dtype=_kind(x)))  # in the shape of there
+    updates = _spread(values, mb.gather(x=merged, indices=place, axis=first), _kind(x))
     mode = "add" if more and more[0] is not None and more[0].val else "update"
     written = mb.scatter(data=merged, indices=place, updates=updates, axis=first, mode=mode)
     context.add(mb.reshape(x=written, shape=sizes, name=node.name))
@@ -58,6 +57,29 @@ def index_copy(context: Any, node: Any) -> None:
 
     x, axis, index, updates = _get_inputs(context, node)
     context.add(mb.scatter(data=x, indices=index, updates=updates, axis=axis, mode="update", name=node.name))
+
+
+def scatter(context: Any, node: Any) -> None:
+    """Entries at their places along an axis: one value for all of them too, for any batch, and booleans."""
+    from coremltools.converters.mil import Builder as mb
+    from coremltools.converters.mil.frontend.torch import ops
+
+    x, axis, index, updates, *more = ops._get_inputs(context, node)
+    if more or ops._get_kwinputs(context, node, "reduce"):
+        ops.scatter(context, node)
+        return
+    kind = "int32" if _kind(x) == "bool" else _kind(x)
+    updates = mb.cast(x=updates, dtype=kind) if updates.rank else _spread(updates, index, kind)
+    given = {"data": mb.cast(x=x, dtype=kind), "indices": index, "updates": updates, "axis": axis, "mode": "update"}
+    context.add(mb.cast(x=mb.scatter_along_axis(**given), dtype=_kind(x), name=node.name))
+
+
+def _spread(values: Any, like: Any, kind: str) -> Any:
+    """`values` in the shape of another tensor, which may be free."""
+    from coremltools.converters.mil import Builder as mb
+
+    nothing = mb.cast(x=mb.fill_like(ref_tensor=like, value=0), dtype=kind)
+    return mb.add(x=nothing, y=mb.cast(x=values, dtype=kind))
 
 
 _MODES = {"sum": "add", "prod": "mul", "amax": "max", "amin": "min"}
@@ -118,6 +140,7 @@ COMPOSITES = {
     "index_put": index_put,
     "index_add": index_add,
     "index_copy": index_copy,
+    **dict.fromkeys(("scatter", "scatter.src", "scatter.value"), scatter),
     "scatter_add": scatter_add,
     **dict.fromkeys(("scatter_reduce", "scatter_reduce.two"), scatter_reduce),
 }
