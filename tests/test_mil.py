@@ -180,6 +180,7 @@ FUNCTIONS = {
         lambda x: x.scatter_reduce(1, torch.tensor([[0, 0], [1, 3], [7, 7]]), 2 * x[:, :2], "amax"),
         ROWS,
     ),
+    "scatter of booleans": (lambda x: (x > 0).scatter(1, x.topk(2).indices, x.topk(2).values > 1), ROWS),
     "scatter_add of constants": (lambda x: x + torch.zeros(8).scatter_add(0, PLACES, torch.ones(3)), ROWS),
     "index_add": (lambda x: x.index_add(1, PLACES, x[:, :3], alpha=2), ROWS),
     "index_copy": (lambda x: x.index_copy(1, torch.tensor([5, 0]), x[:, :2]), ROWS),
@@ -234,6 +235,15 @@ def unpooled(x):
     return functional.max_unpool2d(*functional.max_pool2d(x, 2, return_indices=True), 2, output_size=x.shape)
 
 
+def hot(x):
+    return torch.zeros(x.shape[0], 8).scatter_(1, x.argmax(1, keepdim=True), 1.0)
+
+
+def grouped(x):
+    groups = torch.tensor([[0, 1, 1, 2, 0, 2, 2, 1]]).expand(x.shape[0], -1)
+    return x.new_zeros(x.shape[0], 3).scatter_add(1, groups, x)
+
+
 def windows(x):
     n, channels, high, wide = x.shape
     parts = x.permute(0, 2, 3, 1).reshape(n, high // 4, 4, wide // 5, 5, channels)
@@ -285,6 +295,11 @@ def test_a_function_evaluates_to_what_pytorch_computes(name, tmp_path):
 @pytest.mark.parametrize("function", [put, unpooled])
 def test_a_function_that_a_trace_loses_comes_through_torch_export(function, tmp_path):
     proven(function, (2, 4, 6, 8), tmp_path, convert=coreml.convert_program, free=True)
+
+
+@pytest.mark.parametrize("function", [hot, grouped])
+def test_a_scatter_into_rows_of_a_free_batch(function, tmp_path):
+    proven(function, ROWS, tmp_path, free=True)
 
 
 @pytest.mark.parametrize("function", [windows, shifted_and_back])

@@ -70,7 +70,8 @@ def scatter(context: Any, node: Any) -> None:
         return
     kind = "int32" if _kind(x) == "bool" else _kind(x)
     updates = mb.cast(x=updates, dtype=kind) if updates.rank else _spread(updates, index, kind)
-    given = {"data": mb.cast(x=x, dtype=kind), "indices": index, "updates": updates, "axis": axis, "mode": "update"}
+    places = _beside(x, index, int(axis.val))
+    given = {"data": mb.cast(x=x, dtype=kind), "indices": places, "updates": updates, "axis": axis, "mode": "update"}
     context.add(mb.cast(x=mb.scatter_along_axis(**given), dtype=_kind(x), name=node.name))
 
 
@@ -80,6 +81,17 @@ def _spread(values: Any, like: Any, kind: str) -> Any:
 
     nothing = mb.cast(x=mb.fill_like(ref_tensor=like, value=0), dtype=kind)
     return mb.add(x=nothing, y=mb.cast(x=values, dtype=kind))
+
+
+def _beside(x: Any, index: Any, along: int) -> Any:
+    """The index with the free sizes of `x` under one name with it, but `along`: coremltools compares them by name."""
+    from coremltools.converters.mil import Builder as mb
+
+    others = [axis for axis, size in enumerate(_sizes(x)) if size == -1 and axis != along % x.rank]
+    if all(index.shape[axis] == x.shape[axis] for axis in others):
+        return index
+    sizes = [mb.gather(x=mb.shape(x=x), indices=a, axis=0) if a in others else s for a, s in enumerate(_sizes(index))]
+    return mb.reshape(x=index, shape=mb.concat(values=sizes, axis=0))
 
 
 _MODES = {"sum": "add", "prod": "mul", "amax": "max", "amin": "min"}
@@ -116,10 +128,11 @@ def _scattered(context: Any, node: Any, x: Any, axis: Any, index: Any, updates: 
 
     constants = [each.val for each in (x, index, updates)]
     if all(each is not None for each in constants):
-        data, places, sources = map(torch.from_numpy, constants)
-        context.add(mb.const(val=data.scatter_reduce(axis.val, places.long(), sources, reduce).numpy(), name=node.name))
+        data, at, sources = map(torch.from_numpy, constants)
+        context.add(mb.const(val=data.scatter_reduce(axis.val, at.long(), sources, reduce).numpy(), name=node.name))
         return
-    given = {"data": x, "indices": index, "updates": updates, "axis": axis, "mode": _MODES[reduce]}
+    places = _beside(x, index, int(axis.val))
+    given = {"data": x, "indices": places, "updates": updates, "axis": axis, "mode": _MODES[reduce]}
     context.add(mb.scatter_along_axis(**given, name=node.name))
 
 
