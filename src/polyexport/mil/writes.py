@@ -12,20 +12,21 @@ def index_put(context: Any, node: Any) -> None:
     Where every axis or none has places of its own coremltools does it; of what lies between it makes something else.
 
     Raises:
-        NotImplementedError: neither can.
+        NotImplementedError: the axes lie apart or are free, or there is a mask or a table of places.
     """
     from coremltools.converters.mil import Builder as mb
     from coremltools.converters.mil.frontend.torch import ops
 
     x, indices, values, *more = ops._get_inputs(context, node)
+    (adds,) = ops._get_kwinputs(context, node, "accumulate", default=[more[0] if more else None])
     axes = [axis for axis, index in enumerate(indices) if index is not None]
     if len(axes) == len(indices) or not any(indices[axis].rank for axis in axes):
         ops.index_put(context, node)
         return
     first, last = axes[0], axes[-1] + 1
     sizes = _sizes(x)
-    whole = any(indices[axis].rank > 1 or "int" not in _kind(indices[axis]) for axis in axes)
-    if whole or axes != list(range(first, last)) or -1 in sizes[first:last] or sizes.count(-1) > 1:
+    other = any(indices[axis].rank > 1 or "int" not in _kind(indices[axis]) for axis in axes)
+    if other or axes != list(range(first, last)) or -1 in sizes[first:last] or sizes.count(-1) > 1:
         raise NotImplementedError(f"{node.kind} at {[None if each is None else each.shape for each in indices]}")
     place = 0
     for axis in axes:
@@ -33,7 +34,7 @@ def index_put(context: Any, node: Any) -> None:
         place = mb.add(x=mb.mul(x=place, y=sizes[axis]), y=inside)
     merged = mb.reshape(x=x, shape=[*sizes[:first], math.prod(sizes[first:last]), *sizes[last:]])
     updates = _spread(values, mb.gather(x=merged, indices=place, axis=first), _kind(x))
-    mode = "add" if more and more[0] is not None and more[0].val else "update"
+    mode = "add" if adds is not None and adds.val else "update"
     written = mb.scatter(data=merged, indices=place, updates=updates, axis=first, mode=mode)
     context.add(mb.reshape(x=written, shape=sizes, name=node.name))
 
