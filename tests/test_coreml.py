@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 import polyexport
-import zoo
 from polyexport.errors import CannotRun
 from polyexport.format import Tolerance
 from polyexport.formats import coreml
@@ -21,12 +20,39 @@ from polyexport.spec import ExportSpec, TensorSpec
 pytest.importorskip("coremltools", reason="coremltools is not installed; `pip install coremltools`")
 
 
-def test_half_precision_is_verified_by_its_own_limits(tmp_path):
-    module, inputs = zoo.build("dict_output")
-    report = polyexport.export(module, inputs, ["coreml-fp16"], tmp_path / "export", bench=False)
-    (outcome,) = report.outcomes
-    assert (outcome.state, outcome.precision) == ("verified", "float16")
+class Agent(nn.Module):
+    """Words of MIL's on either side, a name that it cannot write, and one that it can."""
+
+    def forward(self, state: torch.Tensor, größe: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"any": (state > 0).any(1), "bool": state * größe, "action": state.argmax(1)}
+
+
+@pytest.fixture(scope="module")
+def agent(tmp_path_factory):
+    """An export in half precision, and its inputs."""
+    inputs = {"state": torch.randn(3, 4), "größe": torch.rand(3, 1)}
+    folder = tmp_path_factory.mktemp("agent") / "export"
+    return polyexport.export(Agent(), inputs, ["coreml-fp16"], folder, bench=False), inputs
+
+
+def test_half_precision_is_judged_by_its_own_limits(agent):
+    (outcome,) = agent[0].outcomes
+    assert (outcome.parity.passed, outcome.precision) == (True, "float16")
     assert outcome.parity.max_abs_error > 1e-5  # it did round
+
+
+def test_names_that_core_ml_cannot_have_are_told_in_a_line(agent):
+    report, inputs = agent
+    (outcome,) = report.outcomes
+    assert outcome.state == "degraded"
+    assert outcome.reason == (
+        "names that Core ML cannot have: state is state_workaround, größe is gr__e, any is any_workaround, "
+        "bool is bool_workaround"
+    )
+    assert [tensor.name for tensor in outcome.inputs] == ["state_workaround", "gr__e"]
+    assert [tensor.name for tensor in report.model.inputs] == ["state", "größe"]
+    answer = polyexport.load(report.folder / "coreml-fp16")({name: each.numpy() for name, each in inputs.items()})
+    assert answer["bool"] == pytest.approx((inputs["state"] * inputs["größe"]).numpy(), rel=1e-2)
 
 
 # --- wrong packages ---------------------------------------------------------------------------------------------------
@@ -74,7 +100,7 @@ def package(exported, tmp_path):
 
 def passes(package, exported):
     _, inputs, expected, _ = exported
-    runner = coreml.Evaluated(package, SPEC, threads=1)
+    runner = coreml.Package(package, SPEC, threads=1, evaluated=True)
     return compare(runner(inputs), expected, Tolerance.for_precision("float32")).passed
 
 
@@ -141,7 +167,7 @@ def test_an_op_that_the_evaluator_lacks_is_named(package):
 
     changed(package, rename)
     with pytest.raises(CannotRun, match="has no frobnicate"):
-        coreml.Evaluated(package, SPEC, threads=1)
+        coreml.Package(package, SPEC, threads=1, evaluated=True)
 
 
 def test_a_value_of_another_shape_than_declared_is_an_error(package, exported):
@@ -154,7 +180,7 @@ def test_a_value_of_another_shape_than_declared_is_an_error(package, exported):
 
 
 def test_a_batch_beyond_the_declared_bounds_is_an_error(exported):
-    runner = coreml.Evaluated(exported[0], SPEC, threads=1)
+    runner = coreml.Package(exported[0], SPEC, threads=1, evaluated=True)
     many = {name: np.zeros((5000, 6), np.float32) for name in ("left", "right")}
     with pytest.raises(ValueError, match="the package takes"):
         runner(many)
@@ -173,11 +199,7 @@ def test_names_types_and_metadata_are_in_the_package(exported):
     assert model.user_defined_metadata["checkpoint_sha256"] == "abc"
 
 
-@pytest.mark.parametrize(("dtype", "at_border"), [("int64", "int32"), ("bool", "int32"), ("float32", "float32")])
-def test_what_core_ml_lacks_is_int32_at_the_border(dtype, at_border):
-    assert coreml.border_dtype(dtype) == at_border
-
-
-def test_an_output_is_found_that_coremltools_had_to_rename():
-    spec = ExportSpec((), (TensorSpec("any", "bool", (2,)),))
-    assert coreml._from_border({"any_workaround": np.array([0, 1])}, spec)["any"].tolist() == [False, True]
+@pytest.mark.parametrize(("dtype", "there"), [("int64", "int32"), ("bool", "int32"), ("float32", "float32")])
+def test_what_core_ml_lacks_is_int32_at_the_border(dtype, there):
+    spec = ExportSpec((TensorSpec("x", dtype, ("batch", 2)),), ())
+    assert coreml.at_border(spec).inputs == (TensorSpec("x", there, ("batch", 2)),)

@@ -18,6 +18,7 @@ from polyexport.spec import ExportSpec, TensorSpec
 pytest.importorskip("coremltools", reason="coremltools is not installed; `pip install coremltools`")
 
 IMAGE, SIGNAL, ROWS = (2, 4, 9, 10), (2, 4, 12), (3, 8)
+PLACES = torch.tensor([2, 0, 2])
 
 
 class Whole(nn.Module):
@@ -40,6 +41,17 @@ class First(nn.Module):
 
     def forward(self, x):
         return self.layer(*[x] * self.times)[0]
+
+
+class Repeated(nn.Module):
+    """A recurrent cell, twice."""
+
+    def __init__(self, cell):
+        super().__init__()
+        self.cell = cell
+
+    def forward(self, x):
+        return self.cell(x, self.cell(x, x))
 
 
 def resized(**how):
@@ -116,6 +128,7 @@ FUNCTIONS = {
     "conv_transpose2d": (nn.ConvTranspose2d(4, 6, 3, 2, 1, groups=2), IMAGE),
     "conv_transpose2d with room": (nn.ConvTranspose2d(4, 6, 3, 2, 1, output_padding=1), IMAGE),
     "max_pool2d": (nn.MaxPool2d(3, 2, 1), IMAGE),
+    "max_pool2d and its places": (nn.MaxPool2d(3, 2, return_indices=True), IMAGE),
     "max_pool2d, ceil": (nn.MaxPool2d(3, 2, ceil_mode=True), IMAGE),
     "avg_pool2d": (nn.AvgPool2d(3, 2, 1), IMAGE),
     "avg_pool2d, ceil": (nn.AvgPool2d(2, 2, ceil_mode=True, count_include_pad=False), IMAGE),
@@ -137,6 +150,10 @@ FUNCTIONS = {
     "bilinear": (resized(scale_factor=2, mode="bilinear"), IMAGE),
     "bilinear to a size": (resized(size=(14, 7), mode="bilinear"), IMAGE),
     "bilinear, corners": (resized(scale_factor=3, mode="bilinear", align_corners=True), IMAGE),
+    "bilinear by a scale that divides nothing": (resized(scale_factor=1.3, mode="bilinear"), IMAGE),
+    "bilinear without aliases": (resized(size=(5, 6), mode="bilinear", antialias=True), IMAGE),
+    "bicubic": (resized(size=(14, 7), mode="bicubic", align_corners=True), IMAGE),
+    "bicubic without aliases": (resized(scale_factor=0.5, mode="bicubic", antialias=True), IMAGE),
     "grid_sample": (lambda x: functional.grid_sample(x, x[:, :2].permute(0, 2, 3, 1), align_corners=False), IMAGE),
     "affine_grid": (lambda x: turned(x, align_corners=False), IMAGE),
     "affine_grid, corners": (lambda x: turned(x, align_corners=True), IMAGE),
@@ -159,6 +176,14 @@ FUNCTIONS = {
     "gather": (lambda x: x.gather(1, torch.tensor([[0, 2], [1, 1], [7, 3]])), ROWS),
     "scatter": (lambda x: x.scatter(1, torch.tensor([[0, 2], [1, 3], [7, 5]]), 1.0), ROWS),
     "scatter_add": (lambda x: x.scatter_add(1, torch.tensor([[0, 0], [1, 3], [7, 7]]), x[:, :2]), ROWS),
+    "scatter_reduce": (
+        lambda x: x.scatter_reduce(1, torch.tensor([[0, 0], [1, 3], [7, 7]]), 2 * x[:, :2], "amax"),
+        ROWS,
+    ),
+    "scatter of booleans": (lambda x: (x > 0).scatter(1, x.topk(2).indices, x.topk(2).values > 1), ROWS),
+    "scatter_add of constants": (lambda x: x + torch.zeros(8).scatter_add(0, PLACES, torch.ones(3)), ROWS),
+    "index_add": (lambda x: x.index_add(1, PLACES, x[:, :3], alpha=2), ROWS),
+    "index_copy": (lambda x: x.index_copy(1, torch.tensor([5, 0]), x[:, :2]), ROWS),
     "index_put": (lambda x: torch.index_put(x, (torch.tensor([0, 2]),), x[:2]), ROWS),
     "written slice": (lambda x: written(x), ROWS),
     "tril, triu": (lambda x: x.tril() + x.triu(1), IMAGE),
@@ -167,6 +192,9 @@ FUNCTIONS = {
     "lerp": (lambda x: torch.lerp(x, 2 * x.flip(0), 0.3), ROWS),
     "trunc": (lambda x: torch.trunc(3 * x), ROWS),
     "diff, between two ends": (lambda x: x.diff(2, 1, prepend=x[:, :1] - 1, append=x[:, -2:]), ROWS),
+    "fmod": (lambda x: torch.fmod(x, 0.3), ROWS),
+    "erfc": (torch.erfc, ROWS),
+    "asinh, acosh": (lambda x: x.asinh() + (x.abs() + 1.5).acosh(), ROWS),
     "where, between scalars": (lambda x: torch.where(x > 0, 1.0, -0.5), ROWS),
     "masked_fill": (lambda x: x.masked_fill(x > 0, -2.0), ROWS),
     "embedding": (lambda x: functional.embedding(x.argmax(1), torch.arange(40.0).reshape(8, 5)), ROWS),
@@ -178,6 +206,7 @@ FUNCTIONS = {
     "meshgrid": (lambda x: torch.stack(torch.meshgrid(x[0], x[1], indexing="ij")), ROWS),
     "rnn": (First(nn.RNN(8, 6, batch_first=True), 1), (2, 5, 8)),
     "gru": (First(nn.GRU(8, 6, batch_first=True), 1), (2, 5, 8)),
+    "cell of a gru": (Repeated(nn.GRUCell(8, 8)), ROWS),
     "lstm": (First(nn.LSTM(8, 6, batch_first=True), 1), (2, 5, 8)),
 }
 
@@ -195,25 +224,84 @@ def written(x):
     return y
 
 
-def described(name, tensor):
-    return TensorSpec(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+def put(x):
+    y = x.clone()
+    y[:, torch.tensor([1, -1])] = x[:, :2, :1]
+    y[..., torch.arange(4), torch.arange(4)] += 0.5
+    return y
+
+
+def unpooled(x):
+    return functional.max_unpool2d(*functional.max_pool2d(x, 2, return_indices=True), 2, output_size=x.shape)
+
+
+def hot(x):
+    return torch.zeros(x.shape[0], 8).scatter_(1, x.argmax(1, keepdim=True), 1.0)
+
+
+def grouped(x):
+    groups = torch.tensor([[0, 1, 1, 2, 0, 2, 2, 1]]).expand(x.shape[0], -1)
+    return x.new_zeros(x.shape[0], 3).scatter_add(1, groups, x)
+
+
+def windows(x):
+    n, channels, high, wide = x.shape
+    parts = x.permute(0, 2, 3, 1).reshape(n, high // 4, 4, wide // 5, 5, channels)
+    return parts.permute(0, 1, 3, 2, 4, 5).reshape(-1, 20, channels)
+
+
+def shifted_and_back(x):
+    """As a Swin block does, and at last with no axis beside the neighbour that it had."""
+    parts = windows(x.roll((-2, 1), (2, 3))).softmax(1).reshape(-1, 2, 2, 4, 5, 4)
+    return parts.permute(0, 5, 1, 3, 2, 4).reshape(x.shape).roll((2, -1), (2, 3))
+
+
+def proven(function, shape, folder, *, convert=coreml.convert_trace, free=False):
+    """What comes of a function against PyTorch: in that shape, and where its first axis is free in others too."""
+    torch.manual_seed(0)
+    module, x = Whole(function).eval(), torch.randn(shape)
+    batch = {0: torch.export.Dim.DYNAMIC} if free else None
+
+    def described(name, tensor):
+        sizes = ("batch", *tensor.shape[1:]) if free else tuple(tensor.shape)
+        return TensorSpec(name, str(tensor.dtype).removeprefix("torch."), sizes)
+
+    def answers(x):
+        answer = module(x)
+        return {f"output_{i}": each for i, each in enumerate(answer if isinstance(answer, tuple) else (answer,))}
+
+    # off, as `formats/torchscript.py` has it
+    with torch.no_grad(), fused_attention_off():
+        if convert is coreml.convert_trace:
+            torch.jit.trace(module, (x,), check_trace=False).save(str(folder / "source.pt2"))
+        else:
+            torch.export.save(torch.export.export(module, (x,), dynamic_shapes=[(batch,)]), folder / "source.pt2")
+        outputs = tuple(described(name, each) for name, each in answers(x).items())
+        spec = ExportSpec((described("x", x),), outputs, sizes={"batch": len(x)})
+        convert(folder / "source.pt2", folder / "m.mlpackage", spec, precision="float32")
+        run = coreml.Package(folder / "m.mlpackage", spec, threads=1, evaluated=True)
+        for rows in (len(x), 1, 5) if free else (len(x),):
+            x = torch.randn(rows, *shape[1:])
+            reference = {name: each.numpy() for name, each in answers(x).items()}
+            parity = compare(run({"x": x.numpy()}), reference, Tolerance.for_precision("float32"))
+            assert parity.passed, parity.reason
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_a_function_evaluates_to_what_pytorch_computes(name, tmp_path):
-    function, shape = FUNCTIONS[name]
-    torch.manual_seed(0)
-    x = torch.randn(shape)
-    module = Whole(function).eval()
-    # off, as `formats/torchscript.py` has it
-    with torch.no_grad(), fused_attention_off():
-        expected = module(x)
-        answers = expected if isinstance(expected, tuple) else (expected,)
-        torch.jit.trace(module, (x,), check_trace=False).save(str(tmp_path / "m.torchscript"))
-    names = [f"output_{index}" for index in range(len(answers))]
-    spec = ExportSpec((described("x", x),), tuple(map(described, names, answers)))
-    coreml.convert_trace(tmp_path / "m.torchscript", tmp_path / "m.mlpackage", spec, precision="float32")
-    actual = coreml.Evaluated(tmp_path / "m.mlpackage", spec, threads=1)({"x": x.numpy()})
-    reference = {each: answer.numpy() for each, answer in zip(names, answers, strict=True)}
-    parity = compare(actual, reference, Tolerance.for_precision("float32"))
-    assert parity.passed, parity.reason
+    proven(*FUNCTIONS[name], tmp_path)
+
+
+@pytest.mark.parametrize("function", [put, unpooled])
+def test_a_function_that_a_trace_loses_comes_through_torch_export(function, tmp_path):
+    proven(function, (2, 4, 6, 8), tmp_path, convert=coreml.convert_program, free=True)
+
+
+@pytest.mark.parametrize("function", [hot, grouped])
+def test_a_scatter_into_rows_of_a_free_batch(function, tmp_path):
+    proven(function, ROWS, tmp_path, free=True)
+
+
+@pytest.mark.parametrize("function", [windows, shifted_and_back])
+def test_windows_of_a_free_batch_pass_through_five_axes(function, tmp_path):
+    proven(function, (2, 4, 8, 10), tmp_path, free=True)

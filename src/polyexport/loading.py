@@ -43,8 +43,11 @@ def load(path: str | Path, *, threads: int = 1) -> Runner:
     if each.load is None:
         raise BadRequest(f"{each.name} cannot be run on any host")
     inputs, outputs = (tuple(decode(TensorSpec, tensor) for tensor in about[side]) for side in ("inputs", "outputs"))
-    dtypes = {tensor.name: tensor.dtype for tensor in decode(ExportSpec, manifest["spec"]).outputs}
-    outputs = tuple(replace(tensor, dtype=dtypes[tensor.name]) for tensor in outputs)  # PyTorch's, as was verified
+    module = decode(ExportSpec, manifest["spec"])  # a runner has its names and answers in its dtypes, as was verified
+    inputs = tuple(replace(own, name=its.name) for own, its in zip(inputs, module.inputs, strict=True))
+    outputs = tuple(
+        replace(own, name=its.name, dtype=its.dtype) for own, its in zip(outputs, module.outputs, strict=True)
+    )
     try:
         return each.load(folder / each.artifact, ExportSpec(inputs, outputs), threads=threads)
     except ModuleNotFoundError as error:

@@ -3,8 +3,10 @@
 https://apple.github.io/coremltools/docs-guides/
 
 Requirements:
-* Core ML has no int64 and no bool at a model's border: such inputs and outputs are int32 there, under their own names,
-  and are cast inside the graph, so that the model computes what PyTorch does.
+* Core ML has no int64 and no bool at a model's border: such inputs and outputs are int32 there and are cast inside the
+  graph, so that the model computes what PyTorch does.
+* Names are kept, but for words of MIL's own, such as `state`, and characters that MIL has not in names: the report then
+  gives the package's own signature, and says so in a line.
 * A free axis needs an upper bound in an ML Program; it gets a generous one.
 * On macOS the package is run by Core ML. Elsewhere it is read back and evaluated (see `polyexport.mil`): nothing of the
   conversion but the file takes part in that.
@@ -13,14 +15,15 @@ Requirements:
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from polyexport.format import Convert, Format, Route, Runner, Snippet
-from polyexport.spec import Arrays, ExportSpec
+from polyexport.spec import Arrays, ExportSpec, TensorSpec
 
 if TYPE_CHECKING:
     import torch
@@ -46,7 +49,8 @@ def convert_program(source: Path, target: Path, spec: ExportSpec, *, precision: 
     """Translate the program of `torch.export`, exported once more behind the same casts and with bounds."""
     import torch
 
-    module, inputs = _behind_casts(torch.export.load(source).module(), spec)
+    # functional first: constants made in forward are detached in place, which cannot be exported once more
+    module, inputs = _behind_casts(torch.export.load(source).run_decompositions({}).module(), spec)
     free = {called: torch.export.Dim(called, min=1, max=upper) for called, upper in _uppers(spec).items()}
     shapes = tuple({axis: free[called] for axis, called in tensor.dynamic.items()} for tensor in spec.inputs)
     program = torch.export.export(module, inputs, dynamic_shapes={"tensors": shapes} if free else None, strict=False)
@@ -92,9 +96,9 @@ def _behind_casts(module: Any, spec: ExportSpec) -> tuple[torch.nn.Module, tuple
     inputs = tuple(
         torch.zeros(
             [sizes[size] if isinstance(size, str) else size for size in tensor.shape],
-            dtype=getattr(torch, border_dtype(tensor.dtype)),
+            dtype=getattr(torch, tensor.dtype),
         )
-        for tensor in spec.inputs
+        for tensor in at_border(spec).inputs
     )
     return Behind(), inputs
 
@@ -105,8 +109,19 @@ def _uppers(spec: ExportSpec) -> dict[str, int]:
     return {called: max(_AT_LEAST, 2 * spec.sizes[called]) for called in names}
 
 
-def border_dtype(dtype: str) -> str:
-    """What a tensor of `dtype` is at the border of a Core ML model."""
+def at_border(spec: ExportSpec) -> ExportSpec:
+    """The signature that Core ML gives a model: float32 and int32, under names that MIL can write."""
+    from coremltools.converters.mil.mil.passes.defs.preprocess import NameSanitizer
+
+    clean = NameSanitizer().sanitize_name
+
+    def there(tensor: TensorSpec) -> TensorSpec:
+        return replace(tensor, name=clean(tensor.name), dtype=_border_dtype(tensor.dtype))
+
+    return replace(spec, inputs=tuple(map(there, spec.inputs)), outputs=tuple(map(there, spec.outputs)))
+
+
+def _border_dtype(dtype: str) -> str:
     return "float32" if np.dtype(dtype).kind == "f" else "int32"
 
 
@@ -114,9 +129,10 @@ def _convert(model: Any, target: Path, spec: ExportSpec, precision: str) -> None
     """Write a package for the oldest systems that have all its ops."""
     import coremltools as ct
 
-    from polyexport.mil import composite
+    from polyexport.mil import composite, rank
 
     composite.register()
+    rank.register()
     try:
         package = _translated(model, spec, precision, None)
     except ValueError as error:
@@ -132,6 +148,7 @@ def _translated(model: Any, spec: ExportSpec, precision: str, oldest: Any) -> An
     import coremltools as ct
 
     free = {called: ct.RangeDim(1, upper, spec.sizes[called]) for called, upper in _uppers(spec).items()}
+    border = at_border(spec)
     return ct.convert(
         model,
         convert_to="mlprogram",
@@ -139,11 +156,11 @@ def _translated(model: Any, spec: ExportSpec, precision: str, oldest: Any) -> An
             ct.TensorType(
                 name=tensor.name,
                 shape=[free[size] if isinstance(size, str) else size for size in tensor.shape],
-                dtype=np.dtype(border_dtype(tensor.dtype)).type,
+                dtype=np.dtype(tensor.dtype).type,
             )
-            for tensor in spec.inputs
+            for tensor in border.inputs
         ],
-        outputs=[ct.TensorType(name=tensor.name) for tensor in spec.outputs],
+        outputs=[ct.TensorType(name=tensor.name) for tensor in border.outputs],
         compute_precision=ct.precision(precision),
         minimum_deployment_target=oldest,
         skip_model_load=True,
@@ -155,53 +172,50 @@ def _translated(model: Any, spec: ExportSpec, precision: str, oldest: Any) -> An
 
 def load(path: Path, spec: ExportSpec, *, threads: int) -> Runner:
     """Run it with Core ML on macOS, and by evaluating its program elsewhere."""
-    return _predict(path, spec) if sys.platform == "darwin" else Evaluated(path, spec, threads=threads)
+    return Package(path, spec, threads=threads, evaluated=sys.platform != "darwin")
 
 
-def _predict(path: Path, spec: ExportSpec) -> Runner:
+class Package:
+    """A package as a function under PyTorch's names and in its dtypes, by Core ML or `evaluated` op by op with PyTorch.
+
+    Attributes:
+        signature: The package's own.
+        shortfall: The names that it could not keep.
+        verified_by: Where there is no Core ML, what takes its place.
+        stand_in: Likewise why that is not timed.
+    """
+
+    def __init__(self, path: Path, spec: ExportSpec, *, threads: int, evaluated: bool) -> None:
+        self._spec, self.signature = spec, at_border(spec)
+        pairs = zip(spec.inputs + spec.outputs, self.signature.inputs + self.signature.outputs, strict=True)
+        renamed = ", ".join(f"{own.name} is {there.name}" for own, there in pairs if own.name != there.name)
+        self.shortfall = f"names that Core ML cannot have: {renamed}" if renamed else ""
+        self.verified_by = "MIL program evaluated off-device" if evaluated else None
+        self.stand_in = "its program is evaluated op by op, which says nothing of Core ML's speed" if evaluated else ""
+        self._run = _evaluated(path, threads) if evaluated else _predicted(path)
+
+    def __call__(self, inputs: Arrays) -> Arrays:
+        """Run it; what it returned of another kind than PyTorch stays as it is, for parity to see."""
+        there = zip(self._spec.inputs, self.signature.inputs, strict=True)
+        answer = self._run({port.name: inputs[own.name].astype(port.dtype) for own, port in there})
+        outputs = zip(self._spec.outputs, self.signature.outputs, strict=True)
+        return {own.name: answer[port.name].astype(own.dtype) for own, port in outputs}
+
+
+def _predicted(path: Path) -> Runner:
     import coremltools as ct
 
-    model = ct.models.MLModel(str(path), compute_units=ct.ComputeUnit.CPU_ONLY)
-
-    def run(inputs: Arrays) -> Arrays:
-        return _from_border(model.predict(_to_border(inputs)), spec)
-
+    run: Runner = ct.models.MLModel(str(path), compute_units=ct.ComputeUnit.CPU_ONLY).predict
     return run
 
 
-class Evaluated:
-    """A package's program, evaluated op by op with PyTorch, where there is no Core ML."""
+def _evaluated(path: Path, threads: int) -> Runner:
+    import torch
 
-    verified_by = "MIL program evaluated off-device"
-    stand_in = "its program is evaluated op by op, which says nothing of Core ML's speed"
+    from polyexport.mil.evaluate import evaluator
 
-    def __init__(self, path: Path, spec: ExportSpec, *, threads: int) -> None:
-        import torch
-
-        from polyexport.mil.evaluate import evaluator
-
-        torch.set_num_threads(threads)
-        self._evaluate = evaluator(path)
-        self._spec = spec
-
-    def __call__(self, inputs: Arrays) -> Arrays:
-        """Run it."""
-        return _from_border(self._evaluate(_to_border(inputs)), self._spec)
-
-
-def _to_border(inputs: Arrays) -> Arrays:
-    return {name: array.astype(border_dtype(str(array.dtype))) for name, array in inputs.items()}
-
-
-def _from_border(outputs: Mapping[str, np.ndarray], spec: ExportSpec) -> Arrays:
-    """Outputs in PyTorch's dtypes; what Core ML returned of another kind stays as it is, for parity to see."""
-    return {
-        tensor.name: outputs[tensor.name if tensor.name in outputs else tensor.name + _RESERVED].astype(tensor.dtype)
-        for tensor in spec.outputs
-    }
-
-
-_RESERVED = "_workaround"  # coremltools writes it behind words of MIL's own, such as any and bool
+    torch.set_num_threads(threads)
+    return evaluator(path)
 
 
 def _in(precision: str, convert: Callable[..., None]) -> Convert:

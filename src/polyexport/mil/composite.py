@@ -5,10 +5,13 @@ https://apple.github.io/coremltools/docs-guides/source/composite-operators.html
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+
+from polyexport.mil import writes
 
 
 def new_ones(context: Any, node: Any) -> None:
@@ -41,12 +44,15 @@ def _cast_name(like: Any) -> str:
 
 
 def _as_vector(shape: Any) -> Any:
+    """A shape of tensors and numbers; a free size goes as it is, else its axis would count as another one's."""
     from coremltools.converters.mil import Builder as mb
 
     if not isinstance(shape, list | tuple):
         return shape
-    whole = [mb.cast(x=size, dtype="int32") if hasattr(size, "dtype") else size for size in shape]
-    return mb.concat(values=[mb.expand_dims(x=s, axes=[0]) if getattr(s, "rank", 1) == 0 else s for s in whole], axis=0)
+    whole = [mb.cast(x=s, dtype="int32") if hasattr(s, "dtype") and _cast_name(s) != "int32" else s for s in shape]
+    if any(getattr(size, "rank", 0) for size in whole):
+        whole = [mb.expand_dims(x=s, axes=[0]) if getattr(s, "rank", 1) == 0 else s for s in whole]
+    return mb.concat(values=whole, axis=0)
 
 
 def group_norm(context: Any, node: Any) -> None:
@@ -228,30 +234,119 @@ def where(context: Any, node: Any) -> None:
     context.add(mb.cast(x=chosen, dtype="bool", name=node.name) if booleans else chosen, torch_name=node.name)
 
 
-def reciprocal(context: Any, node: Any) -> None:
-    """One divided by it; MIL's own `inverse` adds an epsilon of 1e-4 to it first."""
+def unsafe_chunk(context: Any, node: Any) -> None:
+    """Even parts along an axis, as the cells of recurrent layers ask for."""
     from coremltools.converters.mil import Builder as mb
     from coremltools.converters.mil.frontend.torch.ops import _get_inputs
 
-    context.add(mb.real_div(x=1.0, y=mb.cast(x=_get_inputs(context, node)[0], dtype="fp32"), name=node.name))
+    x, count, axis = _get_inputs(context, node)
+    context.add(mb.split(x=x, num_splits=count, axis=axis), torch_name=node.name)
 
 
-def lerp(context: Any, node: Any) -> None:
-    """From one tensor towards another, by a weight."""
+def _elementwise(build: Callable[..., Any]) -> Callable[[Any, Any], None]:
+    """What `build` makes of MIL's ops and the arguments."""
+
+    def composite(context: Any, node: Any) -> None:
+        from coremltools.converters.mil import Builder as mb
+        from coremltools.converters.mil.frontend.torch.ops import _get_inputs
+
+        context.add(mb.identity(x=build(mb, *_get_inputs(context, node)), name=node.name))
+
+    return composite
+
+
+def _trunc(mb: Any, x: Any) -> Any:
+    return mb.mul(x=mb.sign(x=x), y=mb.floor(x=mb.abs(x=x)))
+
+
+def _fmod(mb: Any, x: Any, y: Any) -> Any:
+    return mb.sub(x=x, y=mb.mul(x=_trunc(mb, mb.real_div(x=x, y=y)), y=y))
+
+
+def _asinh(mb: Any, x: Any) -> Any:
+    """By the magnitude, since the sum of a negative number and its root is lost to rounding."""
+    size = mb.abs(x=x)
+    return mb.mul(x=mb.sign(x=x), y=mb.log(x=mb.add(x=size, y=mb.sqrt(x=mb.add(x=mb.square(x=x), y=1.0)))))
+
+
+_ELEMENTWISE: Mapping[str, Callable[..., Any]] = {
+    # MIL's own `inverse` adds an epsilon of 1e-4 first
+    "reciprocal": lambda mb, x: mb.real_div(x=1.0, y=mb.cast(x=x, dtype="fp32")),
+    "lerp": lambda mb, start, end, weight: mb.add(x=start, y=mb.mul(x=mb.sub(x=end, y=start), y=weight)),
+    "trunc": _trunc,
+    "fmod": _fmod,
+    "erfc": lambda mb, x: mb.sub(x=1.0, y=mb.erf(x=x)),
+    "asinh": _asinh,
+    "acosh": lambda mb, x: mb.log(x=mb.add(x=x, y=mb.sqrt(x=mb.sub(x=mb.square(x=x), y=1.0)))),
+}
+
+
+def bilinear(context: Any, node: Any) -> None:
+    """By coremltools, and what it refuses, sizes that the scale does not divide, by matrices."""
+    from coremltools.converters.mil.frontend.torch import ops
+
+    try:
+        ops.upsample_bilinear2d(context, node)
+    except NotImplementedError:
+        resampled(context, node)
+
+
+def resampled(context: Any, node: Any) -> None:
+    """A resize that weighs rows and columns each on their own, by a matrix for each: what it makes of the identity."""
+    import torch
     from coremltools.converters.mil import Builder as mb
     from coremltools.converters.mil.frontend.torch.ops import _get_inputs
 
-    start, end, weight = _get_inputs(context, node)[:3]
-    context.add(mb.add(x=start, y=mb.mul(x=mb.sub(x=end, y=start), y=weight), name=node.name))
+    x, size, corners, *scales = _get_inputs(context, node)
+    counts = x.shape[-2:]
+    if not all(isinstance(count, int | np.integer) for count in counts):
+        raise NotImplementedError(f"{node.kind} of an image of free size")
+    scales = _numbers(scales[0] if len(scales) == 1 else scales) or [None, None]
+    sizes = _numbers(size) or [math.floor(count * scale) for count, scale in zip(counts, scales, strict=True)]
+    resize = getattr(torch.ops.aten, node.kind.split(".")[0])
+    rows, columns = (
+        resize(torch.eye(int(count))[None, None], [int(wanted), int(count)], bool(corners.val), scale, None)[0, 0]
+        for count, wanted, scale in zip(counts, sizes, scales, strict=True)
+    )
+    tall = mb.matmul(x=rows.numpy(), y=x)
+    context.add(mb.matmul(x=tall, y=columns.numpy(), transpose_y=True, name=node.name))
 
 
-def trunc(context: Any, node: Any) -> None:
-    """Towards zero."""
+def _numbers(values: Any) -> list[Any]:
+    """Of a constant or a list of constants; empty where there is none, and as written where float32 was rounded."""
+    listed = values if isinstance(values, list) else getattr(values, "val", None)
+    found = [getattr(each, "val", each) for each in (listed if listed is not None else [])]
+    return [each if each is None else float(str(each)) for each in found]
+
+
+def max_pool_with_places(context: Any, node: Any) -> None:
+    """The greatest of each block and its place in the image, of known size and without padding; else no places."""
     from coremltools.converters.mil import Builder as mb
-    from coremltools.converters.mil.frontend.torch.ops import _get_inputs
+    from coremltools.converters.mil.frontend.torch import ops
+    from coremltools.converters.mil.mil.types.symbolic import any_symbolic
 
-    x = _get_inputs(context, node)[0]
-    context.add(mb.mul(x=mb.sign(x=x), y=mb.floor(x=mb.abs(x=x)), name=node.name))
+    x, kernel, *how = ops._get_inputs(context, node)
+    kernel, strides = _pair(kernel), _numbers(how[0] if how else None)
+    padding, dilation, ceil = [*how[1:], None, None, None][:3]
+    moved = any(_numbers(padding)) or set(_numbers(dilation)) - {1} or (ceil is not None and ceil.val)
+    if moved or x.rank != 4 or any_symbolic(x.shape[1:]):
+        ops.max_pool1d(context, node)
+        return
+    strides = [int(each) for each in strides or kernel]
+    channels, _, wide = map(int, x.shape[1:])
+    greatest = mb.max_pool(x=x, kernel_sizes=kernel, strides=strides, pad_type="valid")
+    tall, broad = map(int, greatest.shape[2:])
+    blocks = mb.conv(x=x, weight=_picking(channels, kernel), strides=strides, groups=channels, pad_type="valid")
+    blocks = mb.reshape(x=blocks, shape=[-1, channels, kernel[0] * kernel[1], tall * broad])
+    within = np.add.outer(np.arange(kernel[0]) * wide, np.arange(kernel[1])).ravel()
+    corners = np.add.outer(np.arange(tall) * strides[0] * wide, np.arange(broad) * strides[1]).ravel()
+    chosen = mb.gather(x=within.astype(np.int32), indices=mb.reduce_argmax(x=blocks, axis=2), axis=0)
+    places = mb.reshape(x=mb.add(x=chosen, y=corners.astype(np.int32)), shape=[-1, channels, tall, broad])
+    if context.frontend != ops.TorchFrontend.TORCHSCRIPT:
+        context.add((greatest, places), torch_name=node.name)
+        return
+    for name, result in zip(node.outputs, (greatest, places), strict=True):
+        context.add(result, torch_name=name)
 
 
 # --- adaptive pooling -------------------------------------------------------------------------------------------------
@@ -299,6 +394,8 @@ def _parts(x: Any, axis: int, count: int, reduce: Any) -> Any:
 
 # --- their table ------------------------------------------------------------------------------------------------------
 
+_SEPARABLE = ("_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa", "upsample_bicubic2d")
+
 _COMPOSITES = {
     "new_ones": new_ones,
     "new_zeros": new_zeros,
@@ -311,9 +408,12 @@ _COMPOSITES = {
     "diff": diff,
     "prod": prod,
     **dict.fromkeys(("where", "where.self", "where.scalarself"), where),
-    "reciprocal": reciprocal,
-    "lerp": lerp,
-    "trunc": trunc,
+    **{name: _elementwise(build) for name, build in _ELEMENTWISE.items()},
+    "unsafe_chunk": unsafe_chunk,
+    "max_pool2d_with_indices": max_pool_with_places,
+    **writes.COMPOSITES,
+    **dict.fromkeys(("upsample_bilinear2d", "upsample_bilinear2d.vec"), bilinear),
+    **{f"{name}{of}": resampled for name in _SEPARABLE for of in ("", ".vec")},
     **{f"adaptive_avg_pool{rank}d": adaptive_avg_pool for rank in (1, 2, 3)},
     **{f"_adaptive_avg_pool{rank}d": adaptive_avg_pool for rank in (2, 3)},
     **{f"adaptive_max_pool{rank}d": adaptive_max_pool for rank in (1, 2, 3)},
