@@ -199,7 +199,11 @@ class Package:
         there = zip(self._spec.inputs, self.signature.inputs, strict=True)
         answer = self._run({port.name: inputs[own.name].astype(port.dtype) for own, port in there})
         outputs = zip(self._spec.outputs, self.signature.outputs, strict=True)
-        return {own.name: answer[port.name].astype(own.dtype) for own, port in outputs}
+        return {own.name: _returned(answer[port.name], port.dtype, own.dtype) for own, port in outputs}
+
+
+def _returned(array: np.ndarray, there: str, own: str) -> np.ndarray:
+    return array.astype(own) if array.dtype.kind == np.dtype(there).kind else array
 
 
 def _predicted(path: Path) -> Runner:
