@@ -50,6 +50,7 @@ def test_names_that_core_ml_cannot_have_are_told_in_a_line(agent):
         "bool is bool_workaround"
     )
     assert [tensor.name for tensor in outcome.inputs] == ["state_workaround", "gr__e"]
+    assert [tensor.dtype for tensor in outcome.outputs] == ["float32", "float32", "int32"], "a bool is float32"
     assert [tensor.name for tensor in report.model.inputs] == ["state", "größe"]
     answer = polyexport.load(report.folder / "coreml-fp16")({name: each.numpy() for name, each in inputs.items()})
     assert answer["bool"] == pytest.approx((inputs["state"] * inputs["größe"]).numpy(), rel=1e-2)

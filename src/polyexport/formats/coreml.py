@@ -3,8 +3,8 @@
 https://apple.github.io/coremltools/docs-guides/
 
 Requirements:
-* Core ML has no int64 and no bool at a model's border: such inputs and outputs are int32 there and are cast inside the
-  graph, so that the model computes what PyTorch does.
+* Core ML has no int64 and no bool at a model's border: such inputs are int32 there, and so are integer outputs, while a
+  bool output is float32; they are cast inside the graph, so that the model computes what PyTorch does.
 * Names are kept, but for words of MIL's own, such as `state`, and characters that MIL has not in names: the report then
   gives the package's own signature, and says so in a line.
 * A free axis needs an upper bound in an ML Program; it gets a generous one.
@@ -115,14 +115,12 @@ def at_border(spec: ExportSpec) -> ExportSpec:
 
     clean = NameSanitizer().sanitize_name
 
-    def there(tensor: TensorSpec) -> TensorSpec:
-        return replace(tensor, name=clean(tensor.name), dtype=_border_dtype(tensor.dtype))
+    def there(tensor: TensorSpec, floats: str) -> TensorSpec:
+        dtype = "float32" if np.dtype(tensor.dtype).kind in floats else "int32"
+        return replace(tensor, name=clean(tensor.name), dtype=dtype)
 
-    return replace(spec, inputs=tuple(map(there, spec.inputs)), outputs=tuple(map(there, spec.outputs)))
-
-
-def _border_dtype(dtype: str) -> str:
-    return "float32" if np.dtype(dtype).kind == "f" else "int32"
+    inputs = tuple(there(tensor, "f") for tensor in spec.inputs)
+    return replace(spec, inputs=inputs, outputs=tuple(there(tensor, "fb") for tensor in spec.outputs))
 
 
 def _convert(model: Any, target: Path, spec: ExportSpec, precision: str) -> None:
