@@ -225,7 +225,7 @@ def _verdict(result: OutputParity, tolerance: Tolerance, specials: int, rows: in
 
 
 def _loses(share: float, tolerance: Tolerance, count: int, whole: int) -> bool:
-    """Whether a share of `count` rows is more than top-1 may lose of them, or of the `whole` in the validation batch."""
+    """Whether a share of `count` rows is more than top-1 may lose of them, or of `whole` in the validation batch."""
     return share * count > (1.0 - tolerance.top1) * max(count, whole) + _TINY
 
 
