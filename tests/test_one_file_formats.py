@@ -17,14 +17,18 @@ from polyexport.formats import mnn
 
 
 class Masked(torch.nn.Module):
-    """Attention under a mask, a norm, the exact GELU and a logarithm of a sum: MNN has none of them as they are."""
+    """Attention under a mask, a norm, the exact GELU and a logarithm of a sum: MNN has none of them as they are.
+
+    An operation of several results, the chunks, had ExecuTorch fix the batch.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.head = torch.nn.Linear(8, 3)
+        self.project, self.head = torch.nn.Linear(8, 24), torch.nn.Linear(8, 3)
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
-        heard = functional.scaled_dot_product_attention(x, x, x, attn_mask=mask[:, None])
+        query, key, value = self.project(x).chunk(3, -1)
+        heard = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask[:, None])
         scores = self.head(functional.normalize(functional.gelu(heard), dim=-1))
         return {"heard": heard, "scores": scores - scores.logsumexp(-1, keepdim=True)}
 
@@ -34,17 +38,13 @@ def masked() -> tuple[torch.nn.Module, Any]:
     return Masked().eval(), (2 * torch.randn(zoo.BATCH, 6, 8), torch.arange(6).expand(zoo.BATCH, 6) < 4)
 
 
-MODELS = {"executorch": lambda: zoo.build("dict_output"), "mnn": masked}
-
-
-@pytest.mark.slow  # its environment is a large one
-@pytest.mark.parametrize("name", MODELS)
-def test_a_model_is_verified_at_every_batch_size(name: str, tmp_path: Path) -> None:
-    module, inputs = MODELS[name]()
-    report = polyexport.export(module, inputs, [name], tmp_path / "export", bench=False)
-    (outcome,) = report.outcomes
-    assert (outcome.state, outcome.reason) == ("verified", "")
-    assert {sizes["batch"] for sizes in outcome.parity.batches} == {1, 3, zoo.BATCH}
+@pytest.mark.slow  # their environments are large ones
+def test_a_model_is_verified_at_every_batch_size(tmp_path: Path) -> None:
+    module, inputs = masked()
+    report = polyexport.export(module, inputs, ["executorch", "mnn"], tmp_path / "export", bench=False)
+    for outcome in report.outcomes:
+        assert (outcome.state, outcome.reason) == ("verified", "")
+        assert {sizes["batch"] for sizes in outcome.parity.batches} == {1, 3, zoo.BATCH}
 
 
 LACKING = ("IsNaN", "Gelu", "ReduceL1", "ReduceL2", "ReduceSumSquare", "ReduceLogSumExp")

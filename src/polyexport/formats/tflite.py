@@ -240,12 +240,15 @@ def operations(path: Path) -> list[tuple[str, list[Detail]]]:
     ]
 
 
+_COMPUTE_NOTHING = ("DEQUANTIZE", "QUANTIZE", "SHAPE")
+
+
 def float_operations(path: Path) -> str:
     """Which operators compute in float32, in words; empty where none does."""
     found = Counter(
         name
         for name, tensors in operations(path)
-        if name not in ("QUANTIZE", "DEQUANTIZE") and any(tensor["dtype"] == np.float32 for tensor in tensors)
+        if name not in _COMPUTE_NOTHING and any(tensor["dtype"] == np.float32 for tensor in tensors)
     )
     listed = ", ".join(f"{count} × {name}" for name, count in sorted(found.items()))
     return f"in float32, since there is no int8 for it: {listed}" if listed else ""
