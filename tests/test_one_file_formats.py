@@ -19,7 +19,7 @@ from polyexport.formats import mnn
 class Masked(torch.nn.Module):
     """Attention under a mask, a norm, the exact GELU and a logarithm of a sum: MNN has none of them as they are.
 
-    An operation of several results, the chunks, had ExecuTorch fix the batch.
+    ExecuTorch has no adaptive max pool, and an operation of several results, the chunks, had it fix the batch.
     """
 
     def __init__(self) -> None:
@@ -27,10 +27,11 @@ class Masked(torch.nn.Module):
         self.project, self.head = torch.nn.Linear(8, 24), torch.nn.Linear(8, 3)
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
-        query, key, value = self.project(x).chunk(3, -1)
-        heard = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask[:, None])
+        query, key, value = self.project(x)[:, None].chunk(3, -1)
+        heard = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask[:, None, None])[:, 0]
         scores = self.head(functional.normalize(functional.gelu(heard), dim=-1))
-        return {"heard": heard, "scores": scores - scores.logsumexp(-1, keepdim=True)}
+        loudest = functional.adaptive_max_pool1d(value[:, 0].transpose(1, 2), 4)
+        return {"heard": heard, "scores": scores - scores.logsumexp(-1, keepdim=True), "loudest": loudest}
 
 
 def masked() -> tuple[torch.nn.Module, Any]:

@@ -22,6 +22,7 @@ import numpy as np
 
 from polyexport.format import Format, Route, Runner, Snippet
 from polyexport.formats.saved_model import SIGNATURE
+from polyexport.program import load_program
 from polyexport.spec import Arrays, ExportSpec, TensorSpec, calibration
 
 if TYPE_CHECKING:
@@ -37,9 +38,7 @@ def convert_program(source: Path, target: Path, spec: ExportSpec) -> None:
     """Lower the program of `torch.export` with litert-torch, which takes fixed shapes only."""
     if spec.is_dynamic:
         raise ValueError("it takes fixed shapes only")
-    import torch
-
-    lower(torch.export.load(source).module(), target, spec)
+    lower(load_program(source).module(), target, spec)
 
 
 def lower(module: Any, target: Path, spec: ExportSpec, *, channels_last: bool = False) -> None:
