@@ -26,10 +26,11 @@ from planted import GOOD
 from planted import planted as plant
 from polyexport import BadRequest, Engine, Report, Request, Toolchain, gpu
 from polyexport import module as modules
+from polyexport.build import _unlike
 from polyexport.dispatch import _by_value
 from polyexport.folders import finished, followed, point_best, take_place, unfinished
 from polyexport.process import Workers
-from polyexport.report import Checkpoint
+from polyexport.report import Checkpoint, Outcome
 
 TIMEOUT = 30.0  # rebuilding a module takes a few seconds on a busy machine, most of it importing torch
 
@@ -126,6 +127,12 @@ def test_a_route_that_verifies_wins_over_an_earlier_one_and_the_reason_tells(fau
     assert (outcome.state, outcome.route) == ("verified", "replay")
     assert "wrong: mismatch" in outcome.reason
     assert "raises: failed" in outcome.reason
+
+
+def test_static_shapes_that_fail_alike_are_not_told_twice():
+    one = Outcome("int8", "int8", "mismatch", "output_0: cosine similarity 0.457 is under 0.99")
+    assert not _unlike(replace(one, reason="output_0: cosine similarity 0.763 is under 0.99"), one)
+    assert _unlike(replace(one, reason="killed by SIGABRT"), one)
 
 
 def test_verifying_again_what_still_agrees_changes_nothing_that_was_said_of_it(faults):

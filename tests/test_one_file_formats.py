@@ -2,21 +2,95 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from torch.nn import functional
 
 import polyexport
 import zoo
+from polyexport.formats import mnn
 
-NAMES = ("executorch", "mnn")
+
+class Masked(torch.nn.Module):
+    """Attention under a mask, a norm, the exact GELU and a logarithm of a sum: MNN has none of them as they are.
+
+    ExecuTorch has no adaptive max pool, and an operation of several results, the chunks, had it fix the batch.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project, self.head = torch.nn.Linear(8, 24), torch.nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        query, key, value = self.project(x)[:, None].chunk(3, -1)
+        heard = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask[:, None, None])[:, 0]
+        scores = self.head(functional.normalize(functional.gelu(heard), dim=-1))
+        loudest = functional.adaptive_max_pool1d(value[:, 0].transpose(1, 2), 4)
+        return {"heard": heard, "scores": scores - scores.logsumexp(-1, keepdim=True), "loudest": loudest}
 
 
-@pytest.mark.slow  # its environment is a large one
-@pytest.mark.parametrize("name", NAMES)
-def test_a_model_is_verified_at_every_batch_size(name: str, tmp_path: Path) -> None:
-    module, inputs = zoo.build("dict_output")
-    report = polyexport.export(module, inputs, [name], tmp_path / "export", bench=False)
-    (outcome,) = report.outcomes
-    assert outcome.state == "verified", outcome.reason
-    assert {sizes["batch"] for sizes in outcome.parity.batches} == {1, 3, zoo.BATCH}
+def masked() -> tuple[torch.nn.Module, Any]:
+    torch.manual_seed(0)
+    return Masked().eval(), (2 * torch.randn(zoo.BATCH, 6, 8), torch.arange(6).expand(zoo.BATCH, 6) < 4)
+
+
+@pytest.mark.slow  # their environments are large ones
+def test_a_model_is_verified_at_every_batch_size(tmp_path: Path) -> None:
+    module, inputs = masked()
+    report = polyexport.export(module, inputs, ["executorch", "mnn"], tmp_path / "export", bench=False)
+    for outcome in report.outcomes:
+        assert (outcome.state, outcome.reason) == ("verified", "")
+        assert {sizes["batch"] for sizes in outcome.parity.batches} == {1, 3, zoo.BATCH}
+
+
+LACKING = ("IsNaN", "Gelu", "ReduceL1", "ReduceL2", "ReduceSumSquare", "ReduceLogSumExp")
+
+GRAPH = """
+<ir_version: 10, opset_import: ["": 20]>
+graph (float[n, 6] x) => (bool[n, 6] nan, float[n, 6] exact, float[n, 6] erf, float[n] l1, float[n] l2,
+                          float[n] squares, float[n, 1] log, float[n, 6] by_tanh)
+{
+    axes = Constant<value_ints = [1]>()
+    roots = Sqrt(x)
+    nan = IsNaN(roots)
+    exact = Gelu(x)
+    erf = Erf(x)
+    l1 = ReduceL1<keepdims = 0>(x, axes)
+    l2 = ReduceL2<keepdims = 0>(x, axes)
+    squares = ReduceSumSquare<keepdims = 0>(x, axes)
+    log = ReduceLogSumExp(x, axes)
+    by_tanh = Gelu<approximate = "tanh">(x)
+}
+"""
+
+
+def test_what_mnn_lacks_is_written_out_and_computes_the_same() -> None:
+    onnx = pytest.importorskip("onnx", reason="onnx is not installed; `pip install onnx`")
+    onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed; `pip install onnxruntime`")
+    model = onnx.parser.parse_model(GRAPH)
+    written = mnn._written_out(onnx.parser.parse_model(GRAPH))
+    left = [node.op_type for node in written.graph.node if node.op_type in LACKING]
+    assert left == ["Gelu"]  # the one by tanh
+    feed = {"x": np.random.default_rng(0).normal(size=(4, 6)).astype(np.float32) * 30}
+    before, after = (onnxruntime.InferenceSession(m.SerializeToString()).run(None, feed) for m in (model, written))
+    for one, other in zip(before, after, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+    assert before[0].any()
+    assert not before[0].all()
+
+
+@pytest.mark.parametrize(
+    ("code", "printed", "why"),
+    [
+        (0, "[23:01:55] :220: These Op Not Support: ONNX::IsNaN \nConverted Failed!\n", "MNN has no ONNX::IsNaN"),
+        (-11, "Start to Optimize the MNN Net...\n", "killed by SIGSEGV"),
+        (1, "", "it ended with exit code 1"),
+    ],
+)
+def test_why_mnns_converter_wrote_nothing_is_read_from_what_it_prints(code: int, printed: str, why: str) -> None:
+    assert mnn._why(subprocess.CompletedProcess([], code, printed, "")) == why

@@ -146,6 +146,47 @@ def test_top1_fails_where_the_class_changes_though_cosine_is_high():
     assert "top-1" in parity.reason
 
 
+def test_in_int8_two_elements_closer_than_a_step_are_a_tie():
+    near = {"p": np.tile(np.array([1.0, 0.99, -1.0], np.float32), (20, 1))}
+    far = {"p": np.tile(np.array([1.0, 0.9, -1.0], np.float32), (20, 1))}
+    assert compare({"p": near["p"][:, [1, 0, 2]]}, near, INT8).passed
+    assert "top-1" in compare({"p": far["p"][:, [1, 0, 2]]}, far, INT8).reason
+
+
+def test_the_classes_of_an_image_are_its_channels():
+    """Along a row of pixels many are alike, and which is the greatest of them says nothing."""
+    flat = np.tile(np.array([3.0, -3.0], np.float32)[:, None, None], (4, 1, 8, 8))
+    noise = np.random.default_rng(0).normal(size=flat.shape).astype(np.float32) * 0.2
+    assert compare({"mask": flat + noise}, {"mask": flat}, INT8).outputs["mask"].top1 == 1.0
+    swapped = flat.copy()
+    swapped[:, :, :1] = 0.03 * swapped[:, ::-1, :1]
+    assert compare({"mask": swapped}, {"mask": flat}, INT8).outputs["mask"].top1 == pytest.approx(7 / 8)
+
+
+def test_a_small_batch_may_lose_the_rows_that_the_whole_may_lose():
+    row = {"p": np.array([[2.0, 1.8, 0, 0]], np.float32)}
+    other = {"p": np.array([[1.9, 2.0, 0, 0]], np.float32)}
+    whole = {"p": np.tile(row["p"], (40, 1))}
+    assert "top-1 agreement 0.00%" in compare(other, row, INT8).reason
+    assert compare(other, row, INT8, whole=whole).passed
+    assert "cosine" in compare({"p": row["p"][:, ::-1]}, row, INT8, whole=whole).reason
+    labels = {"label": np.zeros(40, np.int64)}
+    assert compare({"label": np.array([1])}, {"label": np.array([0])}, INT8, whole=labels).passed
+    assert not compare({"label": np.array([1])}, {"label": np.array([0])}, FLOAT32, whole=labels).passed
+    three = {"label": np.zeros(3, np.int64)}
+    assert compare({"label": np.array([1, 0, 0])}, three, INT8, whole=labels).passed
+    assert not compare({"label": np.array([1, 1, 0])}, three, INT8, whole=labels).passed, "more than half of it"
+
+
+def test_a_small_batch_near_zero_is_held_against_the_power_of_the_whole():
+    whole = {"distance": np.array([0.04, 1.1, 0.06, 0.9], np.float32)}
+    row = {"distance": whole["distance"][:1]}
+    rounded_away = {"distance": np.zeros(1, np.float32)}
+    assert "cosine similarity 0.000000" in compare(rounded_away, row, INT8).reason
+    assert compare(rounded_away, row, INT8, whole=whole).passed
+    assert "cosine" in compare({"distance": np.array([0.9], np.float32)}, row, INT8, whole=whole).reason
+
+
 def test_an_all_zero_reference_allows_rounding_but_no_answer():
     zeros = {"x": np.zeros((2, 3), np.float32)}
     assert compare({"x": np.zeros((2, 3), np.float32)}, zeros, FLOAT32).passed

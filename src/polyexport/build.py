@@ -9,6 +9,7 @@ Requirements:
 
 from __future__ import annotations
 
+import re
 import shutil
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -92,7 +93,7 @@ class Build:
             static = self._built(each.name, dynamic=False)
             if static.outcome.state == "verified":
                 built, because = static, built.outcome.reason
-            elif static.outcome.state in ("failed", "mismatch") and static.outcome.reason != built.outcome.reason:
+            elif static.outcome.state in ("failed", "mismatch") and _unlike(static.outcome, built.outcome):
                 why = f"{built.outcome.reason}; with static shapes: {static.outcome.reason}"
                 built = replace(built, outcome=replace(built.outcome, reason=why))
         lost = [f"static shapes only, since with dynamic axes: {because}"] if because else []
@@ -229,6 +230,11 @@ def judged(outcome: Outcome, ended: Ended, command: str, target: str) -> Outcome
     if parity.passed:
         return replace(outcome, state="verified")
     return replace(outcome, state="mismatch", reason=parity.reason, reproduce=command)
+
+
+def _unlike(one: Outcome, other: Outcome) -> bool:
+    """Whether the reasons of two outcomes differ in more than figures."""
+    return re.sub(r"\d", "", one.reason) != re.sub(r"\d", "", other.reason)
 
 
 def _reason(best: Built, tried: Sequence[Built]) -> str:

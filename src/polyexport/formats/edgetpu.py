@@ -26,6 +26,7 @@ import numpy as np
 from polyexport.errors import ToolMissing
 from polyexport.format import Format, Route, Runner, Snippet
 from polyexport.formats import tflite
+from polyexport.program import load_program
 from polyexport.spec import Arrays, ExportSpec, TensorSpec
 
 COMPILER = "edgetpu_compiler"
@@ -40,11 +41,9 @@ _LOG = "model_edgetpu.log"
 
 def convert(source: Path, target: Path, spec: ExportSpec) -> None:
     """Lower the program of `torch.export` once more, for one row and channels last, and quantise it."""
-    import torch
-
     one = _one_row(spec)
     precise = target.with_name("float32.tflite")
-    tflite.lower(torch.export.load(source).module(), precise, one, channels_last=True)
+    tflite.lower(load_program(source).module(), precise, one, channels_last=True)
     tflite.quantise(precise, target, one, prepare=_channels_last)
     precise.unlink()
     print(prediction(target))

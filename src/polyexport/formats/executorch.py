@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from polyexport.format import Format, Route, Runner, Snippet
+from polyexport.program import load_program
 from polyexport.spec import Arrays, ExportSpec
 
 _AT_LEAST = 64
@@ -22,9 +23,9 @@ def convert(source: Path, target: Path, spec: ExportSpec) -> None:
     """Lower the program of `torch.export`, exported once more with an upper bound for each free axis."""
     import torch
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-    from executorch.exir import to_edge_transform_and_lower
+    from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
 
-    module = torch.export.load(source).module()
+    module = load_program(source).module()
     upper = {called: max(_AT_LEAST, 2 * size) for called, size in spec.sizes.items()}
     free = {called: torch.export.Dim(called, min=1, max=most) for called, most in upper.items()}
     shapes = tuple({axis: free[called] for axis, called in tensor.dynamic.items()} for tensor in spec.inputs)
@@ -33,7 +34,11 @@ def convert(source: Path, target: Path, spec: ExportSpec) -> None:
         for tensor in spec.inputs
     )
     program = torch.export.export(module, inputs, dynamic_shapes=shapes if spec.is_dynamic else None, strict=False)
-    lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()]).to_executorch()
+    # its check of data types takes the first of several results for their list and asks how long it is: a free batch is
+    # free no more
+    config = EdgeCompileConfig(_check_ir_validity=False)
+    edge = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()], compile_config=config)
+    lowered = edge.to_executorch()
     target.write_bytes(lowered.buffer)
 
 
@@ -43,13 +48,29 @@ def load(path: Path, spec: ExportSpec, *, threads: int) -> Runner:
     from executorch.runtime import Runtime
 
     program = Runtime.get().load_program(path)
-    method = program.load_method("forward")
+    try:
+        method = program.load_method("forward")
+    except RuntimeError as error:  # it has a number for it
+        if lacking := _lacking(path):
+            raise RuntimeError(f"ExecuTorch's runtime has no kernel for {', '.join(lacking)}") from error
+        raise
 
     def run(inputs: Arrays) -> Arrays:
         answers = method.execute([torch.from_numpy(np.ascontiguousarray(inputs[name])) for name in spec.input_names])
         return {name: answer.numpy() for name, answer in zip(spec.output_names, answers, strict=True)}
 
     return run
+
+
+def _lacking(path: Path) -> list[str]:
+    """The operators of a file that the runtime has not."""
+    from executorch.exir._serialize._program import deserialize_pte_binary
+    from executorch.runtime import Runtime
+
+    known = set(Runtime.get().operator_registry.operator_names)
+    (plan,) = deserialize_pte_binary(path.read_bytes()).program.execution_plan
+    wanted = {f"{each.name}.{each.overload}" if each.overload else each.name for each in plan.operators}
+    return sorted(wanted - known)
 
 
 _SNIPPETS = (

@@ -3,25 +3,99 @@
 https://mnn-docs.readthedocs.io/en/latest/
 
 Converted by the compiled converter alone: the Python command around it installs packages and reports to its makers.
+
+What MNN lacks or computes otherwise is written out in other operations first. The second route is an older opset, whose
+operations it knows better: of some LSTMs in the newer one it crashes.
 """
 
 from __future__ import annotations
 
+import re
+import signal
+import subprocess
+import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from polyexport.format import Format, Route, Runner, Snippet
 from polyexport.spec import Arrays, ExportSpec
 
+if TYPE_CHECKING:
+    import onnx
+
+_CONVERTER = "import sys, _tools; _tools.mnnconvert(['mnnconvert', *sys.argv[1:]])"  # the wheel's own name for it
+
 
 def convert(source: Path, target: Path, spec: ExportSpec) -> None:
-    """Translate the ONNX graph."""
-    import _tools  # the wheel's own name for it
+    """Translate the ONNX graph.
 
-    words = ("--framework", "ONNX", "--modelFile", source, "--MNNModel", target, "--bizCode", "polyexport")
-    _tools.mnnconvert(["mnnconvert", *map(str, words)])  # says True even where it wrote nothing, which the worker sees
+    Raises:
+        RuntimeError: the converter crashed, or wrote nothing; it says so itself only in what it prints.
+    """
+    import onnx
+
+    model = _written_out(onnx.load(source))
+    prepared = target.with_name("prepared.onnx")
+    onnx.save(model, prepared)
+    words = ("--framework", "ONNX", "--modelFile", prepared, "--MNNModel", target, "--bizCode", "polyexport")
+    command = [sys.executable, "-c", _CONVERTER, *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    prepared.unlink()
+    print(done.stdout, done.stderr)
+    if not target.exists():
+        raise RuntimeError(f"MNN's converter wrote no model: {_why(done)}")
+
+
+def _why(done: subprocess.CompletedProcess[str]) -> str:
+    if lacking := re.findall(r"These Op Not Support: (.*\S)", done.stdout + done.stderr):
+        return f"MNN has no {', '.join(lacking)}"
+    if done.returncode < 0:
+        return f"killed by {signal.Signals(-done.returncode).name}"
+    return f"it ended with exit code {done.returncode}"
+
+
+_DOMAIN = "polyexport"
+
+_FUNCTIONS = (
+    # what masked attention is made of; MNN has none
+    "IsNaN (x) => (y) { same = Equal(x, x) y = Not(same) }",
+    # MNN's is the one by tanh, also in the place of the usual operations of the exact one: hence two signs for erf
+    "Erf (x) => (y) { negative = Neg(x) erf = Erf(negative) y = Neg(erf) }",
+    "Gelu (x) => (y) { half = Constant<value_float = 0.5>() slope = Constant<value_float = 0.70710678>() "
+    "scaled = Mul(x, slope) erf = Erf(scaled) halved = Mul(erf, half) share = Add(halved, half) y = Mul(x, share) }",
+    # of these MNN looks for axes where they were before opset 18, and takes all where it finds none
+    "ReduceL1 <keepdims: int = 1> (x, axes) => (y) { "
+    "size = Abs(x) y = ReduceSum<keepdims: int = @keepdims>(size, axes) }",
+    "ReduceL2 <keepdims: int = 1> (x, axes) => (y) { "
+    "square = Mul(x, x) total = ReduceSum<keepdims: int = @keepdims>(square, axes) y = Sqrt(total) }",
+    "ReduceSumSquare <keepdims: int = 1> (x, axes) => (y) { "
+    "square = Mul(x, x) y = ReduceSum<keepdims: int = @keepdims>(square, axes) }",
+    "ReduceLogSumExp <keepdims: int = 1> (x, axes) => (y) { "
+    "top = ReduceMax<keepdims = 1>(x, axes) less = Sub(x, top) power = Exp(less) "
+    "total = ReduceSum<keepdims: int = @keepdims>(power, axes) log = Log(total) "
+    "most = ReduceMax<keepdims: int = @keepdims>(x, axes) y = Add(log, most) }",
+)
+"""Operations in terms of others, as functions in ONNX's text form."""
+
+
+def _written_out(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with the operations of `_FUNCTIONS` as what they are made of."""
+    import onnx
+    from onnx import inliner, parser
+
+    version = next(each.version for each in model.opset_import if not each.domain)
+    header = f'<domain: "{_DOMAIN}", opset_import: ["" : {version}]> '
+    functions = {each.name: each for each in (parser.parse_function(header + text) for text in _FUNCTIONS)}
+    for node in model.graph.node:
+        function = functions.get(node.op_type)
+        by_tanh = any(each.s == b"tanh" for each in node.attribute)
+        if function is not None and len(node.input) == len(function.input) and not by_tanh:
+            node.domain = _DOMAIN
+    model.functions.extend(functions.values())
+    model.opset_import.append(onnx.helper.make_opsetid(_DOMAIN, 1))
+    return inliner.inline_local_functions(model)
 
 
 def load(path: Path, spec: ExportSpec, *, threads: int) -> Runner:
@@ -72,7 +146,10 @@ FORMAT = Format(
     description="MNN model, for phones and small devices",
     url="https://mnn-docs.readthedocs.io/en/latest/",
     artifact="model.mnn",
-    routes=(Route("onnx", upstream="onnx", toolchain="mnn", convert=convert),),
+    routes=(
+        Route("onnx", upstream="onnx", toolchain="mnn", convert=convert),
+        Route("opset15", upstream="onnx-opset15", toolchain="mnn", convert=convert),
+    ),
     load=load,
     snippets=_SNIPPETS,
 )

@@ -6,11 +6,11 @@ https://onnx.ai/onnx/
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from polyexport.format import MODULE, Format, Route, Runner, Snippet
+from polyexport.program import load_program
 from polyexport.spec import Arrays, ExportSpec
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def convert_program(source: Path, target: Path, spec: ExportSpec) -> None:
     """Translate the traced program with `torch.onnx`'s exporter of the dynamo era."""
     import torch
 
-    program = _without_adaptive_maxima(_within_images(torch.export.load(source)))
+    program = _within_images(load_program(source))
     size = sum(tensor.numel() * tensor.element_size() for tensor in program.state_dict.values())
     try:
         torch.onnx.export(
@@ -63,31 +63,6 @@ def _within_images(program: torch.export.ExportedProgram) -> torch.export.Export
                 least = [min(pair) for pair in zip(kernel, room, strict=True)]
                 node.args = (x, least, strides or kernel, padding, *rest)
     return program
-
-
-def _without_adaptive_maxima(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
-    """The program with adaptive max pools as maxima of slices, where nobody asks for their places: ONNX has none."""
-    import torch
-
-    aten = torch.ops.aten
-    pools = {aten.adaptive_max_pool1d.default, aten.adaptive_max_pool2d.default, aten.adaptive_max_pool3d.default}
-    nodes = [node for node in program.graph.nodes if node.target in pools]
-    if not nodes or any(user.args[1] and user.users for node in nodes for user in node.users):
-        return program
-    taken_apart: torch.export.ExportedProgram = program.run_decompositions(dict.fromkeys(pools, _adaptive_maxima))
-    return taken_apart
-
-
-def _adaptive_maxima(x: torch.Tensor, sizes: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The maxima of parts as even as they can be, one axis after the other, and no places."""
-    import torch
-
-    for axis, count in enumerate(sizes, x.dim() - len(sizes)):
-        size = x.shape[axis]
-        bounds = [(part * size // count, -(-(part + 1) * size // count)) for part in range(count)]
-        parts = [x.narrow(axis, begin, end - begin).amax(axis, keepdim=True) for begin, end in bounds]
-        x = torch.cat(parts, axis) if count > 1 else parts[0]
-    return x, torch.zeros_like(x, dtype=torch.int64)
 
 
 def convert_trace(source: Path, target: Path, spec: ExportSpec, *, opset: int = 20) -> None:

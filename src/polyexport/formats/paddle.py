@@ -9,6 +9,9 @@ no opset above 15, no `dilations` of all ones on a pool, no weight that two laye
 
 from __future__ import annotations
 
+import contextlib
+import io
+import re
 import shutil
 import tempfile
 from collections import Counter
@@ -33,7 +36,16 @@ def convert(source: Path, target: Path, spec: ExportSpec) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent) as name:
         folder = Path(name)
         onnx.save(model, folder / "model.onnx")
-        onnx2paddle(str(folder / "model.onnx"), str(folder / "made"), disable_feedback=True)
+        printed = io.StringIO()
+        try:
+            with contextlib.redirect_stdout(printed):
+                onnx2paddle(str(folder / "model.onnx"), str(folder / "made"), disable_feedback=True)
+        except Exception as error:
+            if lacking := re.findall(r"^=+ (\w+) =+$", printed.getvalue(), re.MULTILINE):
+                raise RuntimeError(f"X2Paddle has no {', '.join(sorted(lacking))}") from error
+            raise
+        finally:
+            print(printed.getvalue())
         shutil.move(folder / "made" / "inference_model", target)
 
 

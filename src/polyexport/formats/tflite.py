@@ -22,6 +22,7 @@ import numpy as np
 
 from polyexport.format import Format, Route, Runner, Snippet
 from polyexport.formats.saved_model import SIGNATURE
+from polyexport.program import load_program
 from polyexport.spec import Arrays, ExportSpec, TensorSpec, calibration
 
 if TYPE_CHECKING:
@@ -37,9 +38,7 @@ def convert_program(source: Path, target: Path, spec: ExportSpec) -> None:
     """Lower the program of `torch.export` with litert-torch, which takes fixed shapes only."""
     if spec.is_dynamic:
         raise ValueError("it takes fixed shapes only")
-    import torch
-
-    lower(torch.export.load(source).module(), target, spec)
+    lower(load_program(source).module(), target, spec)
 
 
 def lower(module: Any, target: Path, spec: ExportSpec, *, channels_last: bool = False) -> None:
@@ -240,12 +239,15 @@ def operations(path: Path) -> list[tuple[str, list[Detail]]]:
     ]
 
 
+_COMPUTE_NOTHING = ("DEQUANTIZE", "QUANTIZE", "SHAPE")
+
+
 def float_operations(path: Path) -> str:
     """Which operators compute in float32, in words; empty where none does."""
     found = Counter(
         name
         for name, tensors in operations(path)
-        if name not in ("QUANTIZE", "DEQUANTIZE") and any(tensor["dtype"] == np.float32 for tensor in tensors)
+        if name not in _COMPUTE_NOTHING and any(tensor["dtype"] == np.float32 for tensor in tensors)
     )
     listed = ", ".join(f"{count} × {name}" for name, count in sorted(found.items()))
     return f"in float32, since there is no int8 for it: {listed}" if listed else ""
