@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shlex
@@ -29,6 +30,7 @@ from polyexport import module as modules
 from polyexport.build import _unlike
 from polyexport.dispatch import _by_value
 from polyexport.folders import finished, followed, point_best, take_place, unfinished
+from polyexport.pickling import importable
 from polyexport.process import Workers
 from polyexport.report import Checkpoint, Outcome
 
@@ -461,3 +463,22 @@ def test_latency_is_measured_beside_eager_pytorch(tmp_path, monkeypatch):
     assert moved.startswith("no latency of moved: NotADirectoryError")
     assert dies == "no latency of dies: its runtime ended while it was timed, see logs/dies.log"
     assert Report.load(report.folder) == timed
+
+
+def test_a_module_that_was_loaded_by_its_files_name_is_exported(tmp_path, monkeypatch):
+    """As a test runner or a plugin is, so that no other process could import it."""
+    file = tmp_path / "plugin" / "nets.py"
+    file.parent.mkdir()
+    file.write_text(
+        "from torch import nn\n\nFACTOR = 2.0\n\n\ndef scaled(x):\n    return FACTOR * x\n\n\n"
+        "class Net(nn.Linear):\n    def forward(self, x):\n        return scaled(super().forward(x))\n"
+    )
+    spec = importlib.util.spec_from_file_location("plugin.nets", file)
+    nets = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "plugin.nets", nets)
+    spec.loader.exec_module(nets)
+    assert not importable("plugin.nets")
+    assert importable("torch.nn.modules.linear")
+    with Engine(timeout=TIMEOUT) as engine:
+        report = engine.submit(request(tmp_path, module=nets.Net(5, 3))).result()
+    assert (report["good"].state, report["good"].reason) == ("verified", "")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Executor
@@ -15,6 +14,7 @@ from polyexport.elsewhere import Elsewhere, Errand, run
 from polyexport.format import Format
 from polyexport.formats import known
 from polyexport.job import Job, reproduce
+from polyexport.pickling import by_value
 from polyexport.process import Conversation, Ended, Kept, Workers, environment
 from polyexport.records import write_json
 from polyexport.toolchain import Toolchain
@@ -122,20 +122,14 @@ class Dispatcher:
         return path
 
 
-_PICKLING = threading.Lock()  # what cloudpickle is told of a module holds for all threads
-
-
 def _by_value(each: Format) -> bytes:
     import cloudpickle
 
     functions = [each.lacks, *(route.convert for route in each.routes), *([each.load] if each.load else [])]
     # toolchains by name: the module of their class needs more than an isolated toolchain has
     routes = tuple(replace(route, toolchain=toolchain.find(route.toolchain).name) for route in each.routes)
-    with _PICKLING, contextlib.ExitStack() as stack:
+    with by_value() as take_along:
         for name in {function.__module__ for function in functions if not function.__module__.startswith("polyexport")}:
-            home = sys.modules.get(name)
-            if home is not None and name not in cloudpickle.list_registry_pickle_by_value():
-                cloudpickle.register_pickle_by_value(home)
-                stack.callback(cloudpickle.unregister_pickle_by_value, home)
+            take_along(name)
         pickled: bytes = cloudpickle.dumps(replace(each, routes=routes, runtime=None))
     return pickled

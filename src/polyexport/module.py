@@ -16,13 +16,14 @@ Requirements:
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import pickle
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
+from types import FunctionType, MappingProxyType
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
@@ -31,6 +32,7 @@ from polyexport import plain
 from polyexport.containers import opened
 from polyexport.errors import BadRequest
 from polyexport.flat import flat
+from polyexport.pickling import by_value, importable
 from polyexport.spec import ExportSpec
 
 if TYPE_CHECKING:
@@ -54,6 +56,8 @@ UNAVAILABLE = "unavailable.txt"
 def dump(value: Any, path: Path) -> None:
     """Pickle any object; parameters leave only their shape, other tensors a CPU copy.
 
+    Code that the other process could not import goes along.
+
     Raises:
         Exception: whatever the object's own pickling raises.
     """
@@ -75,11 +79,14 @@ def dump(value: Any, path: Path) -> None:
             return seen[id(item)]
 
         def reducer_override(self, item: Any) -> Any:
+            if isinstance(item, type | FunctionType) and not found_there(item.__module__):
+                take_along(item.__module__)
             found = plain.reduced(item)
             return super().reducer_override(item) if found is NotImplemented else found
 
-    buffer = io.BytesIO()
-    Pickler(buffer).dump(value)
+    buffer, found_there = io.BytesIO(), functools.cache(importable)
+    with by_value() as take_along:
+        Pickler(buffer).dump(value)
     shapes = [(plain.shape(p), p.dtype, p.requires_grad) for p in parameters]
     copies = [plain.local(tensor).detach().to("cpu", copy=True).contiguous() for tensor in tensors]
     torch.save({"pickle": buffer.getvalue(), "parameters": shapes, "tensors": copies}, path)
