@@ -465,19 +465,20 @@ def test_latency_is_measured_beside_eager_pytorch(tmp_path, monkeypatch):
     assert Report.load(report.folder) == timed
 
 
-def test_a_module_that_was_loaded_by_its_files_name_is_exported(tmp_path, monkeypatch):
-    """As a test runner or a plugin is, so that no other process could import it."""
+@pytest.mark.parametrize("name", ["plugin.nets", "__mp_main__"], ids=["plugin", "script of a process spawned by DDP"])
+def test_a_module_that_was_loaded_by_its_files_name_is_exported(tmp_path, monkeypatch, name):
+    """No other process could import it."""
     file = tmp_path / "plugin" / "nets.py"
     file.parent.mkdir()
     file.write_text(
         "from torch import nn\n\nFACTOR = 2.0\n\n\ndef scaled(x):\n    return FACTOR * x\n\n\n"
         "class Net(nn.Linear):\n    def forward(self, x):\n        return scaled(super().forward(x))\n"
     )
-    spec = importlib.util.spec_from_file_location("plugin.nets", file)
+    spec = importlib.util.spec_from_file_location(name, file)
     nets = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "plugin.nets", nets)
+    monkeypatch.setitem(sys.modules, name, nets)
     spec.loader.exec_module(nets)
-    assert not importable("plugin.nets")
+    assert not importable(name)
     assert importable("torch.nn.modules.linear")
     with Engine(timeout=TIMEOUT) as engine:
         report = engine.submit(request(tmp_path, module=nets.Net(5, 3))).result()

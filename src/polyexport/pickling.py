@@ -27,12 +27,12 @@ def by_value() -> Iterator[Callable[[str], None]]:
 
 
 def importable(name: str) -> bool:
-    """Whether a process with this one's import path finds a module.
+    """Whether a process with this one's import path finds a module by its name, as far as that can be known.
 
     It may be here and not be found: one that was loaded by its file's name, as test runners and plugins are.
     """
-    if getattr(sys.modules.get(name), "__file__", None) is None:
-        return True  # not read from a file: `__main__`, which cloudpickle knows, or a part of an extension
+    if name == "__main__" or getattr(sys.modules.get(name), "__file__", None) is None:
+        return True  # cloudpickle takes that along by itself; what is read from no file is a part of an extension
     places = None
     for depth in range(1, len(parts := name.split(".")) + 1):
         partial = ".".join(parts[:depth])
