@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch.distributed import checkpoint
 
 import planted
 import runs
+from lightning_export import ranks
 from lightning_export.capture import hold
 from polyexport import Engine, Report, Request
 from polyexport import module as modules
@@ -154,6 +156,19 @@ def test_fail_on_is_raised_on_every_rank(ended):
     assert code != 0
     assert output.count("told ExportFailed") == 2
     assert Report.load(folder / "exports" / "epoch=0-step=2")["raises"].state == "failed"
+
+
+def test_rank_zero_stays_until_all_have_heard_it(monkeypatch):
+    """For the store that they talk through may live in its process."""
+    store = torch.distributed.HashStore()
+    monkeypatch.setattr(ranks, "_store", lambda trainer: store)
+    trainer = SimpleNamespace(world_size=3)
+    with ThreadPoolExecutor(1) as pool:
+        telling = pool.submit(ranks.tell, trainer, "export", "all is well")
+        assert ranks.hear(trainer, "export") == "all is well"
+        assert not telling.done()
+        assert ranks.hear(trainer, "export") == "all is well"
+        telling.result()
 
 
 def answers(folder: Path, state: dict[str, torch.Tensor]) -> tuple[np.ndarray, np.ndarray]:

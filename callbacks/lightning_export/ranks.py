@@ -14,6 +14,7 @@ from typing import Any
 from torch import distributed
 
 _TURNS = itertools.count(1)
+_PAUSE_SECONDS, _PATIENCE_SECONDS = 0.2, 30.0
 
 
 def turn() -> str:
@@ -28,13 +29,20 @@ def _store(trainer: Any) -> Any | None:
 
 
 def tell(trainer: Any, name: str, message: str) -> None:
-    """Rank zero is done with what is called `name`, and has this to say."""
+    """Rank zero is done with what is called `name`, and has this to say.
+
+    It stays until all have heard it, for the store may live in this process; one that has died is not waited for long.
+    """
     store = _store(trainer)
-    if store is not None:
-        store.set(name, message)
+    if store is None:
+        return
+    store.set(name, message)
+    end = time.monotonic() + _PATIENCE_SECONDS
+    while store.add(_heard(name), 0) < trainer.world_size - 1 and time.monotonic() < end:
+        time.sleep(_PAUSE_SECONDS)
 
 
-def hear(trainer: Any, name: str, *, pause_seconds: float = 0.2) -> str:
+def hear(trainer: Any, name: str) -> str:
     """Wait until rank zero is done with what is called `name`; returns what it said.
 
     Raises:
@@ -44,5 +52,11 @@ def hear(trainer: Any, name: str, *, pause_seconds: float = 0.2) -> str:
     if store is None:
         return ""
     while not store.check([name]):  # not `store.wait`, which no Ctrl-C can end
-        time.sleep(pause_seconds)
-    return str(store.get(name).decode())
+        time.sleep(_PAUSE_SECONDS)
+    message = str(store.get(name).decode())
+    store.add(_heard(name), 1)
+    return message
+
+
+def _heard(name: str) -> str:
+    return f"{name}/heard"
