@@ -21,6 +21,9 @@ import planted
 import runs
 from lightning_export import ExportCallback
 from lightning_export.best import bases
+from polyexport import Report
+from polyexport.records import write_json
+from polyexport.report import history
 
 
 class Recording(ExportCallback):
@@ -74,6 +77,21 @@ def test_each_new_best_is_taken_once_with_its_own_weights(tmp_path, settings, st
     recording = fit(tmp_path, [3.0, 2.0, 5.0, 1.0], ModelCheckpoint(monitor="val_loss", **settings))
     assert [step for _, step, _ in recording.taken] == steps
     assert clocks(recording) == steps
+
+
+def test_a_checkpoint_in_a_folder_of_its_own_gives_its_whole_name(tmp_path):
+    """As a metric that is called `val/loss` makes one."""
+    checkpoint = ModelCheckpoint(monitor="val_loss", filename="{epoch}-val/loss={val_loss:.1f}")
+    recording = fit(tmp_path, [3.04, 3.02], checkpoint)
+    assert [name for name, *_ in recording.taken] == ["epoch=0-val-loss=val_loss=3.0", "epoch=1-val-loss=val_loss=3.0"]
+    reports = [
+        Report(each, None, (), folder=tmp_path / "exports" / name)
+        for (name, *_), each in zip(recording.taken, recording.requests, strict=True)
+    ]
+    for report in reports:
+        report.folder.mkdir(parents=True)
+        write_json(report.folder / "report.json", report)
+    assert [each.folder.name for each in history(reports[-1])] == [report.folder.name for report in reports]
 
 
 def test_score_and_monitor_are_the_checkpoints(tmp_path):

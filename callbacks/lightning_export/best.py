@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.callbacks import Callback
@@ -49,6 +50,16 @@ def best_of(model_checkpoint: Any) -> Best | None:
     # without a monitor the newest is the best, and one under the same name differs in nothing but its step
     score = model_checkpoint.best_model_score if model_checkpoint.monitor else model_checkpoint._last_global_step_saved
     return Best(str(path), model_checkpoint.monitor, score)
+
+
+def name_of(best: Best, model_checkpoint: Any) -> str:
+    """What a checkpoint is called below the folder of checkpoints.
+
+    That is more than the file's name where a metric is: `epoch=1-val/loss=0.5.ckpt` lies in a folder of its own.
+    """
+    path, folder = Path(best.path), str(model_checkpoint.dirpath)
+    inside = path.relative_to(folder) if path.is_relative_to(folder) else Path(path.name)
+    return "-".join(inside.with_suffix("").parts)
 
 
 def tail(model_checkpoint: Any, look: Callable[[Any, Any], None]) -> Callback:

@@ -20,7 +20,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from lightning_export import ranks
-from lightning_export.best import Best, bases, best_of, checkpointer, tail
+from lightning_export.best import Best, bases, best_of, checkpointer, name_of, tail
 from lightning_export.capture import Spy, hold, save
 from lightning_export.loggers import sinks
 from lightning_export.metrics import measured
@@ -371,8 +371,8 @@ class ExportCallback(Callback):
             shutil.rmtree(work, ignore_errors=True)
             raise
         score = None if best.monitor is None or best.score is None else float(best.score)
-        stem = Path(best.path).stem
-        name = f"{BEST}.ckpt" if stem == BEST else stem  # `best` is what points to the newest
+        name = name_of(best, model_checkpoint)
+        name = f"{BEST}.ckpt" if name == BEST else name  # `best` is what points to the newest
         self._submit(trainer, work, name, Checkpoint(best.path, monitor=best.monitor, score=score), held)
         return True
 

@@ -211,15 +211,24 @@ def history(report: Report) -> list[Report]:
     Those of an earlier part of a resumed run are among them, and those of other runs in the same folder are not: they
     come from another folder of checkpoints.
     """
-    run, found = Path(report.checkpoint.path).parent, []
+    run, found = _run(report), []
     for folder in finished(report.folder.parent) if report.checkpoint.path else ():
         try:
             each = Report.load(folder)
         except (OSError, BadRequest):
             continue  # it was removed a moment ago, or another version wrote it
-        if each.folder != report.folder.resolve() and Path(each.checkpoint.path).parent == run:
+        if each.folder != report.folder.resolve() and _run(each) == run:
             found.append(each)
     return [*sorted(found, key=lambda each: each.checkpoint.global_step or 0), report]
+
+
+def _run(report: Report) -> Path:
+    """The folder of a run's checkpoints: above the parts of a path that the export is called by."""
+    path = Path(report.checkpoint.path).with_suffix("")
+    for depth, folder in enumerate(path.parents, 1):
+        if "-".join(path.parts[-depth:]) == report.folder.name:
+            return folder
+    return path.parent
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
