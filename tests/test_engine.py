@@ -30,7 +30,7 @@ from polyexport import module as modules
 from polyexport.build import _unlike
 from polyexport.dispatch import _by_value
 from polyexport.folders import finished, followed, point_best, take_place, unfinished
-from polyexport.pickling import importable
+from polyexport.imports import importable
 from polyexport.process import Workers
 from polyexport.report import Checkpoint, Outcome
 

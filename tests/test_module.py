@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import importlib
+import os
 from collections import UserDict, namedtuple
 from dataclasses import dataclass
 
@@ -15,6 +17,7 @@ import zoo
 from polyexport import BadRequest
 from polyexport import module as modules
 from polyexport.flat import flat, named_tensors
+from polyexport.imports import import_path
 
 Pair = namedtuple("Pair", "first second")
 
@@ -225,3 +228,16 @@ def test_arrays_are_written_under_any_name(tmp_path):
     write_arrays(tmp_path / "x.npz", arrays)
     with np.load(tmp_path / "x.npz") as found:
         assert {name: found[name].tolist() for name in found.files} == {n: a.tolist() for n, a in arrays.items()}
+
+
+def test_the_import_path_is_whole_though_the_program_goes_elsewhere(tmp_path, monkeypatch):
+    """As Hydra does, when a script has named its folder of modules by a relative path."""
+    for name in ("src", "outputs"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "src" / "only_there.py").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend("src")
+    importlib.import_module("only_there")
+    monkeypatch.chdir(tmp_path / "outputs")
+    assert import_path()[0] == str(tmp_path / "src")
+    assert all(map(os.path.isabs, import_path()))

@@ -13,8 +13,8 @@ from polyexport import toolchain
 from polyexport.elsewhere import Elsewhere, Errand, run
 from polyexport.format import Format
 from polyexport.formats import known
+from polyexport.imports import by_value
 from polyexport.job import Job, reproduce
-from polyexport.pickling import by_value
 from polyexport.process import Conversation, Ended, Kept, Workers, environment
 from polyexport.records import write_json
 from polyexport.toolchain import Toolchain

@@ -15,7 +15,6 @@ import functools
 import itertools
 import os
 import shutil
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -35,6 +34,7 @@ from polyexport.errors import BadRequest
 from polyexport.folders import point_best, take_place, unfinished
 from polyexport.format import Format, Runner
 from polyexport.formats import known, resolve
+from polyexport.imports import import_path
 from polyexport.job import Job
 from polyexport.latency import Latency
 from polyexport.module import SHARDS, WEIGHTS, further_calls
@@ -289,8 +289,7 @@ class Engine:
         return self._dispatcher(report.folder, report.folder, replace(self._bounds, threads=self._cores))
 
     def _dispatcher(self, root: Path, final: Path, bounds: Bounds, elsewhere: Elsewhere | None = None) -> Dispatcher:
-        sys_path = tuple(entry or os.getcwd() for entry in sys.path)
-        return Dispatcher(root, final, self._workers, self._slots, bounds, sys_path, elsewhere)
+        return Dispatcher(root, final, self._workers, self._slots, bounds, import_path(), elsewhere)
 
 
 # --- pieces -----------------------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ from polyexport import plain
 from polyexport.containers import opened
 from polyexport.errors import BadRequest
 from polyexport.flat import flat
-from polyexport.pickling import by_value, importable
+from polyexport.imports import by_value, importable
 from polyexport.spec import ExportSpec
 
 if TYPE_CHECKING:

@@ -1,8 +1,9 @@
-"""What cloudpickle takes along by value: the code of classes and functions that another process could not look up."""
+"""Code in another process: what it can import, from where, and what cloudpickle takes along by value instead."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -42,3 +43,9 @@ def importable(name: str) -> bool:
             return False
         places = found.submodule_search_locations
     return True
+
+
+def import_path() -> tuple[str, ...]:
+    """Where this process finds modules, as whole paths; a program may have gone elsewhere since it named a folder."""
+    finders = sys.path_importer_cache
+    return tuple(getattr(finders.get(entry), "path", None) or os.path.abspath(entry) for entry in sys.path)
