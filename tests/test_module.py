@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import os
+import threading
 from collections import UserDict, namedtuple
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import zoo
 from polyexport import BadRequest
@@ -241,3 +243,31 @@ def test_the_import_path_is_whole_though_the_program_goes_elsewhere(tmp_path, mo
     monkeypatch.chdir(tmp_path / "outputs")
     assert import_path()[0] == str(tmp_path / "src")
     assert all(map(os.path.isabs, import_path()))
+
+
+class HoldsItsData(nn.Module):
+    """As many a tutorial's module does from `setup` on; this data could not be pickled either."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(4, 2)
+        self.train_set = TensorDataset(torch.zeros(100_000, 4))
+        self.train_set.file = threading.Lock()
+        self.loaders = [DataLoader(self.train_set)]
+        self.asks = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(x) + (self.train_set.tensors[0][0, 0] if self.asks else 0)
+
+
+def test_data_that_a_module_holds_is_not_taken_along(tmp_path):
+    net = HoldsItsData().eval()
+    x = torch.randn(3, 4)
+    loaded = modules.load(saved(net, tmp_path, x))
+    assert torch.equal(copy.deepcopy(loaded)(x), net(x))
+    assert (tmp_path / "structure.pkl").stat().st_size < 20_000
+    assert isinstance(net.train_set, TensorDataset)
+    net.asks = True
+    loaded = modules.load(saved(net, tmp_path, x))
+    with pytest.raises(AttributeError, match="tensors of a TensorDataset: no data is exported, so keep what forward"):
+        loaded(x)

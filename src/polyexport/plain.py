@@ -1,8 +1,8 @@
 """A module as its author wrote it, without what training wrapped around it.
 
 `torch.compile`, FSDP, tensor parallelism and DeepSpeed put wrappers, hooks and process groups on a module, which no
-other process can use and most of which cannot be pickled. They are left out while pickling; the module that trains
-stays as it is.
+other process can use and most of which cannot be pickled. They are left out while pickling, and so are data sets that
+a module holds, which may be gigabytes; the module that trains stays as it is.
 """
 
 from __future__ import annotations
@@ -31,13 +31,14 @@ def reduced(item: Any) -> Any:
     """
     import torch
     from torch.nn.utils import parametrize
+    from torch.utils.data import DataLoader, Dataset
 
     if type(item).__name__ == "DeviceMesh":
         return type(None), ()
     if any(isinstance(each, ContextVar) for each in getattr(item, "__dict__", {}).values()):
         return _named(item)
     if not isinstance(item, torch.nn.Module):
-        return NotImplemented
+        return (Data, (type(item).__name__,)) if isinstance(item, Dataset | DataLoader) else NotImplemented
     inner = _inner(item)
     if inner is not item:
         return _itself, (inner,)
@@ -49,6 +50,22 @@ def reduced(item: Any) -> Any:
     if not isinstance(state, dict):
         return NotImplemented
     return _empty, (_own_class(kind),), _cleaned(state)
+
+
+class Data:
+    """Stands for a data set or a loader, of which nothing was taken along.
+
+    Raises:
+        AttributeError: forward asks for something of it; the message says what to do.
+    """
+
+    def __init__(self, kind: str) -> None:
+        self._kind = kind
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(
+            f"{name} of a {self._kind}: data is not exported, so keep what forward needs on the module"
+        )
 
 
 def _empty(kind: Any) -> Any:
