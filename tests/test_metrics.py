@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,11 +25,13 @@ TURNED = replace(planted("turned", wrong), tolerance=ANYTHING_GOES)
 
 
 class Judged(Noisy):
-    """Logs a `torchmetrics.Metric` too, as most do."""
+    """Logs a `torchmetrics.Metric` too, as most do, and holds its data, of which no copy can be made."""
 
     def __init__(self) -> None:
         super().__init__()
         self.accuracy = torchmetrics.Accuracy("multiclass", num_classes=CLASSES)
+        self.data = loader().dataset
+        self.data.file = threading.Lock()
 
     def validation_step(self, batch, batch_idx: int) -> None:
         super().validation_step(batch, batch_idx)

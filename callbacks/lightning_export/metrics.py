@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
+from torch.utils.data import DataLoader, Dataset
 
 from polyexport import Engine, Format, Report, Runner
 from polyexport.flat import flat, named_tensors, to_arrays
@@ -60,7 +61,9 @@ def measured(
 
 def _copied(pl_module: Any, report: Report, trainer: Any) -> Any:
     """The module with the weights that were exported, and the data module's say on batches."""
-    module = copy.deepcopy(pl_module).cpu().float()
+    held = (value for part in pl_module.modules() for value in vars(part).values())
+    data_sets = {id(value): value for value in held if isinstance(value, Dataset | DataLoader)}
+    module = copy.deepcopy(pl_module, data_sets).cpu().float()  # those are shared, and may be gigabytes
     module._metric_attributes = None  # Lightning finds a metric's name by its identity, which a copy changes
     weights = torch.load(report.folder / "source" / WEIGHTS, map_location="cpu", weights_only=True)
     module.load_state_dict(weights, strict=pl_module.strict_loading)

@@ -59,13 +59,13 @@ class Data:
         AttributeError: forward asks for something of it; the message says what to do.
     """
 
+    _kind = ""  # for a copy, which is asked for its methods before it has a state
+
     def __init__(self, kind: str) -> None:
         self._kind = kind
 
     def __getattr__(self, name: str) -> Any:
-        raise AttributeError(
-            f"{name} of a {self._kind}: data is not exported, so keep what forward needs on the module"
-        )
+        raise AttributeError(f"{name} of a {self._kind}: no data is exported, so keep what forward needs on the module")
 
 
 def _empty(kind: Any) -> Any:
