@@ -226,8 +226,9 @@ def _verdict(result: OutputParity, tolerance: Tolerance, specials: int, rows: in
 
 
 def _loses(share: float, tolerance: Tolerance, count: int, whole: int) -> bool:
-    """Whether a share of `count` rows is more than top-1 may lose of `whole`, or than half of several."""
-    allowed = min((1.0 - tolerance.top1) * max(count, whole), max(1, count / 2))
+    """Whether a share of `count` rows is more than top-1 may lose of them, and of `whole` or than half of several."""
+    may_lose = 1.0 - tolerance.top1
+    allowed = max(may_lose * count, min(may_lose * whole, max(1, count / 2)))
     return share * count > allowed + _TINY
 
 
