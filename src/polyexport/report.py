@@ -224,9 +224,9 @@ def history(report: Report) -> list[Report]:
 
 def _run(report: Report) -> Path:
     """The folder of a run's checkpoints: above the parts of a path that the export is called by."""
-    path = Path(report.checkpoint.path).with_suffix("")
-    for depth, folder in enumerate(path.parents, 1):
-        if "-".join(path.parts[-depth:]) == report.folder.name:
+    path = Path(report.checkpoint.path)
+    for depth, folder in enumerate(path.parents):
+        if "-".join([*path.parts[len(path.parts) - depth - 1 : -1], path.stem]) == report.folder.name:
             return folder
     return path.parent
 
