@@ -37,9 +37,10 @@ def one(root: Path, kind: str, name: str) -> object:
     given = next((root / "source" / "jobs").glob("onnx.*.verify.json"))
     route, source, target = ARTIFACTS[name]
     job = replace(decode(Job, read_json(given)), kind=kind, format=name, route=route, source=source, target=target)
+    ranges = replace(job.spec, calibration=(Path(job.batches[0].path),))
     try:
         if kind == "convert":
-            worker.convert(root, job)
+            worker.convert(root, replace(job, spec=ranges))
             return "made"
         return encode(worker.verify(root, replace(job, source=target))["parity"])
     except Exception as error:
