@@ -20,11 +20,11 @@ from typing import Any
 
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch.utils.data import DataLoader, Dataset
 
 from polyexport import Engine, Format, Report, Runner
 from polyexport.flat import flat, named_tensors, to_arrays
 from polyexport.module import WEIGHTS, Select, selected
+from polyexport.plain import is_data
 
 _OF_THE_BATCH = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 
@@ -62,8 +62,8 @@ def measured(
 def _copied(pl_module: Any, report: Report, trainer: Any) -> Any:
     """The module with the weights that were exported, and the data module's say on batches."""
     held = (value for part in pl_module.modules() for value in vars(part).values())
-    data_sets = {id(value): value for value in held if isinstance(value, Dataset | DataLoader)}
-    module = copy.deepcopy(pl_module, data_sets).cpu().float()  # those are shared, and may be gigabytes
+    shared = {id(value): value for value in held if is_data(value)}
+    module = copy.deepcopy(pl_module, shared).cpu().float()
     module._metric_attributes = None  # Lightning finds a metric's name by its identity, which a copy changes
     weights = torch.load(report.folder / "source" / WEIGHTS, map_location="cpu", weights_only=True)
     module.load_state_dict(weights, strict=pl_module.strict_loading)

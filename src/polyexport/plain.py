@@ -31,14 +31,13 @@ def reduced(item: Any) -> Any:
     """
     import torch
     from torch.nn.utils import parametrize
-    from torch.utils.data import DataLoader, Dataset
 
     if type(item).__name__ == "DeviceMesh":
         return type(None), ()
     if any(isinstance(each, ContextVar) for each in getattr(item, "__dict__", {}).values()):
         return _named(item)
     if not isinstance(item, torch.nn.Module):
-        return (Data, (type(item).__name__,)) if isinstance(item, Dataset | DataLoader) else NotImplemented
+        return (Data, (type(item).__name__,)) if is_data(item) else NotImplemented
     inner = _inner(item)
     if inner is not item:
         return _itself, (inner,)
@@ -50,6 +49,13 @@ def reduced(item: Any) -> Any:
     if not isinstance(state, dict):
         return NotImplemented
     return _empty, (_own_class(kind),), _cleaned(state)
+
+
+def is_data(item: Any) -> bool:
+    """Whether it is a data set or a loader, of which nobody wants a copy: it may be gigabytes, or hold an open file."""
+    from torch.utils.data import DataLoader, Dataset
+
+    return isinstance(item, Dataset | DataLoader)
 
 
 class Data:

@@ -94,10 +94,7 @@ def _behind_casts(module: Any, spec: ExportSpec) -> tuple[torch.nn.Module, tuple
     # at least two along a free axis, which a tracer would take for one
     sizes = {called: max(2, size) for called, size in spec.sizes.items()}
     inputs = tuple(
-        torch.zeros(
-            [sizes[size] if isinstance(size, str) else size for size in tensor.shape],
-            dtype=getattr(torch, tensor.dtype),
-        )
+        torch.zeros(tensor.sized(sizes.__getitem__), dtype=getattr(torch, tensor.dtype))
         for tensor in at_border(spec).inputs
     )
     return Behind(), inputs
@@ -153,7 +150,7 @@ def _translated(model: Any, spec: ExportSpec, precision: str, oldest: Any) -> An
         inputs=[
             ct.TensorType(
                 name=tensor.name,
-                shape=[free[size] if isinstance(size, str) else size for size in tensor.shape],
+                shape=tensor.sized(free.__getitem__),
                 dtype=np.dtype(tensor.dtype).type,
             )
             for tensor in border.inputs
