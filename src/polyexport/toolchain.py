@@ -183,7 +183,9 @@ def _provision(toolchain: Toolchain, folder: Path, workers: Workers) -> None:
         pins = folder / "requirements.txt"
         # cloudpickle: a user's own Format travels by value
         pins.write_text("\n".join([*toolchain.requirements, "numpy", "cloudpickle"]) + "\n", encoding="utf-8")
-        install = [uv, "pip", "install", "--quiet", "--python", str(python), "-r", str(pins), *_pip_indexes()]
+        # compiled now, since with PYTHONDONTWRITEBYTECODE, as in many images, each worker would compile all anew
+        install = [uv, "pip", "install", "--quiet", "--compile-bytecode", "--python", str(python), "-r", str(pins)]
+        install += _pip_indexes()
         if toolchain.layered:
             install += ["--overrides", str(_layer(folder, python, workers))]
         workers.output(*install)
