@@ -21,13 +21,14 @@ from typing import Any
 
 from polyexport import toolchain
 from polyexport.again import Runnable, runnables, signature
+from polyexport.axes import resized
 from polyexport.build import Watch
 from polyexport.dispatch import Dispatcher
 from polyexport.format import Format
 from polyexport.job import Batch, Job
 from polyexport.latency import ROUNDS, Latency, summarise
 from polyexport.process import Conversation
-from polyexport.reference import VALIDATION_BATCH, resized
+from polyexport.reference import VALIDATION_BATCH
 from polyexport.report import Outcome, Report
 from polyexport.spec import ExportSpec, read_arrays, write_arrays
 

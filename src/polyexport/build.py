@@ -22,9 +22,10 @@ from polyexport import gpu, plan, toolchain
 from polyexport.dispatch import Dispatcher
 from polyexport.folders import link
 from polyexport.format import MODULE, Format, Route
-from polyexport.job import Job, Kind
+from polyexport.job import Job, Kind, proofs
 from polyexport.parity import Parity
 from polyexport.process import Ended
+from polyexport.reads import named
 from polyexport.records import decode
 from polyexport.reference import Reference
 from polyexport.report import STATES, Artifact, Outcome, State, Toolchain
@@ -42,7 +43,9 @@ class Built:
 
     `retry` tells whether static shapes may do what this did not: not where a tool is missing, nor where it hung.
     `warm` tells that it was converted by a worker that had done other jobs before.
-    `shortfall` is what the verified artifact lacks of what was asked for.
+    `shortfall` is what the verified artifact lacks of what was asked for. `narrow` is that part of it which all that is
+    made from the artifact lacks too: that it is right for some data only. `frozen` are the sites in forward where a
+    trace wrote a value down.
     """
 
     outcome: Outcome
@@ -50,6 +53,8 @@ class Built:
     retry: bool = False
     warm: bool = False
     shortfall: str = ""
+    narrow: str = ""
+    frozen: tuple[str, ...] = ()
 
     @property
     def usable(self) -> bool:
@@ -142,7 +147,7 @@ class Build:
         )
         if each.needs_gpu and (why := gpu.missing()):
             return Built(replace(outcome, reason=why), "")
-        source = "source"
+        source, upstream = "source", Built(outcome, "")
         if route.upstream != MODULE:
             upstream = self._built(route.upstream, dynamic=dynamic)
             if not upstream.usable:
@@ -152,6 +157,7 @@ class Build:
         static = [] if spec.is_dynamic == self._reference.spec.is_dynamic else ["static"]
         label = ".".join([each.name, route.name, *static])
         made = self._converted(each, route, source, spec, label, outcome, fresh=fresh)
+        made = replace(made, narrow=upstream.narrow, frozen=(*upstream.frozen, *made.frozen))
         return self._verified(each, route, spec, label, made) if made.path else made
 
     def _converted(
@@ -168,7 +174,7 @@ class Build:
         outcome = replace(outcome, log=log, seconds={"convert": ended.seconds}, reproduce=command or None)
         if ended.ok:
             outcome = replace(outcome, toolchain=Toolchain(chain.name, ended.value["packages"]))
-            return Built(outcome, target, warm=ended.warm)
+            return Built(outcome, target, warm=ended.warm, frozen=tuple(ended.value["frozen"]))
         self._discard(target)  # half an artifact is none, and may have filled the disk
         state = _STATE_OF.get(ended.kind, "failed")
         retry = state == "failed" and ended.kind != "timed out"
@@ -178,17 +184,20 @@ class Build:
         """Run what was converted in a process of its own, and say whether it agrees."""
         self._watch(each.name, f"verifying ({route.name})")
         runtime, log = toolchain.find(each.runtime or route.toolchain), made.outcome.log or ""
-        batches = self._reference.batches if spec.is_dynamic else self._reference.batches[:1]
+        # in low precision other values may leave the ranges that it was calibrated for
+        batches = proofs(self._reference.batches, dynamic=spec.is_dynamic, made_up=each.precision == "float32")
         job = self._job(each, "verify", made.path, spec, batches=batches, noise=self._reference.noise)
         ended, command = self._dispatcher.run(job, runtime, f"{label}.verify", log, gpu=each.needs_gpu)
         outcome = replace(made.outcome, seconds={**made.outcome.seconds, "verify": ended.seconds})
         outcome = judged(outcome, ended, command, made.path)
-        if outcome.state == "mismatch" and self._reference.undecidable:
+        if outcome.state in ("verified", "mismatch") and self._reference.undecidable:
             why = f"nothing can be proven: {self._reference.undecidable}"
             outcome = replace(outcome, state="unverified", reason=why)
         retry = outcome.state in ("failed", "mismatch") and ended.kind != "timed out"
-        shortfall = ended.value.get("shortfall", "") if ended.ok else ""
-        return replace(made, outcome=outcome, retry=retry, shortfall=shortfall)
+        found = ended.value if ended.ok else {}
+        narrow = made.narrow or _narrow(found.get("elsewhere", ""), made.frozen, self._reference)
+        lost = [why for why in (narrow, found.get("shortfall", "")) if why]
+        return replace(made, outcome=outcome, retry=retry, shortfall="; ".join(lost), narrow=narrow)
 
     def _job(self, each: Format, kind: Kind, source: str, spec: ExportSpec, **more: Any) -> Job:
         if kind != "convert" or not each.calibrated:
@@ -230,6 +239,20 @@ def judged(outcome: Outcome, ended: Ended, command: str, target: str) -> Outcome
     if parity.passed:
         return replace(outcome, state="verified")
     return replace(outcome, state="mismatch", reason=parity.reason, reproduce=command)
+
+
+def _narrow(elsewhere: str, frozen: Sequence[str], reference: Reference) -> str:
+    """Why an artifact is right for some data only: `elsewhere` is where it was seen to be wrong, if anywhere."""
+    kept = set(frozen) & set(reference.read_at)
+    if elsewhere:
+        since = f"; a trace keeps one side of what forward decides by its data at {named(kept)}" if kept else ""
+        return f"right on data like the first batch only: {elsewhere}{since}"
+    one = kept & set(reference.one_side)
+    return (
+        f"one branch only, since forward decides by its data and every batch took the same ({named(one)})"
+        if one
+        else ""
+    )
 
 
 def _unlike(one: Outcome, other: Outcome) -> bool:

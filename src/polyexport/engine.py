@@ -26,6 +26,7 @@ from typing import Any
 
 from polyexport import toolchain
 from polyexport.again import runnables, runner, verify
+from polyexport.axes import Dynamic
 from polyexport.bench import bench, sweep
 from polyexport.build import Build
 from polyexport.dispatch import Bounds, Dispatcher
@@ -40,7 +41,7 @@ from polyexport.latency import Latency
 from polyexport.module import SHARDS, WEIGHTS, further_calls
 from polyexport.process import Workers
 from polyexport.records import decode, encode, read_json, write_json
-from polyexport.reference import Dynamic, Reference
+from polyexport.reference import Reference
 from polyexport.report import Checkpoint, Model, Outcome, Report, State, history, sentence
 from polyexport.versions import git_commit
 

@@ -44,7 +44,7 @@ import numpy as np
 from polyexport.errors import CannotRun, ToolMissing
 from polyexport.folders import UNFINISHED
 from polyexport.format import Format, Route, Runner
-from polyexport.job import TEMPORARY, Job, result_path
+from polyexport.job import TEMPORARY, Batch, Job, result_path
 from polyexport.records import decode, read_json, write_json
 from polyexport.spec import Arrays, read_arrays, write_arrays
 
@@ -130,8 +130,11 @@ def convert(root: Path, job: Job) -> Any:
     target = root / job.target  # an absolute target stays as it is
     target.parent.mkdir(parents=True, exist_ok=True)
     spec = replace(job.spec, calibration=tuple(root / path for path in job.spec.calibration))
+    from polyexport.reads import frozen_sites
+
     try:
-        route.convert(root / job.source, target, spec)
+        with frozen_sites() as frozen:
+            route.convert(root / job.source, target, spec)
     except BaseException:
         # it may have filled the disk, and the result needs room
         shutil.rmtree(target if each.artifact == "." else target.parent, ignore_errors=True)
@@ -140,34 +143,41 @@ def convert(root: Path, job: Job) -> Any:
         raise RuntimeError(f"the converter ended without an error, but wrote no {each.artifact}")
     from polyexport.versions import versions
 
-    return {"packages": versions(job.options.get("packages", ()))}
+    return {"packages": versions(job.options.get("packages", ())), "frozen": sorted(frozen)}
 
 
 def verify(root: Path, job: Job) -> Any:
     """Load the artifact from disk, run it on every batch, compare.
 
-    A runner may say what it is beyond a function: `verified_by` (see `Parity`), the artifact's own `signature` where
-    that is not PyTorch's, and its `shortfall`, what was asked for and dropped.
+    Where it disagrees on batches of other values only, that is told as `elsewhere`: which, and how. A runner may say
+    what it is beyond a function: `verified_by` (see `Parity`), the artifact's own `signature` where that is not
+    PyTorch's, and its `shortfall`, what was asked for and dropped.
     """
-    from polyexport.parity import compare, merge
+    from polyexport.parity import Parity, compare, merge
 
     assert job.spec is not None, "a job that runs an artifact has its signature"
     each, _ = _declared(root, job)
     artifact = root / job.source
     runner = _load(root, job)
-    results = []
+    results: list[Parity] = []
+    elsewhere = ""
     whole: Arrays | None = None  # the validation batch's, which comes first
     for batch in job.batches:
         inputs, reference = _inputs(root / batch.path, job), read_arrays(root / batch.path, job.spec.output_names)
         if not any(_says_something(array) for array in reference.values()):
             raise CannotRun("PyTorch itself answers nothing but NaN or infinity, which proves nothing")
-        results.append(compare(runner(inputs), reference, each.limits, None if whole else job.noise, whole))
+        noise = None if whole else job.noise
+        if batch.label:
+            elsewhere = elsewhere or _apart(runner, batch, inputs, reference, each, whole)
+        else:
+            results.append(compare(runner(inputs), reference, each.limits, noise, whole))
         whole = whole or reference
     folder = artifact if artifact.is_dir() else artifact.parent
     verified_by = getattr(runner, "verified_by", None)
-    parity = replace(merge(results, [batch.sizes for batch in job.batches]), verified_by=verified_by)
+    sizes = [batch.sizes for batch in job.batches if not batch.label]
+    parity = replace(merge(results, sizes), verified_by=verified_by)
     own = {name: getattr(runner, name) for name in ("signature", "shortfall") if hasattr(runner, name)}
-    return {"parity": parity, **own, **_fingerprint(folder)}
+    return {"parity": parity, "elsewhere": elsewhere, **own, **_fingerprint(folder)}
 
 
 def bench(root: Path, job: Job, lines: Iterator[bytes], answers: TextIO) -> int:
@@ -265,6 +275,19 @@ def _load(root: Path, job: Job) -> Runner:
 def _inputs(path: Path, job: Job) -> Arrays:
     assert job.spec is not None, "a job that runs an artifact has its signature"
     return read_arrays(path, job.spec.input_names)
+
+
+def _apart(runner: Runner, batch: Batch, inputs: Arrays, reference: Arrays, each: Format, whole: Arrays | None) -> str:
+    """How an artifact disagrees with PyTorch on a batch of other values; empty where it agrees."""
+    from polyexport.parity import compare
+
+    where = ", ".join([batch.label, *(f"{name}={size}" for name, size in batch.sizes.items())])
+    try:
+        why = compare(runner(inputs), reference, each.limits, None, whole).reason
+    except Exception as error:  # a runtime refuses sizes with any exception
+        traceback.print_exc()
+        why = _one_line(error)
+    return f"on {where}: {why}" if why else ""
 
 
 def _says_something(array: np.ndarray) -> bool:
