@@ -11,10 +11,13 @@ import pytest
 import torch
 from torch import nn
 
-from polyexport import build, module, reference, worker
-from polyexport.job import Job, proofs
-from polyexport.other_values import changed, jittered
-from polyexport.reference import Reference
+from polyexport import worker
+from polyexport.capture import snapshot as module
+from polyexport.engine import routes as build
+from polyexport.measure import reference
+from polyexport.measure.other_values import changed, jittered
+from polyexport.measure.reference import Reference
+from polyexport.workers.job import Job, proofs
 
 X = torch.randn(6, 5, generator=torch.Generator().manual_seed(3))
 

@@ -1,0 +1,396 @@
+"""The reference: what the untouched checkpoint answers on the validation batch, at further sizes and on other values.
+
+Runs in a worker. Everything that the later steps have to know about the model is found out here, by running it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from polyexport.capture import sharded
+from polyexport.capture import snapshot as modules
+from polyexport.capture.flatten import as_runner, to_arrays
+from polyexport.format import Runner, Tolerance
+from polyexport.measure import dynamic_axes
+from polyexport.measure.dynamic_axes import Axes, Dynamic, resized
+from polyexport.measure.other_values import changed, jittered
+from polyexport.measure.parity import compare, noise_floor
+from polyexport.measure.reads import FailedAt, Reads, reads
+from polyexport.spec import Arrays, ExportSpec, write_arrays
+from polyexport.tracing.decompositions import plain_attention
+from polyexport.versions import environment
+from polyexport.workers.job import Batch
+
+if TYPE_CHECKING:
+    import torch
+
+VALIDATION_BATCH = "validation_batch.npz"
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """What the worker found out about the model.
+
+    Attributes:
+        spec: The signature.
+        class_name: The module's class, with where it is from.
+        parameters: How many.
+        checkpoint_sha256: Of the file as it came.
+        checkpoint_at: The `epoch` and `global_step` that stand in the checkpoint, where they do.
+        batches: What an artifact has to answer, the validation batch first.
+        noise: Noise floor of each output.
+        environment: Versions, commit and threads.
+        static_because: Set when a dynamic axis was asked for that the module itself cannot do.
+        undecidable: Set when it does not agree with itself.
+        read_at: The sites (`file:line`) at which forward reads numbers or truth values of its inputs into Python.
+        one_side: Those of them of which every batch took the same side.
+        notes: What the report has to say.
+    """
+
+    spec: ExportSpec
+    class_name: str
+    parameters: int
+    checkpoint_sha256: str
+    checkpoint_at: Mapping[str, int]
+    batches: tuple[Batch, ...]
+    noise: Mapping[str, float] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict)
+    static_because: str = ""
+    undecidable: str = ""
+    read_at: tuple[str, ...] = ()
+    one_side: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """Inputs together with what PyTorch answers; the rest as in `Batch`."""
+
+    arrays: Arrays
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    label: str = ""
+    real: bool = True
+
+
+def make(root: Path, source: Path, dynamic: Dynamic, commit: str = "") -> Reference:
+    """Run the module of `source`; write `validation_batch.npz`, further batches and the example to trace with.
+
+    `commit` is the code's, of which this machine need not have a repository.
+
+    Raises:
+        BadRequest: the module cannot be rebuilt, or its inputs cannot be fed to a converter.
+        ToolMissing: the checkpoint is in shards, and what joins them is not installed.
+    """
+    import torch
+
+    model, sha256, at = _loaded(source)
+    own = _on_copies(as_runner(model))
+    run = plain_attention()(own)
+    inputs = to_arrays(model.input_names, model.example)
+    outputs = run(inputs)
+    again = run(inputs)
+    notes: list[str] = []
+    if any(isinstance(each, torch.nn.TransformerEncoder) for each in model.modules()):
+        notes += _fused_apart(own(inputs), outputs)
+    notes += [f"output {name} holds no tensor and is not exported" for name in model.dropped]
+    others, note = _other_batches(source, model.input_names, inputs)
+    notes += note
+    axes, sizes, batches, why_not = _sized(run, inputs, outputs, others, dynamic)
+    notes += _fixed_though_varying(inputs, others, axes, dynamic)
+    real = [each.arrays for each in batches if each.label]
+    values, tried = _with_other_values(model, run, inputs, outputs, real)
+    batches += [replace(each, sizes=sizes) for each in values]
+    described, own_sizes = dynamic_axes.describe_outputs(outputs, sizes, [(b.sizes, b.arrays) for b in batches])
+    about = environment()
+    spec = ExportSpec(
+        inputs=tuple(dynamic_axes.describe(name, array, axes.get(name, {})) for name, array in inputs.items()),
+        outputs=described,
+        sizes=sizes | own_sizes,
+        calibration=(Path(VALIDATION_BATCH), *(_written(root, _call_arrays(index), others[index]) for index in others)),
+    )
+    example = resized(inputs, axes, {name: max(2, size) for name, size in sizes.items()})
+    write_arrays(source / "example.npz", example)
+    undecidable = _undecidable(outputs, (again, *_in_between(run, inputs)))
+    noise, note = _noise(model, inputs, outputs)
+    batches.insert(0, Answered(inputs | outputs, sizes))
+    paths = [VALIDATION_BATCH, *(f"source/batch_{index}.npz" for index in range(1, len(batches)))]
+    return Reference(
+        spec=_with_metadata(spec, sha256, commit, about),
+        class_name=_class_name(model),
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        checkpoint_sha256=sha256,
+        checkpoint_at=at,
+        batches=tuple(
+            Batch(_written(root, path, each.arrays).as_posix(), each.sizes, each.label, each.real)
+            for path, each in zip(paths, batches, strict=True)
+        ),
+        noise=noise,
+        environment=about | {"git_commit": commit, "threads": str(torch.get_num_threads())},
+        static_because=why_not,
+        undecidable=undecidable,
+        read_at=tuple(tried.values),
+        one_side=tried.one_side(),
+        notes=(*notes, *note),
+    )
+
+
+def _loaded(source: Path) -> tuple[Any, str, Mapping[str, int]]:
+    """The flat module, the SHA-256 of its checkpoint, and when that was made."""
+    weights = source / modules.WEIGHTS
+    if (source / modules.SHARDS).exists():
+        sharded.join(source / modules.SHARDS, weights)
+    model = modules.load(source)
+    return model, _sha256(weights), _keep_only_weights(weights)
+
+
+def _undecidable(outputs: Arrays, later: Iterable[Arrays]) -> str:
+    """Why nothing can be proven, where the module answers later calls with the same inputs differently."""
+    for answer in later:
+        found = compare(answer, outputs, Tolerance.for_precision("float32"))
+        if not found.passed:
+            return (
+                "forward answers two calls differently in eval mode: by chance, or by a state that it keeps, which "
+                f"would have to be an input and an output ({found.reason})"
+            )
+    return ""
+
+
+def _in_between(run: Runner, inputs: Arrays) -> Iterator[Arrays]:
+    """Answers to the same inputs after all that was run, and once more after others."""
+    yield run(inputs)
+    for _, values in itertools.islice(changed(inputs), 1):
+        with contextlib.suppress(Exception):  # forward is the user's, and need not take them
+            run(values)
+        yield run(inputs)
+
+
+def _written(root: Path, path: str, arrays: Arrays) -> Path:
+    """Write a batch to `path`, relative to `root`, which is returned."""
+    write_arrays(root / path, arrays)
+    return Path(path)
+
+
+def _call_arrays(index: int) -> str:
+    """Where the inputs of a further call lie as arrays."""
+    return modules.call_file(Path("source"), index).with_suffix(".npz").as_posix()
+
+
+# --- sizes and values -------------------------------------------------------------------------------------------------
+
+
+def _other_batches(source: Path, names: Sequence[str], inputs: Arrays) -> tuple[dict[int, Arrays], tuple[str, ...]]:
+    """The inputs of further saved calls, by index; those that are not of the first one's kind are left out."""
+    alike: dict[int, Arrays] = {}
+    calls = modules.further_calls(source)
+    for call in calls:
+        tensors = modules.call_tensors(call)
+        arrays = to_arrays(names, tensors) if len(tensors) == len(names) else {}
+        if arrays and all((a.dtype, a.ndim) == (inputs[name].dtype, inputs[name].ndim) for name, a in arrays.items()):
+            alike[int(call.stem.removeprefix("call_"))] = arrays
+    lost = len(calls) - len(alike)
+    return alike, (f"{lost} of {len(calls)} further batches are not like the first and are left out",) * bool(lost)
+
+
+def _sized(
+    run: Runner, inputs: Arrays, outputs: Arrays, others: Mapping[int, Arrays], dynamic: Dynamic
+) -> tuple[Axes, dict[str, int], list[Answered], str]:
+    """Dynamic axes, their sizes in the validation batch, batches of other sizes and values, and why no axis is dynamic.
+
+    Of further batches these are the first, the smallest and the largest.
+    """
+    axes = dynamic_axes.chosen(inputs, tuple(others.values()), dynamic)
+    sizes = dynamic_axes.sizes_of(inputs, axes)
+    found, why_not = dynamic_axes.further(run, inputs, outputs, axes, sizes)
+    real = _real(run, inputs, outputs, others, axes)
+    if why_not and all(each.sizes == sizes for each in real):
+        axes, sizes = {}, {}
+        real = _real(run, inputs, outputs, others, axes)
+    else:
+        why_not = ""
+    return axes, sizes, [*(Answered(batch, at) for at, batch in found), *real], why_not
+
+
+def _real(run: Runner, inputs: Arrays, outputs: Arrays, others: Mapping[int, Arrays], axes: Axes) -> list[Answered]:
+    """Of further batches the first, the smallest and the largest, as far as they fit and PyTorch answers them."""
+    fitting: dict[int, dict[str, int]] = {}
+    for index, batch in others.items():
+        sizes = dynamic_axes.fitting(batch, inputs, axes)
+        if sizes is not None:
+            fitting[index] = sizes
+    by_size = sorted(fitting, key=lambda index: sum(array.size for array in others[index].values()))
+    found = []
+    for index in dict.fromkeys([*fitting][:1] + by_size[:1] + by_size[-1:]):
+        label = f"batch {index + 1} of the data"
+        answer = dynamic_axes.answered(run, others[index], outputs, label)
+        if not isinstance(answer, str):
+            found.append(Answered(others[index] | answer, fitting[index], label))
+    return found
+
+
+def _fixed_though_varying(inputs: Arrays, others: Mapping[int, Arrays], axes: Axes, dynamic: Dynamic) -> list[str]:
+    """A note on axes that differ between batches and are fixed, and what frees them."""
+    left = dynamic_axes.varying(inputs, tuple(others.values()), axes)
+    if dynamic is True or not left:
+        return []
+    seen = [
+        f"axis {axis} of {name} ({', '.join(str(batch[name].shape[axis]) for batch in (inputs, *others.values()))})"
+        for name, named in left.items()
+        for axis in named
+    ]
+    wanted = {name: {**axes.get(name, {}), **left.get(name, {})} for name in {**axes, **left}}
+    return [f"of other sizes in other batches, and fixed as asked: {'; '.join(seen)}; dynamic={wanted} frees them"]
+
+
+_ENOUGH = 6
+"""How many changes of values a forward has to answer that reads data; of one that reads none it is one."""
+_A_TENTH = replace(Tolerance.for_precision("float32"), rtol=1e-4, atol=1e-5)
+"""Of what an artifact may be off."""
+
+
+class _Tried:
+    """What forward read in the batches that artifacts have to answer, and the ways that it took."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, set[tuple[str, ...]]] = {}
+        self.paths: set[int] = set()
+        self.refused: set[str | None] = set()
+
+    def add(self, told: Reads) -> None:
+        self.paths.add(told.path)
+        for site, values in told.values.items():
+            self.values.setdefault(site, set()).add(values)
+
+    def is_news(self, told: Reads) -> bool:
+        """Whether it takes another way, or reads another value where there was one only."""
+        return told.path not in self.paths or any(
+            values not in self.values.get(site, ()) and len(self.values.get(site, ())) < 2
+            for site, values in told.values.items()
+        )
+
+    def one_side(self) -> tuple[str, ...]:
+        """Sites of which one side was seen: of truth values that one; of numbers one, or several but one way.
+
+        A site counts as tried too where another reading makes forward raise.
+        """
+        return tuple(
+            site
+            for site, found in self.values.items()
+            if site not in self.refused
+            and (len(found) == 1 or (len(self.paths) == 1 and not {"True", "False"}.issuperset(*found)))
+        )
+
+
+def _with_other_values(
+    model: Any, run: Runner, inputs: Arrays, outputs: Arrays, real: Sequence[Arrays]
+) -> tuple[list[Answered], _Tried]:
+    """Batches with values made from the data, and what forward read in them: those changes that make a difference."""
+    tried = _Tried()
+    for batch in (inputs, *real):
+        with contextlib.suppress(FailedAt):  # it ran before, so that only the watching fails
+            tried.add(_reads(model, batch))
+    found: list[Answered] = []
+    for label, values in changed(inputs, [{name: batch[name] for name in inputs} for batch in real]):
+        if len(found) >= (_ENOUGH if tried.values else 1):
+            break
+        try:
+            told = _reads(model, values)
+        except FailedAt as error:
+            tried.refused.add(error.site)
+            continue
+        answer = _sound(run, values, outputs) if not found or tried.is_news(told) else None
+        if answer is not None:
+            found.append(Answered(values | answer, label=label, real=False))
+            tried.add(told)
+    return found, tried
+
+
+def _reads(model: Any, inputs: Arrays) -> Reads:
+    return plain_attention()(reads)(model, inputs)
+
+
+def _sound(run: Runner, inputs: Arrays, outputs: Arrays) -> Arrays | None:
+    """What PyTorch answers, if it is finite as far as `outputs` are, and moves no more than rounding may move it."""
+    answer = dynamic_axes.answered(run, inputs, outputs, "")
+    moved = dynamic_axes.answered(run, jittered(inputs), outputs, "")
+    if isinstance(answer, str) or isinstance(moved, str):
+        return None
+    if any(
+        np.isfinite(array).mean() < np.isfinite(outputs[name]).mean() for name, array in answer.items() if array.size
+    ):
+        return None
+    return answer if compare(moved, answer, _A_TENTH).passed else None
+
+
+def eager(source: Path, *, threads: int) -> Runner:
+    """PyTorch itself, as a runtime like the others."""
+    import torch
+
+    torch.set_num_threads(threads)
+    return as_runner(modules.load(source))
+
+
+def _fused_apart(fused: Arrays, outputs: Arrays) -> list[str]:
+    """A note where PyTorch's fused path for transformers answers otherwise, as it does at masked positions."""
+    apart = compare(fused, outputs, Tolerance.for_precision("float32"))
+    if apart.passed:
+        return []
+    return [
+        "PyTorch's fused path for nn.TransformerEncoder answers otherwise where a padding mask masks (zeros); "
+        f"the reference is its plain path, the one that was trained: {apart.reason}"
+    ]
+
+
+def _on_copies(run: Runner) -> Runner:
+    """For a forward that changes its inputs in place, which are those of later calls too."""
+    return lambda inputs: run({name: array.copy() for name, array in inputs.items()})
+
+
+def _noise(model: torch.nn.Module, inputs: Arrays, outputs: Arrays) -> tuple[dict[str, float], tuple[str, ...]]:
+    """Float32 against float64, the same module."""
+    try:
+        doubled = {n: a.astype(np.float64) if a.dtype == np.float32 else a for n, a in inputs.items()}
+        return noise_floor(outputs, plain_attention()(_on_copies(as_runner(model.double())))(doubled)), ()
+    except Exception as error:  # a module with a fixed dtype in its forward has no float64 twin; that is no failure
+        return {}, (f"no noise floor: the module does not run in float64 ({type(error).__name__})",)
+    finally:
+        model.float()  # every float32 has a float64 of its own, so nothing is lost on the way there and back
+
+
+# --- the rest ---------------------------------------------------------------------------------------------------------
+
+
+def _with_metadata(spec: ExportSpec, sha256: str, commit: str, about: Mapping[str, str]) -> ExportSpec:
+    signature = {"inputs": "; ".join(map(str, spec.inputs)), "outputs": "; ".join(map(str, spec.outputs))}
+    versions = {name: version for name, version in about.items() if name in ("lightning-export", "torch", "lightning")}
+    return replace(spec, metadata={"checkpoint_sha256": sha256, "git_commit": commit, **signature, **versions})
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _keep_only_weights(path: Path) -> dict[str, int]:
+    """Replace a checkpoint by its state dict, since optimizer states serve no export; returns when it was made."""
+    import torch
+
+    blob = modules.read_checkpoint(path)
+    temporary = path.with_suffix(".tmp")
+    torch.save(blob.get("state_dict", blob), temporary)
+    at = {key: blob[key] for key in ("epoch", "global_step") if isinstance(blob.get(key), int)}
+    del blob  # Windows replaces no file that is mapped into memory
+    temporary.replace(path)
+    return at
+
+
+def _class_name(model: torch.nn.Module) -> str:
+    inner = getattr(model, "inner", model)
+    return f"{type(inner).__module__}.{type(inner).__qualname__}"
