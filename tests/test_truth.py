@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import nn
 
 from polyexport import worker
 from polyexport.capture import snapshot as module
+from polyexport.capture.answer import ANSWER, ask
 from polyexport.engine import routes as build
 from polyexport.measure import reference
 from polyexport.measure.other_values import changed, jittered
@@ -22,14 +24,20 @@ from polyexport.workers.job import Job, proofs
 X = torch.randn(6, 5, generator=torch.Generator().manual_seed(3))
 
 
-def prepared(folder: Path, net: nn.Module, *calls, dynamic=True) -> Reference:
-    """The reference of a module, by what it received in one validation batch after another."""
+def prepared(folder: Path, net: nn.Module, *calls, dynamic=True, trained: nn.Module | None = None) -> Reference:
+    """The reference of a module, by what it received in one validation batch after another.
+
+    `trained` is the one whose answer is recorded.
+    """
     source = folder / "source"
     source.mkdir()
     for index, call in enumerate(calls):
         module.save_call(*module.as_call(call), source, index)
     module.save_structure(net, None, source)
     torch.save(net.state_dict(), source / module.WEIGHTS)
+    if trained is not None:
+        ask(trained, module.as_call(calls[0]), source)
+        assert (source / ANSWER).exists()
     return reference.make(folder, source, dynamic)
 
 
@@ -218,3 +226,117 @@ def test_fixed_sizes_are_proven_on_other_values_of_those_sizes(tmp_path):
     assert {tuple(each.sizes.values()) for each in fixed} == {(12, 30, 4)}
     assert [each.label for each in fixed][1:] == ["rows mixed and negated"]
     assert all(each.real for each in proofs(found.batches, dynamic=True, made_up=False)), "of low precision"
+
+
+# --- what was trained -------------------------------------------------------------------------------------------------
+
+
+class Cooled(nn.Module):
+    """A head whose temperature is no parameter."""
+
+    def __init__(self, temperature: float = 1.0) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.head, self.temperature = nn.Linear(5, 3), temperature
+        self.register_buffer("shift", torch.zeros(3), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(x) / self.temperature + self.shift
+
+
+def shifted() -> Cooled:
+    net = Cooled()
+    net.shift += 0.1
+    return net
+
+
+@pytest.mark.parametrize(("trained", "same"), [(Cooled(), True), (Cooled(1.01), False), (shifted(), False)])
+def test_a_module_that_does_not_answer_what_was_trained_proves_nothing(tmp_path, trained, same):
+    found = prepared(tmp_path, Cooled(), X, trained=trained)
+    assert (found.undecidable == "") == same
+    assert same or "does not answer what it did in the process that trained it (output_0 is off by" in found.undecidable
+
+
+def test_an_answer_that_was_given_with_other_weights_tells_nothing(tmp_path):
+    later = Cooled(5.0)
+    with torch.no_grad():
+        later.head.weight *= 1.001
+    assert prepared(tmp_path, Cooled(), X, trained=later).undecidable == ""
+
+
+def test_low_precision_in_training_is_rounding_and_a_temperature_is_not(tmp_path):
+    for name, temperature, same in (("same", 1.0, True), ("other", 1.5, False)):
+        (tmp_path / name).mkdir()
+        with torch.autocast("cpu", torch.bfloat16):
+            found = prepared(tmp_path / name, Cooled(), X, trained=Cooled(temperature))
+        assert (found.undecidable == "") == same
+
+
+def test_asking_a_module_leaves_it_as_it_was(tmp_path):
+    net, state = Keeps(STATES["a count"]).train(), torch.get_rng_state()
+    ask(net, module.as_call(X), tmp_path)
+    assert (tmp_path / ANSWER).exists()
+    assert net.training
+    assert torch.equal(net.state, torch.zeros(5))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+USERS = """
+import torch
+SCALE = 1.0
+def bend(x):
+    return x
+class Net(torch.nn.Module):
+    power = 1
+    def __init__(self):
+        super().__init__()
+        self.head = torch.nn.Linear(5, 3)
+    def forward(self, x):
+        return bend(self.head(x) * SCALE) ** self.power
+"""
+
+
+def doubled(x):
+    return 2 * x
+
+
+@pytest.mark.parametrize("change", ["SCALE", "bend", "Net.power", "Net.forward"])
+def test_what_a_script_set_in_an_imported_file_is_set_again(tmp_path, monkeypatch, change):
+    name = "users_" + change.replace(".", "_")
+    (tmp_path / f"{name}.py").write_text(USERS)
+    monkeypatch.syspath_prepend(tmp_path)
+    home = importlib.import_module(name)
+    values = {"SCALE": 3.0, "bend": doubled, "Net.power": 3, "Net.forward": lambda self, x: self.head(x) - 1}
+    owner = home.Net if "." in change else home
+    attribute = change.rpartition(".")[2]
+    net, was = home.Net(), vars(owner)[attribute]
+    setattr(owner, attribute, values[change])
+    source = tmp_path / "source"
+    source.mkdir()
+    module.save_call((X,), {}, source)
+    module.save_structure(net, None, source)
+    torch.save(net.state_dict(), source / module.WEIGHTS)
+    ask(net, module.as_call(X), source)
+    expected = net(X).detach().numpy()
+    setattr(owner, attribute, was)  # as a worker imports it
+    found = reference.make(tmp_path, source, True)
+    assert found.undecidable == ""
+    assert found.notes == (f"set as they were in the process that trained: {name}.{change}",)
+    np.testing.assert_allclose(np.load(tmp_path / "validation_batch.npz")["output_0"], expected, rtol=1e-5)
+    setattr(owner, attribute, was)
+    module.load(source)
+    assert vars(owner)[attribute] is not was, "every later worker sets it too"
+
+
+def test_what_a_script_changed_in_a_package_leaves_nothing_to_prove(tmp_path, monkeypatch):
+    net = nn.Sequential(nn.Linear(5, 3), nn.GELU())
+    relu = nn.functional.relu
+    with monkeypatch.context() as patch:
+        patch.setattr(nn.functional, "gelu", lambda x, approximate: relu(x))
+        source = tmp_path / "source"
+        source.mkdir()
+        module.save_call((X,), {}, source)
+        module.save_structure(net, None, source)
+        torch.save(net.state_dict(), source / module.WEIGHTS)
+        ask(net, module.as_call(X), source)
+    assert "does not answer what it did" in reference.make(tmp_path, source, True).undecidable

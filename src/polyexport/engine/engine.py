@@ -386,8 +386,10 @@ def export(
             judged on it, so give real data.
         formats: Names, aliases or `Format` values.
         into: Folder that becomes the export. An earlier export in it is replaced.
-        dynamic: True frees the batch axis, False none; or input name -> {axis: name}.
-        calibration: Further inputs, each like `inputs`; int8 formats take their number ranges from all of them.
+        dynamic: True frees the batch axis and every axis whose size differs between `inputs` and `calibration`, False
+            none; or input name -> {axis: name}.
+        calibration: Further inputs, each like `inputs`; int8 formats take their number ranges from all of them, and
+            every artifact has to answer some of them.
         bench: Whether to time the artifacts.
         timeout: Seconds that one conversion or verification may take.
         workers: How many jobs run side by side; by default half the cores, at least two.
@@ -404,6 +406,7 @@ def export(
     """
     import torch
 
+    from polyexport.capture.answer import ask
     from polyexport.capture.snapshot import as_call, save_call, save_structure
 
     chosen = resolve(formats)
@@ -414,6 +417,7 @@ def export(
         for index, call in enumerate(itertools.chain([inputs], calibration)):
             save_call(*as_call(call), work / "source", index)
         save_structure(module, None, work / "source")
+        ask(module, as_call(inputs), work / "source")
         torch.save(module.state_dict(), work / "source" / WEIGHTS)
         with Engine(workers=workers, timeout=timeout, executor=executor, staging=staging, tell=progress) as engine:
             report = engine.submit(Request(work, final.name, chosen, dynamic, best=False)).result()

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from polyexport.capture import sharded
+from polyexport.capture import sharded, surroundings
 from polyexport.capture import snapshot as modules
+from polyexport.capture.answer import disagreement
 from polyexport.capture.flatten import as_runner, to_arrays
 from polyexport.format import Runner, Tolerance
 from polyexport.measure import dynamic_axes
@@ -92,12 +93,13 @@ def make(root: Path, source: Path, dynamic: Dynamic, commit: str = "") -> Refere
     import torch
 
     model, sha256, at = _loaded(source)
+    unlike_trained, note = _as_trained(source, model)
     own = _on_copies(as_runner(model))
     run = plain_attention()(own)
     inputs = to_arrays(model.input_names, model.example)
     outputs = run(inputs)
     again = run(inputs)
-    notes: list[str] = []
+    notes = [*note]
     if any(isinstance(each, torch.nn.TransformerEncoder) for each in model.modules()):
         notes += _fused_apart(own(inputs), outputs)
     notes += [f"output {name} holds no tensor and is not exported" for name in model.dropped]
@@ -118,7 +120,7 @@ def make(root: Path, source: Path, dynamic: Dynamic, commit: str = "") -> Refere
     )
     example = resized(inputs, axes, {name: max(2, size) for name, size in sizes.items()})
     write_arrays(source / "example.npz", example)
-    undecidable = _undecidable(outputs, (again, *_in_between(run, inputs)))
+    undecidable = unlike_trained or _undecidable(outputs, (again, *_in_between(run, inputs)))
     noise, note = _noise(model, inputs, outputs)
     batches.insert(0, Answered(inputs | outputs, sizes))
     paths = [VALIDATION_BATCH, *(f"source/batch_{index}.npz" for index in range(1, len(batches)))]
@@ -147,8 +149,33 @@ def _loaded(source: Path) -> tuple[Any, str, Mapping[str, int]]:
     weights = source / modules.WEIGHTS
     if (source / modules.SHARDS).exists():
         sharded.join(source / modules.SHARDS, weights)
-    model = modules.load(source)
-    return model, _sha256(weights), _keep_only_weights(weights)
+    sha256, at = _sha256(weights), _keep_only_weights(weights)
+    return modules.load(source), sha256, at
+
+
+def _as_trained(source: Path, model: Any) -> tuple[str, tuple[str, ...]]:
+    """Why nothing can be proven, where the training process answered otherwise with the same weights; and a note.
+
+    Where globals of the user's files are what makes the difference, they are set from now on.
+    """
+    why = _disagreement(source, model)
+    if not why:
+        return "", ()
+    names: list[str] = []
+    if (source / surroundings.OFFERED).exists():
+        names = surroundings.put_back(modules.restore(source / surroundings.OFFERED))
+    if names and not _disagreement(source, model):
+        surroundings.accept(source)
+        return "", (f"set as they were in the process that trained: {', '.join(names)}",)
+    return (
+        f"the module that is rebuilt here does not answer what it did in the process that trained it ({why}): forward "
+        "depends on something that is neither in the checkpoint nor an attribute of the module"
+    ), ()
+
+
+def _disagreement(source: Path, model: Any) -> str:
+    """With PyTorch's fused path for transformers, which it may have taken, or without it."""
+    return disagreement(source, model) and plain_attention()(disagreement)(source, model)
 
 
 def _undecidable(outputs: Arrays, later: Iterable[Arrays]) -> str:
