@@ -15,7 +15,7 @@ from torch import nn
 from polyexport import worker
 from polyexport.capture import snapshot as module
 from polyexport.capture.answer import ANSWER, ask
-from polyexport.engine import routes as build
+from polyexport.engine import routes
 from polyexport.measure import reference
 from polyexport.measure.other_values import changed, jittered
 from polyexport.measure.reference import Reference
@@ -81,7 +81,7 @@ def test_a_branch_on_data_that_a_trace_froze_is_told_with_its_line(tmp_path, nam
     assert found.one_side == ()
     verified, frozen = traced(tmp_path, found)
     assert verified["parity"].passed, "it is right on the first batch"
-    why = build._narrow(verified["elsewhere"], frozen, found)
+    why = routes.narrow(verified["elsewhere"], frozen, found)
     assert why.startswith("right on data like the first batch only: on ")
     assert f"a trace keeps one side of what forward decides by its data at {Path(__file__).name}:" in why
 
@@ -91,11 +91,11 @@ def test_a_branch_that_no_value_reached_is_told_where_a_trace_froze_it(tmp_path)
     assert found.one_side == found.read_at
     verified, frozen = traced(tmp_path, found)
     assert verified["elsewhere"] == ""
-    why = build._narrow("", frozen, found)
+    why = routes.narrow("", frozen, found)
     assert why.startswith(
         "one branch only, since forward decides by its data and every batch took the same (test_truth"
     )
-    assert build._narrow("", (), found) == "", "another route froze nothing"
+    assert routes.narrow("", (), found) == "", "another route froze nothing"
 
 
 @pytest.mark.parametrize(
@@ -218,6 +218,14 @@ def test_axes_that_differ_and_are_fixed_as_asked_are_named_with_what_frees_them(
     assert "dynamic={'input': {2: 'input_axis_2'}} frees them" in found.notes[0]
     assert "axis 2 of input (10, 14)" in found.notes[0]
     assert all(np.load(tmp_path / each.path)["input"].shape == (4, 3, 10) for each in found.batches)
+
+
+def test_what_is_fixed_is_named_with_what_to_ask_for(tmp_path):
+    found = prepared(tmp_path, Graph(), graphs(12, 30, 4), graphs(17, 41, 5))
+    assert routes._fixed(found.spec) == (
+        " (axis 1 of edges is 30, axis 0 of targets is 4; dynamic={'x': {0: 'batch'}, 'graph': {0: 'batch'}} asks for "
+        "the batch alone)"
+    )
 
 
 def test_fixed_sizes_are_proven_on_other_values_of_those_sizes(tmp_path):

@@ -174,8 +174,9 @@ def verify(root: Path, job: Job) -> Any:
         whole = whole or reference
     folder = artifact if artifact.is_dir() else artifact.parent
     verified_by = getattr(runner, "verified_by", None)
-    sizes = [batch.sizes for batch in job.batches if not batch.label]
-    parity = replace(merge(results, sizes), verified_by=verified_by)
+    parity = merge(results, [batch.sizes for batch in job.batches if not batch.label])
+    sizes = tuple(dict(pairs) for pairs in dict.fromkeys(tuple(batch.sizes.items()) for batch in job.batches))
+    parity = replace(parity, batches=sizes, verified_by=verified_by)
     own = {name: getattr(runner, name) for name in ("signature", "shortfall") if hasattr(runner, name)}
     return {"parity": parity, "elsewhere": elsewhere, **own, **_fingerprint(folder)}
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from polyexport.engine.dispatch import Dispatcher
-from polyexport.engine.routes import Watch, judged
+from polyexport.engine.routes import Watch, judged, narrow
 from polyexport.errors import BadRequest, CannotRun
 from polyexport.format import Format, Runner
 from polyexport.report.report import Outcome, Report
@@ -103,6 +103,8 @@ def verify(report: Report, formats: Mapping[str, Format], dispatcher: Dispatcher
         job = each.job("verify", dispatcher, batches=taken, noise=manifest["noise"])
         ended, command = dispatcher.run(job, each.runtime, f"{each.name}.again", each.log, gpu=each.format.needs_gpu)
         outcome = judged(before, ended, command, before.artifact.path)
+        if outcome.state == before.state == "verified" and (why := ended.value["elsewhere"]):
+            outcome = replace(outcome, state="degraded", reason=narrow(why))
         if before.publishable and outcome.state == "verified":
             outcome = replace(outcome, state=before.state)  # what was said of it then holds today
         elif outcome.state == "verified":

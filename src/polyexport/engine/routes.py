@@ -21,6 +21,7 @@ from typing import Any
 from polyexport.engine import plan
 from polyexport.engine.dispatch import Dispatcher
 from polyexport.format import MODULE, Format, Route
+from polyexport.measure.dynamic_axes import BATCH
 from polyexport.measure.parity import Parity
 from polyexport.measure.reads import named
 from polyexport.measure.reference import Reference
@@ -102,7 +103,8 @@ class Build:
             elif static.outcome.state in ("failed", "mismatch") and _unlike(static.outcome, built.outcome):
                 why = f"{built.outcome.reason}; with static shapes: {static.outcome.reason}"
                 built = replace(built, outcome=replace(built.outcome, reason=why))
-        lost = [f"static shapes only, since with dynamic axes: {because}"] if because else []
+        fixed = _fixed(self._reference.spec)
+        lost = [f"static shapes only{fixed}, since with dynamic axes: {because}"] if because else []
         lost += [built.shortfall] if built.shortfall else []
         if lost and built.outcome.state == "verified":
             built = replace(built, outcome=replace(built.outcome, state="degraded", reason="; ".join(lost)))
@@ -196,9 +198,9 @@ class Build:
             outcome = replace(outcome, state="unverified", reason=why)
         retry = outcome.state in ("failed", "mismatch") and ended.kind != "timed out"
         found = ended.value if ended.ok else {}
-        narrow = made.narrow or _narrow(found.get("elsewhere", ""), made.frozen, self._reference)
-        lost = [why for why in (narrow, found.get("shortfall", "")) if why]
-        return replace(made, outcome=outcome, retry=retry, shortfall="; ".join(lost), narrow=narrow)
+        why = made.narrow or narrow(found.get("elsewhere", ""), made.frozen, self._reference)
+        lost = [each for each in (why, found.get("shortfall", "")) if each]
+        return replace(made, outcome=outcome, retry=retry, shortfall="; ".join(lost), narrow=why)
 
     def _job(self, each: Format, kind: Kind, source: str, spec: ExportSpec, **more: Any) -> Job:
         if kind != "convert" or not each.calibrated:
@@ -242,18 +244,28 @@ def judged(outcome: Outcome, ended: Ended, command: str, target: str) -> Outcome
     return replace(outcome, state="mismatch", reason=parity.reason, reproduce=command)
 
 
-def _narrow(elsewhere: str, frozen: Sequence[str], reference: Reference) -> str:
+def narrow(elsewhere: str, frozen: Sequence[str] = (), reference: Reference | None = None) -> str:
     """Why an artifact is right for some data only: `elsewhere` is where it was seen to be wrong, if anywhere."""
-    kept = set(frozen) & set(reference.read_at)
+    kept = set(frozen) & set(reference.read_at if reference else ())
     if elsewhere:
         since = f"; a trace keeps one side of what forward decides by its data at {named(kept)}" if kept else ""
         return f"right on data like the first batch only: {elsewhere}{since}"
-    one = kept & set(reference.one_side)
-    return (
-        f"one branch only, since forward decides by its data and every batch took the same ({named(one)})"
-        if one
-        else ""
-    )
+    if one := kept & set(reference.one_side if reference else ()):
+        return f"one branch only, since forward decides by its data and every batch took the same ({named(one)})"
+    return ""
+
+
+def _fixed(spec: ExportSpec) -> str:
+    """Which axes but the batch have one size where none is dynamic, and what frees the batch at least."""
+    fixed = [
+        f"axis {axis} of {tensor.name} is {spec.sizes[called]}"
+        for tensor in spec.inputs
+        for axis, called in tensor.dynamic.items()
+        if called != BATCH
+    ]
+    batch = {t.name: {axis: BATCH for axis, called in t.dynamic.items() if called == BATCH} for t in spec.inputs}
+    freed = {name: axes for name, axes in batch.items() if axes}
+    return f" ({', '.join(fixed)}; dynamic={freed} asks for the batch alone)" if fixed else ""
 
 
 def _unlike(one: Outcome, other: Outcome) -> bool:
