@@ -184,9 +184,12 @@ class Report:
         folder = followed(Path(folder))
         file = folder / "report.json"
         try:
-            return replace(decode(Report, read_json(file)), folder=folder.resolve())
+            report = replace(decode(Report, read_json(file)), folder=folder.resolve())
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise BadRequest(f"{file} cannot be read: {type(error).__name__}: {error}") from error
+        if report.version != VERSION:
+            raise BadRequest(f"{file} is of version {report.version}; this release reads version {VERSION}")
+        return report
 
 
 def _costs(outcome: Outcome) -> tuple[float, float, float]:
