@@ -144,6 +144,34 @@ def test_verifying_again_what_still_agrees_changes_nothing_that_was_said_of_it(f
     assert [(each.state, each.reason) for each in again.outcomes] == [(o.state, o.reason) for o in asked.outcomes]
 
 
+def test_verifying_again_claims_nothing_that_was_not_run_today(faults, tmp_path):
+    report = replace(faults, folder=Path(shutil.copytree(faults.folder, tmp_path / "copy")))
+    good = report["good"]
+    changed = report.folder / "good" / "model.json"
+    asked = (
+        replace(good, format="of-another-version"),
+        replace(good, artifact=None),
+        replace(good, parity=None),
+        replace(good, artifact=replace(good.artifact, path="good/removed.json")),
+        report["raises"],
+    )
+    with Engine(timeout=TIMEOUT) as engine:
+        unknown, lost, run, removed, never = engine.verify(replace(report, outcomes=asked), FAULTS).outcomes
+        text = changed.read_text()
+        changed.unlink()  # a link to what it was made from
+        changed.write_text(text + " ")  # what it answers stays the same
+        other = engine.verify(replace(report, outcomes=(good,)), FAULTS)["good"]
+    assert (unknown.state, unknown.parity) == ("unverified", None)
+    assert "no format 'of-another-version' is known here" in unknown.reason
+    assert lost.state == "unverified"
+    assert run.state == "verified"
+    assert run.parity.passed
+    assert (removed.state, removed.parity) == ("failed", None)
+    assert never == report["raises"]
+    assert other.state == "unverified"
+    assert "SHA-256 has changed" in other.reason
+
+
 def test_a_verified_format_was_run_at_three_batch_sizes(faults):
     sizes = [batch["batch"] for batch in faults["good"].parity.batches]
     assert sizes == [4, 1, 3]
