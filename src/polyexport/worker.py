@@ -155,13 +155,14 @@ def verify(root: Path, job: Job) -> Any:
     each, _ = _declared(root, job)
     artifact = root / job.source
     runner = _load(root, job)
+    noise = read_arrays(root / job.noise) if job.noise else {}
     results = []
     whole: Arrays | None = None  # the validation batch's, which comes first
     for batch in job.batches:
         inputs, reference = _inputs(root / batch.path, job), read_arrays(root / batch.path, job.spec.output_names)
         if not any(_says_something(array) for array in reference.values()):
             raise CannotRun("PyTorch itself answers nothing but NaN or infinity, which proves nothing")
-        results.append(compare(runner(inputs), reference, each.limits, None if whole else job.noise, whole))
+        results.append(compare(runner(inputs), reference, each.limits, noise, whole))
         whole = whole or reference
     folder = artifact if artifact.is_dir() else artifact.parent
     verified_by = getattr(runner, "verified_by", None)
