@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 import written
-from polyexport.bench import EAGER, _recorded
-from polyexport.latency import sample_ms, summarise, warm_up
-from polyexport.report import figures, markdown
-from polyexport.sinks.html import page
+from polyexport.engine.bench import EAGER, _recorded
+from polyexport.measure.latency import sample_ms, summarise, warm_up
+from polyexport.report.html import page
+from polyexport.report.report import figures, markdown
 
 
 def measured(samples, **changes):

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from polyexport import Tolerance
-from polyexport.flat import as_runner, flat, to_arrays
-from polyexport.module import as_call
-from polyexport.noise import rounding
-from polyexport.parity import Parity, compare
+from polyexport.capture.flatten import as_runner, flat, to_arrays
+from polyexport.capture.snapshot import as_call
+from polyexport.measure.noise import rounding
+from polyexport.measure.parity import Parity, compare
 
 PRECISIONS = ("float32", "float16", "bfloat16", "int8")
 

@@ -12,7 +12,7 @@ from polyexport.errors import BadRequest
 from polyexport.spec import Arrays, ExportSpec
 
 if TYPE_CHECKING:
-    from polyexport.toolchain import Toolchain
+    from polyexport.workers.toolchain import Toolchain
 
 Runner = Callable[[Arrays], Arrays]
 """A loaded artifact: named arrays in, named arrays out. The only interface to a runtime.
@@ -27,7 +27,7 @@ Convert = Callable[[Path, Path, ExportSpec], None]
 """`convert(source, target, spec)`: read the upstream artifact at `source`, write the artifact to `target`."""
 
 MODULE = "module"
-"""The upstream of a root route: the folder of a PyTorch module, read by `polyexport.module.load`."""
+"""The upstream of a root route: the folder of a PyTorch module, read by `polyexport.capture.snapshot.load`."""
 
 
 class Load(Protocol):
@@ -46,7 +46,7 @@ class Tolerance:
     """How far an output may be from PyTorch's; None switches a check off.
 
     An element passes when `|y - ref| <= atol * scale + rtol * |ref|` and some of the noise floor, where `scale` is the
-    greatest magnitude of its own column, channel or position (see `polyexport.slices`).
+    greatest magnitude of its own column, channel or position (see `polyexport.measure.slices`).
 
     Attributes:
         rtol: Relative to the element.

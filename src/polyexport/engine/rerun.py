@@ -1,0 +1,176 @@
+"""A finished export once more: each artifact in its own toolchain, to be verified again or used as a function.
+
+Requirements:
+* Everything that is needed lies in the export's folder: signature and batches in its manifest, artifacts beside it.
+* The export itself is not changed; what a run prints is appended to the format's log.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from polyexport.engine.dispatch import Dispatcher
+from polyexport.engine.routes import Watch, judged
+from polyexport.errors import BadRequest, CannotRun
+from polyexport.format import Format, Runner
+from polyexport.report.report import Outcome, Report, State
+from polyexport.serialization import decode, read_json
+from polyexport.spec import Arrays, ExportSpec, read_arrays, write_arrays
+from polyexport.workers import toolchain
+from polyexport.workers.job import Batch, Job, Kind
+from polyexport.workers.toolchain import Toolchain
+
+
+@dataclass(frozen=True, slots=True)
+class Runnable:
+    """An artifact, and what it takes to run it."""
+
+    outcome: Outcome
+    format: Format
+    runtime: Toolchain
+    spec: ExportSpec
+
+    @property
+    def name(self) -> str:
+        """The format's name."""
+        return self.format.name
+
+    @property
+    def log(self) -> str:
+        """Where its worker's output goes, relative to the export's folder."""
+        return f"logs/{self.name}.log"
+
+    def job(self, kind: Kind, dispatcher: Dispatcher, **more: Any) -> Job:
+        """A job of `kind` on the artifact."""
+        assert self.outcome.artifact is not None, "what is runnable was made"
+        declared = dispatcher.declared(self.format)
+        return Job(kind, self.name, declared, source=self.outcome.artifact.path, spec=self.spec, **more)
+
+
+def signature(report: Report) -> ExportSpec:
+    """The module's own signature, which a format's may differ from.
+
+    Raises:
+        BadRequest: the export has no manifest, since its module could not be rebuilt.
+    """
+    return decode(ExportSpec, _manifest(report)["spec"])
+
+
+def _manifest(report: Report) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = read_json(report.folder / "manifest.json")
+    except FileNotFoundError:
+        raise BadRequest(f"{report.folder} has no manifest.json: its module could not be rebuilt") from None
+    return found
+
+
+def runnables(report: Report, formats: Mapping[str, Format]) -> list[Runnable]:
+    """Every artifact of the report that has been run before, with its format out of `formats`."""
+    return [
+        _runnable(report, outcome, formats[outcome.format])
+        for outcome in report.outcomes
+        if outcome.parity is not None and outcome.artifact is not None and outcome.format in formats
+    ]
+
+
+def _runnable(report: Report, outcome: Outcome, each: Format) -> Runnable:
+    made_by = next((route for route in each.routes if route.name == outcome.route), each.routes[0])
+    spec = signature(report)  # PyTorch's, which a runner answers in, also where the artifact's own differs
+    if _is_static(outcome):
+        spec = spec.static()
+    return Runnable(outcome, each, toolchain.find(each.runtime or made_by.toolchain), spec)
+
+
+def _is_static(outcome: Outcome) -> bool:
+    """Whether it was made with fixed sizes, which its inputs do not tell once it was run: they are its own then."""
+    if outcome.parity is None:
+        return not any(tensor.dynamic for tensor in outcome.inputs)
+    return len(outcome.parity.batches) == 1
+
+
+def verify(report: Report, formats: Mapping[str, Format], dispatcher: Dispatcher, watch: Watch) -> Report:
+    """Load each artifact in a fresh process and compare it with the recorded answers of PyTorch once more.
+
+    Returns:
+        The report with the states of today: what cannot be run today is not `verified` today, nor is an artifact that
+        is not the exported one any more.
+    """
+    manifest = _manifest(report)
+    batches = tuple(decode(Batch, each) for each in manifest["batches"])
+
+    def today(before: Outcome) -> Outcome:
+        if before.artifact is None or before.format not in formats:
+            return _not_run(before)
+        each = _runnable(report, before, formats[before.format])
+        watch(each.name, "verifying")
+        taken = batches if each.spec.is_dynamic else batches[:1]
+        job = each.job("verify", dispatcher, batches=taken, noise=manifest["noise"])
+        ended, command = dispatcher.run(job, each.runtime, f"{each.name}.again", each.log, gpu=each.format.needs_gpu)
+        found = _beside(before, judged(replace(before, parity=None), ended, command, before.artifact.path))
+        watch(each.name, found)
+        return found
+
+    return replace(report, outcomes=tuple(map(today, report.outcomes)))
+
+
+def _not_run(before: Outcome) -> Outcome:
+    """An outcome that nothing can be run of; what is not claimed to agree stays as it is."""
+    if not before.publishable:
+        return before
+    why = f"no format {before.format!r} is known here" if before.artifact else "the report names no artifact of it"
+    return replace(
+        before, state="unverified", parity=None, reason=f"{before.state} at its export, not run today: {why}"
+    )
+
+
+def _beside(before: Outcome, now: Outcome) -> Outcome:
+    """What was found today beside what was said at the export."""
+    if _is_another(before, now):
+        changed = "the artifact is not the one that was exported: its SHA-256 has changed"
+        state: State = "unverified" if now.state == "verified" else now.state
+        return replace(now, state=state, reason=f"{changed}; {now.reason}" if state == now.state else changed)
+    if now.state == "verified" and (before.publishable or (before.state == "unverified" and before.parity)):
+        return replace(now, state=before.state)  # what was said of it then holds today
+    return replace(now, reason="") if now.state == "verified" else now
+
+
+def _is_another(before: Outcome, now: Outcome) -> bool:
+    """Whether the artifact has changed; None was hashed where it could not be run."""
+    hashes = [each.artifact.sha256 for each in (before, now) if each.artifact]
+    return all(hashes) and len(set(hashes)) > 1
+
+
+@contextlib.contextmanager
+def runner(report: Report, each: Runnable, dispatcher: Dispatcher) -> Iterator[Runner]:
+    """An artifact as a function, run by a worker of its toolchain until the context is left.
+
+    Raises:
+        CannotRun: it cannot be loaded, or (from the function) it cannot run these inputs, or its process ended.
+    """
+    job = each.job("serve", dispatcher)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        dispatcher.converse(job, each.runtime, f"{each.name}.serve", each.log, gpu=each.format.needs_gpu) as talk,
+    ):
+        source, target = (Path(folder, name) for name in ("inputs.npz", "outputs.npz"))
+        _expect(each, talk.answer(), report)
+
+        def run(inputs: Arrays) -> Arrays:
+            write_arrays(source, inputs)
+            _expect(each, talk.ask(json.dumps([str(source), str(target)])), report)
+            return read_arrays(target, each.spec.output_names)
+
+        yield run
+
+
+def _expect(each: Runnable, answer: Any, report: Report) -> None:
+    if answer is None:
+        raise CannotRun(f"{each.name}: its process ended or took too long; see {report.folder / each.log}")
+    if "error" in answer:
+        raise CannotRun(f"{each.name}: {answer['error']}")

@@ -1,0 +1,255 @@
+"""Does an artifact agree with PyTorch? Pure functions over named arrays.
+
+Every check here has a test that feeds it a wrong answer and sees it fail.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from polyexport.format import Tolerance
+from polyexport.measure.slices import is_broken, limits, where
+from polyexport.spec import Arrays
+
+
+@dataclass(frozen=True, slots=True)
+class OutputParity:
+    """One output against PyTorch's float32 reference; figures are None where they have no meaning.
+
+    Attributes:
+        max_abs_error: Greatest absolute difference over the finite elements.
+        scale: Greatest absolute finite element of the reference, which `atol` is relative to.
+        misses: Share of elements outside the tolerance.
+        cosine: Cosine similarity of the flattened output with the reference.
+        snr_db: 10 log10 of reference power over error power; None for a bit-equal output.
+        top1: Share of rows whose greatest element is the reference's, ties within the tolerance counted as equal; of
+            images the share of pixels, whose classes PyTorch has on the second axis.
+        noise_floor: Greatest absolute difference between float32 and float64 PyTorch: what rounding alone does.
+    """
+
+    max_abs_error: float | None
+    scale: float
+    misses: float
+    cosine: float | None
+    snr_db: float | None
+    top1: float | None
+    noise_floor: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Parity:
+    """All outputs of an artifact against PyTorch's, on the validation batch and on further batch sizes.
+
+    Attributes:
+        passed: Whether every check of every output passed.
+        reason: What failed of the first output that did, in words; empty when all passed.
+        outputs: The figures by output name, on the validation batch.
+        batches: The sizes of the dynamic axes that were run.
+        verified_by: What ran the artifact, where that is not its own runtime, or one of several ways to run it.
+    """
+
+    passed: bool
+    reason: str
+    outputs: Mapping[str, OutputParity]
+    batches: tuple[Mapping[str, int], ...] = ()
+    verified_by: str | None = None
+
+    @property
+    def max_abs_error(self) -> float | None:
+        """The worst output's."""
+        return _worst(output.max_abs_error for output in self.outputs.values())
+
+    @property
+    def noise_floor(self) -> float | None:
+        """The worst output's."""
+        return _worst(output.noise_floor for output in self.outputs.values())
+
+
+def _worst(values: Any) -> float | None:
+    known = [value for value in values if value is not None]
+    return max(known) if known else None
+
+
+def compare(
+    actual: Arrays,
+    reference: Arrays,
+    tolerance: Tolerance,
+    noise: Arrays | None = None,
+    whole: Arrays | None = None,
+) -> Parity:
+    """Compare what an artifact returned with the reference: names first, then dtypes and shapes, then values.
+
+    `noise` is what `noise_floor` found on the validation batch, as far as it is known.
+    `whole` is the reference on the validation batch, where this is another one. A batch of one row may be the row that
+    the tolerance lets go, or lie so near zero that a similarity says nothing: it may lose as many rows as the whole, if
+    that is not more than half of its own, and its error is held against the power that as many elements of the whole
+    have.
+    """
+    missing = [name for name in reference if name not in actual]
+    surplus = [name for name in actual if name not in reference]
+    if missing or surplus:
+        return Parity(False, f"outputs are {list(actual)}, PyTorch has {list(reference)}", {})
+    outputs: dict[str, OutputParity] = {}
+    reasons: list[str] = []
+    for name, expected in reference.items():
+        found = actual[name]
+        if found.dtype != expected.dtype:
+            reasons.append(f"{name} is {found.dtype}, PyTorch has {expected.dtype}")
+        elif found.shape != expected.shape:
+            reasons.append(f"{name} has shape {list(found.shape)}, PyTorch has {list(expected.shape)}")
+        else:
+            beside = None if whole is None else whole[name]
+            outputs[name], why = _compare_output(found, expected, tolerance, (noise or {}).get(name), beside)
+            reasons += [f"{name}: {why}"] if why else []
+    return Parity(not reasons, reasons[0] if reasons else "", outputs)
+
+
+def merge(results: Sequence[Parity], batches: Sequence[Mapping[str, int]]) -> Parity:
+    """One verdict over several batches; the figures are those of the first, the validation batch."""
+    first = replace(results[0], batches=tuple(dict(sizes) for sizes in batches))
+    for result, sizes in zip(results[1:], batches[1:], strict=True):
+        if first.passed and not result.passed:
+            where = ", ".join(f"{name}={size}" for name, size in sizes.items())
+            return replace(first, passed=False, reason=f"at {where}: {result.reason}")
+    return first
+
+
+def noise_floor(float32: Arrays, float64: Arrays) -> Arrays:
+    """Absolute difference, element by element, between the same model in float32 and in float64."""
+    floors: Arrays = {}
+    for name, low in float32.items():
+        high = float64.get(name)
+        if high is not None and high.shape == low.shape and low.size and np.issubdtype(low.dtype, np.floating):
+            difference = np.abs(low.astype(np.float64) - high.astype(np.float64))
+            floors[name] = np.where(np.isfinite(difference), difference, 0.0).astype(np.float32)
+    return floors
+
+
+def _compare_output(
+    actual: np.ndarray,
+    reference: np.ndarray,
+    tolerance: Tolerance,
+    noise: np.ndarray | None,
+    whole: np.ndarray | None,
+) -> tuple[OutputParity, str]:
+    """Figures of one output, and the reason why it fails, if it does."""
+    floor = None if noise is None or whole is not None else float(noise.max(initial=0.0))
+    beside = reference if whole is None else whole
+    if reference.size == 0:
+        return OutputParity(0.0, 0.0, 0.0, None, None, None, floor), ""
+    if not np.issubdtype(reference.dtype, np.inexact):
+        return _compare_discrete(actual, reference, tolerance, beside.size)
+    y = actual.astype(np.complex128 if np.iscomplexobj(actual) else np.float64)
+    ref = reference.astype(y.dtype)
+    unequal = _unlike_specials(y, ref)
+    finite = np.isfinite(ref) & np.isfinite(y)
+    y_finite, ref_finite = np.where(finite, y, 0), np.where(finite, ref, 0)
+    error, magnitude = np.abs(y_finite - ref_finite), np.abs(ref_finite)
+    scale = float(np.abs(ref[np.isfinite(ref)]).max(initial=0.0))
+    limit = np.full(ref.shape, np.inf)
+    if tolerance.rtol is not None and tolerance.atol is not None:
+        limit = limits(ref, tolerance, noise, whole)
+    tie = limit if tolerance.tie is None else np.full(ref.shape, tolerance.tie * scale)
+    off = (error > limit) | unequal
+    power, lost = float(np.sum(magnitude**2)), float(np.sum(error**2))
+    result = OutputParity(
+        max_abs_error=float(error.max()),
+        scale=scale,
+        misses=float(np.mean(off)),
+        cosine=_cosine(y_finite, ref_finite, _power(beside) * int(finite.sum())),
+        snr_db=float(10 * np.log10(power / lost)) if lost and power else None,
+        top1=_top1(y, ref, tie),
+        noise_floor=floor,
+    )
+    failed = _failed(result, tolerance, off, magnitude, int(unequal.sum()))
+    if result.top1 is not None and _loses(1.0 - result.top1, tolerance, _rows(ref), _rows(beside)):
+        failed.append(f"top-1 agreement {result.top1:.2%} is under {tolerance.top1:.0%}")
+    return result, "; ".join(failed)
+
+
+def _unlike_specials(y: np.ndarray, ref: np.ndarray) -> np.ndarray:
+    """Where one side is NaN or infinite and the other is not the same."""
+    infinite = np.isinf(y) | np.isinf(ref)
+    unequal: np.ndarray = (np.isnan(y) != np.isnan(ref)) | (infinite & (y != ref) & ~(np.isnan(y) & np.isnan(ref)))
+    return unequal
+
+
+def _power(array: np.ndarray) -> float:
+    """Mean square of the finite elements."""
+    magnitude = np.abs(array[np.isfinite(array)]).astype(np.float64)
+    return float(np.mean(magnitude**2)) if magnitude.size else 0.0
+
+
+def _cosine(y: np.ndarray, ref: np.ndarray, least: float) -> float:
+    """Where the reference has less power than `least`, both sides are extended by one element that makes it up."""
+    power, found = float(np.linalg.norm(ref)) ** 2, float(np.linalg.norm(y)) ** 2
+    lack = max(0.0, least - power)
+    norms = np.sqrt((power + lack) * (found + lack))
+    if norms == 0.0:
+        return 1.0 if np.array_equal(y, ref) else 0.0
+    product = np.vdot(ref, y)
+    return float(((np.abs(product) if np.iscomplexobj(y) else product) + lack) / norms)
+
+
+def _classes(array: np.ndarray) -> int:
+    """The axis that looks like classes."""
+    return 1 if array.ndim > 3 else -1
+
+
+def _rows(array: np.ndarray) -> int:
+    """How many times there is a greatest element."""
+    return array.size // max(1, array.shape[_classes(array)]) if array.ndim else 1
+
+
+def _top1(y: np.ndarray, ref: np.ndarray, limit: np.ndarray) -> float | None:
+    """Share of rows with the same greatest element; two elements closer than their limits count as a tie."""
+    axis = _classes(ref)
+    if ref.ndim < 2 or ref.shape[axis] < 2 or np.iscomplexobj(ref):
+        return None
+    y, ref, limit = (np.moveaxis(array, axis, -1) for array in (y, ref, limit))
+    chosen, expected = np.argmax(y, -1)[..., None], np.argmax(ref, -1)[..., None]
+    ref = np.nan_to_num(ref, posinf=1e300, neginf=-1e300)  # infinities have no difference
+    behind = np.take_along_axis(ref, expected, -1) - np.take_along_axis(ref, chosen, -1)
+    slack = np.take_along_axis(limit, expected, -1) + np.take_along_axis(limit, chosen, -1)
+    tie = np.isfinite(slack) & (behind <= slack)
+    return float(np.mean((chosen == expected) | tie))
+
+
+def _failed(
+    result: OutputParity, tolerance: Tolerance, off: np.ndarray, magnitude: np.ndarray, specials: int
+) -> list[str]:
+    """The checks that fail, in words."""
+    failed = []
+    if specials:
+        failed.append(f"{specials} elements are NaN or infinite on one side only")
+    elif result.misses > tolerance.misses or (tolerance.misses < 1.0 and is_broken(off)):
+        failed.append(
+            f"{result.misses:.3%} of the elements are off{where(off, magnitude)}, "
+            f"max abs error {result.max_abs_error:.3g} at a scale of {result.scale:.3g}"
+        )
+    if result.cosine is not None and result.cosine < tolerance.cosine:
+        failed.append(f"cosine similarity {result.cosine:.6f} is under {tolerance.cosine}")
+    return failed
+
+
+def _loses(share: float, tolerance: Tolerance, count: int, whole: int) -> bool:
+    """Whether a share of `count` rows is more than top-1 may lose of them, and of `whole` or than half of several."""
+    may_lose = 1.0 - tolerance.top1
+    allowed = max(may_lose * count, min(may_lose * whole, max(1, count / 2)))
+    return share * count > allowed + 1e-6  # which the share is not exact to
+
+
+def _compare_discrete(
+    actual: np.ndarray, reference: np.ndarray, tolerance: Tolerance, whole: int
+) -> tuple[OutputParity, str]:
+    """Integers and booleans: the share of elements that differ, held against the share that top-1 may lose."""
+    misses = float(np.mean(actual != reference))
+    difference = np.abs(actual.astype(np.float64) - reference.astype(np.float64))
+    scale = float(np.abs(reference.astype(np.float64)).max())
+    result = OutputParity(float(difference.max()), scale, misses, None, None, None, None)
+    differ = f"{misses:.3%} of the {reference.dtype} elements differ"
+    return result, differ if _loses(misses, tolerance, reference.size, whole) else ""
