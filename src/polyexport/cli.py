@@ -155,9 +155,10 @@ def verify(folder: Folder, as_json: Json = False) -> None:
     A format that the export did not make has no artifact, and `report` tells of it.
     """
     with _told(), Engine() as engine:
-        report = _report(folder)
-        report = _waited(engine, engine.verify, report)
-    _conclude(report, [outcome for outcome in report.outcomes if outcome.artifact], as_json)
+        exported = _report(folder)
+        report = _waited(engine, engine.verify, exported)
+    claimed = {outcome.format for outcome in exported.outcomes if outcome.artifact or outcome.publishable}
+    _conclude(report, [outcome for outcome in report.outcomes if outcome.format in claimed], as_json)
 
 
 @app.command()

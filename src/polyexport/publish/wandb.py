@@ -232,8 +232,12 @@ def _log_figures(run: Any, reports: Sequence[Report]) -> None:
     newest = figures(report)
     for row in newest:
         for key in _SUMMARY:
-            if row[key] is not None:
-                run.summary[f"export/{row['format']}/{key}"] = row[key]
+            name = f"export/{row['format']}/{key}"
+            if (
+                row[key] is not None or run.summary.get(name) is not None
+            ):  # of an export before, which is not this one's
+                run.summary[name] = row[key]
+    run.summary["export/notes"] = "\n".join(report.notes)
     best = report.best()
     run.summary["export/best_format"] = best.format if best else None
 
@@ -282,7 +286,7 @@ def _table(rows: Sequence[Mapping[str, Figure]]) -> Any:
 
 
 def _is_fastest(outcome: Outcome, report: Report) -> bool:
-    return outcome.latency is not None and outcome is report.best()
+    return outcome is report.fastest
 
 
 # --- artifacts --------------------------------------------------------------------------------------------------------
@@ -380,6 +384,7 @@ def _metadata(options: Wandb, report: Report, outcome: Outcome) -> dict[str, Any
             "parity": outcome.parity,
             "toolchain": outcome.toolchain,
             "environment": report.environment,
+            "notes": report.notes,
         }
     )
     return metadata | {"latency": latency}

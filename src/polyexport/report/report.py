@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from polyexport.errors import BadRequest
-from polyexport.measure.latency import Latency
+from polyexport.measure.latency import Latency, is_quiet
 from polyexport.measure.parity import Parity
 from polyexport.report.folders import finished, followed
 from polyexport.serialization import decode, read_json, write_json
@@ -137,10 +137,25 @@ class Report:
 
     _repr_markdown_ = __str__  # a notebook draws it
 
+    @property
+    def is_quiet(self) -> bool:
+        """Whether latencies can be compared: the machine had little else to do while they were measured."""
+        timed = [self.baseline, *(outcome.latency for outcome in self.outcomes)]
+        return is_quiet(latency for latency in timed if latency is not None)
+
     def pareto(self) -> tuple[Outcome, ...]:
-        """The `verified` artifacts that no other one beats: in median latency, max error and size at once."""
-        candidates = [outcome for outcome in self.outcomes if outcome.state == "verified"]
-        return tuple(one for one in candidates if not any(_beats(other, one) for other in candidates))
+        """The `verified` artifacts that no other one beats: in median latency, max error and size at once.
+
+        A latency that was measured on a busy machine does not count.
+        """
+        costs = [(outcome, self._costs(outcome)) for outcome in self.outcomes if outcome.state == "verified"]
+        return tuple(one for one, cost in costs if not any(_beats(other, cost) for _, other in costs))
+
+    @property
+    def fastest(self) -> Outcome | None:
+        """The fastest `verified` artifact; None where nothing was timed on a quiet machine."""
+        best = self.best()
+        return best if best is not None and best.latency is not None and self.is_quiet else None
 
     def best(
         self, *, max_error: float | None = None, max_ms: float | None = None, max_bytes: int | None = None
@@ -155,15 +170,25 @@ class Report:
             max_bytes: Greatest allowed size.
 
         Returns:
-            None where none keeps the limits; a figure that was not measured keeps no limit.
+            None where none keeps the limits; a figure that was not measured, or on a busy machine, keeps no limit.
         """
         limits = (max_ms, max_error, max_bytes)
         fitting = [
             outcome
             for outcome in self.pareto()
-            if all(limit is None or cost <= limit for cost, limit in zip(_costs(outcome), limits, strict=True))
+            if all(limit is None or cost <= limit for cost, limit in zip(self._costs(outcome), limits, strict=True))
         ]
-        return min(fitting, key=_costs, default=None)
+        return min(fitting, key=self._costs, default=None)
+
+    def _costs(self, outcome: Outcome) -> tuple[float, float, float]:
+        """Median latency, max error and size: less is better; infinite where it was not measured."""
+        measured = (
+            outcome.latency.p50_ms if outcome.latency and self.is_quiet else None,
+            outcome.parity.max_abs_error if outcome.parity else None,
+            outcome.artifact.bytes if outcome.artifact else None,
+        )
+        a, b, c = (math.inf if figure is None else float(figure) for figure in measured)
+        return a, b, c
 
     def save(self) -> None:
         """Write `report.json`, `report.md` and `report.html` into the report's folder."""
@@ -192,19 +217,7 @@ class Report:
         return report
 
 
-def _costs(outcome: Outcome) -> tuple[float, float, float]:
-    """Median latency, max error and size: less is better; infinite where it was not measured."""
-    measured = (
-        outcome.latency.p50_ms if outcome.latency else None,
-        outcome.parity.max_abs_error if outcome.parity else None,
-        outcome.artifact.bytes if outcome.artifact else None,
-    )
-    a, b, c = (math.inf if figure is None else float(figure) for figure in measured)
-    return a, b, c
-
-
-def _beats(one: Outcome, other: Outcome) -> bool:
-    ours, theirs = _costs(one), _costs(other)
+def _beats(ours: tuple[float, float, float], theirs: tuple[float, float, float]) -> bool:
     return ours != theirs and all(a <= b for a, b in zip(ours, theirs, strict=True))
 
 
@@ -270,7 +283,9 @@ def eager(report: Report) -> Outcome | None:
     """PyTorch itself in the shape of a format, where it was timed."""
     if report.baseline is None:
         return None
-    return Outcome("eager", "float32", "verified", latency=replace(report.baseline, speedup=1.0))
+    return Outcome(
+        "eager", "float32", "verified", latency=replace(report.baseline, speedup=1.0 if report.is_quiet else None)
+    )
 
 
 Figure = str | int | float | None
