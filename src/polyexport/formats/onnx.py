@@ -71,15 +71,16 @@ def convert_trace(source: Path, target: Path, spec: ExportSpec, *, opset: int = 
     import torch
 
     from polyexport import module
+    from polyexport.exportable import exportable
     from polyexport.tracing import written_out
 
     ports = {"input": spec.inputs, "output": spec.outputs}
     named = {kind: dict(zip(inner(kind, len(tensors)), tensors, strict=True)) for kind, tensors in ports.items()}
     axes = {name: tensor.dynamic for tensors in named.values() for name, tensor in tensors.items() if tensor.dynamic}
-    with warnings.catch_warnings(), torch.no_grad(), written_out():
+    with warnings.catch_warnings(), torch.no_grad(), written_out(), exportable(module.load(source)) as model:
         warnings.simplefilter("ignore", DeprecationWarning)  # it is the fallback, by intent
         torch.onnx.export(
-            module.load(source),
+            model,
             module.example(source, spec),
             str(target),
             dynamo=False,

@@ -18,11 +18,17 @@ def convert(source: Path, target: Path, spec: ExportSpec) -> None:
     import torch
 
     from polyexport import module
+    from polyexport.exportable import exportable
     from polyexport.tracing import written_out
 
-    with warnings.catch_warnings(), torch.inference_mode(), written_out():
+    with (
+        warnings.catch_warnings(),
+        torch.inference_mode(),
+        written_out(),
+        exportable(module.load(source)) as model,
+    ):
         warnings.simplefilter("ignore", DeprecationWarning)  # it is frozen, and still what mobile and C++ run
-        traced = torch.jit.trace(module.load(source), module.example(source, spec), strict=False, check_trace=False)
+        traced = torch.jit.trace(model, module.example(source, spec), strict=False, check_trace=False)
         torch.jit.save(traced, str(target), _extra_files={"polyexport.json": json.dumps(dict(spec.metadata))})
 
 
