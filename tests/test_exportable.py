@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from polyexport.exportable import exportable
+from polyexport.tracing.exportable import exportable
 
 
 def mixture() -> torch.nn.Module:

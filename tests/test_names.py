@@ -11,7 +11,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
-from polyexport.flat import flat
+from polyexport.capture.flatten import flat
 from polyexport.formats.onnx import convert_program, convert_trace, load
 from polyexport.lowering.ports import rename_ports
 from polyexport.spec import ExportSpec, TensorSpec
@@ -77,8 +77,8 @@ def test_an_output_may_be_called_as_an_operator_is(route: str, tmp_path: Path) -
         convert_program(tmp_path / "m.pt2", tmp_path / "m.onnx", spec)
     else:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("polyexport.module.load", lambda source: module)
-            patch.setattr("polyexport.module.example", lambda source, spec: module.example)
+            patch.setattr("polyexport.capture.snapshot.load", lambda source: module)
+            patch.setattr("polyexport.capture.snapshot.example", lambda source, spec: module.example)
             convert_trace(tmp_path, tmp_path / "m.onnx", spec)
     onnx.checker.check_model(onnx.load(tmp_path / "m.onnx"), full_check=True)
     inputs = {name: np.random.default_rng(0).random((5, 3), np.float32) for name in spec.input_names}

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from polyexport.format import MODULE, Format, Route, Runner, Snippet
 from polyexport.lowering.ports import inner, rename_ports
-from polyexport.program import load_program
 from polyexport.spec import Arrays, ExportSpec
+from polyexport.tracing.exported_program import load_program
 
 if TYPE_CHECKING:
     import onnx
@@ -70,18 +70,18 @@ def convert_trace(source: Path, target: Path, spec: ExportSpec, *, opset: int = 
     """Trace and translate the module with the TorchScript exporter, which takes some models that dynamo does not."""
     import torch
 
-    from polyexport import module
-    from polyexport.exportable import exportable
-    from polyexport.tracing import written_out
+    from polyexport.capture import snapshot
+    from polyexport.tracing.decompositions import written_out
+    from polyexport.tracing.exportable import exportable
 
     ports = {"input": spec.inputs, "output": spec.outputs}
     named = {kind: dict(zip(inner(kind, len(tensors)), tensors, strict=True)) for kind, tensors in ports.items()}
     axes = {name: tensor.dynamic for tensors in named.values() for name, tensor in tensors.items() if tensor.dynamic}
-    with warnings.catch_warnings(), torch.no_grad(), written_out(), exportable(module.load(source)) as model:
+    with warnings.catch_warnings(), torch.no_grad(), written_out(), exportable(snapshot.load(source)) as model:
         warnings.simplefilter("ignore", DeprecationWarning)  # it is the fallback, by intent
         torch.onnx.export(
             model,
-            module.example(source, spec),
+            snapshot.example(source, spec),
             str(target),
             dynamo=False,
             input_names=list(named["input"]),

@@ -1,0 +1,350 @@
+"""What tracers and converters do not see through, written out in functions that they do, while a module is traced.
+
+Requirements:
+* The reference is made without the functions that are written out here, so that parity judges them too.
+* A function is taken apart only as far as its answer stays the same; every other call of it goes through unchanged.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from polyexport.tracing.einsum import einsum
+
+if TYPE_CHECKING:
+    import torch
+
+
+@contextlib.contextmanager
+def plain_attention() -> Iterator[None]:
+    """`torch.nn`'s transformers without their fused inference path, which is known to PyTorch alone.
+
+    It answers the same but for positions that `src_key_padding_mask` masks: the fused path fills them with zeros, and
+    training does not. Nor is a mask compared with the causal one, for a hint that a trace cannot follow.
+    """
+    import torch
+    from torch.nn.modules import transformer
+
+    fused, detect = torch.backends.mha.get_fastpath_enabled(), transformer._detect_is_causal_mask
+
+    def given(mask: Any, is_causal: bool | None = None, size: int | None = None) -> bool:
+        return bool(is_causal)
+
+    torch.backends.mha.set_fastpath_enabled(False)
+    transformer._detect_is_causal_mask = given
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+        transformer._detect_is_causal_mask = detect
+
+
+@contextlib.contextmanager
+def written_out() -> Iterator[None]:
+    """Plain attention, and every function of the table below in parts."""
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    functions: Mapping[Any, Callable[..., Any]] = {
+        torch.nn.functional.embedding_bag: embedding_bag,
+        torch.cdist: cdist,
+        torch.diag_embed: diag_embed,
+        torch.Tensor.diag_embed: diag_embed,
+        torch.scatter_reduce: scatter_reduce,
+        torch.Tensor.scatter_reduce: scatter_reduce,
+        torch.Tensor.scatter_reduce_: lambda x, *rest, **more: x.copy_(scatter_reduce(x, *rest, **more)),
+        torch.Tensor.unfold: unfold,
+        torch.bucketize: bucketize,
+        torch.searchsorted: searchsorted,
+        torch.diagonal: diagonal,
+        torch.Tensor.diagonal: diagonal,
+        torch.cumprod: cumprod,
+        torch.Tensor.cumprod: cumprod,
+        torch.quantile: quantile,
+        torch.Tensor.quantile: quantile,
+        torch.median: median,
+        torch.Tensor.median: median,
+        torch.Tensor.__and__: _logical(torch.Tensor.__and__, torch.logical_and),
+        torch.Tensor.__or__: _logical(torch.Tensor.__or__, torch.logical_or),
+        torch.Tensor.__xor__: _logical(torch.Tensor.__xor__, torch.logical_xor),
+        torch.topk: topk,
+        torch.Tensor.topk: topk,
+        torch.kthvalue: kthvalue,
+        torch.Tensor.kthvalue: kthvalue,
+        torch.movedim: movedim,
+        torch.Tensor.movedim: movedim,
+        torch.nn.functional.pad: pad,
+        torch.take_along_dim: take_along_dim,
+        torch.Tensor.take_along_dim: take_along_dim,
+        torch.hypot: lambda x, other: (x * x + other * other).sqrt(),
+        torch.einsum: einsum,
+        torch.sum: total,
+        torch.Tensor.sum: total,
+    }
+
+    class WrittenOut(TorchFunctionMode):
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            written, given = functions.get(function, function), dict(kwargs or {})
+            if written is not function:
+                signature = inspect.signature(written)
+                named = {
+                    "x" if name == "input" and "x" in signature.parameters else name: given[name] for name in given
+                }
+                with contextlib.suppress(TypeError):  # a way to call it that is not foreseen below
+                    signature.bind(*args, **named)
+                    return written(*args, **named)
+            return function(*args, **given)
+
+    with plain_attention(), WrittenOut():
+        yield
+
+
+# --- the functions, each with PyTorch's own signature -----------------------------------------------------------------
+
+
+def embedding_bag(
+    input: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor | None = None, max_norm: float | None = None,
+    norm_type: float = 2, scale_grad_by_freq: bool = False, mode: str = "mean", sparse: bool = False,
+    per_sample_weights: torch.Tensor | None = None, include_last_offset: bool = False, padding_idx: int | None = None,
+) -> torch.Tensor:  # fmt: skip  # PyTorch's own parameters, on few lines
+    """`torch.nn.functional.embedding_bag` by lookup and reduction; bags lie in rows, or begin at `offsets`."""
+    import torch
+
+    if max_norm is not None:  # it writes into the weights
+        return torch.nn.functional.embedding_bag(
+            input, weight, offsets, max_norm, norm_type, scale_grad_by_freq, mode, sparse, per_sample_weights,
+            include_last_offset, padding_idx,
+        )  # fmt: skip  # as above
+    rows = torch.nn.functional.embedding(input, weight)
+    if per_sample_weights is not None:
+        rows = rows * per_sample_weights.unsqueeze(-1)
+    member = torch.ones_like(input, dtype=torch.bool)
+    if padding_idx is not None:
+        member = input != padding_idx % weight.shape[0]
+    if offsets is not None:  # which bag each row is of, and each row once for every bag
+        starts = offsets[:-1] if include_last_offset else offsets
+        bag = (torch.arange(input.shape[0]).unsqueeze(1) >= starts).sum(1) - 1
+        member = member & (bag == torch.arange(starts.shape[0]).unsqueeze(1))
+        rows = rows.unsqueeze(0)
+    kept = member.unsqueeze(-1)
+    if mode == "max":
+        greatest = torch.where(kept, rows, torch.full_like(rows, -torch.inf)).amax(1)
+        return torch.where(member.any(1, keepdim=True), greatest, torch.zeros_like(greatest))
+    total = torch.where(kept, rows, torch.zeros_like(rows)).sum(1)
+    return total if mode == "sum" else total / kept.sum(1).clamp(min=1).to(total.dtype)
+
+
+_MANY = 25  # rows, from which on PyTorch multiplies matrices for Euclidean distances
+
+
+def cdist(
+    x1: torch.Tensor, x2: torch.Tensor, p: float = 2.0, compute_mode: str = "use_mm_for_euclid_dist_if_necessary"
+) -> torch.Tensor:
+    """`torch.cdist`, by differences, or for many rows by products as PyTorch itself does it."""
+    import torch
+
+    counts = (x1.shape[-2], x2.shape[-2])
+    many = any(isinstance(count, int) and count > _MANY for count in counts) and compute_mode != _NEVER
+    if p == 2 and (many or compute_mode == "use_mm_for_euclid_dist"):
+        squares = x1.square().sum(-1, keepdim=True) + x2.square().sum(-1).unsqueeze(-2)
+        return (squares - 2 * (x1 @ x2.transpose(-1, -2))).clamp(min=0).sqrt()
+    away = (x1.unsqueeze(-2) - x2.unsqueeze(-3)).abs()
+    if p in (1, 2):
+        return away.sum(-1) if p == 1 else away.square().sum(-1).sqrt()
+    if p == float("inf"):
+        return away.amax(-1)
+    return torch.cdist(x1, x2, p, compute_mode)
+
+
+_NEVER = "donot_use_mm_for_euclid_dist"
+
+
+def diag_embed(x: torch.Tensor, offset: int = 0, dim1: int = -2, dim2: int = -1) -> torch.Tensor:
+    """`torch.diag_embed` on the main diagonal of two last axes by a choice, which needs no shape."""
+    import torch
+
+    if offset or (dim1, dim2) != (-2, -1):
+        return torch.diag_embed(x, offset, dim1, dim2)
+    rows = x.unsqueeze(-1).expand(*x.shape, x.shape[-1])
+    return torch.where(torch.eye(x.shape[-1], dtype=torch.bool), rows, torch.zeros_like(rows))
+
+
+def scatter_reduce(
+    x: torch.Tensor, dim: int, index: torch.Tensor, src: torch.Tensor, reduce: str, *, include_self: bool = True
+) -> torch.Tensor:
+    """`torch.scatter_reduce` without a mean, and with each entry among its own sources: ONNX has nothing else."""
+    import torch
+
+    if reduce == "prod" or not x.is_floating_point():
+        return torch.scatter_reduce(x, dim, index, src, reduce, include_self=include_self)
+    count = torch.zeros_like(x).scatter_add(dim, index, torch.ones_like(src))
+    least = {"amax": -torch.inf, "amin": torch.inf}.get(reduce, 0.0)
+    own = x if include_self else torch.where(count > 0, torch.full_like(x, least), x)
+    if reduce in ("amax", "amin"):
+        return torch.scatter_reduce(own, dim, index, src, reduce)
+    total = own.scatter_add(dim, index, src)
+    if reduce == "sum":
+        return total
+    return total / (count + 1 if include_self else count.clamp(min=1))
+
+
+def unfold(x: torch.Tensor, dimension: int, size: int, step: int) -> torch.Tensor:
+    """`Tensor.unfold` by lookup: windows of an axis in its place, their entries in a new last axis."""
+    import torch
+
+    axis = dimension % x.dim()
+    starts = torch.arange(0, x.shape[axis] - size + 1, step)
+    places = starts.unsqueeze(1) + torch.arange(size)
+    return movedim(movedim(x, axis, -1)[..., places], -2, axis)
+
+
+def bucketize(
+    input: torch.Tensor, boundaries: torch.Tensor, *, out_int32: bool = False, right: bool = False
+) -> torch.Tensor:
+    """`torch.bucketize` by counting the boundaries below."""
+    return searchsorted(boundaries, input, out_int32=out_int32, right=right)
+
+
+def searchsorted(
+    sorted_sequence: torch.Tensor, input: Any, *, out_int32: bool = False, right: bool = False,
+    side: str | None = None, sorter: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip  # PyTorch's own parameters, on few lines
+    """`torch.searchsorted` by counting the entries below, or for `right` those that are not above."""
+    import torch
+
+    if sorter is not None or not isinstance(input, torch.Tensor):
+        return torch.searchsorted(
+            sorted_sequence, input, out_int32=out_int32, right=right, side=side, sorter=sorter
+        )  # fmt: skip  # as above
+    entries = sorted_sequence if sorted_sequence.dim() == 1 else sorted_sequence.unsqueeze(-2)
+    value = input.unsqueeze(-1)
+    below = entries <= value if right or side == "right" else entries < value
+    count = below.to(torch.int64).sum(-1)
+    return count.to(torch.int32) if out_int32 else count
+
+
+def diagonal(x: torch.Tensor, offset: int = 0, dim1: int = 0, dim2: int = 1) -> torch.Tensor:
+    """`torch.diagonal` by lookup, where the sizes are known."""
+    import torch
+
+    sizes = x.shape[dim1], x.shape[dim2]
+    if not all(type(size) is int for size in sizes):  # free, or followed by a trace
+        return torch.diagonal(x, offset, dim1, dim2)
+    rows = torch.arange(max(0, -offset), max(0, -offset, min(sizes[0], sizes[1] - offset)))
+    return movedim(x, (dim1, dim2), (-2, -1))[..., rows, rows + offset]
+
+
+_LONGEST = 512  # entries; their products are a square of that side
+
+
+def cumprod(x: torch.Tensor, dim: int, **more: Any) -> torch.Tensor:
+    """`torch.cumprod` as products of the first, the first two … entries; the TorchScript exporter has none."""
+    import torch
+
+    count = int(x.shape[dim]) if not isinstance(x.shape[dim], torch.SymInt) else _LONGEST + 1
+    if more or count > _LONGEST or not x.is_floating_point():
+        return torch.cumprod(x, dim, **more)
+    first = torch.ones(count, count, dtype=torch.bool).tril()
+    moved = movedim(x, dim, -1).unsqueeze(-2)
+    return movedim(torch.where(first, moved, torch.ones_like(moved)).prod(-1), -1, dim)
+
+
+def quantile(
+    x: torch.Tensor, q: Any, dim: int | None = None, keepdim: bool = False, *, interpolation: str = "linear"
+) -> torch.Tensor:
+    """`torch.quantile` between two sorted entries, of numbers that are all numbers."""
+    import torch
+
+    if isinstance(q, torch.Tensor) or interpolation != "linear":
+        return torch.quantile(x, q, dim, keepdim, interpolation=interpolation)
+    moved = x.flatten() if dim is None else movedim(x, dim, -1)
+    place = q * (int(moved.shape[-1]) - 1)
+    ordered, low = moved.sort(-1).values, int(place)
+    high = min(low + 1, int(moved.shape[-1]) - 1)
+    found = torch.lerp(ordered[..., low], ordered[..., high], place - low)
+    if not keepdim:
+        return found
+    return found.unsqueeze(dim) if dim is not None else found.reshape([1] * x.dim())
+
+
+def median(x: torch.Tensor, dim: int | None = None, keepdim: bool = False) -> Any:
+    """`torch.median`: the lower middle of the sorted entries, and along an axis its place."""
+    import torch
+
+    if dim is None:
+        return kthvalue(x.flatten(), (x.numel() + 1) // 2).values
+    return torch.return_types.median(tuple(kthvalue(x, (int(x.shape[dim]) + 1) // 2, dim, keepdim)))
+
+
+def kthvalue(x: torch.Tensor, k: int, dim: int = -1, keepdim: bool = False) -> Any:
+    """`torch.kthvalue`: the `k`th of the sorted entries, and its place."""
+    import torch
+
+    values, places = (movedim(each, dim, -1)[..., k - 1] for each in x.sort(dim))
+    if keepdim:
+        values, places = values.unsqueeze(dim), places.unsqueeze(dim)
+    return torch.return_types.kthvalue((values, places))
+
+
+def topk(x: torch.Tensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> Any:
+    """`torch.topk`, in order even where any order will do: Core ML before iOS 16 has no other."""
+    import torch
+
+    return torch.topk(x, k, dim, largest, sorted=True)
+
+
+def movedim(x: torch.Tensor, source: Any, destination: Any) -> torch.Tensor:
+    """`torch.movedim` as a permutation, which every converter knows."""
+    pairs = zip(*([each] if isinstance(each, int) else each for each in (source, destination)), strict=True)
+    placed = {to % x.dim(): from_ % x.dim() for from_, to in pairs}
+    rest = iter([axis for axis in range(x.dim()) if axis not in placed.values()])
+    return x.permute([placed[axis] if axis in placed else next(rest) for axis in range(x.dim())])
+
+
+def pad(x: torch.Tensor, pad: Any, mode: str = "constant", value: float | None = None) -> torch.Tensor:
+    """`torch.nn.functional.pad` in circles by joining slices; hardly a converter knows that mode."""
+    import torch
+
+    if mode != "circular" or any(not isinstance(each, int) or each < 0 for each in pad):
+        return torch.nn.functional.pad(x, pad, mode, value)
+    for place in range(len(pad) // 2):
+        axis, before, after = x.dim() - 1 - place, pad[2 * place], pad[2 * place + 1]
+        ends = (x.narrow(axis, x.shape[axis] - before, before), x, x.narrow(axis, 0, after))
+        x = torch.cat([part for part, size in zip(ends, (before, 1, after), strict=True) if size], axis)
+    return x
+
+
+def take_along_dim(x: torch.Tensor, indices: torch.Tensor, dim: int | None = None) -> torch.Tensor:
+    """`torch.take_along_dim` as a gather, which compares no axes; one of size 1 is repeated as the other needs."""
+    import torch
+
+    if dim is None:
+        return x.flatten().gather(0, indices.flatten())
+    if x.dim() != indices.dim():
+        return torch.take_along_dim(x, indices, dim)
+    pairs = [list(pair) for pair in zip(x.shape, indices.shape, strict=True)]
+    pairs[dim] = [-1, -1]
+    mine, theirs = ([b if type(a) is int and a == 1 else -1 for a, b in each] for each in (pairs, map(reversed, pairs)))
+    return x.expand(mine).gather(dim, indices.expand(theirs))
+
+
+def _logical(operator: Callable[..., Any], named: Callable[..., Any]) -> Callable[..., Any]:
+    """An operator as the function that it is for booleans; Core ML's converter knows no `__or__`."""
+
+    def apply(x: torch.Tensor, other: Any) -> Any:
+        import torch
+
+        both = isinstance(other, torch.Tensor) and x.dtype == other.dtype == torch.bool
+        return (named if both else operator)(x, other)
+
+    return apply
+
+
+def total(x: torch.Tensor, *rest: Any, **more: Any) -> torch.Tensor:
+    """`torch.sum`, of booleans as the integers that it gives; Core ML's converter gives floats."""
+    import torch
+
+    return torch.sum(x.to(torch.int64) if x.dtype == torch.bool else x, *rest, **more)
