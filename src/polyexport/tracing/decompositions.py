@@ -12,6 +12,8 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from polyexport.tracing.einsum import einsum
+
 if TYPE_CHECKING:
     import torch
 
@@ -78,6 +80,7 @@ def written_out() -> Iterator[None]:
         torch.take_along_dim: take_along_dim,
         torch.Tensor.take_along_dim: take_along_dim,
         torch.hypot: lambda x, other: (x * x + other * other).sqrt(),
+        torch.einsum: einsum,
         torch.sum: total,
         torch.Tensor.sum: total,
     }
