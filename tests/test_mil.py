@@ -10,10 +10,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from polyexport.coreml.ops import OPS
 from polyexport.format import Tolerance
 from polyexport.formats import coreml
-from polyexport.mil.ops import OPS
-from polyexport.parity import compare
+from polyexport.measure.parity import compare
 from polyexport.spec import ExportSpec, TensorSpec
 
 pytest.importorskip("coremltools", reason="coremltools is not installed; `pip install coremltools`")
@@ -239,7 +239,7 @@ FUNCTIONS = {
     ),
     "powers of two": (lambda x: (2**x, 2 ** (9 * x).int().abs(), x**2, 3**x), ROWS),
     "products of integers and floats": (
-        lambda x: ((5 * x).int() @ torch.arange(16, dtype=torch.int32).reshape(8, 2), (5 * x).int().float() @ x.mT),
+        lambda x: ((5 * x).int() @ torch.arange(16, dtype=torch.int32).reshape(8, 2), (5 * x).int().float() @ x.T),
         ROWS,
     ),
     "casts that lose what follows would ask for": (

@@ -9,12 +9,12 @@ from pathlib import Path
 from rich.console import Console
 
 from polyexport import ExportSpec, Outcome, Report, TensorSpec
-from polyexport.console import show
-from polyexport.latency import summarise
-from polyexport.parity import OutputParity, Parity
-from polyexport.records import decode, encode, read_json, write_json
-from polyexport.report import Artifact, Checkpoint, Model, Toolchain, markdown, metrics, rows, sentence
-from polyexport.sinks.html import page
+from polyexport.measure.latency import summarise
+from polyexport.measure.parity import OutputParity, Parity
+from polyexport.report.console import show
+from polyexport.report.html import page
+from polyexport.report.report import Artifact, Checkpoint, Model, Toolchain, markdown, metrics, rows, sentence
+from polyexport.serialization import decode, encode, read_json, write_json
 
 
 def report(folder: Path) -> Report:
