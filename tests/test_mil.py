@@ -248,7 +248,7 @@ FUNCTIONS = {
     ),
     "halves to the even": (lambda x: ((x * 4).trunc() / 2).round() + torch.round(x, decimals=1), ROWS),
     "triangles of infinities": (
-        lambda x: (x + torch.full((3, 8), -torch.inf).triu(1), (x / 0.0).tril(-1), (x > 0).triu(1)),
+        lambda x: ((x + torch.full((3, 8), -torch.inf).triu(1)).softmax(0), (x / 0.0).tril(-1), (x > 0).triu(1)),
         ROWS,
     ),
     "log_softmax of what lies far apart": (lambda x: (300 * x).log_softmax(1), ROWS),
@@ -259,6 +259,21 @@ FUNCTIONS = {
     "lgamma, copysign": (lambda x: (torch.lgamma(3 * x), torch.lgamma(x.abs() * 9), x.copysign(x.flip(0))), ROWS),
     "one value under many names": (
         lambda x: (lambda y: (x, y, x, y, torch.ones(2), y > 0, y.int(), y.int()))(x.relu()),
+        ROWS,
+    ),
+    "vectors": (lambda x: (x @ torch.arange(8.0), x[0] @ x[1], x[0] @ x.T), ROWS),
+    "an outer product of integers and floats": (lambda x: torch.outer(torch.arange(4), x[0]) + x[1], ROWS),
+    "means and sums in another dtype": (
+        lambda x: (lambda y: (y.mean(dtype=torch.float32), y.sum(1, dtype=torch.float32), y.sum(dtype=torch.int64)))(
+            (9 * x).int()
+        ),
+        ROWS,
+    ),
+    "products of complex numbers": (
+        lambda x: (
+            torch.fft.ifft(torch.fft.fft(x) * torch.fft.fft(x.flip(1))).real,
+            torch.fft.irfft(torch.fft.rfft(x) / 2),
+        ),
         ROWS,
     ),
     "rows by a mask": (lambda x: torch.index_put(x, (x[:, 0] > 0,), torch.tensor(0.5)), ROWS),
@@ -437,6 +452,11 @@ def test_a_function_that_a_trace_loses_comes_through_torch_export(function, tmp_
 @pytest.mark.parametrize("function", [hot, grouped])
 def test_a_scatter_into_rows_of_a_free_batch(function, tmp_path):
     proven(function, ROWS, tmp_path, free=True)
+
+
+@pytest.mark.parametrize("norm", ["backward", "forward", "ortho"])
+def test_a_fourier_transform_of_a_free_batch(norm, tmp_path):
+    proven(lambda x: torch.fft.fftn(x, (8, 6), (1, 2), norm).real, (2, 5, 7), tmp_path, free=True)
 
 
 @pytest.mark.parametrize("function", [windows, shifted_and_back])

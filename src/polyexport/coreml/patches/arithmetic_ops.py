@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from polyexport.coreml.patches.scatter_ops import _kind
 
 Binary = Callable[[Any, Any, Any], Any]
@@ -61,11 +63,40 @@ def _scaled(context: Any, node: Any, plain: Any, combine: Binary, *, scales_firs
     context.add(mb.identity(x=combine(mb, x, y), name=node.name))
 
 
+def mul(context: Any, node: Any) -> None:
+    """A product, also of complex numbers, which coremltools only adds."""
+    from coremltools.converters.mil import Builder as mb
+    from coremltools.converters.mil.frontend.torch import ops
+
+    factors = ops._get_inputs(context, node)
+    if not any("complex" in _kind(factor) for factor in factors):
+        ops.mul(context, node)
+        return
+    (a, b), (c, d) = map(_parts, factors)
+    real = mb.sub(x=mb.mul(x=a, y=c), y=mb.mul(x=b, y=d))
+    imaginary = mb.add(x=mb.mul(x=a, y=d), y=mb.mul(x=b, y=c))
+    context.add(mb.complex(real_data=real, imag_data=imaginary), torch_name=node.name)
+
+
+def _parts(x: Any) -> tuple[Any, Any]:
+    """The real and the imaginary part."""
+    from coremltools.converters.mil import Builder as mb
+
+    if "complex" in _kind(x):
+        return mb.complex_real(data=x), mb.complex_imag(data=x)
+    return mb.cast(x=x, dtype="fp32"), 0.0
+
+
 def div(context: Any, node: Any) -> None:
-    """A quotient, of two integers an integer where it is rounded."""
+    """A quotient, of two integers an integer where it is rounded, of a complex number by a real one."""
+    from coremltools.converters.mil import Builder as mb
     from coremltools.converters.mil.frontend.torch import ops
 
     x, y, mode = _arguments(context, node, "rounding_mode")
+    if mode is None and "complex" in _kind(x):
+        parts = [mb.real_div(x=part, y=mb.cast(x=y, dtype="fp32")) for part in _parts(x)]
+        context.add(mb.complex(real_data=parts[0], imag_data=parts[1]), torch_name=node.name)
+        return
     if mode is None:
         ops.div(context, node)
         return
@@ -139,18 +170,67 @@ def matmul(context: Any, node: Any) -> None:
     x, y = _promoted(*ops._get_inputs(context, node))
     left = mb.expand_dims(x=x, axes=[0]) if x.rank == 1 else x
     right = mb.expand_dims(x=y, axes=[1]) if y.rank == 1 else y
-    product = mb.matmul(x=left, y=right) if "int" in _kind(x) else ops._construct_matmul(left, right)
     vectors = [axis for axis, factor in ((-2, x), (-1, y)) if factor.rank == 1]
+    name = f"{node.name}_matrix" if vectors else node.name
+    integers = "int" in _kind(x)
+    product = mb.matmul(x=left, y=right, name=name) if integers else ops._construct_matmul(left, right, name)
     context.add(mb.squeeze(x=product, axes=vectors, name=node.name) if vectors else product, torch_name=node.name)
+
+
+def outer(context: Any, node: Any) -> None:
+    """The products of every entry of one vector with every entry of another, of one dtype."""
+    from coremltools.converters.mil import Builder as mb
+    from coremltools.converters.mil.frontend.torch.ops import _get_inputs
+
+    x, y = _promoted(*_get_inputs(context, node))
+    context.add(mb.mul(x=mb.expand_dims(x=x, axes=[1]), y=mb.expand_dims(x=y, axes=[0]), name=node.name))
+
+
+def mean(context: Any, node: Any) -> None:
+    """A mean, over one or all axes, of what may be cast first."""
+    from coremltools.converters.mil import Builder as mb
+    from coremltools.converters.mil.frontend.torch import ops
+
+    _reduced(context, node, ops.mean, mb.reduce_mean)
+
+
+def total(context: Any, node: Any) -> None:
+    """Likewise a sum."""
+    from coremltools.converters.mil import Builder as mb
+    from coremltools.converters.mil.frontend.torch import ops
+
+    _reduced(context, node, ops.mean, mb.reduce_sum)
+
+
+def _reduced(context: Any, node: Any, plain: Any, reduce: Any) -> None:
+    """By coremltools, but for a `dtype`, which it takes for an axis or drops."""
+    from coremltools.converters.mil import Builder as mb
+    from coremltools.converters.mil.frontend.torch import ops
+
+    x, *more = ops._get_inputs(context, node)
+    (dtype,) = ops._get_kwinputs(context, node, "dtype", default=[None])
+    if context.frontend == ops.TorchFrontend.TORCHSCRIPT:  # (x, dtype) or (x, dim, keepdim, dtype)
+        *more, dtype = more or [None]
+    if dtype is None:
+        plain(context, node)
+        return
+    (keep,) = ops._get_kwinputs(context, node, "keepdim", default=[more[1] if len(more) > 1 else None])
+    axes = None if not more or more[0] is None else [int(axis) for axis in np.ravel(more[0].val)] or None
+    cast = mb.cast(x=x, dtype=ops.NUM_TO_DTYPE_STRING[getattr(dtype, "val", dtype)])
+    context.add(reduce(x=cast, axes=axes, keep_dims=bool(getattr(keep, "val", keep)), name=node.name))
 
 
 COMPOSITES = {
     "add": add,
     "sub": sub,
     **dict.fromkeys(("rsub", "rsub.scalar"), rsub),
-    "div": div,
+    "mul": mul,
+    **dict.fromkeys(("div", "true_divide"), div),
     "floor_divide": floor_divide,
     **dict.fromkeys(("fmod", "fmod.scalar"), fmod),
     **dict.fromkeys(("pow", "pow.tensor_tensor", "pow.scalar"), power),
     **dict.fromkeys(("matmul", "mm", "bmm"), matmul),
+    "outer": outer,
+    **dict.fromkeys(("mean", "mean.dim"), mean),
+    **dict.fromkeys(("sum", "sum.dim_intlist"), total),
 }

@@ -1,4 +1,4 @@
-"""PyTorch's writes by index that coremltools lacks or gets wrong, by MIL's scatters; registered by `composite_ops.py`."""
+"""PyTorch's writes by index that coremltools lacks or gets wrong, as scatters; registered by `composite_ops.py`."""
 
 from __future__ import annotations
 
