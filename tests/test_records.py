@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import math
 import re
@@ -10,12 +11,15 @@ from typing import Any
 
 import jsonschema
 import pytest
+from rich.console import Console
 
 from polyexport import BadRequest, ExportSpec, Outcome, Report, TensorSpec
 from polyexport.measure.latency import summarise
 from polyexport.measure.parity import OutputParity, Parity
 from polyexport.report import schema
-from polyexport.report.report import Artifact, Checkpoint, Model, Toolchain, markdown, metrics, rows
+from polyexport.report.console import show
+from polyexport.report.html import page
+from polyexport.report.report import Artifact, Checkpoint, Model, Toolchain, markdown, metrics, rows, sentence
 from polyexport.serialization import decode, encode, read_json, write_json
 
 
@@ -154,3 +158,35 @@ def test_the_markdown_table_has_one_line_per_row(tmp_path):
 def test_the_table_starts_with_eager_pytorch(tmp_path):
     first = rows(report(tmp_path))[0]
     assert (first["format"], first["state"], first["speed-up"]) == ("eager", "baseline", "1.00×")
+
+
+def by_stand_in(folder: Path, *, passed: bool = True) -> Report:
+    """The report of a format that a stand-in ran in its runtime's place."""
+    made = report(folder)
+    parity = replace(made["onnx"].parity, passed=passed, off_device=True)
+    outcome = replace(made["onnx"], parity=parity, state="verified" if passed else "mismatch")
+    return replace(made, outcomes=(outcome,))
+
+
+def test_a_tick_by_a_stand_in_reads_off_device_wherever_a_state_is_shown(tmp_path):
+    folder = tmp_path / "run" / "export"  # with no other export beside it, which the page would show
+    folder.mkdir(parents=True)
+    by_stand_in(folder).save()
+    made = Report.load(folder)
+    assert made["onnx"].state == "verified"
+    terminal = Console(file=io.StringIO(), width=200)
+    show(made, terminal)
+    shown = {
+        "table": str(rows(made)),
+        "markdown": markdown(made),
+        "page": page(made),
+        "terminal": terminal.file.getvalue(),
+        "line": sentence(made["onnx"]),
+    }
+    assert [name for name, text in shown.items() if "verified off-device" not in text] == []
+    assert "verified</span>" not in shown["page"], "nor does one of its chips leave it out"
+
+
+def test_a_disagreement_is_no_less_one_for_being_seen_off_device(tmp_path):
+    assert by_stand_in(tmp_path, passed=False)["onnx"].shown_state == "mismatch"
+    assert report(tmp_path)["onnx"].shown_state == "verified"

@@ -165,8 +165,11 @@ def verify(root: Path, job: Job) -> Any:
         results.append(compare(runner(inputs), reference, each.limits, noise, whole))
         whole = whole or reference
     folder = artifact if artifact.is_dir() else artifact.parent
-    verified_by = getattr(runner, "verified_by", None)
-    parity = replace(merge(results, [batch.sizes for batch in job.batches]), verified_by=verified_by)
+    parity = replace(
+        merge(results, [batch.sizes for batch in job.batches]),
+        verified_by=getattr(runner, "verified_by", None),
+        off_device=bool(getattr(runner, "stand_in", "")),
+    )
     own = {name: getattr(runner, name) for name in ("signature", "shortfall") if hasattr(runner, name)}
     return {"parity": parity, **own, **_fingerprint(folder)}
 

@@ -274,7 +274,12 @@ def _parity(report: Report) -> Iterator[dict[str, Figure]]:
     """One row per format and output."""
     for outcome in report.outcomes:
         for output, parity in outcome.parity.outputs.items() if outcome.parity else ():
-            about = {"format": outcome.format, "precision": outcome.precision, "state": outcome.state, "output": output}
+            about = {
+                "format": outcome.format,
+                "precision": outcome.precision,
+                "state": outcome.shown_state,
+                "output": output,
+            }
             yield about | encode(parity)
 
 
@@ -311,7 +316,7 @@ def _log_artifact(options: Wandb, run: Any, report: Report, outcome: Outcome, *,
         aliases += options.aliases
         if _is_fastest(outcome, report):
             aliases.append("fastest")
-    tags = [_word(word) for word in (outcome.format, outcome.precision, outcome.state)] + list(options.tags)
+    tags = [_word(word) for word in (outcome.format, outcome.precision, outcome.shown_state)] + list(options.tags)
     return run.log_artifact(artifact, aliases=list(dict.fromkeys(aliases)), tags=list(dict.fromkeys(tags)))
 
 
@@ -367,7 +372,7 @@ def _metadata(options: Wandb, report: Report, outcome: Outcome) -> dict[str, Any
         {
             "format": outcome.format,
             "precision": outcome.precision,
-            "state": outcome.state,
+            "state": outcome.shown_state,
             "reason": outcome.reason,
             "route": outcome.route,
             "bytes": outcome.artifact.bytes if outcome.artifact else None,

@@ -48,7 +48,7 @@ def table(report: Report, width: int) -> Table:
         header = column.replace(" ", "\n").replace("-", "-\n")
         drawn.add_column(header, justify=justify, no_wrap=True)
     for row in found:
-        drawn.add_row(*(row[column] for column in shown), style=_STYLES[row["state"]])
+        drawn.add_row(*(row[column] for column in shown), style=_STYLES[row["state"].split()[0]])
     return drawn
 
 

@@ -12,6 +12,7 @@ last, and a charting library would put megabytes into each.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -54,7 +55,7 @@ def page(report: Report) -> str:
     return _environment().get_template("report.html.j2").render(
         report=report,
         title=title(report),
-        states=[(state, sum(o.state == state for o in report.outcomes)) for state in STATES],
+        states=_tally(report),
         columns=COLUMNS,
         numbers=NUMBERS,
         table=list(_table(report)),
@@ -64,6 +65,11 @@ def page(report: Report) -> str:
         history=_history(report),
         snippets=[(outcome, snippets(outcome)) for outcome in report.outcomes if outcome.artifact],
     )  # fmt: skip  # the template's arguments, one a line
+
+
+def _tally(report: Report) -> Mapping[str, int]:
+    """How many formats ended in which state, the best state first."""
+    return Counter(o.shown_state for o in sorted(report.outcomes, key=lambda o: (STATES.index(o.state), o.shown_state)))
 
 
 @cache

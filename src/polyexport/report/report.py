@@ -79,6 +79,12 @@ class Outcome:
         """Whether the artifact agreed with PyTorch."""
         return self.state in PUBLISHABLE
 
+    @property
+    def shown_state(self) -> str:
+        """The state as every table, page, tag and line shows it: `verified off-device` where a stand-in agreed."""
+        off_device = self.publishable and self.parity is not None and self.parity.off_device
+        return f"{self.state} off-device" if off_device else self.state
+
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
@@ -276,7 +282,7 @@ def sentence(outcome: Outcome) -> str:
     spent = f" in {sum(outcome.seconds.values()):.1f} s" if outcome.seconds else ""
     made = f", {size(outcome.artifact.bytes)}" if outcome.artifact and outcome.artifact.bytes else ""
     because = f": {outcome.reason.splitlines()[0]}" if outcome.reason else ""
-    return f"{outcome.format}{route}: {outcome.state}{spent}{made}{because}"
+    return f"{outcome.format}{route}: {outcome.shown_state}{spent}{made}{because}"
 
 
 def eager(report: Report) -> Outcome | None:
@@ -308,7 +314,7 @@ def _figures(outcome: Outcome) -> dict[str, Figure]:
     return {
         "format": outcome.format,
         "precision": outcome.precision,
-        "state": outcome.state,
+        "state": outcome.shown_state,
         "route": outcome.route,
         "bytes": artifact.bytes if artifact else None,
         "max_abs_error": parity.max_abs_error if parity else None,
