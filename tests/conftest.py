@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import functools
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import polyexport
 import zoo
-from polyexport import Report
+from polyexport import FORMATS, Report, plan
+from polyexport.toolchain import cache_folder
 from test_lowering import many
 
 
@@ -41,6 +47,44 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Report
         return polyexport.export(module, inputs, zoo.FORMATS, folder / model, bench=False)
 
     return export
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Report:
+    """One linear layer in the formats that are made in a moment; not to be changed."""
+    module, folder = torch.nn.Linear(4, 3), tmp_path_factory.mktemp("small") / "out"
+    return polyexport.export(module, torch.rand(4, 4), ["torchscript", "pt2", "onnx"], folder, bench=False)
+
+
+@dataclass(frozen=True)
+class Everything:
+    """One model in every format, static; `trace` has the calls of its export to the network, where strace is there."""
+
+    report: Report
+    trace: Path | None
+    home: Path
+
+
+def traced(trace: Path) -> list[str]:
+    """The words before a command that write what it sends, and where to, into `trace`."""
+    calls = "trace=connect,sendto,sendmsg,sendmmsg"
+    return ["strace", "-f", "--seccomp-bpf", "-e", calls, "-o", str(trace)]
+
+
+@pytest.fixture(scope="session")
+def everything(tmp_path_factory: pytest.TempPathFactory) -> Everything:
+    folder = tmp_path_factory.mktemp("everything")
+    (folder / "home").mkdir()
+    formats = [each for each in FORMATS.values() if not each.needs_gpu and not each.lacks()]
+    for chain in {chain for chains in plan.toolchains(formats).values() for chain in chains}:
+        chain.interpreter()  # what is installed comes over the network
+    words = [sys.executable, str(Path(__file__).with_name("every_format.py")), str(folder / "out")]
+    trace = folder / "calls.txt" if shutil.which("strace") else None
+    subprocess.run(
+        [*(traced(trace) if trace else ()), *words, *(each.name for each in formats)], check=True, cwd=folder,
+        env={**os.environ, "HOME": str(folder / "home"), "POLYEXPORT_CACHE": str(cache_folder())},
+    )  # fmt: skip  # the settings on one line
+    return Everything(Report.load(folder / "out"), trace, folder / "home")
 
 
 @pytest.fixture(scope="session")
