@@ -8,11 +8,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from polyexport import escape
 from polyexport.errors import BadRequest
-from polyexport.folders import finished, followed
+from polyexport.folders import finished, followed, inside
 from polyexport.latency import Latency
 from polyexport.parity import Parity
-from polyexport.records import decode, read_json, write_json
+from polyexport.records import decode, read_json, write_json, write_text
 from polyexport.spec import TensorSpec
 
 State = Literal["verified", "degraded", "unverified", "mismatch", "failed", "skipped"]
@@ -170,7 +171,7 @@ class Report:
         from polyexport.sinks.html import html
 
         write_json(self.folder / "report.json", self)
-        (self.folder / "report.md").write_text(markdown(self), encoding="utf-8")
+        write_text(self.folder / "report.md", markdown(self))
         html(self)
 
     @staticmethod
@@ -179,14 +180,19 @@ class Report:
 
         Raises:
             FileNotFoundError: there is none.
-            BadRequest: it is no report of this version.
+            BadRequest: it is no report of this version, or names files outside of `folder`.
         """
         folder = followed(Path(folder))
         file = folder / "report.json"
         try:
-            return replace(decode(Report, read_json(file)), folder=folder.resolve())
+            report = replace(decode(Report, read_json(file)), folder=folder.resolve())
+            for outcome in report.outcomes:
+                artifact = [outcome.artifact.path] if outcome.artifact else []
+                for path in filter(None, [outcome.format, outcome.log, *artifact]):
+                    inside(report.folder, path)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise BadRequest(f"{file} cannot be read: {type(error).__name__}: {error}") from error
+        return report
 
 
 def _costs(outcome: Outcome) -> tuple[float, float, float]:
@@ -260,7 +266,7 @@ def sentence(outcome: Outcome) -> str:
     spent = f" in {sum(outcome.seconds.values()):.1f} s" if outcome.seconds else ""
     made = f", {size(outcome.artifact.bytes)}" if outcome.artifact and outcome.artifact.bytes else ""
     because = f": {outcome.reason.splitlines()[0]}" if outcome.reason else ""
-    return f"{outcome.format}{route}: {outcome.state}{spent}{made}{because}"
+    return escape.printable(f"{outcome.format}{route}: {outcome.state}{spent}{made}{because}")
 
 
 def eager(report: Report) -> Outcome | None:
@@ -276,7 +282,8 @@ Figure = str | int | float | None
 def figures(report: Report) -> list[dict[str, Figure]]:
     """What every sink shows: one row per format in the order of the report, eager PyTorch first where it was timed.
 
-    A figure that was not measured is None; errors and the noise floor are absolute, latencies in milliseconds.
+    A figure that was not measured is None; errors and the noise floor are absolute, latencies in milliseconds for the
+    rows of `batch`.
     """
     table = [_figures(outcome) for outcome in report.outcomes]
     baseline = eager(report)
@@ -295,6 +302,7 @@ def _figures(outcome: Outcome) -> dict[str, Figure]:
         "bytes": artifact.bytes if artifact else None,
         "max_abs_error": parity.max_abs_error if parity else None,
         "noise_floor": parity.noise_floor if parity else None,
+        "batch": latency.batch if latency else None,
         "p50_ms": latency.p50_ms if latency else None,
         "p90_ms": latency.p90_ms if latency else None,
         "p95_ms": latency.p95_ms if latency else None,
@@ -334,7 +342,10 @@ NUMBERS: Mapping[str, Callable[[Outcome], float | None]] = {
 
 def rows(report: Report) -> list[dict[str, str]]:
     """The figures as they are written in a table."""
-    return [{name: write(row[figure]) for name, (figure, write) in COLUMNS.items()} for row in figures(report)]
+    return [
+        {name: escape.printable(write(row[figure])) for name, (figure, write) in COLUMNS.items()}
+        for row in figures(report)
+    ]
 
 
 def metrics(report: Report) -> list[dict[str, str]]:
@@ -361,15 +372,16 @@ def _metric(value: float | None, beside: float | None = None) -> str:
 def markdown(report: Report) -> str:
     """The report as Markdown: what was exported, the table, the notes, how to reproduce each step."""
     checkpoint, model = report.checkpoint, report.model
-    about = [f"Checkpoint `{checkpoint.path}`"]
+    about = [f"Checkpoint {escape.code(checkpoint.path)}"]
     if checkpoint.epoch is not None:
         about.append(f"epoch {checkpoint.epoch}, step {checkpoint.global_step}")
     if checkpoint.monitor and checkpoint.score is not None:
-        about.append(f"{checkpoint.monitor} {checkpoint.score:.6g}")
+        about.append(f"{escape.markdown(checkpoint.monitor)} {checkpoint.score:.6g}")
     lines = ["# Export report", "", ", ".join(about) + ".", ""]
     if model:
         signature = f"({', '.join(map(str, model.inputs))}) → ({', '.join(map(str, model.outputs))})"
-        lines += [f"`{model.class_name}`, {model.parameters:,} parameters: `{signature}`", ""]
+        about_it = f"{escape.code(model.class_name)}, {model.parameters:,} parameters: {escape.code(signature)}"
+        lines += [about_it, ""]
     lines += [*_markdown_table(rows(report)), ""]
     if report.metrics:
         lines += [
@@ -385,14 +397,18 @@ def markdown(report: Report) -> str:
             f"{measured.samples} calls per format in alternating rounds.",
             "",
         ]
-    lines += [f"* {note}" for note in report.notes] + ([""] if report.notes else [])
-    lines += ["## Reproduce", "", "```sh"]
-    lines += [f"{outcome.reproduce}  # {outcome.format}" for outcome in report.outcomes if outcome.reproduce]
-    return "\n".join([*lines, "```", ""])
+    lines += [f"* {escape.markdown(note)}" for note in report.notes] + ([""] if report.notes else [])
+    commands = "\n".join(
+        escape.printable(f"{outcome.reproduce}  # {outcome.format}").replace("\n", " ")
+        for outcome in report.outcomes
+        if outcome.reproduce
+    )
+    around = escape.fence(commands, 3)
+    return "\n".join([*lines, "## Reproduce", "", f"{around}sh", *filter(None, [commands]), around, ""])
 
 
 def _markdown_table(table: Sequence[Mapping[str, str]]) -> Iterable[str]:
-    yield "| " + " | ".join(table[0]) + " |"
+    yield "| " + " | ".join(map(escape.markdown, table[0])) + " |"
     yield "|" + "---|" * len(table[0])
     for row in table:
-        yield "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row.values()) + " |"
+        yield "| " + " | ".join(map(escape.markdown, row.values())) + " |"

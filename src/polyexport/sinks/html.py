@@ -22,6 +22,7 @@ from polyexport import pictures
 from polyexport.format import Snippet
 from polyexport.formats import known
 from polyexport.pictures import Point
+from polyexport.records import write_text
 from polyexport.report import (
     COLUMNS,
     NUMBERS,
@@ -46,7 +47,7 @@ HISTORY = 30
 
 def html(report: Report) -> None:
     """A sink that writes `report.html` into the report's folder."""
-    (report.folder / "report.html").write_text(page(report), encoding="utf-8")
+    write_text(report.folder / "report.html", page(report))
 
 
 def page(report: Report) -> str:
@@ -220,6 +221,7 @@ def snippets(outcome: Outcome) -> tuple[Snippet, ...]:
         "inputs": [replace(tensor, shape=tensor.sized(lambda _: 1)) for tensor in outcome.inputs],
         "names": [tensor.name for tensor in outcome.inputs],
         "outputs": [tensor.name for tensor in outcome.outputs],
+        "output_dtypes": [tensor.dtype for tensor in outcome.outputs],
     }
     return tuple(replace(snippet, code=_plain().from_string(snippet.code).render(about)) for snippet in each.snippets)
 
