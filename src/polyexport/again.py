@@ -19,6 +19,7 @@ from polyexport import toolchain
 from polyexport.build import Watch, judged
 from polyexport.dispatch import Dispatcher
 from polyexport.errors import BadRequest, CannotRun
+from polyexport.folders import inside
 from polyexport.format import Format, Runner
 from polyexport.job import Batch, Job, Kind
 from polyexport.records import decode, read_json
@@ -49,8 +50,8 @@ class Runnable:
     def job(self, kind: Kind, dispatcher: Dispatcher, **more: Any) -> Job:
         """A job of `kind` on the artifact."""
         assert self.outcome.artifact is not None, "what is runnable was made"
-        declared = dispatcher.declared(self.format)
-        return Job(kind, self.name, declared, source=self.outcome.artifact.path, spec=self.spec, **more)
+        declared, path = dispatcher.declared(self.format), self.outcome.artifact.path
+        return Job(kind, self.name, declared, source=path, spec=self.spec, trusted=dispatcher.trusted, **more)
 
 
 def signature(report: Report) -> ExportSpec:
@@ -93,6 +94,8 @@ def verify(report: Report, formats: Mapping[str, Format], dispatcher: Dispatcher
     """
     manifest = _manifest(report)
     batches = tuple(decode(Batch, each) for each in manifest["batches"])
+    for batch in batches:
+        inside(report.folder, batch.path)
     now: dict[str, Outcome] = {}
     notes = []
     for each in runnables(report, formats):
