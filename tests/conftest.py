@@ -8,18 +8,20 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import every_format
 import polyexport
 import zoo
-from polyexport import FORMATS, Report, plan
-from polyexport.toolchain import cache_folder
-from test_lowering import many
+from every_format import Everything, traced
+from isolated import many
+from polyexport import FORMATS, Report
+from polyexport.engine import plan
+from polyexport.workers.toolchain import cache_folder
 
 
 @pytest.fixture(autouse=True)
@@ -56,21 +58,6 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Report:
     return polyexport.export(module, torch.rand(4, 4), ["torchscript", "pt2", "onnx"], folder, bench=False)
 
 
-@dataclass(frozen=True)
-class Everything:
-    """One model in every format, static; `trace` has the calls of its export to the network, where strace is there."""
-
-    report: Report
-    trace: Path | None
-    home: Path
-
-
-def traced(trace: Path) -> list[str]:
-    """The words before a command that write what it sends, and where to, into `trace`."""
-    calls = "trace=connect,sendto,sendmsg,sendmmsg"
-    return ["strace", "-f", "--seccomp-bpf", "-e", calls, "-o", str(trace)]
-
-
 @pytest.fixture(scope="session")
 def everything(tmp_path_factory: pytest.TempPathFactory) -> Everything:
     folder = tmp_path_factory.mktemp("everything")
@@ -78,7 +65,7 @@ def everything(tmp_path_factory: pytest.TempPathFactory) -> Everything:
     formats = [each for each in FORMATS.values() if not each.needs_gpu and not each.lacks()]
     for chain in {chain for chains in plan.toolchains(formats).values() for chain in chains}:
         chain.interpreter()  # what is installed comes over the network
-    words = [sys.executable, str(Path(__file__).with_name("every_format.py")), str(folder / "out")]
+    words = [sys.executable, str(Path(every_format.__file__)), str(folder / "out")]
     trace = folder / "calls.txt" if shutil.which("strace") else None
     subprocess.run(
         [*(traced(trace) if trace else ()), *words, *(each.name for each in formats)], check=True, cwd=folder,

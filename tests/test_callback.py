@@ -33,8 +33,8 @@ from lightning_export import ExportCallback
 from planted import GOOD
 from planted import planted as plant
 from polyexport import BadRequest, Engine, ExportFailed, Report, Toolchain, UnknownFormat
-from polyexport.module import load as load_module
-from polyexport.sinks.remote import copy_to
+from polyexport.capture.snapshot import load as load_module
+from polyexport.publish.folder import copy_to
 
 
 def fit(folder: Path, callback: Callback | None, model: Any = None, *, epochs: int = 2, **settings: Any) -> Any:

@@ -20,10 +20,13 @@ from torch import nn
 from typer.testing import CliRunner
 
 import polyexport
-from polyexport import FORMATS, checkpoint, module, toolchain
+from polyexport import FORMATS
+from polyexport.capture import checkpoint
+from polyexport.capture import snapshot as module
+from polyexport.capture.pickling import import_path
 from polyexport.cli import app
-from polyexport.imports import import_path
-from polyexport.report import Checkpoint
+from polyexport.report.report import Checkpoint
+from polyexport.workers import toolchain
 
 SHOP = """
 import torch
@@ -269,7 +272,7 @@ def test_a_model_is_named_by_its_file_too(shop: Path, tmp_path: Path, file: str)
     blob = checkpoint.read(shop / "best.ckpt")
     made = checkpoint.model(shop / "best.ckpt", blob, f"{tmp_path / file}:Net", {})
     module.save_structure(made, None, tmp_path)
-    program = "import sys; from polyexport.module import restore; print(restore(sys.argv[1])['root'])"
+    program = "import sys; from polyexport.capture.snapshot import restore; print(restore(sys.argv[1])['root'])"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(import_path())}
     done = subprocess.run(
         [sys.executable, "-P", "-c", program, str(tmp_path / "structure.pkl")],

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from polyexport import BadRequest, Outcome, Report, console, escape
-from polyexport.report import Checkpoint, markdown, sentence
+from polyexport import BadRequest, Outcome, Report
+from polyexport.report import console, escape
+from polyexport.report.report import Checkpoint, markdown, sentence
 
 CLEAR = "\x1b[2J\x1b]0;owned\x07\x1b]8;;http://evil\x1b\\"
 REVERSED = "\u202egnp.exe\u2066"

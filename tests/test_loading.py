@@ -11,7 +11,7 @@ import pytest
 
 import polyexport
 from polyexport import FORMATS, BadRequest, Report
-from polyexport.folders import DESCRIPTION
+from polyexport.report.folders import DESCRIPTION
 
 
 def answers(path: Path, report: Report) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import Everything, traced
+from every_format import Everything, traced
 
 ASKED = """
 import socket

@@ -16,11 +16,12 @@ import numpy as np
 import pytest
 
 import polyexport
-from conftest import Everything
-from polyexport import FORMATS, toolchain
-from polyexport.report import Outcome
-from polyexport.sinks.html import snippets
+from every_format import Everything
+from polyexport import FORMATS
+from polyexport.report.html import snippets
+from polyexport.report.report import Artifact, Outcome
 from polyexport.spec import TensorSpec
+from polyexport.workers import toolchain
 
 
 def having(language: str) -> list[str]:
@@ -110,7 +111,7 @@ def every_dtype(name: str) -> Outcome:
     tensors = tuple(
         TensorSpec(f"in_{dtype}", dtype, shape) for dtype, shape in zip(DTYPES, itertools.cycle([(1, 3), ()]))
     )
-    artifact = polyexport.report.Artifact(f"{name}/{FORMATS[name].artifact}", 1, "")
+    artifact = Artifact(f"{name}/{FORMATS[name].artifact}", 1, "")
     return Outcome(name, FORMATS[name].precision, "verified", artifact=artifact, inputs=tensors, outputs=tensors)
 
 
