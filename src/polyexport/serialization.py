@@ -153,9 +153,14 @@ def _schema(kind: Any, definitions: dict[str, Any]) -> dict[str, Any]:
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` in one step: a reader sees the old file or the new one, never a half."""
+    write_text(path, json.dumps(encode(value), indent=2, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` in one step, as `write_json` does; a hard link to the old file keeps the old text."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(encode(value), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
 
 

@@ -37,6 +37,7 @@ from polyexport.report.report import (
     size,
 )
 from polyexport.report.svg import Point
+from polyexport.serialization import write_text
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -47,7 +48,7 @@ HISTORY = 30
 
 def html(report: Report) -> None:
     """A sink that writes `report.html` into the report's folder."""
-    (report.folder / "report.html").write_text(page(report), encoding="utf-8")
+    write_text(report.folder / "report.html", page(report))
 
 
 def page(report: Report) -> str:
@@ -226,6 +227,7 @@ def snippets(outcome: Outcome) -> tuple[Snippet, ...]:
         "inputs": [replace(tensor, shape=tensor.sized(lambda _: 1)) for tensor in outcome.inputs],
         "names": [tensor.name for tensor in outcome.inputs],
         "outputs": [tensor.name for tensor in outcome.outputs],
+        "output_dtypes": [tensor.dtype for tensor in outcome.outputs],
     }
     return tuple(replace(snippet, code=_plain().from_string(snippet.code).render(about)) for snippet in each.snippets)
 
