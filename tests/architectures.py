@@ -27,9 +27,13 @@ SIZES: dict[str, Any] = {
 # --- inputs -----------------------------------------------------------------------------------------------------------
 
 
-def image(size: int = 64, channels: int = 3, name: str = "pixel_values") -> dict[str, torch.Tensor]:
-    """An image: (batch, channels, size, size)."""
-    return {name: torch.rand(BATCH, channels, size, size)}
+def pixels(size: int = 64) -> torch.Tensor:
+    """Images: (batch, 3, size, size)."""
+    return torch.rand(BATCH, 3, size, size)
+
+
+def image() -> dict[str, torch.Tensor]:
+    return {"pixel_values": pixels()}
 
 
 def text(length: int = TOKENS, vocabulary: int = 90, mask: bool = True) -> dict[str, torch.Tensor]:
@@ -47,9 +51,9 @@ def both() -> dict[str, torch.Tensor]:
     return text() | {"decoder_input_ids": torch.randint(3, 90, (BATCH, 8))}
 
 
-def sound(length: int = 1600, name: str = "input_values") -> dict[str, torch.Tensor]:
-    """A waveform: (batch, length)."""
-    return {name: torch.randn(BATCH, length)}
+def sound() -> dict[str, torch.Tensor]:
+    """Waveforms: (batch, samples)."""
+    return {"input_values": torch.randn(BATCH, 1600)}
 
 
 # --- builders ---------------------------------------------------------------------------------------------------------
@@ -80,7 +84,7 @@ def of_timm(family: str, variant: str, size: int = 64, **changes: Any) -> tuple[
     def build() -> tuple[nn.Module, Any]:
         import timm
 
-        return timm.create_model(variant, pretrained=False, num_classes=10, **changes), image(size, name="x")
+        return timm.create_model(variant, pretrained=False, num_classes=10, **changes), pixels(size)
 
     return f"timm/{family}", build
 
@@ -91,7 +95,7 @@ def of_torchvision(variant: str, size: int = 64, **changes: Any) -> tuple[str, E
     def build() -> tuple[nn.Module, Any]:
         from torchvision import models
 
-        return models.get_model(variant, weights=None, **changes), image(size, name="x")
+        return models.get_model(variant, weights=None, **changes), pixels(size)
 
     return f"torchvision/{variant}", build
 
@@ -102,7 +106,7 @@ def of_torchvision_video(variant: str) -> tuple[str, Entry]:
     def build() -> tuple[nn.Module, Any]:
         from torchvision import models
 
-        return models.get_model(variant, weights=None, num_classes=10), {"x": torch.rand(BATCH, 3, 8, 64, 64)}
+        return models.get_model(variant, weights=None, num_classes=10), torch.rand(BATCH, 3, 8, 64, 64)
 
     return f"torchvision/{variant}", build
 
@@ -134,26 +138,9 @@ WAVES: dict[str, Any] = {
 }  # fmt: skip  # as SIZES
 
 
-def backbone() -> Any:
-    """A small ResNet, for models that read a backbone's feature maps."""
-    from transformers import ResNetConfig
-
-    return ResNetConfig(
-        embedding_size=8, hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 1, 1], layer_type="basic",
-        out_features=["stage2", "stage3", "stage4"],
-    )  # fmt: skip  # as SIZES
-
-
-def detr() -> tuple[nn.Module, Any]:
-    import transformers
-
-    config = transformers.DetrConfig(
-        **(DETECTOR | {"backbone": None}), backbone_config=transformers.ResNetConfig(
-            embedding_size=8, hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 1, 1], layer_type="basic",
-            out_features=["stage4"],
-        ),
-    )  # fmt: skip  # as SIZES
-    return transformers.DetrForObjectDetection(config), image()
+def backbone(*stages: str) -> dict[str, Any]:
+    """A small ResNet, for models that read its feature maps."""
+    return {"model_type": "resnet", **FOUR, "embedding_size": 8, "layer_type": "basic", "out_features": list(stages)}
 
 
 def two_towers(kind: str, **more: Any) -> tuple[str, Entry]:
@@ -215,13 +202,13 @@ FAMILIES: dict[str, Entry] = dict(
         of_timm("swin_transformer", "swin_tiny_patch4_window7_224", img_size=64, window_size=4, embed_dim=16,
                 depths=(2, 2), num_heads=(2, 4)),
         of_transformers("swin", "SwinForImageClassification", image, image_size=64, patch_size=4, embed_dim=16,
-                        depths=[2, 2], num_heads=[2, 4], window_size=4),
+                        depths=[2, 2], num_heads=[2, 4], num_attention_heads=None, window_size=4),
         of_transformers("mistral", "Mistral" + DECODER, text, **GROUPED, sliding_window=8),
         of_transformers("qwen2", "Qwen2" + DECODER, text, **GROUPED),
         of_transformers("wav2vec2", "Wav2Vec2ForCTC", sound, **WAVES),
         of_transformers("dinov2", "Dinov2ForImageClassification", image, **PATCHES),
         of_transformers("bart", "Bart" + SEQ2SEQ, both, **PAIR),
-        ("transformers/detr", detr),
+        of_transformers("detr", "DetrForObjectDetection", image, **DETECTOR, backbone_config=backbone("stage4")),
         of_timm("regnet", "regnetx_002"),
         of_timm("densenet", "densenet121", growth_rate=8, block_config=(2, 2, 2, 2)),
         of_torchvision("deeplabv3_mobilenet_v3_large", weights_backbone=None, num_classes=5),
@@ -254,10 +241,9 @@ FAMILIES: dict[str, Entry] = dict(
         windows_of_time("patchtsmixer", "PatchTSMixerForPrediction"),
         of_timm("vgg", "vgg11_bn"),
         of_timm("deit", "deit_tiny_distilled_patch16_224", img_size=64, embed_dim=32, depth=2, num_heads=4),
-        of_timm("mlp_mixer", "mixer_s32_224", img_size=64, num_blocks=2, embed_dim=32),
+        of_timm("mlp_mixer", "mixer_s32_224", img_size=64),
         of_timm("eva", "eva02_tiny_patch14_224", img_size=56, size=56, embed_dim=32, depth=2, num_heads=4),
-        of_timm("maxxvit", "maxvit_pico_rw_256", img_size=64, embed_dim=(8, 16, 24, 32), depths=(1, 1, 1, 1),
-                stem_width=8),
+        of_timm("maxxvit", "maxvit_pico_rw_256", img_size=64, embed_dim=(32, 32, 64, 64), depths=(1, 1, 1, 1)),
         of_timm("hrnet", "hrnet_w18_small"),
         of_timm("repvit", "repvit_m0_9"),
         of_timm("fastvit", "fastvit_t8"),
@@ -277,14 +263,14 @@ FAMILIES: dict[str, Entry] = dict(
         of_timm("xcit", "xcit_nano_12_p16_224", img_size=64, depth=2),
         of_timm("cait", "cait_xxs24_224", img_size=64, depth=2),
         of_timm("beit", "beit_base_patch16_224", img_size=64, embed_dim=32, depth=2, num_heads=4),
-        of_timm("metaformer", "convformer_s18", depths=(1, 1, 1, 1), dims=(16, 32, 48, 64)),
+        of_timm("metaformer", "poolformerv2_s12"),
         of_timm("mambaout", "test_mambaout"),
         of_timm("hiera", "hiera_tiny_224", img_size=64, embed_dim=16, stages=(1, 1, 1, 1)),
-        of_timm("focalnet", "focalnet_tiny_srf", depths=(1, 1, 1, 1), embed_dim=16),
-        of_timm("davit", "davit_tiny", depths=(1, 1, 1, 1), embed_dims=(16, 32, 48, 64), num_heads=(1, 2, 3, 4),
-                num_groups=(1, 2, 3, 4)),
-        of_timm("mvitv2", "mvitv2_tiny", img_size=64, depths=(1, 1, 1, 1), embed_dim=16),
-        of_timm("tiny_vit", "tiny_vit_5m_224", img_size=64),
+        of_transformers("focalnet", "FocalNetForImageClassification", image, image_size=64, patch_size=4, embed_dim=16,
+                        depths=[1, 1], hidden_sizes=[16, 32], focal_levels=[2, 2], focal_windows=[3, 3]),
+        of_timm("davit", "davit_tiny", depths=(1, 1, 1, 1), embed_dims=(16, 32, 48, 64), num_heads=(1, 2, 3, 4)),
+        of_timm("pit", "pit_xs_224", img_size=64),
+        of_timm("tiny_vit", "tiny_vit_5m_224"),
         of_timm("starnet", "starnet_s050"),
         of_timm("inception_next", "inception_next_atto"),
         of_timm("xception", "legacy_xception"),
@@ -296,21 +282,24 @@ FAMILIES: dict[str, Entry] = dict(
         of_torchvision("lraspp_mobilenet_v3_large", weights_backbone=None, num_classes=5),
         of_torchvision("fcn_resnet50", weights_backbone=None, num_classes=5),
         of_torchvision_video("r3d_18"),
-        of_transformers("siglip", "SiglipVisionModel", image, **PATCHES),
+        of_transformers("siglip_vision_model", "SiglipVisionModel", image, **PATCHES),
         of_transformers("beit", "BeitForImageClassification", image, **PATCHES),
         of_transformers("mobilevit", "MobileViTForImageClassification", image, image_size=64,
                         hidden_sizes=[16, 24, 32], neck_hidden_sizes=[8, 8, 16, 24, 32, 40, 48]),
-        of_transformers("dpt", "DPTForDepthEstimation", image, **PATCHES, backbone_out_indices=[0, 0, 1, 1],
+        of_transformers("dpt", "DPTForDepthEstimation", image, **PATCHES, num_hidden_layers=4,
+                        backbone_out_indices=[0, 1, 2, 3],
                         neck_hidden_sizes=[8, 8, 16, 16], fusion_hidden_size=16),
-        of_transformers("deformable_detr", "DeformableDetrForObjectDetection", image, **DETECTOR,
-                        backbone_config=None, num_feature_levels=3, encoder_n_points=2, decoder_n_points=2),
+        of_transformers("deformable_detr", "DeformableDetrForObjectDetection", image,
+                        **(DETECTOR | {"decoder_layers": 2}), backbone_config=backbone("stage2", "stage3", "stage4"),
+                        num_feature_levels=3, encoder_n_points=2, decoder_n_points=2),
         of_transformers("layoutlm", "LayoutLMForTokenClassification",
-                        lambda: text() | {"bbox": torch.randint(0, 60, (BATCH, TOKENS, 4))},
+                        lambda: text() | {"bbox": torch.randint(0, 60, (BATCH, TOKENS, 4)).sort(-1).values},
                         max_2d_position_embeddings=64),
         of_transformers("esm", "EsmForMaskedLM", text, mask_token_id=3, position_embedding_type="rotary"),
         of_transformers("funnel", "Funnel" + ENCODER, text, block_sizes=[1, 1], n_head=4, d_head=8, d_model=32,
-                        d_inner=64),
-        of_transformers("xlnet", "XLNet" + ENCODER, text, d_model=32, n_layer=2, n_head=4, d_inner=64),
+                        d_inner=64, num_hidden_layers=None),
+        of_transformers("xlnet", "XLNet" + ENCODER, text, d_model=32, n_layer=2, n_head=4, d_inner=64,
+                        max_position_embeddings=None),
         of_transformers("convbert", "ConvBert" + ENCODER, text, embedding_size=32),
         of_transformers("fnet", "FNet" + ENCODER, lambda: text(mask=False)),
         of_transformers("mamba", "Mamba" + DECODER, lambda: text(mask=False), state_size=4),
