@@ -18,8 +18,8 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from polyexport.containers import closed, opened
-from polyexport.module import SHARDS, UNAVAILABLE, WEIGHTS, Select, save_call, save_structure, save_traced
+from polyexport.capture.pytree import closed, opened
+from polyexport.capture.snapshot import SHARDS, UNAVAILABLE, WEIGHTS, Select, save_call, save_structure, save_traced
 
 
 class Spy:
