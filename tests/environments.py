@@ -10,7 +10,7 @@ import textwrap
 from importlib import metadata
 from pathlib import Path
 
-from polyexport.toolchain import Toolchain
+from polyexport.workers.toolchain import Toolchain
 
 TORCHVISION = "torchvision==0.28.0"
 """The release that belongs to the torch of constraints.txt."""

@@ -16,7 +16,7 @@ from platformdirs import user_cache_path
 import environments
 from outcome_table import cell, page, record, recorded
 from polyexport.errors import ToolMissing
-from polyexport.report import Report
+from polyexport.report.report import Report
 from real.training import FORMATS
 
 TESTS = Path(__file__).parents[1]
