@@ -27,7 +27,7 @@ bench: $(VENV)/test
 	$(BIN)/python tests/benchmarks/onnx2tf.py
 
 test-zoo: $(VENV)/test
-	$(BIN)/python tests/zoo_table.py --page docs/zoo.md
+	$(BIN)/python tests/support/zoo_table.py --page docs/zoo.md
 
 test-real: $(VENV)/test
 	POLYEXPORT_PAGE=docs/real.md $(BIN)/python -m pytest tests/real/packages.py
