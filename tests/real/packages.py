@@ -46,7 +46,7 @@ def test_a_package_comes_out_as_it_should(name, tmp_path):
     # -P: the working folder is no place to find packages
     done = subprocess.run(
         [str(python), "-P", "-m", f"real.{name}", str(tmp_path)],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS / "support")])}, capture_output=True, text=True, check=False,
+        env=os.environ | {"PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS / 'support'}"}, capture_output=True, text=True, check=False,
     )  # fmt: skip  # the command on one line
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     report = Report.load(tmp_path / "exports" / "best")
