@@ -43,11 +43,10 @@ def test_a_package_comes_out_as_it_should(name, tmp_path):
         python = environments.interpreter(f"real-{name.replace('_', '-')}", *package.REQUIREMENTS)
     except ToolMissing as error:
         pytest.skip(f"{name} cannot be installed: {error}")
+    path = os.environ | {"PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS / 'support'}"}
     # -P: the working folder is no place to find packages
-    done = subprocess.run(
-        [str(python), "-P", "-m", f"real.{name}", str(tmp_path)],
-        env=os.environ | {"PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS / 'support'}"}, capture_output=True, text=True, check=False,
-    )  # fmt: skip  # the command on one line
+    command = [str(python), "-P", "-m", f"real.{name}", str(tmp_path)]
+    done = subprocess.run(command, env=path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     report = Report.load(tmp_path / "exports" / "best")
     record(RECORD, name, {each.format: cell(each.state, each.reason, each.route) for each in report.outcomes})
