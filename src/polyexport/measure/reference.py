@@ -22,8 +22,9 @@ from polyexport.capture.flatten import as_runner, to_arrays
 from polyexport.format import Runner, Tolerance
 from polyexport.measure import dynamic_axes
 from polyexport.measure.dynamic_axes import Axes, Dynamic, resized
+from polyexport.measure.noise import rounding
 from polyexport.measure.other_values import changed, jittered
-from polyexport.measure.parity import compare, noise_floor
+from polyexport.measure.parity import compare
 from polyexport.measure.reads import FailedAt, Reads, reads
 from polyexport.spec import Arrays, ExportSpec, write_arrays
 from polyexport.tracing.decompositions import plain_attention
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     import torch
 
 VALIDATION_BATCH = "validation_batch.npz"
+NOISE = "source/noise.npz"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +49,7 @@ class Reference:
         checkpoint_sha256: Of the file as it came.
         checkpoint_at: The `epoch` and `global_step` that stand in the checkpoint, where they do.
         batches: What an artifact has to answer, the validation batch first.
-        noise: Noise floor of each output.
+        noise: The file with the noise floor of each element of the validation batch's outputs, as far as it is known.
         environment: Versions, commit and threads.
         static_because: Set when a dynamic axis was asked for that the module itself cannot do.
         undecidable: Set when it does not agree with itself.
@@ -62,7 +64,7 @@ class Reference:
     checkpoint_sha256: str
     checkpoint_at: Mapping[str, int]
     batches: tuple[Batch, ...]
-    noise: Mapping[str, float] = field(default_factory=dict)
+    noise: str = ""
     environment: Mapping[str, str] = field(default_factory=dict)
     static_because: str = ""
     undecidable: str = ""
@@ -81,10 +83,11 @@ class Answered:
     real: bool = True
 
 
-def make(root: Path, source: Path, dynamic: Dynamic, commit: str = "") -> Reference:
+def make(root: Path, source: Path, dynamic: Dynamic, commit: str = "", *, sha256: str = "") -> Reference:
     """Run the module of `source`; write `validation_batch.npz`, further batches and the example to trace with.
 
-    `commit` is the code's, of which this machine need not have a repository.
+    `commit` is the code's, of which this machine need not have a repository; `sha256` the checkpoint's, where the
+    weights are not the checkpoint itself.
 
     Raises:
         BadRequest: the module cannot be rebuilt, or its inputs cannot be fed to a converter.
@@ -92,7 +95,8 @@ def make(root: Path, source: Path, dynamic: Dynamic, commit: str = "") -> Refere
     """
     import torch
 
-    model, sha256, at = _loaded(source)
+    model, hashed, at = _loaded(source)
+    sha256 = sha256 or hashed
     unlike_trained, note = _as_trained(source, model)
     own = _on_copies(as_runner(model))
     run = plain_attention()(own)
@@ -121,7 +125,8 @@ def make(root: Path, source: Path, dynamic: Dynamic, commit: str = "") -> Refere
     example = resized(inputs, axes, {name: max(2, size) for name, size in sizes.items()})
     write_arrays(source / "example.npz", example)
     undecidable = unlike_trained or _undecidable(outputs, (again, *_in_between(run, inputs)))
-    noise, note = _noise(model, inputs, outputs)
+    noise, how = rounding(model, inputs, outputs)
+    write_arrays(root / NOISE, noise)
     batches.insert(0, Answered(inputs | outputs, sizes))
     paths = [VALIDATION_BATCH, *(f"source/batch_{index}.npz" for index in range(1, len(batches)))]
     return Reference(
@@ -134,13 +139,13 @@ def make(root: Path, source: Path, dynamic: Dynamic, commit: str = "") -> Refere
             Batch(_written(root, path, each.arrays).as_posix(), each.sizes, each.label, each.real)
             for path, each in zip(paths, batches, strict=True)
         ),
-        noise=noise,
+        noise=NOISE,
         environment=about | {"git_commit": commit, "threads": str(torch.get_num_threads())},
         static_because=why_not,
         undecidable=undecidable,
         read_at=tuple(tried.values),
         one_side=tried.one_side(),
-        notes=(*notes, *note),
+        notes=(*notes, *([how] if how else [])),
     )
 
 
@@ -378,17 +383,6 @@ def _fused_apart(fused: Arrays, outputs: Arrays) -> list[str]:
 def _on_copies(run: Runner) -> Runner:
     """For a forward that changes its inputs in place, which are those of later calls too."""
     return lambda inputs: run({name: array.copy() for name, array in inputs.items()})
-
-
-def _noise(model: torch.nn.Module, inputs: Arrays, outputs: Arrays) -> tuple[dict[str, float], tuple[str, ...]]:
-    """Float32 against float64, the same module."""
-    try:
-        doubled = {n: a.astype(np.float64) if a.dtype == np.float32 else a for n, a in inputs.items()}
-        return noise_floor(outputs, plain_attention()(_on_copies(as_runner(model.double())))(doubled)), ()
-    except Exception as error:  # a module with a fixed dtype in its forward has no float64 twin; that is no failure
-        return {}, (f"no noise floor: the module does not run in float64 ({type(error).__name__})",)
-    finally:
-        model.float()  # every float32 has a float64 of its own, so nothing is lost on the way there and back
 
 
 # --- the rest ---------------------------------------------------------------------------------------------------------
