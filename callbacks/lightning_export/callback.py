@@ -23,7 +23,7 @@ from typing_extensions import override
 from lightning_export import ranks
 from lightning_export.answers import Recorder, write
 from lightning_export.best import Best, bases, best_of, checkpointer, name_of, tail
-from lightning_export.capture import Spy, hold, is_compiled, retake, save
+from lightning_export.capture import Spy, beside_weights, hold, is_compiled, retake, save
 from lightning_export.loggers import sinks
 from lightning_export.metrics import measured
 from polyexport import BadRequest, Engine, ExportFailed, Format, Report, Request, ToolMissing
@@ -41,7 +41,7 @@ from polyexport.report.report import STATES, Checkpoint, State
 P = ParamSpec("P")
 
 _CHEAP_SECONDS = 0.05
-"""The longest that the structure may take to be taken anew at each best."""
+"""The processor time that the structure may take to be taken anew at each best."""
 
 
 def _harmless(
@@ -162,6 +162,7 @@ class ExportCallback(Callback):
         self._taken = 0
         self._recorder: Recorder | None = None
         self._answer: Answer | None = None
+        self._beside = 0
         self._retakes = True
         self._notes: tuple[str, ...] = ()
         self._seen: Best | None = None
@@ -361,6 +362,7 @@ class ExportCallback(Callback):
         self._folders = [*(each for each in self._folders if each != str(parent)), str(parent)]
         folder = Path(tempfile.mkdtemp(prefix=".capture-", dir=parent))
         self._captured = folder
+        self._beside = beside_weights(pl_module)
         note = save(pl_module, self.module, *call, folder, sharded=_shards(trainer))
         if note:
             self._notes = (note,)
@@ -427,10 +429,10 @@ class ExportCallback(Callback):
         work = unfinished(self._parent(trainer))
         for file in self._captured.iterdir():
             link(file, work / "source" / file.name)
-        if self._retakes:
-            start = time.perf_counter()
+        if self._retakes and beside_weights(trainer.lightning_module) != self._beside:
+            start = time.thread_time()
             retake(trainer.lightning_module, self.module, work / "source")
-            self._retakes = time.perf_counter() - start < _CHEAP_SECONDS
+            self._retakes = time.thread_time() - start < _CHEAP_SECONDS
         write(self._answer, work / "source")
         return work
 

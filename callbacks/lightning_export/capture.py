@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 from torch.utils import _pytree as pytree
@@ -120,6 +121,25 @@ def save(root: nn.Module, select: Select, args: Any, kwargs: Any, folder: Path, 
         reason = f"{why}, nor traced ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
         (folder / UNAVAILABLE).write_text(reason, encoding="utf-8")
         return reason
+
+
+_PLAIN = (bool, int, float, complex, str, bytes, type(None))
+_LIGHTNINGS = frozenset(vars(LightningModule()))
+"""What Lightning itself keeps on a module, some of it another thing in each hook."""
+
+
+def beside_weights(root: nn.Module) -> int:
+    """A number that changes with the plain attributes and the buffers that no checkpoint has, cheap to ask."""
+    found: list[Any] = []
+    for each in root.modules():
+        found += ((name, value) for name, value in vars(each).items() if isinstance(value, _PLAIN) and _is_own(name))
+        buffers = (each._buffers[name] for name in each._non_persistent_buffers_set)
+        found += ((id(b), None if b is None or b.is_inference() else b._version) for b in buffers)
+    return hash(tuple(found))
+
+
+def _is_own(name: str) -> bool:
+    return name not in _LIGHTNINGS and name != "training"
 
 
 def retake(root: nn.Module, select: Select, folder: Path) -> None:
