@@ -19,7 +19,7 @@ from polyexport.capture.flatten import as_runner, to_arrays
 from polyexport.errors import BadRequest
 from polyexport.format import Runner, Tolerance
 from polyexport.measure.noise import rounding
-from polyexport.measure.parity import compare
+from polyexport.measure.parity import compare, says_little
 from polyexport.spec import Arrays, ExportSpec, TensorSpec, write_arrays
 from polyexport.tracing.decompositions import plain_attention
 from polyexport.versions import environment
@@ -107,6 +107,7 @@ def make(root: Path, source: Path, dynamic: Dynamic, commit: str = "") -> Refere
         batches.append(Batch(f"source/batch_{index + 1}.npz", batch_sizes))
         write_arrays(root / batches[-1].path, batch)
     write_arrays(source / "example.npz", resized(inputs, axes, {name: max(2, size) for name, size in sizes.items()}))
+    notes += says_little(outputs)
     noise, how = rounding(model, inputs, outputs)
     write_arrays(root / NOISE, noise)
     return Reference(
