@@ -129,7 +129,7 @@ def noise_floor(float32: Arrays, *others: Arrays) -> Arrays:
         if alike and low.size:
             wide = np.complex128 if np.iscomplexobj(low) else np.float64
             difference = np.max([np.abs(low.astype(wide) - each.astype(wide)) for each in alike], axis=0)
-            floors[name] = np.where(np.isfinite(difference), difference, 0.0)
+            floors[name] = np.where(np.isfinite(difference), difference, 0.0).astype(np.float32)
     return floors
 
 
