@@ -103,6 +103,7 @@ def verify(report: Report, formats: Mapping[str, Format], dispatcher: Dispatcher
     """
     manifest = _manifest(report)
     batches = tuple(decode(Batch, each) for each in manifest["batches"])
+    noise = manifest["noise"] if isinstance(manifest["noise"], str) else ""  # figures in 0.1.0
 
     def today(before: Outcome) -> Outcome:
         if before.artifact is None or before.format not in formats:
@@ -110,7 +111,7 @@ def verify(report: Report, formats: Mapping[str, Format], dispatcher: Dispatcher
         each = _runnable(report, before, formats[before.format])
         watch(each.name, "verifying")
         taken = batches if each.spec.is_dynamic else batches[:1]
-        job = each.job("verify", dispatcher, batches=taken, noise=manifest["noise"])
+        job = each.job("verify", dispatcher, batches=taken, noise=noise)
         ended, command = dispatcher.run(job, each.runtime, f"{each.name}.again", each.log, gpu=each.format.needs_gpu)
         found = _beside(before, judged(replace(before, parity=None), ended, command, before.artifact.path))
         watch(each.name, found)
