@@ -57,7 +57,7 @@ def sweep(
     """Time eager PyTorch and every artifact at batch sizes 1, 2, 4 … `most`, each until its throughput gains under 5 %.
 
     Axes that are free beside the batch keep their size of the validation batch; an artifact of static shapes is left
-    out. The report is not changed.
+    out, and so is PyTorch where the export may not be unpickled. The report is not changed.
 
     Returns:
         Format and latency, in the order measured; the batch size stands in the latency.
@@ -129,7 +129,8 @@ def _starts(
     """What is timed, by name, and how its worker is started."""
     batches = (Batch(batch_path),)
     eager = Job("bench", spec=spec, batches=batches)
-    yield EAGER, partial(dispatcher.converse, eager, toolchain.HOST, f"{EAGER}.bench", f"logs/{EAGER}.log")
+    if dispatcher.trusted:  # its module is a pickle
+        yield EAGER, partial(dispatcher.converse, eager, toolchain.HOST, f"{EAGER}.bench", f"logs/{EAGER}.log")
     for each in runnable:
         job = each.job("bench", dispatcher, batches=batches)
         yield (

@@ -19,6 +19,7 @@ from polyexport.engine.dispatch import Dispatcher
 from polyexport.engine.routes import Watch, judged
 from polyexport.errors import BadRequest, CannotRun
 from polyexport.format import Format, Runner
+from polyexport.report.folders import inside
 from polyexport.report.report import Outcome, Report, State
 from polyexport.serialization import decode, read_json
 from polyexport.spec import Arrays, ExportSpec, read_arrays, write_arrays
@@ -49,8 +50,8 @@ class Runnable:
     def job(self, kind: Kind, dispatcher: Dispatcher, **more: Any) -> Job:
         """A job of `kind` on the artifact."""
         assert self.outcome.artifact is not None, "what is runnable was made"
-        declared = dispatcher.declared(self.format)
-        return Job(kind, self.name, declared, source=self.outcome.artifact.path, spec=self.spec, **more)
+        declared, path = dispatcher.declared(self.format), self.outcome.artifact.path
+        return Job(kind, self.name, declared, source=path, spec=self.spec, trusted=dispatcher.trusted, **more)
 
 
 def signature(report: Report) -> ExportSpec:
@@ -104,6 +105,8 @@ def verify(report: Report, formats: Mapping[str, Format], dispatcher: Dispatcher
     manifest = _manifest(report)
     batches = tuple(decode(Batch, each) for each in manifest["batches"])
     noise = manifest["noise"] if isinstance(manifest["noise"], str) else ""  # figures in 0.1.0
+    for path in (noise, *(batch.path for batch in batches)):
+        inside(report.folder, path)
 
     def today(before: Outcome) -> Outcome:
         if before.artifact is None or before.format not in formats:

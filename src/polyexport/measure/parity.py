@@ -50,6 +50,8 @@ class Parity:
         outputs: The figures by output name, on the validation batch.
         batches: The sizes of the dynamic axes that were run.
         verified_by: What ran the artifact, where that is not its own runtime, or one of several ways to run it.
+        off_device: Whether that was a stand-in for the runtime that will serve the artifact, which is not on this
+            machine.
     """
 
     passed: bool
@@ -57,6 +59,7 @@ class Parity:
     outputs: Mapping[str, OutputParity]
     batches: tuple[Mapping[str, int], ...] = ()
     verified_by: str | None = None
+    off_device: bool = False
 
     @property
     def max_abs_error(self) -> float | None:

@@ -59,10 +59,11 @@ class Reference:
     notes: tuple[str, ...] = ()
 
 
-def make(root: Path, source: Path, dynamic: Dynamic, commit: str = "") -> Reference:
+def make(root: Path, source: Path, dynamic: Dynamic, commit: str = "", *, sha256: str = "") -> Reference:
     """Run the module of `source`; write `validation_batch.npz`, further batches and the example to trace with.
 
-    `commit` is the code's, of which this machine need not have a repository.
+    `commit` is the code's, of which this machine need not have a repository; `sha256` the checkpoint's, where the
+    weights are not the checkpoint itself.
 
     Raises:
         BadRequest: the module cannot be rebuilt, or its inputs cannot be fed to a converter.
@@ -74,7 +75,7 @@ def make(root: Path, source: Path, dynamic: Dynamic, commit: str = "") -> Refere
     if (source / modules.SHARDS).exists():
         sharded.join(source / modules.SHARDS, weights)
     model = modules.load(source)
-    sha256, at = _sha256(weights), _keep_only_weights(weights)
+    sha256, at = sha256 or _sha256(weights), _keep_only_weights(weights)
     model_any: Any = model
     own = _on_copies(as_runner(model))
     run = plain_attention()(own)

@@ -32,7 +32,7 @@ def mlflow(client: Any, run_id: str) -> Sink:
                 for figure, value in row.items()
                 if isinstance(value, int | float)
             ]
-            tags = [RunTag(f"export/{outcome.format}/state", outcome.state) for outcome in each.outcomes]
+            tags = [RunTag(f"export/{outcome.format}/state", outcome.shown_state) for outcome in each.outcomes]
             tags.append(RunTag("export/notes", "\n".join(each.notes)[:_LONGEST_TAG]))
             client.log_batch(run_id, metrics=metrics, tags=tags)
         for name in ("report.json", "report.md", "report.html", "manifest.json"):

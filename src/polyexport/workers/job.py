@@ -32,6 +32,7 @@ class Job:
         noise: File with the noise floor of each element of the validation batch's outputs; empty where it is unknown.
         threads: Of the runtime.
         sys_path: The training process's import path, for modules that are pickled by reference.
+        trusted: Whether what it reads may be unpickled, and so run code: not in an export of somebody else.
         options: What only one kind of job knows.
     """
 
@@ -46,6 +47,7 @@ class Job:
     noise: str = ""
     threads: int = 1
     sys_path: tuple[str, ...] = ()
+    trusted: bool = True
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
