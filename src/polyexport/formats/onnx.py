@@ -5,6 +5,7 @@ https://onnx.ai/onnx/
 
 from __future__ import annotations
 
+import os
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -115,6 +116,8 @@ def _name_axes(value: onnx.ValueInfoProto, names: dict[int, str]) -> None:
 
 def load(path: Path, spec: ExportSpec, *, threads: int) -> Runner:
     """Run it with ONNX Runtime on the CPU."""
+    # since 1.32 it otherwise looks up its vendor's host and writes a device id into the home folder
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     import onnxruntime
 
     options = onnxruntime.SessionOptions()

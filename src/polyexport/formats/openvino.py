@@ -133,6 +133,8 @@ outputs = model({name: batch[name] for port in model.inputs for name in port.nam
         """\
 #include <openvino/openvino.hpp>
 
+#include <cstring>
+
 int main() {
   ov::Core core;
   // float32, as it was verified: by default some processors round to bfloat16
@@ -142,6 +144,7 @@ int main() {
   ov::Tensor input{{ loop.index0 }}(ov::element::
     {{- input.dtype | replace("bool", "boolean") | replace("float", "f") | replace("int", "i") | replace("ui", "u") -}}
     , { {{- input.shape | join(", ") -}} });
+  std::memset(input{{ loop.index0 }}.data(), 0, input{{ loop.index0 }}.get_byte_size());  // your data here
   request.set_tensor("{{ input.name }}", input{{ loop.index0 }});
 {%- endfor %}
   request.infer();

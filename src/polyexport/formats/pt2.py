@@ -26,6 +26,7 @@ def convert(source: Path, target: Path, spec: ExportSpec) -> None:
     inputs = snapshot.example(source, spec)
     with written_out(), exportable(snapshot.load(source)) as traced:
         program = torch.export.export(traced, inputs, dynamic_shapes=shapes or None, strict=False)
+    program.example_inputs = None  # real rows, in a pickle that whoever loads the program would run
     torch.export.save(program, target, extra_files={"polyexport.json": json.dumps(dict(spec.metadata))})
 
 

@@ -322,13 +322,20 @@ runner = Interpreter("{{ path }}").get_signature_runner()
 batch = np.load("validation_batch.npz")
 
 
-def given(name, detail):  # int8 counts steps of a scale from a zero point
+def quantized(x, detail):  # int8 counts steps of a scale from a zero point
     scale, zero = detail["quantization"]
-    x = np.clip(np.round(batch[name] / scale) + zero, -128, 127) if scale else batch[name]
+    if scale:
+        x = np.clip(np.round(x / scale) + zero, np.iinfo(detail["dtype"]).min, np.iinfo(detail["dtype"]).max)
     return x.astype(detail["dtype"])
 
 
-outputs = runner(**{name: given(name, detail) for name, detail in runner.get_input_details().items()})
+def dequantized(y, detail):
+    scale, zero = detail["quantization"]
+    return (y.astype(np.float32) - zero) * np.float32(scale) if scale else y
+
+
+answers = runner(**{name: quantized(batch[name], detail) for name, detail in runner.get_input_details().items()})
+outputs = {name: dequantized(answers[name], detail) for name, detail in runner.get_output_details().items()}
 """,
     ),
     Snippet(
@@ -338,9 +345,19 @@ import com.google.ai.edge.litert.Accelerator
 import com.google.ai.edge.litert.CompiledModel
 
 val model = CompiledModel.create("{{ path }}", CompiledModel.Options(Accelerator.CPU))
-val inputs = model.createInputBuffers()  // {{ names | join(", ") }}
-val outputs = model.createOutputBuffers()  // {{ outputs | join(", ") }}
+val inputs = model.createInputBuffers()
+val outputs = model.createOutputBuffers()
+{%- for input in inputs %}
+{%- set kind = {"float32": "Float", "int8": "Byte", "bool": "Boolean", "int64": "Long"}.get(input.dtype, "Int") %}
+inputs[{{ loop.index0 }}].write{{ "Int8" if kind == "Byte" else kind }}(
+    {{- kind }}Array({{ input.shape | join(" * ") or 1 }}))  // {{ input.name }}, your data here
+{%- endfor %}
 model.run(inputs, outputs)
+{%- for name in outputs %}
+{%- set kinds = {"float32": "Float", "int8": "Int8", "bool": "Boolean", "int64": "Long"} %}
+val output{{ loop.index0 }} = outputs[{{ loop.index0 }}].read
+    {{- kinds.get(output_dtypes[loop.index0], "Int") }}()  // {{ name }}
+{%- endfor %}
 """,
     ),
 )
