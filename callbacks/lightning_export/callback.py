@@ -132,12 +132,12 @@ class ExportCallback(Callback):
         self.when = when
         self.module = module
         self.inputs = inputs
-        self.dynamic = dynamic
+        self.dynamic = {name: dict(axes) for name, axes in dynamic.items()} if isinstance(dynamic, Mapping) else dynamic
         self.calibration_batches = calibration_batches
         self.fail_on = tuple(fail_on)
         self.timeout = timeout
         self.workers = workers
-        self.publish = publish
+        self.publish: Any = publish if publish == "auto" else list(publish)  # Hydra gives containers of its own
         self.monitor = monitor
         self.keep = keep
         self.bench = bench
@@ -206,7 +206,7 @@ class ExportCallback(Callback):
         if model_checkpoint is not None:
             if model_checkpoint.monitor is None:
                 rank_zero_warn(
-                    "ExportCallback: no ModelCheckpoint monitors a metric, so the newest checkpoint counts as the best; "
+                    "ExportCallback: no ModelCheckpoint monitors a metric, so the newest one counts as the best; "
                     "give the trainer ModelCheckpoint(monitor=<a metric that you log>, mode='min' or 'max')"
                 )
             if self._tail is None:
