@@ -134,6 +134,20 @@ def test_what_agreed_is_uploaded_and_what_is_verified_is_linked(client, exported
     assert (server.summary["export/best_format"], server.summary["export/wrong/state"]) == ("good", "mismatch")
 
 
+def test_figures_of_a_busy_machine_move_no_alias_and_replace_what_was_told_before(tmp_path):
+    last = written.run(tmp_path / "run")[-1]
+    client = Client(tmp_path, written.busy(last).folder)
+    with FakeWandb() as server:
+        body = 'run(); publish(reports[0]); publish(reports[-1], registry="model/numbers")\nsdk.finish()'
+        printed = client(server, body)
+    assert (printed, server.errors, server.unknown) == ("", [], [])
+    assert ["fastest" in each.aliases for each in server.models if each.name == "model-one-good"] == [True, False]
+    assert [each.aliases for each in server.links] == [["good"]]
+    assert server.summary["export/notes"].startswith("latency was measured on a busy machine")
+    assert server.summary["export/good/p50_ms"] == 9.0
+    assert server.summary.get("export/good/speedup") is None
+
+
 def test_every_export_can_be_uploaded_and_old_ones_expire(client):
     body = """
 run("one"); publish(reports[0]); publish(reports[-1], old_ttl_days=1); sdk.finish()

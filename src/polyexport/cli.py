@@ -226,9 +226,10 @@ def verify(folder: Folder, trust: Trust = False, as_json: Json = False) -> None:
     --trust, but a model is a program for its runtime: see SECURITY.md before you run one of somebody else.
     """
     with _told(), Engine() as engine:
-        report = _report(folder)
-        report = _waited(engine, partial(engine.verify, trust=trust), report)
-    _conclude(report, [outcome for outcome in report.outcomes if outcome.artifact], as_json)
+        exported = _report(folder)
+        report = _waited(engine, partial(engine.verify, trust=trust), exported)
+    claimed = {outcome.format for outcome in exported.outcomes if outcome.artifact or outcome.publishable}
+    _conclude(report, [outcome for outcome in report.outcomes if outcome.format in claimed], as_json)
 
 
 @app.command()

@@ -169,17 +169,21 @@ def verify(root: Path, job: Job) -> Any:
     each, _ = _declared(root, job)
     artifact = root / job.source
     runner = _load(root, job)
+    noise = read_arrays(root / job.noise) if job.noise else {}
     results = []
     whole: Arrays | None = None  # the validation batch's, which comes first
     for batch in job.batches:
         inputs, reference = _inputs(root / batch.path, job), read_arrays(root / batch.path, job.spec.output_names)
         if not any(_says_something(array) for array in reference.values()):
             raise CannotRun("PyTorch itself answers nothing but NaN or infinity, which proves nothing")
-        results.append(compare(runner(inputs), reference, each.limits, None if whole else job.noise, whole))
+        results.append(compare(runner(inputs), reference, each.limits, noise, whole))
         whole = whole or reference
     folder = artifact if artifact.is_dir() else artifact.parent
-    verified_by = getattr(runner, "verified_by", None)
-    parity = replace(merge(results, [batch.sizes for batch in job.batches]), verified_by=verified_by)
+    parity = replace(
+        merge(results, [batch.sizes for batch in job.batches]),
+        verified_by=getattr(runner, "verified_by", None),
+        off_device=bool(getattr(runner, "stand_in", "")),
+    )
     own = {name: getattr(runner, name) for name in ("signature", "shortfall") if hasattr(runner, name)}
     return {"parity": parity, **own, **_fingerprint(folder)}
 
@@ -190,7 +194,7 @@ def bench(root: Path, job: Job, lines: Iterator[bytes], answers: TextIO) -> int:
     The first answer comes unasked, once the artifact is loaded and warm. A runner that is not what will serve the
     artifact says so as its `stand_in`, and is not timed.
     """
-    from polyexport.measure.latency import sample_ms, timed_ms, warm_up
+    from polyexport.measure.latency import ROUNDS, SECONDS, sample_ms, timed_ms, warm_up
     from polyexport.workers.priority import first_waited_seconds
 
     inputs = _inputs(root / job.batches[0].path, job)
@@ -205,15 +209,19 @@ def bench(root: Path, job: Job, lines: Iterator[bytes], answers: TextIO) -> int:
         return runner(inputs)
 
     first_ms = timed_ms(call)
-    warm_up(call)
+    start = time.perf_counter()
+    warm_up(call, at_most=SECONDS - first_ms / 1e3)
+    left = SECONDS - first_ms / 1e3 - (time.perf_counter() - start)
     about = {"first_ms": getattr(runner, "first_ms", first_ms), "device": getattr(runner, "device", "cpu")}
     _answer(answers, {"load_seconds": load_seconds, **about})
     waited = spent = 0.0
     for _ in lines:
-        warm_up(call, count=2, seconds=0.05)  # the runtime before may still have threads that spin
+        start = time.perf_counter()
+        warm_up(call, count=2, seconds=0.05, at_most=left / 2)  # the runtime before may still have threads that spin
         before = first_waited_seconds()
-        samples_ms = sample_ms(call)
+        samples_ms = sample_ms(call, seconds=min(left, SECONDS / ROUNDS)) if left > 0 or not spent else []
         waited, spent = waited + first_waited_seconds() - before, spent + sum(samples_ms) / 1e3
+        left -= time.perf_counter() - start
         peak_memory_bytes = getattr(runner, "peak_memory_bytes", None) or _peak_memory()
         costs = {"peak_memory_bytes": peak_memory_bytes, "waited": min(waited / spent, 1.0)}
         _answer(answers, {"samples_ms": samples_ms, **costs})

@@ -12,6 +12,7 @@ Requirements:
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -82,7 +83,7 @@ def _permuted(tensor: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
 
 def convert_saved_model(source: Path, target: Path, spec: ExportSpec) -> None:
     """Convert the SavedModel with TensorFlow's own converter, free axes and all."""
-    target.write_bytes(_converter(source).convert())
+    target.write_bytes(_converted(_converter(source)))
 
 
 def halve_saved_model(source: Path, target: Path, spec: ExportSpec) -> None:
@@ -92,7 +93,7 @@ def halve_saved_model(source: Path, target: Path, spec: ExportSpec) -> None:
     converter = _converter(source)
     converter.optimizations = [tf.lite.Optimize.DEFAULT]
     converter.target_spec.supported_types = [tf.float16]
-    target.write_bytes(converter.convert())
+    target.write_bytes(_converted(converter))
 
 
 def quantise_saved_model(source: Path, target: Path, spec: ExportSpec) -> None:
@@ -107,7 +108,7 @@ def quantise_saved_model(source: Path, target: Path, spec: ExportSpec) -> None:
         converter.inference_input_type = tf.int8
     if all(np.dtype(tensor.dtype).kind == "f" for tensor in spec.outputs):
         converter.inference_output_type = tf.int8
-    target.write_bytes(converter.convert())
+    target.write_bytes(_converted(converter))
 
 
 def _converter(source: Path) -> Any:
@@ -116,6 +117,23 @@ def _converter(source: Path) -> Any:
     converter = tf.lite.TFLiteConverter.from_saved_model(str(source), signature_keys=[SIGNATURE])
     converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]
     return converter
+
+
+def _converted(converter: Any) -> bytes:
+    """What TensorFlow's converter writes.
+
+    Raises:
+        RuntimeError: operators that LiteRT has not, by name; the converter says it in a page.
+    """
+    try:
+        return bytes(converter.convert())
+    except Exception as error:  # it has a class of its own for this, deep inside
+        if lacking := sorted(set(re.findall(_LACKING, str(error)))):
+            raise RuntimeError(f"LiteRT's own operators lack TensorFlow's {', '.join(lacking)}") from error
+        raise
+
+
+_LACKING = r"'tf\.(\w+)' op is neither a custom op nor a flex op"
 
 
 def halve(source: Path, target: Path, spec: ExportSpec) -> None:

@@ -264,8 +264,12 @@ def _log_figures(run: Any, reports: Sequence[Report]) -> None:
     newest = figures(report)
     for row in newest:
         for key in _SUMMARY:
-            if row[key] is not None:
-                run.summary[f"export/{row['format']}/{key}"] = row[key]
+            name = f"export/{row['format']}/{key}"
+            if (
+                row[key] is not None or run.summary.get(name) is not None
+            ):  # of an export before, which is not this one's
+                run.summary[name] = row[key]
+    run.summary["export/notes"] = "\n".join(report.notes)
     best = report.best()
     run.summary["export/best_format"] = best.format if best else None
 
@@ -303,7 +307,12 @@ def _parity(report: Report) -> Iterator[dict[str, Figure]]:
     """One row per format and output."""
     for outcome in report.outcomes:
         for output, parity in outcome.parity.outputs.items() if outcome.parity else ():
-            about = {"format": outcome.format, "precision": outcome.precision, "state": outcome.state, "output": output}
+            about = {
+                "format": outcome.format,
+                "precision": outcome.precision,
+                "state": outcome.shown_state,
+                "output": output,
+            }
             yield about | encode(parity)
 
 
@@ -315,7 +324,7 @@ def _table(rows: Sequence[Mapping[str, Figure]]) -> Any:
 
 
 def _is_fastest(outcome: Outcome, report: Report) -> bool:
-    return outcome.latency is not None and outcome is report.best()
+    return outcome is report.fastest
 
 
 # --- artifacts --------------------------------------------------------------------------------------------------------
@@ -336,7 +345,7 @@ def _log_artifact(options: Wandb, run: Any, report: Report, outcome: Outcome, *,
         aliases += options.aliases
         if _is_fastest(outcome, report):
             aliases.append("fastest")
-    tags = [_word(word) for word in (outcome.format, outcome.precision, outcome.state)] + list(options.tags)
+    tags = [_word(word) for word in (outcome.format, outcome.precision, outcome.shown_state)] + list(options.tags)
     return run.log_artifact(artifact, aliases=list(dict.fromkeys(aliases)), tags=list(dict.fromkeys(tags)))
 
 
@@ -422,7 +431,7 @@ def _metadata(options: Wandb, report: Report, outcome: Outcome) -> dict[str, Any
         {
             "format": outcome.format,
             "precision": outcome.precision,
-            "state": outcome.state,
+            "state": outcome.shown_state,
             "reason": outcome.reason,
             "route": outcome.route,
             "bytes": outcome.artifact.bytes if outcome.artifact else None,
@@ -439,6 +448,7 @@ def _metadata(options: Wandb, report: Report, outcome: Outcome) -> dict[str, Any
             "parity": outcome.parity,
             "toolchain": outcome.toolchain,
             "environment": report.environment,
+            "notes": report.notes,
         }
     )
     return metadata | {"latency": latency}

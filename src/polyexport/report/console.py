@@ -53,7 +53,7 @@ def table(report: Report, width: int) -> Table:
         drawn.add_column(header, justify=justify, no_wrap=True)
     for row in found:
         # as texts, since a table takes a string for markup
-        drawn.add_row(*(Text(row[column]) for column in shown), style=_STYLES[row["state"]])
+        drawn.add_row(*(Text(row[column]) for column in shown), style=_STYLES[row["state"].split()[0]])
     return drawn
 
 

@@ -12,6 +12,7 @@ last, and a charting library would put megabytes into each.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -55,7 +56,7 @@ def page(report: Report) -> str:
     return _environment().get_template("report.html.j2").render(
         report=report,
         title=title(report),
-        states=[(state, sum(o.state == state for o in report.outcomes)) for state in STATES],
+        states=_tally(report),
         columns=COLUMNS,
         numbers=NUMBERS,
         table=list(_table(report)),
@@ -65,6 +66,11 @@ def page(report: Report) -> str:
         history=_history(report),
         snippets=[(outcome, snippets(outcome)) for outcome in report.outcomes if outcome.artifact],
     )  # fmt: skip  # the template's arguments, one a line
+
+
+def _tally(report: Report) -> Mapping[str, int]:
+    """How many formats ended in which state, the best state first."""
+    return Counter(o.shown_state for o in sorted(report.outcomes, key=lambda o: (STATES.index(o.state), o.shown_state)))
 
 
 @cache
@@ -106,13 +112,13 @@ class Highlight:
 def _highlights(report: Report) -> Iterator[Highlight]:
     agreed = [outcome for outcome in report.outcomes if outcome.publishable]
     yield Highlight("Agree with PyTorch", f"{len(agreed)} of {len(report.outcomes)}", "formats, run on real data")
-    best = report.best()
-    if best is None:
-        return
-    if best.latency:
-        factor = f", {best.latency.speedup:.2f}× PyTorch" if best.latency.speedup else ""
-        yield Highlight("Fastest", best.format, f"{milliseconds(best.latency.p50_ms)} ms{factor}")
     front = report.pareto()
+    if not front:
+        return
+    fastest = report.fastest
+    if fastest and fastest.latency:
+        factor = f", {fastest.latency.speedup:.2f}× PyTorch" if fastest.latency.speedup else ""
+        yield Highlight("Fastest", fastest.format, f"{milliseconds(fastest.latency.p50_ms)} ms{factor}")
     small = min((o for o in front if o.artifact), key=lambda o: o.artifact.bytes if o.artifact else 0)
     yield Highlight("Smallest", small.format, size(small.artifact.bytes if small.artifact else None))
     errors = {o.format: o.parity.max_abs_error for o in front if o.parity and o.parity.max_abs_error is not None}
@@ -160,7 +166,7 @@ def _choice(report: Report) -> Iterator[Picture]:
     """Latency against what it costs, over the artifacts that one may choose from."""
     best = report.best()
     candidates = [o for o in report.outcomes if o.state == "verified" and o.latency and o.artifact and o.parity]
-    if len(candidates) < 2:
+    if len(candidates) < 2 or not report.is_quiet:
         return
     for column, better, say in (("size", "smaller", _bytes), ("max error", "closer", _error)):
         points = [

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from polyexport.errors import BadRequest
-from polyexport.measure.latency import Latency
+from polyexport.measure.latency import Latency, is_quiet
 from polyexport.measure.parity import Parity
 from polyexport.report import escape
 from polyexport.report.folders import finished, followed, inside
@@ -80,6 +80,12 @@ class Outcome:
         """Whether the artifact agreed with PyTorch."""
         return self.state in PUBLISHABLE
 
+    @property
+    def shown_state(self) -> str:
+        """The state as every table, page, tag and line shows it: `verified off-device` where a stand-in agreed."""
+        off_device = self.publishable and self.parity is not None and self.parity.off_device
+        return f"{self.state} off-device" if off_device else self.state
+
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
@@ -138,10 +144,25 @@ class Report:
 
     _repr_markdown_ = __str__  # a notebook draws it
 
+    @property
+    def is_quiet(self) -> bool:
+        """Whether latencies can be compared: the machine had little else to do while they were measured."""
+        timed = [self.baseline, *(outcome.latency for outcome in self.outcomes)]
+        return is_quiet(latency for latency in timed if latency is not None)
+
     def pareto(self) -> tuple[Outcome, ...]:
-        """The `verified` artifacts that no other one beats: in median latency, max error and size at once."""
-        candidates = [outcome for outcome in self.outcomes if outcome.state == "verified"]
-        return tuple(one for one in candidates if not any(_beats(other, one) for other in candidates))
+        """The `verified` artifacts that no other one beats: in median latency, max error and size at once.
+
+        A latency that was measured on a busy machine does not count.
+        """
+        costs = [(outcome, self._costs(outcome)) for outcome in self.outcomes if outcome.state == "verified"]
+        return tuple(one for one, cost in costs if not any(_beats(other, cost) for _, other in costs))
+
+    @property
+    def fastest(self) -> Outcome | None:
+        """The fastest `verified` artifact; None where nothing was timed on a quiet machine."""
+        best = self.best()
+        return best if best is not None and best.latency is not None and self.is_quiet else None
 
     def best(
         self, *, max_error: float | None = None, max_ms: float | None = None, max_bytes: int | None = None
@@ -156,15 +177,25 @@ class Report:
             max_bytes: Greatest allowed size.
 
         Returns:
-            None where none keeps the limits; a figure that was not measured keeps no limit.
+            None where none keeps the limits; a figure that was not measured, or on a busy machine, keeps no limit.
         """
         limits = (max_ms, max_error, max_bytes)
         fitting = [
             outcome
             for outcome in self.pareto()
-            if all(limit is None or cost <= limit for cost, limit in zip(_costs(outcome), limits, strict=True))
+            if all(limit is None or cost <= limit for cost, limit in zip(self._costs(outcome), limits, strict=True))
         ]
-        return min(fitting, key=_costs, default=None)
+        return min(fitting, key=self._costs, default=None)
+
+    def _costs(self, outcome: Outcome) -> tuple[float, float, float]:
+        """Median latency, max error and size: less is better; infinite where it was not measured."""
+        measured = (
+            outcome.latency.p50_ms if outcome.latency and self.is_quiet else None,
+            outcome.parity.max_abs_error if outcome.parity else None,
+            outcome.artifact.bytes if outcome.artifact else None,
+        )
+        a, b, c = (math.inf if figure is None else float(figure) for figure in measured)
+        return a, b, c
 
     def save(self) -> None:
         """Write `report.json`, `report.md` and `report.html` into the report's folder."""
@@ -192,22 +223,12 @@ class Report:
                     inside(report.folder, path)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise BadRequest(f"{file} cannot be read: {type(error).__name__}: {error}") from error
+        if report.version != VERSION:
+            raise BadRequest(f"{file} is of version {report.version}; this release reads version {VERSION}")
         return report
 
 
-def _costs(outcome: Outcome) -> tuple[float, float, float]:
-    """Median latency, max error and size: less is better; infinite where it was not measured."""
-    measured = (
-        outcome.latency.p50_ms if outcome.latency else None,
-        outcome.parity.max_abs_error if outcome.parity else None,
-        outcome.artifact.bytes if outcome.artifact else None,
-    )
-    a, b, c = (math.inf if figure is None else float(figure) for figure in measured)
-    return a, b, c
-
-
-def _beats(one: Outcome, other: Outcome) -> bool:
-    ours, theirs = _costs(one), _costs(other)
+def _beats(ours: tuple[float, float, float], theirs: tuple[float, float, float]) -> bool:
     return ours != theirs and all(a <= b for a, b in zip(ours, theirs, strict=True))
 
 
@@ -266,14 +287,16 @@ def sentence(outcome: Outcome) -> str:
     spent = f" in {sum(outcome.seconds.values()):.1f} s" if outcome.seconds else ""
     made = f", {size(outcome.artifact.bytes)}" if outcome.artifact and outcome.artifact.bytes else ""
     because = f": {outcome.reason.splitlines()[0]}" if outcome.reason else ""
-    return escape.printable(f"{outcome.format}{route}: {outcome.state}{spent}{made}{because}")
+    return escape.printable(f"{outcome.format}{route}: {outcome.shown_state}{spent}{made}{because}")
 
 
 def eager(report: Report) -> Outcome | None:
     """PyTorch itself in the shape of a format, where it was timed."""
     if report.baseline is None:
         return None
-    return Outcome("eager", "float32", "verified", latency=replace(report.baseline, speedup=1.0))
+    return Outcome(
+        "eager", "float32", "verified", latency=replace(report.baseline, speedup=1.0 if report.is_quiet else None)
+    )
 
 
 Figure = str | int | float | None
@@ -297,7 +320,7 @@ def _figures(outcome: Outcome) -> dict[str, Figure]:
     return {
         "format": outcome.format,
         "precision": outcome.precision,
-        "state": outcome.state,
+        "state": outcome.shown_state,
         "route": outcome.route,
         "bytes": artifact.bytes if artifact else None,
         "max_abs_error": parity.max_abs_error if parity else None,
