@@ -40,7 +40,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 
-from polyexport.errors import CannotRun, ToolMissing
+from polyexport.errors import BadRequest, CannotRun, ToolMissing
 from polyexport.format import Format, Route, Runner
 from polyexport.report.escape import printable
 from polyexport.report.folders import DESCRIPTION, UNFINISHED
@@ -340,13 +340,15 @@ def _peak_memory() -> int | None:
 
 def _one_line(error: BaseException) -> str:
     text = " ".join(printable(str(error)).split())
-    own = isinstance(error, ToolMissing | CannotRun)
+    own = isinstance(error, ToolMissing | CannotRun | BadRequest)
     return (text if own else f"{type(error).__name__}: {text}")[:500]
 
 
 def _kind(error: BaseException) -> str:
     if isinstance(error, ToolMissing | ModuleNotFoundError):
         return "missing"
+    if isinstance(error, BadRequest):
+        return "bad request"
     return "cannot run" if isinstance(error, CannotRun) else "raised"
 
 
