@@ -285,7 +285,7 @@ def masked_scatter(x: torch.Tensor, mask: torch.Tensor, source: torch.Tensor) ->
     """`torch.masked_scatter` by lookup: where the mask is set for the nth time stands the nth entry of `source`."""
     import torch
 
-    x, mask = torch.broadcast_tensors(x, mask)
+    x, mask = torch.broadcast_tensors(x, mask)  # type: ignore[no-untyped-call]  # torch has no types for it
     index = (mask.flatten().to(torch.int64).cumsum(0) - 1).clamp(min=0)
     return torch.where(mask, source.flatten()[index].reshape(mask.shape), x)
 
