@@ -254,8 +254,10 @@ let compiled = try await MLModel.compileModel(at: URL(fileURLWithPath: "{{ path 
 let model = try MLModel(contentsOf: compiled)
 let inputs = try MLDictionaryFeatureProvider(dictionary: [
 {%- for input in inputs %}
-  {{ input.name | tojson }}: MLFeatureValue(multiArray: try MLMultiArray(
-    shape: {{ input.shape | list | tojson }}, dataType: .{{ "float32" if "float" in input.dtype else "int32" }})),
+{%- set kind = {"float16": "Float16", "float32": "Float"}.get(input.dtype, "Int32") %}
+  {{ input.name | tojson }}: MLFeatureValue(shapedArray: MLShapedArray<{{ kind }}>(  // your data here
+    scalars: [{{ kind }}](repeating: 0, count: {{ input.shape | join(" * ") or 1 }}),
+    shape: {{ input.shape | list | tojson }})),
 {%- endfor %}
 ])
 let outputs = try await model.prediction(from: inputs)

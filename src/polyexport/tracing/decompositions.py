@@ -12,6 +12,8 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from polyexport.tracing.einsum import einsum
+
 if TYPE_CHECKING:
     import torch
 
@@ -85,6 +87,7 @@ def written_out() -> Iterator[None]:
         torch.take_along_dim: take_along_dim,
         torch.Tensor.take_along_dim: take_along_dim,
         torch.hypot: lambda x, other: (x * x + other * other).sqrt(),
+        torch.einsum: einsum,
         torch.sum: total,
         torch.Tensor.sum: total,
     }
@@ -285,7 +288,7 @@ def masked_scatter(x: torch.Tensor, mask: torch.Tensor, source: torch.Tensor) ->
     """`torch.masked_scatter` by lookup: where the mask is set for the nth time stands the nth entry of `source`."""
     import torch
 
-    x, mask = torch.broadcast_tensors(x, mask)  # type: ignore[no-untyped-call]  # torch has no types for it
+    x, mask = torch.broadcast_tensors(x, mask)  # type: ignore[no-untyped-call]  # torch leaves it untyped
     index = (mask.flatten().to(torch.int64).cumsum(0) - 1).clamp(min=0)
     return torch.where(mask, source.flatten()[index].reshape(mask.shape), x)
 
