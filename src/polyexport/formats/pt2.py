@@ -23,6 +23,7 @@ def convert(source: Path, target: Path, spec: ExportSpec) -> None:
     # DYNAMIC, not AUTO: an axis that the trace fixes must be an error here, not a surprise later
     shapes = tuple({axis: dim.DYNAMIC for axis in tensor.dynamic} for tensor in spec.inputs)
     traced, inputs = snapshot.load(source), snapshot.example(source, spec)
+    traced.requires_grad_(False)  # else converters choose attention that can be differentiated, of other strides
     with written_out():
         program = torch.export.export(traced, inputs, dynamic_shapes=shapes or None, strict=False)
     torch.export.save(program, target, extra_files={"polyexport.json": json.dumps(dict(spec.metadata))})
