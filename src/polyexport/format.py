@@ -110,12 +110,14 @@ class Route:
         upstream: What `convert` reads: `"module"`, or the name of another format.
         toolchain: What `convert` runs in: the name of a requirement file in `toolchains/`, or a `Toolchain`.
         convert: Writes the artifact.
+        static: Whether it takes fixed shapes only; it is then not tried with dynamic axes.
     """
 
     name: str
     upstream: str
     toolchain: str | Toolchain
     convert: Convert
+    static: bool = False
 
 
 @dataclass(frozen=True, slots=True)
