@@ -140,12 +140,12 @@ class ExportCallback(Callback):
         self.when = when
         self.module = module
         self.inputs = inputs
-        self.dynamic = dynamic
+        self.dynamic = {name: dict(axes) for name, axes in dynamic.items()} if isinstance(dynamic, Mapping) else dynamic
         self.calibration_batches = calibration_batches
         self.fail_on = tuple(fail_on)
         self.timeout = timeout
         self.workers = workers
-        self.publish = publish
+        self.publish: Any = publish if publish == "auto" else list(publish)  # Hydra gives containers of its own
         self.monitor = monitor
         self.keep = keep
         self.bench = bench

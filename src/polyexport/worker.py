@@ -40,7 +40,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 
-from polyexport.errors import CannotRun, ToolMissing
+from polyexport.errors import BadRequest, CannotRun, ToolMissing
 from polyexport.format import Format, Route, Runner
 from polyexport.report.escape import printable
 from polyexport.report.folders import DESCRIPTION, UNFINISHED
@@ -183,7 +183,7 @@ def verify(root: Path, job: Job) -> Any:
         inputs, reference = _inputs(root / batch.path, job), read_arrays(root / batch.path, whole)
         if not any(_says_something(array) for array in reference.values()):
             raise CannotRun("PyTorch itself answers nothing but NaN or infinity, which proves nothing")
-        return compare(runner(inputs), reference, each.limits, noise, whole)
+        return compare(runner(inputs), reference, each.limits, noise, None if batch is job.batches[0] else whole)
 
     sized = [batch for batch in job.batches if not batch.label]
     parity = merge([compared(batch) for batch in sized], [batch.sizes for batch in sized])
@@ -340,13 +340,15 @@ def _peak_memory() -> int | None:
 
 def _one_line(error: BaseException) -> str:
     text = " ".join(printable(str(error)).split())
-    own = isinstance(error, ToolMissing | CannotRun)
+    own = isinstance(error, ToolMissing | CannotRun | BadRequest)
     return (text if own else f"{type(error).__name__}: {text}")[:500]
 
 
 def _kind(error: BaseException) -> str:
     if isinstance(error, ToolMissing | ModuleNotFoundError):
         return "missing"
+    if isinstance(error, BadRequest):
+        return "bad request"
     return "cannot run" if isinstance(error, CannotRun) else "raised"
 
 

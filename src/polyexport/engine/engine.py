@@ -189,7 +189,8 @@ class Engine:
         self._watch("model", None)
         if not ended.ok:
             state: State = "skipped" if ended.kind == "missing" else "failed"
-            why = ended.error if state == "skipped" else f"the module cannot be rebuilt: {ended.error}"
+            told = ended.kind in ("missing", "bad request")  # in words for the user
+            why = ended.error if told else f"the module cannot be rebuilt: {ended.error}"
             outcomes = tuple(
                 Outcome(each.name, each.precision, state, why,
                         log="logs/model.log", reproduce=command)
@@ -206,7 +207,8 @@ class Engine:
                 self._point(request)
             return earlier
         watch = functools.partial(self._watch, of=f"{request.name} ")
-        outcomes = Build(dispatcher, request.formats, reference, watch).outcomes()
+        build = Build(dispatcher, request.formats, reference, watch)
+        outcomes = build.outcomes()
         spec = reference.spec
         report = Report(
             checkpoint=replace(
@@ -218,7 +220,7 @@ class Engine:
             model=Model(reference.class_name, reference.parameters, spec.inputs, spec.outputs),
             outcomes=outcomes,
             environment=reference.environment,
-            notes=(*request.notes, *reference.notes),
+            notes=(*request.notes, *reference.notes, *build.notes),
         )
         write_json(request.work / "manifest.json", _manifest(request, report, reference))
         for outcome in report.outcomes:

@@ -104,8 +104,9 @@ def verify(report: Report, formats: Mapping[str, Format], dispatcher: Dispatcher
     """
     manifest = _manifest(report)
     batches = tuple(decode(Batch, each) for each in manifest["batches"])
-    for batch in batches:
-        inside(report.folder, batch.path)
+    noise = manifest["noise"] if isinstance(manifest["noise"], str) else ""  # figures in 0.1.0
+    for path in (noise, *(batch.path for batch in batches)):
+        inside(report.folder, path)
 
     def today(before: Outcome) -> Outcome:
         if before.artifact is None or before.format not in formats:
@@ -113,7 +114,7 @@ def verify(report: Report, formats: Mapping[str, Format], dispatcher: Dispatcher
         each = _runnable(report, before, formats[before.format])
         watch(each.name, "verifying")
         taken = proofs(batches, dynamic=each.spec.is_dynamic, made_up=each.format.precision == "float32")
-        job = each.job("verify", dispatcher, batches=taken, noise=manifest["noise"])
+        job = each.job("verify", dispatcher, batches=taken, noise=noise)
         ended, command = dispatcher.run(job, each.runtime, f"{each.name}.again", each.log, gpu=each.format.needs_gpu)
         found = _beside(before, judged(replace(before, parity=None), ended, command, before.artifact.path))
         if found.state == "verified" and (why := ended.value["elsewhere"]):

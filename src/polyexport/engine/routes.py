@@ -47,7 +47,8 @@ class Built:
     `warm` tells that it was converted by a worker that had done other jobs before.
     `shortfall` is what the verified artifact lacks of what was asked for. `narrow` is that part of it which all that is
     made from the artifact lacks too: that it is right for some data only. `frozen` are the sites in forward where a
-    trace wrote a value down.
+    trace wrote a value down. `detour` is why preferred
+    routes did not lead to it.
     """
 
     outcome: Outcome
@@ -57,6 +58,7 @@ class Built:
     shortfall: str = ""
     narrow: str = ""
     frozen: tuple[str, ...] = ()
+    detour: str = ""
 
     @property
     def usable(self) -> bool:
@@ -74,7 +76,13 @@ class Build:
         self._reference = reference
         self._watch = watch
         self._made: dict[tuple[str, bool], Future[Built]] = {}
+        self._detours: dict[str, str] = {}
         self._lock = threading.Lock()
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What became of routes that were preferred to those that led to artifacts; in the order asked."""
+        return tuple(self._detours[each.name] for each in self._asked if each.name in self._detours)
 
     def outcomes(self) -> tuple[Outcome, ...]:
         """Build all that was asked for, side by side; in the order asked."""
@@ -87,6 +95,8 @@ class Build:
             if built.path and built.outcome.artifact:
                 built = replace(built, outcome=self._settle(each, built))
             outcome = built.outcome
+            if built.detour and outcome.publishable:
+                self._detours[each.name] = f"{each.name}: made by {outcome.route}, since {built.detour}"
         except Exception as error:  # a bug of ours must not take the other formats along
             outcome = Outcome(each.name, each.precision, "failed", f"internal error: {type(error).__name__}: {error}")
         self._watch(each.name, outcome)
@@ -129,18 +139,24 @@ class Build:
         """Try the routes in order until one verifies and lacks nothing; else the best, with what became of each."""
         tried: list[Built] = []
         for route in each.routes:
+            if route.static and dynamic:
+                continue
             built = self._by_route(each, route, dynamic=dynamic)
             if built.warm and built.retry:  # was it what the worker had done before?
                 built = self._by_route(each, route, dynamic=dynamic, fresh=True)
             tried.append(built)
             if built.outcome.state == "verified" and not built.shortfall:
                 break
+        if not tried:
+            why = f"{', '.join(route.name for route in each.routes)} takes fixed shapes only"
+            return Built(Outcome(each.name, each.precision, "failed", why), "", retry=True)
         best = min(tried, key=lambda built: (STATES.index(built.outcome.state), bool(built.shortfall)))
         for built in tried:
             if built is not best:
                 self._discard(built.path)
         retry = best.outcome.state in ("failed", "mismatch", "skipped") and any(built.retry for built in tried)
-        return replace(best, outcome=replace(best.outcome, reason=_reason(best, tried)), retry=retry)
+        outcome = replace(best.outcome, reason=_reason(best, tried))
+        return replace(best, outcome=outcome, retry=retry, detour=_detour(best, tried))
 
     def _by_route(self, each: Format, route: Route, *, dynamic: bool, fresh: bool = False) -> Built:
         """Upstream, conversion, verification: the first that fails decides."""
@@ -275,14 +291,22 @@ def _unlike(one: Outcome, other: Outcome) -> bool:
 
 
 def _reason(best: Built, tried: Sequence[Built]) -> str:
-    """Why the format is in its state: what became of the routes that were run."""
-    verified = best.outcome.state == "verified"
-    told = [
-        f"{b.outcome.route}: {b.outcome.state}: {b.outcome.reason or b.shortfall}"
-        for b in (tried[: tried.index(best)] if verified else tried)
-        if b.outcome.state != "skipped"
-    ]
-    if verified:
-        return f"by another route, since {'; '.join(told)}" if told else ""
+    """Why the format is in its state: what became of the routes that were run. What is verified needs no reason."""
+    if best.outcome.state == "verified":
+        return ""
+    ran = [built for built in tried if built.outcome.state != "skipped"]
     different = len({built.outcome.reason for built in tried}) > 1
-    return "; ".join(told) if len(told) > 1 and different else best.outcome.reason
+    return _told(ran) if len(ran) > 1 and different else best.outcome.reason
+
+
+def _detour(best: Built, tried: Sequence[Built]) -> str:
+    """What became of the routes before the one that verified."""
+    return _told(tried[: tried.index(best)]) if best.outcome.state == "verified" else ""
+
+
+def _told(tried: Sequence[Built]) -> str:
+    return "; ".join(
+        f"{built.outcome.route}: {built.outcome.state}: {built.outcome.reason or built.shortfall}"
+        for built in tried
+        if built.outcome.state != "skipped"
+    )

@@ -24,7 +24,7 @@ from polyexport.measure import dynamic_axes
 from polyexport.measure.dynamic_axes import Axes, Dynamic, resized
 from polyexport.measure.noise import rounding
 from polyexport.measure.other_values import changed, jittered
-from polyexport.measure.parity import compare
+from polyexport.measure.parity import compare, says_little
 from polyexport.measure.reads import FailedAt, Reads, reads
 from polyexport.spec import Arrays, ExportSpec, write_arrays
 from polyexport.tracing.decompositions import plain_attention
@@ -125,6 +125,7 @@ def make(root: Path, source: Path, dynamic: Dynamic, commit: str = "", *, sha256
     example = resized(inputs, axes, {name: max(2, size) for name, size in sizes.items()})
     write_arrays(source / "example.npz", example)
     undecidable = unlike_trained or _undecidable(outputs, (again, *_in_between(run, inputs)))
+    notes += says_little(outputs)
     noise, how = rounding(model, inputs, outputs)
     write_arrays(root / NOISE, noise)
     batches.insert(0, Answered(inputs | outputs, sizes))
