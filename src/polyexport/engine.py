@@ -31,7 +31,7 @@ from polyexport.build import Build
 from polyexport.dispatch import Bounds, Dispatcher
 from polyexport.elsewhere import Elsewhere
 from polyexport.errors import BadRequest
-from polyexport.folders import point_best, take_place, unfinished
+from polyexport.folders import BEST, free_name, may_become_export, may_point_best, point_best, take_place, unfinished
 from polyexport.format import Format, Runner
 from polyexport.formats import known, resolve
 from polyexport.imports import import_path
@@ -171,6 +171,7 @@ class Engine:
     # --- one request --------------------------------------------------------------------------------------------------
 
     def _export(self, request: Request) -> Report:
+        request = _beside_what_is_there(request)
         with contextlib.closing(
             self._dispatcher(request.work, request.final, self._bounds, self._elsewhere)
         ) as dispatcher:
@@ -234,7 +235,7 @@ class Engine:
         return replace(report, folder=request.final)
 
     def _point(self, request: Request) -> None:
-        if request.best:
+        if request.best and may_point_best(request.final.parent / BEST):
             point_best(request.final)
 
     def _watch(self, name: str, doing: str | Outcome | None, *, of: str = "") -> None:
@@ -300,6 +301,16 @@ def _prune(newest: Report, keep: int | None) -> None:
     older = history(newest)[:-1] if keep is not None else []
     for each in older[: max(0, len(older) + 1 - (keep or 1))]:
         shutil.rmtree(each.folder, ignore_errors=True)
+
+
+def _beside_what_is_there(request: Request) -> Request:
+    """The request under a name that takes nothing of the user's away; what keeps it from its own names is noted."""
+    parent, name, notes = request.work.parent, request.name, request.notes
+    if (free := free_name(parent, name)) != name:
+        notes += (f"{parent / name} is no export and stays as it is, so this one is called {free}",)
+    if request.best and not may_point_best(parent / BEST):
+        notes += (f"{parent / BEST} points to no export and stays as it is, so nothing points to the newest",)
+    return replace(request, name=free, notes=notes)
 
 
 def _by_name(formats: Iterable[Format]) -> dict[str, Format]:
@@ -384,7 +395,7 @@ def export(
         inputs: What forward takes: a tensor, a tuple of positional arguments, or a dict of keyword arguments. Parity is
             judged on it, so give real data.
         formats: Names, aliases or `Format` values.
-        into: Folder that becomes the export. An earlier export in it is replaced.
+        into: Folder that becomes the export: a new or empty one, or an earlier export, which is replaced.
         dynamic: True frees the batch axis, False none; or input name -> {axis: name}.
         calibration: Further inputs, each like `inputs`; int8 formats take their number ranges from all of them.
         bench: Whether to time the artifacts.
@@ -399,14 +410,16 @@ def export(
 
     Raises:
         UnknownFormat: a name that is none.
-        BadRequest: the module or the inputs cannot be taken apart.
+        BadRequest: the module or the inputs cannot be taken apart, or `into` is there and is no export.
     """
     import torch
 
     from polyexport.module import as_call, save_call, save_structure
 
     chosen = resolve(formats)
-    final = Path(into).absolute()
+    final = Path(into).resolve()
+    if not may_become_export(final):
+        raise BadRequest(f"{final} is there and is no export; give a new or empty folder, or an export to replace")
     final.parent.mkdir(parents=True, exist_ok=True)
     work = unfinished(final.parent)
     try:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import itertools
+import json
 import os
 import secrets
 import shutil
@@ -13,6 +15,7 @@ from pathlib import Path
 BEST = "best"
 UNFINISHED = ".unfinished-"  # how names of folders begin that nobody but the engine may see
 _ATTEMPTS = 100
+_LONGEST_NAME = 255  # bytes of a file's name
 _HERE, _RENAME_EXCHANGE = -100, 2  # AT_FDCWD of fcntl.h, and a flag of renameat2
 
 
@@ -59,6 +62,28 @@ def take_place(work: Path, final: Path) -> None:
         shutil.rmtree(stale, ignore_errors=True)
 
 
+def is_export(folder: Path) -> bool:
+    """Whether a folder has a report of ours, of whatever version; other tools write a `report.json` too."""
+    try:
+        found = json.loads((folder / "report.json").read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and {"version", "checkpoint", "outcomes"} <= found.keys()
+
+
+def may_become_export(folder: Path) -> bool:
+    """Whether nothing of the user's is lost when an export takes this name: it is missing, empty, or an export."""
+    if folder.is_symlink() or not folder.is_dir():
+        return not os.path.lexists(folder)
+    return is_export(folder) or next(folder.iterdir(), None) is None
+
+
+def free_name(parent: Path, name: str) -> str:
+    """`name`, or with the first number behind it that lets an export in `parent` have it."""
+    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    return next(each for each in names if may_become_export(parent / each))
+
+
 def _swap(one: Path, other: Path) -> bool:
     """Exchange two names in one step; False where that cannot be done (https://man7.org/linux/man-pages/man2/rename.2.html)."""
     try:
@@ -87,8 +112,21 @@ def followed(path: Path) -> Path:
     return path
 
 
+def may_point_best(best: Path) -> bool:
+    """Whether `best` is ours to replace: missing, or it names an export beside it; a link's may be gone by now."""
+    if not os.path.lexists(best):
+        return True
+    if best.is_symlink():
+        named = Path(os.readlink(best))
+        return named.name == str(named) and (is_export(best) or not best.exists())
+    return best.is_file() and best.stat().st_size <= _LONGEST_NAME and is_export(followed(best))
+
+
 def point_best(folder: Path) -> None:
-    """Let `best` beside `folder` point to it: a link, or where links do not work, a file with the folder's name."""
+    """Let `best` beside `folder` point to it: a link, or where links do not work, a file with the folder's name.
+
+    See `may_point_best` for whether it may.
+    """
     best = folder.parent / BEST
     temporary = folder.parent / f".{BEST}-{secrets.token_hex(4)}"
     try:
