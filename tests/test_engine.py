@@ -29,6 +29,7 @@ from polyexport import BadRequest, Engine, Report, Request, Toolchain, gpu
 from polyexport import module as modules
 from polyexport.build import _unlike
 from polyexport.dispatch import _by_value
+from polyexport.engine import interrupted, interruption
 from polyexport.folders import finished, followed, point_best, take_place, unfinished
 from polyexport.imports import importable
 from polyexport.process import Workers
@@ -344,18 +345,46 @@ def children() -> set[int]:
     }
 
 
-def test_closing_ends_every_worker_and_leaves_no_folder(tmp_path):
+def test_closing_ends_every_worker_and_leaves_one_export_to_be_resumed(tmp_path):
     before = children()
     engine = Engine(timeout=TIMEOUT)
     future = engine.submit(request(tmp_path, (plant("hangs", planted.hangs),)))
     while "hangs" not in engine.doing:
         time.sleep(0.05)
+    waiting = engine.submit(request(tmp_path, name="newer"))
     start = time.monotonic()
-    engine.close()
+    left = engine.close()
     assert time.monotonic() - start < TIMEOUT / 2
     assert isinstance(future.exception(), InterruptedError)
+    assert waiting.cancelled()
     assert children() == before
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [left]
+    command = f"polyexport resume {tmp_path}"
+    assert (
+        interruption(left)
+        == f"the export of newer was interrupted; there is no best until then; to finish it: {command}"
+    )
+    asked = interrupted(tmp_path)
+    assert (asked.work, asked.name) == (left, "newer")
+    with pytest.raises(BadRequest, match="has no interrupted export"):
+        interrupted(tmp_path)  # it is ours by now
+    with Engine(timeout=TIMEOUT) as second:
+        report = second.submit(asked).result()
+    assert (report.folder, report["good"].state) == (tmp_path / "newer", "verified")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "newer"]
+
+
+def test_at_most_two_checkpoints_are_kept_however_many_bests_there_are(tmp_path):
+    most = 0
+    with Engine(timeout=TIMEOUT) as engine:
+        engine.submit(request(tmp_path, (plant("hangs", planted.hangs),), name="0"))
+        for index in range(1, 12):
+            while not engine.supersede():
+                time.sleep(0.001)
+            engine.submit(request(tmp_path, name=str(index)))
+            most = max(most, len(list(tmp_path.glob(".unfinished-*"))))
+    assert most == 2
+    assert [json.loads(file.read_text())["name"] for file in tmp_path.glob("*/source/request.json")] == ["11"]
 
 
 def test_a_module_that_cannot_be_rebuilt_fails_every_format_with_the_reason_and_the_best_before_it_stays(tmp_path):

@@ -34,7 +34,7 @@ def test_the_training_environment_serves_when_it_satisfies_the_pins(cache):
     chain = Toolchain("numpy", ("numpy>=1", "nowhere==1; python_version < '3'"))
     assert chain.unmet() == ()
     assert chain.interpreter() == Path(sys.executable)
-    assert chain.command()[1:] == ("-m", "polyexport.worker")
+    assert chain.command()[1:] == ("-P", "-m", "polyexport.worker")
     assert not cache.exists()
 
 

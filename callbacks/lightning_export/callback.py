@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-import shutil
-import tempfile
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
@@ -25,8 +24,9 @@ from lightning_export.capture import Spy, hold, save
 from lightning_export.loggers import sinks
 from lightning_export.metrics import measured
 from polyexport import BadRequest, Engine, ExportFailed, Format, Report, Request, ToolMissing, console, plan
+from polyexport.engine import interruption
 from polyexport.flat import taken_apart
-from polyexport.folders import BEST, link, unfinished
+from polyexport.folders import BEST, CAPTURE, discard, link, locked, unfinished
 from polyexport.formats import resolve
 from polyexport.module import UNAVAILABLE, WEIGHTS, as_call, save_call, selected
 from polyexport.report import STATES, Checkpoint, State
@@ -34,6 +34,8 @@ from polyexport.sinks import Sink
 from polyexport.sinks.remote import copy_to
 
 P = ParamSpec("P")
+
+_LOOK_SECONDS = 0.01
 
 
 def _harmless(
@@ -143,7 +145,7 @@ class ExportCallback(Callback):
         self.staging = staging
         self.reports: list[Report] = []
         self._engine: Engine | None = None
-        self._futures: list[Future[Report]] = []
+        self._futures: dict[Future[Report], str] = {}  # and the names of what they export
         self._told: deque[str] = deque()
         self._tail: Callback | None = None
         self._spy: Spy | None = None
@@ -207,11 +209,13 @@ class ExportCallback(Callback):
             others = [each for each in _callbacks(trainer) if each is not self._tail]
             trainer.callbacks = [*others, self._tail]  # type: ignore[attr-defined]  # a new list: others may hold the old
         if trainer.is_global_zero:
-            self._preflight(distributed=trainer.world_size > 1)
+            self._preflight(self._parent(trainer), distributed=trainer.world_size > 1)
 
     @_harmless
-    def _preflight(self, *, distributed: bool) -> None:
+    def _preflight(self, parent: Path, *, distributed: bool) -> None:
         """Make the toolchains that are missing, or say before the first epoch what will be skipped.
+
+        What runs that were killed left in `parent` is removed.
 
         Other ranks would wait for this one, so a distributed run makes them in the background, when they are needed.
         """
@@ -223,6 +227,8 @@ class ExportCallback(Callback):
             staging=self.staging,
             tell=self._told.append,
         )
+        if (left := self._engine.leftover(parent)) is not None:
+            rank_zero_info(f"ExportCallback: {interruption(left)}")
         if self.executor is not None:
             return  # toolchains are made where the jobs land
         for each in self.formats:
@@ -246,7 +252,8 @@ class ExportCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         if self._takes(trainer, batch_idx, dataloader_idx) and self.inputs is None:
-            self._spy = Spy(selected(pl_module, self.module), pl_module)
+            profiled = "AdvancedProfiler" in bases(getattr(trainer, "profiler", None))
+            self._spy = Spy(selected(pl_module, self.module), pl_module, profiled=profiled)
 
     @override
     @_harmless
@@ -262,12 +269,15 @@ class ExportCallback(Callback):
         if not self._takes(trainer, batch_idx, dataloader_idx):
             return
         self._taken += 1
-        call = None
+        call, trouble = None, ""
         if self._spy is not None:
             self._spy.remove()
-            call, self._spy = self._spy.call, None
+            call, trouble, self._spy = self._spy.call, self._spy.trouble, None
         if self._captured is None:
-            self._capture(trainer, pl_module, self._call(pl_module, batch, call, early=trainer.sanity_checking))
+            if trouble:
+                self._note(f"forward's arguments cannot be copied ({trouble}), so they are taken as forward left them")
+            early = trainer.sanity_checking and not trouble
+            self._capture(trainer, pl_module, self._call(pl_module, batch, call, early=early))
             return
         call = call if self.inputs is None else as_call(self.inputs(batch))
         if call is not None:
@@ -327,12 +337,21 @@ class ExportCallback(Callback):
             return
         parent = _made(self._parent(trainer))
         self._folders = [*(each for each in self._folders if each != str(parent)), str(parent)]
-        folder = Path(tempfile.mkdtemp(prefix=".capture-", dir=parent))
+        folder = locked(parent, CAPTURE)
+        try:
+            note = save(pl_module, self.module, *call, folder, sharded=_shards(trainer))
+        except BaseException:
+            self._active = False
+            discard(folder)
+            raise
         self._captured = folder
-        note = save(pl_module, self.module, *call, folder, sharded=_shards(trainer))
         if note:
-            self._notes = (note,)
-            rank_zero_warn(f"ExportCallback: {note}")
+            self._note(note)
+
+    def _note(self, note: str) -> None:
+        """Tell it now, and in each report."""
+        self._notes += (note,)
+        rank_zero_warn(f"ExportCallback: {note}")
 
     # --- a new best ---------------------------------------------------------------------------------------------------
 
@@ -353,7 +372,7 @@ class ExportCallback(Callback):
         while self._told:
             tell(self._told.popleft())
 
-    def _export_best(self, trainer: Trainer) -> bool:
+    def _export_best(self, trainer: Trainer, *, wait: bool = False) -> bool:
         """Hand over the best checkpoint if it is a new one; False where there is none on disk."""
         model_checkpoint = checkpointer(_callbacks(trainer), self.monitor)
         best = best_of(model_checkpoint) if model_checkpoint is not None else None
@@ -361,6 +380,11 @@ class ExportCallback(Callback):
             return False
         if best.is_same(self._seen):
             return True
+        assert self._engine is not None, "rank zero has an engine from setup on"
+        while not self._engine.supersede():  # at most two checkpoints are kept: this one comes with the next hook
+            if not wait:
+                return True
+            time.sleep(_LOOK_SECONDS)
         if "://" not in best.path and not os.path.exists(best.path):
             return False  # AsyncCheckpointIO is still writing it: the next hook comes, at the latest when fit ends
         self._seen = best
@@ -368,7 +392,7 @@ class ExportCallback(Callback):
         try:
             held = hold(best.path, work / "source")
         except BaseException:
-            shutil.rmtree(work, ignore_errors=True)
+            discard(work)
             raise
         score = None if best.monitor is None or best.score is None else float(best.score)
         name = name_of(best, model_checkpoint)
@@ -393,7 +417,7 @@ class ExportCallback(Callback):
     def _work(self, trainer: Trainer) -> Path:
         assert self._captured is not None, "nothing is exported before its inputs are known"
         work = unfinished(self._parent(trainer))
-        for file in self._captured.iterdir():
+        for file in (each for each in self._captured.iterdir() if not each.name.startswith(".")):  # its lock is its own
             link(file, work / "source" / file.name)
         return work
 
@@ -402,7 +426,7 @@ class ExportCallback(Callback):
         at = replace(checkpoint, epoch=trainer.current_epoch, global_step=trainer.global_step)
         before = tuple(Path(folder) for folder in self._folders)
         request = Request(work, name, self.formats, self.dynamic, at, self._notes, held, keep=self.keep, former=before)
-        self._futures.append(self._engine.submit(request))
+        self._futures[self._engine.submit(request)] = name
 
     def _parent(self, trainer: Trainer) -> Path:
         """Where exports lie. Nothing here may broadcast: only rank zero asks."""
@@ -441,7 +465,7 @@ class ExportCallback(Callback):
         """Export the best if that was not done yet, wait for all exports, publish the last."""
         if self._engine is None or self._captured is None or not self._active:
             return
-        if not self._export_best(trainer) and not self._futures:
+        if not self._export_best(trainer, wait=True) and not self._futures:
             self._export_live(trainer, pl_module)
         with ThreadPoolExecutor(1) as pool:
             try:
@@ -475,10 +499,11 @@ class ExportCallback(Callback):
         for future in self._futures:
             try:
                 self.reports.append(future.result())
-            except CancelledError:
-                continue  # a newer best took its place
+            except (CancelledError, InterruptedError):
+                continue  # a newer best took its place; what was interrupted is told when the engine is closed
             except Exception as error:  # one export that cannot be written must not hide the others
-                rank_zero_warn(f"ExportCallback: an export was lost: {type(error).__name__}: {error}")
+                name = self._futures[future]
+                rank_zero_warn(f"ExportCallback: the export of {name} was lost: {type(error).__name__}: {error}")
         self._futures.clear()
         # of several under one name the last has the folder, and an older one would write over its report
         last = {report.folder: report for report in self.reports}
@@ -537,10 +562,11 @@ class ExportCallback(Callback):
             self._spy.remove()
             self._spy = None
         if self._engine is not None:
-            self._engine.close()
+            if (left := self._engine.close()) is not None:
+                rank_zero_warn(f"ExportCallback: {interruption(left)}")
             self._engine = None
         if self._captured is not None:
-            shutil.rmtree(self._captured, ignore_errors=True)
+            discard(self._captured)
             self._captured = None
             self._taken = 0
         if self._futures:  # what was not finished is to be exported when fit goes on

@@ -21,9 +21,9 @@ from rich.console import Console
 from rich.table import Table
 
 from polyexport import checkpoint, console, plan, toolchain
-from polyexport.engine import Engine, export
+from polyexport.engine import Engine, export, interrupted
 from polyexport.errors import BadRequest, PolyexportError
-from polyexport.folders import BEST, followed
+from polyexport.folders import BEST, EXPORTS, followed
 from polyexport.format import Format
 from polyexport.formats import known, resolve
 from polyexport.records import encode
@@ -142,6 +142,23 @@ def export_checkpoint(
         given = {name: torch.from_numpy(array) for name, array in checkpoint.inputs(inputs).items()}
         names = [name.strip() for name in formats.split(",")]
         report = export(module, given, names, into, dynamic=not static, timeout=timeout, progress=_say)
+    _conclude(report, report.outcomes, as_json)
+
+
+@app.command()
+def resume(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run's exports, or the one it lies in.")],
+    timeout: Annotated[float, typer.Option(help="Seconds that one conversion or verification may take.")] = 600.0,
+    as_json: Json = False,
+) -> None:
+    """Finish the export that an interrupted or killed training left; exit code 1 if a format does not agree.
+
+    It runs code that was pickled when the export began.
+    """
+    with _told(), Engine(timeout=timeout, tell=_say) as engine:
+        request = interrupted(run if run.name.startswith(EXPORTS) or not (run / EXPORTS).is_dir() else run / EXPORTS)
+        report = engine.submit(request).result()
+        report = engine.bench(report, request.formats)
     _conclude(report, report.outcomes, as_json)
 
 

@@ -5,7 +5,8 @@ Requirements:
 * A folder appears under its name only when it is complete; `best` points to the newest complete one.
 * An earlier export of the same checkpoint, with the same question asked, is not repeated where every format agreed;
   what was missing or failed then may do now.
-* Nothing is left running after `close`.
+* Nothing is left running after `close`. The newest export that it interrupts stays, for `resume`.
+* At most two checkpoints are kept for exports at any time: the one that is exported, and the newest that waits.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import contextlib
 import functools
 import itertools
 import os
+import shlex
 import shutil
 import threading
 import time
@@ -28,10 +30,24 @@ from polyexport import toolchain
 from polyexport.again import runnables, runner, verify
 from polyexport.bench import bench, sweep
 from polyexport.build import Build
-from polyexport.dispatch import Bounds, Dispatcher
+from polyexport.dispatch import Bounds, Dispatcher, declared, declared_file
 from polyexport.elsewhere import Elsewhere
 from polyexport.errors import BadRequest
-from polyexport.folders import BEST, free_name, may_become_export, may_point_best, point_best, take_place, unfinished
+from polyexport.folders import (
+    BEST,
+    REQUEST,
+    clear,
+    discard,
+    free_name,
+    let_go,
+    lies_elsewhere,
+    may_become_export,
+    may_point_best,
+    point_best,
+    take,
+    take_place,
+    unfinished,
+)
 from polyexport.format import Format, Runner
 from polyexport.formats import known, resolve
 from polyexport.imports import import_path
@@ -62,6 +78,7 @@ class Request:
         keep: How many finished folders may stay in the parent folder; None for all.
         former: Further parent folders where this may have been exported under the same name, by a run that this one
             resumes.
+        sys_path: The import path of the process that trained the module.
     """
 
     work: Path
@@ -74,6 +91,7 @@ class Request:
     best: bool = True
     keep: int | None = None
     former: tuple[Path, ...] = ()
+    sys_path: tuple[str, ...] = field(default_factory=import_path)
 
     @property
     def final(self) -> Path:
@@ -130,20 +148,46 @@ class Engine:
         self._lock = threading.Lock()
         self._doing: dict[str, str] = {}
         self._tell = tell
-        self._unfinished: dict[Path, str | None] = {}  # and where the weights still are
+        self._unfinished: list[Path] = []  # the newest is the last
+        # freeing the last link of a large checkpoint takes longer than training may wait, and so may pickling
+        self._aside = ThreadPoolExecutor(1, thread_name_prefix="polyexport-aside")
+        self._removal: Future[None] | None = None
 
     def submit(self, request: Request) -> Future[Report]:
         """Queue a request; a waiting one is cancelled and its folder removed."""
+        self.supersede()
+        try:
+            if request.held and "://" not in request.held:
+                lies_elsewhere(request.work, Path(request.held))
+            write_json(request.work / REQUEST, _asked(request))
+        except OSError:
+            discard(request.work)
+            raise
         with self._lock:
-            if self._waiting is not None:
-                future, older = self._waiting
-                if future.cancel():
-                    # not here: freeing the last link of a large checkpoint takes longer than training may wait
-                    self._queue.submit(self._remove, older.work)
-            self._unfinished[request.work] = request.held
+            self._unfinished.append(request.work)
+            self._aside.submit(_declare, request)
             future = self._queue.submit(self._export, request)
             self._waiting = (future, request)
         return future
+
+    def supersede(self) -> bool:
+        """Drop the request that waits, since a newer one is coming; whether nothing is left of any that was dropped.
+
+        It is removed behind the caller's back. Who takes a further checkpoint only once this is true has two at most.
+        """
+        with self._lock:
+            if self._waiting is not None and self._waiting[0].cancel():
+                self._removal = self._aside.submit(self._remove, self._waiting[1].work)
+            self._waiting = None
+            return self._removal is None or self._removal.done()
+
+    def leftover(self, parent: Path) -> Path | None:
+        """Remove what killed runs left in `parent`, behind the caller's back.
+
+        Returns:
+            What stays: one export that can be resumed; None where there is none.
+        """
+        return clear(parent, lambda folder: self._aside.submit(discard, folder))
 
     def hurry(self) -> None:
         """Training is over: workers are no longer in the background."""
@@ -154,13 +198,17 @@ class Engine:
         """What is being done right now: format name to a few words."""
         return dict(self._doing)
 
-    def close(self) -> None:
-        """End every worker, drop what waits and remove unfinished folders. Can be called twice."""
+    def close(self) -> Path | None:
+        """End every worker; of unfinished folders only the newest stays, which is returned. Can be called twice."""
         self._workers.end_all()
         self._queue.shutdown(wait=True, cancel_futures=True)
         self._slots.shutdown(wait=True, cancel_futures=True)
-        for folder in tuple(self._unfinished):
+        self._aside.shutdown(wait=True)
+        for folder in self._unfinished[:-1]:
             self._remove(folder)
+        for folder in self._unfinished:
+            let_go(folder)
+        return next(iter(self._unfinished), None)
 
     def __enter__(self) -> Engine:
         return self
@@ -173,14 +221,16 @@ class Engine:
     def _export(self, request: Request) -> Report:
         request = _beside_what_is_there(request)
         with contextlib.closing(
-            self._dispatcher(request.work, request.final, self._bounds, self._elsewhere)
+            replace(
+                self._dispatcher(request.work, request.final, self._bounds, self._elsewhere), sys_path=request.sys_path
+            )
         ) as dispatcher:
             return self._exported(request, dispatcher)
 
     def _exported(self, request: Request, dispatcher: Dispatcher) -> Report:
         start = time.perf_counter()
         self._watch("model", "running PyTorch")
-        if request.held:
+        if request.held and not (request.work / "source" / WEIGHTS).exists():  # one that is resumed may have it
             _fetch(request.held, request.work / "source")
         job = Job("prepare", options={"dynamic": request.dynamic, "git_commit": git_commit()})
         ended, command = dispatcher.run(job, toolchain.HOST, "prepare", "logs/model.log")
@@ -228,10 +278,12 @@ class Engine:
         report = replace(report, seconds=time.perf_counter() - start, folder=request.work)
         report.save()
         take_place(request.work, request.final)  # another checkpoint may have had the name: the newer one has it now
-        self._unfinished.pop(request.work, None)
+        self._unfinished.remove(request.work)
         if report.model is not None:  # else the one before is still the best, and stays
             self._point(request)
             _prune(replace(report, folder=request.final), request.keep)
+            if request.best:
+                clear(request.final.parent)  # what an interrupted run left, this one has superseded
         return replace(report, folder=request.final)
 
     def _point(self, request: Request) -> None:
@@ -247,12 +299,9 @@ class Engine:
             self._tell(of + sentence(doing))
 
     def _remove(self, folder: Path) -> None:
-        shutil.rmtree(folder, ignore_errors=True)
-        held = self._unfinished.pop(folder, None)
-        if held and "://" not in held:
-            shutil.rmtree(held, ignore_errors=True)
-            with contextlib.suppress(OSError):  # a folder is gone by now, and so is what was moved
-                os.unlink(held)
+        with contextlib.suppress(ValueError):  # it may be in no list: `export` removes its own
+            self._unfinished.remove(folder)
+        discard(folder)
 
     def bench(self, report: Report, formats: Iterable[Format] = ()) -> Report:
         """Time every artifact that runs, and eager PyTorch, on all cores; saves the report.
@@ -370,6 +419,75 @@ def _earlier(request: Request, sha256: str) -> Report | None:
     return None
 
 
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A request as it lies on disk: what `resume` needs; see `Request`."""
+
+    name: str
+    formats: tuple[str, ...]
+    dynamic: Any
+    checkpoint: Checkpoint
+    notes: tuple[str, ...]
+    held: str | None
+    best: bool
+    keep: int | None
+    sys_path: tuple[str, ...]
+
+
+def _asked(request: Request) -> Asked:
+    names = tuple(each.name for each in request.formats)
+    taken = (request.dynamic, request.checkpoint, request.notes, request.held, request.best, request.keep)
+    return Asked(request.name, names, *taken, request.sys_path)
+
+
+def _declare(request: Request) -> None:
+    """Write down the formats of the user's own, for whoever resumes the export; what does not pickle is told then."""
+    for each in request.formats:
+        with contextlib.suppress(Exception):  # the user's own code
+            declared(request.work, each)
+
+
+def interruption(work: Path) -> str:
+    """What to tell of an export that was interrupted: which one, what `best` is meanwhile, and what finishes it."""
+    parent = work.parent
+    try:
+        best = f"best is {Report.load(parent / BEST).folder.name} until then"
+    except (OSError, BadRequest):
+        best = "there is no best until then"
+    name = decode(Asked, read_json(work / REQUEST)).name
+    return f"the export of {name} was interrupted; {best}; to finish it: polyexport resume {shlex.quote(str(parent))}"
+
+
+def interrupted(parent: Path) -> Request:
+    """The export in `parent` that a run left unfinished, which is this process's from now on.
+
+    Raises:
+        BadRequest: there is none; or it is another process's; or a format of the user's own is gone.
+    """
+    work = clear(parent)
+    if work is None or not take(work):
+        raise BadRequest(f"{parent} has no interrupted export; what lies there is complete, or still under way")
+    asked = decode(Asked, read_json(work / REQUEST))
+    formats = tuple(known().get(name) or _of_the_user(work, name) for name in asked.formats)
+    dynamic = asked.dynamic
+    if isinstance(dynamic, Mapping):  # JSON has no numbers for keys
+        dynamic = {name: {int(axis): called for axis, called in axes.items()} for name, axes in dynamic.items()}
+    return Request(
+        work, asked.name, formats, dynamic, asked.checkpoint, asked.notes, asked.held, asked.best, asked.keep,
+        sys_path=asked.sys_path,
+    )  # fmt: skip  # one argument a line would bury them
+
+
+def _of_the_user(work: Path, name: str) -> Format:
+    import cloudpickle
+
+    file = declared_file(work, name)
+    if not file.is_file():
+        raise BadRequest(f"the format {name!r} is your own and could not be pickled; `fit(ckpt_path=…)` makes it")
+    found: Format = cloudpickle.loads(file.read_bytes())
+    return found
+
+
 # --- without Lightning ------------------------------------------------------------------------------------------------
 
 
@@ -431,4 +549,4 @@ def export(
             report = engine.submit(Request(work, final.name, chosen, dynamic, best=False)).result()
             return engine.bench(report, chosen) if bench else report
     finally:
-        shutil.rmtree(work, ignore_errors=True)
+        discard(work)

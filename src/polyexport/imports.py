@@ -49,3 +49,15 @@ def import_path() -> tuple[str, ...]:
     """Where this process finds modules, as whole paths; a program may have gone elsewhere since it named a folder."""
     finders = sys.path_importer_cache
     return tuple(getattr(finders.get(entry), "path", None) or os.path.abspath(entry) for entry in sys.path)
+
+
+def script() -> str:
+    """The file that this process runs, which no other one may import: that would be to run it again.
+
+    Empty where there is none, and where the program has imported it itself, so that others may as well.
+    """
+    file = getattr(sys.modules.get("__main__"), "__file__", None)
+    if file is None:
+        return ""
+    imported = (getattr(each, "__file__", None) for name, each in tuple(sys.modules.items()) if name != "__main__")
+    return "" if file in imported else os.path.realpath(file)

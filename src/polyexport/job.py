@@ -15,6 +15,9 @@ Kind = Literal["prepare", "convert", "verify", "bench", "serve"]
 TEMPORARY = "POLYEXPORT_TEMPORARY"
 """The variable that tells a worker its own folder for temporary files, which it may remove."""
 
+PARENT = "POLYEXPORT_PARENT"
+"""The variable that tells a worker the id of the process that started it, with which it ends."""
+
 
 @dataclass(frozen=True, slots=True)
 class Job:
@@ -32,6 +35,7 @@ class Job:
         noise: Noise floor of each output.
         threads: Of the runtime.
         sys_path: The training process's import path, for modules that are pickled by reference.
+        script: The file that the training process runs, which no worker may import; empty where it may.
         options: What only one kind of job knows.
     """
 
@@ -46,6 +50,7 @@ class Job:
     noise: Mapping[str, float] = field(default_factory=dict)
     threads: int = 1
     sys_path: tuple[str, ...] = ()
+    script: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
 
 

