@@ -220,19 +220,21 @@ def test_the_same_checkpoint_is_not_exported_twice_but_another_is(tmp_path, monk
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "epoch=1"]
 
 
-def test_what_was_missing_is_asked_for_again(tmp_path, monkeypatch):
-    """It may be there by now, so the same export is made once more."""
+def test_what_was_missing_is_asked_for_again_once_it_is_there(tmp_path, monkeypatch):
     asked = (polyexport.FORMATS["tensorrt"],)
-    monkeypatch.setattr(gpu, "_SIGNS", ())
-    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+    monkeypatch.setenv("POLYEXPORT_CACHE", "/dev/null/here")
+    monkeypatch.setattr(gpu, "missing", lambda: "there is no GPU")
     folders = []
     with Engine(timeout=TIMEOUT) as engine:
-        for _ in range(2):
+        for there in (False, False, True):
+            if there:
+                monkeypatch.setattr(gpu, "missing", str)
             made = engine.submit(request(tmp_path, asked, module=nn.Linear(5, 3))).result()
-            folders.append((made["tensorrt"].state, made.folder.stat().st_ino))
-    (state, first), (_, second) = folders
-    assert state == "skipped"
-    assert first != second
+            folders.append((made["tensorrt"].state, made["tensorrt"].reason, made.folder.stat().st_ino))
+    first, second, third = folders
+    assert first[:2] == ("skipped", "there is no GPU")
+    assert second == first, "all formats would be made anew for one that cannot be"
+    assert third != first
 
 
 def test_a_newer_request_takes_the_place_of_one_that_waits(tmp_path):

@@ -32,10 +32,12 @@ from polyexport.module import UNAVAILABLE, WEIGHTS, as_call, save_call, selected
 from polyexport.report import STATES, Checkpoint, State
 from polyexport.sinks import Sink
 from polyexport.sinks.remote import copy_to
+from polyexport.toolchain import Busy
 
 P = ParamSpec("P")
 
 _LOOK_SECONDS = 0.01
+_PATIENCE_SECONDS = 60.0  # how long training waits for another process that installs what this one needs
 
 
 def _harmless(
@@ -240,7 +242,9 @@ class ExportCallback(Callback):
                 rank_zero_info(f"ExportCallback: toolchain {chain.name} is installed when it is needed")
                 continue
             try:
-                chain.interpreter(lambda line: rank_zero_info(f"ExportCallback: {line}"))
+                chain.interpreter(lambda line: rank_zero_info(f"ExportCallback: {line}"), patience=_PATIENCE_SECONDS)
+            except Busy as error:
+                rank_zero_info(f"ExportCallback: {error}; training goes on, and what needs it waits")
             except ToolMissing as error:
                 rank_zero_warn(f"ExportCallback: what needs {chain.name} will be skipped: {error}")
 

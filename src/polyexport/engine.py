@@ -3,8 +3,8 @@
 Requirements:
 * `submit` returns at once. One request is built at a time; a newer one takes the place of one that still waits.
 * A folder appears under its name only when it is complete; `best` points to the newest complete one.
-* An earlier export of the same checkpoint, with the same question asked, is not repeated where every format agreed;
-  what was missing or failed then may do now.
+* An earlier export of the same checkpoint, with the same question asked, is not repeated where every format agreed, but
+  for those whose hardware is not there now either; what else was missing or failed then may do now.
 * Nothing is left running after `close`. The newest export that it interrupts stays, for `resume`.
 * At most two checkpoints are kept for exports at any time: the one that is exported, and the newest that waits.
 """
@@ -26,7 +26,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from polyexport import toolchain
+from polyexport import gpu, toolchain
 from polyexport.again import runnables, runner, verify
 from polyexport.bench import bench, sweep
 from polyexport.build import Build
@@ -414,7 +414,7 @@ def _earlier(request: Request, sha256: str) -> Report | None:
             same = manifest["checkpoint"]["sha256"] == sha256 and manifest["question"] == encode(request.question)
         except (OSError, ValueError, TypeError, KeyError):
             continue  # there is none, or another version wrote it
-        if same and all(outcome.publishable for outcome in report.outcomes):
+        if same and all(outcome.publishable or _is_still_out_of_reach(outcome) for outcome in report.outcomes):
             return report
     return None
 
@@ -486,6 +486,12 @@ def _of_the_user(work: Path, name: str) -> Format:
         raise BadRequest(f"the format {name!r} is your own and could not be pickled; `fit(ckpt_path=…)` makes it")
     found: Format = cloudpickle.loads(file.read_bytes())
     return found
+
+
+def _is_still_out_of_reach(outcome: Outcome) -> bool:
+    """Whether a format was skipped for hardware or a program that this machine lacks now as it did then."""
+    each = known()[outcome.format]
+    return outcome.state == "skipped" and bool((each.needs_gpu and gpu.missing()) or each.lacks())
 
 
 # --- without Lightning ------------------------------------------------------------------------------------------------
