@@ -12,7 +12,7 @@ from torch import nn
 import polyexport
 from planted import GOOD
 from polyexport import BadRequest, Engine, Report
-from polyexport.folders import BEST, free_name, may_become_export, may_point_best, point_best
+from polyexport.report.folders import BEST, free_name, may_become_export, may_point_best, point_best
 from test_engine import request
 
 REPORT = '{"version": 1, "checkpoint": {}, "outcomes": []}'

@@ -17,9 +17,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import zoo
 from polyexport import BadRequest
-from polyexport import module as modules
-from polyexport.flat import flat, named_tensors
-from polyexport.imports import import_path
+from polyexport.capture import snapshot as modules
+from polyexport.capture.flatten import flat, named_tensors
+from polyexport.capture.pickling import import_path
 
 Pair = namedtuple("Pair", "first second")
 

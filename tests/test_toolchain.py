@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from polyexport import ToolMissing, toolchain
-from polyexport.process import Workers
-from polyexport.toolchain import HOST, Busy, Toolchain, find, parse
+from polyexport import ToolMissing
+from polyexport.workers import toolchain
+from polyexport.workers.process import Workers
+from polyexport.workers.toolchain import HOST, Busy, Toolchain, find, parse
 
 PIN = "six==1.16.0"
 
@@ -195,8 +196,8 @@ def test_who_waits_for_another_process_says_so_and_gives_up(cache):
 HOLDS = """
 import sys
 from pathlib import Path
-from polyexport.process import Workers
-from polyexport.toolchain import _alone
+from polyexport.workers.process import Workers
+from polyexport.workers.toolchain import _alone
 folder = Path(sys.argv[1])
 folder.parent.mkdir(parents=True)
 with _alone("busy", folder, print, Workers(), 1):

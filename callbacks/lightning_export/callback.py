@@ -23,16 +23,18 @@ from lightning_export.best import Best, bases, best_of, checkpointer, name_of, t
 from lightning_export.capture import Spy, hold, save
 from lightning_export.loggers import sinks
 from lightning_export.metrics import measured
-from polyexport import BadRequest, Engine, ExportFailed, Format, Report, Request, ToolMissing, console, plan
-from polyexport.engine import interruption
-from polyexport.flat import taken_apart
-from polyexport.folders import BEST, CAPTURE, discard, link, locked, unfinished
+from polyexport import BadRequest, Engine, ExportFailed, Format, Report, Request, ToolMissing
+from polyexport.capture.flatten import taken_apart
+from polyexport.capture.snapshot import UNAVAILABLE, WEIGHTS, as_call, save_call, selected
+from polyexport.engine import plan
+from polyexport.engine.engine import interruption
 from polyexport.formats import resolve
-from polyexport.module import UNAVAILABLE, WEIGHTS, as_call, save_call, selected
-from polyexport.report import STATES, Checkpoint, State
-from polyexport.sinks import Sink
-from polyexport.sinks.remote import copy_to
-from polyexport.toolchain import Busy
+from polyexport.publish import Sink
+from polyexport.publish.folder import copy_to
+from polyexport.report import console
+from polyexport.report.folders import BEST, CAPTURE, discard, link, locked, unfinished
+from polyexport.report.report import STATES, Checkpoint, State
+from polyexport.workers.toolchain import Busy
 
 P = ParamSpec("P")
 

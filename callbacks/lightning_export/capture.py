@@ -21,9 +21,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
 from lightning_export.watch import Call, CannotWatch, Watch
-from polyexport.containers import closed, opened
-from polyexport.folders import lies_elsewhere
-from polyexport.module import SHARDS, UNAVAILABLE, WEIGHTS, Select, save_call, save_structure, save_traced
+from polyexport.capture.pytree import closed, opened
+from polyexport.capture.snapshot import SHARDS, UNAVAILABLE, WEIGHTS, Select, save_call, save_structure, save_traced
+from polyexport.report.folders import lies_elsewhere
 
 
 class Spy:

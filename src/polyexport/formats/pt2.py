@@ -16,13 +16,13 @@ def convert(source: Path, target: Path, spec: ExportSpec) -> None:
     """Trace the module once with `torch.export`, its dynamic axes free."""
     import torch
 
-    from polyexport import module
-    from polyexport.tracing import written_out
+    from polyexport.capture import snapshot
+    from polyexport.tracing.decompositions import written_out
 
     dim = torch.export.Dim
     # DYNAMIC, not AUTO: an axis that the trace fixes must be an error here, not a surprise later
     shapes = tuple({axis: dim.DYNAMIC for axis in tensor.dynamic} for tensor in spec.inputs)
-    traced, inputs = module.load(source), module.example(source, spec)
+    traced, inputs = snapshot.load(source), snapshot.example(source, spec)
     with written_out():
         program = torch.export.export(traced, inputs, dynamic_shapes=shapes or None, strict=False)
     torch.export.save(program, target, extra_files={"polyexport.json": json.dumps(dict(spec.metadata))})
@@ -32,7 +32,7 @@ def load(path: Path, spec: ExportSpec, *, threads: int) -> Runner:
     """Run the saved program with PyTorch."""
     import torch
 
-    from polyexport.flat import as_runner
+    from polyexport.capture.flatten import as_runner
 
     torch.set_num_threads(threads)
     return as_runner(torch.export.load(path).module(), spec)

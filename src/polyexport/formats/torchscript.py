@@ -17,12 +17,12 @@ def convert(source: Path, target: Path, spec: ExportSpec) -> None:
     """Trace the module with `torch.jit.trace`; all axes stay as free as the module's own code leaves them."""
     import torch
 
-    from polyexport import module
-    from polyexport.tracing import written_out
+    from polyexport.capture import snapshot
+    from polyexport.tracing.decompositions import written_out
 
     with warnings.catch_warnings(), torch.inference_mode(), written_out():
         warnings.simplefilter("ignore", DeprecationWarning)  # it is frozen, and still what mobile and C++ run
-        traced = torch.jit.trace(module.load(source), module.example(source, spec), strict=False, check_trace=False)
+        traced = torch.jit.trace(snapshot.load(source), snapshot.example(source, spec), strict=False, check_trace=False)
         torch.jit.save(traced, str(target), _extra_files={"polyexport.json": json.dumps(dict(spec.metadata))})
 
 
@@ -30,7 +30,7 @@ def load(path: Path, spec: ExportSpec, *, threads: int) -> Runner:
     """Run the saved trace with PyTorch."""
     import torch
 
-    from polyexport.flat import as_runner
+    from polyexport.capture.flatten import as_runner
 
     torch.set_num_threads(threads)
     return as_runner(torch.jit.load(str(path)).eval(), spec)
