@@ -27,12 +27,13 @@ from planted import GOOD
 from planted import planted as plant
 from polyexport import BadRequest, Engine, Report, Request, Toolchain
 from polyexport.capture import snapshot as modules
-from polyexport.capture.pickling import importable
+from polyexport.capture.pickling import importable, script
 from polyexport.engine.dispatch import _by_value
 from polyexport.engine.engine import interrupted, interruption
 from polyexport.engine.routes import _unlike
 from polyexport.report.folders import finished, followed, point_best, take_place, unfinished
 from polyexport.report.report import Checkpoint, Outcome
+from polyexport.worker import _NotAgain
 from polyexport.workers import gpu
 from polyexport.workers.process import Workers
 
@@ -515,3 +516,34 @@ def test_a_module_that_was_loaded_by_its_files_name_is_exported(tmp_path, monkey
     with Engine(timeout=TIMEOUT) as engine:
         report = engine.submit(request(tmp_path, module=nets.Net(5, 3))).result()
     assert (report["good"].state, report["good"].reason) == ("verified", "")
+
+
+def test_a_module_of_the_users_that_is_called_like_a_package_goes_by_value(tmp_path, monkeypatch):
+    """In a worker packages come first, and this one is another."""
+    (tmp_path / "turtledemo.py").write_text("class Net: pass")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "turtledemo", raising=False)
+    import turtledemo
+
+    assert Path(turtledemo.__file__).parent == tmp_path
+    assert not importable("turtledemo")
+    assert importable("json.decoder")
+    assert importable("numpy.linalg")
+
+
+def test_no_worker_imports_the_script_that_trains_whatever_it_is_called(tmp_path, monkeypatch):
+    for name in ("train", "other"):
+        (tmp_path / f"{name}.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(tmp_path / "train.py"))
+    assert script() == str((tmp_path / "train.py").resolve())
+    finder = _NotAgain(script())
+    assert finder.find_spec("other") is None
+    assert finder.find_spec("json") is None
+    with pytest.raises(ModuleNotFoundError, match=r"train is .*train\.py, the script that trains, which runs once"):
+        finder.find_spec("train")
+    import train
+
+    assert Path(train.__file__).parent == tmp_path
+    assert script() == "", "a program that imports itself may be imported"
+    del sys.modules["train"]

@@ -119,6 +119,28 @@ def test_a_checkpoint_that_is_called_best_is_exported_beside_what_points_to_it(t
     assert callback.reports == [report], "the one before it has no folder any more"
 
 
+class Counts(Callback):
+    """Folders of exports under way, before each training batch."""
+
+    most = 0
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.most = max(self.most, len(list(Path("exports").glob(".unfinished-*"))))
+
+
+def test_two_checkpoints_are_kept_at_most_where_each_step_is_a_new_best_and_the_newest_can_be_resumed(tmp_path):
+    counts, hangs = Counts(), planted.planted("hangs", planted.hangs)
+    checkpoint = ModelCheckpoint(monitor="val_loss", filename="{step}")
+    callbacks = [checkpoint, ExportCallback([hangs], bench=False), counts, Stops()]
+    trainer = runs.trainer(tmp_path, callbacks, max_epochs=2, val_check_interval=1)
+    told = "the export of step=8 was interrupted; there is no best until then; to finish it: polyexport resume "
+    with pytest.warns(UserWarning, match=told), pytest.raises(RuntimeError, match="the power went off"):
+        trainer.fit(runs.Scripted([float(loss) for loss in range(20, 0, -1)]), runs.loader(), runs.loader())
+    assert counts.most == 2
+    assert len(list(Path("exports").glob(".unfinished-*"))) == 1
+    assert not list(Path("exports").glob(".capture-*"))
+
+
 # --- scripts and notebooks --------------------------------------------------------------------------------------------
 
 UNGUARDED = """
@@ -192,7 +214,7 @@ trainer.fit(runs.Scripted([3.0]), runs.loader(), runs.loader())
 
 def test_a_killed_training_leaves_no_worker_and_one_export_that_the_command_finishes(tmp_path):
     """Though it has forked a child, which keeps open whatever tells a worker that its parent is there."""
-    (tmp_path / "train.py").write_text(FORKS.format(tests=str(Path(__file__).parent)))
+    (tmp_path / "train.py").write_text(FORKS.format(tests=str(Path(__file__).parent / "support")))
     around = os.environ | {"LEAVE": str(tmp_path / "leave"), faults.MARK: str(tmp_path)}
     training = subprocess.Popen([sys.executable, "train.py"], cwd=tmp_path, env=around, start_new_session=True)
     try:

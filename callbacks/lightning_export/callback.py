@@ -213,13 +213,12 @@ class ExportCallback(Callback):
             others = [each for each in _callbacks(trainer) if each is not self._tail]
             trainer.callbacks = [*others, self._tail]  # type: ignore[attr-defined]  # a new list: others may hold the old
         if trainer.is_global_zero:
-            self._preflight(self._parent(trainer), distributed=trainer.world_size > 1)
+            self._preflight(distributed=trainer.world_size > 1)
+            self._clear(trainer)
 
     @_harmless
-    def _preflight(self, parent: Path, *, distributed: bool) -> None:
+    def _preflight(self, *, distributed: bool) -> None:
         """Make the toolchains that are missing, or say before the first epoch what will be skipped.
-
-        What runs that were killed left in `parent` is removed.
 
         Other ranks would wait for this one, so a distributed run makes them in the background, when they are needed.
         """
@@ -231,8 +230,6 @@ class ExportCallback(Callback):
             staging=self.staging,
             tell=self._told.append,
         )
-        if (left := self._engine.leftover(parent)) is not None:
-            rank_zero_info(f"ExportCallback: {interruption(left)}")
         if self.executor is not None:
             return  # toolchains are made where the jobs land
         for each in self.formats:
@@ -249,6 +246,12 @@ class ExportCallback(Callback):
                 rank_zero_info(f"ExportCallback: {error}; training goes on, and what needs it waits")
             except ToolMissing as error:
                 rank_zero_warn(f"ExportCallback: what needs {chain.name} will be skipped: {error}")
+
+    @_harmless
+    def _clear(self, trainer: Trainer) -> None:
+        """Remove what killed runs left where exports will lie, but for one that can be resumed."""
+        if self._engine is not None and (left := self._engine.leftover(self._parent(trainer))) is not None:
+            rank_zero_info(f"ExportCallback: {interruption(left)}")
 
     # --- what forward takes -------------------------------------------------------------------------------------------
 

@@ -79,6 +79,7 @@ class Request:
         former: Further parent folders where this may have been exported under the same name, by a run that this one
             resumes.
         sys_path: The import path of the process that trained the module.
+        commit: The git commit of its code; None where that is this process's.
     """
 
     work: Path
@@ -92,6 +93,7 @@ class Request:
     keep: int | None = None
     former: tuple[Path, ...] = ()
     sys_path: tuple[str, ...] = field(default_factory=import_path)
+    commit: str | None = None
 
     @property
     def final(self) -> Path:
@@ -232,7 +234,8 @@ class Engine:
         self._watch("model", "running PyTorch")
         if request.held and not (request.work / "source" / WEIGHTS).exists():  # one that is resumed may have it
             _fetch(request.held, request.work / "source")
-        job = Job("prepare", options={"dynamic": request.dynamic, "git_commit": git_commit()})
+        commit = git_commit() if request.commit is None else request.commit
+        job = Job("prepare", options={"dynamic": request.dynamic, "git_commit": commit})
         ended, command = dispatcher.run(job, toolchain.HOST, "prepare", "logs/model.log")
         self._watch("model", None)
         if not ended.ok:
@@ -472,9 +475,10 @@ def interrupted(parent: Path) -> Request:
     dynamic = asked.dynamic
     if isinstance(dynamic, Mapping):  # JSON has no numbers for keys
         dynamic = {name: {int(axis): called for axis, called in axes.items()} for name, axes in dynamic.items()}
+    notes = (*asked.notes, "training was interrupted; polyexport resume has finished this export")
     return Request(
-        work, asked.name, formats, dynamic, asked.checkpoint, asked.notes, asked.held, asked.best, asked.keep,
-        sys_path=asked.sys_path,
+        work, asked.name, formats, dynamic, asked.checkpoint, notes, asked.held, asked.best, asked.keep,
+        sys_path=asked.sys_path, commit="",
     )  # fmt: skip  # one argument a line would bury them
 
 
