@@ -457,8 +457,16 @@ def interruption(work: Path) -> str:
         best = f"best is {Report.load(parent / BEST).folder.name} until then"
     except (OSError, BadRequest):
         best = "there is no best until then"
-    name = decode(Asked, read_json(work / REQUEST)).name
-    return f"the export of {name} was interrupted; {best}; to finish it: polyexport resume {shlex.quote(str(parent))}"
+    command = f"polyexport resume {shlex.quote(str(parent))}"
+    return f"the export of {_read(work).name} was interrupted; {best}; to finish it: {command}"
+
+
+def _read(work: Path) -> Asked:
+    file = work / REQUEST
+    try:
+        return decode(Asked, read_json(file))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise BadRequest(f"{file} cannot be read; another version may have written it: {error}") from None
 
 
 def interrupted(parent: Path) -> Request:
@@ -470,8 +478,8 @@ def interrupted(parent: Path) -> Request:
     work = clear(parent)
     if work is None or not take(work):
         raise BadRequest(f"{parent} has no interrupted export; what lies there is complete, or still under way")
-    asked = decode(Asked, read_json(work / REQUEST))
-    formats = tuple(known().get(name) or _of_the_user(work, name) for name in asked.formats)
+    asked = _read(work)
+    formats = tuple(_format(work, name) for name in asked.formats)
     dynamic = asked.dynamic
     if isinstance(dynamic, Mapping):  # JSON has no numbers for keys
         dynamic = {name: {int(axis): called for axis, called in axes.items()} for name, axes in dynamic.items()}
@@ -482,13 +490,21 @@ def interrupted(parent: Path) -> Request:
     )  # fmt: skip  # one argument a line would bury them
 
 
-def _of_the_user(work: Path, name: str) -> Format:
-    import cloudpickle
-
+def _format(work: Path, name: str) -> Format:
     file = declared_file(work, name)
-    if not file.is_file():
-        raise BadRequest(f"the format {name!r} is your own and could not be pickled; `fit(ckpt_path=…)` makes it")
-    found: Format = cloudpickle.loads(file.read_bytes())
+    if not file.is_file() and name in known():
+        return known()[name]
+    try:
+        import cloudpickle
+
+        found: Format = cloudpickle.loads(file.read_bytes())
+        for route in found.routes:
+            toolchain.find(route.toolchain)
+    except Exception as error:  # the user's own code
+        why = f"{type(error).__name__}: {error}"
+        raise BadRequest(
+            f"the format {name!r} is your own: fit(ckpt_path=…) makes it, this command cannot: {why}"
+        ) from None
     return found
 
 
