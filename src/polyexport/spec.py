@@ -110,11 +110,11 @@ def write_arrays(path: Path, arrays: Arrays) -> None:
                 np.lib.format.write_array(member, np.asanyarray(array), allow_pickle=False)  # type: ignore[no-untyped-call]  # numpy.lib is untyped
 
 
-def read_arrays(path: Path, names: Iterable[str]) -> Arrays:
-    """Read some arrays of an `.npz`.
+def read_arrays(path: Path, names: Iterable[str] | None = None) -> Arrays:
+    """Read some arrays of an `.npz`, by default all.
 
     Raises:
         KeyError: one of them is not in it.
     """
     with np.load(path) as arrays:
-        return {name: arrays[name] for name in names}
+        return {name: arrays[name] for name in (arrays.files if names is None else names)}

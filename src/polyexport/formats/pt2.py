@@ -18,13 +18,15 @@ def convert(source: Path, target: Path, spec: ExportSpec) -> None:
 
     from polyexport.capture import snapshot
     from polyexport.tracing.decompositions import written_out
+    from polyexport.tracing.exportable import exportable
 
     dim = torch.export.Dim
     # DYNAMIC, not AUTO: an axis that the trace fixes must be an error here, not a surprise later
     shapes = tuple({axis: dim.DYNAMIC for axis in tensor.dynamic} for tensor in spec.inputs)
-    traced, inputs = snapshot.load(source), snapshot.example(source, spec)
-    with written_out():
+    inputs = snapshot.example(source, spec)
+    with written_out(), exportable(snapshot.load(source)) as traced:
         program = torch.export.export(traced, inputs, dynamic_shapes=shapes or None, strict=False)
+    program.example_inputs = None  # real rows, in a pickle that whoever loads the program would run
     torch.export.save(program, target, extra_files={"polyexport.json": json.dumps(dict(spec.metadata))})
 
 

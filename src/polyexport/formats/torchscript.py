@@ -19,10 +19,16 @@ def convert(source: Path, target: Path, spec: ExportSpec) -> None:
 
     from polyexport.capture import snapshot
     from polyexport.tracing.decompositions import written_out
+    from polyexport.tracing.exportable import exportable
 
-    with warnings.catch_warnings(), torch.inference_mode(), written_out():
+    with (
+        warnings.catch_warnings(),
+        torch.inference_mode(),
+        written_out(),
+        exportable(snapshot.load(source)) as model,
+    ):
         warnings.simplefilter("ignore", DeprecationWarning)  # it is frozen, and still what mobile and C++ run
-        traced = torch.jit.trace(snapshot.load(source), snapshot.example(source, spec), strict=False, check_trace=False)
+        traced = torch.jit.trace(model, snapshot.example(source, spec), strict=False, check_trace=False)
         torch.jit.save(traced, str(target), _extra_files={"polyexport.json": json.dumps(dict(spec.metadata))})
 
 

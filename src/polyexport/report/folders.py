@@ -17,6 +17,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from polyexport.errors import BadRequest
+
 try:
     import fcntl
 except ImportError:  # Windows: nothing is locked, and no leftover is known to be one
@@ -25,6 +27,9 @@ except ImportError:  # Windows: nothing is locked, and no leftover is known to b
 BEST = "best"
 EXPORTS = "exports"
 """The folder of exports in a run's."""
+
+DESCRIPTION = "polyexport.json"
+"""File beside an artifact that says what it is (see `polyexport.load`); no part of the artifact."""
 
 UNFINISHED, CAPTURE = ".unfinished-", ".capture-"  # how names of folders begin that nobody but the engine may see
 REQUEST = Path("source", "request.json")
@@ -228,6 +233,18 @@ def may_point_best(best: Path) -> bool:
         named = Path(os.readlink(best))
         return named.name == str(named) and (is_export(best) or not best.exists())
     return best.is_file() and best.stat().st_size <= _LONGEST_NAME and is_export(followed(best))
+
+
+def inside(folder: Path, path: str) -> Path:
+    """`path`, relative to `folder`, where a record says that a file is.
+
+    Raises:
+        BadRequest: it lies elsewhere, by its name or by a link on the way: the record is somebody's who may not say so.
+    """
+    found = folder / path
+    if not found.resolve().is_relative_to(folder.resolve()):
+        raise BadRequest(f"{path!r} lies outside of the export {folder}")
+    return found
 
 
 def point_best(folder: Path) -> None:
