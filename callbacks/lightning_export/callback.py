@@ -551,7 +551,14 @@ class ExportCallback(Callback):
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._keep_best(trainer)
         self._close()
+
+    @_harmless
+    def _keep_best(self, trainer: Trainer) -> None:
+        """Have the newest best among those that are interrupted, though it was not its turn yet."""
+        if self.when == "improved" and self._engine and self._captured and not trainer.sanity_checking:
+            self._export_best(trainer, wait=True)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
