@@ -28,12 +28,14 @@ from planted import GOOD
 from planted import planted as plant
 from polyexport import BadRequest, Engine, Report, Request, Toolchain
 from polyexport.capture import snapshot as modules
-from polyexport.capture.pickling import importable
+from polyexport.capture.pickling import importable, script
 from polyexport.engine.dispatch import _by_value
+from polyexport.engine.engine import interrupted, interruption
 from polyexport.engine.routes import _unlike
 from polyexport.measure.latency import QUIET
 from polyexport.report.folders import finished, followed, point_best, take_place, unfinished
 from polyexport.report.report import Checkpoint, Outcome
+from polyexport.worker import _NotAgain
 from polyexport.workers import gpu
 from polyexport.workers.process import Workers
 
@@ -284,19 +286,21 @@ def test_the_same_checkpoint_is_not_exported_twice_but_another_is(tmp_path, monk
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "epoch=1"]
 
 
-def test_what_was_missing_is_asked_for_again(tmp_path, monkeypatch):
-    """It may be there by now, so the same export is made once more."""
+def test_what_was_missing_is_asked_for_again_once_it_is_there(tmp_path, monkeypatch):
     asked = (polyexport.FORMATS["tensorrt"],)
-    monkeypatch.setattr(gpu, "_SIGNS", ())
-    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+    monkeypatch.setenv("POLYEXPORT_CACHE", "/dev/null/here")
+    monkeypatch.setattr(gpu, "missing", lambda: "there is no GPU")
     folders = []
     with Engine(timeout=TIMEOUT) as engine:
-        for _ in range(2):
+        for there in (False, False, True):
+            if there:
+                monkeypatch.setattr(gpu, "missing", str)
             made = engine.submit(request(tmp_path, asked, module=nn.Linear(5, 3))).result()
-            folders.append((made["tensorrt"].state, made.folder.stat().st_ino))
-    (state, first), (_, second) = folders
-    assert state == "skipped"
-    assert first != second
+            folders.append((made["tensorrt"].state, made["tensorrt"].reason, made.folder.stat().st_ino))
+    first, second, third = folders
+    assert first[:2] == ("skipped", "there is no GPU")
+    assert second == first, "all formats would be made anew for one that cannot be"
+    assert third != first
 
 
 def test_a_newer_request_takes_the_place_of_one_that_waits(tmp_path):
@@ -409,18 +413,46 @@ def children() -> set[int]:
     }
 
 
-def test_closing_ends_every_worker_and_leaves_no_folder(tmp_path):
+def test_closing_ends_every_worker_and_leaves_one_export_to_be_resumed(tmp_path):
     before = children()
     engine = Engine(timeout=TIMEOUT)
     future = engine.submit(request(tmp_path, (plant("hangs", planted.hangs),)))
     while "hangs" not in engine.doing:
         time.sleep(0.05)
+    waiting = engine.submit(request(tmp_path, name="newer"))
     start = time.monotonic()
-    engine.close()
+    left = engine.close()
     assert time.monotonic() - start < TIMEOUT / 2
     assert isinstance(future.exception(), InterruptedError)
+    assert waiting.cancelled()
     assert children() == before
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [left]
+    command = f"polyexport resume {tmp_path}"
+    assert (
+        interruption(left)
+        == f"the export of newer was interrupted; there is no best until then; to finish it: {command}"
+    )
+    asked = interrupted(tmp_path)
+    assert (asked.work, asked.name) == (left, "newer")
+    with pytest.raises(BadRequest, match="has no interrupted export"):
+        interrupted(tmp_path)  # it is ours by now
+    with Engine(timeout=TIMEOUT) as second:
+        report = second.submit(asked).result()
+    assert (report.folder, report["good"].state) == (tmp_path / "newer", "verified")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "newer"]
+
+
+def test_at_most_two_checkpoints_are_kept_however_many_bests_there_are(tmp_path):
+    most = 0
+    with Engine(timeout=TIMEOUT) as engine:
+        engine.submit(request(tmp_path, (plant("hangs", planted.hangs),), name="0"))
+        for index in range(1, 12):
+            while not engine.supersede():
+                time.sleep(0.001)
+            engine.submit(request(tmp_path, name=str(index)))
+            most = max(most, len(list(tmp_path.glob(".unfinished-*"))))
+    assert most == 2
+    assert [json.loads(file.read_text())["name"] for file in tmp_path.glob("*/source/request.json")] == ["11"]
 
 
 def test_a_module_that_cannot_be_rebuilt_fails_every_format_with_the_reason_and_the_best_before_it_stays(tmp_path):
@@ -561,3 +593,34 @@ def test_a_module_that_was_loaded_by_its_files_name_is_exported(tmp_path, monkey
     with Engine(timeout=TIMEOUT) as engine:
         report = engine.submit(request(tmp_path, module=nets.Net(5, 3))).result()
     assert (report["good"].state, report["good"].reason) == ("verified", "")
+
+
+def test_a_module_of_the_users_that_is_called_like_a_package_goes_by_value(tmp_path, monkeypatch):
+    """In a worker packages come first, and this one is another."""
+    (tmp_path / "turtledemo.py").write_text("class Net: pass")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "turtledemo", raising=False)
+    import turtledemo
+
+    assert Path(turtledemo.__file__).parent == tmp_path
+    assert not importable("turtledemo")
+    assert importable("json.decoder")
+    assert importable("numpy.linalg")
+
+
+def test_no_worker_imports_the_script_that_trains_whatever_it_is_called(tmp_path, monkeypatch):
+    for name in ("train", "other"):
+        (tmp_path / f"{name}.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(tmp_path / "train.py"))
+    assert script() == str((tmp_path / "train.py").resolve())
+    finder = _NotAgain(script())
+    assert finder.find_spec("other") is None
+    assert finder.find_spec("json") is None
+    with pytest.raises(ModuleNotFoundError, match=r"train is .*train\.py, the script that trains, which runs once"):
+        finder.find_spec("train")
+    import train
+
+    assert Path(train.__file__).parent == tmp_path
+    assert script() == "", "a program that imports itself may be imported"
+    del sys.modules["train"]

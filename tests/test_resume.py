@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import functools
+import json
+import os
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +17,13 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
+import faults
 import planted
 import runs
 from lightning_export import ExportCallback
 from polyexport import BadRequest, Report
+from polyexport.report.folders import CAPTURE, REQUEST, clear, discard, let_go, lies_elsewhere, locked, unfinished
+from polyexport.serialization import read_json, write_json
 
 
 def fit(folder: Path, callback: Callback, *more: Callback, resume: Path | None = None, epochs: int = 2) -> Any:
@@ -111,6 +119,33 @@ def test_a_checkpoint_that_is_called_best_is_exported_beside_what_points_to_it(t
     assert callback.reports == [report], "the one before it has no folder any more"
 
 
+class Counts(Callback):
+    """Folders of exports under way, before each training batch."""
+
+    most = 0
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.most = max(self.most, len(list(Path("exports").glob(".unfinished-*"))))
+
+
+def test_two_checkpoints_are_kept_at_most_where_each_step_is_a_new_best_and_the_newest_can_be_resumed(tmp_path):
+    counts, hangs = Counts(), planted.planted("hangs", planted.hangs)
+    checkpoint = ModelCheckpoint(monitor="val_loss", filename="{step}")
+    callbacks = [checkpoint, ExportCallback([hangs], bench=False), counts, Stops()]
+    trainer = runs.trainer(tmp_path, callbacks, max_epochs=2, val_check_interval=1)
+    with (
+        pytest.warns(UserWarning, match="was interrupted") as told,
+        pytest.raises(RuntimeError, match="the power went off"),
+    ):
+        trainer.fit(runs.Scripted([float(loss) for loss in range(20, 0, -1)]), runs.loader(), runs.loader())
+    name = Path(checkpoint.best_model_path).stem
+    expected = f"the export of {name} was interrupted; there is no best until then; to finish it: polyexport resume "
+    assert [str(each.message) for each in told if expected in str(each.message)]
+    assert counts.most == 2
+    assert len(list(Path("exports").glob(".unfinished-*"))) == 1
+    assert not list(Path("exports").glob(".capture-*"))
+
+
 # --- scripts and notebooks --------------------------------------------------------------------------------------------
 
 UNGUARDED = """
@@ -156,3 +191,88 @@ def test_classes_of_a_script_without_a_main_guard_and_of_a_notebook_are_exported
     report = Report.load(tmp_path / "exports" / "best")
     assert (report["torchscript"].state, report.model.class_name) == ("verified", "__main__.Mine")
     assert (tmp_path / "starts.txt").read_text() == "started\n"
+
+
+# --- a training that is killed ----------------------------------------------------------------------------------------
+
+FORKS = """
+import os, sys, time
+sys.path.insert(0, {tests!r})
+import planted, runs
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning_export import ExportCallback
+
+class Forks(Callback):
+    def on_train_epoch_start(self, trainer, pl_module):
+        if trainer.current_epoch == 1:
+            export._engine.hurry()  # training waits, so that nothing else needs the machine
+            while "converting" not in export._engine.doing.get("waits", ""):
+                time.sleep(0.05)
+            if os.fork():
+                open("forked.txt", "w").close()
+            time.sleep(600)
+
+export = ExportCallback([planted.planted("waits", planted.waits_for_leave)], bench=False)
+trainer = runs.trainer(".", [ModelCheckpoint(monitor="val_loss"), export, Forks()], max_epochs=2)
+trainer.fit(runs.Scripted([3.0]), runs.loader(), runs.loader())
+"""
+
+
+def test_a_killed_training_leaves_no_worker_and_one_export_that_the_command_finishes(tmp_path):
+    """Though it has forked a child, which keeps open whatever tells a worker that its parent is there."""
+    (tmp_path / "train.py").write_text(FORKS.format(tests=str(Path(__file__).parent / "support")))
+    around = os.environ | {"LEAVE": str(tmp_path / "leave"), faults.MARK: str(tmp_path)}
+    training = subprocess.Popen([sys.executable, "train.py"], cwd=tmp_path, env=around, start_new_session=True)
+    try:
+        wait_until(lambda: (tmp_path / "forked.txt").exists())
+        assert any("worker" in each for each in faults.workers_of(tmp_path))
+        os.kill(training.pid, signal.SIGKILL)
+        training.wait()
+        wait_until(lambda: not any("worker" in each for each in faults.workers_of(tmp_path)))
+    finally:
+        os.killpg(training.pid, signal.SIGKILL)
+    assert sorted(path.name.split("-")[0] for path in (tmp_path / "exports").iterdir()) == [".capture", ".unfinished"]
+    (tmp_path / "leave").touch()
+    command = [sys.executable, "-m", "polyexport.cli", "resume", str(tmp_path), "--json"]
+    done = subprocess.run(command, cwd=tmp_path, env=around, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert [outcome["state"] for outcome in json.loads(done.stdout)["outcomes"]] == ["verified"]
+    assert sorted(path.name for path in (tmp_path / "exports").iterdir()) == ["best", "epoch=0-step=4"]
+    again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    assert again.returncode == 2
+    assert "has no interrupted export" in again.stderr
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    end = time.monotonic() + 300
+    while not true():
+        assert time.monotonic() < end, "it never came true"
+        time.sleep(0.1)
+
+
+def test_what_killed_runs_left_goes_with_the_next_one_but_for_the_newest_export(tmp_path):
+    exports = tmp_path / "exports"
+    names = ("old", "new")
+    for name in names:
+        work = unfinished(exports)
+        hidden = tmp_path / f".{name}.ckpt"
+        hidden.touch()
+        lies_elsewhere(work, hidden)
+        write_json(work / REQUEST, {"name": name})
+        os.utime(work / REQUEST, ns=(names.index(name) + 1,) * 2)
+    locked(exports, CAPTURE)
+    mine = unfinished(exports)
+    for folder in exports.iterdir():
+        if folder != mine:
+            let_go(folder)
+    (exports / ".unfinished-of-an-older-version").mkdir()
+    left = clear(exports)
+    assert {path.name for path in exports.iterdir()} == {left.name, mine.name}
+    assert read_json(left / REQUEST) == {"name": "new"}
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == [".new.ckpt"]
+    done = exports / "done"
+    write_json(done / "report.json", {})
+    write_json(done / REQUEST, {})
+    assert clear(exports) is None, "something newer is complete"
+    assert {path.name for path in exports.iterdir()} == {"done", mine.name}
+    discard(mine)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -15,8 +16,9 @@ from pathlib import Path
 import pytest
 
 from polyexport import ToolMissing
+from polyexport.workers import toolchain
 from polyexport.workers.process import Workers
-from polyexport.workers.toolchain import HOST, Toolchain, find, parse
+from polyexport.workers.toolchain import HOST, Busy, Toolchain, find, parse
 
 PIN = "six==1.16.0"
 
@@ -36,7 +38,7 @@ def test_the_training_environment_serves_when_it_satisfies_the_pins(cache):
     chain = Toolchain("numpy", ("numpy>=1", "nowhere==1; python_version < '3'"))
     assert chain.unmet() == ()
     assert chain.interpreter() == Path(sys.executable)
-    assert chain.command()[1:] == ("-m", "polyexport.worker")
+    assert chain.command()[1:] == ("-P", "-m", "polyexport.worker")
     assert not cache.exists()
 
 
@@ -94,7 +96,8 @@ def test_two_at_once_make_one(cache):
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(said) == 1
+    assert len([line for line in said if "installing toposort" in line]) == 1
+    assert {line.split(":")[1].split(" for ")[0] for line in said[1:]} <= {" waiting"}
     assert chain.ready
 
 
@@ -164,3 +167,68 @@ def test_every_toolchain_of_ours_can_be_read():
     assert find("onnx").layered
     with pytest.raises(KeyError, match="nowhere"):
         find("nowhere")
+
+
+@pytest.mark.parametrize("what", ["its Python", "a package", "a package without a trace", "a file", "an empty Python"])
+def test_a_toolchain_that_is_damaged_is_made_anew(cache, monkeypatch, what):
+    chain = forced(Toolchain("damaged", (PIN,)))
+    python = chain.interpreter()
+    site = next(chain.folder.glob("lib/python*/site-packages"))
+    monkeypatch.setattr(toolchain, "_found_whole", set())  # as in another process
+    said: list[str] = []
+    assert chain.interpreter(said.append) == python
+    assert said == [], "it is whole"
+    monkeypatch.setattr(toolchain, "_found_whole", set())
+    if what == "its Python":
+        python.unlink()
+        python.symlink_to("/nowhere/python3")
+    elif what == "an empty Python":
+        python.unlink()
+        python.write_bytes(b"")
+        python.chmod(0o755)
+    elif what == "a file":
+        (site / "six.py").unlink()
+    else:
+        for path in site.glob("toposort*"):
+            if path.is_file():
+                path.unlink()
+            elif "without" in what or not path.name.endswith(".dist-info"):
+                shutil.rmtree(path)
+    assert answer(chain.interpreter(said.append), "import six, toposort; print('there')") == "there"
+    assert len(said) == 1
+
+
+def test_who_waits_for_another_process_says_so_and_gives_up(cache):
+    chain = forced(Toolchain("busy", ()))
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDS, str(chain.folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert holder.stdout.readline() == "held\n"
+        said: list[str] = []
+        who = f"process {holder.pid} on {socket.gethostname()}"
+        with pytest.raises(Busy, match=f"toolchain busy is still being installed by {who} after 0.5 s"):
+            chain.interpreter(said.append, patience=0.5)
+        assert said == [f"busy: waiting for {who}, which is installing it"]
+        workers = Workers()
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(chain.interpreter, workers=workers)
+            workers.end_all()
+            assert str(waiting.exception(20)) == "cancelled"
+    finally:
+        holder.kill()
+        holder.communicate()
+    assert chain.interpreter(), "the kernel has let go of what was held"
+
+
+HOLDS = """
+import sys
+from pathlib import Path
+from polyexport.workers.process import Workers
+from polyexport.workers.toolchain import _alone
+folder = Path(sys.argv[1])
+folder.parent.mkdir(parents=True)
+with _alone("busy", folder, print, Workers(), 1):
+    print("held", flush=True)
+    input()
+"""

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import shutil
-import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,15 +29,19 @@ from polyexport.capture.answer import Answer
 from polyexport.capture.flatten import taken_apart
 from polyexport.capture.snapshot import UNAVAILABLE, WEIGHTS, as_call, save_call, selected
 from polyexport.engine import plan
+from polyexport.engine.engine import interruption
 from polyexport.formats import resolve
 from polyexport.publish import Sink
 from polyexport.publish.folder import copy_to
 from polyexport.report import console
-from polyexport.report.folders import BEST, link, unfinished
+from polyexport.report.folders import BEST, CAPTURE, discard, link, locked, unfinished
 from polyexport.report.report import STATES, Checkpoint, State
+from polyexport.workers.toolchain import Busy
 
 P = ParamSpec("P")
 
+_LOOK_SECONDS = 0.01
+_PATIENCE_SECONDS = 60.0  # how long training waits for another process that installs what this one needs
 _CHEAP_SECONDS = 0.05
 """The processor time that the structure may take to be taken anew at each best."""
 
@@ -153,7 +155,7 @@ class ExportCallback(Callback):
         self.staging = staging
         self.reports: list[Report] = []
         self._engine: Engine | None = None
-        self._futures: list[Future[Report]] = []
+        self._futures: dict[Future[Report], str] = {}  # and the names of what they export
         self._told: deque[str] = deque()
         self._tail: Callback | None = None
         self._spy: Spy | None = None
@@ -227,6 +229,7 @@ class ExportCallback(Callback):
             trainer.callbacks = [*others, self._tail]  # type: ignore[attr-defined]  # a new list: others may hold the old
         if trainer.is_global_zero:
             self._preflight(distributed=trainer.world_size > 1)
+            self._clear(trainer)
 
     @_harmless
     def _preflight(self, *, distributed: bool) -> None:
@@ -253,9 +256,17 @@ class ExportCallback(Callback):
                 rank_zero_info(f"ExportCallback: toolchain {chain.name} is installed when it is needed")
                 continue
             try:
-                chain.interpreter(lambda line: rank_zero_info(f"ExportCallback: {line}"))
+                chain.interpreter(lambda line: rank_zero_info(f"ExportCallback: {line}"), patience=_PATIENCE_SECONDS)
+            except Busy as error:
+                rank_zero_info(f"ExportCallback: {error}; training goes on, and what needs it waits")
             except ToolMissing as error:
                 rank_zero_warn(f"ExportCallback: what needs {chain.name} will be skipped: {error}")
+
+    @_harmless
+    def _clear(self, trainer: Trainer) -> None:
+        """Remove what killed runs left where exports will lie, but for one that can be resumed."""
+        if self._engine is not None and (left := self._engine.leftover(self._parent(trainer))) is not None:
+            rank_zero_info(f"ExportCallback: {interruption(left)}")
 
     # --- what forward takes -------------------------------------------------------------------------------------------
 
@@ -267,7 +278,8 @@ class ExportCallback(Callback):
         if self._records(trainer, pl_module, batch_idx, dataloader_idx):
             self._recorder = Recorder(selected(pl_module, self.module), pl_module)
         if self._takes(trainer, batch_idx, dataloader_idx) and self.inputs is None:
-            self._spy = Spy(selected(pl_module, self.module), pl_module)
+            profiled = "AdvancedProfiler" in bases(getattr(trainer, "profiler", None))
+            self._spy = Spy(selected(pl_module, self.module), pl_module, profiled=profiled)
 
     @override
     @_harmless
@@ -286,12 +298,15 @@ class ExportCallback(Callback):
         if not self._takes(trainer, batch_idx, dataloader_idx):
             return
         self._taken += 1
-        call = None
+        call, trouble = None, ""
         if self._spy is not None:
             self._spy.remove()
-            call, self._spy = self._spy.call, None
+            call, trouble, self._spy = self._spy.call, self._spy.trouble, None
         if self._captured is None:
-            self._capture(trainer, pl_module, self._call(pl_module, batch, call, early=trainer.sanity_checking))
+            if trouble:
+                self._note(f"forward's arguments cannot be copied ({trouble}), so they are taken as forward left them")
+            early = trainer.sanity_checking and not trouble
+            self._capture(trainer, pl_module, self._call(pl_module, batch, call, early=early))
             return
         call = call if self.inputs is None else as_call(self.inputs(batch))
         if call is not None:
@@ -360,13 +375,22 @@ class ExportCallback(Callback):
             return
         parent = _made(self._parent(trainer))
         self._folders = [*(each for each in self._folders if each != str(parent)), str(parent)]
-        folder = Path(tempfile.mkdtemp(prefix=".capture-", dir=parent))
+        folder = locked(parent, CAPTURE)
+        try:
+            note = save(pl_module, self.module, *call, folder, sharded=_shards(trainer))
+        except BaseException:
+            self._active = False
+            discard(folder)
+            raise
         self._captured = folder
         self._beside = beside_weights(pl_module)
-        note = save(pl_module, self.module, *call, folder, sharded=_shards(trainer))
         if note:
-            self._notes = (note,)
-            rank_zero_warn(f"ExportCallback: {note}")
+            self._note(note)
+
+    def _note(self, note: str) -> None:
+        """Tell it now, and in each report."""
+        self._notes += (note,)
+        rank_zero_warn(f"ExportCallback: {note}")
 
     # --- a new best ---------------------------------------------------------------------------------------------------
 
@@ -387,7 +411,7 @@ class ExportCallback(Callback):
         while self._told:
             tell(self._told.popleft())
 
-    def _export_best(self, trainer: Trainer) -> bool:
+    def _export_best(self, trainer: Trainer, *, wait: bool = False) -> bool:
         """Hand over the best checkpoint if it is a new one; False where there is none on disk."""
         model_checkpoint = checkpointer(_callbacks(trainer), self.monitor)
         best = best_of(model_checkpoint) if model_checkpoint is not None else None
@@ -395,6 +419,11 @@ class ExportCallback(Callback):
             return False
         if best.is_same(self._seen):
             return True
+        assert self._engine is not None, "rank zero has an engine from setup on"
+        while not self._engine.supersede():  # at most two checkpoints are kept: this one comes with the next hook
+            if not wait:
+                return True
+            time.sleep(_LOOK_SECONDS)
         if "://" not in best.path and not os.path.exists(best.path):
             return False  # AsyncCheckpointIO is still writing it: the next hook comes, at the latest when fit ends
         self._seen = best
@@ -402,7 +431,7 @@ class ExportCallback(Callback):
         try:
             held = hold(best.path, work / "source")
         except BaseException:
-            shutil.rmtree(work, ignore_errors=True)
+            discard(work)
             raise
         score = None if best.monitor is None or best.score is None else float(best.score)
         name = name_of(best, model_checkpoint)
@@ -427,7 +456,7 @@ class ExportCallback(Callback):
     def _work(self, trainer: Trainer) -> Path:
         assert self._captured is not None, "nothing is exported before its inputs are known"
         work = unfinished(self._parent(trainer))
-        for file in self._captured.iterdir():
+        for file in (each for each in self._captured.iterdir() if not each.name.startswith(".")):  # its lock is its own
             link(file, work / "source" / file.name)
         if self._retakes and beside_weights(trainer.lightning_module) != self._beside:
             start = time.thread_time()
@@ -441,7 +470,7 @@ class ExportCallback(Callback):
         at = replace(checkpoint, epoch=trainer.current_epoch, global_step=trainer.global_step)
         before = tuple(Path(folder) for folder in self._folders)
         request = Request(work, name, self.formats, self.dynamic, at, self._notes, held, keep=self.keep, former=before)
-        self._futures.append(self._engine.submit(request))
+        self._futures[self._engine.submit(request)] = name
 
     def _parent(self, trainer: Trainer) -> Path:
         """Where exports lie. Nothing here may broadcast: only rank zero asks."""
@@ -480,7 +509,7 @@ class ExportCallback(Callback):
         """Export the best if that was not done yet, wait for all exports, publish the last."""
         if self._engine is None or self._captured is None or not self._active:
             return
-        if not self._export_best(trainer) and not self._futures:
+        if not self._export_best(trainer, wait=True) and not self._futures:
             self._export_live(trainer, pl_module)
         with ThreadPoolExecutor(1) as pool:
             try:
@@ -514,10 +543,11 @@ class ExportCallback(Callback):
         for future in self._futures:
             try:
                 self.reports.append(future.result())
-            except CancelledError:
-                continue  # a newer best took its place
+            except (CancelledError, InterruptedError):
+                continue  # a newer best took its place; what was interrupted is told when the engine is closed
             except Exception as error:  # one export that cannot be written must not hide the others
-                rank_zero_warn(f"ExportCallback: an export was lost: {type(error).__name__}: {error}")
+                name = self._futures[future]
+                rank_zero_warn(f"ExportCallback: the export of {name} was lost: {type(error).__name__}: {error}")
         self._futures.clear()
         # of several under one name the last has the folder, and an older one would write over its report
         last = {report.folder: report for report in self.reports}
@@ -551,7 +581,14 @@ class ExportCallback(Callback):
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._keep_best(trainer)
         self._close()
+
+    @_harmless
+    def _keep_best(self, trainer: Trainer) -> None:
+        """Have the newest best among those that are interrupted, though it was not its turn yet."""
+        if self.when == "improved" and self._engine and self._captured and not trainer.sanity_checking:
+            self._export_best(trainer, wait=True)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -580,10 +617,11 @@ class ExportCallback(Callback):
             self._recorder = None
         self._answer = None
         if self._engine is not None:
-            self._engine.close()
+            if (left := self._engine.close()) is not None:
+                rank_zero_warn(f"ExportCallback: {interruption(left)}")
             self._engine = None
         if self._captured is not None:
-            shutil.rmtree(self._captured, ignore_errors=True)
+            discard(self._captured)
             self._captured = None
             self._taken = 0
         if self._futures:  # what was not finished is to be exported when fit goes on

@@ -1,11 +1,12 @@
 """What forward received on the first validation batch, and the module's structure: taken once, without touching either.
 
-The spy stands in for `forward` during one batch. It is not a forward hook, because those also fire when Lightning sends
+The spy watches `forward` during one batch. It is not a forward hook, because those also fire when Lightning sends
 `validation_step` through `forward` under DDP, and do not fire where `forward` is called by its name.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 from collections.abc import Callable
@@ -17,8 +18,10 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
+from lightning_export.watch import Call, CannotWatch, Watch
 from polyexport.capture.pytree import closed, opened
 from polyexport.capture.snapshot import (
     SHARDS,
@@ -31,37 +34,73 @@ from polyexport.capture.snapshot import (
     save_traced,
 )
 from polyexport.capture.surroundings import OFFERED
+from polyexport.report.folders import lies_elsewhere
 
 
 class Spy:
-    """Takes copies of the arguments of the first call of `module.forward`; `remove` leaves no trace of it.
+    """Takes copies of the arguments of the first call of `module.forward`; `remove` ends that.
 
-    Compiled code would not call it, so what is compiled around it runs eagerly meanwhile.
+    The module is left as it is, so that it pickles, copies and scripts meanwhile as what it is. Only where its calls
+    cannot be seen from outside (see `Watch`), a function stands in for its forward. Compiled code would not be seen, so
+    what is compiled around it runs eagerly meanwhile. Nothing here raises in the user's code.
+
+    Attributes:
+        call: The arguments; None as long as forward was not called.
+        trouble: Why they are no copies; empty where they are.
     """
 
-    def __init__(self, module: nn.Module, root: nn.Module) -> None:
-        self._module = module
+    def __init__(self, module: nn.Module, root: nn.Module, *, profiled: bool = False) -> None:
+        self.call: Call | None = None
+        self.trouble = ""
         self._eager = torch.compiler.set_stance("force_eager") if is_compiled(module, root) else None
-        self._own = module.__dict__.get("forward")
-        self.call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
-        forward = module.forward
+        try:
+            if profiled:
+                raise CannotWatch("a profiler will run")
+            self._end = Watch(module.forward, self._seen).end
+        except CannotWatch:
+            self._end = _stand_in(module, self._seen)
 
-        def spy(*args: Any, **kwargs: Any) -> Any:
-            if self.call is None:
-                # copies, before forward can change them in place
-                self.call = closed(pytree.tree_map_only(torch.Tensor, _copy, opened((args, kwargs))))
-            return forward(*args, **kwargs)
-
-        module.__dict__["forward"] = spy
+    def _seen(self, call: Call) -> bool:
+        """Copy the arguments, before forward can change them in place; whether that is done."""
+        try:
+            if self.call is None and not _is_symbolic(call):
+                self.call = call
+                self.call = closed(pytree.tree_map_only(torch.Tensor, _copy, opened(call)))
+        except Exception as error:  # they are the user's, and this is inside of his code
+            self.trouble = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        return self.call is not None
 
     def remove(self) -> None:
-        """Put back what was there."""
+        """Leave no trace."""
         if self._eager is not None:
             self._eager.__exit__(None, None, None)
-        if self._own is None:
-            self._module.__dict__.pop("forward", None)
-        else:
-            self._module.__dict__["forward"] = self._own
+            self._eager = None
+        self._end()
+
+
+def _stand_in(module: nn.Module, seen: Callable[[Call], bool]) -> Callable[[], None]:
+    """Put a function in the place of `module.forward` that tells `seen`; returns what puts back what was there."""
+    forward, own = module.forward, module.__dict__.get("forward")
+
+    @functools.wraps(forward, updated=())
+    def stands_in(*args: Any, **kwargs: Any) -> Any:
+        seen((args, kwargs))
+        return forward(*args, **kwargs)
+
+    def end() -> None:
+        if module.__dict__.get("forward") is stands_in:  # else it is the user's, who has changed it meanwhile
+            del module.__dict__["forward"]
+            module.__dict__.update({} if own is None else {"forward": own})
+
+    module.__dict__["forward"] = stands_in
+    return end
+
+
+def _is_symbolic(call: Call) -> bool:
+    """Whether a tracer calls, for whom a copy would be an operation like any other."""
+    stand_ins = (torch.fx.Proxy, FakeTensor)
+    tracing = torch.jit.is_tracing() or torch.compiler.is_compiling()  # type: ignore[attr-defined, no-untyped-call]  # public, but untyped
+    return tracing or any(isinstance(leaf, stand_ins) for leaf in pytree.tree_leaves(call))
 
 
 def is_compiled(module: nn.Module, root: nn.Module) -> bool:
@@ -173,6 +212,8 @@ def hold(checkpoint: str, folder: Path) -> str | None:
     hidden = Path(f"{os.path.dirname(source)}/.{os.path.basename(source)}.{folder.parent.name}")
     for place in (target, hidden):
         try:
+            if place is hidden:
+                lies_elsewhere(folder.parent, hidden)
             _copied(source, place, os.link)
             return None if place is target else str(hidden)
         except (OSError, shutil.Error):

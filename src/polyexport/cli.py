@@ -25,13 +25,13 @@ from rich.text import Text
 from polyexport.capture import checkpoint
 from polyexport.capture.snapshot import selected
 from polyexport.engine import plan
-from polyexport.engine.engine import Engine, export
+from polyexport.engine.engine import Engine, export, interrupted
 from polyexport.errors import BadRequest, PolyexportError
 from polyexport.format import Format
 from polyexport.formats import known, resolve
 from polyexport.report import console
 from polyexport.report.escape import printable
-from polyexport.report.folders import BEST, DESCRIPTION, followed
+from polyexport.report.folders import BEST, DESCRIPTION, EXPORTS, followed
 from polyexport.report.report import Outcome, Report, markdown
 from polyexport.serialization import encode
 from polyexport.spec import write_arrays
@@ -216,6 +216,23 @@ def _tensors(file: Path) -> dict[str, Any]:
     import torch
 
     return {name: torch.from_numpy(array) for name, array in checkpoint.inputs(file).items()}
+
+
+@app.command()
+def resume(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run's exports, or the one it lies in.")],
+    timeout: Annotated[float, typer.Option(help="Seconds that one conversion or verification may take.")] = 600.0,
+    as_json: Json = False,
+) -> None:
+    """Finish the export that an interrupted or killed training left; exit code 1 if a format does not agree.
+
+    It runs code that was pickled when the export began.
+    """
+    with _told(), Engine(timeout=timeout, tell=_say) as engine:
+        request = interrupted(run if run.name.startswith(EXPORTS) or not (run / EXPORTS).is_dir() else run / EXPORTS)
+        report = engine.submit(request).result()
+        report = engine.bench(report, request.formats)
+    _conclude(report, report.outcomes, as_json)
 
 
 @app.command()

@@ -34,8 +34,9 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from importlib.machinery import PathFinder
 from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
@@ -43,10 +44,10 @@ import numpy as np
 from polyexport.errors import BadRequest, CannotRun, ToolMissing
 from polyexport.format import Format, Route, Runner
 from polyexport.report.escape import printable
-from polyexport.report.folders import DESCRIPTION, UNFINISHED
+from polyexport.report.folders import DESCRIPTION
 from polyexport.serialization import decode, read_json, write_json
 from polyexport.spec import Arrays, read_arrays, write_arrays
-from polyexport.workers.job import TEMPORARY, Batch, Job, result_path
+from polyexport.workers.job import PARENT, TEMPORARY, Batch, Job, result_path
 
 if TYPE_CHECKING:
     from polyexport.measure.parity import Parity
@@ -69,7 +70,7 @@ def main() -> int:
             job = replace(job, target=str(Path(tempfile.mkdtemp(prefix="polyexport-"), Path(job.target).name)))
         print(json.dumps(_JOBS[job.kind](root, job), indent=2, default=str))
         return 0
-    answers, lines = _keep_stdout(), _end_with_parent({root})
+    answers, lines = _keep_stdout(), _end_with_parent()
     if job.kind in _CONVERSATIONS:
         return _CONVERSATIONS[job.kind](root, job, lines, answers)
     return 0 if _done(path, root, job) else 1
@@ -78,14 +79,12 @@ def main() -> int:
 def one_after_another() -> int:
     """Do the jobs that standard input names; the one that fails is the last."""
     home = Path.cwd()
-    roots: set[Path] = set()
-    for line in _end_with_parent(roots):
+    for line in _end_with_parent():
         path, log = map(Path, json.loads(line))
         with log.open("ab") as stream:
             for output in (1, 2):
                 os.dup2(stream.fileno(), output)
         root, job = _opened(path)
-        roots.add(root)
         if not _done(path, root, job):
             return 1
         os.chdir(home)
@@ -99,10 +98,24 @@ def _opened(path: Path) -> tuple[Path, Job]:
     if not job.trusted:
         sys.addaudithook(_refuse_pickles)
     sys.path += [entry for entry in job.sys_path if entry not in sys.path]
+    if job.script and not any(isinstance(finder, _NotAgain) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _NotAgain(job.script))
     return path.parent.parent.parent, job
 
 
 _refusals: list[CannotRun] = []
+
+
+class _NotAgain:
+    """Finds no module in the script that trains: to import it, by whatever name, would be to train again."""
+
+    def __init__(self, script: str) -> None:
+        self._script = script
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
+        found = PathFinder.find_spec(name, path, target)
+        if found is not None and found.origin and os.path.realpath(found.origin) == self._script:
+            raise ModuleNotFoundError(f"{name} is {self._script}, the script that trains, which runs once", name=name)
 
 
 def _refuse_pickles(event: str, arguments: tuple[Any, ...]) -> None:
@@ -375,27 +388,42 @@ def _answer(answers: TextIO, value: Any) -> None:
     answers.flush()
 
 
-def _end_with_parent(roots: Iterable[Path]) -> Iterator[bytes]:
-    """End this process and its children when the one that started it is gone: then standard input closes.
+def _end_with_parent() -> Iterator[bytes]:
+    """End this process and its children when the one that started it is gone: standard input closes, or it is orphaned.
 
-    What that one would have removed goes too: temporary files, and exports among `roots` that are not complete. Returns
-    the lines that come until then.
+    Another child of that one may keep our standard input open. Temporary files go too, which that one would have
+    removed; an export that is not complete stays, to be resumed. Returns the lines that come until then.
     """
     lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
 
-    def watch() -> None:
+    def listen() -> None:
         with open(0, "rb", closefd=False) as stream:  # not sys.stdin, whose lock is held when the interpreter ends
             for line in stream:
                 lines.put(line)
-        for folder in (os.environ.get(TEMPORARY), *(root for root in tuple(roots) if root.name.startswith(UNFINISHED))):
-            if folder:
-                shutil.rmtree(folder, ignore_errors=True)
-        if hasattr(os, "killpg") and os.getpgrp() == os.getpid():  # else the group is that of who started it by hand
-            os.killpg(0, 9)
-        os._exit(1)
+        _end()
 
-    threading.Thread(target=watch, daemon=True).start()
+    def watch(parent: int) -> None:
+        while os.getppid() == parent:
+            time.sleep(_WATCH_SECONDS)
+        _end()
+
+    threading.Thread(target=listen, daemon=True).start()
+    parent = int(os.environ.get(PARENT, 0))
+    if parent and hasattr(os, "killpg"):  # Windows starts the Python of an environment through another process
+        threading.Thread(target=watch, args=(parent,), daemon=True).start()
     return iter(lines.get, b"")  # no line is empty: it ends with this process
+
+
+_WATCH_SECONDS = 0.5
+
+
+def _end() -> None:
+    """Remove temporary files, and end this process and its children."""
+    if folder := os.environ.get(TEMPORARY):
+        shutil.rmtree(folder, ignore_errors=True)
+    if hasattr(os, "killpg") and os.getpgrp() == os.getpid():  # else the group is that of who started it by hand
+        os.killpg(0, 9)
+    os._exit(1)
 
 
 if __name__ == "__main__":

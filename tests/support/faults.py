@@ -10,10 +10,12 @@ for: `faulty`, which most faults are made in, and `good`. Prints what was seen a
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import json
 import multiprocessing
 import os
+import pickle
 import random
 import signal
 import socket
@@ -28,6 +30,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -186,6 +189,29 @@ class Numb(runs.Noisy):
         self.log("val_loss", float(self.current_epoch))
 
 
+class TakesAProxy(Numb):
+    def forward(self, x: Any) -> torch.Tensor:
+        return super().forward(x if isinstance(x, torch.Tensor) else x["x"])
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        super().validation_step([MappingProxyType({"x": batch[0]}), batch[1]], batch_idx)
+
+
+class Looks(Numb):
+    """Looks at itself in the first validation batch, before its forward is called."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        assert "forward" not in vars(pickle.loads(pickle.dumps(self.net)))
+        assert "forward" not in vars(copy.deepcopy(self.net))
+        super().validation_step(batch, batch_idx)
+
+
+class HasFilesCalledLikePackages(Callback):
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        for name in ("queue", "types", "onnx", "polyexport"):
+            Path(f"{name}.py").write_text("raise RuntimeError('this is no package')")
+
+
 class Diverges(Numb):
     def on_train_start(self) -> None:
         torch.nn.init.constant_(self.net[0].weight, torch.nan)
@@ -236,6 +262,17 @@ def small_disk(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def folder_in_the_way(folder: Path) -> Iterator[None]:
+    for name in ("epoch=0-step=4", "best"):
+        (folder / "exports" / name).mkdir(parents=True)
+        (folder / "exports" / name / "mine.txt").touch()
+    yield
+    for name in ("epoch=0-step=4", "best"):  # gone if it was taken for an export
+        (folder / "exports" / name / "mine.txt").unlink()
+        (folder / "exports" / name).rmdir()
+
+
+@contextlib.contextmanager
 def file_in_the_way(folder: Path) -> Iterator[None]:
     (folder / "exports").write_text("in the way")
     yield
@@ -268,6 +305,7 @@ class Fault:
         callbacks: What happens in the training process, with the export callback and without.
         around: What happens outside of it, given the folder.
         export: Further arguments of the export callback.
+        resumable: Whether an export is left that `polyexport resume` finishes.
         runs: How many trainings go at once and write to the same folder.
         cannot: Tells why this machine cannot make the fault; an empty string where it can.
     """
@@ -282,6 +320,7 @@ class Fault:
     callbacks: tuple[type[Callback], ...] = (Waits,)
     around: Callable[[Path], AbstractContextManager[None]] = lambda folder: nullcontext()
     export: Mapping[str, Any] = field(default_factory=dict)
+    resumable: bool = False
     runs: int = 1
     cannot: Callable[[], str] = str
 
@@ -317,11 +356,11 @@ FAULTS = {
         Fault("folder cannot be written", "a file in its place", "no export", around=file_in_the_way),
         Fault(
             "Ctrl-C", "SIGINT in the middle of a conversion", "no export", callbacks=(IsInterrupted,),
-            faulty=plant("faulty", planted.hangs),
+            faulty=plant("faulty", planted.hangs), resumable=True,
         ),
         Fault(
             "training raises", "ValueError in the middle of a conversion", "no export", callbacks=(Raises,),
-            faulty=plant("faulty", planted.hangs),
+            faulty=plant("faulty", planted.hangs), resumable=True,
         ),
         Fault("checkpoint is deleted", "unlinked after it was written", "verified", callbacks=(LosesItsCheckpoint,)),
         Fault(
@@ -344,6 +383,15 @@ FAULTS = {
             export={"publish": [phone_home]}, cannot=lambda: privileged("--net", "true"),
         ),
         Fault("two runs, one folder", "the same training twice at once", "verified", runs=2),
+        Fault(
+            "a file is called like a package", "queue.py and onnx.py in the working folder", "verified",
+            callbacks=(HasFilesCalledLikePackages, Waits),
+        ),
+        Fault(
+            "forward's argument cannot be copied", "a mapping proxy", "verified", model=TakesAProxy,
+        ),
+        Fault("the module is pickled in validation", "pickle and deepcopy in its first batch", "verified", model=Looks),
+        Fault("a folder has the export's name", "two files in it", "verified", around=folder_in_the_way),
         Fault("clock goes backwards", "an hour at each look", "verified", callbacks=(GoesBackInTime, Waits)),
     )
 }  # fmt: skip  # a table

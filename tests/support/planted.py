@@ -48,6 +48,12 @@ def waits_to_be_killed(source: Path, target: Path, spec: ExportSpec) -> None:
     time.sleep(600)
 
 
+def waits_for_leave(source: Path, target: Path, spec: ExportSpec) -> None:
+    while not Path(os.environ["LEAVE"]).exists():
+        time.sleep(0.1)
+    replay(source, target, spec)
+
+
 def is_lost_once(source: Path, target: Path, spec: ExportSpec) -> None:
     """The first time, says who started this worker, and waits to be lost with it; the second time all is well."""
     mark = Path(os.environ["LOST_ONCE"])

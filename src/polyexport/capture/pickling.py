@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import sysconfig
 import threading
 from collections.abc import Callable, Iterator
+from importlib.machinery import PathFinder
 
 _ALONE = threading.RLock()  # what cloudpickle is told of a module holds for all threads
 
@@ -30,8 +32,11 @@ def by_value() -> Iterator[Callable[[str], None]]:
 def importable(name: str) -> bool:
     """Whether a process with this one's import path finds a module by its name, as far as that can be known.
 
-    It may be here and not be found: one that was loaded by its file's name, as test runners and plugins are.
+    It may be here and not be found: one that was loaded by its file's name, as test runners and plugins are; or one
+    that is called like a package, since in the other process the folder of the script comes behind the packages.
     """
+    if _is_called_like_a_package(name.partition(".")[0]):
+        return False
     if name == "__main__" or getattr(sys.modules.get(name), "__file__", None) is None:
         return True  # cloudpickle takes that along by itself; what is read from no file is a part of an extension
     places = None
@@ -45,7 +50,29 @@ def importable(name: str) -> bool:
     return True
 
 
+def _is_called_like_a_package(name: str) -> bool:
+    file = getattr(sys.modules.get(name), "__file__", None)
+    folders = dict.fromkeys(sysconfig.get_path(kind) for kind in ("stdlib", "purelib", "platlib"))
+    found = PathFinder.find_spec(name, list(folders))
+    if file is None or found is None or found.origin is None:
+        return False
+    return bool(os.path.realpath(found.origin) != os.path.realpath(file))
+
+
 def import_path() -> tuple[str, ...]:
     """Where this process finds modules, as whole paths; a program may have gone elsewhere since it named a folder."""
     finders = sys.path_importer_cache
     return tuple(getattr(finders.get(entry), "path", None) or os.path.abspath(entry) for entry in sys.path)
+
+
+def script() -> str:
+    """The file that this process runs, which no other one may import: that would be to run it again.
+
+    Empty where there is none, and where the program has imported it itself, so that others may as well.
+    """
+    main = sys.modules.get("__main__")
+    file = getattr(main, "__file__", None)
+    if file is None:
+        return ""
+    imported = [getattr(each, "__file__", None) for each in tuple(sys.modules.values()) if each is not main]
+    return "" if file in imported else os.path.realpath(file)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,12 +43,20 @@ def _box(leaf: Any) -> Any:
 
 
 def _unbox(box: Box) -> Any:
-    made = copy.copy(box.like)
-    for key, item in box.content.items():
-        if isinstance(made, Mapping):
-            made[key] = closed(item)  # type: ignore[index]  # one that forbids it is not filled by any collator
+    content = {key: closed(item) for key, item in box.content.items()}
+    kind: Any = type(box.like)
+    if isinstance(box.like, Mapping) and not isinstance(box.like, MutableMapping):
+        return kind(content)  # such as a mappingproxy, or a frozendict
+    try:
+        made = copy.copy(box.like)
+    except Exception:  # a class may refuse to be copied in any way
+        made = kind.__new__(kind)
+        vars(made).update(vars(box.like))
+    for key, item in content.items():
+        if isinstance(made, MutableMapping):
+            made[key] = item
         else:
-            object.__setattr__(made, key, closed(item))  # a frozen one too
+            object.__setattr__(made, key, item)  # a frozen one too
     return made
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import secrets
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from polyexport.capture.pickling import by_value
+from polyexport.capture.pickling import by_value, script
 from polyexport.format import Format
 from polyexport.formats import known
 from polyexport.serialization import write_json
@@ -108,20 +109,33 @@ class Dispatcher:
             yield talk
 
     def declared(self, each: Format) -> str | None:
-        """The file of a `Format` that is not one of ours, pickled by value so that a worker needs no import of it."""
-        if known().get(each.name) is each:
-            return None
-        path = self.root / "source" / "formats" / f"{each.name}.pkl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(_by_value(each))
-        return path.relative_to(self.root).as_posix()
+        """The file of a `Format` that is not one of ours, relative to the export's folder; see `declared`."""
+        (self.root / "source").mkdir(exist_ok=True)
+        path = declared(self.root, each)
+        return path.relative_to(self.root).as_posix() if path else None
 
     def _place(self, job: Job, chain: Toolchain, name: str) -> Path:
         """Write a job's file."""
         path = self.root / "source" / "jobs" / f"{name}.json"
         own = self.sys_path if chain.in_host or chain.layered else ()
-        write_json(path, replace(job, threads=self.bounds.threads, sys_path=own))
+        write_json(path, replace(job, threads=self.bounds.threads, sys_path=own, script=script()))
         return path
+
+
+def declared(root: Path, each: Format) -> Path | None:
+    """Write a `Format` that is not one of ours, pickled by value so that a worker needs no import of it."""
+    if known().get(each.name) is each:
+        return None
+    path = declared_file(root, each.name)
+    path.parent.mkdir(exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    temporary.write_bytes(_by_value(each))
+    return temporary.replace(path)
+
+
+def declared_file(root: Path, name: str) -> Path:
+    """Where a `Format` that is not one of ours lies in an export."""
+    return root / "source" / "formats" / f"{name}.pkl"
 
 
 def _by_value(each: Format) -> bytes:

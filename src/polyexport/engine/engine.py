@@ -3,9 +3,10 @@
 Requirements:
 * `submit` returns at once. One request is built at a time; a newer one takes the place of one that still waits.
 * A folder appears under its name only when it is complete; `best` points to the newest complete one.
-* An earlier export of the same checkpoint, with the same question asked, is not repeated where every format agreed;
-  what was missing or failed then may do now.
-* Nothing is left running after `close`.
+* An earlier export of the same checkpoint, with the same question asked, is not repeated where every format agreed, but
+  for those whose hardware is not there now either; what else was missing or failed then may do now.
+* Nothing is left running after `close`. The newest export that it interrupts stays, for `resume`.
+* At most two checkpoints are kept for exports at any time: the one that is exported, and the newest that waits.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import contextlib
 import functools
 import itertools
 import os
+import shlex
 import shutil
 import threading
 import time
@@ -27,7 +29,7 @@ from typing import Any
 from polyexport.capture.pickling import import_path
 from polyexport.capture.snapshot import SHARDS, WEIGHTS, further_calls
 from polyexport.engine.bench import bench, sweep
-from polyexport.engine.dispatch import Bounds, Dispatcher
+from polyexport.engine.dispatch import Bounds, Dispatcher, declared, declared_file
 from polyexport.engine.rerun import runnables, runner, verify
 from polyexport.engine.routes import Build
 from polyexport.errors import BadRequest
@@ -37,11 +39,26 @@ from polyexport.load import Description
 from polyexport.measure.dynamic_axes import Dynamic
 from polyexport.measure.latency import Latency
 from polyexport.measure.reference import Reference
-from polyexport.report.folders import DESCRIPTION, point_best, take_place, unfinished
+from polyexport.report.folders import (
+    BEST,
+    DESCRIPTION,
+    REQUEST,
+    clear,
+    discard,
+    free_name,
+    let_go,
+    lies_elsewhere,
+    may_become_export,
+    may_point_best,
+    point_best,
+    take,
+    take_place,
+    unfinished,
+)
 from polyexport.report.report import Checkpoint, Model, Outcome, Report, State, history, sentence
 from polyexport.serialization import decode, encode, read_json, write_json
 from polyexport.versions import git_commit
-from polyexport.workers import toolchain
+from polyexport.workers import gpu, toolchain
 from polyexport.workers.job import Job
 from polyexport.workers.process import Workers
 from polyexport.workers.remote import Elsewhere
@@ -64,6 +81,8 @@ class Request:
         keep: How many finished folders may stay in the parent folder; None for all.
         former: Further parent folders where this may have been exported under the same name, by a run that this one
             resumes.
+        sys_path: The import path of the process that trained the module.
+        commit: The git commit of its code; None where that is this process's.
     """
 
     work: Path
@@ -76,6 +95,8 @@ class Request:
     best: bool = True
     keep: int | None = None
     former: tuple[Path, ...] = ()
+    sys_path: tuple[str, ...] = field(default_factory=import_path)
+    commit: str | None = None
 
     @property
     def final(self) -> Path:
@@ -132,20 +153,46 @@ class Engine:
         self._lock = threading.Lock()
         self._doing: dict[str, str] = {}
         self._tell = tell
-        self._unfinished: dict[Path, str | None] = {}  # and where the weights still are
+        self._unfinished: list[Path] = []  # the newest is the last
+        # freeing the last link of a large checkpoint takes longer than training may wait, and so may pickling
+        self._aside = ThreadPoolExecutor(1, thread_name_prefix="polyexport-aside")
+        self._removal: Future[None] | None = None
 
     def submit(self, request: Request) -> Future[Report]:
         """Queue a request; a waiting one is cancelled and its folder removed."""
+        self.supersede()
+        try:
+            if request.held and "://" not in request.held:
+                lies_elsewhere(request.work, Path(request.held))
+            write_json(request.work / REQUEST, _asked(request))
+        except OSError:
+            discard(request.work)
+            raise
         with self._lock:
-            if self._waiting is not None:
-                future, older = self._waiting
-                if future.cancel():
-                    # not here: freeing the last link of a large checkpoint takes longer than training may wait
-                    self._queue.submit(self._remove, older.work)
-            self._unfinished[request.work] = request.held
+            self._unfinished.append(request.work)
+            self._aside.submit(_declare, request)
             future = self._queue.submit(self._export, request)
             self._waiting = (future, request)
         return future
+
+    def supersede(self) -> bool:
+        """Drop the request that waits, since a newer one is coming; whether nothing is left of any that was dropped.
+
+        It is removed behind the caller's back. Who takes a further checkpoint only once this is true has two at most.
+        """
+        with self._lock:
+            if self._waiting is not None and self._waiting[0].cancel():
+                self._removal = self._aside.submit(self._remove, self._waiting[1].work)
+            self._waiting = None
+            return self._removal is None or self._removal.done()
+
+    def leftover(self, parent: Path) -> Path | None:
+        """Remove what killed runs left in `parent`, behind the caller's back.
+
+        Returns:
+            What stays: one export that can be resumed; None where there is none.
+        """
+        return clear(parent, lambda folder: self._aside.submit(discard, folder))
 
     def hurry(self) -> None:
         """Training is over: workers are no longer in the background."""
@@ -156,13 +203,17 @@ class Engine:
         """What is being done right now: format name to a few words."""
         return dict(self._doing)
 
-    def close(self) -> None:
-        """End every worker, drop what waits and remove unfinished folders. Can be called twice."""
+    def close(self) -> Path | None:
+        """End every worker; of unfinished folders only the newest stays, which is returned. Can be called twice."""
         self._workers.end_all()
         self._queue.shutdown(wait=True, cancel_futures=True)
         self._slots.shutdown(wait=True, cancel_futures=True)
-        for folder in tuple(self._unfinished):
+        self._aside.shutdown(wait=True)
+        for folder in self._unfinished[:-1]:
             self._remove(folder)
+        for folder in self._unfinished:
+            let_go(folder)
+        return next(iter(self._unfinished), None)
 
     def __enter__(self) -> Engine:
         return self
@@ -173,17 +224,21 @@ class Engine:
     # --- one request --------------------------------------------------------------------------------------------------
 
     def _export(self, request: Request) -> Report:
+        request = _beside_what_is_there(request)
         with contextlib.closing(
-            self._dispatcher(request.work, request.final, self._bounds, self._elsewhere)
+            replace(
+                self._dispatcher(request.work, request.final, self._bounds, self._elsewhere), sys_path=request.sys_path
+            )
         ) as dispatcher:
             return self._exported(request, dispatcher)
 
     def _exported(self, request: Request, dispatcher: Dispatcher) -> Report:
         start = time.perf_counter()
         self._watch("model", "running PyTorch")
-        if request.held:
+        if request.held and not (request.work / "source" / WEIGHTS).exists():  # one that is resumed may have it
             _fetch(request.held, request.work / "source")
-        options = {"dynamic": request.dynamic, "git_commit": git_commit(), "sha256": request.checkpoint.sha256}
+        commit = git_commit() if request.commit is None else request.commit
+        options = {"dynamic": request.dynamic, "git_commit": commit, "sha256": request.checkpoint.sha256}
         job = Job("prepare", options=options)
         ended, command = dispatcher.run(job, toolchain.HOST, "prepare", "logs/model.log")
         self._watch("model", None)
@@ -236,14 +291,16 @@ class Engine:
         report = replace(report, seconds=time.perf_counter() - start, folder=request.work)
         report.save()
         take_place(request.work, request.final)  # another checkpoint may have had the name: the newer one has it now
-        self._unfinished.pop(request.work, None)
+        self._unfinished.remove(request.work)
         if report.model is not None:  # else the one before is still the best, and stays
             self._point(request)
             _prune(replace(report, folder=request.final), request.keep)
+            if request.best:
+                clear(request.final.parent)  # what an interrupted run left, this one has superseded
         return replace(report, folder=request.final)
 
     def _point(self, request: Request) -> None:
-        if request.best:
+        if request.best and may_point_best(request.final.parent / BEST):
             point_best(request.final)
 
     def _watch(self, name: str, doing: str | Outcome | None, *, of: str = "") -> None:
@@ -255,12 +312,9 @@ class Engine:
             self._tell(of + sentence(doing))
 
     def _remove(self, folder: Path) -> None:
-        shutil.rmtree(folder, ignore_errors=True)
-        held = self._unfinished.pop(folder, None)
-        if held and "://" not in held:
-            shutil.rmtree(held, ignore_errors=True)
-            with contextlib.suppress(OSError):  # a folder is gone by now, and so is what was moved
-                os.unlink(held)
+        with contextlib.suppress(ValueError):  # it may be in no list: `export` removes its own
+            self._unfinished.remove(folder)
+        discard(folder)
 
     def bench(self, report: Report, formats: Iterable[Format] = ()) -> Report:
         """Time every artifact that runs, and eager PyTorch, on all cores; saves the report.
@@ -317,6 +371,16 @@ def _prune(newest: Report, keep: int | None) -> None:
         shutil.rmtree(each.folder, ignore_errors=True)
 
 
+def _beside_what_is_there(request: Request) -> Request:
+    """The request under a name that takes nothing of the user's away; what keeps it from its own names is noted."""
+    parent, name, notes = request.work.parent, request.name, request.notes
+    if (free := free_name(parent, name)) != name:
+        notes += (f"{parent / name} is no export and stays as it is, so this one is called {free}",)
+    if request.best and not may_point_best(parent / BEST):
+        notes += (f"{parent / BEST} points to no export and stays as it is, so nothing points to the newest",)
+    return replace(request, name=free, notes=notes)
+
+
 def _by_name(formats: Iterable[Format]) -> dict[str, Format]:
     """Our formats, and the caller's own."""
     return {each.name: each for each in (*known().values(), *formats)}
@@ -369,9 +433,101 @@ def _earlier(request: Request, sha256: str) -> Report | None:
             same = manifest["checkpoint"]["sha256"] == sha256 and manifest["question"] == encode(request.question)
         except (OSError, ValueError, TypeError, KeyError):
             continue  # there is none, or another version wrote it
-        if same and all(outcome.publishable for outcome in report.outcomes):
+        if same and all(outcome.publishable or _is_still_out_of_reach(outcome) for outcome in report.outcomes):
             return report
     return None
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A request as it lies on disk: what `resume` needs; see `Request`."""
+
+    name: str
+    formats: tuple[str, ...]
+    dynamic: Any
+    checkpoint: Checkpoint
+    notes: tuple[str, ...]
+    held: str | None
+    best: bool
+    keep: int | None
+    sys_path: tuple[str, ...]
+
+
+def _asked(request: Request) -> Asked:
+    names = tuple(each.name for each in request.formats)
+    taken = (request.dynamic, request.checkpoint, request.notes, request.held, request.best, request.keep)
+    return Asked(request.name, names, *taken, request.sys_path)
+
+
+def _declare(request: Request) -> None:
+    """Write down the formats of the user's own, for whoever resumes the export; what does not pickle is told then."""
+    for each in request.formats:
+        with contextlib.suppress(Exception):  # the user's own code
+            declared(request.work, each)
+
+
+def interruption(work: Path) -> str:
+    """What to tell of an export that was interrupted: which one, what `best` is meanwhile, and what finishes it."""
+    parent = work.parent
+    try:
+        best = f"best is {Report.load(parent / BEST).folder.name} until then"
+    except (OSError, BadRequest):
+        best = "there is no best until then"
+    command = f"polyexport resume {shlex.quote(str(parent))}"
+    return f"the export of {_read(work).name} was interrupted; {best}; to finish it: {command}"
+
+
+def _read(work: Path) -> Asked:
+    file = work / REQUEST
+    try:
+        return decode(Asked, read_json(file))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise BadRequest(f"{file} cannot be read; another version may have written it: {error}") from None
+
+
+def interrupted(parent: Path) -> Request:
+    """The export in `parent` that a run left unfinished, which is this process's from now on.
+
+    Raises:
+        BadRequest: there is none; or it is another process's; or a format of the user's own is gone.
+    """
+    work = clear(parent)
+    if work is None or not take(work):
+        raise BadRequest(f"{parent} has no interrupted export; what lies there is complete, or still under way")
+    asked = _read(work)
+    formats = tuple(_format(work, name) for name in asked.formats)
+    dynamic = asked.dynamic
+    if isinstance(dynamic, Mapping):  # JSON has no numbers for keys
+        dynamic = {name: {int(axis): called for axis, called in axes.items()} for name, axes in dynamic.items()}
+    notes = (*asked.notes, "training was interrupted; polyexport resume has finished this export")
+    return Request(
+        work, asked.name, formats, dynamic, asked.checkpoint, notes, asked.held, asked.best, asked.keep,
+        sys_path=asked.sys_path, commit="",
+    )  # fmt: skip  # one argument a line would bury them
+
+
+def _format(work: Path, name: str) -> Format:
+    file = declared_file(work, name)
+    if not file.is_file() and name in known():
+        return known()[name]
+    try:
+        import cloudpickle
+
+        found: Format = cloudpickle.loads(file.read_bytes())
+        for route in found.routes:
+            toolchain.find(route.toolchain)
+    except Exception as error:  # the user's own code
+        why = f"{type(error).__name__}: {error}"
+        raise BadRequest(
+            f"the format {name!r} is your own: fit(ckpt_path=…) makes it, this command cannot: {why}"
+        ) from None
+    return found
+
+
+def _is_still_out_of_reach(outcome: Outcome) -> bool:
+    """Whether a format was skipped for hardware or a program that this machine lacks now as it did then."""
+    each = known()[outcome.format]
+    return outcome.state == "skipped" and bool((each.needs_gpu and gpu.missing()) or each.lacks())
 
 
 # --- without Lightning ------------------------------------------------------------------------------------------------
@@ -400,7 +556,7 @@ def export(
         inputs: What forward takes: a tensor, a tuple of positional arguments, or a dict of keyword arguments. Parity is
             judged on it, so give real data.
         formats: Names, aliases or `Format` values.
-        into: Folder that becomes the export. An earlier export in it is replaced.
+        into: Folder that becomes the export: a new or empty one, or an earlier export, which is replaced.
         dynamic: True frees the batch axis and every axis whose size differs between `inputs` and `calibration`, False
             none; or input name -> {axis: name}.
         calibration: Further inputs, each like `inputs`; int8 formats take their number ranges from all of them, and
@@ -418,7 +574,8 @@ def export(
 
     Raises:
         UnknownFormat: a name that is none.
-        BadRequest: the module or the inputs cannot be taken apart, or forward takes other arguments.
+        BadRequest: the module or the inputs cannot be taken apart, forward takes other arguments, or `into` is there
+            and is no export.
     """
     import torch
 
@@ -426,7 +583,9 @@ def export(
     from polyexport.capture.snapshot import as_call, check_call, save_call, save_structure
 
     chosen = resolve(formats)
-    final = Path(into).absolute()
+    final = Path(into).resolve()
+    if not may_become_export(final):
+        raise BadRequest(f"{final} is there and is no export; give a new or empty folder, or an export to replace")
     final.parent.mkdir(parents=True, exist_ok=True)
     work = unfinished(final.parent)
     try:
@@ -441,4 +600,4 @@ def export(
             report = engine.submit(Request(work, final.name, chosen, dynamic, origin, best=False)).result()
             return engine.bench(report, chosen) if bench else report
     finally:
-        shutil.rmtree(work, ignore_errors=True)
+        discard(work)

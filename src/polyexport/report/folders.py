@@ -1,35 +1,143 @@
-"""Folders of exports: a new one, the finished ones, which is the best, which are too old."""
+"""Folders of exports: a new one, the finished ones, which is the best, which are too old.
+
+A folder that is not complete is locked by the process that fills it, for as long as that lives: the kernel lets go of
+what a killed one held. What nobody holds is a leftover.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import errno
+import itertools
+import json
 import os
 import secrets
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from polyexport.errors import BadRequest
 
+try:
+    import fcntl
+except ImportError:  # Windows: nothing is locked, and no leftover is known to be one
+    fcntl = None  # type: ignore[assignment]
+
 BEST = "best"
+EXPORTS = "exports"
+"""The folder of exports in a run's."""
+
 DESCRIPTION = "polyexport.json"
 """File beside an artifact that says what it is (see `polyexport.load`); no part of the artifact."""
 
-UNFINISHED = ".unfinished-"  # how names of folders begin that nobody but the engine may see
+UNFINISHED, CAPTURE = ".unfinished-", ".capture-"  # how names of folders begin that nobody but the engine may see
+REQUEST = Path("source", "request.json")
+"""File of an export that says what was asked for."""
+
+_LOCK, _ELSEWHERE = ".lock", "source/elsewhere.txt"
 _ATTEMPTS = 100
+_LONGEST_NAME = 255  # bytes of a file's name
 _HERE, _RENAME_EXCHANGE = -100, 2  # AT_FDCWD of fcntl.h, and a flag of renameat2
 
 
 def unfinished(parent: Path) -> Path:
-    """A new folder in `parent` for an export that is not complete yet.
+    """A new folder in `parent` for an export that is not complete yet; it is locked, see `discard`.
 
     Raises:
         OSError: the folder cannot be written.
     """
-    folder = parent / f"{UNFINISHED}{secrets.token_hex(4)}"
-    (folder / "source").mkdir(parents=True)
+    folder = locked(parent, UNFINISHED)
+    (folder / "source").mkdir()
     return folder
+
+
+def locked(parent: Path, prefix: str) -> Path:
+    """A new folder in `parent` that no other process takes for a leftover, until it is discarded or this one ends."""
+    name = secrets.token_hex(4)
+    made = parent / f".new-{name}"
+    made.mkdir(parents=True)
+    take(made)
+    folder = made.rename(parent / f"{prefix}{name}")
+    if made in _locks:
+        _locks[folder] = _locks.pop(made)
+    return folder
+
+
+_locks: dict[Path, int] = {}  # file descriptors of what this process has locked
+
+
+def take(folder: Path) -> bool:
+    """Lock a folder for this process; False where it is another's, or where there are no locks."""
+    if fcntl is None:
+        return False
+    try:
+        lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(lock)
+        return False
+    _locks[folder] = lock
+    return True
+
+
+def let_go(folder: Path) -> None:
+    """Unlock a folder; it stays."""
+    with contextlib.suppress(KeyError):
+        os.close(_locks.pop(folder))
+
+
+def _close_locks() -> None:
+    for folder in tuple(_locks):
+        let_go(folder)
+
+
+if hasattr(os, "register_at_fork"):  # a child that outlives this process holds nothing for it
+    os.register_at_fork(after_in_child=_close_locks)
+
+
+def discard(folder: Path) -> None:
+    """Remove a folder that is not complete, and the link to its weights that may lie elsewhere."""
+    with contextlib.suppress(OSError):
+        elsewhere = Path((folder / _ELSEWHERE).read_text(encoding="utf-8"))
+        shutil.rmtree(elsewhere, ignore_errors=True)
+        elsewhere.unlink(missing_ok=True)  # a file; where it was a folder, it is gone by now
+    shutil.rmtree(folder, ignore_errors=True)
+    let_go(folder)
+
+
+def lies_elsewhere(folder: Path, weights: Path) -> None:
+    """Note, before it is made, that a link to the weights of an export lies outside of its folder."""
+    (folder / _ELSEWHERE).write_text(str(weights), encoding="utf-8")
+
+
+def clear(parent: Path, remove: Callable[[Path], object] = discard) -> Path | None:
+    """Remove what processes that are gone left in `parent`, by `remove`.
+
+    Returns:
+        What stays: the newest export that was asked for, if none that was asked for later is complete.
+    """
+    taken = [each for prefix in (UNFINISHED, CAPTURE) for each in parent.glob(f"{prefix}*") if take(each)]
+    left = max(filter(_asked, taken), key=_asked, default=None)
+    if left is not None and _asked(left) <= max(map(_asked, finished(parent)), default=0):
+        left = None
+    for folder in taken:
+        if folder == left:
+            let_go(folder)
+        else:
+            remove(folder)
+    return left
+
+
+def _asked(folder: Path) -> int:
+    """When an export was asked for, in nanoseconds; 0 where that is not known."""
+    try:
+        return (folder / REQUEST).stat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 def link(source: str | Path, target: str | Path) -> None:
@@ -48,20 +156,45 @@ def take_place(work: Path, final: Path) -> None:
     Raises:
         OSError: the folder cannot be written.
     """
+    (work / _LOCK).unlink(missing_ok=True)
+    (work / _ELSEWHERE).unlink(missing_ok=True)
     for attempt in range(_ATTEMPTS):
         try:
             work.rename(final)
+            let_go(work)
             return
         except OSError as error:
             if attempt == _ATTEMPTS - 1 or error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.EACCES):
                 raise
         if _swap(work, final):
-            shutil.rmtree(work, ignore_errors=True)
+            discard(work)
             return
         stale = unfinished(final.parent)
         with contextlib.suppress(FileNotFoundError):  # the other run has just moved it away
             final.rename(stale / "old")
-        shutil.rmtree(stale, ignore_errors=True)
+        discard(stale)
+
+
+def is_export(folder: Path) -> bool:
+    """Whether a folder has a report of ours, of whatever version; other tools write a `report.json` too."""
+    try:
+        found = json.loads((folder / "report.json").read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and {"version", "checkpoint", "outcomes"} <= found.keys()
+
+
+def may_become_export(folder: Path) -> bool:
+    """Whether nothing of the user's is lost when an export takes this name: it is missing, empty, or an export."""
+    if folder.is_symlink() or not folder.is_dir():
+        return not os.path.lexists(folder)
+    return is_export(folder) or next(folder.iterdir(), None) is None
+
+
+def free_name(parent: Path, name: str) -> str:
+    """`name`, or with the first number behind it that lets an export in `parent` have it."""
+    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    return next(each for each in names if may_become_export(parent / each))
 
 
 def _swap(one: Path, other: Path) -> bool:
@@ -92,6 +225,16 @@ def followed(path: Path) -> Path:
     return path
 
 
+def may_point_best(best: Path) -> bool:
+    """Whether `best` is ours to replace: missing, or it names an export beside it; a link's may be gone by now."""
+    if not os.path.lexists(best):
+        return True
+    if best.is_symlink():
+        named = Path(os.readlink(best))
+        return named.name == str(named) and (is_export(best) or not best.exists())
+    return best.is_file() and best.stat().st_size <= _LONGEST_NAME and is_export(followed(best))
+
+
 def inside(folder: Path, path: str) -> Path:
     """`path`, relative to `folder`, where a record says that a file is.
 
@@ -105,7 +248,10 @@ def inside(folder: Path, path: str) -> Path:
 
 
 def point_best(folder: Path) -> None:
-    """Let `best` beside `folder` point to it: a link, or where links do not work, a file with the folder's name."""
+    """Let `best` beside `folder` point to it: a link, or where links do not work, a file with the folder's name.
+
+    See `may_point_best` for whether it may.
+    """
     best = folder.parent / BEST
     temporary = folder.parent / f".{BEST}-{secrets.token_hex(4)}"
     try:

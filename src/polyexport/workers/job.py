@@ -15,6 +15,9 @@ Kind = Literal["prepare", "convert", "verify", "bench", "serve"]
 TEMPORARY = "POLYEXPORT_TEMPORARY"
 """The variable that tells a worker its own folder for temporary files, which it may remove."""
 
+PARENT = "POLYEXPORT_PARENT"
+"""The variable that tells a worker the id of the process that started it, with which it ends."""
+
 
 @dataclass(frozen=True, slots=True)
 class Job:
@@ -32,6 +35,7 @@ class Job:
         noise: File with the noise floor of each element of the validation batch's outputs; empty where it is unknown.
         threads: Of the runtime.
         sys_path: The training process's import path, for modules that are pickled by reference.
+        script: The file that the training process runs, which no worker may import; empty where it may.
         trusted: Whether what it reads may be unpickled, and so run code: not in an export of somebody else.
         options: What only one kind of job knows.
     """
@@ -47,6 +51,7 @@ class Job:
     noise: str = ""
     threads: int = 1
     sys_path: tuple[str, ...] = ()
+    script: str = ""
     trusted: bool = True
     options: Mapping[str, Any] = field(default_factory=dict)
 

@@ -22,7 +22,7 @@ from typing import Any
 from polyexport.errors import ToolMissing
 from polyexport.serialization import read_json
 from polyexport.workers import oom
-from polyexport.workers.job import TEMPORARY, result_path
+from polyexport.workers.job import PARENT, TEMPORARY, result_path
 from polyexport.workers.priority import come_forward, step_back, waited_seconds
 
 _DISTRIBUTED = (
@@ -169,7 +169,9 @@ class Workers:
                         stdin=subprocess.PIPE,
                         stdout=stdout,
                         stderr=stderr,
-                        env=dict(environment) | dict.fromkeys(("TMPDIR", "TEMP", "TMP", TEMPORARY), temporary),
+                        env=dict(environment)
+                        | dict.fromkeys(("TMPDIR", "TEMP", "TMP", TEMPORARY), temporary)
+                        | {PARENT: str(os.getpid()), "PYTHONSAFEPATH": "1"},
                         start_new_session=True,
                     )
                     oom.goes_first(process.pid)

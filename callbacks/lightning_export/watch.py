@@ -1,0 +1,97 @@
+"""Sees the calls of one function with certain first arguments, and leaves no trace on either.
+
+A wrapper in the place of the function would be seen by whoever pickles, copies, scripts or inspects it meanwhile. The
+interpreter's own report of calls (https://docs.python.org/3/library/sys.html#sys.setprofile) is seen by nobody; while
+it is on, each call in this thread takes a little longer.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from collections.abc import Callable
+from types import FrameType, FunctionType, MethodType
+from typing import Any
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and keyword arguments. Which of the two an argument was passed as is not told apart."""
+
+
+class Watch:
+    """Has `seen` called at each call of `method` in this thread, until `seen` returns true or `end` is called.
+
+    `seen` gets the arguments behind those that `method` binds, without those that are the default. It runs before the
+    first line of `method` does, and what it raises is raised there.
+
+    Raises:
+        CannotWatch: `method` is not written in Python, or something else is told of the calls in this thread.
+    """
+
+    def __init__(self, method: Callable[..., Any], seen: Callable[[Call], bool]) -> None:
+        self._function, self._bound = _unbound(method)
+        self._seen = seen
+        if sys.getprofile() is not None:
+            raise CannotWatch("a profiler is running")
+        self._hook = self._told  # each access makes a new bound method, and `end` asks for this one
+        sys.setprofile(self._hook)
+
+    def _told(self, frame: FrameType, event: str, _: Any) -> None:
+        if event == "call" and frame.f_code is self._function.__code__:
+            call = arguments(frame, self._function, self._bound)
+            if call is not None and self._seen(call):
+                self.end()
+
+    def end(self) -> None:
+        """Watch no longer; what another profiler has put in place of the watch meanwhile stays."""
+        if sys.getprofile() is self._hook:
+            sys.setprofile(None)
+
+
+class CannotWatch(Exception):
+    """The calls of a function cannot be seen from outside."""
+
+
+def _unbound(method: Any) -> tuple[FunctionType, tuple[Any, ...]]:
+    """The function that runs when `method` is called, and the first arguments that it then gets."""
+    bound: tuple[Any, ...] = ()
+    while not isinstance(method, FunctionType):
+        if isinstance(method, MethodType):
+            method, bound = method.__func__, (method.__self__, *bound)
+        elif isinstance(method, functools.partial) and not method.keywords:
+            method, bound = method.func, (*method.args, *bound)
+        elif isinstance(type(method).__call__, FunctionType):
+            method = MethodType(type(method).__call__, method)
+        else:
+            raise CannotWatch(f"{method!r} is not written in Python")
+    return method, bound
+
+
+def arguments(frame: FrameType, function: FunctionType, bound: tuple[Any, ...]) -> Call | None:
+    """What a call was made with that has just begun; None where its first arguments are not the `bound` ones."""
+    code, values = frame.f_code, frame.f_locals
+    names = list(code.co_varnames)
+    by_position, names = names[: code.co_argcount], names[code.co_argcount :]
+    by_name, names = names[: code.co_kwonlyargcount], names[code.co_kwonlyargcount :]
+    rest = values[names.pop(0)] if code.co_flags & inspect.CO_VARARGS else ()
+    more = values[names.pop(0)] if code.co_flags & inspect.CO_VARKEYWORDS else {}
+    args = (*(values[name] for name in by_position), *rest)
+    if len(args) < len(bound) or any(one is not other for one, other in zip(args, bound, strict=False)):
+        return None
+    defaults = dict(zip(reversed(by_position), reversed(function.__defaults__ or ()), strict=False))
+    kwargs = _without(function.__kwdefaults__ or {}, {name: values[name] for name in by_name}) | more
+    if rest:
+        return args[len(bound) :], kwargs
+    given = _without(defaults, {name: values[name] for name in by_position[len(bound) :]})
+    positional = [name for name in by_position[len(bound) : code.co_posonlyargcount] if name in given]
+    # up to the first that was left out; one that cannot be passed by name needs all before it
+    count = next((i for i, name in enumerate(by_position[len(bound) :]) if name not in given), len(given))
+    count = max([count, *(by_position.index(name) + 1 - len(bound) for name in positional)])
+    split = by_position[len(bound) : len(bound) + count]
+    return tuple(values[name] for name in split), {
+        name: value for name, value in given.items() if name not in split
+    } | kwargs
+
+
+def _without(defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in given.items() if name not in defaults or value is not defaults[name]}

@@ -1,0 +1,101 @@
+"""Folders of the user's stay, whatever an export is called."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import polyexport
+from planted import GOOD
+from polyexport import BadRequest, Engine, Report
+from polyexport.report.folders import BEST, free_name, may_become_export, may_point_best, point_best
+from test_engine import request
+
+REPORT = '{"version": 1, "checkpoint": {}, "outcomes": []}'
+
+
+def a_folder(path: Path, **files: str) -> Path:
+    path.mkdir(parents=True)
+    for name, text in files.items():
+        (path / f"{name}.json").write_text(text)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("files", "may"),
+    [
+        ({}, True),
+        ({"report": REPORT}, True),
+        ({"report": REPORT.replace("1", "99"), "notes": ""}, True),
+        ({"notes": ""}, False),
+        ({"report": '{"passed": 3}'}, False),
+        ({"report": "[]"}, False),
+        ({"report": "no JSON"}, False),
+    ],
+    ids=["empty", "an export", "one of another version", "notes", "of another tool", "a list", "broken"],
+)
+def test_only_an_export_and_an_empty_folder_may_be_replaced(tmp_path, files, may):
+    folder = a_folder(tmp_path / "x", **files)
+    assert may_become_export(folder) == may
+    assert free_name(tmp_path, "x") == ("x" if may else "x-2")
+
+
+def test_a_file_and_a_link_of_the_users_may_not_be_replaced(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(a_folder(tmp_path / "export", report=REPORT))
+    (tmp_path / "dangling").symlink_to("nowhere")
+    assert [may_become_export(tmp_path / name) for name in ("file", "link", "dangling", "new")] == [False] * 3 + [True]
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "report of another tool"])
+def test_what_is_no_export_is_refused_before_anything_is_done(tmp_path, kind):
+    into = tmp_path / "mine"
+    if kind == "file":
+        into.write_text("mine")
+    else:
+        a_folder(into, **{"report" if "report" in kind else "thesis": '{"years": 4}'})
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(BadRequest, match=f"{into} is there and is no export; give a new or empty folder"):
+        polyexport.export(nn.Linear(5, 3), torch.rand(4, 5), [GOOD], into, bench=False)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("is_file", [True, False])
+def test_a_best_of_the_users_stays(tmp_path, is_file):
+    best = tmp_path / BEST
+    if is_file:
+        best.write_text("the best of times")
+    else:
+        a_folder(best, thesis="")
+    assert not may_point_best(best)
+
+
+def test_a_best_of_ours_is_replaced_also_where_its_export_is_gone(tmp_path):
+    for name in ("one", "two"):
+        point_best(a_folder(tmp_path / name, report=REPORT))
+        assert may_point_best(tmp_path / BEST)
+    (tmp_path / "two").rename(tmp_path / "gone")
+    assert may_point_best(tmp_path / BEST)
+    (tmp_path / BEST).unlink()
+    (tmp_path / BEST).symlink_to(a_folder(tmp_path / "theirs", thesis=""))
+    assert not may_point_best(tmp_path / BEST)
+
+
+def test_a_checkpoint_that_is_called_like_a_folder_of_the_users_is_exported_beside_it(tmp_path):
+    a_folder(tmp_path / "model", weights="")
+    a_folder(tmp_path / BEST, thesis="")
+    with Engine(timeout=30) as engine:
+        first = engine.submit(request(tmp_path, name="model")).result()
+        second = engine.submit(request(tmp_path, name="model")).result()
+    assert (first.folder, second.folder) == (tmp_path / "model-2",) * 2
+    assert sorted(os.listdir(tmp_path)) == [BEST, "model", "model-2"]
+    assert os.listdir(tmp_path / "model") == ["weights.json"]
+    notes = Report.load(tmp_path / "model-2").notes
+    assert [note.split(" ", 1)[1].split(",")[0] for note in notes] == [
+        "is no export and stays as it is",
+        "points to no export and stays as it is",
+    ]
