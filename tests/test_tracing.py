@@ -105,14 +105,15 @@ class Padded(nn.Module):
         super().__init__()
         self.bags = nn.EmbeddingBag(9, 8)
         self.transformer = nn.Transformer(8, 2, 1, 1, 16, batch_first=True)
-        self.bias = nn.Parameter(torch.randn(1, 2, 4, 4))
+        self.bias = nn.Parameter(torch.randn(4, 4, 2))  # as T5 and Swin keep it: the heads last
 
     def forward(self, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1])
         padding = ids == 0
         x = x + self.bags(ids).unsqueeze(1)
         heads = x.unflatten(-1, (2, 4)).transpose(1, 2)
-        x = functional.scaled_dot_product_attention(heads, heads, heads, self.bias).transpose(1, 2).reshape(x.shape)
+        bias = self.bias.permute(2, 0, 1).unsqueeze(0)
+        x = functional.scaled_dot_product_attention(heads, heads, heads, bias).transpose(1, 2).reshape(x.shape)
         return self.transformer.encoder(self.transformer(x, x, tgt_mask=mask), src_key_padding_mask=padding)
 
 
