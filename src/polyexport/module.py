@@ -33,7 +33,9 @@ from polyexport.containers import opened
 from polyexport.errors import BadRequest
 from polyexport.flat import flat
 from polyexport.imports import by_value, importable
+from polyexport.program import export_program
 from polyexport.spec import ExportSpec
+from polyexport.tracing import plain_attention
 
 if TYPE_CHECKING:
     import torch
@@ -306,8 +308,8 @@ def save_traced(root: nn.Module, select: Select, args: Sequence[Any], kwargs: Ma
         wrapped = flat(selected(root, select), args, kwargs)  # in eval mode, and so is root's part of it
         device = next((parameter.device for parameter in root.parameters()), torch.device("cpu"))
         tensors = tuple(tensor.to(device) for tensor in wrapped.example)
-        with torch.no_grad():
-            wrapped(*tensors)  # tells the names of the outputs
+        with torch.no_grad(), plain_attention():
+            wrapped(*(tensor.clone() for tensor in tensors))  # tells the names of the outputs
             program = _trace(wrapped, tensors)
     finally:
         for each, training in modes:
@@ -320,14 +322,12 @@ def save_traced(root: nn.Module, select: Select, args: Sequence[Any], kwargs: Ma
 
 def _trace(wrapped: Any, tensors: tuple[torch.Tensor, ...]) -> Any:
     """With a free batch axis, or where that does not work, without."""
-    import torch
-
     batch = next((tensor.shape[0] for tensor in tensors if tensor.ndim), 0)
-    free = tuple({0: torch.export.Dim.DYNAMIC} if t.ndim and t.shape[0] == batch else {} for t in tensors)
     if batch > 1:
+        leading = [(0,) if tensor.ndim and tensor.shape[0] == batch else () for tensor in tensors]
         with contextlib.suppress(Exception):  # torch.export has no error class of its own
-            return torch.export.export(wrapped, tensors, dynamic_shapes=free, strict=False)
-    return torch.export.export(wrapped, tensors, strict=False)
+            return export_program(wrapped, tensors, leading)
+    return export_program(wrapped, tensors, [()] * len(tensors))
 
 
 def _load_traced(path: Path, state: Mapping[str, Any]) -> Any:

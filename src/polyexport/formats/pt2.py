@@ -17,14 +17,13 @@ def convert(source: Path, target: Path, spec: ExportSpec) -> None:
     import torch
 
     from polyexport import module
+    from polyexport.program import export_program
     from polyexport.tracing import written_out
 
-    dim = torch.export.Dim
-    # DYNAMIC, not AUTO: an axis that the trace fixes must be an error here, not a surprise later
-    shapes = tuple({axis: dim.DYNAMIC for axis in tensor.dynamic} for tensor in spec.inputs)
-    traced, inputs = module.load(source), module.example(source, spec)
     with written_out():
-        program = torch.export.export(traced, inputs, dynamic_shapes=shapes or None, strict=False)
+        program = export_program(
+            module.load(source), module.example(source, spec), [tensor.dynamic for tensor in spec.inputs]
+        )
     torch.export.save(program, target, extra_files={"polyexport.json": json.dumps(dict(spec.metadata))})
 
 
