@@ -6,10 +6,12 @@ forward's own arguments and from the keys of what it returns.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from polyexport.containers import closed, opened
@@ -27,8 +29,8 @@ def flat(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> A
     """Wrap `module` as a function of the tensors in `args` and `kwargs`, by name, that returns its output tensors.
 
     What is no tensor in the call is kept as it is. The wrapper is in eval mode and has `input_names`, the `example`
-    that the call holds, and `output_names`, which are known once it ran. One output comes back as a tensor, several as
-    a tuple.
+    that the call holds, and `output_names`, which are known once it ran. It runs `within` a context that its owner may
+    set. One output comes back as a tensor, several as a tuple.
 
     Raises:
         BadRequest: the call holds something that is neither a tensor nor a plain constant.
@@ -45,6 +47,7 @@ def flat(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> A
             self.input_names = tuple(inputs)
             self.output_names: tuple[str, ...] = ()
             self.dropped: tuple[str, ...] = ()
+            self.within: AbstractContextManager[Any] = contextlib.nullcontext()
             tensors = (leaves[index] for index in inputs.values())
             self.example = tuple(tensor.float() if tensor.is_floating_point() else tensor for tensor in tensors)
 
@@ -53,7 +56,9 @@ def flat(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> A
             for index, tensor in zip(inputs.values(), tensors, strict=True):
                 values[index] = tensor
             call_args, call_kwargs = closed(pytree.tree_unflatten(values, tree))
-            outputs, self.dropped = named_tensors(self.inner(*call_args, **call_kwargs), taken=inputs)
+            with self.within:
+                answer = self.inner(*call_args, **call_kwargs)
+            outputs, self.dropped = named_tensors(answer, taken=inputs)
             self.output_names = tuple(outputs)
             return tuple(outputs.values()) if len(outputs) > 1 else next(iter(outputs.values()))
 

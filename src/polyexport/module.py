@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
-from polyexport import plain
+from polyexport import devices, plain
 from polyexport.containers import opened
 from polyexport.errors import BadRequest
 from polyexport.flat import flat
@@ -90,8 +90,17 @@ def dump(value: Any, path: Path) -> None:
     with by_value() as take_along:
         Pickler(buffer).dump(value)
     shapes = [(plain.shape(p), p.dtype, p.requires_grad) for p in parameters]
-    copies = [plain.local(tensor).detach().to("cpu", copy=True).contiguous() for tensor in tensors]
+    copies = [_on_the_cpu(plain.local(tensor).detach()) for tensor in tensors]
     torch.save({"pickle": buffer.getvalue(), "parameters": shapes, "tensors": copies}, path)
+
+
+def _on_the_cpu(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy; of one without values, which only the weights have, zeros."""
+    import torch
+
+    if tensor.is_meta:
+        return torch.zeros(tensor.shape, dtype=tensor.dtype)
+    return tensor.to("cpu", copy=True).contiguous()
 
 
 def restore(path: Path) -> Any:
@@ -115,7 +124,10 @@ def restore(path: Path) -> Any:
             return made[index]
 
     file: BinaryIO = io.BytesIO(blob["pickle"])
-    return Unpickler(file).load()
+    with torch.device("cpu"):
+        found = Unpickler(file).load()
+    devices.reset_default()
+    return found
 
 
 def save_structure(
@@ -212,6 +224,7 @@ def load(folder: Path) -> Any:
     _register_with_transformers(module)
     args, kwargs = restore(call_file(folder))
     wrapped = flat(module.float(), args, kwargs)
+    wrapped.within = devices.OnTheCpu()
     plain.settle(wrapped)
     return wrapped
 
@@ -332,9 +345,10 @@ def _trace(wrapped: Any, tensors: tuple[torch.Tensor, ...]) -> Any:
 
 def _load_traced(path: Path, state: Mapping[str, Any]) -> Any:
     import torch
+    from torch.export.passes import move_to_device_pass
 
     extra = {"about.json": ""}
-    program = torch.export.load(path, extra_files=extra)
+    program = move_to_device_pass(torch.export.load(path, extra_files=extra), "cpu")
     about = json.loads(extra["about.json"])
     module: Any = program.module()
     module.load_state_dict({key: state[name] for key, name in about["weights"].items() if name in state}, strict=False)

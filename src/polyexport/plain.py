@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
+from polyexport import devices
+
 if TYPE_CHECKING:
     import torch
 
@@ -32,6 +34,9 @@ def reduced(item: Any) -> Any:
     import torch
     from torch.nn.utils import parametrize
 
+    found = devices.reduced(item)
+    if found is not NotImplemented:
+        return found
     if type(item).__name__ == "DeviceMesh":
         return type(None), ()
     if any(isinstance(each, ContextVar) for each in getattr(item, "__dict__", {}).values()):
