@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import polyexport
-from polyexport.console import show
+from polyexport.report.console import show
 
 
 class Attention(nn.Module):

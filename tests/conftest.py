@@ -12,8 +12,8 @@ import pytest
 
 import polyexport
 import zoo
+from isolated import many
 from polyexport import Report
-from test_lowering import many
 
 
 @pytest.fixture(autouse=True)

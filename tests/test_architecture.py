@@ -16,10 +16,10 @@ import lightning_export
 import planted
 import polyexport
 from polyexport import FORMATS, BadRequest, UnknownFormat
+from polyexport.engine.plan import steps
 from polyexport.format import MODULE
 from polyexport.formats import resolve
-from polyexport.plan import steps
-from polyexport.toolchain import find
+from polyexport.workers.toolchain import find
 
 SOURCE = Path(polyexport.__file__).parent
 FRAMEWORKS = ("torch", "onnx", "onnxruntime", "openvino", "tensorflow", "paddle", "coremltools", "wandb", "lightning")
@@ -43,7 +43,7 @@ def imported(file: Path) -> set[str]:
 
 
 def test_formats_know_nothing_of_the_engine():
-    above = ("polyexport.engine", "polyexport.build", "polyexport.process", "polyexport.report", "lightning")
+    above = ("polyexport.engine", "polyexport.workers.process", "polyexport.report", "lightning")
     for file in (SOURCE / "formats").glob("*.py"):
         assert not [name for name in imported(file) if name.startswith(above)], file
 

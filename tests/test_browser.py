@@ -13,7 +13,7 @@ import pytest
 
 import web
 from polyexport import FORMATS, Report
-from polyexport.parity import Parity, compare
+from polyexport.measure.parity import Parity, compare
 
 BACKENDS = ("cpu", "wasm")
 

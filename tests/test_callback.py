@@ -32,7 +32,7 @@ from lightning_export import ExportCallback
 from planted import GOOD
 from planted import planted as plant
 from polyexport import BadRequest, Engine, ExportFailed, Report, Toolchain, UnknownFormat
-from polyexport.module import load as load_module
+from polyexport.capture.snapshot import load as load_module
 
 
 def fit(folder: Path, callback: Callback | None, model: Any = None, *, epochs: int = 2, **settings: Any) -> Any:

@@ -18,8 +18,9 @@ from torch import nn
 from typer.testing import CliRunner
 
 import polyexport
-from polyexport import FORMATS, toolchain
+from polyexport import FORMATS
 from polyexport.cli import app
+from polyexport.workers import toolchain
 
 SHOP = """
 import torch

@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 from rich.progress import Progress
 
-from polyexport.console import wait
+from polyexport.report.console import wait
 
 
 def done(result: str) -> Future[str]:
@@ -58,6 +58,8 @@ sys.exit(0 if export.reports else 3)
 """
     reads, writes = os.pipe()
     os.close(reads)
-    ended = subprocess.run([sys.executable, "-c", program, str(Path(__file__).parent)], stdout=writes, check=False)
+    ended = subprocess.run(
+        [sys.executable, "-c", program, str(Path(__file__).parent / "support")], stdout=writes, check=False
+    )
     os.close(writes)
     assert ended.returncode == 0

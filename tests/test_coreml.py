@@ -14,7 +14,7 @@ import polyexport
 from polyexport.errors import CannotRun
 from polyexport.format import Tolerance
 from polyexport.formats import coreml
-from polyexport.parity import compare
+from polyexport.measure.parity import compare
 from polyexport.spec import ExportSpec, TensorSpec
 
 pytest.importorskip("coremltools", reason="coremltools is not installed; `pip install coremltools`")

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from polyexport import module as modules
-from polyexport.devices import OnTheCpu
-from test_module import saved
+from polyexport.capture import snapshot as modules
+from polyexport.capture.devices import OnTheCpu
+from saving import saved
 
 CUDA = torch.device("cuda", 0)
 

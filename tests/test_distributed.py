@@ -20,9 +20,9 @@ import runs
 from lightning_export import ranks
 from lightning_export.capture import hold
 from polyexport import Engine, Report, Request
-from polyexport import module as modules
-from polyexport.folders import unfinished
-from polyexport.shards import join
+from polyexport.capture import snapshot as modules
+from polyexport.capture.sharded import join
+from polyexport.report.folders import unfinished
 
 BEGIN = """
 import sys
@@ -114,7 +114,9 @@ def ended(tmp_path_factory) -> Callable[[str], tuple[Path, int, str]]:
     for name, script in RUNS.items():
         home = folder / name
         home.mkdir()
-        text = (BEGIN + script).format(tests=str(Path(__file__).parent), folder=str(home), kind=name.split("-")[1])
+        text = (BEGIN + script).format(
+            tests=str(Path(__file__).parent / "support"), folder=str(home), kind=name.split("-")[1]
+        )
         (home / "train.py").write_text(text)
         with (home / "output.txt").open("w") as output:
             command = [sys.executable, home / "train.py"]

@@ -27,11 +27,12 @@ import runs
 from lightning_export import ExportCallback
 from planted import GOOD
 from planted import planted as plant
-from polyexport import BadRequest, Engine, elsewhere
-from polyexport.elsewhere import Errand
-from polyexport.process import Ended
-from polyexport.toolchain import HOST
+from polyexport import BadRequest, Engine
 from polyexport.versions import git_commit
+from polyexport.workers import remote
+from polyexport.workers.process import Ended
+from polyexport.workers.remote import Errand
+from polyexport.workers.toolchain import HOST
 
 NET = nn.Sequential(nn.Linear(5, 3))
 ROWS = torch.randn(4, 5, generator=torch.Generator().manual_seed(1))
@@ -156,16 +157,16 @@ def test_batches_to_calibrate_with_travel_to_those_who_read_them(tmp_path):
 def test_a_job_whose_sender_is_gone_leaves_no_answer(tmp_path, monkeypatch):
     """Only who waits removes an answer. The sender takes its parcel away when it no longer does."""
     staging = tmp_path / "staging"
-    sent = elsewhere._pack(tmp_path, [], f"file://{staging}")
+    sent = remote._pack(tmp_path, [], f"file://{staging}")
 
     def work_while_the_sender_goes(*words: Any, **more: Any) -> Ended:
         (parcel,) = staging.iterdir()
         parcel.unlink()
         return Ended(value="done")
 
-    monkeypatch.setattr(elsewhere.Workers, "run", work_while_the_sender_goes)
+    monkeypatch.setattr(remote.Workers, "run", work_while_the_sender_goes)
     errand = Errand("job.json", "job.log", HOST, timeout=1.0, threads=1, gpu=False)
-    elsewhere.work(sent, errand, f"file://{staging}")
+    remote.work(sent, errand, f"file://{staging}")
     assert list(staging.iterdir()) == []
 
 
@@ -176,7 +177,7 @@ def test_a_parcel_writes_nothing_outside_of_the_export(tmp_path):
     with zipfile.ZipFile(parcel, "w") as archive:
         archive.writestr("../theirs", "another")
     with pytest.raises(ValueError, match=r"'\.\./theirs', which lies outside of the export"):
-        elsewhere._unpack(parcel.getvalue(), tmp_path / "export")
+        remote._unpack(parcel.getvalue(), tmp_path / "export")
     assert (tmp_path / "theirs").read_text() == "as it was"
 
 

@@ -25,14 +25,15 @@ import planted
 import polyexport
 from planted import GOOD
 from planted import planted as plant
-from polyexport import BadRequest, Engine, Report, Request, Toolchain, gpu
-from polyexport import module as modules
-from polyexport.build import _unlike
-from polyexport.dispatch import _by_value
-from polyexport.folders import finished, followed, point_best, take_place, unfinished
-from polyexport.imports import importable
-from polyexport.process import Workers
-from polyexport.report import Checkpoint, Outcome
+from polyexport import BadRequest, Engine, Report, Request, Toolchain
+from polyexport.capture import snapshot as modules
+from polyexport.capture.pickling import importable
+from polyexport.engine.dispatch import _by_value
+from polyexport.engine.routes import _unlike
+from polyexport.report.folders import finished, followed, point_best, take_place, unfinished
+from polyexport.report.report import Checkpoint, Outcome
+from polyexport.workers import gpu
+from polyexport.workers.process import Workers
 
 TIMEOUT = 30.0  # rebuilding a module takes a few seconds on a busy machine, most of it importing torch
 

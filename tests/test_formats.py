@@ -47,7 +47,7 @@ def test_a_loaded_artifact_answers_by_name_as_pytorch_does(dictionary, name):
 
 @pytest.mark.parametrize("name", GROUND_FORMATS)
 def test_the_code_on_the_report_page_answers_as_pytorch_does(dictionary, name, monkeypatch):
-    from polyexport.sinks.html import snippets
+    from polyexport.report.html import snippets
 
     python = next(each for each in snippets(dictionary[name]) if each.language == "Python")
     monkeypatch.chdir(dictionary.folder)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import written
-from polyexport.bench import _recorded
-from polyexport.latency import sample_ms, summarise, warm_up
+from polyexport.engine.bench import _recorded
+from polyexport.measure.latency import sample_ms, summarise, warm_up
 
 
 def measured(samples, **changes):

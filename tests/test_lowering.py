@@ -3,41 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-import polyexport
-from polyexport import toolchain
-
-HERE = Path(__file__).parent
-PACKAGE = Path(polyexport.__file__).parent
-AS_PACKAGE = f"""
-import sys, types
-module = types.ModuleType("polyexport"); module.__path__ = [{str(PACKAGE)!r}]; sys.modules["polyexport"] = module
-sys.path.insert(0, {str(HERE)!r})
-"""
-"""How a script in an isolated toolchain begins, which has our package and the tests' modules by their files only."""
-
-
-def in_toolchain(name: str, *words: str) -> str:
-    """Run a script in a toolchain, as a worker would be run there."""
-    python = toolchain.find(name).interpreter()
-    done = subprocess.run([str(python), "-P", *words], capture_output=True, text=True, check=False, cwd=HERE)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
-
-
-def many(toolchain: str, kind: str, formats: Sequence[str], roots: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """The same job for many formats of many exports; see `many_exports`."""
-    words = ("many_exports.py", str(PACKAGE), kind, ",".join(formats), *roots)
-    found: dict[str, dict[str, Any]] = json.loads(in_toolchain(toolchain, *words))
-    return found
-
+from isolated import AS_PACKAGE, HERE, PACKAGE, in_toolchain
 
 CASES = {"tensorflow": (1600, 280), "paddle": (1180, 210)}
 """How many cases pass at least, and to how many a rule applies at most; the toolchains' releases of ONNX differ."""

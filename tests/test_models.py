@@ -228,7 +228,7 @@ def with_export(tmp_path_factory):
         keeps = Keeps(folder / name / "export")
         models[name] = fitted(name, folder / name, keeps)
         notes[name] = keeps.notes
-    script = Path(__file__).with_name("many_models.py")
+    script = Path(__file__).parent / "support" / "many_models.py"
     command = [sys.executable, script, ",".join(FORMATS), *(str(folder / name / "export") for name in KINDS)]
     environment = {"PYTHONPATH": ":".join(sys.path), "PATH": ""}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600, check=True)

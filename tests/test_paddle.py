@@ -11,8 +11,8 @@ from torch import nn
 
 import polyexport
 import zoo
+from isolated import AS_PACKAGE, PACKAGE, in_toolchain, many
 from polyexport.formats import paddle
-from test_lowering import AS_PACKAGE, PACKAGE, in_toolchain, many
 
 ROUTES = {
     "resnet": ("x2paddle", ""),

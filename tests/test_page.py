@@ -15,8 +15,8 @@ from selenium.webdriver.common.keys import Keys
 
 import made_up
 from polyexport import FORMATS, Report
-from polyexport.report import STATES
-from polyexport.sinks import html
+from polyexport.report import html
+from polyexport.report.report import STATES
 
 
 @pytest.fixture(scope="module")

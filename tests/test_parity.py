@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from polyexport import Tolerance
-from polyexport.parity import compare, merge, noise_floor
+from polyexport.measure.parity import compare, merge, noise_floor
 
 FLOAT32 = Tolerance.for_precision("float32")
 INT8 = Tolerance.for_precision("int8")

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from polyexport.priority import waited_seconds
-from polyexport.process import Workers
+from polyexport.workers.priority import waited_seconds
+from polyexport.workers.process import Workers
 
 WAITS = [sys.executable, "-c", "input()"]
 

@@ -6,10 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from polyexport import ExportSpec, Outcome, Report, TensorSpec
-from polyexport.latency import summarise
-from polyexport.parity import OutputParity, Parity
-from polyexport.records import decode, encode, read_json, write_json
-from polyexport.report import Artifact, Checkpoint, Model, Toolchain, markdown, metrics, rows
+from polyexport.measure.latency import summarise
+from polyexport.measure.parity import OutputParity, Parity
+from polyexport.report.report import Artifact, Checkpoint, Model, Toolchain, markdown, metrics, rows
+from polyexport.serialization import decode, encode, read_json, write_json
 
 
 def report(folder: Path) -> Report:

@@ -145,7 +145,7 @@ trainer.fit(Mine(), runs.loader(), runs.loader())
 
 @pytest.mark.parametrize("how", ["script", "typed"])
 def test_classes_of_a_script_without_a_main_guard_and_of_a_notebook_are_exported(tmp_path, how):
-    text = UNGUARDED.format(tests=str(Path(__file__).parent))
+    text = UNGUARDED.format(tests=str(Path(__file__).parent / "support"))
     (tmp_path / "train.py").write_text(text)
     # what is typed has no file that a worker could import, as in a notebook
     typed, argument = (text, "-") if how == "typed" else (None, "train.py")

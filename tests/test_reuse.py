@@ -19,12 +19,13 @@ from torch import nn
 import planted
 import polyexport
 from planted import planted as plant
-from polyexport import ExportSpec, Format, Runner, toolchain
-from polyexport.dispatch import Bounds, Dispatcher
-from polyexport.folders import unfinished
-from polyexport.job import Job
-from polyexport.process import Ended, Kept, Workers, environment
-from polyexport.records import decode, read_json, write_json
+from polyexport import ExportSpec, Format, Runner
+from polyexport.engine.dispatch import Bounds, Dispatcher
+from polyexport.report.folders import unfinished
+from polyexport.serialization import decode, read_json, write_json
+from polyexport.workers import toolchain
+from polyexport.workers.job import Job
+from polyexport.workers.process import Ended, Kept, Workers, environment
 
 
 class Crashes(nn.Module):

@@ -9,7 +9,7 @@ import pytest
 
 import polyexport
 import zoo
-from test_lowering import many
+from isolated import many
 
 FORMATS = ("saved_model", "graphdef", "tfjs")
 

@@ -17,10 +17,10 @@ import torch
 
 import polyexport
 import zoo
-from polyexport import gpu
 from polyexport.errors import ToolMissing
 from polyexport.formats import resolve, tensorrt
 from polyexport.spec import ExportSpec, TensorSpec
+from polyexport.workers import gpu
 
 HERE = not gpu.missing() and torch.cuda.is_available() and importlib.util.find_spec("tensorrt") is not None
 SPEC = ExportSpec(

@@ -15,10 +15,11 @@ import torch
 
 import polyexport
 import zoo
-from polyexport import Engine, Report, toolchain
+from isolated import HERE, PACKAGE, in_toolchain, many
+from polyexport import Engine, Report
 from polyexport.formats import edgetpu
 from polyexport.spec import write_arrays
-from test_lowering import HERE, PACKAGE, in_toolchain, many
+from polyexport.workers import toolchain
 
 TFLITE = ("tflite", "tflite-fp16", "tflite-int8")
 
@@ -150,8 +151,8 @@ import numpy as np
 from polyexport import worker
 from polyexport.formats import edgetpu, tflite
 from polyexport.spec import ExportSpec
-from polyexport.job import Job
-from polyexport.records import decode, encode, read_json
+from polyexport.workers.job import Job
+from polyexport.serialization import decode, encode, read_json
 root, elsewhere = Path(ROOT), Path(ELSEWHERE)
 jobs = {name: decode(Job, read_json(next((root / "source" / "jobs").glob(f"{name}.*.verify.json"))))
         for name in ("tflite", "tflite-int8", "edgetpu")}

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from polyexport import ToolMissing
-from polyexport.process import Workers
-from polyexport.toolchain import HOST, Toolchain, find, parse
+from polyexport.workers.process import Workers
+from polyexport.workers.toolchain import HOST, Toolchain, find, parse
 
 PIN = "six==1.16.0"
 

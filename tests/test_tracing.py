@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional
 
 import polyexport
-from polyexport import tracing
+from polyexport.tracing import decompositions
 
 X, Y = torch.randn(3, 5, 7, generator=torch.Generator().manual_seed(0)), torch.linspace(-2, 2, 126).reshape(3, 6, 7)
 PLACES, BORDERS = X.argsort(1) % 2, torch.tensor([-1.0, 0.0, 0.5])
@@ -76,7 +76,7 @@ CALLS = {
 def test_a_function_written_out_answers_as_pytorch_does(name):
     torch.manual_seed(0)
     expected = CALLS[name]()
-    with tracing.written_out():
+    with decompositions.written_out():
         found = CALLS[name]()
     assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
     assert torch.allclose(found.double(), expected.double(), rtol=1e-4, atol=1e-5)

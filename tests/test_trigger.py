@@ -22,8 +22,8 @@ import runs
 from lightning_export import ExportCallback
 from lightning_export.best import bases
 from polyexport import Report
-from polyexport.records import write_json
-from polyexport.report import history
+from polyexport.report.report import history
+from polyexport.serialization import write_json
 
 
 class Recording(ExportCallback):

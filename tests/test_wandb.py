@@ -21,7 +21,7 @@ import written
 from fake_wandb import FakeWandb
 from polyexport import BadRequest
 from polyexport.cli import app
-from polyexport.sinks.wandb import LINKS, Wandb, link
+from polyexport.publish.wandb import LINKS, Wandb, link
 
 UNSET = ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "XDG_DATA_HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME")
 
@@ -29,8 +29,8 @@ CLIENT = """
 import sys
 from pathlib import Path
 import wandb as sdk
-from polyexport.report import Report, history
-from polyexport.sinks.wandb import Wandb
+from polyexport.report.report import Report, history
+from polyexport.publish.wandb import Wandb
 
 reports = history(Report.load(Path(sys.argv[1])))
 def run(name="one"):

@@ -1,6 +1,6 @@
 """Each new best checkpoint in every deployment format asked for, proven, measured, published."""
 
 from lightning_export.callback import ExportCallback
-from polyexport.sinks.wandb import Wandb
+from polyexport.publish.wandb import Wandb
 
 __all__ = ["ExportCallback", "Wandb"]

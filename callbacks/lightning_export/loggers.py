@@ -7,10 +7,10 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from lightning_export.best import bases
-from polyexport.sinks import Sink
-from polyexport.sinks.mlflow import mlflow
-from polyexport.sinks.tensorboard import tensorboard
-from polyexport.sinks.wandb import Wandb
+from polyexport.publish import Sink
+from polyexport.publish.mlflow import mlflow
+from polyexport.publish.tensorboard import tensorboard
+from polyexport.publish.wandb import Wandb
 
 
 def _wandb(logger: Any, options: Wandb | None = None) -> Sink:

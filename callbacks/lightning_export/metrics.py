@@ -22,9 +22,9 @@ import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from polyexport import Engine, Format, Report, Runner
-from polyexport.flat import flat, named_tensors, to_arrays
-from polyexport.module import WEIGHTS, Select, selected
-from polyexport.plain import is_data
+from polyexport.capture.flatten import flat, named_tensors, to_arrays
+from polyexport.capture.snapshot import WEIGHTS, Select, selected
+from polyexport.capture.unwrap import is_data
 
 _OF_THE_BATCH = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 

@@ -3,14 +3,14 @@
 Importing this package imports no framework; each is imported by the function that uses it.
 """
 
-from polyexport.engine import Engine, Request, export
+from polyexport.engine.engine import Engine, Request, export
 from polyexport.errors import BadRequest, CannotRun, ExportFailed, PolyexportError, ToolMissing, UnknownFormat
 from polyexport.format import Format, Route, Runner, Snippet, Tolerance
 from polyexport.formats import known as _known
-from polyexport.loading import load
-from polyexport.report import Outcome, Report
+from polyexport.load import load
+from polyexport.report.report import Outcome, Report
 from polyexport.spec import Arrays, ExportSpec, TensorSpec
-from polyexport.toolchain import Toolchain
+from polyexport.workers.toolchain import Toolchain
 
 __all__ = [
     "FORMATS",

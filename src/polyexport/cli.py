@@ -20,15 +20,18 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from polyexport import checkpoint, console, plan, toolchain
-from polyexport.engine import Engine, export
+from polyexport.capture import checkpoint
+from polyexport.engine import plan
+from polyexport.engine.engine import Engine, export
 from polyexport.errors import BadRequest, PolyexportError
-from polyexport.folders import BEST, followed
 from polyexport.format import Format
 from polyexport.formats import known, resolve
-from polyexport.records import encode
-from polyexport.report import Outcome, Report, markdown
+from polyexport.report import console
+from polyexport.report.folders import BEST, followed
+from polyexport.report.report import Outcome, Report, markdown
+from polyexport.serialization import encode
 from polyexport.spec import write_arrays
+from polyexport.workers import toolchain
 
 T = TypeVar("T")
 
@@ -219,7 +222,7 @@ def run(
 @app.command("wandb-link")
 def wandb_link(folder: Folder, as_json: Json = False) -> None:
     """Link the artifacts of offline runs to the W&B registry; run `wandb sync` first."""
-    from polyexport.sinks.wandb import link
+    from polyexport.publish.wandb import link
 
     with _told():
         linked = link(folder)

@@ -12,7 +12,7 @@ from polyexport.errors import BadRequest
 from polyexport.spec import Arrays, ExportSpec
 
 if TYPE_CHECKING:
-    from polyexport.toolchain import Toolchain
+    from polyexport.workers.toolchain import Toolchain
 
 Runner = Callable[[Arrays], Arrays]
 """A loaded artifact: named arrays in, named arrays out. The only interface to a runtime.
@@ -27,7 +27,7 @@ Convert = Callable[[Path, Path, ExportSpec], None]
 """`convert(source, target, spec)`: read the upstream artifact at `source`, write the artifact to `target`."""
 
 MODULE = "module"
-"""The upstream of a root route: the folder of a PyTorch module, read by `polyexport.module.load`."""
+"""The upstream of a root route: the folder of a PyTorch module, read by `polyexport.capture.snapshot.load`."""
 
 
 class Load(Protocol):

@@ -42,11 +42,11 @@ from typing import Any, TextIO
 import numpy as np
 
 from polyexport.errors import CannotRun, ToolMissing
-from polyexport.folders import UNFINISHED
 from polyexport.format import Format, Route, Runner
-from polyexport.job import TEMPORARY, Job, result_path
-from polyexport.records import decode, read_json, write_json
+from polyexport.report.folders import UNFINISHED
+from polyexport.serialization import decode, read_json, write_json
 from polyexport.spec import Arrays, read_arrays, write_arrays
+from polyexport.workers.job import TEMPORARY, Job, result_path
 
 
 def main() -> int:
@@ -116,8 +116,8 @@ def _done(path: Path, root: Path, job: Job) -> bool:
 
 
 def prepare(root: Path, job: Job) -> Any:
-    """Make the reference; see `polyexport.reference`."""
-    from polyexport.reference import make
+    """Make the reference; see `polyexport.measure.reference`."""
+    from polyexport.measure.reference import make
 
     return make(root, root / job.source, job.options["dynamic"], job.options.get("git_commit", ""))
 
@@ -149,7 +149,7 @@ def verify(root: Path, job: Job) -> Any:
     A runner may say what it is beyond a function: `verified_by` (see `Parity`), the artifact's own `signature` where
     that is not PyTorch's, and its `shortfall`, what was asked for and dropped.
     """
-    from polyexport.parity import compare, merge
+    from polyexport.measure.parity import compare, merge
 
     assert job.spec is not None, "a job that runs an artifact has its signature"
     each, _ = _declared(root, job)
@@ -176,8 +176,8 @@ def bench(root: Path, job: Job, lines: Iterator[bytes], answers: TextIO) -> int:
     The first answer comes unasked, once the artifact is loaded and warm. A runner that is not what will serve the
     artifact says so as its `stand_in`, and is not timed.
     """
-    from polyexport.latency import sample_ms, timed_ms, warm_up
-    from polyexport.priority import first_waited_seconds
+    from polyexport.measure.latency import sample_ms, timed_ms, warm_up
+    from polyexport.workers.priority import first_waited_seconds
 
     inputs = _inputs(root / job.batches[0].path, job)
     start = time.perf_counter()
@@ -253,7 +253,7 @@ def _declared(root: Path, job: Job) -> tuple[Format, Route | None]:
 def _load(root: Path, job: Job) -> Runner:
     assert job.spec is not None, "a job that runs an artifact has its signature"
     if job.format is None:
-        from polyexport.reference import eager
+        from polyexport.measure.reference import eager
 
         return eager(root / job.source, threads=job.threads)
     each, _ = _declared(root, job)

@@ -21,7 +21,8 @@ from rich.console import Console
 from rich.table import Table
 
 import polyexport
-from polyexport import Toolchain, toolchain
+from polyexport import Toolchain
+from polyexport.workers import toolchain
 
 ONNX2TF = Toolchain("onnx2tf", ("onnx2tf==1.29.24", "tensorflow==2.19.0"), python=">=3.11,<3.12")
 SAMPLE = "calibration_image_sample_data_20x128x128x3_float32.npy"
@@ -32,8 +33,8 @@ package = types.ModuleType("polyexport"); package.__path__ = [sys.argv[1]]; sys.
 from pathlib import Path
 import tensorflow
 from polyexport.formats.saved_model import convert
-from polyexport.job import Job
-from polyexport.records import decode, read_json
+from polyexport.workers.job import Job
+from polyexport.serialization import decode, read_json
 import polyexport.lowering.tensorflow
 job = decode(Job, read_json(Path(sys.argv[4])))
 start = time.perf_counter()

@@ -20,15 +20,15 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
 import polyexport
 import zoo
 from polyexport import FORMATS
-from polyexport.job import Batch
-from polyexport.parity import compare
-from polyexport.records import decode
-from polyexport.reference import Reference
+from polyexport.measure.parity import compare
+from polyexport.measure.reference import Reference
+from polyexport.serialization import decode
+from polyexport.workers.job import Batch
 
 NAMES = ("torchscript", "pt2", "onnx", "openvino")
 
@@ -54,9 +54,9 @@ def inside(model: str, folder: Path) -> None:
     import numpy as np
     import torch
 
-    from polyexport import module as modules
-    from polyexport import reference
-    from polyexport.records import encode
+    from polyexport.capture import snapshot as modules
+    from polyexport.measure import reference
+    from polyexport.serialization import encode
 
     source = folder / "source"
     source.mkdir(parents=True)

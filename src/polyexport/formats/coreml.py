@@ -8,8 +8,8 @@ Requirements:
 * Names are kept, but for words of MIL's own, such as `state`, and characters that MIL has not in names: the report then
   gives the package's own signature, and says so in a line.
 * A free axis needs an upper bound in an ML Program; it gets a generous one.
-* On macOS the package is run by Core ML. Elsewhere it is read back and evaluated (see `polyexport.mil`): nothing of the
-  conversion but the file takes part in that.
+* On macOS the package is run by Core ML. Elsewhere it is read back and evaluated (see `polyexport.coreml`): nothing of
+  the conversion but the file takes part in that.
 """
 
 from __future__ import annotations
@@ -63,9 +63,9 @@ def _known_only(program: torch.export.ExportedProgram) -> torch.export.ExportedP
     from coremltools.converters.mil.frontend.torch.torch_op_registry import is_torch_fx_node_supported
     from torch._decomp import decomposition_table
 
-    from polyexport.mil import composite
+    from polyexport.coreml.patches import composite_ops
 
-    composite.register()
+    composite_ops.register()
     parts = {**decomposition_table, **torch.export.default_decompositions()}
     program = program.run_decompositions({})
     for _ in range(4):  # what is taken apart may have parts that are lacking too
@@ -124,10 +124,10 @@ def _convert(model: Any, target: Path, spec: ExportSpec, precision: str) -> None
     """Write a package for the oldest systems that have all its ops."""
     import coremltools as ct
 
-    from polyexport.mil import composite, rank
+    from polyexport.coreml.patches import composite_ops, high_rank_pass
 
-    composite.register()
-    rank.register()
+    composite_ops.register()
+    high_rank_pass.register()
     try:
         package = _translated(model, spec, precision, None)
     except ValueError as error:
@@ -211,7 +211,7 @@ def _predicted(path: Path) -> Runner:
 def _evaluated(path: Path, threads: int) -> Runner:
     import torch
 
-    from polyexport.mil.evaluate import evaluator
+    from polyexport.coreml.evaluate import evaluator
 
     torch.set_num_threads(threads)
     return evaluator(path)

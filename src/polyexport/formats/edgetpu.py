@@ -26,8 +26,8 @@ import numpy as np
 from polyexport.errors import ToolMissing
 from polyexport.format import Format, Route, Runner, Snippet
 from polyexport.formats import tflite
-from polyexport.program import load_program
 from polyexport.spec import Arrays, ExportSpec, TensorSpec
+from polyexport.tracing.exported_program import load_program
 
 COMPILER = "edgetpu_compiler"
 URL = "https://coral.ai/docs/edgetpu/compiler/"

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from polyexport.format import Format, Route, Runner, Snippet
-from polyexport.program import load_program
 from polyexport.spec import Arrays, ExportSpec
+from polyexport.tracing.exported_program import load_program
 
 _AT_LEAST = 64
 """The least upper bound of a free axis: memory is planned for it."""

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from polyexport.format import MODULE, Format, Route, Runner, Snippet
-from polyexport.program import load_program
 from polyexport.spec import Arrays, ExportSpec
+from polyexport.tracing.exported_program import load_program
 
 if TYPE_CHECKING:
     import onnx
@@ -69,15 +69,15 @@ def convert_trace(source: Path, target: Path, spec: ExportSpec, *, opset: int = 
     """Trace and translate the module with the TorchScript exporter, which takes some models that dynamo does not."""
     import torch
 
-    from polyexport import module
-    from polyexport.tracing import written_out
+    from polyexport.capture import snapshot
+    from polyexport.tracing.decompositions import written_out
 
     axes = {tensor.name: tensor.dynamic for tensor in (*spec.inputs, *spec.outputs) if tensor.dynamic}
     with warnings.catch_warnings(), torch.no_grad(), written_out():
         warnings.simplefilter("ignore", DeprecationWarning)  # it is the fallback, by intent
         torch.onnx.export(
-            module.load(source),
-            module.example(source, spec),
+            snapshot.load(source, spec.output_names),
+            snapshot.example(source, spec),
             str(target),
             dynamo=False,
             input_names=list(spec.input_names),

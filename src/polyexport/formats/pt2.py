@@ -16,14 +16,13 @@ def convert(source: Path, target: Path, spec: ExportSpec) -> None:
     """Trace the module once with `torch.export`, its dynamic axes free."""
     import torch
 
-    from polyexport import module
-    from polyexport.program import export_program
-    from polyexport.tracing import written_out
+    from polyexport.capture import snapshot
+    from polyexport.tracing.decompositions import written_out
+    from polyexport.tracing.exported_program import export_program
 
+    traced, inputs = snapshot.load(source, spec.output_names), snapshot.example(source, spec)
     with written_out():
-        program = export_program(
-            module.load(source), module.example(source, spec), [tensor.dynamic for tensor in spec.inputs]
-        )
+        program = export_program(traced, inputs, [tensor.dynamic for tensor in spec.inputs])
     torch.export.save(program, target, extra_files={"polyexport.json": json.dumps(dict(spec.metadata))})
 
 
@@ -31,7 +30,7 @@ def load(path: Path, spec: ExportSpec, *, threads: int) -> Runner:
     """Run the saved program with PyTorch."""
     import torch
 
-    from polyexport.flat import as_runner
+    from polyexport.capture.flatten import as_runner
 
     torch.set_num_threads(threads)
     return as_runner(torch.export.load(path).module(), spec)

@@ -22,10 +22,10 @@ from typing import Any
 
 import numpy as np
 
-from polyexport import gpu
 from polyexport.errors import CannotRun, ToolMissing
 from polyexport.format import Convert, Format, Route, Runner, Snippet
 from polyexport.spec import Arrays, ExportSpec
+from polyexport.workers import gpu
 
 _AT_LEAST = 64
 """The least upper bound of a free axis."""
@@ -144,7 +144,7 @@ def _bounds(sizes: Mapping[str, int]) -> tuple[Mapping[str, int], Mapping[str, i
 
 def _cache_file(device: Device, trt: Any) -> Path:
     """Where the timings of layers are kept: they hold for one GPU and one version."""
-    from polyexport.toolchain import cache_folder
+    from polyexport.workers.toolchain import cache_folder
 
     name = f"{device.name}-{device.capability}-{trt.__version__}".replace(" ", "-").replace("/", "-")
     return cache_folder() / "tensorrt" / f"{name}.timing"

@@ -22,8 +22,8 @@ import numpy as np
 from polyexport.format import Format, Route, Runner, Snippet
 from polyexport.formats.graphdef import check_size
 from polyexport.formats.saved_model import SIGNATURE
-from polyexport.latency import timed_ms
-from polyexport.parity import compare
+from polyexport.measure.latency import timed_ms
+from polyexport.measure.parity import compare
 from polyexport.spec import Arrays, ExportSpec
 
 _PROGRAM = Path(__file__).parents[1] / "toolchains" / "tfjs" / "run.cjs"

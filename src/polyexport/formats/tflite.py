@@ -22,8 +22,8 @@ import numpy as np
 
 from polyexport.format import Format, Route, Runner, Snippet
 from polyexport.formats.saved_model import SIGNATURE
-from polyexport.program import load_program
 from polyexport.spec import Arrays, ExportSpec, TensorSpec, calibration
+from polyexport.tracing.exported_program import load_program
 
 if TYPE_CHECKING:
     import torch

@@ -19,16 +19,16 @@ if TYPE_CHECKING:
 
 def convert(source: Path, target: Path, spec: ExportSpec) -> None:
     """Trace the module with `torch.jit.trace`; all axes stay as free as the module's own code leaves them."""
-    from polyexport import module
-    from polyexport.tracing import written_out
+    from polyexport.capture import snapshot
+    from polyexport.tracing.decompositions import written_out
 
     with written_out():
-        _trace(module.load(source), module.example(source, spec), target, spec)
+        _trace(snapshot.load(source, spec.output_names), snapshot.example(source, spec), target, spec)
 
 
 def convert_program(source: Path, target: Path, spec: ExportSpec) -> None:
     """Trace the program of `torch.export`, which is operators only: a trace of Python refuses functions of autograd."""
-    from polyexport.program import load_program
+    from polyexport.tracing.exported_program import load_program
 
     program = load_program(source)
     inputs, _ = program.example_inputs
@@ -77,7 +77,7 @@ def load(path: Path, spec: ExportSpec, *, threads: int) -> Runner:
     """Run the saved trace with PyTorch."""
     import torch
 
-    from polyexport.flat import as_runner
+    from polyexport.capture.flatten import as_runner
 
     torch.set_num_threads(threads)
     return as_runner(torch.jit.load(str(path)).eval(), spec)

@@ -1,0 +1,1 @@
+"""What is exported: a module, its checkpoint and its inputs, to a folder and back."""

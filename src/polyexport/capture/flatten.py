@@ -1,0 +1,219 @@
+"""A module as a flat function: named tensors in, named tensors out.
+
+Every converter sees this form, because the tracers of TorchScript and Core ML choke on dicts. The names come from
+forward's own arguments and from the keys of what it returns.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from polyexport.capture.pytree import closed, opened
+from polyexport.capture.unwrap import own_attributes
+from polyexport.errors import BadRequest
+from polyexport.format import Runner
+from polyexport.spec import Arrays, ExportSpec
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_CONSTANTS = (bool, int, float, complex, str, bytes, type(None))
+
+
+def flat(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Wrap `module` as a function of the tensors in `args` and `kwargs`, by name, that returns its output tensors.
+
+    What is no tensor in the call is a constant, and kept as it is. The wrapper is in eval mode and has `input_names`,
+    the `example` that the call holds, and `output_names`, which are known once it ran. Its owner may set the names of
+    the outputs that are `kept`, and a context that it runs `within`. One output comes back as a tensor, several as a
+    tuple.
+
+    Raises:
+        BadRequest: there is no tensor in the call, or it lies in an object that cannot be opened.
+    """
+    import torch
+    from torch.utils import _pytree as pytree
+
+    leaves, tree, inputs = taken_apart(module.forward, args, kwargs)
+
+    class Flat(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = module
+            self.input_names = tuple(inputs)
+            self.output_names: tuple[str, ...] = ()
+            self.dropped: tuple[str, ...] = ()
+            self.kept: tuple[str, ...] | None = None
+            self.within: AbstractContextManager[Any] = contextlib.nullcontext()
+            tensors = (leaves[index] for index in inputs.values())
+            self.example = tuple(tensor.float() if tensor.is_floating_point() else tensor for tensor in tensors)
+
+        def forward(self, *tensors: Any) -> Any:
+            values = list(leaves)
+            for index, tensor in zip(inputs.values(), tensors, strict=True):
+                values[index] = tensor
+            call_args, call_kwargs = closed(pytree.tree_unflatten(values, tree))
+            with self.within:
+                answer = self.inner(*call_args, **call_kwargs)
+            outputs, self.dropped = named_tensors(answer, taken=inputs)
+            if self.kept is not None:
+                outputs = {name: outputs[name] for name in self.kept}
+            self.output_names = tuple(outputs)
+            return tuple(outputs.values()) if len(outputs) > 1 else next(iter(outputs.values()))
+
+    # tracers read argument names from the signature, and write them into the artifact
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    parameters = [inspect.Parameter(name, kind) for name in ("self", *inputs)]
+    Flat.forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # any function has one
+    return Flat().eval()
+
+
+def taken_apart(
+    forward: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[list[Any], Any, dict[str, int]]:
+    """The leaves of a call of `forward`, the tree that they are of, and which leaf each tensor is, by name.
+
+    Raises:
+        BadRequest: there is no tensor in the call, or it lies in an object that cannot be opened.
+    """
+    import torch
+    from torch.utils import _pytree as pytree
+
+    paths, tree = pytree.tree_flatten_with_path(opened((tuple(args), dict(kwargs))))
+    names = _argument_names(forward, len(args))
+    inputs: dict[str, int] = {}
+    for index, (path, leaf) in enumerate(paths):
+        name = _unique(_identifier("_".join([_first(path, names), *map(_key, path[2:])])), inputs)
+        if isinstance(leaf, torch.Tensor):
+            inputs[name] = index
+        elif _holds_tensors(leaf):
+            kind = type(leaf).__name__
+            raise BadRequest(
+                f"forward's argument {name} is a {kind} that holds tensors, which no converter can take; give "
+                "inputs=<a function of the batch> that returns tensors (or tuples and dicts of them), and "
+                f"module=<a wrapper whose forward builds the {kind} from them>"
+            )
+    if not inputs:
+        raise BadRequest("forward received no tensor; give inputs=<a function of the batch> that returns some")
+    return [leaf for _, leaf in paths], tree, inputs
+
+
+def _holds_tensors(leaf: Any, depth: int = 4) -> bool:
+    """Whether an object has tensors among its attributes, or theirs."""
+    import torch
+
+    if isinstance(leaf, torch.Tensor):
+        return True
+    if isinstance(leaf, Mapping):
+        held: Iterable[Any] = leaf.values()
+    elif isinstance(leaf, list | tuple | set):
+        held = leaf
+    else:
+        held = own_attributes(leaf).values() if not isinstance(leaf, type | ModuleType) else ()
+    return depth > 0 and any(_holds_tensors(item, depth - 1) for item in held)
+
+
+def named_tensors(value: Any, taken: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The tensors in what forward returned, by name, and the names of the parts that hold none.
+
+    A dict or dataclass gives its keys, a tuple `output_0`, `output_1` …; levels are joined by `_`. A name that an input
+    has already (`taken`) gets `_output` behind it, since a graph's names are unique.
+
+    Raises:
+        BadRequest: there is no tensor at all.
+    """
+    outputs: dict[str, Any] = {}
+    dropped: list[str] = []
+    for name, leaf in _walk(value, ""):
+        if leaf is None:
+            dropped.append(name)
+        else:
+            clean = _identifier(name)
+            outputs[_unique(f"{clean}_output" if clean in taken else clean, outputs)] = leaf
+    if not outputs:
+        raise BadRequest(f"forward returned a {type(value).__name__} without a tensor in it")
+    return outputs, tuple(dropped)
+
+
+def _walk(value: Any, name: str) -> Iterator[tuple[str, Any]]:
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        yield name or "output_0", value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _walk(item, f"{name}_{key}" if name else str(key))
+    elif dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            yield from _walk(getattr(value, field.name), f"{name}_{field.name}" if name else field.name)
+    elif isinstance(value, tuple) and hasattr(value, "_fields"):
+        for key, item in zip(value._fields, value, strict=True):
+            yield from _walk(item, f"{name}_{key}" if name else key)
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            yield from _walk(item, f"{name or 'output'}_{index}")
+    elif not isinstance(value, _CONSTANTS):
+        yield f"{name or 'output'} ({type(value).__name__})", None
+
+
+def _argument_names(forward: Callable[..., Any], count: int) -> list[str]:
+    """Names of the first `count` positional arguments of `forward`."""
+    names: list[str] = []
+    for parameter in inspect.signature(forward).parameters.values():
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            names += [f"{parameter.name}_{index}" for index in range(count - len(names))]
+        elif parameter.kind is not parameter.VAR_KEYWORD:
+            names.append(parameter.name)
+    return names
+
+
+def _first(path: Any, names: Sequence[str]) -> str:
+    argument = path[1]
+    return names[argument.idx] if path[0].idx == 0 else str(argument.key)
+
+
+def _key(entry: Any) -> str:
+    """One step of a pytree path: a dict's key, a tuple's index or a field's name."""
+    for attribute in ("key", "idx", "name"):
+        if hasattr(entry, attribute):
+            return str(getattr(entry, attribute))
+    return str(entry)
+
+
+def _identifier(name: str) -> str:
+    clean = re.sub(r"\W", "_", name)
+    return f"_{clean}" if clean[:1].isdigit() else clean
+
+
+def _unique(name: str, taken: Mapping[str, Any]) -> str:
+    if name not in taken:
+        return name
+    return next(f"{name}_{n}" for n in range(2, len(taken) + 3) if f"{name}_{n}" not in taken)
+
+
+def to_arrays(names: Sequence[str], tensors: Any) -> Arrays:
+    """Name the tensors that a flat module returned, as numpy arrays."""
+    import torch
+
+    listed = (tensors,) if isinstance(tensors, torch.Tensor) else tuple(tensors)
+    return {name: tensor.detach().cpu().numpy() for name, tensor in zip(names, listed, strict=True)}
+
+
+def as_runner(module: Any, spec: ExportSpec | None = None) -> Runner:
+    """A flat module as a function of named arrays; without `spec` by its own names, which it knows once it ran."""
+    import torch
+
+    def run(inputs: Arrays) -> Arrays:
+        names = spec.input_names if spec else module.input_names
+        with torch.inference_mode():
+            answer = module(*(torch.from_numpy(inputs[name]) for name in names))
+        return to_arrays(spec.output_names if spec else module.output_names, answer)
+
+    return run

@@ -1,0 +1,75 @@
+"""Arguments in containers that PyTorch's pytree takes for one leaf: mappings such as `BatchEncoding`, and dataclasses.
+
+They are opened into boxes, which pytree knows, and closed into objects of their own class before forward sees them.
+Their classes are not registered with pytree, since that would hold for all of the user's process.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """What lies in a container, by key or by field, and a container like it."""
+
+    like: Any
+    content: Mapping[str, Any]
+
+
+def opened(value: Any) -> Any:
+    """`value` with each such container in it as a `Box`, at any depth."""
+    return _pytree().tree_map(_box, value)
+
+
+def closed(value: Any) -> Any:
+    """`value` with each `Box` in it as the container that it was, holding what the box holds now."""
+    return _pytree().tree_map(
+        lambda leaf: _unbox(leaf) if isinstance(leaf, Box) else leaf, value, is_leaf=lambda leaf: isinstance(leaf, Box)
+    )
+
+
+def tree_map(function: Callable[[Any], Any], value: Any) -> Any:
+    """`value`, opened, with what `function` makes of each leaf."""
+    return _pytree().tree_map(function, value)
+
+
+def _box(leaf: Any) -> Any:
+    if isinstance(leaf, Mapping):
+        return Box(leaf, {key: opened(item) for key, item in leaf.items()})
+    if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+        return Box(leaf, {field.name: opened(getattr(leaf, field.name)) for field in dataclasses.fields(leaf)})
+    return leaf
+
+
+def _unbox(box: Box) -> Any:
+    made = copy.copy(box.like)
+    for key, item in box.content.items():
+        if isinstance(made, Mapping):
+            made[key] = closed(item)  # type: ignore[index]  # one that forbids it is not filled by any collator
+        else:
+            object.__setattr__(made, key, closed(item))  # a frozen one too
+    return made
+
+
+@functools.cache
+def _pytree() -> Any:
+    from torch.utils import _pytree as pytree
+
+    def keys(box: Box) -> tuple[list[tuple[Any, Any]], Any]:
+        return [(pytree.MappingKey(key), item) for key, item in box.content.items()], (box.like, tuple(box.content))
+
+    def flatten(box: Box) -> tuple[list[Any], Any]:
+        return list(box.content.values()), (box.like, tuple(box.content))
+
+    def unflatten(items: Iterable[Any], context: Any) -> Box:
+        like, names = context
+        return Box(like, dict(zip(names, items, strict=True)))
+
+    pytree.register_pytree_node(Box, flatten, unflatten, flatten_with_keys_fn=keys)
+    return pytree

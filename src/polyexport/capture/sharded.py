@@ -1,0 +1,66 @@
+"""Sharded checkpoints: a folder that several ranks wrote, to one file.
+
+Requirements:
+* Nothing but a worker reads it: joining needs the memory of the whole model.
+* It is joined by the tools of those who wrote it: PyTorch's for FSDP and tensor parallelism, DeepSpeed's for ZeRO.
+
+https://docs.pytorch.org/docs/stable/distributed.checkpoint.html
+https://deepspeed.readthedocs.io/en/latest/model-checkpointing.html
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from polyexport.capture.snapshot import read_checkpoint
+from polyexport.errors import BadRequest, ToolMissing
+
+
+def join(shards: Path, target: Path) -> None:
+    """Write the weights in the folder `shards`, and what is known of when it was made, to the file `target`.
+
+    Raises:
+        BadRequest: the folder was written by neither of the tools.
+        ToolMissing: DeepSpeed wrote it, and is not installed here.
+    """
+    import torch
+
+    if (shards / ".metadata").exists():
+        joined = _by_pytorch(shards, target.with_suffix(".joined"))
+    elif (shards / "latest").exists() or (shards / "zero_to_fp32.py").exists():
+        joined = {"state_dict": _by_deepspeed(shards)}
+    else:
+        held = ", ".join(sorted(path.name for path in shards.iterdir())[:5])
+        raise BadRequest(
+            f"the checkpoint is a folder with {held}; known are those of torch.distributed.checkpoint (FSDP, tensor "
+            "parallelism) and of DeepSpeed; join it yourself and give the file to `polyexport export`"
+        )
+    torch.save(joined, target)
+
+
+def _by_pytorch(shards: Path, whole: Path) -> dict[str, Any]:
+    """FSDP's layout in Lightning has the weights under `model`, that of ModelParallelStrategy under `state_dict`."""
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+    dcp_to_torch_save(shards, whole)
+    found = read_checkpoint(whole)
+    joined = {"state_dict": found.get("state_dict", found.get("model", found))}
+    if (shards / "meta.pt").exists():  # what Lightning keeps beside the weights
+        about = read_checkpoint(shards / "meta.pt")
+        joined |= {key: about[key] for key in ("epoch", "global_step") if key in about}
+    whole.unlink()
+    return joined
+
+
+def _by_deepspeed(shards: Path) -> dict[str, Any]:
+    if importlib.util.find_spec("deepspeed") is None:
+        raise ToolMissing(
+            "the checkpoint is a folder of DeepSpeed's, and deepspeed, which joins it, is not installed; "
+            "install it (`pip install deepspeed`) and run `polyexport export` on the checkpoint"
+        )
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    found = get_fp32_state_dict_from_zero_checkpoint(str(shards))
+    return {name.removeprefix("_forward_module."): tensor for name, tensor in found.items()}

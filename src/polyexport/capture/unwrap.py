@@ -1,0 +1,316 @@
+"""A module as its author wrote it, without what training wrapped around it.
+
+`torch.compile`, FSDP, tensor parallelism and DeepSpeed put wrappers, hooks and process groups on a module, which no
+other process can use and most of which cannot be pickled. They are left out while pickling, and so is what belongs to
+training wherever it hangs: trainers, callbacks, loggers, and data sets, which may be gigabytes. The module that trains
+stays as it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import sys
+import threading
+import weakref
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
+from types import MemberDescriptorType
+from typing import TYPE_CHECKING, Any
+
+from polyexport.capture import devices
+
+if TYPE_CHECKING:
+    import torch
+
+_TRAINING_ONLY = ("torch.distributed.", "deepspeed.")
+_BACKWARD = ("_backward_hooks", "_backward_pre_hooks")
+_COMPOSABLE = "__composable_api_state_key"
+"""How names begin under which `fully_shard` and its like keep what they know of a module."""
+_COMPILED = ("_compiled_call_impl", "_compiler_ctx")
+"""Where `Module.compile` and Lightning keep what `torch.compile` made of a module."""
+
+
+def reduced(item: Any) -> Any:
+    """How to pickle a module without what training added: as `__reduce__` says it; NotImplemented for all else.
+
+    A global that holds a context variable, which cannot be pickled, is named: a hook of transformers refers to one.
+    """
+    import torch
+
+    if type(item) in weakref.ProxyTypes:
+        return weakref.proxy, (item.__repr__.__self__,)
+    found = devices.reduced(item)
+    if found is not NotImplemented:
+        return found
+    if type(item).__name__ == "DeviceMesh":
+        return type(None), ()
+    if any(isinstance(each, ContextVar) for each in own_attributes(item).values()):
+        return _named(item)
+    if isinstance(item, torch.jit.ScriptModule | torch.jit.ScriptFunction):
+        return _scripted(item)
+    if not isinstance(item, torch.nn.Module):
+        return _reduced_object(item)
+    inner = _inner(item)
+    if inner is not item:
+        return _itself, (inner,)
+    kind: Any = type(item)
+    if kind.__reduce__ is not object.__reduce__ or kind.__reduce_ex__ is not object.__reduce_ex__:
+        return NotImplemented
+    # a parametrised module refuses to tell its state, for fear of a class that is not there when it is read
+    state = item.__dict__ if "parametrizations" in item._modules else item.__getstate__()
+    if not isinstance(state, dict):
+        return NotImplemented
+    if slots := _slots(item):  # of which no module tells in its state
+        return _empty, (_own_class(kind),), (_cleaned(state), slots), None, None, _fill
+    return _empty, (_own_class(kind),), _cleaned(state)
+
+
+def _slots(item: Any) -> dict[str, Any]:
+    """What an object has in its `__slots__`."""
+    slots = {}
+    for kind in type(item).__mro__:
+        for name, slot in vars(kind).items():
+            if isinstance(slot, MemberDescriptorType):
+                with contextlib.suppress(AttributeError):  # it is empty
+                    slots[name] = slot.__get__(item)
+    return slots
+
+
+def _reduced_object(item: Any) -> Any:
+    """How to pickle what is no module, where it needs help."""
+    kind: Any = type(item)
+    if isinstance(item, type):
+        return NotImplemented
+    if is_data(item) or is_of_training(item):
+        return LeftBehind, (kind.__name__,)
+    if isinstance(item, weakref.ref):
+        return _weak, (item(), isinstance(item, weakref.WeakMethod))
+    if isinstance(item, _LOCKS):
+        return threading.RLock if isinstance(item, _LOCKS[1]) else threading.Lock, ()
+    own = any(getattr(kind, name, None) is not getattr(object, name, None) for name in _PICKLING)
+    if own or "__getattr__" not in {name for base in kind.__mro__ for name in vars(base)}:
+        return NotImplemented
+    # pickle asks an empty object for __setstate__, and what its __getattr__ says then may be anything
+    return _empty, (kind,), (dict(own_attributes(item)), _slots(item)), None, None, _fill
+
+
+_PICKLING = ("__reduce__", "__reduce_ex__", "__getstate__", "__setstate__", "__getnewargs__", "__getnewargs_ex__")
+_LOCKS = (type(threading.Lock()), type(threading.RLock()))
+
+
+def _fill(item: Any, state: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    """Give an object its attributes and its slots."""
+    import torch
+
+    attributes, slots = state
+    if isinstance(item, torch.nn.Module):
+        item.__setstate__(attributes)
+    elif attributes:
+        object.__getattribute__(item, "__dict__").update(attributes)
+    for name, value in slots.items():
+        object.__setattr__(item, name, value)
+
+
+def _weak(target: Any, method: bool) -> Any:
+    """A weak reference to what is held elsewhere, or one whose target is gone."""
+    if target is None:
+        return weakref.ref(LeftBehind("target that is gone"))
+    return weakref.WeakMethod(target) if method else weakref.ref(target)
+
+
+def _scripted(item: Any) -> Any:
+    """What `torch.jit.script` or `trace` made: the Python function that it was made from, or its code as bytes."""
+    import torch
+
+    python = getattr(item, "_torchdynamo_inline", None) if isinstance(item, torch.jit.ScriptFunction) else None
+    if python is not None:
+        return _itself, (python,)
+    buffer = io.BytesIO()
+    torch.jit.save(item, buffer)
+    return _unscripted, (buffer.getvalue(), getattr(item, "training", False))
+
+
+def _unscripted(code: bytes, training: bool) -> Any:
+    import torch
+
+    made = torch.jit.load(io.BytesIO(code), map_location="cpu")
+    return made.train(training) if isinstance(made, torch.nn.Module) else made
+
+
+def is_data(item: Any) -> bool:
+    """Whether it is a data set or a loader, of which nobody wants a copy: it may be gigabytes, or hold an open file."""
+    from torch.utils.data import DataLoader, Dataset
+
+    return isinstance(item, Dataset | DataLoader)
+
+
+def is_of_training(item: Any) -> bool:
+    """Whether it belongs to a trainer: a trainer, callback, logger, strategy or data module, of either package's."""
+    bases = ((base.__module__.split(".")[0], base.__name__) for base in type(item).__mro__)
+    return any(package in _TRAINERS and name in _OF_TRAINERS for package, name in bases)
+
+
+_TRAINERS = ("lightning", "pytorch_lightning", "lightning_fabric", "wandb", "torch", "tensorboardX")
+_OF_TRAINERS = (
+    "Trainer", "Fabric", "Callback", "Logger", "Strategy", "Accelerator", "Profiler", "LightningDataModule", "Run",
+    "SummaryWriter",
+)  # fmt: skip  # one word a line would be longer than what reads it
+
+
+class LeftBehind:
+    """Stands for what belongs to training, a data set or a callback, of which nothing was taken along.
+
+    Raises:
+        AttributeError: forward asks for something of it; the message says what to do.
+    """
+
+    _kind = ""  # for a copy, which is asked for its methods before it has a state
+
+    def __init__(self, kind: str) -> None:
+        self._kind = kind
+
+    def __getattr__(self, name: str) -> Any:
+        why = "it stays with training, so keep what forward needs in the module"
+        raise AttributeError(f"{name} of a {self._kind}: {why}")
+
+
+def parts(item: Any) -> Iterator[tuple[str, Any]]:
+    """What an object holds, each with the step that leads there: `.name`, `[0]` or `['key']`."""
+    import torch
+
+    if isinstance(item, Mapping):
+        yield from ((f"[{key!r}]", value) for key, value in item.items())
+    elif isinstance(item, list | tuple | set | frozenset):
+        yield from ((f"[{index}]", value) for index, value in enumerate(item))
+    elif not isinstance(item, type):
+        held = own_attributes(item)
+        if isinstance(item, torch.nn.Module):  # what is in its three dicts goes by its own name
+            held = {**held, **held["_modules"]}
+            held = {name: value for name, value in held.items() if name not in ("_modules", "_parameters")}
+        yield from ((f".{name}", value) for name, value in held.items())
+
+
+def own_attributes(item: Any) -> Mapping[str, Any]:
+    """Its `__dict__`, if it has one, without asking its `__getattr__`."""
+    try:
+        found = object.__getattribute__(item, "__dict__")
+    except AttributeError:
+        return {}
+    return found if isinstance(found, Mapping) else {}
+
+
+def _empty(kind: Any) -> Any:
+    """Not `copyreg.__newobj__`, with which pickle allows no class but the object's own."""
+    return kind.__new__(kind)
+
+
+def _named(item: Any) -> Any:
+    """An object as a global of the module that its class is from."""
+    module = sys.modules.get(type(item).__module__)
+    name = next((name for name, value in vars(module).items() if value is item), None) if module else None
+    return NotImplemented if name is None else (getattr, (module, name))
+
+
+def _itself(value: Any) -> Any:
+    return value
+
+
+def _inner(module: Any) -> Any:
+    """What a wrapper of `torch.compile` or of FSDP holds."""
+    name = f"{type(module).__module__}.{type(module).__qualname__}"
+    if name == "torch._dynamo.eval_frame.OptimizedModule":
+        return module._orig_mod
+    return module.module if name.endswith(".FullyShardedDataParallel") else module
+
+
+def _own_class(kind: type) -> type:
+    """The class that `fully_shard` derived its own from, or `kind` itself."""
+    if not any(each.__name__ == "FSDPModule" for each in kind.__bases__):
+        return kind
+    return next(each for each in kind.__bases__ if each.__name__ != "FSDPModule")
+
+
+def _cleaned(state: Mapping[str, Any]) -> dict[str, Any]:
+    cleaned: dict[str, Any] = {}
+    kind: Any
+    for name, value in state.items():
+        kind = type(value)
+        if name in _COMPILED:
+            cleaned[name] = None
+        elif name in _BACKWARD:
+            cleaned[name] = kind()
+        elif name.endswith("_hooks") and isinstance(value, Mapping):
+            cleaned[name] = kind((key, hook) for key, hook in value.items() if not _of_training(hook))
+        elif not (name.startswith(_COMPOSABLE) or "_torchdynamo_orig_callable" in own_attributes(value)):
+            cleaned[name] = value  # and not a method that was compiled, in place of the class's
+    return cleaned
+
+
+def _of_training(hook: Any) -> bool:
+    while isinstance(hook, functools.partial):
+        hook = hook.func
+    return str(getattr(hook, "__module__", "")).startswith(_TRAINING_ONLY)
+
+
+def shape(parameter: torch.nn.Parameter) -> tuple[int, ...] | None:
+    """The shape of a whole parameter; None where only the checkpoint knows it, since this is a shard."""
+    if getattr(parameter, "_fsdp_flattened", False):
+        return None
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor without its device mesh; buffers are the same on every rank."""
+    found: torch.Tensor = getattr(tensor, "to_local", lambda: tensor)()
+    return found
+
+
+def clean_name(name: str) -> str:
+    """A parameter's name without what `torch.compile` wrote into it."""
+    return name.replace("_orig_mod.", "")
+
+
+def settle(module: torch.nn.Module) -> None:
+    """Fix what only training changes: parametrised weights become plain ones, fake quantisation stops observing.
+
+    Both change no answer: a parametrised weight is the same at each call in eval mode, and no validation batch is to
+    move scales that were trained.
+    """
+    from torch.nn.utils import parametrize
+
+    for each in tuple(module.modules()):
+        if parametrize.is_parametrized(each):
+            for name in tuple(each.parametrizations):  # type: ignore[arg-type]  # a ModuleDict
+                parametrize.remove_parametrizations(each, name)
+        for name, child in each.named_children():
+            if hasattr(child, "fake_quant_enabled"):
+                setattr(each, name, _rounding(child))
+
+
+def _rounding(fake: Any) -> torch.nn.Module:
+    """A fake quantiser of torch.ao in arithmetic that every converter knows, with the scales it has now.
+
+    https://docs.pytorch.org/docs/stable/generated/torch.fake_quantize_per_channel_affine.html
+    """
+    import torch
+
+    class Rounding(torch.nn.Module):
+        scale: torch.Tensor
+        zero: torch.Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("scale", fake.scale.detach().clone())
+            self.register_buffer("zero", fake.zero_point.detach().to(fake.scale.dtype))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            shape = [1] * x.dim()
+            if fake.is_per_channel:
+                shape[fake.ch_axis] = -1
+            scale, zero = self.scale.reshape(shape), self.zero.reshape(shape)
+            steps = torch.clamp(torch.round(x * (1 / scale)) + zero, fake.quant_min, fake.quant_max)
+            return (steps - zero) * scale
+
+    return Rounding() if bool(fake.fake_quant_enabled) else torch.nn.Identity()

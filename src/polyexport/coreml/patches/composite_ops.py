@@ -1,0 +1,433 @@
+"""PyTorch ops that coremltools has no translation for, or only one with fixed shapes, put together from MIL ops.
+
+https://apple.github.io/coremltools/docs-guides/source/composite-operators.html
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from polyexport.coreml.patches import scatter_ops
+
+
+def new_ones(context: Any, node: Any) -> None:
+    """`tensor.new_ones(shape, dtype=…)`."""
+    _new(context, node, 1.0)
+
+
+def new_zeros(context: Any, node: Any) -> None:
+    """`tensor.new_zeros(shape, dtype=…)`."""
+    _new(context, node, 0.0)
+
+
+def _new(context: Any, node: Any, value: float) -> None:
+    from coremltools.converters.mil import Builder as mb
+    from coremltools.converters.mil.frontend.torch.ops import NUM_TO_DTYPE_STRING, _get_inputs
+
+    values = _get_inputs(context, node)
+    like, shape = values[0], _as_vector(values[1])
+    number = values[2].val if len(values) > 2 and values[2] is not None else None
+    dtype = NUM_TO_DTYPE_STRING[number] if number is not None else _cast_name(like)
+    scalar = getattr(shape, "val", shape) is not None and len(getattr(shape, "val", shape)) == 0
+    filled = mb.const(val=value) if scalar else mb.fill(shape=shape, value=value)
+    context.add(mb.cast(x=filled, dtype=dtype, name=node.name))
+
+
+def _cast_name(like: Any) -> str:
+    from coremltools.converters.mil.mil import types
+
+    return str(types.builtin_to_string(like.dtype))
+
+
+def _as_vector(shape: Any) -> Any:
+    """A shape of tensors and numbers; a free size goes as it is, else its axis would count as another one's."""
+    from coremltools.converters.mil import Builder as mb
+
+    if not isinstance(shape, list | tuple):
+        return shape
+    whole = [mb.cast(x=s, dtype="int32") if hasattr(s, "dtype") and _cast_name(s) != "int32" else s for s in shape]
+    if any(getattr(size, "rank", 0) for size in whole):
+        whole = [mb.expand_dims(x=s, axes=[0]) if getattr(s, "rank", 1) == 0 else s for s in whole]
+    return mb.concat(values=whole, axis=0)
+
+
+def group_norm(context: Any, node: Any) -> None:
+    """Channels in groups, each group normalised over its channels and all spatial axes; any axis may be free."""
+    from coremltools.converters.mil import Builder as mb
+    from coremltools.converters.mil.frontend.torch.ops import _get_inputs
+
+    x, groups, weight, bias, epsilon = _get_inputs(context, node)[:5]
+    shape = mb.shape(x=x)
+    rows = mb.slice_by_size(x=shape, begin=[0], size=[1])
+    grouped = mb.reshape(x=x, shape=mb.concat(values=[rows, [int(groups.val)], [-1]], axis=0))
+    centred = mb.sub(x=grouped, y=mb.reduce_mean(x=grouped, axes=[2], keep_dims=True))
+    variance = mb.reduce_mean(x=mb.square(x=centred), axes=[2], keep_dims=True)
+    scaled = mb.mul(x=centred, y=mb.rsqrt(x=variance, epsilon=float(epsilon.val)))
+    result = mb.reshape(x=scaled, shape=shape)
+    for vector, combine in ((weight, mb.mul), (bias, mb.add)):
+        if vector is not None:
+            result = combine(x=result, y=mb.reshape(x=vector, shape=[1, -1, *[1] * (x.rank - 2)]))
+    context.add(mb.identity(x=result, name=node.name))
+
+
+def instance_norm(context: Any, node: Any) -> None:
+    """By the statistics that training gathered where the layer keeps them, which coremltools overlooks."""
+    from coremltools.converters.mil import Builder as mb
+    from coremltools.converters.mil.frontend.torch import ops
+
+    x, weight, bias, mean, variance, of_input, _, epsilon = ops._get_inputs(context, node)[:8]
+    if mean is None or of_input.val:
+        ops.instance_norm(context, node)
+        return
+    context.add(
+        mb.batch_norm(x=x, mean=mean, variance=variance, gamma=weight, beta=bias, epsilon=epsilon, name=node.name)
+    )
+
+
+def rms_norm(context: Any, node: Any) -> None:
+    """Scaled by the root of the mean square over the last axes; weight and epsilon may be left out."""
+    from coremltools.converters.mil import Builder as mb
+    from coremltools.converters.mil.frontend.torch.ops import _get_inputs
+
+    x, shape, weight, epsilon = [*_get_inputs(context, node), None, None][:4]
+    axes = list(range(-len(shape if isinstance(shape, list) else shape.val), 0))
+    least = float(np.finfo(np.float32).eps if epsilon is None else epsilon.val)
+    mean = mb.reduce_mean(x=mb.square(x=x), axes=axes, keep_dims=True)
+    result = mb.mul(x=x, y=mb.rsqrt(x=mean, epsilon=least))
+    result = result if weight is None else mb.mul(x=result, y=weight)
+    context.add(mb.identity(x=result, name=node.name))
+
+
+def affine_grid(context: Any, node: Any) -> None:
+    """The places to sample an image at, moved by a matrix for each; coremltools has it for a fixed batch only."""
+    from coremltools.converters.mil import Builder as mb
+    from coremltools.converters.mil.frontend.torch.ops import _get_inputs
+
+    theta, size, corners = _get_inputs(context, node)
+    sizes: list[Any] = [getattr(each, "val", each) for each in (size if isinstance(size, list) else size.val)][2:]
+    if None in sizes or len(sizes) != 2:
+        raise NotImplementedError("affine_grid over other than two axes of known size")
+    lines = [_places(int(count), bool(corners.val)) for count in sizes]
+    rows, columns = np.meshgrid(*lines, indexing="ij")
+    places = np.stack([columns, rows, np.ones_like(rows)], -1).reshape(-1, 3).astype(np.float32)
+    moved = mb.matmul(x=places, y=theta, transpose_y=True)
+    context.add(mb.reshape(x=moved, shape=[-1, *map(int, sizes), 2], name=node.name))
+
+
+def _places(count: int, corners: bool) -> np.ndarray:
+    """From -1 to 1, the centres of the first and the last pixel (`corners`) or their outer sides."""
+    if corners:
+        return np.linspace(-1, 1, count) if count > 1 else np.zeros(1)
+    return (2 * np.arange(count) + 1) / count - 1
+
+
+def unfold(context: Any, node: Any) -> None:
+    """The blocks of an image as columns, by a convolution that picks each place of a block; the batch may be free."""
+    from coremltools.converters.mil import Builder as mb
+    from coremltools.converters.mil.frontend.torch.ops import _get_inputs
+
+    x, *blocks = _get_inputs(context, node)
+    kernel, dilations, padding, strides = (_pair(each) for each in blocks)
+    channels = int(x.shape[1])
+    made = mb.conv(
+        x=x, weight=_picking(channels, kernel), strides=strides, dilations=dilations, groups=channels,
+        pad_type="custom", pad=[padding[0], padding[0], padding[1], padding[1]],
+    )  # fmt: skip  # the blocks on one line
+    count = int(made.shape[2] * made.shape[3])
+    context.add(mb.reshape(x=made, shape=[-1, channels * kernel[0] * kernel[1], count], name=node.name))
+
+
+def fold(context: Any, node: Any) -> None:
+    """Columns laid back as the blocks of an image, added where they overlap, by the convolution turned round."""
+    from coremltools.converters.mil import Builder as mb
+    from coremltools.converters.mil.frontend.torch.ops import _get_inputs
+
+    x, *blocks = _get_inputs(context, node)
+    sizes, kernel, dilations, padding, strides = (_pair(each) for each in blocks)
+    depth = int(x.shape[1])
+    channels = depth // (kernel[0] * kernel[1])
+    counts = [
+        (sizes[i] + 2 * padding[i] - dilations[i] * (kernel[i] - 1) - 1) // strides[i] + 1 for i in (0, 1)
+    ]  # fmt: skip  # as PyTorch's manual has it
+    image = mb.conv_transpose(
+        x=mb.reshape(x=x, shape=[-1, depth, *counts]), weight=_picking(channels, kernel), strides=strides,
+        dilations=dilations, groups=channels, pad_type="valid",
+    )  # fmt: skip  # as above
+    wide = [(counts[i] - 1) * strides[i] + dilations[i] * (kernel[i] - 1) + 1 for i in (0, 1)]
+    missing = [max(sizes[i] + padding[i] - wide[i], 0) for i in (0, 1)]
+    if any(missing):  # what no block reaches
+        image = mb.pad(x=image, pad=[0, 0, 0, 0, 0, missing[0], 0, missing[1]], mode="constant", constant_val=0.0)
+    begin, end = [0, 0, *padding], [0, 0, *(size + before for size, before in zip(sizes, padding, strict=True))]
+    context.add(mb.slice_by_index(x=image, begin=begin, end=end, end_mask=[True, True, False, False], name=node.name))
+
+
+def _pair(sizes: Any) -> list[int]:
+    values = [each.val for each in sizes] if isinstance(sizes, list) else list(sizes.val)
+    return [int(each) for each in values]
+
+
+def _picking(channels: int, kernel: list[int]) -> np.ndarray:
+    """Kernels `(channels * places, 1, *kernel)` of which each has a one at a place of its own."""
+    places = kernel[0] * kernel[1]
+    return np.tile(np.eye(places, dtype=np.float32).reshape(places, 1, *kernel), (channels, 1, 1, 1))
+
+
+def diff(context: Any, node: Any) -> None:
+    """Differences along one axis, `n` times, of what is joined from `prepend`, the tensor and `append`."""
+    from coremltools.converters.mil import Builder as mb
+    from coremltools.converters.mil.frontend.torch.ops import _get_inputs
+
+    values = _get_inputs(context, node)
+    x = values[0]
+    count, axis = (values[index].val if len(values) > index else None for index in (1, 2))
+    axis = (int(axis) if axis is not None else -1) % x.rank
+    ends = [values[index] if len(values) > index else None for index in (3, 4)]
+    if ends != [None, None]:
+        x = mb.concat(values=[each for each in (ends[0], x, ends[1]) if each is not None], axis=axis)
+    for _ in range(int(count) if count is not None else 1):
+        there = [each == axis for each in range(x.rank)]
+        later = mb.slice_by_index(x=x, begin=[int(each) for each in there], end=[0] * x.rank, end_mask=[True] * x.rank)
+        earlier = mb.slice_by_index(
+            x=x, begin=[0] * x.rank, end=[-int(each) for each in there], end_mask=[not each for each in there]
+        )
+        x = mb.sub(x=later, y=earlier)
+    context.add(mb.identity(x=x, name=node.name))
+
+
+def prod(context: Any, node: Any) -> None:
+    """The product along one axis, or of all."""
+    from coremltools.converters.mil import Builder as mb
+    from coremltools.converters.mil.frontend.torch.ops import _get_inputs
+
+    values = _get_inputs(context, node)
+    axes = [int(values[1].val)] if len(values) > 2 and values[1] is not None else None
+    keep = bool(values[2].val) if axes and values[2] is not None else False
+    context.add(mb.reduce_prod(x=values[0], axes=axes, keep_dims=keep, name=node.name))
+
+
+def where(context: Any, node: Any) -> None:
+    """A choice whose result has the shape of all three inputs; MIL's has that of the two that are chosen from."""
+    from coremltools.converters.mil import Builder as mb
+    from coremltools.converters.mil.frontend.torch import ops
+    from coremltools.converters.mil.mil.types.symbolic import any_symbolic
+
+    values = ops._get_inputs(context, node)
+    shapes = [tuple(value.shape) for value in values if value is not None]
+    scalars = len(values) == 3 and not any(shapes[1:])
+    if len(shapes) != 3 or len(set(shapes)) == 1 or not (scalars or any(map(any_symbolic, shapes))):
+        ops.where(context, node)
+        return
+    condition, first, second = values
+    wanted = "fp32" if "fp" in _cast_name(first) + _cast_name(second) else "int32"
+    nothing = mb.mul(x=mb.cast(x=condition, dtype=wanted), y=mb.cast(x=0, dtype=wanted))
+    for value in (first, second):
+        same = mb.equal(x=mb.cast(x=value, dtype=wanted), y=mb.cast(x=value, dtype=wanted))
+        nothing = mb.mul(x=nothing, y=mb.cast(x=same, dtype=wanted))  # of its shape, and still zero
+    a, b = (mb.add(x=nothing, y=mb.cast(x=value, dtype=wanted)) for value in (first, second))
+    wide = mb.not_equal(x=mb.add(x=nothing, y=mb.cast(x=condition, dtype=wanted)), y=mb.cast(x=0, dtype=wanted))
+    booleans = _cast_name(first) == _cast_name(second) == "bool"
+    chosen = mb.select(cond=wide, a=a, b=b, name=node.name + ("_number" if booleans else ""))
+    context.add(mb.cast(x=chosen, dtype="bool", name=node.name) if booleans else chosen, torch_name=node.name)
+
+
+def unsafe_chunk(context: Any, node: Any) -> None:
+    """Even parts along an axis, as the cells of recurrent layers ask for."""
+    from coremltools.converters.mil import Builder as mb
+    from coremltools.converters.mil.frontend.torch.ops import _get_inputs
+
+    x, count, axis = _get_inputs(context, node)
+    context.add(mb.split(x=x, num_splits=count, axis=axis), torch_name=node.name)
+
+
+def _elementwise(build: Callable[..., Any]) -> Callable[[Any, Any], None]:
+    """What `build` makes of MIL's ops and the arguments."""
+
+    def composite(context: Any, node: Any) -> None:
+        from coremltools.converters.mil import Builder as mb
+        from coremltools.converters.mil.frontend.torch.ops import _get_inputs
+
+        context.add(mb.identity(x=build(mb, *_get_inputs(context, node)), name=node.name))
+
+    return composite
+
+
+def _trunc(mb: Any, x: Any) -> Any:
+    return mb.mul(x=mb.sign(x=x), y=mb.floor(x=mb.abs(x=x)))
+
+
+def _fmod(mb: Any, x: Any, y: Any) -> Any:
+    return mb.sub(x=x, y=mb.mul(x=_trunc(mb, mb.real_div(x=x, y=y)), y=y))
+
+
+def _asinh(mb: Any, x: Any) -> Any:
+    """By the magnitude, since the sum of a negative number and its root is lost to rounding."""
+    size = mb.abs(x=x)
+    return mb.mul(x=mb.sign(x=x), y=mb.log(x=mb.add(x=size, y=mb.sqrt(x=mb.add(x=mb.square(x=x), y=1.0)))))
+
+
+_ELEMENTWISE: Mapping[str, Callable[..., Any]] = {
+    # MIL's own `inverse` adds an epsilon of 1e-4 first
+    "reciprocal": lambda mb, x: mb.real_div(x=1.0, y=mb.cast(x=x, dtype="fp32")),
+    "lerp": lambda mb, start, end, weight: mb.add(x=start, y=mb.mul(x=mb.sub(x=end, y=start), y=weight)),
+    "trunc": _trunc,
+    "fmod": _fmod,
+    "erfc": lambda mb, x: mb.sub(x=1.0, y=mb.erf(x=x)),
+    "asinh": _asinh,
+    "acosh": lambda mb, x: mb.log(x=mb.add(x=x, y=mb.sqrt(x=mb.sub(x=mb.square(x=x), y=1.0)))),
+}
+
+
+def bilinear(context: Any, node: Any) -> None:
+    """By coremltools, and what it refuses, sizes that the scale does not divide, by matrices."""
+    from coremltools.converters.mil.frontend.torch import ops
+
+    try:
+        ops.upsample_bilinear2d(context, node)
+    except NotImplementedError:
+        resampled(context, node)
+
+
+def resampled(context: Any, node: Any) -> None:
+    """A resize that weighs rows and columns each on their own, by a matrix for each: what it makes of the identity."""
+    import torch
+    from coremltools.converters.mil import Builder as mb
+    from coremltools.converters.mil.frontend.torch.ops import _get_inputs
+
+    x, size, corners, *scales = _get_inputs(context, node)
+    counts = x.shape[-2:]
+    if not all(isinstance(count, int | np.integer) for count in counts):
+        raise NotImplementedError(f"{node.kind} of an image of free size")
+    scales = _numbers(scales[0] if len(scales) == 1 else scales) or [None, None]
+    sizes = _numbers(size) or [math.floor(count * scale) for count, scale in zip(counts, scales, strict=True)]
+    resize = getattr(torch.ops.aten, node.kind.split(".")[0])
+    rows, columns = (
+        resize(torch.eye(int(count))[None, None], [int(wanted), int(count)], bool(corners.val), scale, None)[0, 0]
+        for count, wanted, scale in zip(counts, sizes, scales, strict=True)
+    )
+    tall = mb.matmul(x=rows.numpy(), y=x)
+    context.add(mb.matmul(x=tall, y=columns.numpy(), transpose_y=True, name=node.name))
+
+
+def _numbers(values: Any) -> list[Any]:
+    """Of a constant or a list of constants; empty where there is none, and as written where float32 was rounded."""
+    listed = values if isinstance(values, list) else getattr(values, "val", None)
+    found = [getattr(each, "val", each) for each in (listed if listed is not None else [])]
+    return [each if each is None else float(str(each)) for each in found]
+
+
+def max_pool_with_places(context: Any, node: Any) -> None:
+    """The greatest of each block and its place in the image, of known size and without padding; else no places."""
+    from coremltools.converters.mil import Builder as mb
+    from coremltools.converters.mil.frontend.torch import ops
+    from coremltools.converters.mil.mil.types.symbolic import any_symbolic
+
+    x, kernel, *how = ops._get_inputs(context, node)
+    kernel, strides = _pair(kernel), _numbers(how[0] if how else None)
+    padding, dilation, ceil = [*how[1:], None, None, None][:3]
+    moved = any(_numbers(padding)) or set(_numbers(dilation)) - {1} or (ceil is not None and ceil.val)
+    if moved or x.rank != 4 or any_symbolic(x.shape[1:]):
+        ops.max_pool1d(context, node)
+        return
+    strides = [int(each) for each in strides or kernel]
+    channels, _, wide = map(int, x.shape[1:])
+    greatest = mb.max_pool(x=x, kernel_sizes=kernel, strides=strides, pad_type="valid")
+    tall, broad = map(int, greatest.shape[2:])
+    blocks = mb.conv(x=x, weight=_picking(channels, kernel), strides=strides, groups=channels, pad_type="valid")
+    blocks = mb.reshape(x=blocks, shape=[-1, channels, kernel[0] * kernel[1], tall * broad])
+    within = np.add.outer(np.arange(kernel[0]) * wide, np.arange(kernel[1])).ravel()
+    corners = np.add.outer(np.arange(tall) * strides[0] * wide, np.arange(broad) * strides[1]).ravel()
+    chosen = mb.gather(x=within.astype(np.int32), indices=mb.reduce_argmax(x=blocks, axis=2), axis=0)
+    places = mb.reshape(x=mb.add(x=chosen, y=corners.astype(np.int32)), shape=[-1, channels, tall, broad])
+    if context.frontend != ops.TorchFrontend.TORCHSCRIPT:
+        context.add((greatest, places), torch_name=node.name)
+        return
+    for name, result in zip(node.outputs, (greatest, places), strict=True):
+        context.add(result, torch_name=name)
+
+
+# --- adaptive pooling -------------------------------------------------------------------------------------------------
+
+
+def adaptive_avg_pool(context: Any, node: Any) -> None:
+    """Means of parts as even as they can be, over one to three axes; the batch may be free."""
+    from coremltools.converters.mil import Builder as mb
+
+    _adaptive(context, node, mb.reduce_mean)
+
+
+def adaptive_max_pool(context: Any, node: Any) -> None:
+    """Likewise the greatest of each part; its place is not given."""
+    from coremltools.converters.mil import Builder as mb
+
+    _adaptive(context, node, mb.reduce_max)
+
+
+def _adaptive(context: Any, node: Any, reduce: Any) -> None:
+    """One axis after the other, which for means and maxima is the same as all at once."""
+    from coremltools.converters.mil import Builder as mb
+    from coremltools.converters.mil.frontend.torch.ops import _get_inputs
+
+    x, sizes = _get_inputs(context, node)[:2]
+    wanted = [int(size) for size in sizes.val]
+    for axis, count in enumerate(wanted, x.rank - len(wanted)):
+        if count == x.shape[axis]:
+            continue
+        x = reduce(x=x, axes=[axis], keep_dims=True) if count == 1 else _parts(x, axis, count, reduce)
+    context.add(mb.identity(x=x, name=node.name))
+
+
+def _parts(x: Any, axis: int, count: int, reduce: Any) -> Any:
+    from coremltools.converters.mil import Builder as mb
+
+    size, parts = int(x.shape[axis]), []
+    for part in range(count):
+        begin, end = [0] * x.rank, [0] * x.rank
+        begin[axis], end[axis] = part * size // count, -(-(part + 1) * size // count)
+        rest = [each != axis for each in range(x.rank)]
+        parts.append(reduce(x=mb.slice_by_index(x=x, begin=begin, end=end, end_mask=rest), axes=[axis], keep_dims=True))
+    return mb.concat(values=parts, axis=axis)
+
+
+# --- their table ------------------------------------------------------------------------------------------------------
+
+_SEPARABLE = ("_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa", "upsample_bicubic2d")
+
+_COMPOSITES = {
+    "new_ones": new_ones,
+    "new_zeros": new_zeros,
+    "group_norm": group_norm,
+    "instance_norm": instance_norm,
+    "rms_norm": rms_norm,
+    "affine_grid_generator": affine_grid,
+    "im2col": unfold,
+    "col2im": fold,
+    "diff": diff,
+    "prod": prod,
+    **dict.fromkeys(("where", "where.self", "where.scalarself"), where),
+    **{name: _elementwise(build) for name, build in _ELEMENTWISE.items()},
+    "unsafe_chunk": unsafe_chunk,
+    "max_pool2d_with_indices": max_pool_with_places,
+    **scatter_ops.COMPOSITES,
+    **dict.fromkeys(("upsample_bilinear2d", "upsample_bilinear2d.vec"), bilinear),
+    **{f"{name}{of}": resampled for name in _SEPARABLE for of in ("", ".vec")},
+    **{f"adaptive_avg_pool{rank}d": adaptive_avg_pool for rank in (1, 2, 3)},
+    **{f"_adaptive_avg_pool{rank}d": adaptive_avg_pool for rank in (2, 3)},
+    **{f"adaptive_max_pool{rank}d": adaptive_max_pool for rank in (1, 2, 3)},
+}
+
+
+def register() -> None:
+    """Add them to coremltools' table of this process, in place of its own."""
+    from coremltools.converters.mil import register_torch_op
+
+    for name, composite in _COMPOSITES.items():
+
+        def translate(context: Any, node: Any, composite: Callable[[Any, Any], None] = composite) -> None:
+            composite(context, node)
+
+        translate.__name__ = name  # it is registered by that
+        register_torch_op(_func=translate, override=True)

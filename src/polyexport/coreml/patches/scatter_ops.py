@@ -1,0 +1,160 @@
+"""PyTorch's writes by index that coremltools lacks or gets wrong, by MIL's scatters; registered by `composite.py`."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+
+def index_put(context: Any, node: Any) -> None:
+    """`x[:, places] = y`, where the axes that are indexed lie side by side, as one scatter along them as one axis.
+
+    Where every axis or none has places of its own coremltools does it; of what lies between it makes something else.
+
+    Raises:
+        NotImplementedError: the axes lie apart or are free, or there is a mask or a table of places.
+    """
+    from coremltools.converters.mil import Builder as mb
+    from coremltools.converters.mil.frontend.torch import ops
+
+    x, indices, values, *more = ops._get_inputs(context, node)
+    (adds,) = ops._get_kwinputs(context, node, "accumulate", default=[more[0] if more else None])
+    axes = [axis for axis, index in enumerate(indices) if index is not None]
+    if len(axes) == len(indices) or not any(indices[axis].rank for axis in axes):
+        ops.index_put(context, node)
+        return
+    first, last = axes[0], axes[-1] + 1
+    sizes = _sizes(x)
+    other = any(indices[axis].rank > 1 or "int" not in _kind(indices[axis]) for axis in axes)
+    if other or axes != list(range(first, last)) or -1 in sizes[first:last] or sizes.count(-1) > 1:
+        raise NotImplementedError(f"{node.kind} at {[None if each is None else each.shape for each in indices]}")
+    place = 0
+    for axis in axes:
+        inside = mb.mod(x=mb.cast(x=indices[axis], dtype="int32"), y=sizes[axis])  # a place may count from the end
+        place = mb.add(x=mb.mul(x=place, y=sizes[axis]), y=inside)
+    merged = mb.reshape(x=x, shape=[*sizes[:first], math.prod(sizes[first:last]), *sizes[last:]])
+    updates = _spread(values, mb.gather(x=merged, indices=place, axis=first), _kind(x))
+    mode = "add" if adds is not None and adds.val else "update"
+    written = mb.scatter(data=merged, indices=place, updates=updates, axis=first, mode=mode)
+    context.add(mb.reshape(x=written, shape=sizes, name=node.name))
+
+
+def index_add(context: Any, node: Any) -> None:
+    """Slices added to those at places along an axis."""
+    from coremltools.converters.mil import Builder as mb
+    from coremltools.converters.mil.frontend.torch import ops
+
+    x, axis, index, updates, *more = ops._get_inputs(context, node)
+    (alpha,) = ops._get_kwinputs(context, node, "alpha", default=[more[0] if more else None])
+    if alpha is not None and alpha.val != 1:
+        updates = mb.mul(x=updates, y=mb.cast(x=alpha, dtype=_kind(updates)))
+    context.add(mb.scatter(data=x, indices=index, updates=updates, axis=axis, mode="add", name=node.name))
+
+
+def index_copy(context: Any, node: Any) -> None:
+    """Slices in place of those at places along an axis."""
+    from coremltools.converters.mil import Builder as mb
+    from coremltools.converters.mil.frontend.torch.ops import _get_inputs
+
+    x, axis, index, updates = _get_inputs(context, node)
+    context.add(mb.scatter(data=x, indices=index, updates=updates, axis=axis, mode="update", name=node.name))
+
+
+def scatter(context: Any, node: Any) -> None:
+    """Entries at their places along an axis: one value for all of them too, for any batch, and booleans."""
+    from coremltools.converters.mil import Builder as mb
+    from coremltools.converters.mil.frontend.torch import ops
+
+    x, axis, index, updates, *more = ops._get_inputs(context, node)
+    if more or ops._get_kwinputs(context, node, "reduce"):
+        ops.scatter(context, node)
+        return
+    kind = "int32" if _kind(x) == "bool" else _kind(x)
+    updates = mb.cast(x=updates, dtype=kind) if updates.rank else _spread(updates, index, kind)
+    places = _beside(x, index, int(axis.val))
+    given = {"data": mb.cast(x=x, dtype=kind), "indices": places, "updates": updates, "axis": axis, "mode": "update"}
+    context.add(mb.cast(x=mb.scatter_along_axis(**given), dtype=_kind(x), name=node.name))
+
+
+def _spread(values: Any, like: Any, kind: str) -> Any:
+    """`values` in the shape of another tensor, which may be free."""
+    from coremltools.converters.mil import Builder as mb
+
+    nothing = mb.cast(x=mb.fill_like(ref_tensor=like, value=0), dtype=kind)
+    return mb.add(x=nothing, y=mb.cast(x=values, dtype=kind))
+
+
+def _beside(x: Any, index: Any, along: int) -> Any:
+    """The index with the free sizes of `x` under one name with it, but `along`: coremltools compares them by name."""
+    from coremltools.converters.mil import Builder as mb
+
+    others = [axis for axis, size in enumerate(_sizes(x)) if size == -1 and axis != along % x.rank]
+    if all(index.shape[axis] == x.shape[axis] for axis in others):
+        return index
+    sizes = [mb.gather(x=mb.shape(x=x), indices=a, axis=0) if a in others else s for a, s in enumerate(_sizes(index))]
+    return mb.reshape(x=index, shape=mb.concat(values=sizes, axis=0))
+
+
+_MODES = {"sum": "add", "prod": "mul", "amax": "max", "amin": "min"}
+"""MIL's name of a reduction, by PyTorch's."""
+
+
+def scatter_add(context: Any, node: Any) -> None:
+    """Each entry and the sources that go to its place, added up."""
+    from coremltools.converters.mil.frontend.torch.ops import _get_inputs
+
+    x, axis, index, updates = _get_inputs(context, node)[:4]
+    _scattered(context, node, x, axis, index, updates, "sum")
+
+
+def scatter_reduce(context: Any, node: Any) -> None:
+    """Each entry and the sources that go to its place, added up, multiplied, or the greatest or least of them.
+
+    Raises:
+        NotImplementedError: their mean, or without the entry; `polyexport.tracing.decompositions` writes these out.
+    """
+    from coremltools.converters.mil.frontend.torch import ops
+
+    x, axis, index, updates, reduce, *more = ops._get_inputs(context, node)
+    (own,) = ops._get_kwinputs(context, node, "include_self", default=[more[0] if more else None])
+    if reduce.val not in _MODES or not (own is None or own.val):
+        raise NotImplementedError(f"scatter_reduce of {reduce.val} with include_self={own is None or own.val}")
+    _scattered(context, node, x, axis, index, updates, reduce.val)
+
+
+def _scattered(context: Any, node: Any, x: Any, axis: Any, index: Any, updates: Any, reduce: str) -> None:
+    """Computed here where all is constant: coremltools then replaces, whatever is asked for."""
+    import torch
+    from coremltools.converters.mil import Builder as mb
+
+    constants = [each.val for each in (x, index, updates)]
+    if all(each is not None for each in constants):
+        data, at, sources = map(torch.from_numpy, constants)
+        context.add(mb.const(val=data.scatter_reduce(axis.val, at.long(), sources, reduce).numpy(), name=node.name))
+        return
+    places = _beside(x, index, int(axis.val))
+    given = {"data": x, "indices": places, "updates": updates, "axis": axis, "mode": _MODES[reduce]}
+    context.add(mb.scatter_along_axis(**given, name=node.name))
+
+
+def _sizes(x: Any) -> list[int]:
+    """Sizes of the axes, -1 for a free one."""
+    from coremltools.converters.mil.mil.types.symbolic import is_symbolic
+
+    return [-1 if is_symbolic(size) else int(size) for size in x.shape]
+
+
+def _kind(x: Any) -> str:
+    from coremltools.converters.mil.mil import types
+
+    return str(types.builtin_to_string(x.dtype))
+
+
+COMPOSITES = {
+    "index_put": index_put,
+    "index_add": index_add,
+    "index_copy": index_copy,
+    **dict.fromkeys(("scatter", "scatter.src", "scatter.value"), scatter),
+    "scatter_add": scatter_add,
+    **dict.fromkeys(("scatter_reduce", "scatter_reduce.two"), scatter_reduce),
+}

@@ -1,0 +1,172 @@
+"""Latency of every artifact of an export, side by side.
+
+Requirements:
+* One process per runtime, since some runtimes crash beside each other; the same inputs and threads for all.
+* Cold starts one after another, then rounds in turn, so that drift of the machine hits all alike.
+* A runtime that is missing here or ends while it is timed, and one that only stands in for the artifact's own, keeps
+  its state, gets no latency, and is named in the notes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from polyexport.engine.dispatch import Dispatcher
+from polyexport.engine.rerun import Runnable, runnables, signature
+from polyexport.engine.routes import Watch
+from polyexport.format import Format
+from polyexport.measure.latency import ROUNDS, Latency, summarise
+from polyexport.measure.reference import VALIDATION_BATCH, resized
+from polyexport.report.report import Outcome, Report
+from polyexport.spec import ExportSpec, read_arrays, write_arrays
+from polyexport.workers import toolchain
+from polyexport.workers.job import Batch, Job
+from polyexport.workers.process import Conversation
+
+EAGER = "pytorch"
+"""The baseline's name among the formats that are timed."""
+
+
+def bench(report: Report, formats: Mapping[str, Format], dispatcher: Dispatcher, watch: Watch) -> Report:
+    """Time eager PyTorch and every artifact that runs; saves the report and returns it."""
+    runnable = runnables(report, formats)
+    if report.model is None or not runnable:
+        return report
+    spec = signature(report)
+    batch = next((int(tensor.shape[0]) for tensor in spec.static().inputs if tensor.shape), 1)
+    measured, why_not = _measured(runnable, spec, VALIDATION_BATCH, batch, dispatcher, watch)
+    return _recorded(report, measured, why_not)
+
+
+def sweep(
+    report: Report, formats: Mapping[str, Format], dispatcher: Dispatcher, watch: Watch, *, most: int = 4096
+) -> list[tuple[str, Latency]]:
+    """Time eager PyTorch and every artifact at batch sizes 1, 2, 4 … `most`, each until its throughput gains under 5 %.
+
+    Axes that are free beside the batch keep their size of the validation batch; an artifact of static shapes is left
+    out. The report is not changed.
+
+    Returns:
+        Format and latency, in the order measured; the batch size stands in the latency.
+    """
+    spec = signature(report)
+    axes = {tensor.name: tensor.dynamic for tensor in spec.inputs}
+    leading = {called for named in axes.values() for axis, called in named.items() if axis == 0}
+    left = [each for each in runnables(report, formats) if each.spec.is_dynamic]
+    real = read_arrays(report.folder / VALIDATION_BATCH, spec.input_names)
+    found: list[tuple[str, Latency]] = []
+    before: dict[str, float] = {}
+    size = 1
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "batch.npz")
+        while left and leading and size <= most:
+            write_arrays(path, resized(real, axes, {**spec.sizes, **dict.fromkeys(leading, size)}))
+            measured, _ = _measured(left, spec, str(path), size, dispatcher, watch)
+            found += measured.items()
+            now = {name: latency.throughput_per_second for name, latency in measured.items()}
+            left = [each for each in left if now.get(each.name, 0) > _WORTH_IT * before.get(each.name, 0)]
+            before, size = now, 2 * size
+    return found
+
+
+_NO_LATENCY = "no latency of "
+_BUSY = "latency was measured on a busy machine"
+
+_QUIET = 0.2
+"""Share of its time that a runtime may have waited for others, by the median, on a machine that passes for quiet.
+
+Two cores with nothing else to do gave 0.03 to 0.08, and with two busy programs 0.3.
+"""
+
+_WORTH_IT = 1.05
+"""Throughput of a doubled batch over that of the batch, from which on the next one is tried too."""
+
+Start = Callable[[], AbstractContextManager[Conversation]]
+
+
+def _measured(
+    runnable: Sequence[Runnable], spec: ExportSpec, batch_path: str, batch: int, dispatcher: Dispatcher, watch: Watch
+) -> tuple[dict[str, Latency], dict[str, str]]:
+    """Latency of eager PyTorch and of each artifact on one batch, and why there is none of the others."""
+    found: dict[str, dict[str, Any]] = {}
+    why_not: dict[str, str] = {}
+    with contextlib.ExitStack() as stack:
+        talks: dict[str, Conversation] = {}
+        for name, start in _starts(runnable, spec, batch_path, dispatcher):
+            watch(name, "measuring")
+            try:
+                talks[name] = stack.enter_context(start())
+            except Exception as error:  # it was made on another machine, and here its environment cannot be
+                why_not[name] = f"{type(error).__name__}: {error}"
+                continue
+            found[name] = talks[name].answer() or {}
+            if "stand_in" in found[name]:
+                why_not[name] = found.pop(name)["stand_in"]
+        _take_turns({name: talks[name] for name in found}, found)
+    for name in (*talks, *why_not):
+        watch(name, None)
+    ended = [name for name, about in found.items() if not about]
+    why_not |= {name: f"its runtime ended while it was timed, see logs/{name}.log" for name in ended}
+    measured = {
+        name: summarise(**about, batch=batch, threads=dispatcher.bounds.threads)
+        for name, about in found.items()
+        if about
+    }
+    return measured, why_not
+
+
+def _starts(
+    runnable: Sequence[Runnable], spec: ExportSpec, batch_path: str, dispatcher: Dispatcher
+) -> Iterator[tuple[str, Start]]:
+    """What is timed, by name, and how its worker is started."""
+    batches = (Batch(batch_path),)
+    eager = Job("bench", spec=spec, batches=batches)
+    yield EAGER, partial(dispatcher.converse, eager, toolchain.HOST, f"{EAGER}.bench", f"logs/{EAGER}.log")
+    for each in runnable:
+        job = each.job("bench", dispatcher, batches=batches)
+        yield (
+            each.name,
+            partial(dispatcher.converse, job, each.runtime, f"{each.name}.bench", each.log, gpu=each.format.needs_gpu),
+        )
+
+
+def _take_turns(talks: Mapping[str, Conversation], found: dict[str, dict[str, Any]]) -> None:
+    """Rounds of calls, one runtime at a time; who does not answer is out."""
+    for _ in range(ROUNDS):
+        for name, talk in talks.items():
+            answer = talk.ask() if found[name] else None
+            if answer is None:
+                found[name] = {}
+            else:
+                answer["samples_ms"] = [*found[name].get("samples_ms", ()), *answer["samples_ms"]]
+                found[name] |= answer
+
+
+def _recorded(report: Report, measured: Mapping[str, Latency], why_not: Mapping[str, str]) -> Report:
+    baseline = measured.get(EAGER)
+    outcomes = tuple(_with_latency(outcome, measured.get(outcome.format), baseline) for outcome in report.outcomes)
+    kept = (note for note in report.notes if not note.startswith((_NO_LATENCY, _BUSY)))  # of an earlier time
+    notes = [f"{_NO_LATENCY}{name}: {why}" for name, why in why_not.items()]
+    waited = statistics.median([latency.waited for latency in measured.values()] or [0.0])
+    if waited > _QUIET:
+        notes.append(f"{_BUSY}: runtimes waited for a processor {waited:.0%} of the time")
+    report = replace(report, outcomes=outcomes, baseline=baseline, notes=(*kept, *notes))
+    report.save()
+    return report
+
+
+def _with_latency(outcome: Outcome, latency: Latency | None, baseline: Latency | None) -> Outcome:
+    if latency is None:
+        return outcome
+    if baseline is not None:
+        latency = replace(latency, speedup=baseline.p50_ms / latency.p50_ms)
+    spent = (latency.first_ms + sum(latency.samples_ms)) / 1e3 + latency.load_seconds
+    return replace(outcome, latency=latency, seconds={**outcome.seconds, "bench": spent})

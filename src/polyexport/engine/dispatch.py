@@ -1,0 +1,135 @@
+"""Jobs of one export folder: written into it as files, done by workers, in the toolchain that each needs."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Executor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from polyexport.capture.pickling import by_value
+from polyexport.format import Format
+from polyexport.formats import known
+from polyexport.serialization import write_json
+from polyexport.workers import toolchain
+from polyexport.workers.job import Job, reproduce
+from polyexport.workers.process import Conversation, Ended, Kept, Workers, environment
+from polyexport.workers.remote import Elsewhere, Errand, run
+from polyexport.workers.toolchain import Toolchain
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """What a worker may take."""
+
+    timeout: float
+    threads: int
+
+
+@dataclass(frozen=True, slots=True)
+class Dispatcher:
+    """Has jobs done for one export folder.
+
+    Attributes:
+        root: The export's folder.
+        final: Where it will lie once it is complete.
+        workers: The processes that are running.
+        slots: Runs as many jobs at once as there are slots.
+        bounds: What each worker may take.
+        sys_path: The training process's import path.
+        elsewhere: Where jobs run; None for this machine.
+        kept: Workers that do one job after another, by the words that start them.
+    """
+
+    root: Path
+    final: Path
+    workers: Workers
+    slots: Executor
+    bounds: Bounds
+    sys_path: tuple[str, ...]
+    elsewhere: Elsewhere | None = None
+    kept: dict[tuple[str, ...], Kept] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def run(
+        self, job: Job, chain: Toolchain, name: str, log: str, *, gpu: bool = False, fresh: bool = False
+    ) -> tuple[Ended, str]:
+        """Have a job done when a slot is free; returns how it ended and the command to run it again.
+
+        A conversion of ours goes to a worker that has done others, where its toolchain allows it and `fresh` does not
+        forbid it.
+        """
+        if self.elsewhere is not None:
+            return self._run_elsewhere(self.elsewhere, job, chain, name, log, gpu=gpu)
+        try:
+            command = chain.command(self.workers)
+        except Exception as error:  # an environment that cannot be made is a missing tool, whatever went wrong in it
+            return Ended(error=str(error), kind="missing"), ""
+        path = self._place(job, chain, name)
+        around = environment(threads=self.bounds.threads, gpu=gpu, host=chain.in_host)
+        again = reproduce(command, self.final / path.relative_to(self.root))
+        if chain.reuse and job.kind in ("prepare", "convert") and not (job.declared or gpu or fresh):
+            with self._lock:
+                kept = self.kept.setdefault(command, Kept(self.workers, command, around))
+            with kept.turn:  # before the slot, which others may use meanwhile
+                return self.slots.submit(kept.run, path, self.root / log, timeout=self.bounds.timeout).result(), again
+        done = self.slots.submit(
+            self.workers.run, command, path, self.root / log, timeout=self.bounds.timeout, environment=around
+        )
+        return done.result(), again
+
+    def close(self) -> None:
+        """End the workers that were kept."""
+        for kept in self.kept.values():
+            kept.end()
+
+    def _run_elsewhere(
+        self, elsewhere: Elsewhere, job: Job, chain: Toolchain, name: str, log: str, *, gpu: bool
+    ) -> tuple[Ended, str]:
+        path = self._place(job, chain, name)
+        place = path.relative_to(self.root)
+        errand = Errand(place.as_posix(), log, chain, self.bounds.timeout, self.bounds.threads, gpu)
+        done = self.slots.submit(run, elsewhere, self.root, job, errand, lambda: self.workers.closed)
+        ended, command = done.result()
+        return ended, reproduce(command, self.final / place) if command else ""
+
+    @contextlib.contextmanager
+    def converse(self, job: Job, chain: Toolchain, name: str, log: str, *, gpu: bool = False) -> Iterator[Conversation]:
+        """Start a job that is asked for its answers one by one."""
+        path = self._place(job, chain, name)
+        around = environment(threads=self.bounds.threads, gpu=gpu, host=chain.in_host)
+        with self.workers.conversation(
+            chain.command(self.workers), path, self.root / log, timeout=self.bounds.timeout, environment=around
+        ) as talk:
+            yield talk
+
+    def declared(self, each: Format) -> str | None:
+        """The file of a `Format` that is not one of ours, pickled by value so that a worker needs no import of it."""
+        if known().get(each.name) is each:
+            return None
+        path = self.root / "source" / "formats" / f"{each.name}.pkl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(_by_value(each))
+        return path.relative_to(self.root).as_posix()
+
+    def _place(self, job: Job, chain: Toolchain, name: str) -> Path:
+        """Write a job's file."""
+        path = self.root / "source" / "jobs" / f"{name}.json"
+        own = self.sys_path if chain.in_host or chain.layered else ()
+        write_json(path, replace(job, threads=self.bounds.threads, sys_path=own))
+        return path
+
+
+def _by_value(each: Format) -> bytes:
+    import cloudpickle
+
+    functions = [each.lacks, *(route.convert for route in each.routes), *([each.load] if each.load else [])]
+    # toolchains by name: the module of their class needs more than an isolated toolchain has
+    routes = tuple(replace(route, toolchain=toolchain.find(route.toolchain).name) for route in each.routes)
+    with by_value() as take_along:
+        for name in {function.__module__ for function in functions if not function.__module__.startswith("polyexport")}:
+            take_along(name)
+        pickled: bytes = cloudpickle.dumps(replace(each, routes=routes, runtime=None))
+    return pickled

@@ -1,0 +1,423 @@
+"""The engine: takes requests, builds them one after another in the background, and leaves finished folders behind.
+
+Requirements:
+* `submit` returns at once. One request is built at a time; a newer one takes the place of one that still waits.
+* A folder appears under its name only when it is complete; `best` points to the newest complete one.
+* An earlier export of the same checkpoint, with the same question asked, is not repeated where every format agreed;
+  what was missing or failed then may do now.
+* Nothing is left running after `close`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from polyexport.capture.pickling import import_path
+from polyexport.capture.snapshot import SHARDS, WEIGHTS, further_calls
+from polyexport.engine.bench import bench, sweep
+from polyexport.engine.dispatch import Bounds, Dispatcher
+from polyexport.engine.rerun import runnables, runner, verify
+from polyexport.engine.routes import Build
+from polyexport.errors import BadRequest
+from polyexport.format import Format, Runner
+from polyexport.formats import known, resolve
+from polyexport.measure.latency import Latency
+from polyexport.measure.reference import Dynamic, Reference
+from polyexport.report.folders import point_best, take_place, unfinished
+from polyexport.report.report import Checkpoint, Model, Outcome, Report, State, history, sentence
+from polyexport.serialization import decode, encode, read_json, write_json
+from polyexport.versions import git_commit
+from polyexport.workers import toolchain
+from polyexport.workers.job import Job
+from polyexport.workers.process import Workers
+from polyexport.workers.remote import Elsewhere
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One checkpoint to export.
+
+    Attributes:
+        work: The unfinished folder, from `unfinished`; its `source` has the module (see `capture.snapshot`).
+        name: What the finished folder is called.
+        formats: What to make of it.
+        dynamic: Which input axes are free.
+        checkpoint: Where the weights come from, as far as it is known yet.
+        notes: What the report has to say about how it came to be.
+        held: Where the weights still are, if not in the folder: a path, which is the engine's to move or remove, or an
+            fsspec URL, to be copied.
+        best: Whether `best` beside the finished folder is to point to it.
+        keep: How many finished folders may stay in the parent folder; None for all.
+        former: Further parent folders where this may have been exported under the same name, by a run that this one
+            resumes.
+    """
+
+    work: Path
+    name: str
+    formats: tuple[Format, ...]
+    dynamic: Dynamic = True
+    checkpoint: Checkpoint = field(default_factory=lambda: Checkpoint(""))
+    notes: tuple[str, ...] = ()
+    held: str | None = None
+    best: bool = True
+    keep: int | None = None
+    former: tuple[Path, ...] = ()
+
+    @property
+    def final(self) -> Path:
+        """Where the finished folder will lie."""
+        return self.work.parent / self.name
+
+    @property
+    def question(self) -> dict[str, Any]:
+        """What makes another export of the same weights a different one."""
+        further = len(further_calls(self.work / "source"))
+        return {"formats": sorted(each.name for each in self.formats), "dynamic": self.dynamic, "calibration": further}
+
+
+class Engine:
+    """Builds exports in worker processes.
+
+    Args:
+        workers: How many jobs run side by side; by default half the cores, at least two.
+        timeout: Seconds that one conversion or verification may take, without those in which it has no processor.
+        background: Whether training runs beside the workers, until `hurry` is called: they take only what it leaves.
+        executor: Has the jobs done on other machines: anything with `submit(function, *arguments)` that returns a
+            future. Timing stays on this one.
+        staging: An fsspec URL that this machine and those reach, through which files travel; else they travel through
+            the executor.
+        tell: Takes one line about each format as it comes to its end. Called from threads of the engine, so it must be
+            quick and safe there: a queue's `append`, or `print`.
+    """
+
+    def __init__(
+        self,
+        *,
+        workers: int | None = None,
+        timeout: float = 600.0,
+        background: bool = False,
+        executor: Any = None,
+        staging: str | None = None,
+        tell: Callable[[str], object] | None = None,
+    ) -> None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        count = workers if workers is not None else max(2, cores // 2)
+        if count < 1 or timeout <= 0:
+            raise BadRequest(f"workers={workers}, timeout={timeout}: both must be greater than zero")
+        if executor is not None and not callable(getattr(executor, "submit", None)):
+            raise BadRequest(f"executor={executor!r} has no submit(function, *arguments)")
+        if staging is not None and executor is None:
+            raise BadRequest(f"staging={staging!r} is for an executor; give executor= too")
+        self._elsewhere = None if executor is None else Elsewhere(executor, staging)
+        self._cores = cores
+        self._bounds = Bounds(timeout=timeout, threads=max(1, cores // count))
+        self._workers = Workers(background=background)
+        self._slots = ThreadPoolExecutor(count, thread_name_prefix="polyexport-slot")
+        self._queue = ThreadPoolExecutor(1, thread_name_prefix="polyexport-queue")
+        self._waiting: tuple[Future[Report], Request] | None = None
+        self._lock = threading.Lock()
+        self._doing: dict[str, str] = {}
+        self._tell = tell
+        self._unfinished: dict[Path, str | None] = {}  # and where the weights still are
+
+    def submit(self, request: Request) -> Future[Report]:
+        """Queue a request; a waiting one is cancelled and its folder removed."""
+        with self._lock:
+            if self._waiting is not None:
+                future, older = self._waiting
+                if future.cancel():
+                    # not here: freeing the last link of a large checkpoint takes longer than training may wait
+                    self._queue.submit(self._remove, older.work)
+            self._unfinished[request.work] = request.held
+            future = self._queue.submit(self._export, request)
+            self._waiting = (future, request)
+        return future
+
+    def hurry(self) -> None:
+        """Training is over: workers are no longer in the background."""
+        self._workers.hurry()
+
+    @property
+    def doing(self) -> Mapping[str, str]:
+        """What is being done right now: format name to a few words."""
+        return dict(self._doing)
+
+    def close(self) -> None:
+        """End every worker, drop what waits and remove unfinished folders. Can be called twice."""
+        self._workers.end_all()
+        self._queue.shutdown(wait=True, cancel_futures=True)
+        self._slots.shutdown(wait=True, cancel_futures=True)
+        for folder in tuple(self._unfinished):
+            self._remove(folder)
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    # --- one request --------------------------------------------------------------------------------------------------
+
+    def _export(self, request: Request) -> Report:
+        with contextlib.closing(
+            self._dispatcher(request.work, request.final, self._bounds, self._elsewhere)
+        ) as dispatcher:
+            return self._exported(request, dispatcher)
+
+    def _exported(self, request: Request, dispatcher: Dispatcher) -> Report:
+        start = time.perf_counter()
+        self._watch("model", "running PyTorch")
+        if request.held:
+            _fetch(request.held, request.work / "source")
+        job = Job("prepare", options={"dynamic": request.dynamic, "git_commit": git_commit()})
+        ended, command = dispatcher.run(job, toolchain.HOST, "prepare", "logs/model.log")
+        self._watch("model", None)
+        if not ended.ok:
+            state: State = "skipped" if ended.kind == "missing" else "failed"
+            why = ended.error if state == "skipped" else f"the module cannot be rebuilt: {ended.error}"
+            outcomes = tuple(
+                Outcome(each.name, each.precision, state, why,
+                        log="logs/model.log", reproduce=command)
+                for each in request.formats
+            )  # fmt: skip  # the call reads better on two lines than on eight
+            report = Report(request.checkpoint, None, outcomes, notes=request.notes)
+            return self._finish(request, report, start)
+        reference = decode(Reference, ended.value)
+        shutil.rmtree(request.work / "source" / SHARDS, ignore_errors=True)  # joined by now, here or elsewhere
+        earlier = _earlier(request, reference.checkpoint_sha256)
+        if earlier is not None:
+            self._remove(request.work)
+            if earlier.folder == request.final.resolve():
+                self._point(request)
+            return earlier
+        watch = functools.partial(self._watch, of=f"{request.name} ")
+        outcomes = Build(dispatcher, request.formats, reference, watch).outcomes()
+        spec = reference.spec
+        report = Report(
+            checkpoint=replace(
+                request.checkpoint,
+                sha256=reference.checkpoint_sha256,
+                epoch=reference.checkpoint_at.get("epoch", request.checkpoint.epoch),
+                global_step=reference.checkpoint_at.get("global_step", request.checkpoint.global_step),
+            ),
+            model=Model(reference.class_name, reference.parameters, spec.inputs, spec.outputs),
+            outcomes=outcomes,
+            environment=reference.environment,
+            notes=(*request.notes, *reference.notes),
+        )
+        write_json(request.work / "manifest.json", _manifest(request, report, reference))
+        return self._finish(request, report, start)
+
+    def _finish(self, request: Request, report: Report, start: float) -> Report:
+        """Write the report, give the folder its name, point `best` to it, remove what is too old."""
+        if self._workers.closed:
+            raise InterruptedError("the engine was closed")
+        report = replace(report, seconds=time.perf_counter() - start, folder=request.work)
+        report.save()
+        take_place(request.work, request.final)  # another checkpoint may have had the name: the newer one has it now
+        self._unfinished.pop(request.work, None)
+        if report.model is not None:  # else the one before is still the best, and stays
+            self._point(request)
+            _prune(replace(report, folder=request.final), request.keep)
+        return replace(report, folder=request.final)
+
+    def _point(self, request: Request) -> None:
+        if request.best:
+            point_best(request.final)
+
+    def _watch(self, name: str, doing: str | Outcome | None, *, of: str = "") -> None:
+        if isinstance(doing, str):
+            self._doing[name] = doing
+            return
+        self._doing.pop(name, None)
+        if doing is not None and self._tell is not None:
+            self._tell(of + sentence(doing))
+
+    def _remove(self, folder: Path) -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        held = self._unfinished.pop(folder, None)
+        if held and "://" not in held:
+            shutil.rmtree(held, ignore_errors=True)
+            with contextlib.suppress(OSError):  # a folder is gone by now, and so is what was moved
+                os.unlink(held)
+
+    def bench(self, report: Report, formats: Iterable[Format] = ()) -> Report:
+        """Time every artifact that runs, and eager PyTorch, on all cores; saves the report.
+
+        Call it when the machine is quiet: nothing is in the background any more.
+
+        Args:
+            report: A finished export.
+            formats: The `Format` values in it that are not ours.
+        """
+        return bench(report, _by_name(formats), self._quiet(report), self._watch)
+
+    def sweep(self, report: Report, formats: Iterable[Format] = ()) -> list[tuple[str, Latency]]:
+        """Time every artifact that takes any batch at growing batch sizes; see `polyexport.engine.bench.sweep`."""
+        return sweep(report, _by_name(formats), self._quiet(report), self._watch)
+
+    def verify(self, report: Report, formats: Iterable[Format] = ()) -> Report:
+        """Verify every artifact once more; see `polyexport.engine.rerun.verify`."""
+        return verify(report, _by_name(formats), self._quiet(report), self._watch)
+
+    def runner(self, report: Report, name: str, formats: Iterable[Format] = ()) -> AbstractContextManager[Runner]:
+        """One artifact as a function, in a process of its own toolchain; see `polyexport.engine.rerun.runner`.
+
+        Raises:
+            BadRequest: the report has no artifact of that name that runs.
+        """
+        found = {each.name: each for each in runnables(report, _by_name(formats))}
+        if name not in found:
+            raise BadRequest(f"no artifact {name!r} that runs in {report.folder}; it has {', '.join(found) or 'none'}")
+        return runner(report, found[name], self._quiet(report))
+
+    def _quiet(self, report: Report) -> Dispatcher:
+        """A dispatcher for a finished export, which gets the whole machine."""
+        self.hurry()
+        return self._dispatcher(report.folder, report.folder, replace(self._bounds, threads=self._cores))
+
+    def _dispatcher(self, root: Path, final: Path, bounds: Bounds, elsewhere: Elsewhere | None = None) -> Dispatcher:
+        return Dispatcher(root, final, self._workers, self._slots, bounds, import_path(), elsewhere)
+
+
+# --- pieces -----------------------------------------------------------------------------------------------------------
+
+
+def _prune(newest: Report, keep: int | None) -> None:
+    """Remove the oldest exports of the run beyond `keep`; the newest, the best, always stays, and so do other runs'."""
+    older = history(newest)[:-1] if keep is not None else []
+    for each in older[: max(0, len(older) + 1 - (keep or 1))]:
+        shutil.rmtree(each.folder, ignore_errors=True)
+
+
+def _by_name(formats: Iterable[Format]) -> dict[str, Format]:
+    """Our formats, and the caller's own."""
+    return {each.name: each for each in (*known().values(), *formats)}
+
+
+def _fetch(held: str, source: Path) -> None:
+    """Bring the weights into `source`: a file, or a folder of shards."""
+    import fsspec
+
+    system, path = fsspec.url_to_fs(held)
+    folder = system.isdir(path)
+    target = source / (SHARDS if folder else WEIGHTS)
+    if "://" in held:
+        system.get(path, str(target), recursive=folder)
+    else:
+        shutil.move(held, target)
+
+
+def _manifest(request: Request, report: Report, reference: Reference) -> dict[str, Any]:
+    """What someone has to know who finds an artifact: where it comes from, and its signature."""
+    artifacts = {
+        outcome.format: {
+            "path": outcome.artifact.path,
+            "precision": outcome.precision,
+            "inputs": outcome.inputs,
+            "outputs": outcome.outputs,
+            "toolchain": outcome.toolchain,
+        }
+        for outcome in report.outcomes
+        if outcome.artifact
+    }
+    return {
+        "checkpoint": report.checkpoint,
+        "question": request.question,
+        "spec": reference.spec,
+        "batches": reference.batches,
+        "noise": reference.noise,
+        "environment": reference.environment,
+        "artifacts": artifacts,
+    }
+
+
+def _earlier(request: Request, sha256: str) -> Report | None:
+    """The finished export of the same weights under the same name, if the same was asked of it and all agreed."""
+    if not all(known().get(each.name) is each for each in request.formats):
+        return None  # a format of the user's own may have changed under its name
+    for folder in (request.final, *(parent / request.name for parent in request.former)):
+        try:
+            manifest, report = read_json(folder / "manifest.json"), Report.load(folder)
+            same = manifest["checkpoint"]["sha256"] == sha256 and manifest["question"] == encode(request.question)
+        except (OSError, ValueError, TypeError, KeyError):
+            continue  # there is none, or another version wrote it
+        if same and all(outcome.publishable for outcome in report.outcomes):
+            return report
+    return None
+
+
+# --- without Lightning ------------------------------------------------------------------------------------------------
+
+
+def export(
+    module: Any,
+    inputs: Any,
+    formats: Iterable[str | Format],
+    into: str | Path,
+    *,
+    dynamic: Dynamic = True,
+    calibration: Iterable[Any] = (),
+    bench: bool = True,
+    timeout: float = 600.0,
+    workers: int | None = None,
+    executor: Any = None,
+    staging: str | None = None,
+    progress: Callable[[str], object] | None = None,
+) -> Report:
+    """Export a PyTorch module: convert it, prove each artifact against it, time them.
+
+    Args:
+        module: A `torch.nn.Module` with its weights; it is not changed. It is exported in eval mode, as float32.
+        inputs: What forward takes: a tensor, a tuple of positional arguments, or a dict of keyword arguments. Parity is
+            judged on it, so give real data.
+        formats: Names, aliases or `Format` values.
+        into: Folder that becomes the export. An earlier export in it is replaced.
+        dynamic: True frees the batch axis, False none; or input name -> {axis: name}.
+        calibration: Further inputs, each like `inputs`; int8 formats take their number ranges from all of them.
+        bench: Whether to time the artifacts.
+        timeout: Seconds that one conversion or verification may take.
+        workers: How many jobs run side by side; by default half the cores, at least two.
+        executor: Has the jobs done on other machines; see `Engine`.
+        staging: Through which URL their files travel; see `Engine`.
+        progress: Takes one line about each format as it comes to its end: `print`, say.
+
+    Returns:
+        The report, which also lies in `into` as `report.json`, `report.md` and `report.html`.
+
+    Raises:
+        UnknownFormat: a name that is none.
+        BadRequest: the module or the inputs cannot be taken apart.
+    """
+    import torch
+
+    from polyexport.capture.snapshot import as_call, save_call, save_module
+
+    chosen = resolve(formats)
+    final = Path(into).absolute()
+    final.parent.mkdir(parents=True, exist_ok=True)
+    work = unfinished(final.parent)
+    try:
+        for index, call in enumerate(itertools.chain([inputs], calibration)):
+            save_call(*as_call(call), work / "source", index)
+        note = save_module(module, None, *as_call(inputs), work / "source")
+        torch.save(module.state_dict(), work / "source" / WEIGHTS)
+        notes = (note,) if note else ()
+        request = Request(work, final.name, chosen, dynamic, notes=notes, best=False)
+        with Engine(workers=workers, timeout=timeout, executor=executor, staging=staging, tell=progress) as engine:
+            report = engine.submit(request).result()
+            return engine.bench(report, chosen) if bench else report
+    finally:
+        shutil.rmtree(work, ignore_errors=True)

@@ -1,0 +1,1 @@
+"""Does an artifact agree with PyTorch, and how fast is it?"""

@@ -1,0 +1,42 @@
+"""MLflow: each figure of each format as a metric over the checkpoints of the run, the best export's files as artifacts.
+
+https://mlflow.org/docs/latest/ml/tracking
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from polyexport.publish import Sink
+from polyexport.report.report import Report, figures, history
+
+
+def mlflow(client: Any, run_id: str) -> Sink:
+    """A sink into an MLflow run (`experiment` and `run_id` of Lightning's `MLFlowLogger`).
+
+    Metrics are called `export/<format>/<figure>`, tags `export/<format>/state`. Artifacts lie under `export`: the
+    report, and a folder for each format that agreed with PyTorch.
+    """
+
+    def publish(report: Report) -> None:
+        from mlflow.entities import Metric, RunTag
+
+        now = time.time_ns() // 1_000_000
+        for each in history(report):
+            metrics = [
+                Metric(f"export/{row['format']}/{figure}", value, now, each.checkpoint.global_step or 0)
+                for row in figures(each)
+                for figure, value in row.items()
+                if isinstance(value, int | float)
+            ]
+            tags = [RunTag(f"export/{outcome.format}/state", outcome.state) for outcome in each.outcomes]
+            client.log_batch(run_id, metrics=metrics, tags=tags)
+        for name in ("report.json", "report.md", "report.html", "manifest.json"):
+            if (report.folder / name).exists():
+                client.log_artifact(run_id, str(report.folder / name), "export")
+        for outcome in report.outcomes:
+            if outcome.publishable:
+                client.log_artifacts(run_id, str(report.folder / outcome.format), f"export/{outcome.format}")
+
+    return publish

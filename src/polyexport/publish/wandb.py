@@ -1,0 +1,385 @@
+"""Weights & Biases: an artifact per format that agreed with PyTorch, tables over all checkpoints, registry links.
+
+https://docs.wandb.ai/guides/artifacts, https://docs.wandb.ai/guides/registry
+
+Requirements:
+* W&B may be slow, refuse or be gone: all of it together takes at most `timeout` seconds, and what did not get there is
+  told. An upload is waited for, since W&B says of a failed one only then that it failed.
+* A table is logged whole and new each time: W&B shows the first state of one that grows.
+* Nothing is logged with `step=`: Lightning's logger counts its own, and W&B drops what comes late.
+* Nothing stays in the user's home, where W&B would stage a copy of each file. Online, artifacts are read from the
+  export. Offline the run's own folder gets hard links to them: `wandb sync` finds those after the export was pruned,
+  and they go when the run's folder goes. What W&B stages for tables lies in the run's folder too, unless
+  `WANDB_DATA_DIR` says where; of tables its cache, which it empties itself, keeps some kilobytes.
+* The registry gets what is `verified`, nothing else. W&B cannot link offline (it would log the artifact twice), so the
+  export remembers its links for `link`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+from polyexport.errors import BadRequest
+from polyexport.report import folders
+from polyexport.report.report import Figure, Outcome, Report, figures, history
+from polyexport.serialization import decode, encode, read_json, write_json
+
+LINKS = "wandb_links.json"
+"""File in an export's folder with the registry links of an offline run."""
+
+_SUMMARY = ("state", "bytes", "max_abs_error", "p50_ms", "p95_ms", "speedup")
+_BARS = ("p50_ms", "bytes")
+_LINES = ("p50_ms", "max_abs_error")
+
+
+@dataclass(frozen=True, slots=True)
+class Wandb:
+    """A sink into a W&B run, online or offline; the fields are its options.
+
+    Artifacts are called `model-<run id>-<format>`, of type `model`, one for each format that agreed with PyTorch, with
+    the aliases `latest`, `best` and `parity-passed`, and `fastest` for the `verified` one with the lowest median.
+
+    Args:
+        registry: Where verified artifacts are linked: `"<registry>/<collection>"`, or `"<registry>"` for the collection
+            with the project's name. Each is found there under its format as alias: `<collection>:onnx`.
+        upload: True for the files of the best checkpoint, `"all"` for those of every export of the run in turn (as
+            `log_model` of Lightning's `WandbLogger` has it), False for figures only.
+        aliases: Further aliases of the best checkpoint's artifacts.
+        tags: Further tags, beside the format, the precision and the state.
+        ttl_days: After how many days W&B may delete a version; None for the team's policy.
+        old_ttl_days: The same for versions that a newer one takes the place of; None leaves them alone.
+        timeout: Seconds that all of it may take.
+        source: The artifact with the checkpoint. It stands in the metadata; one of another run, with its version
+            (`"entity/project/name:v3"`), also becomes an input of this run.
+        run: The run; None for the trainer's `WandbLogger`'s, or the one that is active.
+
+    Raises:
+        BadRequest: an option that W&B would refuse.
+    """
+
+    registry: str | None = None
+    upload: bool | Literal["all"] = True
+    aliases: Sequence[str] = ()
+    tags: Sequence[str] = ()
+    ttl_days: float | None = None
+    old_ttl_days: float | None = None
+    timeout: float = 120.0
+    source: str | None = None
+    run: Any = None
+
+    def __post_init__(self) -> None:
+        if self.upload not in (True, False, "all"):
+            raise BadRequest(f"upload={self.upload!r}; known: True, False, 'all'")
+        for alias in self.aliases:
+            if not re.fullmatch(r"(?!v\d+$)[^/:]+", alias):
+                raise BadRequest(f"alias {alias!r}: W&B takes no '/', no ':' and no version such as 'v2'")
+        for tag in self.tags:
+            if not re.fullmatch(r"[-\w]+( +[-\w]+)*", tag):
+                raise BadRequest(f"tag {tag!r}: W&B takes letters, digits, '-', '_' and single words between blanks")
+        if self.registry is not None and not re.fullmatch(r"[-\w]+(/[-.\w]+)?", self.registry):
+            raise BadRequest(f"registry={self.registry!r}; give '<registry>' or '<registry>/<collection>'")
+        if min(self.timeout, self.ttl_days or 1, self.old_ttl_days or 1) <= 0:
+            raise BadRequest("timeout, ttl_days and old_ttl_days must be greater than zero")
+
+    def __call__(self, report: Report) -> None:
+        """Publish a report.
+
+        Raises:
+            ConnectionError: something did not get there in time; all the rest did.
+        """
+        import wandb as sdk
+
+        run = self.run or sdk.run
+        if run is None:
+            raise BadRequest("there is no W&B run: give the trainer a WandbLogger, or Wandb(run=…)")
+        if run.disabled:
+            return
+        left: dict[str, str] = {}
+        # some calls of W&B have no bound of their own; a thread that is never joined ends with the process
+        arguments = (self, run, history(report), left)
+        work = threading.Thread(target=_publish, args=arguments, name="polyexport-wandb", daemon=True)
+        work.start()
+        work.join(self.timeout)
+        if left:
+            raise ConnectionError("; ".join(f"{what}: {' '.join(why.split())}" for what, why in dict(left).items()))
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """A registry link that an offline run could not make. `digest` tells the version, which has no number yet."""
+
+    artifact: str
+    digest: str
+    target: str
+    aliases: tuple[str, ...]
+    project: str
+    entity: str | None = None
+
+
+def link(folder: Path) -> tuple[str, ...]:
+    """Make the registry links that offline runs remembered in the exports under `folder`, after `wandb sync`.
+
+    Returns:
+        Where each went: `<collection>:<alias> <- <artifact>`.
+
+    Raises:
+        BadRequest: there are none; or an artifact is not in W&B, or is another one there by now.
+    """
+    import wandb as sdk
+
+    files = sorted({path.resolve() for path in (folder / LINKS, *folder.rglob(LINKS)) if path.exists()})
+    if not files:
+        raise BadRequest(f"{folder} remembers no registry link; an offline run leaves {LINKS} in its export")
+    api, made = sdk.Api(), []
+    for file in files:
+        for each in [decode(Link, data) for data in read_json(file)]:
+            name = f"{each.entity or api.default_entity}/{each.project}/{each.artifact}:best"
+            try:
+                artifact = api.artifact(name, type="model")
+            except (sdk.errors.CommError, ValueError) as error:
+                raise BadRequest(f"W&B has no {name}; upload the run with `wandb sync` first ({error})") from error
+            if artifact.digest != each.digest:
+                raise BadRequest(f"{name} is not what was exported into {file.parent}, but a newer version")
+            artifact.link(each.target, aliases=list(each.aliases))
+            made.append(f"{each.target}:{each.aliases[0]} <- {name}")
+        file.unlink()
+    return tuple(made)
+
+
+# --- all of it, in a thread of its own --------------------------------------------------------------------------------
+
+
+def _publish(options: Wandb, run: Any, reports: Sequence[Report], left: dict[str, str]) -> None:
+    """Send everything; `left` says at any moment what is not there yet, and why."""
+    deadline = time.monotonic() + options.timeout
+    report = reports[-1]
+    exports = {True: reports[-1:], False: [], "all": reports}[options.upload]
+    todo = {
+        f"{each.folder.name}/{outcome.format}": (each, outcome)
+        for each in exports
+        for outcome in each.outcomes
+        if outcome.publishable
+    }
+    left |= dict.fromkeys(("figures", *todo), f"not finished after {options.timeout:g} s")
+    with _telling(left, "figures"), _staging(run):
+        _log_figures(run, reports)
+    if exports and options.source and not run.offline and _is_foreign(options.source, run):
+        with _telling(left, options.source):
+            run.use_artifact(options.source)
+    sent = {}
+    for what, (each, outcome) in todo.items():
+        with _telling(left, what, done=False):
+            sent[what] = _log_artifact(options, run, each, outcome, newest=each is report)
+    links = []
+    for what, artifact in sent.items():
+        each, outcome = todo[what]
+        target = _link(options, run, report, outcome, artifact) if each is report else None
+        with _telling(left, what):
+            if not run.offline:
+                # a version is known, and a failure told, only to who waits
+                artifact.wait(timeout=max(1, int(deadline - time.monotonic())))
+                if each is report and options.old_ttl_days is not None:
+                    _expire_predecessor(artifact, options.old_ttl_days)
+                if target:
+                    run.link_artifact(artifact, target.target, aliases=list(target.aliases))
+            elif target:
+                links.append(target)
+    if links:
+        with _telling(left, LINKS):
+            write_json(report.folder / LINKS, links)
+
+
+@contextmanager
+def _telling(left: dict[str, str], what: str, *, done: bool = True) -> Iterator[None]:
+    """Note why `what` failed, or strike it off when it is `done`."""
+    try:
+        yield
+    except Exception as error:  # W&B's client raises its own, its server's and its parsers' exceptions
+        left[what] = f"{type(error).__name__}: {error}"
+    else:
+        if done:
+            left.pop(what, None)
+
+
+@contextmanager
+def _staging(run: Any) -> Iterator[None]:
+    """Let W&B stage files in the run's folder; it asks the environment at each file."""
+    ours = str(Path(run.dir).parent / "staging")
+    os.environ.setdefault("WANDB_DATA_DIR", ours)
+    try:
+        yield
+    finally:
+        if os.environ["WANDB_DATA_DIR"] == ours:
+            del os.environ["WANDB_DATA_DIR"]
+
+
+# --- figures ----------------------------------------------------------------------------------------------------------
+
+
+def _log_figures(run: Any, reports: Sequence[Report]) -> None:
+    import wandb as sdk
+
+    report = reports[-1]
+    newest = figures(report)
+    for row in newest:
+        for key in _SUMMARY:
+            if row[key] is not None:
+                run.summary[f"export/{row['format']}/{key}"] = row[key]
+    best = report.best()
+    run.summary["export/best_format"] = best.format if best else None
+
+    latency = [_about(each) | row for each in reports for row in figures(each)]
+    parity = [_about(each) | row for each in reports for row in _parity(each)]
+    step = report.checkpoint.global_step or 0
+    logged: dict[str, Any] = {"trainer/global_step": step, "export/latency": _table(latency)}
+    if parity:
+        logged["export/parity"] = _table(parity)
+    for key in _BARS:
+        bars = [{"format": row["format"], key: row[key]} for row in newest if row[key] is not None]
+        if bars:
+            logged[f"export/{key}"] = sdk.plot.bar(_table(bars), "format", key, title=f"{key}, step {step}")
+    for key in _LINES:
+        lines: dict[str, list[tuple[Figure, Figure]]] = {}
+        for row in latency:
+            if row[key] is not None and row["global_step"] is not None:
+                lines.setdefault(str(row["format"]), []).append((row["global_step"], row[key]))
+        if lines:
+            xs, ys = ([[point[axis] for point in line] for line in lines.values()] for axis in (0, 1))
+            title = f"{key} over checkpoints"
+            logged[f"export/{key}_by_step"] = sdk.plot.line_series(xs, ys, list(lines), title, "global_step")
+    run.log(logged)
+
+
+def _about(report: Report) -> dict[str, Figure]:
+    checkpoint = report.checkpoint
+    name = Path(checkpoint.path).name
+    score: float | None = encode(checkpoint.score)
+    return {"checkpoint": name, "global_step": checkpoint.global_step, "score": score}
+
+
+def _parity(report: Report) -> Iterator[dict[str, Figure]]:
+    """One row per format and output."""
+    for outcome in report.outcomes:
+        for output, parity in outcome.parity.outputs.items() if outcome.parity else ():
+            about = {"format": outcome.format, "precision": outcome.precision, "state": outcome.state, "output": output}
+            yield about | encode(parity)
+
+
+def _table(rows: Sequence[Mapping[str, Figure]]) -> Any:
+    import wandb as sdk
+
+    # None where there is no number: a column of W&B has one type
+    return sdk.Table(columns=list(rows[0]), data=[list(encode(row).values()) for row in rows])
+
+
+def _is_fastest(outcome: Outcome, report: Report) -> bool:
+    return outcome.latency is not None and outcome is report.best()
+
+
+# --- artifacts --------------------------------------------------------------------------------------------------------
+
+
+def _log_artifact(options: Wandb, run: Any, report: Report, outcome: Outcome, *, newest: bool) -> Any:
+    import wandb as sdk
+
+    name = _word(f"model-{run.id}-{outcome.format}")
+    artifact = sdk.Artifact(name, type="model", metadata=_metadata(options, report, outcome))
+    days = options.ttl_days if newest else options.old_ttl_days or options.ttl_days
+    if days is not None:
+        artifact.ttl = timedelta(days=days)
+    place = report.folder / outcome.format
+    if run.offline:
+        # beside the run's `files`, which W&B uploads whole
+        place = _linked(place, Path(run.dir).parent / "exports" / report.folder.name / outcome.format)
+    for file in sorted(path for path in place.rglob("*") if path.is_file()):
+        artifact.add_file(str(file), name=file.relative_to(place).as_posix(), skip_cache=True, policy="immutable")
+    aliases = ["latest", "best", "parity-passed"]
+    if newest:
+        aliases += options.aliases
+        if _is_fastest(outcome, report):
+            aliases.append("fastest")
+    tags = [_word(word) for word in (outcome.format, outcome.precision, outcome.state)] + list(options.tags)
+    return run.log_artifact(artifact, aliases=list(dict.fromkeys(aliases)), tags=list(dict.fromkeys(tags)))
+
+
+def _linked(source: Path, target: Path) -> Path:
+    """`target` with the files of `source`, as hard links where they work: finished exports never change in place."""
+    for file in (path for path in source.rglob("*") if path.is_file()):
+        copy = target / file.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.unlink(missing_ok=True)
+        folders.link(file, copy)
+    return target
+
+
+def _word(text: str) -> str:
+    """`text` in the letters that W&B takes in names, tags and aliases alike."""
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", text).strip("-")[:128]
+
+
+def _is_foreign(source: str, run: Any) -> bool:
+    """Whether it is a version of another run's: a run's own output is no input of it, nor what may not be there yet."""
+    return ":" in source and run.id not in source.rpartition("/")[2]
+
+
+def _expire_predecessor(artifact: Any, days: float) -> None:
+    """Give the version before this one a time to live."""
+    import wandb as sdk
+
+    number = int(artifact.version.removeprefix("v"))
+    if number:
+        name = artifact.name.partition(":")[0]
+        older = sdk.Api().artifact(f"{artifact.entity}/{artifact.project}/{name}:v{number - 1}")
+        older.ttl = timedelta(days=days)
+        older.save()
+
+
+def _link(options: Wandb, run: Any, report: Report, outcome: Outcome, artifact: Any) -> Link | None:
+    """Where an artifact belongs in the registry; None where it does not."""
+    if options.registry is None or outcome.state != "verified":
+        return None
+    registry, _, collection = options.registry.partition("/")
+    target = f"wandb-registry-{registry}/{collection or _word(run.project)}"
+    aliases = [_word(outcome.format), *(["fastest"] if _is_fastest(outcome, report) else [])]
+    return Link(artifact.name, artifact.digest, target, tuple(aliases), run.project, run.entity or None)
+
+
+def _metadata(options: Wandb, report: Report, outcome: Outcome) -> dict[str, Any]:
+    """What W&B shows beside the files; nested, since W&B takes 100 top-level keys, and free of infinities."""
+    latency = encode(outcome.latency)
+    if latency is not None:
+        del latency["samples_ms"]  # they stand in report.json; here they would bury the rest
+    checkpoint = report.checkpoint
+    metadata: dict[str, Any] = encode(
+        {
+            "format": outcome.format,
+            "precision": outcome.precision,
+            "state": outcome.state,
+            "reason": outcome.reason,
+            "route": outcome.route,
+            "bytes": outcome.artifact.bytes if outcome.artifact else None,
+            "sha256": outcome.artifact.sha256 if outcome.artifact else None,
+            "source_artifact": options.source,
+            "checkpoint_sha256": checkpoint.sha256,
+            "original_filename": Path(checkpoint.path).name,
+            "epoch": checkpoint.epoch,
+            "global_step": checkpoint.global_step,
+            "monitor": checkpoint.monitor,
+            "score": checkpoint.score,
+            "inputs": outcome.inputs,
+            "outputs": outcome.outputs,
+            "parity": outcome.parity,
+            "toolchain": outcome.toolchain,
+            "environment": report.environment,
+        }
+    )
+    return metadata | {"latency": latency}

@@ -1,0 +1,1 @@
+"""What came out of an export: as records, tables, pages and files."""

@@ -1,0 +1,115 @@
+"""What a terminal shows: the table, and what is being done while one waits."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from typing import Literal, TypeVar
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.errors import LiveError
+from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from polyexport.report.report import COLUMNS, NUMBERS, Report, metrics, rows
+
+T = TypeVar("T")
+
+_STYLES = {
+    "verified": "green",
+    "degraded": "yellow",
+    "unverified": "yellow",
+    "mismatch": "red",
+    "failed": "red",
+    "skipped": "dim",
+    "baseline": "dim",
+}
+
+
+_WITH_ROUTES = 100
+
+
+def table(report: Report, width: int) -> Table:
+    """The report as a table; empty columns are left out, reasons stand below it (see `show`).
+
+    The route goes first where `width`, in characters, is too little: it has been told when the format was finished.
+    """
+    found = rows(report)
+    left_out = {"reason"} if width >= _WITH_ROUTES else {"reason", "route"}
+    shown = [column for column in COLUMNS if column not in left_out and any(row[column] for row in found)]
+    drawn = Table(title=report.folder.name, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for column in shown:
+        justify: Literal["left", "right"] = "right" if column in NUMBERS else "left"
+        header = column.replace(" ", "\n").replace("-", "-\n")
+        drawn.add_column(header, justify=justify, no_wrap=True)
+    for row in found:
+        drawn.add_row(*(row[column] for column in shown), style=_STYLES[row["state"]])
+    return drawn
+
+
+def _plain(found: Sequence[Mapping[str, str]]) -> Table:
+    drawn = Table(title="validation metrics", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for column in found[0]:
+        drawn.add_column(column, justify="left" if column == "format" else "right", overflow="fold")
+    for row in found:
+        drawn.add_row(*row.values())
+    return drawn
+
+
+def show(report: Report, console: Console | None = None) -> None:
+    """Print the table, the reasons, the notes and where everything lies."""
+    console = console or Console()
+    console.print(table(report, console.width))
+    if report.metrics:
+        console.print(_plain(metrics(report)))
+    lines = [f"{outcome.format}: {outcome.reason}" for outcome in report.outcomes if outcome.reason]
+    lines += [f"note: {note}" for note in report.notes]
+    for line in (*lines, f"export: {report.folder}", f"report: {report.folder / 'report.html'}"):
+        _print(console, line)
+
+
+def wait(
+    work: Future[T],
+    doing: Callable[[], Mapping[str, str]],
+    told: deque[str] | None = None,
+    console: Console | None = None,
+) -> T:
+    """Wait for `work`, with a line for everything that is being done, and above them what is `told`, line by line.
+
+    What cannot be shown, as on a terminal that was closed, is done all the same.
+    """
+    try:
+        _follow(work, doing, deque() if told is None else told, console)
+    except (Exception, SystemExit) as error:  # rich leaves the program where its pipe is closed
+        warnings.warn(f"the progress cannot be shown: {type(error).__name__}: {error}", stacklevel=2)
+    return work.result()
+
+
+def _follow(work: Future[T], doing: Callable[[], Mapping[str, str]], told: deque[str], console: Console | None) -> None:
+    columns = (SpinnerColumn(), TextColumn("{task.fields[name]:<14} {task.description}"), TimeElapsedColumn())
+    progress = Progress(*columns, console=console, transient=True)
+    with contextlib.ExitStack() as shown:
+        with contextlib.suppress(LiveError):  # rich < 14.1 has one display at a time, and the trainer's is still there
+            shown.enter_context(progress)
+        lines: dict[str, TaskID] = {}
+        while not work.done() or told:
+            while told:
+                _print(progress.console, told.popleft())
+            now = doing()
+            for name in set(lines) - set(now):
+                progress.remove_task(lines.pop(name))
+            for name, what in now.items():
+                if name not in lines:
+                    lines[name] = progress.add_task(what, total=None, name=name)
+                progress.update(lines[name], description=what)
+            time.sleep(0.1)
+
+
+def _print(console: Console, line: str) -> None:
+    """As it is: paths are not broken into lines, brackets are not markup."""
+    console.print(line, highlight=False, markup=False, soft_wrap=True)

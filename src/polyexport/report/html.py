@@ -1,0 +1,231 @@
+"""`report.html`: the report as one page that needs nothing but itself.
+
+Requirements:
+* One file of some ten kilobytes: no library, no network (the page forbids it itself), script for sorting and copying.
+* Readable on a phone, in dark mode, by keyboard, by a screen reader and in print; no meaning by colour alone.
+* What users named is escaped, everywhere.
+
+The pictures are SVG of our own (see `polyexport.report.svg`), since a page is written for each new best, twice for the
+last, and a charting library would put megabytes into each.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from polyexport.format import Snippet
+from polyexport.formats import known
+from polyexport.report import svg
+from polyexport.report.report import (
+    COLUMNS,
+    NUMBERS,
+    STATES,
+    Outcome,
+    Report,
+    eager,
+    error,
+    history,
+    metrics,
+    milliseconds,
+    rows,
+    size,
+)
+from polyexport.report.svg import Point
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+HISTORY = 30
+"""How many exports of a run the page looks back on."""
+
+
+def html(report: Report) -> None:
+    """A sink that writes `report.html` into the report's folder."""
+    (report.folder / "report.html").write_text(page(report), encoding="utf-8")
+
+
+def page(report: Report) -> str:
+    """The whole page."""
+    return _environment().get_template("report.html.j2").render(
+        report=report,
+        title=title(report),
+        states=[(state, sum(o.state == state for o in report.outcomes)) for state in STATES],
+        columns=COLUMNS,
+        numbers=NUMBERS,
+        table=list(_table(report)),
+        metrics=metrics(report),
+        highlights=list(_highlights(report)),
+        pictures=list(_pictures(report)),
+        history=_history(report),
+        snippets=[(outcome, snippets(outcome)) for outcome in report.outcomes if outcome.artifact],
+    )  # fmt: skip  # the template's arguments, one a line
+
+
+@cache
+def _environment() -> Environment:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    made = Environment(
+        loader=PackageLoader("polyexport.report", ""), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip  # one argument a line would bury the filters
+    made.filters |= {"ms": milliseconds, "error": error, "size": size, "title": title}
+    return made
+
+
+def title(report: Report) -> str:
+    """The checkpoint's name, or the module's where the weights came from no file."""
+    if report.checkpoint.path:
+        return Path(report.checkpoint.path).name.removesuffix(".ckpt")
+    return report.model.class_name.rpartition(".")[2] if report.model else "export"
+
+
+# --- what the template shows ------------------------------------------------------------------------------------------
+
+
+def _table(report: Report) -> Iterator[tuple[Outcome, Mapping[str, str]]]:
+    baseline = eager(report)
+    yield from zip([*([baseline] if baseline else []), *report.outcomes], rows(report), strict=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Highlight:
+    """One thing to know before everything else."""
+
+    label: str
+    figure: str
+    about: str
+
+
+def _highlights(report: Report) -> Iterator[Highlight]:
+    agreed = [outcome for outcome in report.outcomes if outcome.publishable]
+    yield Highlight("Agree with PyTorch", f"{len(agreed)} of {len(report.outcomes)}", "formats, run on real data")
+    best = report.best()
+    if best is None:
+        return
+    if best.latency:
+        factor = f", {best.latency.speedup:.2f}× PyTorch" if best.latency.speedup else ""
+        yield Highlight("Fastest", best.format, f"{milliseconds(best.latency.p50_ms)} ms{factor}")
+    front = report.pareto()
+    small = min((o for o in front if o.artifact), key=lambda o: o.artifact.bytes if o.artifact else 0)
+    yield Highlight("Smallest", small.format, size(small.artifact.bytes if small.artifact else None))
+    errors = {o.format: o.parity.max_abs_error for o in front if o.parity and o.parity.max_abs_error is not None}
+    if errors:
+        close = min(errors, key=lambda name: errors[name])
+        yield Highlight("Closest", close, f"max error {error(errors[close])}" if errors[close] else "bit-equal")
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """An SVG with its heading and how to read it."""
+
+    title: str
+    about: str
+    svg: str
+
+
+def _pictures(report: Report) -> Iterator[Picture]:
+    timed = [outcome for outcome, _ in _table(report) if outcome.latency]
+    if timed:
+        samples = {o.format: o.latency.samples_ms for o in timed if o.latency}
+        yield Picture(
+            "Latency", "Every timed call; box: quartiles, whiskers: 5 to 95 %. Logarithmic, less is better.",
+            svg.boxes(samples, _ms),
+        )  # fmt: skip
+    judged = [outcome for outcome in report.outcomes if outcome.parity and _is_drawable(outcome.parity.max_abs_error)]
+    if judged:
+        errors = {o.format: (o.parity.max_abs_error or 0.0, o.parity.noise_floor) for o in judged if o.parity}
+        yield Picture(
+            "Error against noise floor",
+            "Dot: greatest difference from PyTorch; line: what float32 rounding alone does to PyTorch.",
+            svg.dots(errors, _error),
+        )
+    made = {o.format: float(o.artifact.bytes) for o in report.outcomes if o.artifact and o.artifact.bytes}
+    if made:
+        yield Picture("Size", "What has to be shipped, all files of the format.", svg.bars(made, _bytes))
+    yield from _choice(report)
+
+
+def _is_drawable(error: float | None) -> bool:
+    return error is not None and math.isfinite(error)
+
+
+def _choice(report: Report) -> Iterator[Picture]:
+    """Latency against what it costs, over the artifacts that one may choose from."""
+    best = report.best()
+    candidates = [o for o in report.outcomes if o.state == "verified" and o.latency and o.artifact and o.parity]
+    if len(candidates) < 2:
+        return
+    for column, better, say in (("size", "smaller", _bytes), ("max error", "closer", _error)):
+        points = [
+            Point(o.format, o.latency.p50_ms, NUMBERS[column](o) or 0.0, o is best) for o in candidates if o.latency
+        ]
+        about = f"Verified formats. Filled: none is both faster and {better}. Ring: the fastest. Lower left is best."
+        drawn = svg.plane(points, "p50 latency", column, _ms, say)
+        yield Picture(f"Latency against {column}", about, drawn)
+
+
+def _ms(value: float) -> str:
+    return f"{milliseconds(value)} ms"
+
+
+def _error(value: float) -> str:
+    return error(value).replace(".0e", "e")
+
+
+def _bytes(value: float) -> str:
+    return size(round(value))
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """The exports of a run, the oldest first; `picture` draws the score where there is one."""
+
+    reports: Sequence[Report]
+    formats: Sequence[str]
+    picture: Picture | None
+
+
+def _history(report: Report) -> History | None:
+    """This export and the ones of the same run before it; None where it is alone."""
+    found = history(report)[-HISTORY:]
+    if len(found) < 2:
+        return None
+    formats = list(dict.fromkeys(outcome.format for each in found for outcome in each.outcomes))
+    monitor = report.checkpoint.monitor
+    scores = [
+        (float(each.checkpoint.global_step or 0), each.checkpoint.score, f"{title(each)}: {each.checkpoint.score:.6g}")
+        for each in found
+        if each.checkpoint.score is not None and each.checkpoint.monitor == monitor
+    ]
+    picture = None
+    if monitor and len(scores) > 1:
+        curve = svg.curve(scores, "global step", monitor)
+        picture = Picture(f"{monitor} of the exported checkpoints", "Ring: the newest.", curve)
+    return History(found, formats, picture)
+
+
+def snippets(outcome: Outcome) -> tuple[Snippet, ...]:
+    """How to open the artifact, for its own names and shapes; none for a format that is not ours."""
+    each = known().get(outcome.format)
+    if each is None or outcome.artifact is None:
+        return ()
+    about: Mapping[str, Any] = {
+        "path": outcome.artifact.path,
+        "inputs": [replace(tensor, shape=tensor.sized(lambda _: 1)) for tensor in outcome.inputs],
+        "names": [tensor.name for tensor in outcome.inputs],
+        "outputs": [tensor.name for tensor in outcome.outputs],
+    }
+    return tuple(replace(snippet, code=_plain().from_string(snippet.code).render(about)) for snippet in each.snippets)
+
+
+@cache
+def _plain() -> Environment:
+    from jinja2 import Environment
+
+    return Environment(autoescape=False)  # a snippet is code; the page escapes what comes out

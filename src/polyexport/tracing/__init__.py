@@ -1,0 +1,1 @@
+"""Module to graph: what every tracer is shown."""

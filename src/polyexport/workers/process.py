@@ -1,0 +1,320 @@
+"""One worker process: started, watched, ended, and its end put into words.
+
+Workers are processes of their own sessions, never multiprocessing: that would run the user's unguarded script again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from polyexport.errors import ToolMissing
+from polyexport.serialization import read_json
+from polyexport.workers import oom
+from polyexport.workers.job import TEMPORARY, result_path
+from polyexport.workers.priority import come_forward, step_back, waited_seconds
+
+_DISTRIBUTED = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_",
+    "GROUP_",
+    "ROLE_",
+    "NODE_RANK",
+    "MASTER_",
+    "TORCHELASTIC_",
+    "PL_",
+    "SLURM_",
+)
+_OF_THE_HOST = ("PYTHONPATH", "PYTHONHOME", "PYTHONSTARTUP", "VIRTUAL_ENV")
+_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "TF_NUM_INTRAOP_THREADS")
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """How a job ended.
+
+    `value` is its result. Without one, `error` says why in a line, and `kind` is `raised`, `missing` (a tool),
+    `cannot run`, `crashed`, `timed out` or `cancelled`. `warm` tells that its worker had done another job before.
+    """
+
+    value: Any = None
+    error: str = ""
+    kind: str = ""
+    seconds: float = 0.0
+    warm: bool = False
+
+    @property
+    def ok(self) -> bool:
+        """Whether there is a result."""
+        return not self.error
+
+
+class Workers:
+    """The processes that are running, so that all can be ended at once.
+
+    Args:
+        background: Whether training runs beside them, so that they may take only what it leaves.
+    """
+
+    def __init__(self, *, background: bool = False) -> None:
+        self._background = background
+        self._running: set[subprocess.Popen[Any]] = set()
+        self._lock = threading.Lock()
+        self._closed = False
+
+    @property
+    def closed(self) -> bool:
+        """Whether all were ended."""
+        return self._closed
+
+    def run(
+        self, command: Sequence[str], job: Path, log: Path, *, timeout: float, environment: Mapping[str, str]
+    ) -> Ended:
+        """Run one job to its end; nothing it does raises here."""
+        log.parent.mkdir(parents=True, exist_ok=True)
+        result_path(job).unlink(missing_ok=True)
+        ran_out = oom.times_it_ran_out()
+        with log.open("ab") as stream, self._started([*command, str(job)], stream, stream, environment) as process:
+            if process is None:
+                return Ended(error="cancelled", kind="cancelled")
+            if not _ends_within(process, timeout):
+                return Ended(error=f"timed out after {timeout:g} s", kind="timed out", seconds=timeout)
+            if self._closed:
+                return Ended(error="cancelled", kind="cancelled")
+        return _read(result_path(job), process.returncode, ran_out)
+
+    @contextlib.contextmanager
+    def conversation(
+        self, command: Sequence[str], job: Path, log: Path, *, timeout: float, environment: Mapping[str, str]
+    ) -> Iterator[Conversation]:
+        """A job that is asked for its answers one by one."""
+        with (
+            log.open("ab") as stream,
+            self._started([*command, str(job)], subprocess.PIPE, stream, environment) as process,
+        ):
+            yield Conversation(process, timeout)
+
+    @contextlib.contextmanager
+    def kept(self, command: Sequence[str], log: Path, environment: Mapping[str, str]) -> Iterator[Any]:
+        """A worker that takes jobs from its standard input."""
+        with log.open("ab") as stream, self._started([*command, "-"], stream, stream, environment) as process:
+            yield process
+
+    def output(self, *command: str) -> str:
+        """Run a program to its end, and return what it printed.
+
+        Raises:
+            ToolMissing: it failed; in its own words.
+        """
+        with (
+            tempfile.TemporaryFile() as errors,
+            self._started(command, subprocess.PIPE, errors, os.environ) as process,
+        ):
+            if process is None or process.stdin is None or process.stdout is None:
+                raise ToolMissing("cancelled")
+            process.stdin.close()  # nobody is there to answer a question
+            said = process.stdout.read().decode(errors="replace")
+            if code := process.wait():
+                errors.seek(0)
+                words = " ".join((errors.read().decode(errors="replace") or said).split())
+                raise ToolMissing(words or f"{command[0]} ended with exit code {code}")
+        return said
+
+    def hurry(self) -> None:
+        """Training is over: those that run and those to come have the machine to themselves."""
+        with self._lock:
+            self._background = False
+            running = tuple(self._running)
+        for process in running:
+            come_forward(process.pid)
+
+    def end_all(self) -> None:
+        """Kill every running worker with its children, and start no more."""
+        with self._lock:
+            self._closed = True
+            running = tuple(self._running)
+        for process in running:
+            _kill(process)
+
+    @contextlib.contextmanager
+    def _started(
+        self, command: Sequence[str], stdout: Any, stderr: Any, environment: Mapping[str, str]
+    ) -> Iterator[subprocess.Popen[bytes] | None]:
+        """A process in a session of its own, killed with its children on leaving; None once all were ended.
+
+        It has a folder of its own for temporary files: converters leave gigabytes, and one that is killed all of them.
+        """
+        with tempfile.TemporaryDirectory(prefix="polyexport-", ignore_cleanup_errors=True) as temporary:
+            with self._lock:
+                if self._closed:
+                    process = None
+                else:
+                    process = subprocess.Popen(
+                        command,
+                        stdin=subprocess.PIPE,
+                        stdout=stdout,
+                        stderr=stderr,
+                        env=dict(environment) | dict.fromkeys(("TMPDIR", "TEMP", "TMP", TEMPORARY), temporary),
+                        start_new_session=True,
+                    )
+                    oom.goes_first(process.pid)
+                    if self._background:
+                        step_back(process.pid)
+                    self._running.add(process)
+            try:
+                yield process
+            finally:
+                if process is not None:
+                    _kill(process)
+                    for pipe in (process.stdin, process.stdout):
+                        if pipe is not None:
+                            with contextlib.suppress(OSError):
+                                pipe.close()
+                    with self._lock:
+                        self._running.discard(process)
+
+
+class Kept:
+    """A worker that does one job after another, so that they share its imports; one that failed a job is replaced.
+
+    Attributes:
+        turn: To be held by whoever runs a job.
+    """
+
+    def __init__(self, workers: Workers, command: Sequence[str], environment: Mapping[str, str]) -> None:
+        self.turn = threading.Lock()
+        self._workers = workers
+        self._command = command
+        self._environment = environment
+        self._process: subprocess.Popen[bytes] | None = None
+        self._opened = contextlib.ExitStack()
+
+    def run(self, job: Path, log: Path, *, timeout: float) -> Ended:
+        """Run one job to its end, as `Workers.run` does."""
+        log.parent.mkdir(parents=True, exist_ok=True)
+        result_path(job).unlink(missing_ok=True)
+        warm = self._process is not None
+        if not warm:
+            self._process = self._opened.enter_context(self._workers.kept(self._command, log, self._environment))
+        ended = replace(self._done(job, log, timeout), warm=warm)
+        if not ended.ok:
+            self.end()
+        return ended
+
+    def _done(self, job: Path, log: Path, timeout: float) -> Ended:
+        process = self._process
+        if process is None or process.stdin is None:
+            return Ended(error="cancelled", kind="cancelled")
+        with contextlib.suppress(OSError):  # a dead worker shows below
+            process.stdin.write(json.dumps([str(job), str(log)]).encode() + b"\n")
+            process.stdin.flush()
+        start, before, ran_out = time.monotonic(), waited_seconds(process.pid), oom.times_it_ran_out()
+        while process.poll() is None and not result_path(job).exists():
+            spent = time.monotonic() - start
+            if spent > timeout and spent > timeout + waited_seconds(process.pid) - before:
+                return Ended(error=f"timed out after {timeout:g} s", kind="timed out", seconds=timeout)
+            time.sleep(_POLL_SECONDS)
+        if self._workers.closed:
+            return Ended(error="cancelled", kind="cancelled")
+        return _read(result_path(job), process.returncode or 0, ran_out)
+
+    def end(self) -> None:
+        """End the worker, if there is one; the next job gets a new one."""
+        self._process = None
+        self._opened.close()
+
+
+_POLL_SECONDS = 0.02  # a pipe would not do: children that a crashed worker left behind keep it open
+
+
+class Conversation:
+    """Asks a worker for one answer at a time; a worker that does not answer in time is killed."""
+
+    def __init__(self, process: subprocess.Popen[bytes] | None, timeout: float) -> None:
+        self._process = process
+        self._timeout = timeout
+
+    def ask(self, line: str = "round") -> Any:
+        """Ask for the next answer, and return it; None when the worker died or took too long."""
+        if self._process is not None and self._process.stdin is not None:
+            with contextlib.suppress(OSError):  # a dead worker shows when its answer is read
+                self._process.stdin.write(line.encode() + b"\n")
+                self._process.stdin.flush()
+        return self.answer()
+
+    def answer(self) -> Any:
+        """The answer that comes unasked, once the worker is ready; None when it died or took too long."""
+        if self._process is None or self._process.stdout is None:
+            return None
+        watchdog = threading.Timer(self._timeout, _kill, [self._process])
+        watchdog.start()
+        try:
+            line = self._process.stdout.readline()
+        finally:
+            watchdog.cancel()
+        return json.loads(line) if line else None
+
+
+def environment(*, threads: int, gpu: bool, host: bool) -> dict[str, str]:
+    """The environment of a worker: bounded threads, no GPU unless needed, nothing of a distributed run.
+
+    `host` tells whether it is the training environment's interpreter; another one must not see its import path.
+    """
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(_DISTRIBUTED)}
+    if not host:
+        kept = {name: value for name, value in kept.items() if name not in _OF_THE_HOST}
+    if not gpu:
+        kept["CUDA_VISIBLE_DEVICES"] = ""
+    kept |= dict.fromkeys(_THREADS, str(threads))
+    return kept | {"PYTHONUNBUFFERED": "1", "TF_CPP_MIN_LOG_LEVEL": "2", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def _ends_within(process: subprocess.Popen[Any], timeout: float) -> bool:
+    """Wait for the end of a process; seconds in which others had its processor do not count."""
+    start, left = time.monotonic(), timeout
+    while left > 0:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(left)
+            return True
+        left = timeout + waited_seconds(process.pid) - (time.monotonic() - start)
+    return False
+
+
+def _read(result: Path, returncode: int, ran_out: int) -> Ended:
+    """What a job left; `ran_out` tells how often memory had run out before it."""
+    if result.exists():
+        found = read_json(result)
+        return Ended(found.get("value"), found.get("error", ""), found.get("error_kind", ""), found["seconds"])
+    if returncode < 0:
+        name = _signal(-returncode)
+        why = ", since memory ran out" if name == "SIGKILL" and oom.times_it_ran_out() > ran_out else ""
+        return Ended(error=f"killed by {name}{why}", kind="crashed")
+    return Ended(error=f"ended with exit code {returncode} and no result", kind="crashed")
+
+
+def _signal(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def _kill(process: subprocess.Popen[Any]) -> None:
+    """End a worker and all that it started; one that has ended already leaves only its children to end."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        if hasattr(os, "killpg"):
+            os.killpg(process.pid, signal.SIGKILL)
+        else:
+            process.kill()
+    process.wait()

@@ -1,0 +1,191 @@
+"""Jobs on other machines, by an executor of the user's: dask's, Ray's, submitit's, or any other with `submit`.
+
+Requirements:
+* An executor is whatever has `submit(function, *arguments)`, which returns something with `done()` and `result()`.
+* The files that a job reads travel with it, and those that it wrote travel back, as bytes through the executor, or
+  through a folder that both sides reach, by fsspec URL. The export's own folder need not be reachable.
+* The toolchain is made where the job lands. A job that is lost with its worker is tried once more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import secrets
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from polyexport.capture.snapshot import SHARDS, module_files
+from polyexport.workers.job import Job
+from polyexport.workers.process import Ended, Workers, environment
+from polyexport.workers.toolchain import Toolchain
+
+Parcel = bytes | str
+"""A zip archive, or the URL of one."""
+
+_TRIES = 2
+_LOOK_SECONDS = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Elsewhere:
+    """An executor, and the fsspec URL of a folder that both sides reach; None where jobs travel as bytes."""
+
+    executor: Any
+    staging: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Errand:
+    """What travels beside the files.
+
+    Attributes:
+        job: The job's file, and `log` its log, relative to the export's folder.
+        chain: What it runs in.
+        timeout: Seconds that it may take.
+        threads: That it may use.
+        gpu: Whether it needs one.
+    """
+
+    job: str
+    log: str
+    chain: Toolchain
+    timeout: float
+    threads: int
+    gpu: bool
+
+
+def run(
+    elsewhere: Elsewhere, root: Path, job: Job, errand: Errand, cancelled: Callable[[], bool]
+) -> tuple[Ended, tuple[str, ...]]:
+    """Have a job done by the executor; returns how it ended and the command that ran it there."""
+    error: Exception | None = None
+    for _ in range(_TRIES):
+        try:
+            with _parcel(_pack(root, _read_by(root, job, errand), elsewhere.staging)) as parcel:
+                future = elsewhere.executor.submit(work, parcel, errand, elsewhere.staging)
+                while not future.done():
+                    if cancelled():
+                        future.cancel()
+                        return Ended(error="cancelled", kind="cancelled"), ()
+                    time.sleep(_LOOK_SECONDS)
+                ended, command, made = future.result()
+            with _parcel(made):
+                _unpack(made, root, log=errand.log)
+            return ended, command
+        except Exception as lost:  # an executor's own word for a worker that is gone, whatever its class
+            error = lost
+    return Ended(error=f"lost {_TRIES} times by the executor: {type(error).__name__}: {error}", kind="crashed"), ()
+
+
+def work(parcel: Parcel, errand: Errand, staging: str | None) -> tuple[Ended, tuple[str, ...], Parcel]:
+    """Do a job where it landed: in a new folder, in a worker process like any other."""
+    with tempfile.TemporaryDirectory(prefix="polyexport-") as folder:
+        root = Path(folder)
+        _unpack(parcel, root)
+        before = _files(root)
+        try:
+            command = errand.chain.command()
+        except Exception as error:  # see Dispatcher.run
+            return Ended(error=str(error), kind="missing"), (), _pack(root, (), staging)
+        around = environment(threads=errand.threads, gpu=errand.gpu, host=errand.chain.in_host)
+        workers = Workers()
+        ended = workers.run(command, root / errand.job, root / errand.log, timeout=errand.timeout, environment=around)
+        if not _is_there(parcel):  # who sent it waits no longer, and nobody would take away the answer
+            return ended, command, b""
+        made = [root / name for name, state in _files(root).items() if before.get(name) != state]
+        return ended, command, _pack(root, made, staging)
+
+
+def _read_by(root: Path, job: Job, errand: Errand) -> list[Path]:
+    """The files that a job reads: its own, batches, and the artifact's folder, or the module's files."""
+    source = root / job.source
+    named = [errand.job, *(batch.path for batch in job.batches), *([job.declared] if job.declared else [])]
+    named += [path.as_posix() for path in job.spec.calibration] if job.spec else []
+    found: Iterable[Path]
+    if job.kind == "prepare":
+        found = [*source.iterdir(), *(source / SHARDS).rglob("*")]
+    elif job.source == "source":
+        found = module_files(source)
+    else:
+        found = (source if source.is_dir() else source.parent).rglob("*")
+    return [*(root / name for name in named), *(file for file in found if file.is_file())]
+
+
+def _files(root: Path) -> Mapping[str, tuple[int, int]]:
+    """Size and time of change of every file, by its path."""
+    found = [(file, file.stat()) for file in root.rglob("*") if file.is_file()]
+    return {file.relative_to(root).as_posix(): (about.st_size, about.st_mtime_ns) for file, about in found}
+
+
+def _pack(root: Path, files: Iterable[Path], staging: str | None) -> Parcel:
+    """A parcel of files below `root`; one that travels by URL is never whole in memory."""
+    if staging is None:
+        buffer = io.BytesIO()
+        _zip(root, files, buffer)
+        return buffer.getvalue()
+    import fsspec
+
+    url = f"{staging.rstrip('/')}/{secrets.token_hex(8)}.zip"
+    with fsspec.open(url, "wb", auto_mkdir=True) as file:
+        _zip(root, files, file)
+    return url
+
+
+def _zip(root: Path, files: Iterable[Path], stream: BinaryIO) -> None:
+    with zipfile.ZipFile(stream, "w") as archive:
+        for file in dict.fromkeys(files):
+            archive.write(file, file.relative_to(root))
+
+
+def _is_there(parcel: Parcel) -> bool:
+    if isinstance(parcel, bytes):
+        return True
+    import fsspec
+
+    system, path = fsspec.url_to_fs(parcel)
+    system.invalidate_cache()
+    return bool(system.exists(path))
+
+
+@contextlib.contextmanager
+def _parcel(parcel: Parcel) -> Iterator[Parcel]:
+    """A parcel; where it travels by URL it is removed on leaving."""
+    try:
+        yield parcel
+    finally:
+        if isinstance(parcel, str):
+            import fsspec
+
+            system, path = fsspec.url_to_fs(parcel)
+            system.rm(path)
+
+
+def _unpack(parcel: Parcel, root: Path, *, log: str = "") -> None:
+    """Write a parcel's files below `root`, where `log` is continued."""
+    if isinstance(parcel, bytes):
+        _unzip(io.BytesIO(parcel), root, log)
+        return
+    import fsspec
+
+    with fsspec.open(parcel, "rb") as file:
+        _unzip(file, root, log)
+
+
+def _unzip(stream: BinaryIO, root: Path, log: str) -> None:
+    with zipfile.ZipFile(stream) as archive:
+        for name in archive.namelist():
+            if not (root / name).resolve().is_relative_to(root.resolve()):
+                raise ValueError(f"a parcel has the file {name!r}, which lies outside of the export")
+            if name == log:
+                (root / log).parent.mkdir(parents=True, exist_ok=True)
+                with (root / log).open("ab") as file:
+                    file.write(archive.read(name))
+            else:
+                (root / name).unlink(missing_ok=True)  # it may be a hard link of the user's checkpoint
+                archive.extract(name, root)

