@@ -219,6 +219,17 @@ def test_what_is_no_tensor_is_a_constant(tmp_path):
     assert loaded(torch.ones(2)).tolist() == [5.0, 5.0]
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_forward_that_differentiates_is_told_of(mode):
+    class Forces(nn.Module):
+        def forward(self, x):
+            x = x.detach().requires_grad_()
+            return torch.autograd.grad((x**2).sum(), x)[0]
+
+    with mode(), pytest.raises(BadRequest, match=r"forward differentiates .* module=<that part>"):
+        flat(Forces(), (torch.ones(2),), {})(torch.ones(2))
+
+
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_a_number_among_the_outputs_stays_out_of_a_trace_too(tmp_path):
     class Net(nn.Module):

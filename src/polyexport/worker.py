@@ -41,7 +41,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from polyexport.errors import CannotRun, ToolMissing
+from polyexport.errors import BadRequest, CannotRun, ToolMissing
 from polyexport.format import Format, Route, Runner
 from polyexport.report.folders import UNFINISHED
 from polyexport.serialization import decode, read_json, write_json
@@ -293,8 +293,11 @@ def _peak_memory() -> int | None:
 
 
 def _one_line(error: BaseException) -> str:
-    text = " ".join(_COLOURS.sub("", str(error)).split())
-    own = isinstance(error, ToolMissing | CannotRun)
+    said = str(error)
+    if "Traceback of TorchScript" in said:  # the cause is below it, and the rest is in the log
+        said = said.strip().splitlines()[-1]
+    text = " ".join(_COLOURS.sub("", said).split())
+    own = isinstance(error, ToolMissing | CannotRun | BadRequest)
     return (text if own else f"{type(error).__name__}: {text}")[:500]
 
 
@@ -304,6 +307,8 @@ _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 def _kind(error: BaseException) -> str:
     if isinstance(error, ToolMissing | ModuleNotFoundError):
         return "missing"
+    if isinstance(error, BadRequest):
+        return "refused"
     return "cannot run" if isinstance(error, CannotRun) else "raised"
 
 

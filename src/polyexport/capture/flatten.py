@@ -24,6 +24,13 @@ from polyexport.spec import Arrays, ExportSpec
 if TYPE_CHECKING:
     from torch import nn
 
+_NO_AUTOGRAD = ("does not require grad", "saved for backward", "requires_grad=True on inference tensor")
+"""What PyTorch says where something is to be differentiated and autograd is off."""
+_DIFFERENTIATES = (
+    "forward differentiates (torch.autograd.grad or backward), and no deployment format has autograd: write the "
+    "derivative out in forward, or export the part that is differentiated with module=<that part>"
+)
+
 _CONSTANTS = (bool, int, float, complex, str, bytes, type(None))
 
 
@@ -60,8 +67,13 @@ def flat(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> A
             for index, tensor in zip(inputs.values(), tensors, strict=True):
                 values[index] = tensor
             call_args, call_kwargs = closed(pytree.tree_unflatten(values, tree))
-            with self.within:
-                answer = self.inner(*call_args, **call_kwargs)
+            try:
+                with self.within:
+                    answer = self.inner(*call_args, **call_kwargs)
+            except RuntimeError as error:
+                if any(words in str(error) for words in _NO_AUTOGRAD):
+                    raise BadRequest(_DIFFERENTIATES) from error
+                raise
             outputs, self.dropped = named_tensors(answer, taken=inputs)
             if self.kept is not None:
                 outputs = {name: outputs[name] for name in self.kept}

@@ -106,7 +106,7 @@ def _fill(item: Any, state: tuple[dict[str, Any], dict[str, Any]]) -> None:
 
     attributes, slots = state
     if isinstance(item, torch.nn.Module):
-        item.__setstate__(attributes)
+        item.__setstate__(attributes)  # type: ignore[no-untyped-call]  # PyTorch's
     elif attributes:
         object.__getattribute__(item, "__dict__").update(attributes)
     for name, value in slots.items():

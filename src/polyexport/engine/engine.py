@@ -186,7 +186,8 @@ class Engine:
         self._watch("model", None)
         if not ended.ok:
             state: State = "skipped" if ended.kind == "missing" else "failed"
-            why = ended.error if state == "skipped" else f"the module cannot be rebuilt: {ended.error}"
+            ours = ended.kind in ("missing", "refused")
+            why = ended.error if ours else f"the module cannot be rebuilt: {ended.error}"
             outcomes = tuple(
                 Outcome(each.name, each.precision, state, why,
                         log="logs/model.log", reproduce=command)
