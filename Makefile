@@ -1,13 +1,15 @@
-# make demo    train on real data, export, prove, measure, publish offline, print the table
-# make test    run every test
-# make lint    run every check of the pre-commit configuration
-# make bench   measure what the README claims
+# make demo       train on real data, export, prove, measure, publish offline, print the table
+# make test       run every test
+# make lint       run every check of the pre-commit configuration
+# make bench      measure what the README claims
+# make test-zoo   export a model of each architecture family, and write docs/zoo.md; hours, goes on where it was stopped
+# make test-real  train and export models of real Lightning packages, and write docs/real.md
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench test-zoo test-real clean
 
 demo: $(VENV)/demo
 	$(BIN)/python examples/digits.py
@@ -23,6 +25,12 @@ bench: $(VENV)/test
 	$(BIN)/python tests/benchmarks/overhead.py
 	$(BIN)/python tests/benchmarks/overlap.py
 	$(BIN)/python tests/benchmarks/onnx2tf.py
+
+test-zoo: $(VENV)/test
+	$(BIN)/python tests/support/zoo_table.py --page docs/zoo.md
+
+test-real: $(VENV)/test
+	POLYEXPORT_PAGE=docs/real.md $(BIN)/python -m pytest tests/real/packages.py
 
 clean:
 	rm -rf $(VENV) runs

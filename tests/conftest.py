@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import functools
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+import every_format
 import polyexport
 import zoo
+from every_format import Everything, traced
 from isolated import many
-from polyexport import Report
+from polyexport import FORMATS, Report
+from polyexport.engine import plan
+from polyexport.workers.toolchain import cache_folder
 
 
 @pytest.fixture(autouse=True)
@@ -41,6 +49,29 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Report
         return polyexport.export(module, inputs, zoo.FORMATS, folder / model, bench=False)
 
     return export
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Report:
+    """One linear layer in the formats that are made in a moment; not to be changed."""
+    module, folder = torch.nn.Linear(4, 3), tmp_path_factory.mktemp("small") / "out"
+    return polyexport.export(module, torch.rand(4, 4), ["torchscript", "pt2", "onnx"], folder, bench=False)
+
+
+@pytest.fixture(scope="session")
+def everything(tmp_path_factory: pytest.TempPathFactory) -> Everything:
+    folder = tmp_path_factory.mktemp("everything")
+    (folder / "home").mkdir()
+    formats = [each for each in FORMATS.values() if not each.needs_gpu and not each.lacks()]
+    for chain in {chain for chains in plan.toolchains(formats).values() for chain in chains}:
+        chain.interpreter()  # what is installed comes over the network
+    words = [sys.executable, str(Path(every_format.__file__)), str(folder / "out")]
+    trace = folder / "calls.txt" if shutil.which("strace") else None
+    subprocess.run(
+        [*(traced(trace) if trace else ()), *words, *(each.name for each in formats)], check=True, cwd=folder,
+        env={**os.environ, "HOME": str(folder / "home"), "POLYEXPORT_CACHE": str(cache_folder())},
+    )  # fmt: skip  # the settings on one line
+    return Everything(Report.load(folder / "out"), trace, folder / "home")
 
 
 @pytest.fixture(scope="session")

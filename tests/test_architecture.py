@@ -81,7 +81,9 @@ def test_help_shows_every_public_name_with_its_types_and_what_it_is_for(package:
 
 
 def test_an_unknown_format_names_the_known_ones():
-    with pytest.raises(UnknownFormat, match=f"no format 'onxx'; known formats: {', '.join(FORMATS)}"):
+    with pytest.raises(
+        UnknownFormat, match=rf"no format 'onxx'; did you mean 'onnx'\? known formats: {', '.join(FORMATS)}"
+    ):
         resolve(["onnx", "onxx"])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -33,6 +34,7 @@ from planted import GOOD
 from planted import planted as plant
 from polyexport import BadRequest, Engine, ExportFailed, Report, Toolchain, UnknownFormat
 from polyexport.capture.snapshot import load as load_module
+from polyexport.publish.folder import copy_to
 
 
 def fit(folder: Path, callback: Callback | None, model: Any = None, *, epochs: int = 2, **settings: Any) -> Any:
@@ -49,7 +51,7 @@ def fit(folder: Path, callback: Callback | None, model: Any = None, *, epochs: i
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"formats": ["onxx"]}, "no format 'onxx'; known formats:"),
+        ({"formats": ["onxx"]}, "no format 'onxx'; did you mean 'onnx'. known formats:"),
         ({"formats": []}, "no format was given"),
         ({"when": "always"}, "when='always'; known: 'improved', 'fit_end'"),
         ({"fail_on": ["broken"]}, "fail_on=.*known: verified, degraded"),
@@ -390,6 +392,13 @@ def test_finished_exports_are_copied_to_a_url(tmp_path):
         memory.cat_file(f"/bucket/exports/{name}/report.json")
         == (callback.reports[-1].folder / "report.json").read_bytes()
     )
+    # the module's code and globals stay here; what a copy is verified with goes along
+    manifest = json.loads(memory.cat_file(f"/bucket/exports/{name}/manifest.json"))
+    batches = {f"/bucket/exports/{name}/{batch['path']}" for batch in manifest["batches"]}
+    assert batches < set(memory.find("/bucket/exports"))
+    assert {file for file in memory.find("/bucket/exports") if "/source/" in file} < batches
+    copy_to("memory://bucket/whole", source=True)(callback.reports[-1])
+    assert memory.exists(f"/bucket/whole/{name}/source/structure.pkl")
 
 
 def test_the_table_is_printed_at_fit_end(tmp_path, capsys):

@@ -15,7 +15,7 @@ from polyexport.errors import CannotRun
 from polyexport.format import Tolerance
 from polyexport.formats import coreml
 from polyexport.measure.parity import compare
-from polyexport.spec import ExportSpec, TensorSpec
+from polyexport.spec import ExportSpec, TensorSpec, write_arrays
 
 pytest.importorskip("coremltools", reason="coremltools is not installed; `pip install coremltools`")
 
@@ -55,6 +55,30 @@ def test_names_that_core_ml_cannot_have_are_told_in_a_line(agent):
     assert [tensor.name for tensor in report.model.inputs] == ["state", "größe"]
     answer = polyexport.load(report.folder / "coreml-fp16")({name: each.numpy() for name, each in inputs.items()})
     assert answer["bool"] == pytest.approx((inputs["state"] * inputs["größe"]).numpy(), rel=1e-2)
+
+
+class Ragged(nn.Module):
+    """Sizes and divisors that are in the data, an input passed through, and one tensor under two names."""
+
+    def forward(self, x: torch.Tensor, lengths: torch.Tensor) -> dict[str, torch.Tensor]:
+        inside = torch.arange(lengths.max()) < lengths.unsqueeze(1)
+        sums = x.cumsum(1)
+        return {"inside": inside.sum(1), "share": 100 // lengths, "lengths": lengths, "sums": sums, "again": sums}
+
+
+def test_a_module_that_reads_its_data_is_traced_with_the_validation_batch(tmp_path):
+    inputs = (torch.randn(3, 4), torch.tensor([2, 4, 1]))
+    report = polyexport.export(Ragged(), inputs, ["coreml"], tmp_path / "out", bench=False)
+    assert (report["coreml"].state, report["coreml"].reason) == ("verified", "")
+    assert report["coreml"].shown_state == "verified off-device"
+
+
+def test_an_example_is_the_validation_batch_with_two_rows_at_least(tmp_path):
+    write_arrays(tmp_path / "batch.npz", {"x": np.array([[3, 4]])})
+    tensor = TensorSpec("x", "int64", ("batch", 2))
+    spec = ExportSpec((tensor,), (), {"batch": 1}, calibration=(tmp_path / "batch.npz",))
+    found = coreml._example(spec)["x"]
+    assert (found.tolist(), found.dtype) == ([[3, 4], [3, 4]], np.int32)
 
 
 # --- wrong packages ---------------------------------------------------------------------------------------------------

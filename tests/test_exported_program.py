@@ -8,8 +8,10 @@ from torch import nn
 from torch.nn import functional
 
 from polyexport.formats import torchscript
-from polyexport.spec import ExportSpec
+from polyexport.spec import ExportSpec, TensorSpec
 from polyexport.tracing.exported_program import export_program, load_program
+
+ROWS = ExportSpec((TensorSpec("x", "float32", ("batch", 10)),), (), {"batch": 4})
 
 
 class Written(nn.Module):
@@ -129,7 +131,7 @@ def test_a_program_is_traced_with_inputs_that_a_trace_before_had_marked():
 @pytest.mark.parametrize("answer", [checkpointed, function_of_autograd, unpooled, sizes, into_a_view])
 def test_torchscript_is_made_of_a_program_for_any_batch(answer, tmp_path):
     module, _ = traced(answer, tmp_path)
-    torchscript.convert_program(tmp_path / "model.pt2", tmp_path / "model.torchscript", ExportSpec((), ()))
+    torchscript.convert_program(tmp_path / "model.pt2", tmp_path / "model.torchscript", ROWS)
     x = torch.randn(7, 10)
     with torch.no_grad():
         assert torch.equal(torch.jit.load(tmp_path / "model.torchscript")(x), module(x))

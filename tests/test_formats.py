@@ -101,15 +101,6 @@ def test_nothing_is_written_into_the_home_folder(tmp_path: Path, monkeypatch: py
     assert [path.name for path in (tmp_path / "home").iterdir() if path.name != ".cache"] == []
 
 
-def test_loading_what_was_not_exported_says_what_was(dictionary, tmp_path: Path):
-    with pytest.raises(
-        polyexport.BadRequest, match=r"was not exported; .* has torchscript, pt2, onnx, openvino, coreml"
-    ):
-        polyexport.load(dictionary.folder / "onxx")
-    with pytest.raises(polyexport.BadRequest, match=r"manifest\.json does not exist"):
-        polyexport.load(tmp_path / "onnx")
-
-
 class Sorted(torch.nn.Module):
     """`torch.export` cannot trace it, since the branch depends on data; a trace of this batch can."""
 

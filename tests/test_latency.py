@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 import written
-from polyexport.engine.bench import _recorded
+from polyexport.engine.bench import EAGER, _recorded
 from polyexport.measure.latency import sample_ms, summarise, warm_up
+from polyexport.report.html import page
+from polyexport.report.report import figures, markdown
 
 
 def measured(samples, **changes):
@@ -35,8 +37,43 @@ def test_throughput_counts_rows_not_calls():
 def test_figures_of_a_busy_machine_are_told_until_they_are_measured_again(tmp_path):
     report = written.export(tmp_path / "export", step=4)
     busy = _recorded(report, {"good": measured([2.0] * 10, waited=0.6), "static": measured([2.0] * 10, waited=0.2)}, {})
-    assert busy.notes == ("latency was measured on a busy machine: runtimes waited for a processor 40% of the time",)
+    assert busy.notes == (
+        "latency was measured on a busy machine: runtimes waited for a processor 40% of the time, "
+        "so none is called the fastest",
+    )
     assert _recorded(busy, {"good": measured([2.0] * 10, waited=0.02)}, {}).notes == ()
+
+
+def test_figures_of_a_busy_machine_are_compared_with_nothing(tmp_path):
+    quiet = written.export(tmp_path / "quiet", step=4)
+    busy = written.busy(written.export(tmp_path / "busy", step=4))
+    assert quiet.fastest is quiet["good"]
+    assert "Fastest" in page(quiet)
+    assert 'class="best"' in page(quiet)
+    assert busy["good"].latency.p50_ms == 9.0
+    assert {row["speedup"] for row in figures(busy)} == {None}
+    assert busy.fastest is None
+    assert busy.best(max_ms=100.0) is None
+    assert "Fastest" not in page(busy)
+    assert 'class="best"' not in page(busy)
+    assert "Latency against" not in page(busy)
+    for text in (page(busy), markdown(busy)):
+        assert busy.notes[0] in text
+
+
+def test_one_row_that_waited_is_not_compared_beside_others_that_did_not(tmp_path):
+    report = written.export(tmp_path / "export", step=4)
+    timed = {name: measured([2.0] * 10, waited=0.9 if name == "static" else 0.0) for name in (EAGER, "good", "static")}
+    found = _recorded(report, timed, {})
+    assert (found["good"].latency.speedup, found["static"].latency.speedup) == (1.0, None)
+
+
+def test_slow_calls_are_fewer_but_there_is_one():
+    ticks = itertools.count(step=3.0)
+    assert len(sample_ms(lambda: None, count=20, seconds=7.0, clock=lambda: next(ticks))) == 3
+    assert len(sample_ms(lambda: None, count=20, seconds=0.0, clock=lambda: next(ticks))) == 1
+    assert warm_up(lambda: None, count=5, seconds=60.0, at_most=10.0, clock=lambda: next(ticks)) == 3
+    assert warm_up(lambda: None, count=5, at_most=-1.0, clock=lambda: next(ticks)) == 0
 
 
 def test_no_samples_is_an_error():

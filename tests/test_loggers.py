@@ -51,6 +51,20 @@ def test_mlflow_has_each_figure_over_the_checkpoints_and_what_agreed(reports, tm
     assert (artifacts / "good" / "model.json").read_bytes() == (best / "good" / "model.json").read_bytes()
 
 
+def test_that_the_machine_was_busy_is_told_everywhere(reports, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # as above
+    busy = written.busy(reports[-1])
+    board = TensorBoardLogger(tmp_path / "logs")
+    flow = MLFlowLogger(tracking_uri=f"file:{tmp_path}/mlflow")
+    for sink in sinks("auto", [board, flow]):
+        sink(busy)
+    events = EventAccumulator(board.log_dir).Reload()
+    texts = {event.step: event.tensor_proto for event in events.Tensors("export/report/text_summary")}
+    assert busy.notes[0] in texts[8].string_val[0].decode()
+    assert [event.step for event in events.Scalars("export/good/speedup")] == [4], "of the one that was timed quietly"
+    assert flow.experiment.get_run(flow.run_id).data.tags["export/notes"] == busy.notes[0]
+
+
 def test_a_logger_without_a_sink_gets_nothing(tmp_path):
     assert list(sinks("auto", [CSVLogger(tmp_path)])) == []
 

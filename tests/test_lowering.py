@@ -112,3 +112,62 @@ print(next(tf.make_ndarray(node.attr["value"].tensor).item() for node in nodes i
 """
     )
     assert in_toolchain("tensorflow", str(script)).split() == ["1"]
+
+
+def test_elementary_functions_run_by_tflites_own_operators(tmp_path: Path) -> None:
+    """Each as numpy computes it, beside turned sequences, and images whose batch alone is not known while lowering."""
+    script = tmp_path / "elementary.py"
+    script.write_text(
+        f"""
+{AS_PACKAGE}
+import math
+import numpy as np, onnx, tensorflow as tf
+from onnx import helper, numpy_helper
+from polyexport.lowering.tensorflow import lower_model
+functions = {{
+    "Acos": np.arccos, "Asin": np.arcsin, "Atan": np.arctan, "Atanh": np.arctanh, "Asinh": np.arcsinh,
+    "Cosh": np.cosh, "Sinh": np.sinh, "Tan": np.tan, "Cos": np.cos, "Sin": np.sin, "Tanh": np.tanh,
+    "Erf": np.vectorize(math.erf), "Exp": np.exp, "Abs": np.abs, "Sign": np.sign, "Ceil": np.ceil, "Floor": np.floor,
+    "Round": np.round, "Neg": np.negative, "Reciprocal": np.reciprocal, "Softplus": lambda x: np.log1p(np.exp(x)),
+    "Acosh": lambda x: np.full_like(x, np.nan), "Sqrt": np.sqrt, "Log": np.log, "IsNaN": np.isnan, "IsInf": np.isinf,
+}}
+weights = {{"lengths": np.array([3, 1]), "divisor": np.float32(-0.3), "size": np.array([2, 3])}}
+nodes = [helper.make_node(op, ["x"], [op]) for op in functions] + [
+    helper.make_node("Mod", ["x", "divisor"], ["Mod"], fmod=1),
+    helper.make_node("ReverseSequence", ["rows", "lengths"], ["ReverseSequence"], batch_axis=1, time_axis=0),
+    helper.make_node("Shape", ["image"], ["kept"], end=2),
+    helper.make_node("Concat", ["kept", "size"], ["sizes"], axis=0),
+    helper.make_node("Resize", ["image", "", "", "sizes"], ["Resize"], mode="cubic", antialias=1),
+]
+bools = ("IsNaN", "IsInf")
+names = [*functions, "Mod", "ReverseSequence", "Resize"]
+port = lambda name: helper.make_tensor_value_info(name, 9 if name in bools else 1, None)
+constants = [numpy_helper.from_array(np.asarray(each), name) for name, each in weights.items()]
+inputs = {{"x": (None, 5), "rows": (4, 2, None), "image": (None, 2, 6, 9)}}
+graph = helper.make_graph(nodes, "g", [port(name) for name in inputs], [port(name) for name in names], constants)
+model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)])
+lowered = lower_model(model, [tf.TensorSpec(shape, tf.float32, name) for name, shape in inputs.items()])
+tf.saved_model.save(lowered, {str(tmp_path / "made")!r}, signatures={{"serving_default": lowered.forward}})
+converter = tf.lite.TFLiteConverter.from_saved_model({str(tmp_path / "made")!r})
+converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]
+call = tf.lite.Interpreter(model_content=converter.convert()).get_signature_runner()
+random = np.random.default_rng(0)
+x = np.float32([[-0.9, -0.4, 0.0, 0.3, 0.99], [0.5, -0.5, 0.7, 0.1, -0.1]])
+rows, image = (random.random(shape, np.float32) for shape in ((4, 2, 3), (3, 2, 6, 9)))
+found = call(x=x, rows=rows, image=image)
+turned = rows.copy()
+turned[:3, 0] = rows[2::-1, 0]
+with np.errstate(all="ignore"):
+    right = {{name: function(x) for name, function in functions.items()}}
+    right |= {{"Mod": np.fmod(x, np.float32(-0.3)), "ReverseSequence": turned}}
+for name, expected in right.items():
+    np.testing.assert_allclose(found[name], expected, atol=2e-6, rtol=2e-6, err_msg=name)
+graph.node[-1].input[3] = "all"
+graph.initializer.append(numpy_helper.from_array(np.array([3, 2, 2, 3]), "all"))
+whole = lower_model(model, [tf.TensorSpec(shape or None, tf.float32, name) for name, shape in inputs.items()])
+static = whole.forward(*map(tf.constant, (x, rows, image)))["Resize"]
+np.testing.assert_allclose(found["Resize"], static, atol=1e-5)
+assert found["Resize"].shape == (3, 2, 2, 3)
+"""
+    )
+    in_toolchain("tensorflow", str(script))

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from polyexport.coreml.ops import OPS
 from polyexport.format import Tolerance
 from polyexport.formats import coreml
 from polyexport.measure.parity import compare
@@ -68,6 +69,22 @@ def turned(x, *, align_corners):
     grid = functional.affine_grid(x.mean((1, 2))[:, :6].reshape(-1, 2, 3), x.shape, align_corners=align_corners)
     return functional.grid_sample(x, grid, align_corners=align_corners)
 
+
+def tuple_of(*layers):
+    return lambda x: tuple(layer(x) for layer in layers)
+
+
+EDGES = ((3, 2), (3, 2, 1), ((2, 5), (2, 3), (1, 2)), (2, 3), (1, 2))
+"""Kernel, stride and padding of pools whose last window hangs over; the last two have some that lie beyond."""
+
+INTEGER_DIVISIONS = (
+    functools.partial(torch.div, rounding_mode="floor"),
+    functools.partial(torch.div, rounding_mode="trunc"),
+    torch.floor_divide,
+    torch.fmod,
+    torch.remainder,
+    torch.div,
+)
 
 FUNCTIONS = {
     "abs": (torch.abs, ROWS),
@@ -204,6 +221,82 @@ FUNCTIONS = {
     "fold beyond the blocks": (lambda x: functional.fold(x, (6, 7), 2, stride=3), (2, 12, 4)),
     "diff": (lambda x: torch.diff(x, dim=1), ROWS),
     "meshgrid": (lambda x: torch.stack(torch.meshgrid(x[0], x[1], indexing="ij")), ROWS),
+    "a factor in a sum": (
+        lambda x: (
+            torch.add(x, x.flip(0), alpha=3),
+            torch.sub(x, x.flip(1), alpha=0.25),
+            torch.rsub(x, x.flip(0), alpha=2),
+            torch.add(x, 2, alpha=3),
+            torch.add((9 * x).int(), (5 * x).int(), alpha=2),
+        ),
+        ROWS,
+    ),
+    "quotients of integers": (
+        lambda x: tuple(
+            divide((20 * x).int(), torch.tensor([[3], [-4], [7]], dtype=torch.int32)) for divide in INTEGER_DIVISIONS
+        ),
+        ROWS,
+    ),
+    "powers of two": (lambda x: (2**x, 2 ** (9 * x).int().abs(), x**2, 3**x), ROWS),
+    "products of integers and floats": (
+        lambda x: ((5 * x).int() @ torch.arange(16, dtype=torch.int32).reshape(8, 2), (5 * x).int().float() @ x.T),
+        ROWS,
+    ),
+    "casts that lose what follows would ask for": (
+        lambda x: (x.int().bool(), x.bool(), x.long().bool().float(), (x > 0).int().bool()),
+        ROWS,
+    ),
+    "halves to the even": (lambda x: ((x * 4).trunc() / 2).round() + torch.round(x, decimals=1), ROWS),
+    "triangles of infinities": (
+        lambda x: ((x + torch.full((3, 8), -torch.inf).triu(1)).softmax(0), (x / 0.0).tril(-1), (x > 0).triu(1)),
+        ROWS,
+    ),
+    "log_softmax of what lies far apart": (lambda x: (300 * x).log_softmax(1), ROWS),
+    "angles along the axes": (
+        lambda x: torch.atan2(x.clamp(min=0), (x.flip(0) - x.flip(1)).clamp(max=0)) + torch.atan2(x, x.flip(1)),
+        ROWS,
+    ),
+    "lgamma, copysign": (lambda x: (torch.lgamma(3 * x), torch.lgamma(x.abs() * 9), x.copysign(x.flip(0))), ROWS),
+    "one value under many names": (
+        lambda x: (lambda y: (x, y, x, y, torch.ones(2), y > 0, y.int(), y.int()))(x.relu()),
+        ROWS,
+    ),
+    "vectors": (lambda x: (x @ torch.arange(8.0), x[0] @ x[1], x[0] @ x.T), ROWS),
+    "an outer product of integers and floats": (lambda x: torch.outer(torch.arange(4), x[0]) + x[1], ROWS),
+    "means and sums in another dtype": (
+        lambda x: (lambda y: (y.mean(dtype=torch.float32), y.sum(1, dtype=torch.float32), y.sum(dtype=torch.int64)))(
+            (9 * x).int()
+        ),
+        ROWS,
+    ),
+    "products of complex numbers": (
+        lambda x: (
+            torch.fft.ifft(torch.fft.fft(x) * torch.fft.fft(x.flip(1))).real,
+            torch.fft.irfft(torch.fft.rfft(x) / 2),
+        ),
+        ROWS,
+    ),
+    "rows by a mask": (lambda x: torch.index_put(x, (x[:, 0] > 0,), torch.tensor(0.5)), ROWS),
+    "means over the edge": (tuple_of(*(nn.AvgPool2d(*how, ceil_mode=True) for how in EDGES)), IMAGE),
+    "means over the edge, without the padding": (
+        tuple_of(*(nn.AvgPool2d(*how, ceil_mode=True, count_include_pad=False) for how in EDGES)),
+        IMAGE,
+    ),
+    "means over the edge of one and three axes, and by a divisor": (
+        lambda x: (
+            functional.avg_pool1d(x[:, 0], 5, 3, 2, ceil_mode=True),
+            functional.avg_pool3d(x[:, None], 3, 2, 1, ceil_mode=True),
+            functional.avg_pool2d(x, 2, divisor_override=3),
+        ),
+        IMAGE,
+    ),
+    "greatest over the edge": (
+        lambda x: (
+            *(functional.max_pool2d(x, *how, ceil_mode=True) for how in EDGES),
+            functional.max_pool3d(x[:, None], 3, 2, 1, ceil_mode=True),
+        ),
+        IMAGE,
+    ),
     "rnn": (First(nn.RNN(8, 6, batch_first=True), 1), (2, 5, 8)),
     "gru": (First(nn.GRU(8, 6, batch_first=True), 1), (2, 5, 8)),
     "cell of a gru": (Repeated(nn.GRUCell(8, 8)), ROWS),
@@ -292,6 +385,65 @@ def test_a_function_evaluates_to_what_pytorch_computes(name, tmp_path):
     proven(*FUNCTIONS[name], tmp_path)
 
 
+# --- where Core ML's own semantics are not PyTorch's ------------------------------------------------------------------
+
+ROW = torch.tensor([[1.0, 2.0, 3.0]])
+AHEAD, BEHIND = torch.tensor([0, 2]), torch.tensor([0, -1])
+
+
+def pooled(x, **how):
+    return OPS["avg_pool"](x[:, None], torch.tensor([2]), torch.tensor([2]), **how)[:, 0].tolist()
+
+
+def test_what_hangs_over_the_edge_counts_in_an_average():
+    assert pooled(ROW, ceil_mode=True) == [[1.5, 1.5]]
+    assert pooled(ROW, ceil_mode=True, exclude_padding_from_average=True) == [[1.5, 3.0]]
+    assert functional.avg_pool1d(ROW, 2, ceil_mode=True).tolist() == [[1.5, 3.0]], "as PyTorch always has it"
+
+
+def test_a_window_beyond_the_edge_is_kept_where_there_is_no_padding():
+    one, three = torch.tensor([1]), torch.tensor([3])
+    assert OPS["max_pool"](torch.ones(1, 1, 3), one, three, ceil_mode=True).tolist() == [[[1.0, -torch.inf]]]
+    assert functional.max_pool1d(torch.ones(1, 1, 3), 1, 3, ceil_mode=True).shape == (1, 1, 1)
+
+
+def test_a_power_of_two_is_a_square_whichever_side_the_two_is_on():
+    two = torch.tensor(2.0)
+    assert OPS["pow"](two, ROW).tolist() == OPS["pow"](ROW, two).tolist() == [[1.0, 4.0, 9.0]]
+    assert OPS["pow"](torch.tensor(3.0), ROW).tolist() == [[3.0, 9.0, 27.0]]
+
+
+def test_a_floor_of_a_quotient_is_not_corrected_by_the_remainder():
+    one, tenth = torch.tensor(1.0), torch.tensor(0.1)
+    assert OPS["floor_div"](one, tenth) == 10
+    assert torch.floor_divide(one, tenth) == 9
+    assert OPS["floor_div"](torch.tensor(-7), torch.tensor(2)) == -4
+
+
+def test_a_linear_layer_of_integers_does_not_run():
+    with pytest.raises(ValueError, match="a linear layer of integers"):
+        OPS["linear"](torch.ones(1, 2, dtype=torch.int32), torch.ones(3, 2, dtype=torch.int32))
+
+
+@pytest.mark.parametrize(
+    ("op", "rest"),
+    [
+        ("gather", {"x": ROW, "indices": BEHIND, "axis": 1}),
+        ("gather_along_axis", {"x": ROW, "indices": BEHIND[None], "axis": 1}),
+        ("gather_nd", {"x": ROW[0], "indices": BEHIND[:, None]}),
+        ("scatter", {"data": ROW, "indices": BEHIND, "updates": ROW[:, :2], "axis": 1}),
+        ("scatter_along_axis", {"data": ROW, "indices": BEHIND[None], "updates": ROW[:, :2], "axis": 1}),
+        ("scatter_nd", {"data": ROW[0], "indices": BEHIND[:, None], "updates": ROW[0, :2]}),
+    ],
+)
+def test_a_negative_index_counts_from_the_end_only_before_ios_17(op, rest):
+    from_the_start = {**rest, "indices": AHEAD.reshape(rest["indices"].shape)}
+    assert OPS[op](**rest).tolist() == OPS[op](**from_the_start).tolist()
+    assert OPS[op](**from_the_start, validate_indices=torch.tensor(False)).tolist() == OPS[op](**rest).tolist()
+    with pytest.raises(ValueError, match="an index is negative"):
+        OPS[op](**rest, validate_indices=torch.tensor(False))
+
+
 @pytest.mark.parametrize("function", [put, unpooled])
 def test_a_function_that_a_trace_loses_comes_through_torch_export(function, tmp_path):
     proven(function, (2, 4, 6, 8), tmp_path, convert=coreml.convert_program, free=True)
@@ -300,6 +452,11 @@ def test_a_function_that_a_trace_loses_comes_through_torch_export(function, tmp_
 @pytest.mark.parametrize("function", [hot, grouped])
 def test_a_scatter_into_rows_of_a_free_batch(function, tmp_path):
     proven(function, ROWS, tmp_path, free=True)
+
+
+@pytest.mark.parametrize("norm", ["backward", "forward", "ortho"])
+def test_a_fourier_transform_of_a_free_batch(norm, tmp_path):
+    proven(lambda x: torch.fft.fftn(x, (8, 6), (1, 2), norm).real, (2, 5, 7), tmp_path, free=True)
 
 
 @pytest.mark.parametrize("function", [windows, shifted_and_back])

@@ -217,4 +217,6 @@ def test_one_failing_batch_size_fails_the_whole_and_is_named(reference):
 def test_the_noise_floor_is_the_distance_to_float64():
     high = {"x": np.array([1.0, 2.0]), "label": np.array([1])}
     low = {"x": np.array([1.0, 2.5], np.float32), "label": np.array([1])}
-    assert noise_floor(low, high) == {"x": 0.5}
+    found = noise_floor(low, high)
+    assert list(found) == ["x"]
+    assert found["x"].tolist() == [0.0, 0.5]

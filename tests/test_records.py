@@ -1,14 +1,25 @@
 from __future__ import annotations
 
+import copy
+import io
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from polyexport import ExportSpec, Outcome, Report, TensorSpec
+import jsonschema
+import pytest
+from rich.console import Console
+
+from polyexport import BadRequest, ExportSpec, Outcome, Report, TensorSpec
 from polyexport.measure.latency import summarise
 from polyexport.measure.parity import OutputParity, Parity
-from polyexport.report.report import Artifact, Checkpoint, Model, Toolchain, markdown, metrics, rows
+from polyexport.report import schema
+from polyexport.report.console import show
+from polyexport.report.html import page
+from polyexport.report.report import Artifact, Checkpoint, Model, Toolchain, markdown, metrics, rows, sentence
 from polyexport.serialization import decode, encode, read_json, write_json
 
 
@@ -48,6 +59,58 @@ def test_the_file_has_the_fields_of_version_one(tmp_path):
         "log", "reproduce",
     }  # fmt: skip
     assert "folder" not in found
+
+
+def test_the_schema_that_ships_is_that_of_the_records():
+    assert schema.FILE.read_text(encoding="utf-8") == schema.text(), "run python -m polyexport.report.schema"
+
+
+def test_a_report_obeys_the_schema_that_ships_and_a_wrong_one_does_not(tmp_path):
+    report(tmp_path).save()
+    judge = jsonschema.Draft202012Validator(json.loads(schema.FILE.read_text(encoding="utf-8")))
+    found = read_json(tmp_path / "report.json")
+    judge.validate(found)
+    for wrong in WRONG.values():
+        assert not judge.is_valid(changed(found, *wrong)), wrong
+
+
+WRONG = {
+    "version is 'two', not an integer": (["version"], "two"),
+    "outcomes[0].state is 'fine', not 'verified' or": (["outcomes", 0, "state"], "fine"),
+    "outcomes[0].parity.passed is 1, not true or false": (["outcomes", 0, "parity", "passed"], 1),
+    "outcomes[1].seconds is [], not an object": (["outcomes", 1, "seconds"], []),
+    "model.inputs[0].shape is 'batch', not a list": (["model", "inputs", 0, "shape"], "batch"),
+    "checkpoint.path is None, not a text": (["checkpoint", "path"], None),
+}
+
+
+def changed(data: Any, path: list[Any], value: Any) -> Any:
+    """A copy with one value replaced."""
+    data = copy.deepcopy(data)
+    inner = data
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = value
+    return data
+
+
+@pytest.mark.parametrize("reason", WRONG)
+def test_a_value_of_another_type_is_refused_with_its_path(tmp_path, reason):
+    report(tmp_path).save()
+    write_json(tmp_path / "report.json", changed(read_json(tmp_path / "report.json"), *WRONG[reason]))
+    with pytest.raises(BadRequest, match=re.escape(f"Report.{reason}")):
+        Report.load(tmp_path)
+
+
+def test_a_missing_field_and_another_version_are_refused(tmp_path):
+    report(tmp_path).save()
+    found = read_json(tmp_path / "report.json")
+    write_json(tmp_path / "report.json", {key: value for key, value in found.items() if key != "checkpoint"})
+    with pytest.raises(BadRequest, match="Report lacks checkpoint"):
+        Report.load(tmp_path)
+    write_json(tmp_path / "report.json", found | {"version": 2})
+    with pytest.raises(BadRequest, match="is of version 2; this release reads version 1"):
+        Report.load(tmp_path)
 
 
 def test_metrics_that_are_no_number_are_left_blank_before_and_after_the_disk(tmp_path):
@@ -95,3 +158,35 @@ def test_the_markdown_table_has_one_line_per_row(tmp_path):
 def test_the_table_starts_with_eager_pytorch(tmp_path):
     first = rows(report(tmp_path))[0]
     assert (first["format"], first["state"], first["speed-up"]) == ("eager", "baseline", "1.00×")
+
+
+def by_stand_in(folder: Path, *, passed: bool = True) -> Report:
+    """The report of a format that a stand-in ran in its runtime's place."""
+    made = report(folder)
+    parity = replace(made["onnx"].parity, passed=passed, off_device=True)
+    outcome = replace(made["onnx"], parity=parity, state="verified" if passed else "mismatch")
+    return replace(made, outcomes=(outcome,))
+
+
+def test_a_tick_by_a_stand_in_reads_off_device_wherever_a_state_is_shown(tmp_path):
+    folder = tmp_path / "run" / "export"  # with no other export beside it, which the page would show
+    folder.mkdir(parents=True)
+    by_stand_in(folder).save()
+    made = Report.load(folder)
+    assert made["onnx"].state == "verified"
+    terminal = Console(file=io.StringIO(), width=200)
+    show(made, terminal)
+    shown = {
+        "table": str(rows(made)),
+        "markdown": markdown(made),
+        "page": page(made),
+        "terminal": terminal.file.getvalue(),
+        "line": sentence(made["onnx"]),
+    }
+    assert [name for name, text in shown.items() if "verified off-device" not in text] == []
+    assert "verified</span>" not in shown["page"], "nor does one of its chips leave it out"
+
+
+def test_a_disagreement_is_no_less_one_for_being_seen_off_device(tmp_path):
+    assert by_stand_in(tmp_path, passed=False)["onnx"].shown_state == "mismatch"
+    assert report(tmp_path)["onnx"].shown_state == "verified"

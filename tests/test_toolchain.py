@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import os
 import socket
 import subprocess
 import sys
@@ -126,6 +128,29 @@ def test_an_install_ends_when_the_workers_are_ended(cache, index):
         workers.end_all()
         assert isinstance(installing.exception(20), ToolMissing)  # uv itself would go on for minutes
     assert not chain.folder.exists()
+
+
+def test_the_password_of_an_index_is_on_no_command_line(cache, index, monkeypatch):
+    for name in ("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL"):
+        monkeypatch.setenv(name, os.environ["PIP_INDEX_URL"].replace("//", "//me:secret@"))
+    chain, workers = Toolchain("private", ("toposort==1.10",)), Workers()
+    with ThreadPoolExecutor(1) as pool:
+        installing = pool.submit(chain.interpreter, workers=workers)
+        connection, _ = index.accept()
+        asked = connection.recv(4096).decode()
+        lines = [line for process in Path("/proc").glob("[0-9]*") if (line := command_line(process))]
+        workers.end_all()
+        assert isinstance(installing.exception(20), ToolMissing)
+    assert f"authorization: Basic {base64.b64encode(b'me:secret').decode()}" in asked
+    assert any("toposort" in line or str(chain.folder) in line for line in lines)  # uv was running, and is among them
+    assert not [line for line in lines if "secret@" in line]
+
+
+def command_line(process: Path) -> str:
+    try:
+        return (process / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    except OSError:  # it has just ended
+        return ""
 
 
 def test_the_directives_of_a_requirement_file_are_read():

@@ -113,7 +113,11 @@ def test_what_agreed_is_uploaded_and_what_is_verified_is_linked(client, exported
     assert metadata["source_artifact"] is None
     (linked,) = server.links
     assert linked.source == "model-one-good"
-    assert (linked.target, linked.aliases) == ("org-entity/wandb-registry-model/numbers", ["good", "fastest"])
+    assert (linked.target, linked.aliases) == ("org-entity/wandb-registry-model/numbers-good", ["best"])
+    (page,) = (each for each in server.artifacts if each.name == "report-one")
+    assert set(page.files) >= {"report.html", "report.md", "report.json"}
+    assert page.files["report.html"] == (exported / "report.html").read_bytes()
+    assert "notes" in json.loads(page.metadata)
     assert client.at_home() == []
     assert not (exported / LINKS).exists()
 
@@ -128,6 +132,20 @@ def test_what_agreed_is_uploaded_and_what_is_verified_is_linked(client, exported
     panels = {key for row in server.history for key in row if key.endswith("_table")}
     assert panels == {f"export/{name}_table" for name in ("p50_ms", "bytes", "p50_ms_by_step", "max_abs_error_by_step")}
     assert (server.summary["export/best_format"], server.summary["export/wrong/state"]) == ("good", "mismatch")
+
+
+def test_figures_of_a_busy_machine_move_no_alias_and_replace_what_was_told_before(tmp_path):
+    last = written.run(tmp_path / "run")[-1]
+    client = Client(tmp_path, written.busy(last).folder)
+    with FakeWandb() as server:
+        body = 'run(); publish(reports[0]); publish(reports[-1], registry="model/numbers")\nsdk.finish()'
+        printed = client(server, body)
+    assert (printed, server.errors, server.unknown) == ("", [], [])
+    assert ["fastest" in each.aliases for each in server.models if each.name == "model-one-good"] == [True, False]
+    assert [each.aliases for each in server.links] == [["good"]]
+    assert server.summary["export/notes"].startswith("latency was measured on a busy machine")
+    assert server.summary["export/good/p50_ms"] == 9.0
+    assert server.summary.get("export/good/speedup") is None
 
 
 def test_every_export_can_be_uploaded_and_old_ones_expire(client):
@@ -153,6 +171,23 @@ run("three"); publish(reports[-1], upload=False, registry="model"); sdk.finish()
     ]
     assert server.uses == ["model-one-good"]
     assert any(each.name.startswith("run-three-") for each in server.artifacts)
+
+
+def test_lineage_leads_from_the_checkpoint_to_the_exports(client):
+    """By its version; a `best` that is another checkpoint is no origin."""
+    body = """
+for name, file in (("one", "epoch=1-step=8.ckpt"), ("two", "epoch=0-step=4.ckpt")):
+    this = run(name)
+    checkpoint = sdk.Artifact(f"model-{name}", type="model", metadata={"original_filename": file})
+    checkpoint.add_file(sys.argv[1] + "/report.json")
+    this.log_artifact(checkpoint, aliases=["latest", "best"]).wait()
+    publish(reports[-1], source=f"model-{name}"); sdk.finish()
+"""
+    with FakeWandb() as server:
+        assert client(server, body) == ""
+    assert (server.errors, server.unknown, server.uses) == ([], [], ["model-one"])
+    made = {each.name: json.loads(each.metadata)["source_artifact"] for each in server.models if "-good" in each.name}
+    assert made == {"model-one-good": "me/digits/model-one:v0", "model-two-good": "model-two"}
 
 
 @pytest.mark.parametrize(
@@ -202,7 +237,8 @@ def test_an_offline_run_is_linked_after_its_sync(tmp_path, exported, monkeypatch
         assert client(server, "run(); publish(reports[-1], registry='model'); sdk.finish()", WANDB_MODE="offline") == ""
         assert server.calls == []
         (log,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
-        assert ["fastest" in each.aliases for each in wandb_log.read(log).artifacts] == [True, False]
+        models = [each for each in wandb_log.read(log).artifacts if each.type == "model"]
+        assert ["fastest" in each.aliases for each in models] == [True, False]
         assert client.at_home() == []
         with pytest.raises(BadRequest, match=r"W&B has no me/digits/model-one-good:best.*wandb sync"):
             link(export)
@@ -215,9 +251,9 @@ def test_an_offline_run_is_linked_after_its_sync(tmp_path, exported, monkeypatch
         assert server.links == []
 
         done = CliRunner().invoke(app, ["wandb-link", str(tmp_path)])
-        assert done.output == "wandb-registry-model/digits:good <- me/digits/model-one-good:best\n"
+        assert done.output == "wandb-registry-model/digits-good:best <- me/digits/model-one-good:best\n"
         (linked,) = server.links
-        assert (linked.source, linked.aliases) == ("model-one-good", ["good", "fastest"])
+        assert (linked.source, linked.aliases) == ("model-one-good", ["best"])
     again = CliRunner().invoke(app, ["wandb-link", str(tmp_path)])
     assert (again.exit_code, "remembers no registry link" in again.output) == (2, True)
 

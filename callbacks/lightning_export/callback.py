@@ -219,6 +219,11 @@ class ExportCallback(Callback):
             monitors = [each.monitor for each in _callbacks(trainer) if "ModelCheckpoint" in bases(each)]
             raise BadRequest(f"monitor={self.monitor!r}: no ModelCheckpoint has it; they monitor {monitors}")
         if model_checkpoint is not None:
+            if model_checkpoint.monitor is None:
+                rank_zero_warn(
+                    "ExportCallback: no ModelCheckpoint monitors a metric, so the newest checkpoint counts as best; "
+                    "give the trainer ModelCheckpoint(monitor=<a metric that you log>, mode='min' or 'max')"
+                )
             if self._tail is None:
                 self._tail = tail(model_checkpoint, self._look)
             others = [each for each in _callbacks(trainer) if each is not self._tail]
@@ -562,7 +567,7 @@ class ExportCallback(Callback):
     def _failed(self) -> str:
         """What `fail_on` has to say of the last export; empty where all is well."""
         failed = [o for report in self.reports[-1:] for o in report.outcomes if o.state in self.fail_on]
-        listed = "; ".join(f"{outcome.format} is {outcome.state}: {outcome.reason}" for outcome in failed)
+        listed = "; ".join(f"{outcome.format} is {outcome.shown_state}: {outcome.reason}" for outcome in failed)
         return f"fit finished, but {listed} (see {self.reports[-1].folder / 'report.md'})" if failed else ""
 
     @_harmless

@@ -13,30 +13,38 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from polyexport.capture import checkpoint
+from polyexport.capture.snapshot import selected
 from polyexport.engine import plan
 from polyexport.engine.engine import Engine, export
 from polyexport.errors import BadRequest, PolyexportError
 from polyexport.format import Format
 from polyexport.formats import known, resolve
 from polyexport.report import console
+from polyexport.report.escape import printable
 from polyexport.report.folders import BEST, followed
 from polyexport.report.report import Outcome, Report, markdown
 from polyexport.serialization import encode
 from polyexport.spec import write_arrays
+from polyexport.versions import versions
 from polyexport.workers import toolchain
 
 T = TypeVar("T")
 
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
-toolchains = typer.Typer(no_args_is_help=True, help="Environments that converters and runtimes are installed in.")
+_HELP = {"help_option_names": ["-h", "--help"]}
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, context_settings=_HELP)
+toolchains = typer.Typer(
+    no_args_is_help=True, context_settings=_HELP, help="Environments that converters and runtimes are installed in."
+)
 app.add_typer(toolchains, name="toolchain")
 
 _out, _err = Console(), Console(stderr=True)
@@ -52,20 +60,38 @@ def _toolchains_starting(incomplete: str) -> list[str]:
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="An export, or a folder with a best one in it.")]
+Trust = Annotated[
+    bool,
+    typer.Option("--trust", help="Unpickle what the export holds, which may run any code: if you trust who made it."),
+]
 Names = Annotated[
     list[str] | None, typer.Argument(metavar="FORMAT…", help="By default all.", autocompletion=_formats_starting)
 ]
 Chains = Annotated[list[str], typer.Argument(metavar="NAME…", autocompletion=_toolchains_starting)]
 
 
+def _tell_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(" ".join(*versions(("lightning-export",)).items()))
+        raise typer.Exit
+
+
+Version = Annotated[
+    bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Print the version, and leave.")
+]
+
+
 @app.callback()
-def main() -> None:
+def main(version: Version = False) -> None:
     """PyTorch models in deployment formats, proven against PyTorch."""
 
 
 @app.command()
 def formats(as_json: Json = False) -> None:
     """List every format, its routes, and whether its toolchains are ready."""
+    if as_json:
+        _print_json([_record(each) for each in known().values()])
+        return
     rows = [
         {
             "format": each.name,
@@ -76,7 +102,25 @@ def formats(as_json: Json = False) -> None:
         }
         for each, chains in ((each, plan.toolchains([each])[each.name]) for each in known().values())
     ]
-    _show(rows, as_json)
+    _show(rows, as_json=False)
+
+
+def _record(each: Format) -> dict[str, Any]:
+    """What a program wants to know of a format."""
+    return {
+        "format": each.name,
+        "aliases": each.aliases,
+        "description": each.description,
+        "url": each.url,
+        "artifact": each.artifact,
+        "precision": each.precision,
+        "needs_gpu": each.needs_gpu,
+        "routes": [
+            {"name": route.name, "upstream": route.upstream, "toolchain": toolchain.find(route.toolchain).name}
+            for route in each.routes
+        ],
+        "toolchains": [{"name": chain.name, "ready": chain.ready} for chain in plan.toolchains([each])[each.name]],
+    }
 
 
 @app.command()
@@ -108,9 +152,7 @@ def list_toolchains(as_json: Json = False) -> None:
 def install(names: Chains, as_json: Json = False) -> None:
     """Make the environments of toolchains, or of what formats of these names need."""
     with _told():
-        made = [
-            (chain.name, chain.interpreter(lambda line: _err.print(line, highlight=False))) for chain in _chains(names)
-        ]
+        made = [(chain.name, chain.interpreter(_say)) for chain in _chains(names)]
     _show([{"toolchain": name, "interpreter": str(python)} for name, python in made], as_json)
 
 
@@ -127,45 +169,80 @@ def remove(names: Chains, as_json: Json = False) -> None:
 @app.command("export")
 def export_checkpoint(
     path: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A Lightning checkpoint, or a state dict.")],
-    model: Annotated[str, typer.Option(help="Its class, or a function that makes it: package.module:Name.")],
+    model: Annotated[
+        str, typer.Option(help="Its class, or a function that makes it: package.module:Name, or file.py:Name.")
+    ],
     inputs: Annotated[Path, typer.Option(help="An .npz with forward's arguments by name, on real data.")],
     formats: Annotated[str, typer.Option("--formats", "-f", help="Comma-separated.", autocompletion=_formats_starting)],
     into: Annotated[Path, typer.Option(help="Folder that becomes the export.")] = Path("export"),
     arguments: Annotated[str, typer.Option(help="Keyword arguments of the class, as JSON.")] = "{}",
+    module: Annotated[str | None, typer.Option(help="What of it to export, such as model.backbone.")] = None,
+    calibration: Annotated[
+        list[Path] | None, typer.Option(help="Further .npz, for the number ranges of int8; repeat it for each.")
+    ] = None,
+    dynamic: Annotated[
+        list[str] | None,
+        typer.Option(metavar="INPUT:AXIS=NAME", help="A dynamic axis; repeat it for each. By default the batch's."),
+    ] = None,
     static: Annotated[bool, typer.Option("--static", help="Fix the batch size.")] = False,
     trust: Annotated[bool, typer.Option("--trust", help="Unpickle what the checkpoint holds beside tensors.")] = False,
     timeout: Annotated[float, typer.Option(help="Seconds that one conversion or verification may take.")] = 600.0,
     as_json: Json = False,
 ) -> None:
     """Export a checkpoint without a trainer, prove each artifact and time it; exit code 1 if any does not agree."""
-    import torch
-
     with _told():
-        module = checkpoint.model(path, model, checkpoint.arguments(arguments), trust=trust)
-        given = {name: torch.from_numpy(array) for name, array in checkpoint.inputs(inputs).items()}
+        if static and dynamic:
+            raise BadRequest("--static and --dynamic exclude each other")
         names = [name.strip() for name in formats.split(",")]
-        report = export(module, given, names, into, dynamic=not static, timeout=timeout, progress=_say)
+        resolve(names)  # before anything is loaded
+        blob = checkpoint.read(path, trust=trust)
+        made = selected(checkpoint.model(path, blob, model, checkpoint.arguments(arguments)), module)
+        given, *further = [_tensors(file) for file in (inputs, *(calibration or ()))]
+        report = export(
+            made,
+            given,
+            names,
+            into,
+            dynamic=checkpoint.dynamic(dynamic) if dynamic else not static,
+            calibration=further,
+            timeout=timeout,
+            progress=_say,
+            checkpoint=checkpoint.record(path, blob),
+        )
     _conclude(report, report.outcomes, as_json)
 
 
+def _tensors(file: Path) -> dict[str, Any]:
+    import torch
+
+    return {name: torch.from_numpy(array) for name, array in checkpoint.inputs(file).items()}
+
+
 @app.command()
-def verify(folder: Folder, as_json: Json = False) -> None:
+def verify(folder: Folder, trust: Trust = False, as_json: Json = False) -> None:
     """Verify every artifact of an export once more, in fresh processes; exit code 1 if any does not agree.
 
-    A format that the export did not make has no artifact, and `report` tells of it.
+    A format that the export did not make has no artifact, and `report` tells of it. Nothing is unpickled without
+    --trust, but a model is a program for its runtime: see SECURITY.md before you run one of somebody else.
+    """
+    with _told(), Engine() as engine:
+        exported = _report(folder)
+        report = _waited(engine, partial(engine.verify, trust=trust), exported)
+    claimed = {outcome.format for outcome in exported.outcomes if outcome.artifact or outcome.publishable}
+    _conclude(report, [outcome for outcome in report.outcomes if outcome.format in claimed], as_json)
+
+
+@app.command()
+def bench(folder: Folder, trust: Trust = False, as_json: Json = False) -> None:
+    """Time every artifact at batch sizes 1, 2, 4 … until throughput gains less than 5 %.
+
+    PyTorch is timed beside them with --trust, since its module is a pickle, which may run any code.
     """
     with _told(), Engine() as engine:
         report = _report(folder)
-        report = _waited(engine, engine.verify, report)
-    _conclude(report, [outcome for outcome in report.outcomes if outcome.artifact], as_json)
-
-
-@app.command()
-def bench(folder: Folder, as_json: Json = False) -> None:
-    """Time every artifact at batch sizes 1, 2, 4 … until throughput gains less than 5 %."""
-    with _told(), Engine() as engine:
-        report = _report(folder)
-        found = _waited(engine, engine.sweep, report)
+        if not trust:
+            _say("PyTorch itself is left out: its module is a pickle; give --trust if you trust who made the export")
+        found = _waited(engine, partial(engine.sweep, trust=trust), report)
     if as_json:
         _print_json([{"format": name, **encode(latency)} for name, latency in found])
         return
@@ -204,12 +281,13 @@ def run(
     artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="A format's folder in an export.")],
     inputs: Annotated[Path, typer.Option(help="An .npz with the inputs by name.")],
     output: Annotated[Path | None, typer.Option(help="An .npz for the outputs.")] = None,
+    trust: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Run an artifact in its own toolchain; prints what comes out, in JSON with all values."""
     with _told(), Engine() as engine:
         report = _report(artifact.absolute().parent)
-        with engine.runner(report, artifact.absolute().name) as runner:
+        with engine.runner(report, artifact.absolute().name, trust=trust) as runner:
             found = runner(checkpoint.inputs(inputs))
         if output is not None:
             write_arrays(output, found)
@@ -229,7 +307,7 @@ def wandb_link(folder: Folder, as_json: Json = False) -> None:
     if as_json:
         _print_json(linked)
     else:
-        typer.echo("\n".join(linked))
+        typer.echo(printable("\n".join(linked)))
 
 
 # --- pieces -----------------------------------------------------------------------------------------------------------
@@ -241,7 +319,7 @@ def _told() -> Iterator[None]:
     try:
         yield
     except (PolyexportError, OSError) as error:
-        _err.print(f"polyexport: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+        console.say(_err, f"polyexport: {error}", style="red")
         raise typer.Exit(2 if isinstance(error, ValueError) else 1) from None
 
 
@@ -261,7 +339,7 @@ def _resolved(names: Sequence[str] | None) -> tuple[Format, ...]:
 
 
 def _say(line: str) -> None:
-    _err.print(line, highlight=False, markup=False, soft_wrap=True)
+    console.say(_err, line)
 
 
 def _chains(names: Sequence[str]) -> list[toolchain.Toolchain]:
@@ -323,8 +401,12 @@ def _show(rows: Sequence[dict[str, Any]], as_json: bool) -> None:
     for column in rows[0] if rows else ():
         table.add_column(column, overflow="fold", style="bold" if column == next(iter(rows[0])) else None)
     for row in rows:
-        table.add_row(*("yes" if cell is True else "no" if cell is False else str(cell) for cell in row.values()))
+        table.add_row(*map(_cell, row.values()))
     _out.print(table)
+
+
+def _cell(value: Any) -> Text:
+    return Text("yes" if value is True else "no" if value is False else printable(str(value)))
 
 
 if __name__ == "__main__":

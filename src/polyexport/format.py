@@ -45,9 +45,18 @@ class Load(Protocol):
 class Tolerance:
     """How far an output may be from PyTorch's; None switches a check off.
 
-    An element passes when `|y - ref| <= atol * max|ref| + rtol * |ref|`. `misses` is the share of elements that may
-    fail, `cosine` the least cosine similarity of a whole output, `top1` the least share of rows whose greatest element
-    stays where it was (where the last axis looks like classes).
+    An element passes when `|y - ref| <= atol * scale + rtol * |ref|` and some of the noise floor, where `scale` is the
+    greatest magnitude of its own column, channel or position (see `polyexport.measure.slices`).
+
+    Attributes:
+        rtol: Relative to the element.
+        atol: Relative to the scale.
+        misses: Share of all elements that may fail.
+        cosine: Least cosine similarity of a whole output.
+        top1: Least share of rows whose greatest element stays where it was (where the last axis looks like classes).
+        roundoff: Greatest relative error of rounding one number in the precision; the noise floor grows with it.
+        smallest: Spacing of the smallest numbers that the precision has, which rounding may lose whole.
+        tie: Two elements closer than this share of the scale are a tie for `top1`; None for the limits of the two.
     """
 
     rtol: float | None
@@ -55,6 +64,9 @@ class Tolerance:
     misses: float
     cosine: float
     top1: float
+    roundoff: float = 2.0**-24
+    smallest: float = 0.0
+    tie: float | None = None
 
     @staticmethod
     def for_precision(precision: str) -> Tolerance:
@@ -62,11 +74,16 @@ class Tolerance:
         return _TOLERANCES[precision]
 
 
+_STEP = 1 / 127
+"""One step of int8, relative to the greatest number."""
+
 _TOLERANCES = {
     "float32": Tolerance(rtol=1e-3, atol=1e-4, misses=0.0, cosine=0.99999, top1=1.0),
-    "float16": Tolerance(rtol=1e-2, atol=5e-3, misses=1e-3, cosine=0.9999, top1=0.99),
-    "bfloat16": Tolerance(rtol=5e-2, atol=2e-2, misses=1e-2, cosine=0.999, top1=0.98),
-    "int8": Tolerance(rtol=0.0, atol=1 / 127, misses=1.0, cosine=0.99, top1=0.95),  # one step: no more than a tie
+    "float16": Tolerance(
+        rtol=1e-2, atol=5e-3, misses=1e-3, cosine=0.9999, top1=0.99, roundoff=2.0**-11, smallest=2.0**-24
+    ),
+    "bfloat16": Tolerance(rtol=5e-2, atol=2e-2, misses=1e-2, cosine=0.999, top1=0.98, roundoff=2.0**-8),
+    "int8": Tolerance(rtol=0.1, atol=0.1, misses=0.02, cosine=0.99, top1=0.95, roundoff=_STEP / 2, tie=_STEP),
 }
 
 
@@ -92,7 +109,8 @@ class Snippet:
     """How an application opens the artifact and calls it, shown by the report page.
 
     `code` is a jinja2 template of `path`, the artifact's, relative to the export's folder, where the code is run; of
-    `inputs`, `TensorSpec`s whose free axes are 1; and of `names` and `outputs`, the names on either side.
+    `inputs`, `TensorSpec`s whose free axes are 1; of `names` and `outputs`, the names on either side; and of
+    `output_dtypes`.
     """
 
     language: str

@@ -1,55 +1,114 @@
-"""Any finished artifact back as a callable on named arrays."""
+"""Any finished artifact back as a callable on named arrays.
+
+Beside each artifact lies a `polyexport.json` that says what it is, so that a format's folder can be copied, renamed and
+downloaded by itself. No runtime reads it, and the artifact's size and SHA-256 leave it out.
+"""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from polyexport.errors import BadRequest, ToolMissing
-from polyexport.format import Runner
+from polyexport.format import Format, Runner
 from polyexport.formats import known
-from polyexport.report.folders import followed
+from polyexport.report.folders import BEST, DESCRIPTION, followed
+from polyexport.report.report import Checkpoint, Outcome
 from polyexport.serialization import decode, read_json
 from polyexport.spec import ExportSpec, TensorSpec
 from polyexport.workers.toolchain import find
 
 
+@dataclass(frozen=True, slots=True)
+class Description:
+    """What an artifact is: its format, what became of it, its own signature, and PyTorch's."""
+
+    format: str
+    precision: str
+    state: str
+    reason: str
+    checkpoint: Checkpoint
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    spec: ExportSpec
+
+    @staticmethod
+    def of(outcome: Outcome, checkpoint: Checkpoint, spec: ExportSpec) -> Description:
+        """The description of a format's artifact; `spec` is PyTorch's signature."""
+        spec = replace(spec, calibration=())  # those files stay where the export was made
+        about = (outcome.format, outcome.precision, outcome.state, outcome.reason, checkpoint)
+        return Description(*about, outcome.inputs, outcome.outputs, spec)
+
+    @property
+    def runner_spec(self) -> ExportSpec:
+        """The artifact's signature under PyTorch's names and with its output dtypes: what was verified."""
+        inputs = zip(self.inputs, self.spec.inputs, strict=True)
+        outputs = zip(self.outputs, self.spec.outputs, strict=True)
+        return ExportSpec(
+            tuple(replace(own, name=its.name) for own, its in inputs),
+            tuple(replace(own, name=its.name, dtype=its.dtype) for own, its in outputs),
+        )
+
+
 def load(path: str | Path, *, threads: int = 1) -> Runner:
     """Open an exported format, `load("exports/best/onnx")`, in its own runtime.
 
+    Some formats run code from the file (a `.pt2` may hold a pickle), so open what you trust; `polyexport run` asks.
+
     Args:
-        path: A format's folder inside an export.
+        path: A format's folder, in an export or copied out of it, or the artifact in it.
         threads: Of the runtime.
 
     Returns:
-        A function from named input arrays to named output arrays; the names stand in `manifest.json`.
+        A function from named input arrays to named output arrays; the names stand in `polyexport.json`.
 
     Raises:
-        BadRequest: there is no export at `path`.
+        BadRequest: there is no exported format at `path`.
         ToolMissing: this environment lacks the format's runtime.
         CannotRun: nothing on this machine can run it.
     """
-    folder = followed(Path(path))
-    manifest_path = folder.parent / "manifest.json"
-    if not manifest_path.is_file():
-        raise BadRequest(f"{folder} is not a format of an export: {manifest_path} does not exist")
-    manifest = read_json(manifest_path)
-    artifacts = manifest["artifacts"]
-    if folder.name not in artifacts:
-        raise BadRequest(f"{folder} was not exported; {folder.parent} has {', '.join(artifacts) or 'nothing'}")
-    if folder.name not in known():
-        raise BadRequest(f"{folder.name} is not a format of this version; known formats: {', '.join(known())}")
-    each, about = known()[folder.name], artifacts[folder.name]
+    folder, about, each = described(Path(path))
     if each.load is None:
         raise BadRequest(f"{each.name} cannot be run on any host")
-    inputs, outputs = (tuple(decode(TensorSpec, tensor) for tensor in about[side]) for side in ("inputs", "outputs"))
-    module = decode(ExportSpec, manifest["spec"])  # a runner has its names and answers in its dtypes, as was verified
-    inputs = tuple(replace(own, name=its.name) for own, its in zip(inputs, module.inputs, strict=True))
-    outputs = tuple(
-        replace(own, name=its.name, dtype=its.dtype) for own, its in zip(outputs, module.outputs, strict=True)
-    )
     try:
-        return each.load(folder / each.artifact, ExportSpec(inputs, outputs), threads=threads)
+        return each.load(folder / each.artifact, about.runner_spec, threads=threads)
     except ModuleNotFoundError as error:
         needed = ", ".join(find(each.runtime or each.routes[0].toolchain).requirements)
         raise ToolMissing(f"{each.name} runs in an environment with {needed}; here is no {error.name}") from error
+
+
+def described(path: Path) -> tuple[Path, Description, Format]:
+    """The folder of an exported format, what lies in it, and the format; `path` is the folder or the artifact.
+
+    Raises:
+        BadRequest: it is neither, or another version's.
+    """
+    path = followed(path)
+    folder = path if (path / DESCRIPTION).is_file() else path.parent
+    if not (folder / DESCRIPTION).is_file():
+        raise BadRequest(_what_instead(path))
+    try:
+        about = decode(Description, read_json(folder / DESCRIPTION))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise BadRequest(f"{folder / DESCRIPTION} cannot be read: {type(error).__name__}: {error}") from None
+    each = known().get(about.format)
+    if each is None:
+        raise BadRequest(f"{folder} is of the format {about.format!r}, which this version does not know")
+    artifact = folder / each.artifact
+    if path not in (folder, artifact) or not artifact.exists():
+        raise BadRequest(f"{path} is no artifact of {each.name}; that is {artifact}")
+    return folder, about, each
+
+
+def _what_instead(path: Path) -> str:
+    """Why `path` cannot be opened, and what can."""
+    if not path.exists():
+        beside = sorted(file.parent.name for file in path.parent.glob(f"*/{DESCRIPTION}"))
+        there = (
+            f"{path.parent} has {', '.join(beside)}" if beside else "give a format's folder, such as exports/best/onnx"
+        )
+        return f"there is no {path}; {there}"
+    inside = sorted(file.parent for pattern in ("*", f"{BEST}/*") for file in path.glob(f"{pattern}/{DESCRIPTION}"))
+    if inside:
+        return f"{path} is no format of an export, but has some: {', '.join(map(str, inside))}"
+    return f"{path} is no format of an export: beside the artifact lies no {DESCRIPTION}"

@@ -36,34 +36,131 @@ def _keys(kind: Any) -> dict[str, str]:
 
 
 def decode(kind: type[T], data: Any) -> T:
-    """Build a record of type `kind` from decoded JSON; unknown keys are dropped, so old readers read new files."""
-    return typing.cast(T, _decode(kind, data))
+    """Build a record of type `kind` from decoded JSON; unknown keys are dropped, so old readers read new files.
+
+    A float that is null is NaN, which JSON does not have.
+
+    Raises:
+        TypeError: a value is not of its field's type, or a field is missing; the message has the path to it.
+    """
+    return typing.cast(T, _decode(kind, data, kind.__name__))
 
 
-def _decode(kind: Any, data: Any) -> Any:
+def _decode(kind: Any, data: Any, where: str) -> Any:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if dataclasses.is_dataclass(kind):
-        hints = typing.get_type_hints(kind)
-        known = {name: data[key] for name, key in _keys(kind).items() if key in data}
-        return typing.cast(Any, kind)(**{name: _decode(hints[name], value) for name, value in known.items()})
+        return _record(kind, data, where)
     if origin in (types.UnionType, typing.Union):
-        if data is None:
-            return None
-        return _decode(next(a for a in arguments if a is not type(None)), data)
+        return _union(arguments, data, where)
+    if origin is typing.Literal:
+        return _checked(data in arguments, data, where, " or ".join(map(repr, arguments)))
     if origin is tuple:
-        return tuple(_decode(arguments[0], item) for item in data)
+        items = _checked(isinstance(data, list | tuple), data, where, "a list")
+        return tuple(_decode(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(items))
     if isinstance(origin, type) and issubclass(origin, Mapping):
-        return {arguments[0](key): _decode(arguments[1], item) for key, item in data.items()}
+        entries = _checked(isinstance(data, Mapping), data, where, "an object").items()
+        return {arguments[0](key): _decode(arguments[1], item, f"{where}.{key}") for key, item in entries}
     if kind is Path:
-        return Path(data)
+        return Path(_checked(isinstance(data, str), data, where, "a path"))
+    if kind is float:
+        number = isinstance(data, int | float) and not isinstance(data, bool)
+        _checked(number or data is None, data, where, "a number")
+        return math.nan if data is None else data
+    if kind in (int, str, bool):
+        fits = isinstance(data, kind) and (kind is bool or not isinstance(data, bool))
+        return _checked(fits, data, where, _WORDS[kind])
     return data
+
+
+_WORDS = {int: "an integer", str: "a text", bool: "true or false"}
+
+
+def _record(kind: Any, data: Any, where: str) -> Any:
+    given = _checked(isinstance(data, Mapping), data, where, "an object")
+    hints, keys = typing.get_type_hints(kind), _keys(kind)
+    known = {name: _decode(hints[name], given[key], f"{where}.{key}") for name, key in keys.items() if key in given}
+    missing = [keys[name] for name in _required(kind) if name not in known]
+    if missing:
+        raise TypeError(f"{where} lacks {', '.join(missing)}")
+    return kind(**known)
+
+
+def _required(kind: Any) -> list[str]:
+    """The fields of a record that have no default."""
+    none = dataclasses.MISSING
+    return [field.name for field in dataclasses.fields(kind) if field.default is field.default_factory is none]
+
+
+def _union(arguments: tuple[Any, ...], data: Any, where: str) -> Any:
+    """By the first member whose type fits."""
+    if data is None and type(None) in arguments:
+        return None
+    reasons = []
+    for member in (each for each in arguments if each is not type(None)):
+        try:
+            return _decode(member, data, where)
+        except TypeError as error:
+            reasons.append(str(error))
+    raise TypeError(reasons[0])
+
+
+def _checked(fits: bool, data: Any, where: str, wanted: str) -> Any:
+    if not fits:
+        raise TypeError(f"{where} is {repr(data)[:80]}, not {wanted}")
+    return data
+
+
+def schema(kind: type) -> dict[str, Any]:
+    """The JSON Schema (draft 2020-12) of what `encode` makes of a record.
+
+    https://json-schema.org/draft/2020-12/schema
+    """
+    definitions: dict[str, Any] = {}
+    root = _schema(kind, definitions)
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": kind.__name__, **root} | {
+        "$defs": dict(sorted(definitions.items()))
+    }
+
+
+_JSON_TYPES = {int: "integer", str: "string", bool: "boolean", Path: "string", type(None): "null"}
+
+
+def _schema(kind: Any, definitions: dict[str, Any]) -> dict[str, Any]:
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        name = typing.cast(type, kind).__name__
+        if name not in definitions:
+            definitions[name] = {}  # a record may contain itself
+            hints, keys = typing.get_type_hints(kind), _keys(kind)
+            definitions[name] = {
+                "type": "object",
+                "properties": {key: _schema(hints[field], definitions) for field, key in keys.items()},
+                "required": [keys[field] for field in _required(kind)],
+            }
+        return {"$ref": f"#/$defs/{name}"}
+    if origin in (types.UnionType, typing.Union):
+        return {"anyOf": [_schema(member, definitions) for member in arguments]}
+    if origin is typing.Literal:
+        return {"enum": list(arguments)}
+    if origin is tuple:
+        return {"type": "array", "items": _schema(arguments[0], definitions)}
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return {"type": "object", "additionalProperties": _schema(arguments[1], definitions)}
+    if kind is float:
+        return {"type": ["number", "null"]}  # null is NaN or infinity
+    return {"type": _JSON_TYPES[kind]} if kind in _JSON_TYPES else {}
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` in one step: a reader sees the old file or the new one, never a half."""
+    write_text(path, json.dumps(encode(value), indent=2, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` in one step, as `write_json` does; a hard link to the old file keeps the old text."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(encode(value), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
 
 

@@ -29,7 +29,6 @@ import gc
 import hashlib
 import json
 import queue
-import re
 import shutil
 import tempfile
 import threading
@@ -43,7 +42,8 @@ import numpy as np
 
 from polyexport.errors import BadRequest, CannotRun, ToolMissing
 from polyexport.format import Format, Route, Runner
-from polyexport.report.folders import UNFINISHED
+from polyexport.report.escape import printable
+from polyexport.report.folders import DESCRIPTION, UNFINISHED
 from polyexport.serialization import decode, read_json, write_json
 from polyexport.spec import Arrays, read_arrays, write_arrays
 from polyexport.workers.job import TEMPORARY, Job, result_path
@@ -93,8 +93,19 @@ def one_after_another() -> int:
 def _opened(path: Path) -> tuple[Path, Job]:
     """The export's folder and the job, whose import path is ours from now on."""
     job = decode(Job, read_json(path))
+    if not job.trusted:
+        sys.addaudithook(_refuse_pickles)
     sys.path += [entry for entry in job.sys_path if entry not in sys.path]
     return path.parent.parent.parent, job
+
+
+def _refuse_pickles(event: str, arguments: tuple[Any, ...]) -> None:
+    """Stop whatever unpickles more than plain data, in this process for good (see `sys.addaudithook`)."""
+    if event == "pickle.find_class":
+        raise CannotRun(
+            f"it holds a pickle of {'.'.join(map(str, arguments))}, which may run any code; "
+            "if you trust who made the export, give --trust"
+        )
 
 
 def _done(path: Path, root: Path, job: Job) -> bool:
@@ -119,7 +130,10 @@ def prepare(root: Path, job: Job) -> Any:
     """Make the reference; see `polyexport.measure.reference`."""
     from polyexport.measure.reference import make
 
-    return make(root, root / job.source, job.options["dynamic"], job.options.get("git_commit", ""))
+    options = job.options
+    return make(
+        root, root / job.source, options["dynamic"], options.get("git_commit", ""), sha256=options.get("sha256", "")
+    )
 
 
 def convert(root: Path, job: Job) -> Any:
@@ -155,17 +169,21 @@ def verify(root: Path, job: Job) -> Any:
     each, _ = _declared(root, job)
     artifact = root / job.source
     runner = _load(root, job)
+    noise = read_arrays(root / job.noise) if job.noise else {}
     results = []
     whole: Arrays | None = None  # the validation batch's, which comes first
     for batch in job.batches:
         inputs, reference = _inputs(root / batch.path, job), read_arrays(root / batch.path, job.spec.output_names)
         if not any(_says_something(array) for array in reference.values()):
             raise CannotRun("PyTorch itself answers nothing but NaN or infinity, which proves nothing")
-        results.append(compare(runner(inputs), reference, each.limits, None if whole else job.noise, whole))
+        results.append(compare(runner(inputs), reference, each.limits, noise, whole))
         whole = whole or reference
     folder = artifact if artifact.is_dir() else artifact.parent
-    verified_by = getattr(runner, "verified_by", None)
-    parity = replace(merge(results, [batch.sizes for batch in job.batches]), verified_by=verified_by)
+    parity = replace(
+        merge(results, [batch.sizes for batch in job.batches]),
+        verified_by=getattr(runner, "verified_by", None),
+        off_device=bool(getattr(runner, "stand_in", "")),
+    )
     own = {name: getattr(runner, name) for name in ("signature", "shortfall") if hasattr(runner, name)}
     return {"parity": parity, **own, **_fingerprint(folder)}
 
@@ -176,7 +194,7 @@ def bench(root: Path, job: Job, lines: Iterator[bytes], answers: TextIO) -> int:
     The first answer comes unasked, once the artifact is loaded and warm. A runner that is not what will serve the
     artifact says so as its `stand_in`, and is not timed.
     """
-    from polyexport.measure.latency import sample_ms, timed_ms, warm_up
+    from polyexport.measure.latency import ROUNDS, SECONDS, sample_ms, timed_ms, warm_up
     from polyexport.workers.priority import first_waited_seconds
 
     inputs = _inputs(root / job.batches[0].path, job)
@@ -191,15 +209,19 @@ def bench(root: Path, job: Job, lines: Iterator[bytes], answers: TextIO) -> int:
         return runner(inputs)
 
     first_ms = timed_ms(call)
-    warm_up(call)
+    start = time.perf_counter()
+    warm_up(call, at_most=SECONDS - first_ms / 1e3)
+    left = SECONDS - first_ms / 1e3 - (time.perf_counter() - start)
     about = {"first_ms": getattr(runner, "first_ms", first_ms), "device": getattr(runner, "device", "cpu")}
     _answer(answers, {"load_seconds": load_seconds, **about})
     waited = spent = 0.0
     for _ in lines:
-        warm_up(call, count=2, seconds=0.05)  # the runtime before may still have threads that spin
+        start = time.perf_counter()
+        warm_up(call, count=2, seconds=0.05, at_most=left / 2)  # the runtime before may still have threads that spin
         before = first_waited_seconds()
-        samples_ms = sample_ms(call)
+        samples_ms = sample_ms(call, seconds=min(left, SECONDS / ROUNDS)) if left > 0 or not spent else []
         waited, spent = waited + first_waited_seconds() - before, spent + sum(samples_ms) / 1e3
+        left -= time.perf_counter() - start
         peak_memory_bytes = getattr(runner, "peak_memory_bytes", None) or _peak_memory()
         costs = {"peak_memory_bytes": peak_memory_bytes, "waited": min(waited / spent, 1.0)}
         _answer(answers, {"samples_ms": samples_ms, **costs})
@@ -272,9 +294,9 @@ def _says_something(array: np.ndarray) -> bool:
 
 
 def _fingerprint(folder: Path) -> dict[str, Any]:
-    """Bytes and SHA-256 of all files of a folder, names included."""
+    """Bytes and SHA-256 of all files of a folder, names included, without what describes the artifact."""
     digest, count = hashlib.sha256(), 0
-    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+    for file in sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / DESCRIPTION):
         digest.update(file.relative_to(folder).as_posix().encode())
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
@@ -296,12 +318,9 @@ def _one_line(error: BaseException) -> str:
     said = str(error)
     if "Traceback of TorchScript" in said:  # the cause is below it, and the rest is in the log
         said = said.strip().splitlines()[-1]
-    text = " ".join(_COLOURS.sub("", said).split())
+    text = " ".join(printable(said).split())
     own = isinstance(error, ToolMissing | CannotRun | BadRequest)
     return (text if own else f"{type(error).__name__}: {text}")[:500]
-
-
-_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def _kind(error: BaseException) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
+import keyword
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -82,7 +83,7 @@ def flat(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> A
 
     # tracers read argument names from the signature, and write them into the artifact
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    parameters = [inspect.Parameter(name, kind) for name in ("self", *inputs)]
+    parameters = [inspect.Parameter(name, kind) for name in _argument_identifiers(("self", *inputs))]
     Flat.forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # any function has one
     return Flat().eval()
 
@@ -184,6 +185,15 @@ def _argument_names(forward: Callable[..., Any], count: int) -> list[str]:
         elif parameter.kind is not parameter.VAR_KEYWORD:
             names.append(parameter.name)
     return names
+
+
+def _argument_identifiers(names: Sequence[str]) -> list[str]:
+    """The names as arguments of the code that tracers write: none is a keyword, a builtin or a name that it uses."""
+    import torch
+
+    graph = torch.fx.Graph()
+    legal = (f"{name}_" if keyword.iskeyword(name) else name for name in names)
+    return [graph.create_node("placeholder", name, name=name).name for name in legal]
 
 
 def _first(path: Any, names: Sequence[str]) -> str:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import io
 import json
 import pickle
@@ -254,6 +255,25 @@ def as_call(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(inputs, Mapping):
         return (), dict(inputs)
     return (tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)), {}
+
+
+def check_call(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """See whether forward takes these arguments.
+
+    Raises:
+        BadRequest: it does not; the message has what it takes.
+    """
+    forward = getattr(module, "forward", None)
+    try:
+        signature = inspect.signature(forward)  # type: ignore[arg-type]  # what is no function raises
+    except (TypeError, ValueError):
+        return  # of a compiled one nothing is known
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        given = ", ".join([*(f"argument {index}" for index in range(len(args))), *map(repr, kwargs)]) or "nothing"
+        takes = ", ".join(map(str, signature.parameters.values())) or "nothing"
+        raise BadRequest(f"{type(module).__name__}.forward takes ({takes}), and was given {given}: {error}") from None
 
 
 def selected(root: Any, select: Select) -> Any:

@@ -10,7 +10,6 @@ Requirements:
 from __future__ import annotations
 
 import contextlib
-import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -23,7 +22,7 @@ from polyexport.engine.dispatch import Dispatcher
 from polyexport.engine.rerun import Runnable, runnables, signature
 from polyexport.engine.routes import Watch
 from polyexport.format import Format
-from polyexport.measure.latency import ROUNDS, Latency, summarise
+from polyexport.measure.latency import QUIET, ROUNDS, Latency, is_quiet, summarise, waited_by_median
 from polyexport.measure.reference import VALIDATION_BATCH, resized
 from polyexport.report.report import Outcome, Report
 from polyexport.spec import ExportSpec, read_arrays, write_arrays
@@ -42,7 +41,13 @@ def bench(report: Report, formats: Mapping[str, Format], dispatcher: Dispatcher,
         return report
     spec = signature(report)
     batch = next((int(tensor.shape[0]) for tensor in spec.static().inputs if tensor.shape), 1)
-    measured, why_not = _measured(runnable, spec, VALIDATION_BATCH, batch, dispatcher, watch)
+    try:
+        measured, why_not = _measured(runnable, spec, VALIDATION_BATCH, batch, dispatcher, watch)
+    except KeyboardInterrupt:
+        _noted(report, _INTERRUPTED)
+        raise
+    if dispatcher.workers.closed:  # by who was interrupted while it waited for this
+        return _noted(report, _INTERRUPTED)
     return _recorded(report, measured, why_not)
 
 
@@ -52,7 +57,7 @@ def sweep(
     """Time eager PyTorch and every artifact at batch sizes 1, 2, 4 … `most`, each until its throughput gains under 5 %.
 
     Axes that are free beside the batch keep their size of the validation batch; an artifact of static shapes is left
-    out. The report is not changed.
+    out, and so is PyTorch where the export may not be unpickled. The report is not changed.
 
     Returns:
         Format and latency, in the order measured; the batch size stands in the latency.
@@ -79,12 +84,7 @@ def sweep(
 
 _NO_LATENCY = "no latency of "
 _BUSY = "latency was measured on a busy machine"
-
-_QUIET = 0.2
-"""Share of its time that a runtime may have waited for others, by the median, on a machine that passes for quiet.
-
-Two cores with nothing else to do gave 0.03 to 0.08, and with two busy programs 0.3.
-"""
+_INTERRUPTED = "not timed: interrupted"
 
 _WORTH_IT = 1.05
 """Throughput of a doubled batch over that of the batch, from which on the next one is tried too."""
@@ -129,7 +129,8 @@ def _starts(
     """What is timed, by name, and how its worker is started."""
     batches = (Batch(batch_path),)
     eager = Job("bench", spec=spec, batches=batches)
-    yield EAGER, partial(dispatcher.converse, eager, toolchain.HOST, f"{EAGER}.bench", f"logs/{EAGER}.log")
+    if dispatcher.trusted:  # its module is a pickle
+        yield EAGER, partial(dispatcher.converse, eager, toolchain.HOST, f"{EAGER}.bench", f"logs/{EAGER}.log")
     for each in runnable:
         job = each.job("bench", dispatcher, batches=batches)
         yield (
@@ -152,21 +153,30 @@ def _take_turns(talks: Mapping[str, Conversation], found: dict[str, dict[str, An
 
 def _recorded(report: Report, measured: Mapping[str, Latency], why_not: Mapping[str, str]) -> Report:
     baseline = measured.get(EAGER)
-    outcomes = tuple(_with_latency(outcome, measured.get(outcome.format), baseline) for outcome in report.outcomes)
-    kept = (note for note in report.notes if not note.startswith((_NO_LATENCY, _BUSY)))  # of an earlier time
+    beside = baseline if is_quiet(measured.values()) else None
+    outcomes = tuple(_with_latency(outcome, measured.get(outcome.format), beside) for outcome in report.outcomes)
     notes = [f"{_NO_LATENCY}{name}: {why}" for name, why in why_not.items()]
-    waited = statistics.median([latency.waited for latency in measured.values()] or [0.0])
-    if waited > _QUIET:
-        notes.append(f"{_BUSY}: runtimes waited for a processor {waited:.0%} of the time")
-    report = replace(report, outcomes=outcomes, baseline=baseline, notes=(*kept, *notes))
+    if not is_quiet(measured.values()):
+        waited = waited_by_median(measured.values())
+        notes.append(
+            f"{_BUSY}: runtimes waited for a processor {waited:.0%} of the time, so none is called the fastest"
+        )
+    return _noted(replace(report, outcomes=outcomes, baseline=baseline), *notes)
+
+
+def _noted(report: Report, *notes: str) -> Report:
+    """The report with notes about timing in place of those of an earlier time, saved."""
+    kept = (note for note in report.notes if not note.startswith((_NO_LATENCY, _BUSY, _INTERRUPTED)))
+    report = replace(report, notes=(*kept, *notes))
     report.save()
     return report
 
 
 def _with_latency(outcome: Outcome, latency: Latency | None, baseline: Latency | None) -> Outcome:
+    """An outcome with its latency, and how much faster that is than the `baseline`, if it can be compared."""
     if latency is None:
         return outcome
-    if baseline is not None:
+    if baseline is not None and latency.waited <= QUIET:
         latency = replace(latency, speedup=baseline.p50_ms / latency.p50_ms)
     spent = (latency.first_ms + sum(latency.samples_ms)) / 1e3 + latency.load_seconds
     return replace(outcome, latency=latency, seconds={**outcome.seconds, "bench": spent})

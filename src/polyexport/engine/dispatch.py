@@ -40,6 +40,7 @@ class Dispatcher:
         bounds: What each worker may take.
         sys_path: The training process's import path.
         elsewhere: Where jobs run; None for this machine.
+        trusted: Whether what lies in the folder may be unpickled.
         kept: Workers that do one job after another, by the words that start them.
     """
 
@@ -50,6 +51,7 @@ class Dispatcher:
     bounds: Bounds
     sys_path: tuple[str, ...]
     elsewhere: Elsewhere | None = None
+    trusted: bool = True
     kept: dict[tuple[str, ...], Kept] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 

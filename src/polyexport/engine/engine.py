@@ -33,9 +33,10 @@ from polyexport.engine.routes import Build
 from polyexport.errors import BadRequest
 from polyexport.format import Format, Runner
 from polyexport.formats import known, resolve
+from polyexport.load import Description
 from polyexport.measure.latency import Latency
 from polyexport.measure.reference import Dynamic, Reference
-from polyexport.report.folders import point_best, take_place, unfinished
+from polyexport.report.folders import DESCRIPTION, point_best, take_place, unfinished
 from polyexport.report.report import Checkpoint, Model, Outcome, Report, State, history, sentence
 from polyexport.serialization import decode, encode, read_json, write_json
 from polyexport.versions import git_commit
@@ -181,7 +182,8 @@ class Engine:
         self._watch("model", "running PyTorch")
         if request.held:
             _fetch(request.held, request.work / "source")
-        job = Job("prepare", options={"dynamic": request.dynamic, "git_commit": git_commit()})
+        options = {"dynamic": request.dynamic, "git_commit": git_commit(), "sha256": request.checkpoint.sha256}
+        job = Job("prepare", options=options)
         ended, command = dispatcher.run(job, toolchain.HOST, "prepare", "logs/model.log")
         self._watch("model", None)
         if not ended.ok:
@@ -219,6 +221,10 @@ class Engine:
             notes=(*request.notes, *reference.notes),
         )
         write_json(request.work / "manifest.json", _manifest(request, report, reference))
+        for outcome in report.outcomes:
+            if outcome.artifact and outcome.format in known():
+                about = Description.of(outcome, report.checkpoint, spec)
+                write_json(request.work / outcome.format / DESCRIPTION, about)
         return self._finish(request, report, start)
 
     def _finish(self, request: Request, report: Report, start: float) -> Report:
@@ -265,15 +271,20 @@ class Engine:
         """
         return bench(report, _by_name(formats), self._quiet(report), self._watch)
 
-    def sweep(self, report: Report, formats: Iterable[Format] = ()) -> list[tuple[str, Latency]]:
-        """Time every artifact that takes any batch at growing batch sizes; see `polyexport.engine.bench.sweep`."""
-        return sweep(report, _by_name(formats), self._quiet(report), self._watch)
+    def sweep(self, report: Report, formats: Iterable[Format] = (), *, trust: bool = True) -> list[tuple[str, Latency]]:
+        """Time every artifact that takes any batch at growing batch sizes; see `polyexport.engine.bench.sweep`.
 
-    def verify(self, report: Report, formats: Iterable[Format] = ()) -> Report:
+        `trust`, here and below, tells whether what lies in the export may be unpickled, and so run code.
+        """
+        return sweep(report, _by_name(formats), self._quiet(report, trust=trust), self._watch)
+
+    def verify(self, report: Report, formats: Iterable[Format] = (), *, trust: bool = True) -> Report:
         """Verify every artifact once more; see `polyexport.engine.rerun.verify`."""
-        return verify(report, _by_name(formats), self._quiet(report), self._watch)
+        return verify(report, _by_name(formats), self._quiet(report, trust=trust), self._watch)
 
-    def runner(self, report: Report, name: str, formats: Iterable[Format] = ()) -> AbstractContextManager[Runner]:
+    def runner(
+        self, report: Report, name: str, formats: Iterable[Format] = (), *, trust: bool = True
+    ) -> AbstractContextManager[Runner]:
         """One artifact as a function, in a process of its own toolchain; see `polyexport.engine.rerun.runner`.
 
         Raises:
@@ -282,12 +293,13 @@ class Engine:
         found = {each.name: each for each in runnables(report, _by_name(formats))}
         if name not in found:
             raise BadRequest(f"no artifact {name!r} that runs in {report.folder}; it has {', '.join(found) or 'none'}")
-        return runner(report, found[name], self._quiet(report))
+        return runner(report, found[name], self._quiet(report, trust=trust))
 
-    def _quiet(self, report: Report) -> Dispatcher:
+    def _quiet(self, report: Report, *, trust: bool = True) -> Dispatcher:
         """A dispatcher for a finished export, which gets the whole machine."""
         self.hurry()
-        return self._dispatcher(report.folder, report.folder, replace(self._bounds, threads=self._cores))
+        whole = replace(self._bounds, threads=self._cores)
+        return replace(self._dispatcher(report.folder, report.folder, whole), trusted=trust)
 
     def _dispatcher(self, root: Path, final: Path, bounds: Bounds, elsewhere: Elsewhere | None = None) -> Dispatcher:
         return Dispatcher(root, final, self._workers, self._slots, bounds, import_path(), elsewhere)
@@ -377,6 +389,7 @@ def export(
     executor: Any = None,
     staging: str | None = None,
     progress: Callable[[str], object] | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> Report:
     """Export a PyTorch module: convert it, prove each artifact against it, time them.
 
@@ -394,29 +407,31 @@ def export(
         executor: Has the jobs done on other machines; see `Engine`.
         staging: Through which URL their files travel; see `Engine`.
         progress: Takes one line about each format as it comes to its end: `print`, say.
+        checkpoint: Where the module's weights were read from, for the report.
 
     Returns:
         The report, which also lies in `into` as `report.json`, `report.md` and `report.html`.
 
     Raises:
         UnknownFormat: a name that is none.
-        BadRequest: the module or the inputs cannot be taken apart.
+        BadRequest: the module or the inputs cannot be taken apart, or forward takes other arguments.
     """
     import torch
 
-    from polyexport.capture.snapshot import as_call, save_call, save_module
+    from polyexport.capture.snapshot import as_call, check_call, save_call, save_module
 
     chosen = resolve(formats)
     final = Path(into).absolute()
     final.parent.mkdir(parents=True, exist_ok=True)
     work = unfinished(final.parent)
     try:
-        for index, call in enumerate(itertools.chain([inputs], calibration)):
-            save_call(*as_call(call), work / "source", index)
+        for index, call in enumerate(map(as_call, itertools.chain([inputs], calibration))):
+            check_call(module, *call)
+            save_call(*call, work / "source", index)
         note = save_module(module, None, *as_call(inputs), work / "source")
         torch.save(module.state_dict(), work / "source" / WEIGHTS)
         notes = (note,) if note else ()
-        request = Request(work, final.name, chosen, dynamic, notes=notes, best=False)
+        request = Request(work, final.name, chosen, dynamic, checkpoint or Checkpoint(""), notes, best=False)
         with Engine(workers=workers, timeout=timeout, executor=executor, staging=staging, tell=progress) as engine:
             report = engine.submit(request).result()
             return engine.bench(report, chosen) if bench else report

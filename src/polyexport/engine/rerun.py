@@ -19,7 +19,8 @@ from polyexport.engine.dispatch import Dispatcher
 from polyexport.engine.routes import Watch, judged
 from polyexport.errors import BadRequest, CannotRun
 from polyexport.format import Format, Runner
-from polyexport.report.report import Outcome, Report
+from polyexport.report.folders import inside
+from polyexport.report.report import Outcome, Report, State
 from polyexport.serialization import decode, read_json
 from polyexport.spec import Arrays, ExportSpec, read_arrays, write_arrays
 from polyexport.workers import toolchain
@@ -49,8 +50,8 @@ class Runnable:
     def job(self, kind: Kind, dispatcher: Dispatcher, **more: Any) -> Job:
         """A job of `kind` on the artifact."""
         assert self.outcome.artifact is not None, "what is runnable was made"
-        declared = dispatcher.declared(self.format)
-        return Job(kind, self.name, declared, source=self.outcome.artifact.path, spec=self.spec, **more)
+        declared, path = dispatcher.declared(self.format), self.outcome.artifact.path
+        return Job(kind, self.name, declared, source=path, spec=self.spec, trusted=dispatcher.trusted, **more)
 
 
 def signature(report: Report) -> ExportSpec:
@@ -72,47 +73,80 @@ def _manifest(report: Report) -> dict[str, Any]:
 
 def runnables(report: Report, formats: Mapping[str, Format]) -> list[Runnable]:
     """Every artifact of the report that has been run before, with its format out of `formats`."""
-    found = []
-    for outcome in report.outcomes:
-        if outcome.parity is None or outcome.format not in formats:
-            continue
-        each = formats[outcome.format]
-        made_by = next((route for route in each.routes if route.name == outcome.route), each.routes[0])
-        spec = signature(report)  # PyTorch's, which a runner answers in, also where the artifact's own differs
-        if len(outcome.parity.batches) == 1:  # made with fixed sizes; its inputs do not tell, where they are its own
-            spec = spec.static()
-        found.append(Runnable(outcome, each, toolchain.find(each.runtime or made_by.toolchain), spec))
-    return found
+    return [
+        _runnable(report, outcome, formats[outcome.format])
+        for outcome in report.outcomes
+        if outcome.parity is not None and outcome.artifact is not None and outcome.format in formats
+    ]
+
+
+def _runnable(report: Report, outcome: Outcome, each: Format) -> Runnable:
+    made_by = next((route for route in each.routes if route.name == outcome.route), each.routes[0])
+    spec = signature(report)  # PyTorch's, which a runner answers in, also where the artifact's own differs
+    if _is_static(outcome):
+        spec = spec.static()
+    return Runnable(outcome, each, toolchain.find(each.runtime or made_by.toolchain), spec)
+
+
+def _is_static(outcome: Outcome) -> bool:
+    """Whether it was made with fixed sizes, which its inputs do not tell once it was run: they are its own then."""
+    if outcome.parity is None:
+        return not any(tensor.dynamic for tensor in outcome.inputs)
+    return len(outcome.parity.batches) == 1
 
 
 def verify(report: Report, formats: Mapping[str, Format], dispatcher: Dispatcher, watch: Watch) -> Report:
     """Load each artifact in a fresh process and compare it with the recorded answers of PyTorch once more.
 
     Returns:
-        The report with the states of today; an artifact that is not the exported one any more is named in the notes.
+        The report with the states of today: what cannot be run today is not `verified` today, nor is an artifact that
+        is not the exported one any more.
     """
     manifest = _manifest(report)
     batches = tuple(decode(Batch, each) for each in manifest["batches"])
-    now: dict[str, Outcome] = {}
-    notes = []
-    for each in runnables(report, formats):
+    for batch in batches:
+        inside(report.folder, batch.path)
+
+    def today(before: Outcome) -> Outcome:
+        if before.artifact is None or before.format not in formats:
+            return _not_run(before)
+        each = _runnable(report, before, formats[before.format])
         watch(each.name, "verifying")
-        before = each.outcome
-        assert before.artifact is not None, "what is runnable was made"
         taken = batches if each.spec.is_dynamic else batches[:1]
         job = each.job("verify", dispatcher, batches=taken, noise=manifest["noise"])
         ended, command = dispatcher.run(job, each.runtime, f"{each.name}.again", each.log, gpu=each.format.needs_gpu)
-        outcome = judged(before, ended, command, before.artifact.path)
-        if before.publishable and outcome.state == "verified":
-            outcome = replace(outcome, state=before.state)  # what was said of it then holds today
-        elif outcome.state == "verified":
-            outcome = replace(outcome, reason="")
-        if outcome.artifact and outcome.artifact.sha256 not in ("", before.artifact.sha256):
-            notes.append(f"{each.name}: the artifact is not the one that was exported; its SHA-256 has changed")
-        now[each.name] = outcome
-        watch(each.name, now[each.name])
-    outcomes = tuple(now.get(outcome.format, outcome) for outcome in report.outcomes)
-    return replace(report, outcomes=outcomes, notes=(*report.notes, *notes))
+        found = _beside(before, judged(replace(before, parity=None), ended, command, before.artifact.path))
+        watch(each.name, found)
+        return found
+
+    return replace(report, outcomes=tuple(map(today, report.outcomes)))
+
+
+def _not_run(before: Outcome) -> Outcome:
+    """An outcome that nothing can be run of; what is not claimed to agree stays as it is."""
+    if not before.publishable:
+        return before
+    why = f"no format {before.format!r} is known here" if before.artifact else "the report names no artifact of it"
+    return replace(
+        before, state="unverified", parity=None, reason=f"{before.state} at its export, not run today: {why}"
+    )
+
+
+def _beside(before: Outcome, now: Outcome) -> Outcome:
+    """What was found today beside what was said at the export."""
+    if _is_another(before, now):
+        changed = "the artifact is not the one that was exported: its SHA-256 has changed"
+        state: State = "unverified" if now.state == "verified" else now.state
+        return replace(now, state=state, reason=f"{changed}; {now.reason}" if state == now.state else changed)
+    if now.state == "verified" and (before.publishable or (before.state == "unverified" and before.parity)):
+        return replace(now, state=before.state)  # what was said of it then holds today
+    return replace(now, reason="") if now.state == "verified" else now
+
+
+def _is_another(before: Outcome, now: Outcome) -> bool:
+    """Whether the artifact has changed; None was hashed where it could not be run."""
+    hashes = [each.artifact.sha256 for each in (before, now) if each.artifact]
+    return all(hashes) and len(set(hashes)) > 1
 
 
 @contextlib.contextmanager

@@ -192,8 +192,9 @@ class Build:
         return replace(made, outcome=outcome, retry=retry, shortfall=shortfall)
 
     def _job(self, each: Format, kind: Kind, source: str, spec: ExportSpec, **more: Any) -> Job:
-        if kind != "convert" or not each.calibrated:
-            spec = replace(spec, calibration=())  # a job elsewhere takes along what it names
+        # a job elsewhere takes along what it names: what it calibrates with, or the batch that it traces with
+        named = spec.calibration if each.calibrated else spec.calibration[:1]
+        spec = replace(spec, calibration=named if kind == "convert" else ())
         return Job(kind, each.name, self._dispatcher.declared(each), source=source, spec=spec, **more)
 
     def _settle(self, each: Format, built: Built) -> Outcome:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pkgutil
 from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
 from functools import cache
 from importlib import import_module
 from types import MappingProxyType
@@ -41,7 +42,9 @@ def resolve(formats: Iterable[str | Format]) -> tuple[Format, ...]:
         if each is None:
             names = ", ".join(known())
             aliases = ", ".join(f"{alias} = {each.name}" for alias, each in sorted(by_alias.items()))
-            raise UnknownFormat(f"no format {given!r}; known formats: {names} (aliases: {aliases})")
+            near = get_close_matches(str(given), [*known(), *by_alias], 1)
+            meant = f"did you mean {near[0]!r}? " if near else ""
+            raise UnknownFormat(f"no format {given!r}; {meant}known formats: {names} (aliases: {aliases})")
         chosen[each.name] = each
     if not chosen:
         raise UnknownFormat(f"no format was given; known formats: {', '.join(known())}")

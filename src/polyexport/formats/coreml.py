@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from polyexport.format import Convert, Format, Route, Runner, Snippet
-from polyexport.spec import Arrays, ExportSpec, TensorSpec
+from polyexport.spec import Arrays, ExportSpec, TensorSpec, example
 
 if TYPE_CHECKING:
     import torch
@@ -78,7 +78,10 @@ def _known_only(program: torch.export.ExportedProgram) -> torch.export.ExportedP
 
 
 def _behind_casts(module: Any, spec: ExportSpec) -> tuple[torch.nn.Module, tuple[torch.Tensor, ...]]:
-    """The module as one that takes what Core ML can give it, and inputs to trace it with."""
+    """The module as one that takes what Core ML can give it, and inputs to trace it with.
+
+    An output is a tensor of its own, since MIL has one name for a value: not an input, nor another output.
+    """
     import torch
 
     dtypes = [getattr(torch, tensor.dtype) for tensor in spec.inputs]
@@ -89,15 +92,18 @@ def _behind_casts(module: Any, spec: ExportSpec) -> tuple[torch.nn.Module, tuple
             self.inner = module
 
         def forward(self, *tensors: torch.Tensor) -> Any:
-            return self.inner(*(tensor.to(dtype) for tensor, dtype in zip(tensors, dtypes, strict=True)))
+            outputs = self.inner(*(tensor.to(dtype) for tensor, dtype in zip(tensors, dtypes, strict=True)))
+            if isinstance(outputs, torch.Tensor):
+                return outputs.clone()
+            return tuple(output.clone() for output in outputs)
 
-    # at least two along a free axis, which a tracer would take for one
-    sizes = {called: max(2, size) for called, size in spec.sizes.items()}
-    inputs = tuple(
-        torch.zeros(tensor.sized(sizes.__getitem__), dtype=getattr(torch, tensor.dtype))
-        for tensor in at_border(spec).inputs
-    )
-    return Behind(), inputs
+    return Behind(), tuple(map(torch.from_numpy, _example(spec).values()))
+
+
+def _example(spec: ExportSpec) -> Arrays:
+    """The inputs to trace with at Core ML's border."""
+    pairs = zip(example(spec).items(), at_border(spec).inputs, strict=True)
+    return {name: array.astype(there.dtype) for (name, array), there in pairs}
 
 
 def _uppers(spec: ExportSpec) -> dict[str, int]:
@@ -124,10 +130,10 @@ def _convert(model: Any, target: Path, spec: ExportSpec, precision: str) -> None
     """Write a package for the oldest systems that have all its ops."""
     import coremltools as ct
 
-    from polyexport.coreml.patches import composite_ops, high_rank_pass
+    from polyexport.coreml.patches import composite_ops, fourier, high_rank_pass, truth_pass
 
-    composite_ops.register()
-    high_rank_pass.register()
+    for patch in (composite_ops, fourier, high_rank_pass, truth_pass):
+        patch.register()
     try:
         package = _translated(model, spec, precision, None)
     except ValueError as error:
@@ -234,8 +240,10 @@ let compiled = try await MLModel.compileModel(at: URL(fileURLWithPath: "{{ path 
 let model = try MLModel(contentsOf: compiled)
 let inputs = try MLDictionaryFeatureProvider(dictionary: [
 {%- for input in inputs %}
-  {{ input.name | tojson }}: MLFeatureValue(multiArray: try MLMultiArray(
-    shape: {{ input.shape | list | tojson }}, dataType: .{{ "float32" if "float" in input.dtype else "int32" }})),
+{%- set kind = {"float16": "Float16", "float32": "Float"}.get(input.dtype, "Int32") %}
+  {{ input.name | tojson }}: MLFeatureValue(shapedArray: MLShapedArray<{{ kind }}>(  // your data here
+    scalars: [{{ kind }}](repeating: 0, count: {{ input.shape | join(" * ") or 1 }}),
+    shape: {{ input.shape | list | tojson }})),
 {%- endfor %}
 ])
 let outputs = try await model.prediction(from: inputs)

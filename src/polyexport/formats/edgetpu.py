@@ -233,7 +233,11 @@ for detail in interpreter.get_input_details():
     scale, zero = detail["quantization"]
     interpreter.set_tensor(detail["index"], np.clip(np.round(row / scale) + zero, -128, 127).astype(np.int8))
 interpreter.invoke()
-outputs = [interpreter.get_tensor(detail["index"]) for detail in interpreter.get_output_details()]
+outputs = []
+for detail in interpreter.get_output_details():
+    y, (scale, zero) = interpreter.get_tensor(detail["index"]), detail["quantization"]
+    y = (y.astype(np.float32) - zero) * np.float32(scale) if scale else y
+    outputs.append(np.moveaxis(y, -1, 1) if y.ndim == 4 else y)
 """
 
 

@@ -2,12 +2,14 @@
 
 https://docs.pytorch.org/executorch/stable/
 
-What XNNPACK does not take stays with ExecuTorch's portable kernels, inside the same file.
+What XNNPACK does not take stays with ExecuTorch's portable kernels, inside the same file; where its partitioner fails
+on a program as a whole, they take all of it.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,9 +22,20 @@ _AT_LEAST = 64
 
 
 def convert(source: Path, target: Path, spec: ExportSpec) -> None:
+    """Lower the program with XNNPACK's kernels as far as they reach."""
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+
+    _lower(source, target, spec, [XnnpackPartitioner()])
+
+
+def convert_portable(source: Path, target: Path, spec: ExportSpec) -> None:
+    """Lower the program with ExecuTorch's portable kernels alone."""
+    _lower(source, target, spec, [])
+
+
+def _lower(source: Path, target: Path, spec: ExportSpec, partitioners: list[Any]) -> None:
     """Lower the program of `torch.export`, exported once more with an upper bound for each free axis."""
     import torch
-    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
 
     module = load_program(source).module()
@@ -37,7 +50,7 @@ def convert(source: Path, target: Path, spec: ExportSpec) -> None:
     # its check of data types takes the first of several results for their list and asks how long it is: a free batch is
     # free no more
     config = EdgeCompileConfig(_check_ir_validity=False)
-    edge = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()], compile_config=config)
+    edge = to_edge_transform_and_lower(program, partitioner=partitioners, compile_config=config)
     lowered = edge.to_executorch()
     target.write_bytes(lowered.buffer)
 
@@ -116,7 +129,10 @@ FORMAT = Format(
     description="ExecuTorch program with XNNPACK, for phones and small devices",
     url="https://docs.pytorch.org/executorch/stable/",
     artifact="model.pte",
-    routes=(Route("xnnpack", upstream="pt2", toolchain="executorch", convert=convert),),
+    routes=(
+        Route("xnnpack", upstream="pt2", toolchain="executorch", convert=convert),
+        Route("portable", upstream="pt2", toolchain="executorch", convert=convert_portable),
+    ),
     load=load,
     snippets=_SNIPPETS,
 )

@@ -5,11 +5,13 @@ https://onnx.ai/onnx/
 
 from __future__ import annotations
 
+import os
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from polyexport.format import MODULE, Format, Route, Runner, Snippet
+from polyexport.lowering.ports import inner, rename_ports
 from polyexport.spec import Arrays, ExportSpec
 from polyexport.tracing.exported_program import load_program
 
@@ -32,8 +34,8 @@ def convert_program(source: Path, target: Path, spec: ExportSpec) -> None:
             (),
             target,
             dynamo=True,
-            input_names=list(spec.input_names),
-            output_names=list(spec.output_names),
+            input_names=inner("input", len(spec.inputs)),
+            output_names=inner("output", len(spec.outputs)),
             external_data=size > _PROTOBUF_LIMIT,
             verbose=False,
         )
@@ -71,17 +73,21 @@ def convert_trace(source: Path, target: Path, spec: ExportSpec, *, opset: int = 
 
     from polyexport.capture import snapshot
     from polyexport.tracing.decompositions import written_out
+    from polyexport.tracing.exportable import exportable
 
-    axes = {tensor.name: tensor.dynamic for tensor in (*spec.inputs, *spec.outputs) if tensor.dynamic}
-    with warnings.catch_warnings(), torch.no_grad(), written_out():
+    ports = {"input": spec.inputs, "output": spec.outputs}
+    named = {kind: dict(zip(inner(kind, len(tensors)), tensors, strict=True)) for kind, tensors in ports.items()}
+    axes = {name: tensor.dynamic for tensors in named.values() for name, tensor in tensors.items() if tensor.dynamic}
+    loaded = snapshot.load(source, spec.output_names)
+    with warnings.catch_warnings(), torch.no_grad(), written_out(), exportable(loaded) as model:
         warnings.simplefilter("ignore", DeprecationWarning)  # it is the fallback, by intent
         torch.onnx.export(
-            snapshot.load(source, spec.output_names),
+            model,
             snapshot.example(source, spec),
             str(target),
             dynamo=False,
-            input_names=list(spec.input_names),
-            output_names=list(spec.output_names),
+            input_names=list(named["input"]),
+            output_names=list(named["output"]),
             dynamic_axes=axes,
             opset_version=opset,
             verbose=False,
@@ -90,10 +96,12 @@ def convert_trace(source: Path, target: Path, spec: ExportSpec, *, opset: int = 
 
 
 def _finish(path: Path, spec: ExportSpec) -> None:
-    """Give the dynamic axes their names, and the file its metadata."""
+    """Give inputs, outputs and dynamic axes their names, and the file its metadata."""
     import onnx
 
     model = onnx.load(path, load_external_data=False)
+    inputs = dict(zip(inner("input", len(spec.inputs)), spec.input_names, strict=True))
+    rename_ports(model, inputs, spec.output_names)
     named = {tensor.name: tensor for tensor in (*spec.inputs, *spec.outputs)}
     for value in (*model.graph.input, *model.graph.output):
         _name_axes(value, named[value.name].dynamic)
@@ -109,6 +117,8 @@ def _name_axes(value: onnx.ValueInfoProto, names: dict[int, str]) -> None:
 
 def load(path: Path, spec: ExportSpec, *, threads: int) -> Runner:
     """Run it with ONNX Runtime on the CPU."""
+    # since 1.32 it otherwise looks up its vendor's host and writes a device id into the home folder
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     import onnxruntime
 
     options = onnxruntime.SessionOptions()

@@ -7,18 +7,65 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from polyexport.format import Format, Route, Runner, Snippet
 from polyexport.spec import Arrays, ExportSpec
 
+if TYPE_CHECKING:
+    import onnx
+
 
 def convert_onnx(source: Path, target: Path, spec: ExportSpec) -> None:
     """Read the ONNX graph."""
+    import onnx
+
     openvino = _without_telemetry()
-    _save(openvino.convert_model(str(source)), target, spec)
+    model = onnx.load(source, load_external_data=False)
+    prepared = target.with_name("prepared.onnx")
+    if changed := split_slices(model):
+        onnx.save(model, prepared)
+    try:
+        _save(openvino.convert_model(str(prepared if changed else source)), target, spec)
+    finally:
+        prepared.unlink(missing_ok=True)
+
+
+def split_slices(model: onnx.ModelProto) -> bool:
+    """Cut by Split what GatherElements reads from a Slice along one axis of known size; tells whether any was.
+
+    OpenVINO takes such a Slice for superfluous, and then refuses the sizes. A model with its weights in another file,
+    which is found beside it only, stays as it is.
+    """
+    import onnx
+    from onnx import helper, numpy_helper
+
+    gathered = {node.input[0] for node in model.graph.node if node.op_type == "GatherElements"}
+    slices = [node for node in model.graph.node if node.op_type == "Slice" and node.output[0] in gathered]
+    if not slices or any(each.data_location == onnx.TensorProto.EXTERNAL for each in model.graph.initializer):
+        return False
+    inferred = onnx.shape_inference.infer_shapes(model).graph
+    shapes = {value.name: value.type.tensor_type.shape.dim for value in (*inferred.input, *inferred.value_info)}
+    known = {tensor.name: tensor for tensor in model.graph.initializer}
+    known |= {node.output[0]: node.attribute[0].t for node in model.graph.node if node.op_type == "Constant"}
+    for node in slices:
+        numbers = [numpy_helper.to_array(known[name]).ravel() for name in node.input[1:] if name in known]
+        if len(numbers) != len(node.input) - 1 or len(numbers) < 3 or any(each.tolist() != [1] for each in numbers[3:]):
+            continue
+        (start, *more), (end, *_), (axis, *_) = (each.tolist() for each in numbers[:3])
+        size = shapes[node.input[0]][axis].dim_value if node.input[0] in shapes else 0
+        if more or not size:
+            continue
+        first, last, _ = slice(start, end).indices(size)
+        name = node.output[0]
+        parts = {f"{name}_before": first, name: last - first, f"{name}_after": size - last}
+        kept = {part: length for part, length in parts.items() if length}
+        lengths = numpy_helper.from_array(np.array(list(kept.values()), np.int64), f"{name}_lengths")
+        model.graph.initializer.append(lengths)
+        node.CopyFrom(helper.make_node("Split", [node.input[0], lengths.name], list(kept), axis=axis))
+    return any(node.op_type == "Split" for node in slices)
 
 
 def convert_torchscript(source: Path, target: Path, spec: ExportSpec) -> None:
@@ -86,6 +133,8 @@ outputs = model({name: batch[name] for port in model.inputs for name in port.nam
         """\
 #include <openvino/openvino.hpp>
 
+#include <cstring>
+
 int main() {
   ov::Core core;
   // float32, as it was verified: by default some processors round to bfloat16
@@ -95,6 +144,7 @@ int main() {
   ov::Tensor input{{ loop.index0 }}(ov::element::
     {{- input.dtype | replace("bool", "boolean") | replace("float", "f") | replace("int", "i") | replace("ui", "u") -}}
     , { {{- input.shape | join(", ") -}} });
+  std::memset(input{{ loop.index0 }}.data(), 0, input{{ loop.index0 }}.get_byte_size());  // your data here
   request.set_tensor("{{ input.name }}", input{{ loop.index0 }});
 {%- endfor %}
   request.infer();

@@ -18,11 +18,13 @@ def convert(source: Path, target: Path, spec: ExportSpec) -> None:
 
     from polyexport.capture import snapshot
     from polyexport.tracing.decompositions import written_out
+    from polyexport.tracing.exportable import exportable
     from polyexport.tracing.exported_program import export_program
 
-    traced, inputs = snapshot.load(source, spec.output_names), snapshot.example(source, spec)
-    with written_out():
+    inputs = snapshot.example(source, spec)
+    with written_out(), exportable(snapshot.load(source, spec.output_names)) as traced:
         program = export_program(traced, inputs, [tensor.dynamic for tensor in spec.inputs])
+    program.example_inputs = None  # real rows, in a pickle that whoever loads the program would run
     torch.export.save(program, target, extra_files={"polyexport.json": json.dumps(dict(spec.metadata))})
 
 

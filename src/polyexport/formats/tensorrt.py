@@ -231,7 +231,8 @@ int main() {
     for (int axis = 0; axis < shape.nbDims; ++axis) count *= shape.d[axis];
     void* buffer = nullptr;
     cudaMalloc(&buffer, count);
-    context->setTensorAddress(name, buffer);  // copy inputs to it and outputs from it with cudaMemcpy
+    cudaMemset(buffer, 0, count);  // of an input: cudaMemcpy your data to it, and an output's from it
+    context->setTensorAddress(name, buffer);
   }
   context->enqueueV3(nullptr);
   cudaDeviceSynchronize();

@@ -12,6 +12,7 @@ Requirements:
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -84,7 +85,7 @@ def _permuted(tensor: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
 
 def convert_saved_model(source: Path, target: Path, spec: ExportSpec) -> None:
     """Convert the SavedModel with TensorFlow's own converter, free axes and all."""
-    target.write_bytes(_converter(source).convert())
+    target.write_bytes(_converted(_converter(source)))
 
 
 def halve_saved_model(source: Path, target: Path, spec: ExportSpec) -> None:
@@ -94,7 +95,7 @@ def halve_saved_model(source: Path, target: Path, spec: ExportSpec) -> None:
     converter = _converter(source)
     converter.optimizations = [tf.lite.Optimize.DEFAULT]
     converter.target_spec.supported_types = [tf.float16]
-    target.write_bytes(converter.convert())
+    target.write_bytes(_converted(converter))
 
 
 def quantise_saved_model(source: Path, target: Path, spec: ExportSpec) -> None:
@@ -109,7 +110,7 @@ def quantise_saved_model(source: Path, target: Path, spec: ExportSpec) -> None:
         converter.inference_input_type = tf.int8
     if all(np.dtype(tensor.dtype).kind == "f" for tensor in spec.outputs):
         converter.inference_output_type = tf.int8
-    target.write_bytes(converter.convert())
+    target.write_bytes(_converted(converter))
 
 
 def _converter(source: Path) -> Any:
@@ -118,6 +119,23 @@ def _converter(source: Path) -> Any:
     converter = tf.lite.TFLiteConverter.from_saved_model(str(source), signature_keys=[SIGNATURE])
     converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]
     return converter
+
+
+def _converted(converter: Any) -> bytes:
+    """What TensorFlow's converter writes.
+
+    Raises:
+        RuntimeError: operators that LiteRT has not, by name; the converter says it in a page.
+    """
+    try:
+        return bytes(converter.convert())
+    except Exception as error:  # it has a class of its own for this, deep inside
+        if lacking := sorted(set(re.findall(_LACKING, str(error)))):
+            raise RuntimeError(f"LiteRT's own operators lack TensorFlow's {', '.join(lacking)}") from error
+        raise
+
+
+_LACKING = r"'tf\.(\w+)' op is neither a custom op nor a flex op"
 
 
 def halve(source: Path, target: Path, spec: ExportSpec) -> None:
@@ -304,13 +322,20 @@ runner = Interpreter("{{ path }}").get_signature_runner()
 batch = np.load("validation_batch.npz")
 
 
-def given(name, detail):  # int8 counts steps of a scale from a zero point
+def quantized(x, detail):  # int8 counts steps of a scale from a zero point
     scale, zero = detail["quantization"]
-    x = np.clip(np.round(batch[name] / scale) + zero, -128, 127) if scale else batch[name]
+    if scale:
+        x = np.clip(np.round(x / scale) + zero, np.iinfo(detail["dtype"]).min, np.iinfo(detail["dtype"]).max)
     return x.astype(detail["dtype"])
 
 
-outputs = runner(**{name: given(name, detail) for name, detail in runner.get_input_details().items()})
+def dequantized(y, detail):
+    scale, zero = detail["quantization"]
+    return (y.astype(np.float32) - zero) * np.float32(scale) if scale else y
+
+
+answers = runner(**{name: quantized(batch[name], detail) for name, detail in runner.get_input_details().items()})
+outputs = {name: dequantized(answers[name], detail) for name, detail in runner.get_output_details().items()}
 """,
     ),
     Snippet(
@@ -320,9 +345,19 @@ import com.google.ai.edge.litert.Accelerator
 import com.google.ai.edge.litert.CompiledModel
 
 val model = CompiledModel.create("{{ path }}", CompiledModel.Options(Accelerator.CPU))
-val inputs = model.createInputBuffers()  // {{ names | join(", ") }}
-val outputs = model.createOutputBuffers()  // {{ outputs | join(", ") }}
+val inputs = model.createInputBuffers()
+val outputs = model.createOutputBuffers()
+{%- for input in inputs %}
+{%- set kind = {"float32": "Float", "int8": "Byte", "bool": "Boolean", "int64": "Long"}.get(input.dtype, "Int") %}
+inputs[{{ loop.index0 }}].write{{ "Int8" if kind == "Byte" else kind }}(
+    {{- kind }}Array({{ input.shape | join(" * ") or 1 }}))  // {{ input.name }}, your data here
+{%- endfor %}
 model.run(inputs, outputs)
+{%- for name in outputs %}
+{%- set kinds = {"float32": "Float", "int8": "Int8", "bool": "Boolean", "int64": "Long"} %}
+val output{{ loop.index0 }} = outputs[{{ loop.index0 }}].read
+    {{- kinds.get(output_dtypes[loop.index0], "Int") }}()  // {{ name }}
+{%- endfor %}
 """,
     ),
 )

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from polyexport.format import MODULE, Format, Route, Runner, Snippet
-from polyexport.spec import ExportSpec
+from polyexport.spec import ExportSpec, example
 
 if TYPE_CHECKING:
     import torch
@@ -21,18 +21,20 @@ def convert(source: Path, target: Path, spec: ExportSpec) -> None:
     """Trace the module with `torch.jit.trace`; all axes stay as free as the module's own code leaves them."""
     from polyexport.capture import snapshot
     from polyexport.tracing.decompositions import written_out
+    from polyexport.tracing.exportable import exportable
 
-    with written_out():
-        _trace(snapshot.load(source, spec.output_names), snapshot.example(source, spec), target, spec)
+    with written_out(), exportable(snapshot.load(source, spec.output_names)) as model:
+        _trace(model, snapshot.example(source, spec), target, spec)
 
 
 def convert_program(source: Path, target: Path, spec: ExportSpec) -> None:
     """Trace the program of `torch.export`, which is operators only: a trace of Python refuses functions of autograd."""
+    import torch
+
     from polyexport.tracing.exported_program import load_program
 
-    program = load_program(source)
-    inputs, _ = program.example_inputs
-    _trace(_operators(program), inputs, target, spec)
+    inputs = tuple(map(torch.from_numpy, example(spec).values()))
+    _trace(_operators(load_program(source)), inputs, target, spec)
 
 
 def _operators(program: torch.export.ExportedProgram) -> torch.fx.GraphModule:

@@ -183,9 +183,20 @@ def _plan(
     else:
         wanted = _kept_aspect(own, sizes, policy, of)
     regions = _regions(roi, len(chosen), of)
+    plan = zip(chosen, own, wanted, regions, strict=True)
     return [
-        Axis(axis, size, *pair, region) for axis, size, pair, region in zip(chosen, own, wanted, regions, strict=True)
+        Axis(axis, size, *pair, region) for axis, size, pair, region in plan if not _is_batch(axis, size, sizes, x.rank)
     ]
+
+
+def _is_batch(axis: int, size: Any, sizes: Value | None, rank: int | None) -> bool:
+    """Whether it is an axis before those of the image whose target is as unknown as its size, unlike other targets.
+
+    Exporters write out the whole shape, and none of theirs resizes batch or channels.
+    """
+    if _is_known(size) or sizes is None or sizes.sizes is None or len(sizes.sizes) != rank:
+        return False
+    return axis < min(2, rank - 1) and sizes.sizes[axis] is None
 
 
 def _floored(size: Any, scale: Any, of: Arithmetic) -> Any:
@@ -291,7 +302,7 @@ def _stretch(axis: Axis, how: Mode, of: Arithmetic) -> Any:
 
 def _reach(support: int, stretch: Any) -> int:
     if not _is_known(stretch):
-        raise NotImplementedError("Resize with antialias needs sizes that are known before the run")
+        raise NotImplementedError("Resize with antialias needs a height and a width that are known before the run")
     return int(np.ceil(support / stretch))
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,16 +12,26 @@ import numpy as np
 MIN_SAMPLES = 100
 ROUNDS = 5
 
+SECONDS = 10.0
+"""How long all calls of one runtime may take; one that has begun is finished. Loading is not among them."""
+
+QUIET = 0.2
+"""Share of its time that a runtime may have waited for others, by the median, on a machine that passes for quiet.
+
+Two cores with nothing else to do gave 0.03 to 0.08, and with two busy programs 0.3.
+"""
+
 
 @dataclass(frozen=True, slots=True)
 class Latency:
     """Wall-clock time of one call on the validation batch, named numpy arrays in to named numpy arrays out.
 
     Percentiles are over the raw calls in `samples_ms`, taken in rounds that alternate with the other formats', so that
-    drift of the machine hits all alike; `p99_ms` is None below 100 samples. `load_seconds` and `first_ms` are the cold
-    start. `peak_memory_bytes` is the resident peak of the whole process that served the calls. `speedup` is eager
-    PyTorch's median over this one's, from the same rounds. `waited` is the share of the time in which its first
-    thread was ready to run and others had the processor; 0 where the system does not tell.
+    drift of the machine hits all alike; of slow ones there are fewer, and `p99_ms` is None below 100. `load_seconds`
+    and `first_ms` are the cold start. `peak_memory_bytes` is the resident peak of the whole process that served the
+    calls. `speedup` is eager PyTorch's median over this one's, from the same rounds; None where the machine was not
+    quiet. `waited` is the share of the time in which its first thread was ready to run and others had the processor; 0
+    where the system does not tell.
     """
 
     p50_ms: float
@@ -56,11 +67,12 @@ def warm_up(
     *,
     count: int = 5,
     seconds: float = 0.2,
+    at_most: float = SECONDS / ROUNDS,
     clock: Callable[[], float] = time.perf_counter,
 ) -> int:
-    """Call until both `count` calls and `seconds` have gone by; returns how many it took."""
+    """Call until both `count` calls and `seconds` have gone by, or `at_most` seconds; returns how many it took."""
     start, calls = clock(), 0
-    while calls < count or clock() - start < seconds:
+    while (calls < count or clock() - start < seconds) and clock() - start < at_most:
         call()
         calls += 1
     return calls
@@ -70,10 +82,24 @@ def sample_ms(
     call: Callable[[], object],
     *,
     count: int = MIN_SAMPLES // ROUNDS,
+    seconds: float = SECONDS / ROUNDS,
     clock: Callable[[], float] = time.perf_counter,
 ) -> list[float]:
-    """Milliseconds of each of `count` calls."""
-    return [timed_ms(call, clock) for _ in range(count)]
+    """Milliseconds of each of `count` calls, or of those until `seconds` have gone by; at least one."""
+    samples = [timed_ms(call, clock)]
+    while len(samples) < count and sum(samples) < seconds * 1e3:
+        samples.append(timed_ms(call, clock))
+    return samples
+
+
+def is_quiet(measured: Iterable[Latency]) -> bool:
+    """Whether the machine had little else to do while these were measured, so that they can be compared."""
+    return waited_by_median(measured) <= QUIET
+
+
+def waited_by_median(measured: Iterable[Latency]) -> float:
+    """Share of their time that the runtimes waited for others; 0 where there are none."""
+    return statistics.median([latency.waited for latency in measured] or [0.0])
 
 
 def summarise(

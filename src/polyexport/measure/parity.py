@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from polyexport.format import Tolerance
+from polyexport.measure.slices import is_broken, limits, where
 from polyexport.spec import Arrays
 
 
@@ -45,10 +46,12 @@ class Parity:
 
     Attributes:
         passed: Whether every check of every output passed.
-        reason: The first check that failed, in words; empty when all passed.
+        reason: What failed of the first output that did, in words; empty when all passed.
         outputs: The figures by output name, on the validation batch.
         batches: The sizes of the dynamic axes that were run.
         verified_by: What ran the artifact, where that is not its own runtime, or one of several ways to run it.
+        off_device: Whether that was a stand-in for the runtime that will serve the artifact, which is not on this
+            machine.
     """
 
     passed: bool
@@ -56,6 +59,7 @@ class Parity:
     outputs: Mapping[str, OutputParity]
     batches: tuple[Mapping[str, int], ...] = ()
     verified_by: str | None = None
+    off_device: bool = False
 
     @property
     def max_abs_error(self) -> float | None:
@@ -77,11 +81,12 @@ def compare(
     actual: Arrays,
     reference: Arrays,
     tolerance: Tolerance,
-    noise: Mapping[str, float] | None = None,
+    noise: Arrays | None = None,
     whole: Arrays | None = None,
 ) -> Parity:
     """Compare what an artifact returned with the reference: names first, then dtypes and shapes, then values.
 
+    `noise` is what `noise_floor` found on the validation batch, as far as it is known.
     `whole` is the reference on the validation batch, where this is another one. A batch of one row may be the row that
     the tolerance lets go, or lie so near zero that a similarity says nothing: it may lose as many rows as the whole, if
     that is not more than half of its own, and its error is held against the power that as many elements of the whole
@@ -100,7 +105,7 @@ def compare(
         elif found.shape != expected.shape:
             reasons.append(f"{name} has shape {list(found.shape)}, PyTorch has {list(expected.shape)}")
         else:
-            beside = expected if whole is None else whole[name]
+            beside = None if whole is None else whole[name]
             outputs[name], why = _compare_output(found, expected, tolerance, (noise or {}).get(name), beside)
             reasons += [f"{name}: {why}"] if why else []
     return Parity(not reasons, reasons[0] if reasons else "", outputs)
@@ -116,25 +121,31 @@ def merge(results: Sequence[Parity], batches: Sequence[Mapping[str, int]]) -> Pa
     return first
 
 
-def noise_floor(float32: Arrays, float64: Arrays) -> dict[str, float]:
-    """Greatest absolute difference per output between the same model in float32 and in float64."""
-    floors: dict[str, float] = {}
+def noise_floor(float32: Arrays, float64: Arrays) -> Arrays:
+    """Absolute difference, element by element, between the same model in float32 and in float64."""
+    floors: Arrays = {}
     for name, low in float32.items():
         high = float64.get(name)
         if high is not None and high.shape == low.shape and low.size and np.issubdtype(low.dtype, np.floating):
             difference = np.abs(low.astype(np.float64) - high.astype(np.float64))
-            floors[name] = float(np.nanmax(np.where(np.isfinite(difference), difference, 0.0)))
+            floors[name] = np.where(np.isfinite(difference), difference, 0.0).astype(np.float32)
     return floors
 
 
 def _compare_output(
-    actual: np.ndarray, reference: np.ndarray, tolerance: Tolerance, noise: float | None, whole: np.ndarray
+    actual: np.ndarray,
+    reference: np.ndarray,
+    tolerance: Tolerance,
+    noise: np.ndarray | None,
+    whole: np.ndarray | None,
 ) -> tuple[OutputParity, str]:
     """Figures of one output, and the reason why it fails, if it does."""
+    floor = None if noise is None or whole is not None else float(noise.max(initial=0.0))
+    beside = reference if whole is None else whole
     if reference.size == 0:
-        return OutputParity(0.0, 0.0, 0.0, None, None, None, noise), ""
+        return OutputParity(0.0, 0.0, 0.0, None, None, None, floor), ""
     if not np.issubdtype(reference.dtype, np.inexact):
-        return _compare_discrete(actual, reference, tolerance, whole.size)
+        return _compare_discrete(actual, reference, tolerance, beside.size)
     y = actual.astype(np.complex128 if np.iscomplexobj(actual) else np.float64)
     ref = reference.astype(y.dtype)
     unequal = _unlike_specials(y, ref)
@@ -144,22 +155,23 @@ def _compare_output(
     scale = float(np.abs(ref[np.isfinite(ref)]).max(initial=0.0))
     limit = np.full(ref.shape, np.inf)
     if tolerance.rtol is not None and tolerance.atol is not None:
-        limit = tolerance.atol * max(scale, _TINY) + tolerance.rtol * magnitude
-    misses = float(np.mean((error > limit) | unequal))
+        limit = limits(ref, tolerance, noise, whole)
+    tie = limit if tolerance.tie is None else np.full(ref.shape, tolerance.tie * scale)
+    off = (error > limit) | unequal
     power, lost = float(np.sum(magnitude**2)), float(np.sum(error**2))
     result = OutputParity(
         max_abs_error=float(error.max()),
         scale=scale,
-        misses=misses,
-        cosine=_cosine(y_finite, ref_finite, _power(whole) * int(finite.sum())),
+        misses=float(np.mean(off)),
+        cosine=_cosine(y_finite, ref_finite, _power(beside) * int(finite.sum())),
         snr_db=float(10 * np.log10(power / lost)) if lost and power else None,
-        top1=_top1(y, ref, limit),
-        noise_floor=noise,
+        top1=_top1(y, ref, tie),
+        noise_floor=floor,
     )
-    return result, _verdict(result, tolerance, int(unequal.sum()), _rows(ref), _rows(whole))
-
-
-_TINY = 1e-6  # an all-zero reference would otherwise allow no rounding at all
+    failed = _failed(result, tolerance, off, magnitude, int(unequal.sum()))
+    if result.top1 is not None and _loses(1.0 - result.top1, tolerance, _rows(ref), _rows(beside)):
+        failed.append(f"top-1 agreement {result.top1:.2%} is under {tolerance.top1:.0%}")
+    return result, "; ".join(failed)
 
 
 def _unlike_specials(y: np.ndarray, ref: np.ndarray) -> np.ndarray:
@@ -210,26 +222,28 @@ def _top1(y: np.ndarray, ref: np.ndarray, limit: np.ndarray) -> float | None:
     return float(np.mean((chosen == expected) | tie))
 
 
-def _verdict(result: OutputParity, tolerance: Tolerance, specials: int, rows: int, whole: int) -> str:
+def _failed(
+    result: OutputParity, tolerance: Tolerance, off: np.ndarray, magnitude: np.ndarray, specials: int
+) -> list[str]:
+    """The checks that fail, in words."""
+    failed = []
     if specials:
-        return f"{specials} elements are NaN or infinite on one side only"
-    if result.misses > tolerance.misses:
-        return (
-            f"{result.misses:.3%} of the elements are off, max abs error {result.max_abs_error:.3g} "
-            f"at a scale of {result.scale:.3g}"
+        failed.append(f"{specials} elements are NaN or infinite on one side only")
+    elif result.misses > tolerance.misses or (tolerance.misses < 1.0 and is_broken(off)):
+        failed.append(
+            f"{result.misses:.3%} of the elements are off{where(off, magnitude)}, "
+            f"max abs error {result.max_abs_error:.3g} at a scale of {result.scale:.3g}"
         )
     if result.cosine is not None and result.cosine < tolerance.cosine:
-        return f"cosine similarity {result.cosine:.6f} is under {tolerance.cosine}"
-    if result.top1 is not None and _loses(1.0 - result.top1, tolerance, rows, whole):
-        return f"top-1 agreement {result.top1:.2%} is under {tolerance.top1:.0%}"
-    return ""
+        failed.append(f"cosine similarity {result.cosine:.6f} is under {tolerance.cosine}")
+    return failed
 
 
 def _loses(share: float, tolerance: Tolerance, count: int, whole: int) -> bool:
     """Whether a share of `count` rows is more than top-1 may lose of them, and of `whole` or than half of several."""
     may_lose = 1.0 - tolerance.top1
     allowed = max(may_lose * count, min(may_lose * whole, max(1, count / 2)))
-    return share * count > allowed + _TINY
+    return share * count > allowed + 1e-6  # which the share is not exact to
 
 
 def _compare_discrete(

@@ -18,7 +18,8 @@ from polyexport.capture import snapshot as modules
 from polyexport.capture.flatten import as_runner, to_arrays
 from polyexport.errors import BadRequest
 from polyexport.format import Runner, Tolerance
-from polyexport.measure.parity import compare, noise_floor
+from polyexport.measure.noise import rounding
+from polyexport.measure.parity import compare
 from polyexport.spec import Arrays, ExportSpec, TensorSpec, write_arrays
 from polyexport.tracing.decompositions import plain_attention
 from polyexport.versions import environment
@@ -32,6 +33,7 @@ Dynamic = bool | Mapping[str, Mapping[int, str]]
 
 BATCH = "batch"
 VALIDATION_BATCH = "validation_batch.npz"
+NOISE = "source/noise.npz"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +41,7 @@ class Reference:
     """What the worker found out about the model.
 
     `checkpoint_at` has the `epoch` and `global_step` that stand in the checkpoint, where they do.
+    `noise` is the file with the noise floor of each element of the validation batch's outputs, as far as it is known.
     `static_because` is set when a dynamic axis was asked for that the module itself cannot do, `undecidable` when it
     does not agree with itself.
     """
@@ -49,17 +52,18 @@ class Reference:
     checkpoint_sha256: str
     checkpoint_at: Mapping[str, int]
     batches: tuple[Batch, ...]
-    noise: Mapping[str, float] = field(default_factory=dict)
+    noise: str = ""
     environment: Mapping[str, str] = field(default_factory=dict)
     static_because: str = ""
     undecidable: str = ""
     notes: tuple[str, ...] = ()
 
 
-def make(root: Path, source: Path, dynamic: Dynamic, commit: str = "") -> Reference:
+def make(root: Path, source: Path, dynamic: Dynamic, commit: str = "", *, sha256: str = "") -> Reference:
     """Run the module of `source`; write `validation_batch.npz`, further batches and the example to trace with.
 
-    `commit` is the code's, of which this machine need not have a repository.
+    `commit` is the code's, of which this machine need not have a repository; `sha256` the checkpoint's, where the
+    weights are not the checkpoint itself.
 
     Raises:
         BadRequest: the module cannot be rebuilt, or its inputs cannot be fed to a converter.
@@ -71,7 +75,7 @@ def make(root: Path, source: Path, dynamic: Dynamic, commit: str = "") -> Refere
     if (source / modules.SHARDS).exists():
         sharded.join(source / modules.SHARDS, weights)
     model = modules.load(source)
-    sha256, at = _sha256(weights), _keep_only_weights(weights)
+    sha256, at = sha256 or _sha256(weights), _keep_only_weights(weights)
     model_any: Any = model
     own = _on_copies(as_runner(model))
     run = plain_attention()(own)
@@ -104,7 +108,8 @@ def make(root: Path, source: Path, dynamic: Dynamic, commit: str = "") -> Refere
         batches.append(Batch(f"source/batch_{index + 1}.npz", batch_sizes))
         write_arrays(root / batches[-1].path, batch)
     write_arrays(source / "example.npz", resized(inputs, axes, {name: max(2, size) for name, size in sizes.items()}))
-    noise, note = _noise(model, inputs, outputs)
+    noise, how = rounding(model, inputs, outputs)
+    write_arrays(root / NOISE, noise)
     return Reference(
         spec=spec,
         class_name=_class_name(model),
@@ -112,11 +117,11 @@ def make(root: Path, source: Path, dynamic: Dynamic, commit: str = "") -> Refere
         checkpoint_sha256=sha256,
         checkpoint_at=at,
         batches=tuple(batches),
-        noise=noise,
+        noise=NOISE,
         environment=about | {"git_commit": commit, "threads": str(torch.get_num_threads())},
         static_because=why_not,
         undecidable=undecidable,
-        notes=(*notes, *note),
+        notes=(*notes, *([how] if how else [])),
     )
 
 
@@ -159,17 +164,6 @@ def _fused_apart(fused: Arrays, outputs: Arrays) -> list[str]:
 def _on_copies(run: Runner) -> Runner:
     """For a forward that changes its inputs in place, which are those of later calls too."""
     return lambda inputs: run({name: array.copy() for name, array in inputs.items()})
-
-
-def _noise(model: torch.nn.Module, inputs: Arrays, outputs: Arrays) -> tuple[dict[str, float], tuple[str, ...]]:
-    """Float32 against float64, the same module."""
-    try:
-        doubled = {n: a.astype(np.float64) if a.dtype == np.float32 else a for n, a in inputs.items()}
-        return noise_floor(outputs, plain_attention()(_on_copies(as_runner(model.double())))(doubled)), ()
-    except Exception as error:  # a module with a fixed dtype in its forward has no float64 twin; that is no failure
-        return {}, (f"no noise floor: the module does not run in float64 ({type(error).__name__})",)
-    finally:
-        model.float()  # every float32 has a float64 of its own, so nothing is lost on the way there and back
 
 
 # --- dynamic axes -----------------------------------------------------------------------------------------------------

@@ -3,26 +3,40 @@
 from __future__ import annotations
 
 import posixpath
+from pathlib import Path
 
 from polyexport.publish import Sink
 from polyexport.report.report import Report
+from polyexport.serialization import read_json
 
-_LEFT_HERE = ("source/made", "source/jobs")  # they serve to reproduce a step on the machine that made it
+_MADE_HERE = ("source/made", "source/jobs")  # they serve to reproduce a step on the machine that made it
 
 
-def copy_to(url: str) -> Sink:
-    """A sink that copies the export to `<url>/<its name>`, and its name into the file `<url>/best`, last."""
+def copy_to(url: str, *, source: bool = False) -> Sink:
+    """A sink that copies the export to `<url>/<its name>`, and its name into the file `<url>/best`, last.
+
+    `source/` stays here unless `source` asks for it: the module with its hyperparameters and globals, which may hold
+    what is nobody else's, such as tokens. Of it go only the batches that artifacts are verified with.
+    """
+    left_here = _MADE_HERE if source else ("source/",)
 
     def publish(report: Report) -> None:
         import fsspec
 
         filesystem, root = fsspec.url_to_fs(url)
+        batches = _batches(report.folder)
         target = posixpath.join(root, report.folder.name)
         for file in sorted(path for path in report.folder.rglob("*") if path.is_file()):
             name = file.relative_to(report.folder).as_posix()
-            if not name.startswith(_LEFT_HERE):
+            if name in batches or not name.startswith(left_here):
                 filesystem.makedirs(posixpath.dirname(posixpath.join(target, name)), exist_ok=True)
                 filesystem.put_file(str(file), posixpath.join(target, name))
         filesystem.pipe_file(posixpath.join(root, "best"), report.folder.name.encode())
 
     return publish
+
+
+def _batches(folder: Path) -> set[str]:
+    """The files that the manifest names as batches; there is none where the module could not be rebuilt."""
+    manifest = folder / "manifest.json"
+    return {batch["path"] for batch in read_json(manifest)["batches"]} if manifest.exists() else set()

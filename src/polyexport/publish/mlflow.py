@@ -11,12 +11,14 @@ from typing import Any
 from polyexport.publish import Sink
 from polyexport.report.report import Report, figures, history
 
+_LONGEST_TAG = 5000  # characters that MLflow takes
+
 
 def mlflow(client: Any, run_id: str) -> Sink:
     """A sink into an MLflow run (`experiment` and `run_id` of Lightning's `MLFlowLogger`).
 
-    Metrics are called `export/<format>/<figure>`, tags `export/<format>/state`. Artifacts lie under `export`: the
-    report, and a folder for each format that agreed with PyTorch.
+    Metrics are called `export/<format>/<figure>`, tags `export/<format>/state` and `export/notes`. Artifacts lie under
+    `export`: the report, and a folder for each format that agreed with PyTorch.
     """
 
     def publish(report: Report) -> None:
@@ -30,7 +32,8 @@ def mlflow(client: Any, run_id: str) -> Sink:
                 for figure, value in row.items()
                 if isinstance(value, int | float)
             ]
-            tags = [RunTag(f"export/{outcome.format}/state", outcome.state) for outcome in each.outcomes]
+            tags = [RunTag(f"export/{outcome.format}/state", outcome.shown_state) for outcome in each.outcomes]
+            tags.append(RunTag("export/notes", "\n".join(each.notes)[:_LONGEST_TAG]))
             client.log_batch(run_id, metrics=metrics, tags=tags)
         for name in ("report.json", "report.md", "report.html", "manifest.json"):
             if (report.folder / name).exists():

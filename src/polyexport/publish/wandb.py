@@ -23,7 +23,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -36,6 +36,7 @@ from polyexport.serialization import decode, encode, read_json, write_json
 LINKS = "wandb_links.json"
 """File in an export's folder with the registry links of an offline run."""
 
+_PAGE = "report.html"
 _SUMMARY = ("state", "bytes", "max_abs_error", "p50_ms", "p95_ms", "speedup")
 _BARS = ("p50_ms", "bytes")
 _LINES = ("p50_ms", "max_abs_error")
@@ -46,11 +47,13 @@ class Wandb:
     """A sink into a W&B run, online or offline; the fields are its options.
 
     Artifacts are called `model-<run id>-<format>`, of type `model`, one for each format that agreed with PyTorch, with
-    the aliases `latest`, `best` and `parity-passed`, and `fastest` for the `verified` one with the lowest median.
+    the aliases `latest`, `best` and `parity-passed`, and `fastest` for the `verified` one with the lowest median. The
+    page and its notes are one more, `report-<run id>`, of type `report`.
 
     Args:
-        registry: Where verified artifacts are linked: `"<registry>/<collection>"`, or `"<registry>"` for the collection
-            with the project's name. Each is found there under its format as alias: `<collection>:onnx`.
+        registry: Where verified artifacts are linked: `"<registry>/<collection>"`, or `"<registry>"` for collections
+            with the project's name. Each format has a collection of its own, `<collection>-onnx`, in which `latest` and
+            `best` are its newest.
         upload: True for the files of the best checkpoint, `"all"` for those of every export of the run in turn (as
             `log_model` of Lightning's `WandbLogger` has it), False for figures only.
         aliases: Further aliases of the best checkpoint's artifacts.
@@ -58,8 +61,9 @@ class Wandb:
         ttl_days: After how many days W&B may delete a version; None for the team's policy.
         old_ttl_days: The same for versions that a newer one takes the place of; None leaves them alone.
         timeout: Seconds that all of it may take.
-        source: The artifact with the checkpoint. It stands in the metadata; one of another run, with its version
-            (`"entity/project/name:v3"`), also becomes an input of this run.
+        source: The artifact with the checkpoint. It stands in the metadata and becomes an input of this run, so that
+            lineage leads from it to the exports: as it is where it has a version (`"entity/project/name:v3"`), else the
+            version that has this checkpoint, once that is in W&B.
         run: The run; None for the trainer's `WandbLogger`'s, or the one that is active.
 
     Raises:
@@ -169,20 +173,26 @@ def _publish(options: Wandb, run: Any, reports: Sequence[Report], left: dict[str
         for outcome in each.outcomes
         if outcome.publishable
     }
-    left |= dict.fromkeys(("figures", *todo), f"not finished after {options.timeout:g} s")
+    left |= dict.fromkeys(
+        ("figures", *todo, *([_PAGE] if exports else [])), f"not finished after {options.timeout:g} s"
+    )
     with _telling(left, "figures"), _staging(run):
         _log_figures(run, reports)
-    if exports and options.source and not run.offline and _is_foreign(options.source, run):
+    if exports and options.source and not run.offline:
         with _telling(left, options.source):
-            run.use_artifact(options.source)
+            options = replace(options, source=_use_checkpoint(options.source, run, report))
     sent = {}
     for what, (each, outcome) in todo.items():
         with _telling(left, what, done=False):
             sent[what] = _log_artifact(options, run, each, outcome, newest=each is report)
+    page = None
+    if exports:
+        with _telling(left, _PAGE, done=False):
+            page = _log_page(options, run, report)
     links = []
     for what, artifact in sent.items():
         each, outcome = todo[what]
-        target = _link(options, run, report, outcome, artifact) if each is report else None
+        target = _link(options, run, outcome, artifact) if each is report else None
         with _telling(left, what):
             if not run.offline:
                 # a version is known, and a failure told, only to who waits
@@ -193,6 +203,10 @@ def _publish(options: Wandb, run: Any, reports: Sequence[Report], left: dict[str
                     run.link_artifact(artifact, target.target, aliases=list(target.aliases))
             elif target:
                 links.append(target)
+    if page is not None:
+        with _telling(left, _PAGE):
+            if not run.offline:
+                page.wait(timeout=max(1, int(deadline - time.monotonic())))
     if links:
         with _telling(left, LINKS):
             write_json(report.folder / LINKS, links)
@@ -232,8 +246,12 @@ def _log_figures(run: Any, reports: Sequence[Report]) -> None:
     newest = figures(report)
     for row in newest:
         for key in _SUMMARY:
-            if row[key] is not None:
-                run.summary[f"export/{row['format']}/{key}"] = row[key]
+            name = f"export/{row['format']}/{key}"
+            if (
+                row[key] is not None or run.summary.get(name) is not None
+            ):  # of an export before, which is not this one's
+                run.summary[name] = row[key]
+    run.summary["export/notes"] = "\n".join(report.notes)
     best = report.best()
     run.summary["export/best_format"] = best.format if best else None
 
@@ -246,7 +264,8 @@ def _log_figures(run: Any, reports: Sequence[Report]) -> None:
     for key in _BARS:
         bars = [{"format": row["format"], key: row[key]} for row in newest if row[key] is not None]
         if bars:
-            logged[f"export/{key}"] = sdk.plot.bar(_table(bars), "format", key, title=f"{key}, step {step}")
+            batch = f" at batch {report.baseline.batch}" if key == "p50_ms" and report.baseline else ""
+            logged[f"export/{key}"] = sdk.plot.bar(_table(bars), "format", key, title=f"{key}{batch}, step {step}")
     for key in _LINES:
         lines: dict[str, list[tuple[Figure, Figure]]] = {}
         for row in latency:
@@ -270,7 +289,12 @@ def _parity(report: Report) -> Iterator[dict[str, Figure]]:
     """One row per format and output."""
     for outcome in report.outcomes:
         for output, parity in outcome.parity.outputs.items() if outcome.parity else ():
-            about = {"format": outcome.format, "precision": outcome.precision, "state": outcome.state, "output": output}
+            about = {
+                "format": outcome.format,
+                "precision": outcome.precision,
+                "state": outcome.shown_state,
+                "output": output,
+            }
             yield about | encode(parity)
 
 
@@ -282,7 +306,7 @@ def _table(rows: Sequence[Mapping[str, Figure]]) -> Any:
 
 
 def _is_fastest(outcome: Outcome, report: Report) -> bool:
-    return outcome.latency is not None and outcome is report.best()
+    return outcome is report.fastest
 
 
 # --- artifacts --------------------------------------------------------------------------------------------------------
@@ -296,29 +320,40 @@ def _log_artifact(options: Wandb, run: Any, report: Report, outcome: Outcome, *,
     days = options.ttl_days if newest else options.old_ttl_days or options.ttl_days
     if days is not None:
         artifact.ttl = timedelta(days=days)
-    place = report.folder / outcome.format
-    if run.offline:
-        # beside the run's `files`, which W&B uploads whole
-        place = _linked(place, Path(run.dir).parent / "exports" / report.folder.name / outcome.format)
-    for file in sorted(path for path in place.rglob("*") if path.is_file()):
-        artifact.add_file(str(file), name=file.relative_to(place).as_posix(), skip_cache=True, policy="immutable")
+    folder = report.folder / outcome.format
+    _add(artifact, run, report, folder, [path for path in folder.rglob("*") if path.is_file()])
     aliases = ["latest", "best", "parity-passed"]
     if newest:
         aliases += options.aliases
         if _is_fastest(outcome, report):
             aliases.append("fastest")
-    tags = [_word(word) for word in (outcome.format, outcome.precision, outcome.state)] + list(options.tags)
+    tags = [_word(word) for word in (outcome.format, outcome.precision, outcome.shown_state)] + list(options.tags)
     return run.log_artifact(artifact, aliases=list(dict.fromkeys(aliases)), tags=list(dict.fromkeys(tags)))
 
 
-def _linked(source: Path, target: Path) -> Path:
-    """`target` with the files of `source`, as hard links where they work: finished exports never change in place."""
-    for file in (path for path in source.rglob("*") if path.is_file()):
-        copy = target / file.relative_to(source)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        copy.unlink(missing_ok=True)
-        folders.link(file, copy)
-    return target
+def _log_page(options: Wandb, run: Any, report: Report) -> Any:
+    """The report as a page, as text with its notes and how to reproduce each step, and as records."""
+    import wandb as sdk
+
+    about = {"notes": report.notes, "checkpoint_sha256": report.checkpoint.sha256}
+    artifact = sdk.Artifact(_word(f"report-{run.id}"), type="report", metadata=encode(about))
+    if options.ttl_days is not None:
+        artifact.ttl = timedelta(days=options.ttl_days)
+    files = [report.folder / name for name in (_PAGE, "report.md", "report.json", "manifest.json")]
+    _add(artifact, run, report, report.folder, [file for file in files if file.exists()])
+    return run.log_artifact(artifact, aliases=["latest", "best"])
+
+
+def _add(artifact: Any, run: Any, report: Report, folder: Path, files: Sequence[Path]) -> None:
+    """Add files under their names in `folder`; offline, hard links to them, since finished exports never change."""
+    for file in sorted(files):
+        there = file
+        if run.offline:  # beside the run's `files`, which W&B uploads whole
+            there = Path(run.dir).parent / "exports" / report.folder.name / file.relative_to(report.folder)
+            there.parent.mkdir(parents=True, exist_ok=True)
+            there.unlink(missing_ok=True)
+            folders.link(file, there)
+        artifact.add_file(str(there), name=file.relative_to(folder).as_posix(), skip_cache=True, policy="immutable")
 
 
 def _word(text: str) -> str:
@@ -326,9 +361,25 @@ def _word(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9_-]+", "-", text).strip("-")[:128]
 
 
-def _is_foreign(source: str, run: Any) -> bool:
-    """Whether it is a version of another run's: a run's own output is no input of it, nor what may not be there yet."""
-    return ":" in source and run.id not in source.rpartition("/")[2]
+def _use_checkpoint(source: str, run: Any, report: Report) -> str:
+    """Make the checkpoint's artifact an input of the run; returns its name, with its version where that is known.
+
+    A name without a version is that of this run's own: its `best`, if it has this checkpoint. Lightning may log that
+    one after us, when the run ends, and then there is no edge.
+    """
+    import wandb as sdk
+
+    if ":" in source:
+        run.use_artifact(source)
+        return source
+    try:
+        found = sdk.Api().artifact(f"{run.entity}/{run.project}/{source}:best", type="model")
+    except (sdk.errors.CommError, ValueError):
+        return source
+    if found.metadata.get("original_filename") != Path(report.checkpoint.path).name:
+        return source
+    run.use_artifact(found)
+    return f"{run.entity}/{run.project}/{source}:{found.version}"
 
 
 def _expire_predecessor(artifact: Any, days: float) -> None:
@@ -343,14 +394,13 @@ def _expire_predecessor(artifact: Any, days: float) -> None:
         older.save()
 
 
-def _link(options: Wandb, run: Any, report: Report, outcome: Outcome, artifact: Any) -> Link | None:
+def _link(options: Wandb, run: Any, outcome: Outcome, artifact: Any) -> Link | None:
     """Where an artifact belongs in the registry; None where it does not."""
     if options.registry is None or outcome.state != "verified":
         return None
     registry, _, collection = options.registry.partition("/")
-    target = f"wandb-registry-{registry}/{collection or _word(run.project)}"
-    aliases = [_word(outcome.format), *(["fastest"] if _is_fastest(outcome, report) else [])]
-    return Link(artifact.name, artifact.digest, target, tuple(aliases), run.project, run.entity or None)
+    target = f"wandb-registry-{registry}/{collection or _word(run.project)}-{_word(outcome.format)}"
+    return Link(artifact.name, artifact.digest, target, ("best",), run.project, run.entity or None)
 
 
 def _metadata(options: Wandb, report: Report, outcome: Outcome) -> dict[str, Any]:
@@ -363,7 +413,7 @@ def _metadata(options: Wandb, report: Report, outcome: Outcome) -> dict[str, Any
         {
             "format": outcome.format,
             "precision": outcome.precision,
-            "state": outcome.state,
+            "state": outcome.shown_state,
             "reason": outcome.reason,
             "route": outcome.route,
             "bytes": outcome.artifact.bytes if outcome.artifact else None,
@@ -380,6 +430,7 @@ def _metadata(options: Wandb, report: Report, outcome: Outcome) -> dict[str, Any
             "parity": outcome.parity,
             "toolchain": outcome.toolchain,
             "environment": report.environment,
+            "notes": report.notes,
         }
     )
     return metadata | {"latency": latency}

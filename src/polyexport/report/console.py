@@ -15,7 +15,9 @@ from rich.console import Console
 from rich.errors import LiveError
 from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
+from polyexport.report import escape
 from polyexport.report.report import COLUMNS, NUMBERS, Report, metrics, rows
 
 T = TypeVar("T")
@@ -42,22 +44,25 @@ def table(report: Report, width: int) -> Table:
     found = rows(report)
     left_out = {"reason"} if width >= _WITH_ROUTES else {"reason", "route"}
     shown = [column for column in COLUMNS if column not in left_out and any(row[column] for row in found)]
-    drawn = Table(title=report.folder.name, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    title = Text(escape.printable(report.folder.name))
+    drawn = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for column in shown:
         justify: Literal["left", "right"] = "right" if column in NUMBERS else "left"
         header = column.replace(" ", "\n").replace("-", "-\n")
         drawn.add_column(header, justify=justify, no_wrap=True)
     for row in found:
-        drawn.add_row(*(row[column] for column in shown), style=_STYLES[row["state"]])
+        # as texts, since a table takes a string for markup
+        drawn.add_row(*(Text(row[column]) for column in shown), style=_STYLES[row["state"].split()[0]])
     return drawn
 
 
 def _plain(found: Sequence[Mapping[str, str]]) -> Table:
     drawn = Table(title="validation metrics", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for column in found[0]:
-        drawn.add_column(column, justify="left" if column == "format" else "right", overflow="fold")
+        header = Text(escape.printable(column))
+        drawn.add_column(header, justify="left" if column == "format" else "right", overflow="fold")
     for row in found:
-        drawn.add_row(*row.values())
+        drawn.add_row(*map(Text, row.values()))
     return drawn
 
 
@@ -70,7 +75,7 @@ def show(report: Report, console: Console | None = None) -> None:
     lines = [f"{outcome.format}: {outcome.reason}" for outcome in report.outcomes if outcome.reason]
     lines += [f"note: {note}" for note in report.notes]
     for line in (*lines, f"export: {report.folder}", f"report: {report.folder / 'report.html'}"):
-        _print(console, line)
+        say(console, line)
 
 
 def wait(
@@ -91,7 +96,8 @@ def wait(
 
 
 def _follow(work: Future[T], doing: Callable[[], Mapping[str, str]], told: deque[str], console: Console | None) -> None:
-    columns = (SpinnerColumn(), TextColumn("{task.fields[name]:<14} {task.description}"), TimeElapsedColumn())
+    what = TextColumn("{task.fields[name]:<14} {task.description}", markup=False)
+    columns = (SpinnerColumn(), what, TimeElapsedColumn())
     progress = Progress(*columns, console=console, transient=True)
     with contextlib.ExitStack() as shown:
         with contextlib.suppress(LiveError):  # rich < 14.1 has one display at a time, and the trainer's is still there
@@ -99,17 +105,17 @@ def _follow(work: Future[T], doing: Callable[[], Mapping[str, str]], told: deque
         lines: dict[str, TaskID] = {}
         while not work.done() or told:
             while told:
-                _print(progress.console, told.popleft())
+                say(progress.console, told.popleft())
             now = doing()
             for name in set(lines) - set(now):
                 progress.remove_task(lines.pop(name))
-            for name, what in now.items():
+            for name, doing_now in now.items():
                 if name not in lines:
-                    lines[name] = progress.add_task(what, total=None, name=name)
-                progress.update(lines[name], description=what)
+                    lines[name] = progress.add_task(doing_now, total=None, name=name)
+                progress.update(lines[name], description=doing_now)
             time.sleep(0.1)
 
 
-def _print(console: Console, line: str) -> None:
-    """As it is: paths are not broken into lines, brackets are not markup."""
-    console.print(line, highlight=False, markup=False, soft_wrap=True)
+def say(console: Console, line: str, style: str | None = None) -> None:
+    """As it is: paths are not broken into lines, brackets are not markup, escape sequences not obeyed."""
+    console.print(escape.printable(line), style=style, highlight=False, markup=False, soft_wrap=True)

@@ -10,7 +10,12 @@ import secrets
 import shutil
 from pathlib import Path
 
+from polyexport.errors import BadRequest
+
 BEST = "best"
+DESCRIPTION = "polyexport.json"
+"""File beside an artifact that says what it is (see `polyexport.load`); no part of the artifact."""
+
 UNFINISHED = ".unfinished-"  # how names of folders begin that nobody but the engine may see
 _ATTEMPTS = 100
 _HERE, _RENAME_EXCHANGE = -100, 2  # AT_FDCWD of fcntl.h, and a flag of renameat2
@@ -85,6 +90,18 @@ def followed(path: Path) -> Path:
         if place.name == BEST and place.is_file():
             return place.parent / place.read_text(encoding="utf-8").strip() / path.relative_to(place)
     return path
+
+
+def inside(folder: Path, path: str) -> Path:
+    """`path`, relative to `folder`, where a record says that a file is.
+
+    Raises:
+        BadRequest: it lies elsewhere, by its name or by a link on the way: the record is somebody's who may not say so.
+    """
+    found = folder / path
+    if not found.resolve().is_relative_to(folder.resolve()):
+        raise BadRequest(f"{path!r} lies outside of the export {folder}")
+    return found
 
 
 def point_best(folder: Path) -> None:

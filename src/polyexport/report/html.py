@@ -12,6 +12,7 @@ last, and a charting library would put megabytes into each.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -36,6 +37,7 @@ from polyexport.report.report import (
     size,
 )
 from polyexport.report.svg import Point
+from polyexport.serialization import write_text
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -46,7 +48,7 @@ HISTORY = 30
 
 def html(report: Report) -> None:
     """A sink that writes `report.html` into the report's folder."""
-    (report.folder / "report.html").write_text(page(report), encoding="utf-8")
+    write_text(report.folder / "report.html", page(report))
 
 
 def page(report: Report) -> str:
@@ -54,7 +56,7 @@ def page(report: Report) -> str:
     return _environment().get_template("report.html.j2").render(
         report=report,
         title=title(report),
-        states=[(state, sum(o.state == state for o in report.outcomes)) for state in STATES],
+        states=_tally(report),
         columns=COLUMNS,
         numbers=NUMBERS,
         table=list(_table(report)),
@@ -64,6 +66,11 @@ def page(report: Report) -> str:
         history=_history(report),
         snippets=[(outcome, snippets(outcome)) for outcome in report.outcomes if outcome.artifact],
     )  # fmt: skip  # the template's arguments, one a line
+
+
+def _tally(report: Report) -> Mapping[str, int]:
+    """How many formats ended in which state, the best state first."""
+    return Counter(o.shown_state for o in sorted(report.outcomes, key=lambda o: (STATES.index(o.state), o.shown_state)))
 
 
 @cache
@@ -105,13 +112,13 @@ class Highlight:
 def _highlights(report: Report) -> Iterator[Highlight]:
     agreed = [outcome for outcome in report.outcomes if outcome.publishable]
     yield Highlight("Agree with PyTorch", f"{len(agreed)} of {len(report.outcomes)}", "formats, run on real data")
-    best = report.best()
-    if best is None:
-        return
-    if best.latency:
-        factor = f", {best.latency.speedup:.2f}× PyTorch" if best.latency.speedup else ""
-        yield Highlight("Fastest", best.format, f"{milliseconds(best.latency.p50_ms)} ms{factor}")
     front = report.pareto()
+    if not front:
+        return
+    fastest = report.fastest
+    if fastest and fastest.latency:
+        factor = f", {fastest.latency.speedup:.2f}× PyTorch" if fastest.latency.speedup else ""
+        yield Highlight("Fastest", fastest.format, f"{milliseconds(fastest.latency.p50_ms)} ms{factor}")
     small = min((o for o in front if o.artifact), key=lambda o: o.artifact.bytes if o.artifact else 0)
     yield Highlight("Smallest", small.format, size(small.artifact.bytes if small.artifact else None))
     errors = {o.format: o.parity.max_abs_error for o in front if o.parity and o.parity.max_abs_error is not None}
@@ -159,7 +166,7 @@ def _choice(report: Report) -> Iterator[Picture]:
     """Latency against what it costs, over the artifacts that one may choose from."""
     best = report.best()
     candidates = [o for o in report.outcomes if o.state == "verified" and o.latency and o.artifact and o.parity]
-    if len(candidates) < 2:
+    if len(candidates) < 2 or not report.is_quiet:
         return
     for column, better, say in (("size", "smaller", _bytes), ("max error", "closer", _error)):
         points = [
@@ -220,6 +227,7 @@ def snippets(outcome: Outcome) -> tuple[Snippet, ...]:
         "inputs": [replace(tensor, shape=tensor.sized(lambda _: 1)) for tensor in outcome.inputs],
         "names": [tensor.name for tensor in outcome.inputs],
         "outputs": [tensor.name for tensor in outcome.outputs],
+        "output_dtypes": [tensor.dtype for tensor in outcome.outputs],
     }
     return tuple(replace(snippet, code=_plain().from_string(snippet.code).render(about)) for snippet in each.snippets)
 

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from polyexport.errors import BadRequest
-from polyexport.measure.latency import Latency
+from polyexport.measure.latency import Latency, is_quiet
 from polyexport.measure.parity import Parity
-from polyexport.report.folders import finished, followed
-from polyexport.serialization import decode, read_json, write_json
+from polyexport.report import escape
+from polyexport.report.folders import finished, followed, inside
+from polyexport.serialization import decode, read_json, write_json, write_text
 from polyexport.spec import TensorSpec
 
 State = Literal["verified", "degraded", "unverified", "mismatch", "failed", "skipped"]
@@ -79,6 +80,12 @@ class Outcome:
         """Whether the artifact agreed with PyTorch."""
         return self.state in PUBLISHABLE
 
+    @property
+    def shown_state(self) -> str:
+        """The state as every table, page, tag and line shows it: `verified off-device` where a stand-in agreed."""
+        off_device = self.publishable and self.parity is not None and self.parity.off_device
+        return f"{self.state} off-device" if off_device else self.state
+
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
@@ -137,10 +144,25 @@ class Report:
 
     _repr_markdown_ = __str__  # a notebook draws it
 
+    @property
+    def is_quiet(self) -> bool:
+        """Whether latencies can be compared: the machine had little else to do while they were measured."""
+        timed = [self.baseline, *(outcome.latency for outcome in self.outcomes)]
+        return is_quiet(latency for latency in timed if latency is not None)
+
     def pareto(self) -> tuple[Outcome, ...]:
-        """The `verified` artifacts that no other one beats: in median latency, max error and size at once."""
-        candidates = [outcome for outcome in self.outcomes if outcome.state == "verified"]
-        return tuple(one for one in candidates if not any(_beats(other, one) for other in candidates))
+        """The `verified` artifacts that no other one beats: in median latency, max error and size at once.
+
+        A latency that was measured on a busy machine does not count.
+        """
+        costs = [(outcome, self._costs(outcome)) for outcome in self.outcomes if outcome.state == "verified"]
+        return tuple(one for one, cost in costs if not any(_beats(other, cost) for _, other in costs))
+
+    @property
+    def fastest(self) -> Outcome | None:
+        """The fastest `verified` artifact; None where nothing was timed on a quiet machine."""
+        best = self.best()
+        return best if best is not None and best.latency is not None and self.is_quiet else None
 
     def best(
         self, *, max_error: float | None = None, max_ms: float | None = None, max_bytes: int | None = None
@@ -155,22 +177,32 @@ class Report:
             max_bytes: Greatest allowed size.
 
         Returns:
-            None where none keeps the limits; a figure that was not measured keeps no limit.
+            None where none keeps the limits; a figure that was not measured, or on a busy machine, keeps no limit.
         """
         limits = (max_ms, max_error, max_bytes)
         fitting = [
             outcome
             for outcome in self.pareto()
-            if all(limit is None or cost <= limit for cost, limit in zip(_costs(outcome), limits, strict=True))
+            if all(limit is None or cost <= limit for cost, limit in zip(self._costs(outcome), limits, strict=True))
         ]
-        return min(fitting, key=_costs, default=None)
+        return min(fitting, key=self._costs, default=None)
+
+    def _costs(self, outcome: Outcome) -> tuple[float, float, float]:
+        """Median latency, max error and size: less is better; infinite where it was not measured."""
+        measured = (
+            outcome.latency.p50_ms if outcome.latency and self.is_quiet else None,
+            outcome.parity.max_abs_error if outcome.parity else None,
+            outcome.artifact.bytes if outcome.artifact else None,
+        )
+        a, b, c = (math.inf if figure is None else float(figure) for figure in measured)
+        return a, b, c
 
     def save(self) -> None:
         """Write `report.json`, `report.md` and `report.html` into the report's folder."""
         from polyexport.report.html import html
 
         write_json(self.folder / "report.json", self)
-        (self.folder / "report.md").write_text(markdown(self), encoding="utf-8")
+        write_text(self.folder / "report.md", markdown(self))
         html(self)
 
     @staticmethod
@@ -179,29 +211,24 @@ class Report:
 
         Raises:
             FileNotFoundError: there is none.
-            BadRequest: it is no report of this version.
+            BadRequest: it is no report of this version, or names files outside of `folder`.
         """
         folder = followed(Path(folder))
         file = folder / "report.json"
         try:
-            return replace(decode(Report, read_json(file)), folder=folder.resolve())
+            report = replace(decode(Report, read_json(file)), folder=folder.resolve())
+            for outcome in report.outcomes:
+                artifact = [outcome.artifact.path] if outcome.artifact else []
+                for path in filter(None, [outcome.format, outcome.log, *artifact]):
+                    inside(report.folder, path)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise BadRequest(f"{file} cannot be read: {type(error).__name__}: {error}") from error
+        if report.version != VERSION:
+            raise BadRequest(f"{file} is of version {report.version}; this release reads version {VERSION}")
+        return report
 
 
-def _costs(outcome: Outcome) -> tuple[float, float, float]:
-    """Median latency, max error and size: less is better; infinite where it was not measured."""
-    measured = (
-        outcome.latency.p50_ms if outcome.latency else None,
-        outcome.parity.max_abs_error if outcome.parity else None,
-        outcome.artifact.bytes if outcome.artifact else None,
-    )
-    a, b, c = (math.inf if figure is None else float(figure) for figure in measured)
-    return a, b, c
-
-
-def _beats(one: Outcome, other: Outcome) -> bool:
-    ours, theirs = _costs(one), _costs(other)
+def _beats(ours: tuple[float, float, float], theirs: tuple[float, float, float]) -> bool:
     return ours != theirs and all(a <= b for a, b in zip(ours, theirs, strict=True))
 
 
@@ -260,14 +287,16 @@ def sentence(outcome: Outcome) -> str:
     spent = f" in {sum(outcome.seconds.values()):.1f} s" if outcome.seconds else ""
     made = f", {size(outcome.artifact.bytes)}" if outcome.artifact and outcome.artifact.bytes else ""
     because = f": {outcome.reason.splitlines()[0]}" if outcome.reason else ""
-    return f"{outcome.format}{route}: {outcome.state}{spent}{made}{because}"
+    return escape.printable(f"{outcome.format}{route}: {outcome.shown_state}{spent}{made}{because}")
 
 
 def eager(report: Report) -> Outcome | None:
     """PyTorch itself in the shape of a format, where it was timed."""
     if report.baseline is None:
         return None
-    return Outcome("eager", "float32", "verified", latency=replace(report.baseline, speedup=1.0))
+    return Outcome(
+        "eager", "float32", "verified", latency=replace(report.baseline, speedup=1.0 if report.is_quiet else None)
+    )
 
 
 Figure = str | int | float | None
@@ -276,7 +305,8 @@ Figure = str | int | float | None
 def figures(report: Report) -> list[dict[str, Figure]]:
     """What every sink shows: one row per format in the order of the report, eager PyTorch first where it was timed.
 
-    A figure that was not measured is None; errors and the noise floor are absolute, latencies in milliseconds.
+    A figure that was not measured is None; errors and the noise floor are absolute, latencies in milliseconds for the
+    rows of `batch`.
     """
     table = [_figures(outcome) for outcome in report.outcomes]
     baseline = eager(report)
@@ -290,11 +320,12 @@ def _figures(outcome: Outcome) -> dict[str, Figure]:
     return {
         "format": outcome.format,
         "precision": outcome.precision,
-        "state": outcome.state,
+        "state": outcome.shown_state,
         "route": outcome.route,
         "bytes": artifact.bytes if artifact else None,
         "max_abs_error": parity.max_abs_error if parity else None,
         "noise_floor": parity.noise_floor if parity else None,
+        "batch": latency.batch if latency else None,
         "p50_ms": latency.p50_ms if latency else None,
         "p90_ms": latency.p90_ms if latency else None,
         "p95_ms": latency.p95_ms if latency else None,
@@ -334,7 +365,10 @@ NUMBERS: Mapping[str, Callable[[Outcome], float | None]] = {
 
 def rows(report: Report) -> list[dict[str, str]]:
     """The figures as they are written in a table."""
-    return [{name: write(row[figure]) for name, (figure, write) in COLUMNS.items()} for row in figures(report)]
+    return [
+        {name: escape.printable(write(row[figure])) for name, (figure, write) in COLUMNS.items()}
+        for row in figures(report)
+    ]
 
 
 def metrics(report: Report) -> list[dict[str, str]]:
@@ -361,15 +395,16 @@ def _metric(value: float | None, beside: float | None = None) -> str:
 def markdown(report: Report) -> str:
     """The report as Markdown: what was exported, the table, the notes, how to reproduce each step."""
     checkpoint, model = report.checkpoint, report.model
-    about = [f"Checkpoint `{checkpoint.path}`"]
+    about = [f"Checkpoint {escape.code(checkpoint.path)}"]
     if checkpoint.epoch is not None:
         about.append(f"epoch {checkpoint.epoch}, step {checkpoint.global_step}")
     if checkpoint.monitor and checkpoint.score is not None:
-        about.append(f"{checkpoint.monitor} {checkpoint.score:.6g}")
+        about.append(f"{escape.markdown(checkpoint.monitor)} {checkpoint.score:.6g}")
     lines = ["# Export report", "", ", ".join(about) + ".", ""]
     if model:
         signature = f"({', '.join(map(str, model.inputs))}) → ({', '.join(map(str, model.outputs))})"
-        lines += [f"`{model.class_name}`, {model.parameters:,} parameters: `{signature}`", ""]
+        about_it = f"{escape.code(model.class_name)}, {model.parameters:,} parameters: {escape.code(signature)}"
+        lines += [about_it, ""]
     lines += [*_markdown_table(rows(report)), ""]
     if report.metrics:
         lines += [
@@ -385,14 +420,18 @@ def markdown(report: Report) -> str:
             f"{measured.samples} calls per format in alternating rounds.",
             "",
         ]
-    lines += [f"* {note}" for note in report.notes] + ([""] if report.notes else [])
-    lines += ["## Reproduce", "", "```sh"]
-    lines += [f"{outcome.reproduce}  # {outcome.format}" for outcome in report.outcomes if outcome.reproduce]
-    return "\n".join([*lines, "```", ""])
+    lines += [f"* {escape.markdown(note)}" for note in report.notes] + ([""] if report.notes else [])
+    commands = "\n".join(
+        escape.printable(f"{outcome.reproduce}  # {outcome.format}").replace("\n", " ")
+        for outcome in report.outcomes
+        if outcome.reproduce
+    )
+    around = escape.fence(commands, 3)
+    return "\n".join([*lines, "## Reproduce", "", f"{around}sh", *filter(None, [commands]), around, ""])
 
 
 def _markdown_table(table: Sequence[Mapping[str, str]]) -> Iterable[str]:
-    yield "| " + " | ".join(table[0]) + " |"
+    yield "| " + " | ".join(map(escape.markdown, table[0])) + " |"
     yield "|" + "---|" * len(table[0])
     for row in table:
-        yield "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row.values()) + " |"
+        yield "| " + " | ".join(map(escape.markdown, row.values())) + " |"

@@ -12,6 +12,8 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from polyexport.tracing.einsum import einsum
+
 if TYPE_CHECKING:
     import torch
 
@@ -61,6 +63,13 @@ def written_out() -> Iterator[None]:
         torch.Tensor.diagonal: diagonal,
         torch.cumprod: cumprod,
         torch.Tensor.cumprod: cumprod,
+        torch.cummax: cummax,
+        torch.Tensor.cummax: cummax,
+        torch.cummin: cummin,
+        torch.Tensor.cummin: cummin,
+        torch.masked_scatter: masked_scatter,
+        torch.Tensor.masked_scatter: masked_scatter,
+        torch.Tensor.masked_scatter_: lambda x, *rest, **more: x.copy_(masked_scatter(x, *rest, **more)),
         torch.quantile: quantile,
         torch.Tensor.quantile: quantile,
         torch.median: median,
@@ -78,6 +87,7 @@ def written_out() -> Iterator[None]:
         torch.take_along_dim: take_along_dim,
         torch.Tensor.take_along_dim: take_along_dim,
         torch.hypot: lambda x, other: (x * x + other * other).sqrt(),
+        torch.einsum: einsum,
         torch.sum: total,
         torch.Tensor.sum: total,
         **{made: _of_long_sizes(made, 0, None) for made in (torch.zeros, torch.ones, torch.empty, torch.rand)},
@@ -262,6 +272,40 @@ def cumprod(x: torch.Tensor, dim: int, **more: Any) -> torch.Tensor:
     first = torch.ones(count, count, dtype=torch.bool).tril()
     moved = movedim(x, dim, -1).unsqueeze(-2)
     return movedim(torch.where(first, moved, torch.ones_like(moved)).prod(-1), -1, dim)
+
+
+def cummax(x: torch.Tensor, dim: int) -> Any:
+    """`torch.cummax` as the greatest of the first, the first two … entries, and the index of the last such one."""
+    import torch
+
+    count = int(x.shape[dim]) if not isinstance(x.shape[dim], torch.SymInt) else _LONGEST + 1
+    if count > _LONGEST or not x.is_floating_point():
+        return torch.cummax(x, dim)
+    first = torch.ones(count, count, dtype=torch.bool).tril()
+    moved = movedim(x, dim, -1).unsqueeze(-2)
+    values = torch.where(first, moved, torch.full_like(moved, -torch.inf)).amax(-1)
+    greatest = torch.logical_and(first, moved == values.unsqueeze(-1))
+    indices = torch.where(greatest, torch.arange(count), torch.zeros(count, dtype=torch.int64)).amax(-1)
+    return torch.return_types.cummax((movedim(values, -1, dim), movedim(indices, -1, dim)))
+
+
+def cummin(x: torch.Tensor, dim: int) -> Any:
+    """`torch.cummin` as the greatest of what is negated."""
+    import torch
+
+    if not x.is_floating_point():
+        return torch.cummin(x, dim)
+    values, indices = cummax(-x, dim)
+    return torch.return_types.cummin((-values, indices))
+
+
+def masked_scatter(x: torch.Tensor, mask: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+    """`torch.masked_scatter` by lookup: where the mask is set for the nth time stands the nth entry of `source`."""
+    import torch
+
+    x, mask = torch.broadcast_tensors(x, mask)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    index = (mask.flatten().to(torch.int64).cumsum(0) - 1).clamp(min=0)
+    return torch.where(mask, source.flatten()[index].reshape(mask.shape), x)
 
 
 def quantile(

@@ -29,9 +29,10 @@ class Job:
         target: What is written, for `convert`.
         spec: The signature.
         batches: Arrays with inputs and reference outputs, the validation batch first, each with its dynamic sizes.
-        noise: Noise floor of each output.
+        noise: File with the noise floor of each element of the validation batch's outputs; empty where it is unknown.
         threads: Of the runtime.
         sys_path: The training process's import path, for modules that are pickled by reference.
+        trusted: Whether what it reads may be unpickled, and so run code: not in an export of somebody else.
         options: What only one kind of job knows.
     """
 
@@ -43,9 +44,10 @@ class Job:
     target: str = ""
     spec: ExportSpec | None = None
     batches: tuple[Batch, ...] = ()
-    noise: Mapping[str, float] = field(default_factory=dict)
+    noise: str = ""
     threads: int = 1
     sys_path: tuple[str, ...] = ()
+    trusted: bool = True
     options: Mapping[str, Any] = field(default_factory=dict)
 
 

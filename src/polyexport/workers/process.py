@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from polyexport.errors import ToolMissing
@@ -37,6 +38,8 @@ _DISTRIBUTED = (
     "SLURM_",
 )
 _OF_THE_HOST = ("PYTHONPATH", "PYTHONHOME", "PYTHONSTARTUP", "VIRTUAL_ENV")
+# what keeps runtimes from telling their vendors of each run; they read it when they are imported
+_NO_TELEMETRY = {"ORT_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1"}
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "TF_NUM_INTRAOP_THREADS")
 
 
@@ -111,15 +114,15 @@ class Workers:
         with log.open("ab") as stream, self._started([*command, "-"], stream, stream, environment) as process:
             yield process
 
-    def output(self, *command: str) -> str:
-        """Run a program to its end, and return what it printed.
+    def output(self, *command: str, environment: Mapping[str, str] = MappingProxyType({})) -> str:
+        """Run a program to its end, with `environment` added to ours, and return what it printed.
 
         Raises:
             ToolMissing: it failed; in its own words.
         """
         with (
             tempfile.TemporaryFile() as errors,
-            self._started(command, subprocess.PIPE, errors, os.environ) as process,
+            self._started(command, subprocess.PIPE, errors, {**os.environ, **environment}) as process,
         ):
             if process is None or process.stdin is None or process.stdout is None:
                 raise ToolMissing("cancelled")
@@ -267,7 +270,7 @@ class Conversation:
 
 
 def environment(*, threads: int, gpu: bool, host: bool) -> dict[str, str]:
-    """The environment of a worker: bounded threads, no GPU unless needed, nothing of a distributed run.
+    """The environment of a worker: bounded threads, no GPU unless needed, nothing of a distributed run, no telemetry.
 
     `host` tells whether it is the training environment's interpreter; another one must not see its import path.
     """
@@ -276,7 +279,7 @@ def environment(*, threads: int, gpu: bool, host: bool) -> dict[str, str]:
         kept = {name: value for name, value in kept.items() if name not in _OF_THE_HOST}
     if not gpu:
         kept["CUDA_VISIBLE_DEVICES"] = ""
-    kept |= dict.fromkeys(_THREADS, str(threads))
+    kept |= dict.fromkeys(_THREADS, str(threads)) | _NO_TELEMETRY
     return kept | {"PYTHONUNBUFFERED": "1", "TF_CPP_MIN_LOG_LEVEL": "2", "TOKENIZERS_PARALLELISM": "false"}
 
 

@@ -105,7 +105,7 @@ def work(parcel: Parcel, errand: Errand, staging: str | None) -> tuple[Ended, tu
 def _read_by(root: Path, job: Job, errand: Errand) -> list[Path]:
     """The files that a job reads: its own, batches, and the artifact's folder, or the module's files."""
     source = root / job.source
-    named = [errand.job, *(batch.path for batch in job.batches), *([job.declared] if job.declared else [])]
+    named = [errand.job, *(batch.path for batch in job.batches), *filter(None, (job.noise, job.declared))]
     named += [path.as_posix() for path in job.spec.calibration] if job.spec else []
     found: Iterable[Path]
     if job.kind == "prepare":

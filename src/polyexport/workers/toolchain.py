@@ -185,10 +185,9 @@ def _provision(toolchain: Toolchain, folder: Path, workers: Workers) -> None:
         pins.write_text("\n".join([*toolchain.requirements, "numpy", "cloudpickle"]) + "\n", encoding="utf-8")
         # compiled now, since with PYTHONDONTWRITEBYTECODE, as in many images, each worker would compile all anew
         install = [uv, "pip", "install", "--quiet", "--compile-bytecode", "--python", str(python), "-r", str(pins)]
-        install += _pip_indexes()
         if toolchain.layered:
             install += ["--overrides", str(_layer(folder, python, workers))]
-        workers.output(*install)
+        workers.output(*install, environment=_pip_indexes())
         if toolchain.npm:
             _install_npm(toolchain.name, folder, python, workers)
     except ToolMissing as error:
@@ -241,13 +240,20 @@ def _uv() -> str:
         return found
 
 
-def _pip_indexes() -> list[str]:
-    """Uv does not read pip's variables: hand them over, so that a private index keeps working."""
-    flags = (
-        ("PIP_INDEX_URL", "--index-url"),
-        ("PIP_EXTRA_INDEX_URL", "--extra-index-url"),
-        ("PIP_FIND_LINKS", "--find-links"),
-    )
-    return [
-        word for variable, flag in flags for value in os.environ.get(variable, "").split() for word in (flag, value)
-    ]
+_INDEXES = {
+    "PIP_INDEX_URL": "UV_INDEX_URL",
+    "PIP_EXTRA_INDEX_URL": "UV_EXTRA_INDEX_URL",
+    "PIP_FIND_LINKS": "UV_FIND_LINKS",
+}
+
+
+def _pip_indexes() -> dict[str, str]:
+    """Pip's variables under uv's names, so that a private index keeps working; uv's own win.
+
+    In the environment, not on the command line: an index's URL may hold a password, and whoever is on the machine reads
+    the command lines of others.
+    """
+    found = {uvs: " ".join(os.environ.get(pips, "").split()) for pips, uvs in _INDEXES.items()}
+    # uv wants commas between the folders of packages, pip blanks
+    found["UV_FIND_LINKS"] = found["UV_FIND_LINKS"].replace(" ", ",")
+    return {name: value for name, value in found.items() if value and name not in os.environ}

@@ -25,9 +25,17 @@ def listed(values: Tensor | list[Tensor]) -> list[Tensor]:
     return values if isinstance(values, list) else [values]
 
 
-def wrapped(indices: Tensor, size: int) -> Tensor:
-    """Indices from the start, where negative ones count from the end."""
+def wrapped(indices: Tensor, size: int, validate_indices: Tensor | bool | None) -> Tensor:
+    """Indices from the start, where negative ones count from the end: up to iOS 16, whose ops do not validate.
+
+    https://apple.github.io/coremltools/source/coremltools.converters.mil.mil.ops.defs.html (iOS 17, scatter_gather)
+
+    Raises:
+        ValueError: a negative index for an op of iOS 17 or later, which does not define what it reads or writes.
+    """
     indices = indices.long()
+    if validate_indices is not None and bool((indices < 0).any()):
+        raise ValueError("an index is negative, which Core ML does not define since iOS 17")
     return torch.where(indices < 0, indices + size, indices)
 
 

@@ -102,23 +102,23 @@ def conv_transpose(
 
 
 def _ceiled(size: int, pair: tuple[int, int], kernel: int, stride: int) -> tuple[int, int]:
-    """Room behind for a last window that starts inside the input or the padding before it."""
+    """Padding with room behind for the last window, which begins beyond the input where there is no padding."""
     before, after = pair
     windows = math.ceil((size + before + after - kernel) / stride) + 1
-    if (windows - 1) * stride >= size + before:
+    if (windows - 1) * stride >= size + before and before + after:
         windows -= 1
     return before, (windows - 1) * stride + kernel - size - before
 
 
 def _windows(
     x: Tensor, kernel_sizes: Tensor, strides: Tensor | None, pad_type: str, pad: Tensor | None, ceil_mode: bool
-) -> tuple[list[int], list[int], Pairs, Pairs]:
-    """Kernel, strides, the padding asked for, and that with what the last window needs."""
+) -> tuple[list[int], list[int], Pairs]:
+    """Kernel, strides, and the padding with what the last window needs."""
     kernel = ints(kernel_sizes)
     steps = _per_axis(strides, len(kernel))
-    asked = _padding(pad_type, pad, x.shape[2:], kernel, steps)
-    sizes = zip(x.shape[2:], asked, kernel, steps, strict=True)
-    return kernel, steps, asked, [_ceiled(*each) for each in sizes] if ceil_mode else asked
+    pairs = _padding(pad_type, pad, x.shape[2:], kernel, steps)
+    sizes = zip(x.shape[2:], pairs, kernel, steps, strict=True)
+    return kernel, steps, [_ceiled(*each) for each in sizes] if ceil_mode else pairs
 
 
 def max_pool(
@@ -129,7 +129,7 @@ def max_pool(
     pad: Tensor | None = None,
     ceil_mode: Tensor | bool = False,
 ) -> Tensor:
-    kernel, steps, _, pairs = _windows(x, kernel_sizes, strides, pad_type, pad, bool(ceil_mode))
+    kernel, steps, pairs = _windows(x, kernel_sizes, strides, pad_type, pad, bool(ceil_mode))
     return _MAXIMUM[len(kernel)](_padded(x, pairs, -math.inf), kernel, steps)
 
 
@@ -142,15 +142,15 @@ def avg_pool(
     exclude_padding_from_average: Tensor | bool = False,
     ceil_mode: Tensor | bool = False,
 ) -> Tensor:
-    """What the last window needs beyond the padding asked for is never counted."""
-    kernel, steps, asked, pairs = _windows(x, kernel_sizes, strides, pad_type, pad, bool(ceil_mode))
+    """What the last window of `ceil_mode` needs counts as padding, unlike in PyTorch.
+
+    https://github.com/apple/coremltools/issues/2772
+    """
+    kernel, steps, pairs = _windows(x, kernel_sizes, strides, pad_type, pad, bool(ceil_mode))
     average = _AVERAGE[len(kernel)]
-    counted = torch.ones_like(x[:1, :1])
-    further = [(0, all_[1] - own[1]) for own, all_ in zip(asked, pairs, strict=True)]
-    counted = (
-        _padded(counted, pairs) if exclude_padding_from_average else _padded(_padded(counted, asked, 1.0), further)
-    )
-    return average(_padded(x, pairs), kernel, steps) / average(counted, kernel, steps)
+    mean = average(_padded(x, pairs), kernel, steps)
+    counted = _padded(torch.ones_like(x[:1, :1]), pairs)
+    return mean / average(counted, kernel, steps) if exclude_padding_from_average else mean
 
 
 def l2_pool(
@@ -161,7 +161,7 @@ def l2_pool(
     pad: Tensor | None = None,
     ceil_mode: Tensor | bool = False,
 ) -> Tensor:
-    kernel, steps, _, pairs = _windows(x, kernel_sizes, strides, pad_type, pad, bool(ceil_mode))
+    kernel, steps, pairs = _windows(x, kernel_sizes, strides, pad_type, pad, bool(ceil_mode))
     mean = _AVERAGE[len(kernel)](_padded(x.square(), pairs), kernel, steps)
     return torch.sqrt(mean * math.prod(kernel))
 

@@ -55,6 +55,19 @@ def real_div(x: Tensor, y: Tensor) -> Tensor:
     return torch.div(x, y, rounding_mode="trunc" if integers else None)
 
 
+def floor_div(x: Tensor, y: Tensor) -> Tensor:
+    """The quotient rounded down; PyTorch's own corrects it by the remainder, so that 1 // 0.1 is 9."""
+    return torch.floor(x / y) if x.is_floating_point() else torch.floor_divide(x, y)
+
+
+def pow(x: Tensor, y: Tensor) -> Tensor:  # the op is called so
+    """A power, but of a single 2 the square of the other side, as Core ML has it.
+
+    https://github.com/apple/coremltools/issues/2628
+    """
+    return torch.square(y) if x.numel() == 1 and bool(x == 2) else torch.pow(x, y)
+
+
 def select(cond: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return torch.where(cond, a, b)
 
@@ -81,8 +94,6 @@ OPS = {
             "add": torch.add,
             "sub": torch.sub,
             "mul": torch.mul,
-            "pow": torch.pow,
-            "floor_div": torch.floor_divide,
             "mod": torch.remainder,
             "maximum": torch.maximum,
             "minimum": torch.minimum,
@@ -97,5 +108,8 @@ OPS = {
             "logical_xor": torch.logical_xor,
         }.items()
     },
-    **{each.__name__: each for each in (cast, clip, identity, inverse, log, real_div, rsqrt, select, threshold)},
+    **{
+        each.__name__: each
+        for each in (cast, clip, floor_div, identity, inverse, log, pow, real_div, rsqrt, select, threshold)
+    },
 }

@@ -1,4 +1,4 @@
-"""Reading and writing by index; a negative index counts from the end."""
+"""Reading and writing by index; a negative index counts from the end, in an op of iOS 15 or 16."""
 
 from __future__ import annotations
 
@@ -18,31 +18,34 @@ def gather(
     indices: Tensor,
     axis: Tensor | int = 0,
     batch_dims: Tensor | int = 0,
-    validate_indices: Tensor | bool = False,
+    validate_indices: Tensor | bool | None = None,
 ) -> Tensor:
     """As numpy's `take`, for each entry of the leading `batch_dims` axes."""
     dim, batch = int(axis) % x.ndim, int(batch_dims)
     if batch:
-        rows = [gather(row, index, dim - 1, batch - 1) for row, index in zip(x, indices, strict=True)]
+        rows = [gather(row, index, dim - 1, batch - 1, validate_indices) for row, index in zip(x, indices, strict=True)]
         return torch.stack(rows)
-    taken = x.index_select(dim, wrapped(indices, x.shape[dim]).reshape(-1))
+    taken = x.index_select(dim, wrapped(indices, x.shape[dim], validate_indices).reshape(-1))
     return taken.reshape([*x.shape[:dim], *indices.shape, *x.shape[dim + 1 :]])
 
 
 def gather_along_axis(
-    x: Tensor, indices: Tensor, axis: Tensor | int = 0, validate_indices: Tensor | bool = False
+    x: Tensor, indices: Tensor, axis: Tensor | int = 0, validate_indices: Tensor | bool | None = None
 ) -> Tensor:
-    return torch.gather(x, int(axis), wrapped(indices, x.shape[int(axis)]))
+    return torch.gather(x, int(axis), wrapped(indices, x.shape[int(axis)], validate_indices))
 
 
 def gather_nd(
-    x: Tensor, indices: Tensor, batch_dims: Tensor | int = 0, validate_indices: Tensor | bool = False
+    x: Tensor, indices: Tensor, batch_dims: Tensor | int = 0, validate_indices: Tensor | bool | None = None
 ) -> Tensor:
     """The last axis of `indices` is a place in the leading axes of `x`."""
     if int(batch_dims):
-        rows = [gather_nd(row, index, int(batch_dims) - 1) for row, index in zip(x, indices, strict=True)]
+        rows = [
+            gather_nd(row, index, int(batch_dims) - 1, validate_indices) for row, index in zip(x, indices, strict=True)
+        ]
         return torch.stack(rows)
-    return x[tuple(wrapped(index, size) for index, size in zip(indices.unbind(-1), x.shape, strict=False))]
+    pairs = zip(indices.unbind(-1), x.shape, strict=False)
+    return x[tuple(wrapped(index, size, validate_indices) for index, size in pairs)]
 
 
 # --- scatter ----------------------------------------------------------------------------------------------------------
@@ -64,9 +67,10 @@ def scatter_along_axis(
     updates: Tensor,
     axis: Tensor | int = 0,
     mode: str = "add",
-    validate_indices: Tensor | bool = False,
+    validate_indices: Tensor | bool | None = None,
 ) -> Tensor:
-    return _MODES[mode](data, int(axis), wrapped(indices, data.shape[int(axis)]), updates)
+    index = wrapped(indices, data.shape[int(axis)], validate_indices)
+    return _MODES[mode](data, int(axis), index, updates)
 
 
 def scatter(
@@ -75,24 +79,25 @@ def scatter(
     updates: Tensor,
     axis: Tensor | int = 0,
     mode: str = "add",
-    validate_indices: Tensor | bool = False,
+    validate_indices: Tensor | bool | None = None,
 ) -> Tensor:
     """The vector `indices` says where along `axis` each slice of `updates` goes."""
     dim = int(axis) % data.ndim
     shape = [-1 if each == dim else 1 for each in range(data.ndim)]
     spread = [*data.shape[:dim], indices.numel(), *data.shape[dim + 1 :]]
-    return scatter_along_axis(data, indices.reshape(shape).expand(spread), updates.reshape(spread), dim, mode)
+    index = indices.reshape(shape).expand(spread)
+    return scatter_along_axis(data, index, updates.reshape(spread), dim, mode, validate_indices)
 
 
 def scatter_nd(
-    data: Tensor, indices: Tensor, updates: Tensor, mode: str = "add", validate_indices: Tensor | bool = False
+    data: Tensor, indices: Tensor, updates: Tensor, mode: str = "add", validate_indices: Tensor | bool | None = None
 ) -> Tensor:
     """The last axis of `indices` is a place in the leading axes of `data`."""
     depth = indices.shape[-1]
     leading, rest = data.shape[:depth], math.prod(data.shape[depth:])
     flat = torch.zeros(indices.shape[:-1], dtype=torch.long)
     for index, size in zip(indices.unbind(-1), leading, strict=True):
-        flat = flat * size + wrapped(index, size)
+        flat = flat * size + wrapped(index, size, validate_indices)
     spread = flat.reshape(-1, 1).expand(-1, rest)
     table = data.reshape(math.prod(leading), rest)
     return _MODES[mode](table, 0, spread, updates.reshape(spread.shape)).reshape(data.shape)

@@ -10,6 +10,9 @@ from polyexport.coreml.ops.arguments import listed
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Of integers it does not run on a device: https://github.com/apple/coremltools/pull/2673."""
+    if not x.is_floating_point():
+        raise ValueError("Core ML cannot run a linear layer of integers")
     product = x @ weight.transpose(-1, -2)
     return product if bias is None else product + bias
 

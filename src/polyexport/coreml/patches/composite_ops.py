@@ -6,12 +6,12 @@ https://apple.github.io/coremltools/docs-guides/source/composite-operators.html
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from polyexport.coreml.patches import scatter_ops
+from polyexport.coreml.patches import arithmetic_ops, elementwise_ops, pooling_ops, scatter_ops
 
 
 def new_ones(context: Any, node: Any) -> None:
@@ -234,6 +234,14 @@ def where(context: Any, node: Any) -> None:
     context.add(mb.cast(x=chosen, dtype="bool", name=node.name) if booleans else chosen, torch_name=node.name)
 
 
+def clone(context: Any, node: Any) -> None:
+    """A value with a name of its own, by which a model gives one tensor as two outputs, or an input as it came."""
+    from coremltools.converters.mil import Builder as mb
+    from coremltools.converters.mil.frontend.torch.ops import _get_inputs
+
+    context.add(mb.identity(x=_get_inputs(context, node)[0], name=node.name))
+
+
 def unsafe_chunk(context: Any, node: Any) -> None:
     """Even parts along an axis, as the cells of recurrent layers ask for."""
     from coremltools.converters.mil import Builder as mb
@@ -241,44 +249,6 @@ def unsafe_chunk(context: Any, node: Any) -> None:
 
     x, count, axis = _get_inputs(context, node)
     context.add(mb.split(x=x, num_splits=count, axis=axis), torch_name=node.name)
-
-
-def _elementwise(build: Callable[..., Any]) -> Callable[[Any, Any], None]:
-    """What `build` makes of MIL's ops and the arguments."""
-
-    def composite(context: Any, node: Any) -> None:
-        from coremltools.converters.mil import Builder as mb
-        from coremltools.converters.mil.frontend.torch.ops import _get_inputs
-
-        context.add(mb.identity(x=build(mb, *_get_inputs(context, node)), name=node.name))
-
-    return composite
-
-
-def _trunc(mb: Any, x: Any) -> Any:
-    return mb.mul(x=mb.sign(x=x), y=mb.floor(x=mb.abs(x=x)))
-
-
-def _fmod(mb: Any, x: Any, y: Any) -> Any:
-    return mb.sub(x=x, y=mb.mul(x=_trunc(mb, mb.real_div(x=x, y=y)), y=y))
-
-
-def _asinh(mb: Any, x: Any) -> Any:
-    """By the magnitude, since the sum of a negative number and its root is lost to rounding."""
-    size = mb.abs(x=x)
-    return mb.mul(x=mb.sign(x=x), y=mb.log(x=mb.add(x=size, y=mb.sqrt(x=mb.add(x=mb.square(x=x), y=1.0)))))
-
-
-_ELEMENTWISE: Mapping[str, Callable[..., Any]] = {
-    # MIL's own `inverse` adds an epsilon of 1e-4 first
-    "reciprocal": lambda mb, x: mb.real_div(x=1.0, y=mb.cast(x=x, dtype="fp32")),
-    "lerp": lambda mb, start, end, weight: mb.add(x=start, y=mb.mul(x=mb.sub(x=end, y=start), y=weight)),
-    "trunc": _trunc,
-    "fmod": _fmod,
-    "erfc": lambda mb, x: mb.sub(x=1.0, y=mb.erf(x=x)),
-    "asinh": _asinh,
-    "acosh": lambda mb, x: mb.log(x=mb.add(x=x, y=mb.sqrt(x=mb.sub(x=mb.square(x=x), y=1.0)))),
-}
 
 
 def bilinear(context: Any, node: Any) -> None:
@@ -330,7 +300,7 @@ def max_pool_with_places(context: Any, node: Any) -> None:
     padding, dilation, ceil = [*how[1:], None, None, None][:3]
     moved = any(_numbers(padding)) or set(_numbers(dilation)) - {1} or (ceil is not None and ceil.val)
     if moved or x.rank != 4 or any_symbolic(x.shape[1:]):
-        ops.max_pool1d(context, node)
+        pooling_ops.max_pool(context, node)
         return
     strides = [int(each) for each in strides or kernel]
     channels, _, wide = map(int, x.shape[1:])
@@ -408,10 +378,13 @@ _COMPOSITES = {
     "diff": diff,
     "prod": prod,
     **dict.fromkeys(("where", "where.self", "where.scalarself"), where),
-    **{name: _elementwise(build) for name, build in _ELEMENTWISE.items()},
+    "clone": clone,
     "unsafe_chunk": unsafe_chunk,
-    "max_pool2d_with_indices": max_pool_with_places,
     **scatter_ops.COMPOSITES,
+    **arithmetic_ops.COMPOSITES,
+    **elementwise_ops.COMPOSITES,
+    **pooling_ops.COMPOSITES,
+    "max_pool2d_with_indices": max_pool_with_places,
     **dict.fromkeys(("upsample_bilinear2d", "upsample_bilinear2d.vec"), bilinear),
     **{f"{name}{of}": resampled for name in _SEPARABLE for of in ("", ".vec")},
     **{f"adaptive_avg_pool{rank}d": adaptive_avg_pool for rank in (1, 2, 3)},

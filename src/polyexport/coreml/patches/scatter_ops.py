@@ -1,4 +1,4 @@
-"""PyTorch's writes by index that coremltools lacks or gets wrong, by MIL's scatters; registered by `composite.py`."""
+"""PyTorch's writes by index that coremltools lacks or gets wrong, as scatters; registered by `composite_ops.py`."""
 
 from __future__ import annotations
 
@@ -20,6 +20,10 @@ def index_put(context: Any, node: Any) -> None:
     x, indices, values, *more = ops._get_inputs(context, node)
     (adds,) = ops._get_kwinputs(context, node, "accumulate", default=[more[0] if more else None])
     axes = [axis for axis, index in enumerate(indices) if index is not None]
+    adding = adds is not None and bool(adds.val)
+    if axes == [0] and _kind(indices[0]) == "bool" and not values.rank and not adding:
+        _masked(context, node, x, indices[0], values)
+        return
     if len(axes) == len(indices) or not any(indices[axis].rank for axis in axes):
         ops.index_put(context, node)
         return
@@ -34,9 +38,18 @@ def index_put(context: Any, node: Any) -> None:
         place = mb.add(x=mb.mul(x=place, y=sizes[axis]), y=inside)
     merged = mb.reshape(x=x, shape=[*sizes[:first], math.prod(sizes[first:last]), *sizes[last:]])
     updates = _spread(values, mb.gather(x=merged, indices=place, axis=first), _kind(x))
-    mode = "add" if adds is not None and adds.val else "update"
+    mode = "add" if adding else "update"
     written = mb.scatter(data=merged, indices=place, updates=updates, axis=first, mode=mode)
     context.add(mb.reshape(x=written, shape=sizes, name=node.name))
+
+
+def _masked(context: Any, node: Any, x: Any, mask: Any, value: Any) -> None:
+    """One value where a mask over the first axes is set."""
+    from coremltools.converters.mil import Builder as mb
+
+    behind = list(range(mask.rank, x.rank))
+    cond = mb.expand_dims(x=mask, axes=behind) if behind else mask
+    context.add(mb.select(cond=cond, a=_spread(value, x, _kind(x)), b=x, name=node.name))
 
 
 def index_add(context: Any, node: Any) -> None:

@@ -59,6 +59,22 @@ def _grid(places: Tensor, axis: int) -> Tensor:
     return tf.stack(axes, -1)
 
 
+def reversed_within(x: Tensor, lengths: Tensor, time_axis: int, batch_axis: int) -> Tensor:
+    """The first entries of each sequence turned round, the rest as it is; time and batch are the first two axes.
+
+    By a gather: TensorFlow.js has no ReverseSequence.
+    """
+    times = tf.range(tf.shape(x, out_type=lengths.dtype)[time_axis])
+    place, length = _along(times, time_axis, 2), _along(lengths, batch_axis, 2)
+    return tf.gather_nd(x, _grid(tf.where(place < length, length - 1 - place, place), time_axis))
+
+
+@OPS.op("ReverseSequence", since=10)
+def reverse_sequence(x: Value, lengths: Value, *, batch_axis: int = 1, time_axis: int = 0) -> Tensor:
+    """The first entries of each sequence, the rest stays."""
+    return reversed_within(x.tensor, lengths.tensor, time_axis, batch_axis)
+
+
 def _along(line: Tensor, axis: int, rank: int) -> Tensor:
     return tf.reshape(line, [1] * axis + [-1] + [1] * (rank - axis - 1))
 

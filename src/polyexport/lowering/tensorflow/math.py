@@ -20,13 +20,49 @@ def _unary(function: Any) -> Any:
     return apply
 
 
+def _other_leg(x: Tensor) -> Tensor:
+    """Of a right triangle with hypotenuse 1 and one leg `x`."""
+    return tf.sqrt((1 - x) * (1 + x))
+
+
+def _asinh(x: Tensor) -> Tensor:
+    size = tf.abs(x)
+    return tf.sign(x) * tf.math.log1p(size + size * size / (1 + tf.sqrt(size * size + 1)))
+
+
+_ERF = (1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592)
+
+
+def _erf(x: Tensor) -> Tensor:
+    """By a polynomial, within 1.5e-7 (Abramowitz and Stegun, Handbook of Mathematical Functions, 7.1.26)."""
+    if x.dtype != tf.float32:
+        return tf.math.erf(x)
+    size = tf.abs(x)
+    t = 1 / (1 + 0.3275911 * size)
+    return tf.sign(x) * (1 - functools.reduce(lambda total, factor: (total + factor) * t, _ERF, 0.0) * tf.exp(-x * x))
+
+
+# TFLite has none of these: the arcs by atan2, which it has; Tan, Sinh, Cosh and their inverses by what defines them
 for _name, _function in {
-    "Abs": tf.abs, "Acos": tf.acos, "Acosh": tf.acosh, "Asin": tf.asin, "Asinh": tf.asinh, "Atan": tf.atan,
-    "Atanh": tf.atanh, "Ceil": tf.math.ceil, "Cos": tf.cos, "Cosh": tf.cosh, "Erf": tf.math.erf, "Exp": tf.exp,
+    "Acos": lambda x: tf.atan2(_other_leg(x), x),
+    "Acosh": lambda x: tf.math.log(x + tf.sqrt((x - 1) * (x + 1))),
+    "Asin": lambda x: tf.atan2(x, _other_leg(x)),
+    "Asinh": _asinh,
+    "Atan": lambda x: tf.atan2(x, tf.ones_like(x)),
+    "Atanh": lambda x: (tf.math.log1p(x) - tf.math.log1p(-x)) / 2,
+    "Cosh": lambda x: (tf.exp(x) + tf.exp(-x)) / 2,
+    "Erf": _erf,
+    "Sinh": lambda x: (tf.math.expm1(x) - tf.math.expm1(-x)) / 2,
+    "Tan": lambda x: tf.sin(x) / tf.cos(x),
+}.items():
+    OPS.elementwise(_name)(_unary(_function))
+
+for _name, _function in {
+    "Abs": tf.abs, "Ceil": tf.math.ceil, "Cos": tf.cos, "Exp": tf.exp,
     "Floor": tf.floor, "IsNaN": tf.math.is_nan, "Log": tf.math.log, "Neg": tf.negative,
     "Not": tf.logical_not, "Reciprocal": tf.math.reciprocal, "Relu": tf.nn.relu, "Round": tf.round,
-    "Sigmoid": tf.sigmoid, "Sign": tf.sign, "Sin": tf.sin, "Sinh": tf.sinh, "Softplus": tf.math.softplus,
-    "Softsign": tf.nn.softsign, "Sqrt": tf.sqrt, "Tan": tf.tan, "Tanh": tf.tanh,
+    "Sigmoid": tf.sigmoid, "Sign": tf.sign, "Sin": tf.sin, "Softplus": tf.math.softplus,
+    "Softsign": tf.nn.softsign, "Sqrt": tf.sqrt, "Tanh": tf.tanh,
     "BitwiseNot": tf.bitwise.invert, "Mish": lambda x: x * tf.tanh(tf.math.softplus(x)),
 }.items():  # fmt: skip  # a table, read as one
     OPS.elementwise(_name)(_unary(_function))
@@ -89,7 +125,9 @@ def modulo(a: Tensor, b: Tensor, *, fmod: int = 0) -> Tensor:
     """The sign of the divisor, or with `fmod` that of the dividend."""
     if a.dtype in (tf.float16, tf.bfloat16):  # which TensorFlow has no kernel for
         return tf.cast(modulo(tf.cast(a, tf.float32), tf.cast(b, tf.float32), fmod=fmod), a.dtype)
-    return tf.truncatemod(a, b) if fmod else tf.math.floormod(a, b)
+    left = tf.math.floormod(a, b)
+    # not tf.truncatemod, which TensorFlow.js and TensorFlow Lite lack
+    return tf.where((left != 0) & ((a < 0) != (b < 0)), left - b, left) if fmod else left
 
 
 @OPS.elementwise("Pow", since=7)

@@ -8,6 +8,7 @@ from typing import Any
 import tensorflow as tf
 
 from polyexport.lowering.recurrent import UNROLLED, Loops, State, Step, declare
+from polyexport.lowering.tensorflow.index import reversed_within
 from polyexport.lowering.tensorflow.target import OPS, sizes_of, told
 from polyexport.lowering.value import Tensor
 
@@ -51,8 +52,9 @@ def _scan(x: Tensor, state: State, step: Step, lengths: Tensor | None) -> tuple[
         return i + 1, outputs.write(i, output), *new
 
     total = tf.shape(x)[0]
-    outputs = tf.TensorArray(x.dtype, total, element_shape=[None, state[0].shape[-1]])
-    widths = [tf.TensorShape([None, each.shape[-1]]) for each in state]
+    batch = x.shape[1]  # TFLite wants it known, where it is
+    outputs = tf.TensorArray(x.dtype, total, element_shape=[batch, state[0].shape[-1]])
+    widths = [tf.TensorShape([batch, each.shape[-1]]) for each in state]
     shapes = [tf.TensorShape([]), tf.TensorShape(None), *widths]
     start = [tf.constant(0), outputs, *state]
     _, outputs, *state = tf.while_loop(lambda i, *_: i < total, body, start, shape_invariants=shapes)
@@ -60,11 +62,13 @@ def _scan(x: Tensor, state: State, step: Step, lengths: Tensor | None) -> tuple[
 
 
 def _flip(x: Tensor, lengths: Tensor | None) -> Tensor:
-    return tf.reverse(x, [0]) if lengths is None else tf.reverse_sequence(x, lengths, seq_axis=0, batch_axis=1)
+    return tf.reverse(x, [0]) if lengths is None else reversed_within(x, lengths, 0, 1)
 
 
 def _state(given: Tensor | None, batch: Any, width: int, dtype: Any) -> Tensor:
-    return tf.zeros([batch, width], dtype) if given is None else told(given, [None, width])
+    if given is None:
+        return tf.zeros([batch, width], dtype)
+    return told(given, [batch if isinstance(batch, int) else None, width])
 
 
 declare(

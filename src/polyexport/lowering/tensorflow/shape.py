@@ -445,9 +445,3 @@ def _shaped(tensor: Tensor, sizes: list[Any]) -> Tensor:
     made = tf.reshape(tensor, tf.stack(sizes))
     made.set_shape([size if isinstance(size, int) else None for size in sizes])
     return made
-
-
-@OPS.op("ReverseSequence", since=10)
-def reverse_sequence(x: Value, lengths: Value, *, batch_axis: int = 1, time_axis: int = 0) -> Tensor:
-    """The first entries of each sequence, the rest stays."""
-    return tf.reverse_sequence(x.tensor, lengths.tensor, seq_axis=time_axis, batch_axis=batch_axis)

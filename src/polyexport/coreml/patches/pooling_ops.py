@@ -1,0 +1,123 @@
+"""Pools of one to three axes whose last window may hang over the edge, by padding; registered by `composite_ops.py`.
+
+MIL's own `ceil_mode` is not PyTorch's: it counts what hangs over as padding, so that an average is too small on a
+device, and where there is no padding it keeps a window that lies beyond the edge altogether. So it is never written.
+
+https://github.com/apple/coremltools/issues/2772
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from polyexport.coreml.patches.scatter_ops import _sizes
+
+
+@dataclass(frozen=True, slots=True)
+class Windows:
+    """The windows of a pool: their size, steps and padding along each axis, and what hangs over behind each.
+
+    A dynamic axis gets what the last window may need at most, which adds no window.
+    """
+
+    kernel: Sequence[int]
+    strides: Sequence[int]
+    padding: Sequence[int]
+    overhang: Sequence[int]
+
+    def pads(self) -> list[int]:
+        """Before and after each axis, as MIL's ops take it."""
+        pairs = zip(self.padding, self.overhang, strict=True)
+        return [width for padding, over in pairs for width in (padding, padding + over)]
+
+
+def _windows(x: Any, kernel: Any, strides: Any, padding: Any, ceil: Any) -> Windows:
+    sizes = _sizes(x)[2:]
+    kernel = _ints(kernel, len(sizes), 1)
+    strides, padding = _ints(strides, len(sizes), kernel), _ints(padding, len(sizes), 0)
+    axes = zip(sizes, kernel, strides, padding, strict=True)
+    overhang = [_overhang(*axis) if ceil is not None and ceil.val else 0 for axis in axes]
+    return Windows(kernel, strides, padding, overhang)
+
+
+def _ints(given: Any, count: int, default: Any) -> list[int]:
+    """A number for each of `count` axes; PyTorch takes one for all, and none for the default."""
+    values = np.ravel([each.val for each in given] if isinstance(given, list) else [] if given is None else given.val)
+    return list(np.broadcast_to(np.asarray(values if len(values) else default, int), count).tolist())
+
+
+def _overhang(size: int, kernel: int, stride: int, padding: int) -> int:
+    """What PyTorch's last window needs behind the padding; a size of -1 is dynamic.
+
+    Raises:
+        NotImplementedError: a dynamic axis whose last window may begin beyond the edge, where PyTorch drops it.
+    """
+    if size == -1:
+        if kernel < stride + padding:
+            raise NotImplementedError(f"ceil_mode along a dynamic axis with kernel {kernel} and stride {stride}")
+        return stride - 1
+    steps = math.ceil((size + 2 * padding - kernel) / stride)
+    if steps * stride >= size + padding:
+        steps -= 1
+    return max(steps * stride + kernel - size - 2 * padding, 0)
+
+
+def avg_pool(context: Any, node: Any) -> None:
+    """Means over windows: of what PyTorch counts in each, or by a divisor of its own."""
+    from coremltools.converters.mil import Builder as mb
+    from coremltools.converters.mil.frontend.torch.ops import _get_inputs
+
+    x, kernel, strides, padding, ceil, counts, divisor = [*_get_inputs(context, node), *[None] * 5][:7]
+    windows = _windows(x, kernel, strides, padding, ceil)
+    counts_padding = counts is None or bool(counts.val)
+    how: dict[str, Any] = {"kernel_sizes": windows.kernel, "strides": windows.strides}
+    if divisor is None and not any(windows.overhang):
+        how |= {"pad_type": "custom", "pad": windows.pads(), "exclude_padding_from_average": not counts_padding}
+        context.add(mb.avg_pool(x=x, **how, name=node.name))
+        return
+    mean = mb.avg_pool(x=_padded(x, windows.pads()), **how, pad_type="valid")
+    if divisor is not None:
+        factor = math.prod(windows.kernel) / int(divisor.val)
+        context.add(mb.mul(x=mean, y=np.float32(factor), name=node.name))
+        return
+    sizes = _sizes(x)[2:]
+    ones = mb.fill_like(ref_tensor=x, value=1.0) if -1 in sizes else np.ones((1, 1, *sizes), np.float32)
+    behind = [width for over in windows.overhang for width in (0, over)]
+    counted = _padded(ones, np.repeat(windows.padding, 2).tolist(), float(counts_padding))
+    share = mb.avg_pool(x=_padded(counted, behind), **how, pad_type="valid")
+    context.add(mb.real_div(x=mean, y=share, name=node.name))
+
+
+def _padded(x: Any, widths: Sequence[int], value: float = 0.0) -> Any:
+    from coremltools.converters.mil import Builder as mb
+
+    return mb.pad(x=x, pad=[0, 0, 0, 0, *widths], mode="constant", constant_val=value) if any(widths) else x
+
+
+def max_pool(context: Any, node: Any) -> None:
+    """The greatest of each window; its index is not given.
+
+    Raises:
+        NotImplementedError: the windows are dilated.
+    """
+    from coremltools.converters.mil import Builder as mb
+    from coremltools.converters.mil.frontend.torch.ops import _get_inputs
+
+    x, kernel, strides, padding, dilation, ceil = [*_get_inputs(context, node), *[None] * 4][:6]
+    windows = _windows(x, kernel, strides, padding, ceil)
+    if set(_ints(dilation, len(windows.kernel), 1)) != {1}:
+        raise NotImplementedError("a max pool over dilated windows")
+    how = {"kernel_sizes": windows.kernel, "strides": windows.strides}
+    greatest = mb.max_pool(x=x, **how, pad_type="custom", pad=windows.pads(), name=node.name)
+    context.add((greatest, None) if "with_indices" in node.kind else greatest, torch_name=node.name)
+
+
+COMPOSITES = {
+    **{f"avg_pool{rank}d": avg_pool for rank in (1, 2, 3)},
+    **{f"max_pool{rank}d{of}": max_pool for rank in (1, 2, 3) for of in ("", "_with_indices")},
+}

@@ -1,0 +1,43 @@
+"""One small model in every format that this machine has tools for, exported and loaded in a process of its own."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import polyexport
+from polyexport import Report
+
+
+@dataclass(frozen=True)
+class Everything:
+    """One model in every format, static; `trace` has the calls of its export to the network, where strace is there."""
+
+    report: Report
+    trace: Path | None
+    home: Path
+
+
+def traced(trace: Path) -> list[str]:
+    """The words before a command that write what it sends, and where to, into `trace`."""
+    calls = "trace=connect,sendto,sendmsg,sendmmsg"
+    return ["strace", "-f", "--seccomp-bpf", "-e", calls, "-o", str(trace)]
+
+
+def main(folder: str, *formats: str) -> None:
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 3, 2, 1), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(4 * 4 * 4, 5)
+    )
+    x = torch.rand(4, 3, 8, 8)
+    report = polyexport.export(module, x, formats, folder, dynamic=False, bench=False)
+    for outcome in report.outcomes:
+        print(outcome.format, outcome.state, outcome.reason)
+    polyexport.load(report.folder / "onnx")({"input": x.numpy()})
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,88 @@
+"""Names, reasons and notes are anything: no terminal obeys them, and Markdown shows them as they are."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from polyexport import BadRequest, Outcome, Report
+from polyexport.report import console, escape
+from polyexport.report.report import Checkpoint, markdown, sentence
+
+CLEAR = "\x1b[2J\x1b]0;owned\x07\x1b]8;;http://evil\x1b\\"
+REVERSED = "\u202egnp.exe\u2066"
+
+
+def hostile() -> Report:
+    reason = f"{CLEAR}a|b `c` <img src=x> [link](http://evil) __init__ {REVERSED}\nsecond [red]line[/red]"
+    outcomes = (
+        Outcome(f"on{CLEAR}nx", "float32", "failed", reason, route=f"r{REVERSED}", reproduce="true\n```\n# gone"),
+    )
+    metrics = {f"acc{CLEAR}|[b]": 0.5}
+    about = Checkpoint(f"a`b{CLEAR}.ckpt", monitor=f"m{CLEAR}", score=1.0, epoch=1)
+    return Report(about, None, outcomes, notes=(reason,), metrics=metrics, folder=Path(f"/tmp/{CLEAR}x"))
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("plain – text é 中文", "plain – text é 中文"),
+        ("\x1b[31mred\x1b[0m", "red"),
+        (f"{CLEAR}after", "after"),
+        ("\x1b]0;never ended", ""),
+        (REVERSED, "gnp.exe"),
+        ("bell\x07 nul\x00 back\x08 csi\x9b31m", "bell nul back csi31m"),
+        ("two\nlines\tand a tab\r", "two\nlines\tand a tab"),
+        ("line\u2028separator", "line separator"),
+        ("me\u200cun \u200b\ufeff", "me\u200cun "),
+        ("\udcff", "\ufffd"),
+    ],
+)
+def test_a_terminal_has_nothing_to_obey(text: str, shown: str) -> None:
+    assert escape.printable(text) == shown
+
+
+def test_what_is_printed_of_a_report_is_printable() -> None:
+    stream = io.StringIO()
+    screen = Console(file=stream, width=200, no_color=True)
+    console.show(hostile(), screen)
+    console.say(screen, sentence(hostile().outcomes[0]))
+    printed = stream.getvalue()
+    assert printed == escape.printable(printed)
+    assert "[red]line[/red]" in printed  # no markup of the terminal's library either
+
+
+def test_markdown_shows_names_and_reasons_as_they_are() -> None:
+    from markdown_it import MarkdownIt
+
+    text = markdown(hostile())
+    assert text == escape.printable(text)
+    html = MarkdownIt("commonmark").enable("table").render(text)
+    assert "<img" not in html
+    assert "<a " not in html
+    assert "<strong>" not in html
+    assert "a|b `c` &lt;img src=x&gt; [link](http://evil) __init__ gnp.exe second [red]line[/red]" in html
+    assert "<code>a`b.ckpt</code>" in html
+    assert html.count("<td>") == len(hostile().outcomes) * html.split("</tr>")[0].count("<th>") + 2
+    assert "# gone" in html.split("<pre>")[1]
+
+
+@pytest.mark.parametrize("field", ["format", "log", "artifact"])
+@pytest.mark.parametrize("path", ["../other", "/etc/passwd", "onnx/../../other", "away/model"])
+def test_a_report_that_names_files_elsewhere_is_refused(tmp_path: Path, field: str, path: str) -> None:
+    folder = tmp_path / "export"
+    report = replace(hostile(), folder=folder)
+    folder.mkdir()
+    (folder / "away").symlink_to(tmp_path)
+    report.save()
+    assert Report.load(folder).outcomes[0].log is None
+    blob = json.loads((folder / "report.json").read_text())
+    blob["outcomes"][0][field] = {"path": path, "bytes": 1, "sha256": ""} if field == "artifact" else path
+    (folder / "report.json").write_text(json.dumps(blob))
+    with pytest.raises(BadRequest, match="lies outside of the export"):
+        Report.load(folder)

