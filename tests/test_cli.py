@@ -95,6 +95,8 @@ def test_what_the_command_exports_agrees_with_the_checkpoint(shop: Path) -> None
 def test_an_artifact_runs_from_the_command_line(shop: Path) -> None:
     done = command("run", "out/onnx", "--inputs", "batch.npz", "--output", "y.npz", "--json", cwd=shop)
     assert done.returncode == 0, done.stderr
+    again = command("run", "out/onnx/model.onnx", "--inputs", "batch.npz", "--json", cwd=shop)
+    assert json.loads(again.stdout) == json.loads(done.stdout)
     answer = polyexport.load(shop / "out" / "torchscript")({"x": np.load(shop / "batch.npz")["x"]})["y"]
     assert np.allclose(json.loads(done.stdout)["y"], answer, atol=1e-6)
     assert np.allclose(np.load(shop / "y.npz")["y"], answer, atol=1e-6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -91,3 +92,19 @@ def test_options_of_a_sink_can_be_given_in_a_configuration():
 def test_a_list_of_sinks_is_taken_as_it_is(tmp_path):
     mine = Wandb(run=object())
     assert list(sinks([mine, print], [TensorBoardLogger(tmp_path)])) == [mine, print]
+
+
+@pytest.mark.parametrize("mode", ["none", "partial", "object", "all"])
+def test_a_hydra_configuration_makes_the_callback_with_its_sinks(mode):
+    from hydra.utils import instantiate
+    from omegaconf import OmegaConf
+
+    sink = {"_target_": "lightning_export.Wandb", "registry": "model/digits", "tags": ["a"], "upload": "all"}
+    given = {"formats": ["onnx"], "dynamic": {"x": {0: "batch"}}, "fail_on": ["failed"], "publish": [sink]}
+    config = OmegaConf.create({"_target_": "lightning_export.ExportCallback", **given})
+    callback = instantiate(config, _convert_=mode)
+    (made,) = callback.publish
+    assert isinstance(made, Wandb)
+    assert (made.registry, made.tags, made.upload) == ("model/digits", ["a"], "all")
+    assert json.loads(json.dumps(callback.dynamic)) == {"x": {"0": "batch"}}
+    assert list(sinks(callback.publish, [])) == [made]

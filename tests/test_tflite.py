@@ -92,8 +92,8 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Report:
 @pytest.mark.slow
 def test_a_free_batch_beats_the_order_of_routes(report):
     outcome = report["tflite"]
-    reason = "by another route, since litert-torch: failed: ValueError: it takes fixed shapes only"
-    assert (outcome.state, outcome.route, outcome.reason) == ("verified", "tensorflow", reason)
+    assert (outcome.state, outcome.route, outcome.reason) == ("verified", "tensorflow", "")
+    assert not [note for note in report.notes if note.startswith("tflite:")]  # that a route is static is no failure
     assert len(outcome.parity.batches) == 3
 
 

@@ -112,7 +112,13 @@ def test_checkpoints_by_training_steps_count(tmp_path):
 
 
 def test_without_a_monitor_the_newest_is_the_best(tmp_path):
-    assert clocks(fit(tmp_path, [1.0, 2.0, 3.0], ModelCheckpoint())) == [4, 8, 12]
+    with pytest.warns(UserWarning, match=r"no ModelCheckpoint monitors .* give the trainer ModelCheckpoint\(monitor="):
+        assert clocks(fit(tmp_path, [1.0, 2.0, 3.0], ModelCheckpoint())) == [4, 8, 12]
+
+
+def test_with_a_monitor_nothing_is_said(tmp_path, recwarn):
+    fit(tmp_path, [1.0, 2.0], ModelCheckpoint(monitor="val_loss"))
+    assert not [each for each in recwarn if "no ModelCheckpoint monitors" in str(each.message)]
 
 
 def test_without_a_monitor_under_one_name_too(tmp_path):

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 from torch.utils import _pytree as pytree
@@ -22,11 +23,14 @@ from polyexport.capture.pytree import closed, opened
 from polyexport.capture.snapshot import (
     LACKING,
     SHARDS,
+    STRUCTURE,
     WEIGHTS,
     Select,
     save_call,
     save_module,
+    save_structure,
 )
+from polyexport.capture.surroundings import OFFERED
 from polyexport.capture.unwrap import clean_name
 from polyexport.report.folders import link
 
@@ -39,7 +43,7 @@ class Spy:
 
     def __init__(self, module: nn.Module, root: nn.Module) -> None:
         self._module = module
-        self._eager = torch.compiler.set_stance("force_eager") if _is_compiled(module, root) else None
+        self._eager = torch.compiler.set_stance("force_eager") if is_compiled(module, root) else None
         self._own = module.__dict__.get("forward")
         self.call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         forward = module.forward
@@ -75,7 +79,7 @@ class Called:
                 self.names.append(name)
 
         # for all modules, so that none of the user's has a hook; compiled ones would be compiled again for it
-        compiled = any(_is_compiled(each, root) for each in root.modules())
+        compiled = any(is_compiled(each, root) for each in root.modules())
         self._hook = None if compiled else nn.modules.module.register_module_forward_pre_hook(note)
 
     def remove(self) -> None:
@@ -90,7 +94,7 @@ class Called:
         return [name for name in self.names if name not in inner]
 
 
-def _is_compiled(module: nn.Module, root: nn.Module) -> bool:
+def is_compiled(module: nn.Module, root: nn.Module) -> bool:
     """Whether `torch.compile` took the module's forward, alone or as a part of something in `root`."""
     compiled = (each for each in root.modules() if each._compiled_call_impl or getattr(each, "_compiler_ctx", None))
     wrapped = (each for each in root.modules() if "OptimizedModule" in type(each).__name__)
@@ -161,6 +165,42 @@ def _persistent(root: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in own.items():
             if tensor is not None and name not in module._non_persistent_buffers_set:
                 yield clean_name(f"{prefix}.{name}".removeprefix(".")), tensor
+
+
+_PLAIN = (bool, int, float, complex, str, bytes, type(None))
+_LIGHTNINGS = frozenset(vars(LightningModule()))
+"""What Lightning itself keeps on a module, some of it another thing in each hook."""
+
+
+def beside_weights(root: nn.Module) -> int:
+    """A number that changes with the plain attributes and the buffers that no checkpoint has, cheap to ask."""
+    found: list[Any] = []
+    for each in root.modules():
+        found += ((name, value) for name, value in vars(each).items() if isinstance(value, _PLAIN) and _is_own(name))
+        buffers = (each._buffers[name] for name in each._non_persistent_buffers_set)
+        found += ((id(b), None if b is None or b.is_inference() else b._version) for b in buffers)
+    return hash(tuple(found))
+
+
+def _is_own(name: str) -> bool:
+    return name not in _LIGHTNINGS and name != "training"
+
+
+def retake(root: nn.Module, select: Select, folder: Path) -> None:
+    """Take the structure of `folder` anew, where it was pickled: training may have changed attributes and buffers.
+
+    Where that fails the one that was there stays.
+    """
+    structure, before = folder / STRUCTURE, folder / f"{STRUCTURE}.before"
+    if not structure.exists():
+        return
+    structure.rename(before)  # links to what other exports have too
+    (folder / OFFERED).unlink(missing_ok=True)
+    try:
+        save_structure(root, select, folder, _attached(root))
+        before.unlink()
+    except Exception:  # as above
+        before.replace(structure)
 
 
 def hold(checkpoint: str, folder: Path) -> str | None:

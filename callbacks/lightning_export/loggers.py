@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Literal
 
 from lightning_export.best import bases
@@ -17,7 +16,7 @@ def _wandb(logger: Any, options: Wandb | None = None) -> Sink:
     """The logger's run, and the name under which it logs checkpoints, if it does."""
     options, run = options or Wandb(), logger.experiment
     name = (logger._checkpoint_name or f"model-{run.id}") if logger._log_model else None
-    return replace(options, run=run, source=options.source or name)
+    return options.replaced(run=run, source=options.source or name)
 
 
 SINKS: Mapping[str, Callable[[Any], Sink]] = {

@@ -31,7 +31,7 @@ from polyexport.format import Format
 from polyexport.formats import known, resolve
 from polyexport.report import console
 from polyexport.report.escape import printable
-from polyexport.report.folders import BEST, followed
+from polyexport.report.folders import BEST, DESCRIPTION, followed
 from polyexport.report.report import Outcome, Report, markdown
 from polyexport.serialization import encode
 from polyexport.spec import write_arrays
@@ -278,7 +278,9 @@ def show_report(
 
 @app.command()
 def run(
-    artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="A format's folder in an export.")],
+    artifact: Annotated[
+        Path, typer.Argument(metavar="ARTIFACT", help="A format's folder in an export, or the artifact in it.")
+    ],
     inputs: Annotated[Path, typer.Option(help="An .npz with the inputs by name.")],
     output: Annotated[Path | None, typer.Option(help="An .npz for the outputs.")] = None,
     trust: Trust = False,
@@ -286,8 +288,10 @@ def run(
 ) -> None:
     """Run an artifact in its own toolchain; prints what comes out, in JSON with all values."""
     with _told(), Engine() as engine:
-        report = _report(artifact.absolute().parent)
-        with engine.runner(report, artifact.absolute().name, trust=trust) as runner:
+        folder = artifact.absolute()
+        folder = folder.parent if (folder.parent / DESCRIPTION).is_file() else folder
+        report = _report(folder.parent)
+        with engine.runner(report, folder.name, trust=trust) as runner:
             found = runner(checkpoint.inputs(inputs))
         if output is not None:
             write_arrays(output, found)

@@ -52,7 +52,7 @@ def outcomes() -> tuple[Outcome, ...]:
     return (
         outcome("onnx", "verified", megabytes=102.4, error=5.2e-6, ms=11.3),
         outcome("torchscript", "verified", megabytes=102.9, error=0.0, ms=33.1),
-        outcome("openvino", "verified", "by another route, since onnx: mismatch: logits has shape [1]", megabytes=102.1,
+        outcome("openvino", "verified", "", megabytes=102.1,
                 error=6.0e-6, ms=9.2),
         outcome("saved_model", "verified", megabytes=103.8, error=9.1e-6, ms=52.6),
         outcome("executorch", "degraded", "static shapes only, since with dynamic axes: XNNPACK has no such pool",

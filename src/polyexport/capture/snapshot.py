@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
-from polyexport.capture import devices, unwrap
+from polyexport.capture import devices, surroundings, unwrap
 from polyexport.capture.flatten import flat
 from polyexport.capture.pickling import by_value, importable
 from polyexport.capture.pytree import closed, opened, tree_map
@@ -51,6 +51,9 @@ WEIGHTS, SHARDS = "weights.pt", "weights.shards"
 
 LACKING = "lacking.pt"
 """What the checkpoint has no weights for, of the module that trains: a state dict, where there is any."""
+
+STRUCTURE = "structure.pkl"
+"""The module without its weights."""
 
 UNAVAILABLE = "unavailable.txt"
 """Stands in a module's folder in place of what could not be saved, and says why."""
@@ -196,9 +199,9 @@ def save_module(
     try:
         save_structure(root, select, folder, attributes)
         return ""
-    except Unpicklable as error:
+    except Exception as error:  # what is not told of as Unpicklable is found around the module, in the user's files
         why = f"the module cannot be pickled ({error})"
-    (folder / "structure.pkl").unlink(missing_ok=True)
+    (folder / STRUCTURE).unlink(missing_ok=True)
     if sharded:
         reason = f"{why}, and one rank alone cannot trace it: its weights are sharded"
     else:
@@ -218,7 +221,9 @@ def save_structure(
 
     `attributes` are set on it when it is back, in place of what does not survive pickling.
     """
-    dump({"root": root, "select": select, "attributes": dict(attributes)}, folder / "structure.pkl")
+    dump({"root": root, "select": select, "attributes": dict(attributes)}, folder / STRUCTURE)
+    with contextlib.suppress(Exception):  # a function that was put into the user's files may hold anything
+        dump(surroundings.taken(root), folder / surroundings.OFFERED)
 
 
 def call_file(folder: Path, index: int = 0) -> Path:
@@ -320,7 +325,9 @@ def load(folder: Path, outputs: tuple[str, ...] | None = None) -> Any:
         state = load_weights(folder / LACKING) | state
     if (folder / "structure.pt2").exists():
         return _load_traced(folder / "structure.pt2", state)
-    blueprint = restore(folder / "structure.pkl")
+    blueprint = restore(folder / STRUCTURE)
+    if (folder / surroundings.SET).exists():
+        surroundings.put_back(restore(folder / surroundings.SET))
     root = blueprint["root"]
     vars(root).update(blueprint["attributes"])
     _tame_attributes(root)

@@ -34,8 +34,9 @@ from polyexport.errors import BadRequest
 from polyexport.format import Format, Runner
 from polyexport.formats import known, resolve
 from polyexport.load import Description
+from polyexport.measure.dynamic_axes import Dynamic
 from polyexport.measure.latency import Latency
-from polyexport.measure.reference import Dynamic, Reference
+from polyexport.measure.reference import Reference
 from polyexport.report.folders import DESCRIPTION, point_best, take_place, unfinished
 from polyexport.report.report import Checkpoint, Model, Outcome, Report, State, history, sentence
 from polyexport.serialization import decode, encode, read_json, write_json
@@ -188,8 +189,8 @@ class Engine:
         self._watch("model", None)
         if not ended.ok:
             state: State = "skipped" if ended.kind == "missing" else "failed"
-            ours = ended.kind in ("missing", "refused")
-            why = ended.error if ours else f"the module cannot be rebuilt: {ended.error}"
+            told = ended.kind in ("missing", "bad request")  # in words for the user
+            why = ended.error if told else f"the module cannot be rebuilt: {ended.error}"
             outcomes = tuple(
                 Outcome(each.name, each.precision, state, why,
                         log="logs/model.log", reproduce=command)
@@ -206,7 +207,8 @@ class Engine:
                 self._point(request)
             return earlier
         watch = functools.partial(self._watch, of=f"{request.name} ")
-        outcomes = Build(dispatcher, request.formats, reference, watch).outcomes()
+        build = Build(dispatcher, request.formats, reference, watch)
+        outcomes = build.outcomes()
         spec = reference.spec
         report = Report(
             checkpoint=replace(
@@ -218,7 +220,7 @@ class Engine:
             model=Model(reference.class_name, reference.parameters, spec.inputs, spec.outputs),
             outcomes=outcomes,
             environment=reference.environment,
-            notes=(*request.notes, *reference.notes),
+            notes=(*request.notes, *reference.notes, *build.notes),
         )
         write_json(request.work / "manifest.json", _manifest(request, report, reference))
         for outcome in report.outcomes:
@@ -399,8 +401,10 @@ def export(
             judged on it, so give real data.
         formats: Names, aliases or `Format` values.
         into: Folder that becomes the export. An earlier export in it is replaced.
-        dynamic: True frees the batch axis, False none; or input name -> {axis: name}.
-        calibration: Further inputs, each like `inputs`; int8 formats take their number ranges from all of them.
+        dynamic: True frees the batch axis and every axis whose size differs between `inputs` and `calibration`, False
+            none; or input name -> {axis: name}.
+        calibration: Further inputs, each like `inputs`; int8 formats take their number ranges from all of them, and
+            every artifact has to answer some of them.
         bench: Whether to time the artifacts.
         timeout: Seconds that one conversion or verification may take.
         workers: How many jobs run side by side; by default half the cores, at least two.
@@ -418,6 +422,7 @@ def export(
     """
     import torch
 
+    from polyexport.capture.answer import ask
     from polyexport.capture.snapshot import as_call, check_call, save_call, save_module
 
     chosen = resolve(formats)
@@ -429,6 +434,7 @@ def export(
             check_call(module, *call)
             save_call(*call, work / "source", index)
         note = save_module(module, None, *as_call(inputs), work / "source")
+        ask(module, as_call(inputs), work / "source")
         torch.save(module.state_dict(), work / "source" / WEIGHTS)
         notes = (note,) if note else ()
         request = Request(work, final.name, chosen, dynamic, checkpoint or Checkpoint(""), notes, best=False)

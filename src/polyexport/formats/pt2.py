@@ -23,6 +23,7 @@ def convert(source: Path, target: Path, spec: ExportSpec) -> None:
 
     inputs = snapshot.example(source, spec)
     with written_out(), exportable(snapshot.load(source, spec.output_names)) as traced:
+        traced.requires_grad_(False)  # else converters choose attention that can be differentiated, of other strides
         program = export_program(traced, inputs, [tensor.dynamic for tensor in spec.inputs])
     program.example_inputs = None  # real rows, in a pickle that whoever loads the program would run
     torch.export.save(program, target, extra_files={"polyexport.json": json.dumps(dict(spec.metadata))})

@@ -37,8 +37,6 @@ ARTIFACT = "model.tflite"
 
 def convert_program(source: Path, target: Path, spec: ExportSpec) -> None:
     """Lower the program of `torch.export` with litert-torch, which takes fixed shapes only."""
-    if spec.is_dynamic:
-        raise ValueError("it takes fixed shapes only")
     lower(load_program(source).module(), target, spec)
 
 
@@ -383,7 +381,7 @@ FORMATS = (
         "tflite",
         "float32",
         "TensorFlow Lite (LiteRT) model, for phones and small devices",
-        Route("litert-torch", "pt2", "litert", convert_program),
+        Route("litert-torch", "pt2", "litert", convert_program, static=True),
         Route("tensorflow", "saved_model", "tensorflow", convert_saved_model),
     ),
     _format(

@@ -23,7 +23,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -42,9 +42,10 @@ _BARS = ("p50_ms", "bytes")
 _LINES = ("p50_ms", "max_abs_error")
 
 
-@dataclass(frozen=True, slots=True)
 class Wandb:
-    """A sink into a W&B run, online or offline; the fields are its options.
+    """A sink into a W&B run, online or offline; the attributes are its options.
+
+    No dataclass, since Hydra takes one for a part of the configuration.
 
     Artifacts are called `model-<run id>-<format>`, of type `model`, one for each format that agreed with PyTorch, with
     the aliases `latest`, `best` and `parity-passed`, and `fastest` for the `verified` one with the lowest median. The
@@ -70,17 +71,34 @@ class Wandb:
         BadRequest: an option that W&B would refuse.
     """
 
-    registry: str | None = None
-    upload: bool | Literal["all"] = True
-    aliases: Sequence[str] = ()
-    tags: Sequence[str] = ()
-    ttl_days: float | None = None
-    old_ttl_days: float | None = None
-    timeout: float = 120.0
-    source: str | None = None
-    run: Any = None
+    def __init__(
+        self,
+        registry: str | None = None,
+        upload: bool | Literal["all"] = True,
+        aliases: Sequence[str] = (),
+        tags: Sequence[str] = (),
+        ttl_days: float | None = None,
+        old_ttl_days: float | None = None,
+        timeout: float = 120.0,
+        source: str | None = None,
+        run: Any = None,
+    ) -> None:
+        self.registry = registry
+        self.upload = upload
+        self.aliases = list(aliases)
+        self.tags = list(tags)
+        self.ttl_days = ttl_days
+        self.old_ttl_days = old_ttl_days
+        self.timeout = timeout
+        self.source = source
+        self.run = run
+        self._check()
 
-    def __post_init__(self) -> None:
+    def replaced(self, **options: Any) -> Wandb:
+        """The same with other options."""
+        return Wandb(**(vars(self) | options))
+
+    def _check(self) -> None:
         if self.upload not in (True, False, "all"):
             raise BadRequest(f"upload={self.upload!r}; known: True, False, 'all'")
         for alias in self.aliases:
@@ -180,7 +198,7 @@ def _publish(options: Wandb, run: Any, reports: Sequence[Report], left: dict[str
         _log_figures(run, reports)
     if exports and options.source and not run.offline:
         with _telling(left, options.source):
-            options = replace(options, source=_use_checkpoint(options.source, run, report))
+            options = options.replaced(source=_use_checkpoint(options.source, run, report))
     sent = {}
     for what, (each, outcome) in todo.items():
         with _telling(left, what, done=False):

@@ -44,7 +44,8 @@ def table(report: Report, width: int) -> Table:
     found = rows(report)
     left_out = {"reason"} if width >= _WITH_ROUTES else {"reason", "route"}
     shown = [column for column in COLUMNS if column not in left_out and any(row[column] for row in found)]
-    title = Text(escape.printable(report.folder.name))
+    at = f", latency at batch {report.baseline.batch}" if report.baseline else ""
+    title = Text(escape.printable(report.folder.name) + at)
     drawn = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for column in shown:
         justify: Literal["left", "right"] = "right" if column in NUMBERS else "left"

@@ -48,7 +48,8 @@ class Ended:
     """How a job ended.
 
     `value` is its result. Without one, `error` says why in a line, and `kind` is `raised`, `missing` (a tool),
-    `cannot run`, `crashed`, `timed out` or `cancelled`. `warm` tells that its worker had done another job before.
+    `bad request`, `cannot run`, `crashed`, `timed out` or `cancelled`. `warm` tells that its worker had done another
+    job before.
     """
 
     value: Any = None

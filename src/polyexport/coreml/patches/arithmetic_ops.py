@@ -220,7 +220,25 @@ def _reduced(context: Any, node: Any, plain: Any, reduce: Any) -> None:
     context.add(reduce(x=cast, axes=axes, keep_dims=bool(getattr(keep, "val", keep)), name=node.name))
 
 
+def argmax(context: Any, node: Any) -> None:
+    """The index of the greatest or the least, by coremltools, but of all entries, for which it takes the last axis."""
+    from coremltools.converters.mil import Builder as mb
+    from coremltools.converters.mil.frontend.torch import ops
+
+    x, *more = ops._get_inputs(context, node)
+    given = zip(("dim", "keepdim"), [*more, None, None], strict=False)
+    axis, keep = (ops._get_kwinputs(context, node, name, default=[value])[0] for name, value in given)
+    if axis is not None:
+        ops.argmax(context, node)
+        return
+    reduce = mb.reduce_argmax if node.kind == "argmax" else mb.reduce_argmin
+    index = reduce(x=mb.reshape(x=x, shape=[-1]), axis=0)
+    shape = [1] * x.rank if keep is not None and keep.val else []
+    context.add(mb.reshape(x=index, shape=shape) if shape else mb.identity(x=index), torch_name=node.name)
+
+
 COMPOSITES = {
+    **dict.fromkeys(("argmax", "argmin"), argmax),
     "add": add,
     "sub": sub,
     **dict.fromkeys(("rsub", "rsub.scalar"), rsub),
