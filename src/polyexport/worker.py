@@ -363,7 +363,10 @@ def _peak_memory() -> int | None:
 
 
 def _one_line(error: BaseException) -> str:
-    text = " ".join(printable(str(error)).split())
+    said = str(error)
+    if "Traceback of TorchScript" in said:  # the cause is below it, and the rest is in the log
+        said = said.strip().splitlines()[-1]
+    text = " ".join(printable(said).split())
     own = isinstance(error, ToolMissing | CannotRun | BadRequest)
     return (text if own else f"{type(error).__name__}: {text}")[:500]
 
