@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import wandb
@@ -461,3 +462,39 @@ def test_what_is_told_has_a_line_of_its_own_beside_each_progress_bar(tmp_path, c
         fitted.fit(Silent([3.0]), runs.loader(), runs.loader())
     lines = [line.strip() for line in re.split(r"[\r\n]", capsys.readouterr().out)]
     assert [line for line in lines if "good" in line] == [f"batch {index} [of] good: verified" for index in range(4)]
+
+
+class Cooling(runs.Scripted):
+    """Changes its answers by an attribute and a buffer that no checkpoint has."""
+
+    def __init__(self) -> None:
+        super().__init__([1.0, 0.5])
+        self.temperature = 1.0
+        self.register_buffer("shift", torch.zeros(runs.CLASSES), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) / self.temperature + self.shift
+
+    def on_train_epoch_start(self) -> None:
+        self.temperature += 1
+        self.shift += 1
+
+
+def test_what_training_changes_beside_the_weights_is_exported_as_it_was_then(tmp_path):
+    callback = ExportCallback([GOOD], into=tmp_path / "out", publish=(), bench=False)
+    callbacks = [ModelCheckpoint(monitor="val_loss"), callback, runs.OneByOne(callback)]
+    module = Cooling()
+    runs.trainer(tmp_path, callbacks, max_epochs=2).fit(module, runs.loader(), runs.loader())
+    assert [report["good"].state for report in callback.reports] == ["verified", "verified"]
+    with np.load(callback.reports[-1].folder / "validation_batch.npz") as batch:
+        expected = module.eval()(torch.from_numpy(batch["x"])).detach().numpy()
+        np.testing.assert_allclose(batch["output_0"], expected, rtol=1e-5)
+
+
+def test_what_a_worker_cannot_rebuild_is_unverified(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda x, weight, bias: -(x @ weight.T) - bias)
+    callback = ExportCallback([GOOD], into=tmp_path / "out", publish=(), bench=False)
+    runs.trainer(tmp_path, [callback], max_epochs=1).fit(runs.Scripted(), runs.loader(), runs.loader())
+    (report,) = callback.reports
+    assert report["good"].state == "unverified"
+    assert report["good"].reason.startswith("nothing can be proven: the module that is rebuilt here does not answer")

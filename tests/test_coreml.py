@@ -58,16 +58,16 @@ def test_names_that_core_ml_cannot_have_are_told_in_a_line(agent):
 
 
 class Ragged(nn.Module):
-    """Sizes and divisors that are in the data, an input passed through, and one tensor under two names."""
+    """Sizes and divisors that are in the data, a scalar, an input passed through, and one tensor under two names."""
 
-    def forward(self, x: torch.Tensor, lengths: torch.Tensor) -> dict[str, torch.Tensor]:
+    def forward(self, x: torch.Tensor, lengths: torch.Tensor, scale: torch.Tensor) -> dict[str, torch.Tensor]:
         inside = torch.arange(lengths.max()) < lengths.unsqueeze(1)
-        sums = x.cumsum(1)
+        sums = x.cumsum(1) * scale
         return {"inside": inside.sum(1), "share": 100 // lengths, "lengths": lengths, "sums": sums, "again": sums}
 
 
 def test_a_module_that_reads_its_data_is_traced_with_the_validation_batch(tmp_path):
-    inputs = (torch.randn(3, 4), torch.tensor([2, 4, 1]))
+    inputs = (torch.randn(3, 4), torch.tensor([2, 4, 1]), torch.tensor(0.5))
     report = polyexport.export(Ragged(), inputs, ["coreml"], tmp_path / "out", bench=False)
     assert (report["coreml"].state, report["coreml"].reason) == ("verified", "")
     assert report["coreml"].shown_state == "verified off-device"

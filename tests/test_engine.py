@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -111,6 +112,30 @@ def test_each_fault_becomes_its_state(faults, name, state, reason):
     assert outcome.state == state
     assert outcome.reason.startswith(reason)
     assert bool(outcome.reason) == bool(reason)
+
+
+class Detector(nn.Module):
+    """Boxes in pixels beside scores between 0 and 1, in one output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.boxes, self.scores = nn.Linear(5, 4), nn.Linear(5, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([640 * self.boxes(x).sigmoid(), (4 * self.scores(x)).sigmoid()], -1)
+
+
+def test_scores_that_int8_loses_beside_boxes_are_a_mismatch_and_a_classifier_is_none(tmp_path):
+    coarse = plant("coarse", planted.replay, load=planted.load_in_steps, precision="int8")
+    with Engine(timeout=TIMEOUT) as engine:
+        detector = engine.submit(request(tmp_path, (coarse, GOOD), name="detector", module=Detector())).result()
+        classifier = engine.submit(request(tmp_path, (coarse,), name="classifier")).result()
+    assert (detector["coarse"].state, detector["good"].state) == ("mismatch", "verified")
+    named = re.search(r"in columns? ([\d, ]+) of axis 1 \(", detector["coarse"].reason)
+    assert named is not None, detector["coarse"].reason
+    assert set(named[1].split(", ")) <= {"4", "5", "6"}, "of the scores"
+    assert classifier["coarse"].state == "verified", classifier["coarse"].reason
+    assert 0 < detector["good"].parity.noise_floor < 1e-3
 
 
 def into_a_folder(source: Path, target: Path, spec: polyexport.ExportSpec) -> None:

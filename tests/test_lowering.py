@@ -131,16 +131,25 @@ functions = {{
     "Round": np.round, "Neg": np.negative, "Reciprocal": np.reciprocal, "Softplus": lambda x: np.log1p(np.exp(x)),
     "Acosh": lambda x: np.full_like(x, np.nan), "Sqrt": np.sqrt, "Log": np.log, "IsNaN": np.isnan, "IsInf": np.isinf,
 }}
-weights = {{"lengths": np.array([3, 1]), "divisor": np.float32(-0.3), "size": np.array([2, 3])}}
+weights = {{
+    "regions": np.float32([[0, 0, 5, 4], [1, 1, 8, 5], [0, 2, 3, 5]]), "owner": np.array([0, 1, 2]),
+    "kernel": np.random.default_rng(1).random((18, 2, 3, 3), np.float32) / 9,
+    "lengths": np.array([3, 1]), "divisor": np.float32(-0.3), "size": np.array([2, 3]),
+}}
 nodes = [helper.make_node(op, ["x"], [op]) for op in functions] + [
     helper.make_node("Mod", ["x", "divisor"], ["Mod"], fmod=1),
     helper.make_node("ReverseSequence", ["rows", "lengths"], ["ReverseSequence"], batch_axis=1, time_axis=0),
     helper.make_node("Shape", ["image"], ["kept"], end=2),
     helper.make_node("Concat", ["kept", "size"], ["sizes"], axis=0),
     helper.make_node("Resize", ["image", "", "", "sizes"], ["Resize"], mode="cubic", antialias=1),
+    helper.make_node(
+        "RoiAlign", ["image", "regions", "owner"], ["RoiAlign"], output_height=2, output_width=3, sampling_ratio=2
+    ),
+    helper.make_node("Conv", ["image", "kernel"], ["moves"]),
+    helper.make_node("DeformConv", ["image", "kernel", "moves"], ["DeformConv"]),
 ]
 bools = ("IsNaN", "IsInf")
-names = [*functions, "Mod", "ReverseSequence", "Resize"]
+names = [*functions, "Mod", "ReverseSequence", "Resize", "RoiAlign", "DeformConv"]
 port = lambda name: helper.make_tensor_value_info(name, 9 if name in bools else 1, None)
 constants = [numpy_helper.from_array(np.asarray(each), name) for name, each in weights.items()]
 inputs = {{"x": (None, 5), "rows": (4, 2, None), "image": (None, 2, 6, 9)}}
@@ -162,9 +171,11 @@ with np.errstate(all="ignore"):
     right |= {{"Mod": np.fmod(x, np.float32(-0.3)), "ReverseSequence": turned}}
 for name, expected in right.items():
     np.testing.assert_allclose(found[name], expected, atol=2e-6, rtol=2e-6, err_msg=name)
-graph.node[-1].input[3] = "all"
-graph.initializer.append(numpy_helper.from_array(np.array([3, 2, 2, 3]), "all"))
-whole = lower_model(model, [tf.TensorSpec(shape or None, tf.float32, name) for name, shape in inputs.items()])
+answer = lowered.forward(*map(tf.constant, (x, rows, image)))
+for name in ("RoiAlign", "DeformConv"):
+    np.testing.assert_allclose(found[name], answer[name], atol=1e-5, err_msg=name)
+arrays = dict(zip(inputs, (x, rows, image)))
+whole = lower_model(model, [tf.TensorSpec(array.shape, tf.float32, name) for name, array in arrays.items()])
 static = whole.forward(*map(tf.constant, (x, rows, image)))["Resize"]
 np.testing.assert_allclose(found["Resize"], static, atol=1e-5)
 assert found["Resize"].shape == (3, 2, 2, 3)

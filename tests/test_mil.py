@@ -227,6 +227,8 @@ FUNCTIONS = {
             torch.sub(x, x.flip(1), alpha=0.25),
             torch.rsub(x, x.flip(0), alpha=2),
             torch.add(x, 2, alpha=3),
+            torch.addcmul(x, x.flip(0), x.flip(1), value=3),
+            torch.addcdiv(x, x.flip(0), x.abs() + 1),
             torch.add((9 * x).int(), (5 * x).int(), alpha=2),
         ),
         ROWS,
@@ -248,7 +250,7 @@ FUNCTIONS = {
     ),
     "halves to the even": (lambda x: ((x * 4).trunc() / 2).round() + torch.round(x, decimals=1), ROWS),
     "triangles of infinities": (
-        lambda x: ((x + torch.full((3, 8), -torch.inf).triu(1)).softmax(0), (x / 0.0).tril(-1), (x > 0).triu(1)),
+        lambda x: ((x + torch.full((3, 8), -torch.inf).triu(1)).softmax(1), (x / 0.0).tril(-1), (x > 0).triu(1)),
         ROWS,
     ),
     "log_softmax of what lies far apart": (lambda x: (300 * x).log_softmax(1), ROWS),
@@ -269,6 +271,13 @@ FUNCTIONS = {
         ),
         ROWS,
     ),
+    "functions of integers": (
+        lambda x: (lambda y: (y.exp(), y.abs().sqrt(), y.sigmoid(), y.tanh(), functional.relu(y), y.abs().log()))(
+            (9 * x).int()
+        ),
+        ROWS,
+    ),
+    "the index of the greatest of all": (lambda x: (x.argmax(), x.argmin(keepdim=True)), ROWS),
     "products of complex numbers": (
         lambda x: (
             torch.fft.ifft(torch.fft.fft(x) * torch.fft.fft(x.flip(1))).real,

@@ -16,7 +16,7 @@ from polyexport.formats.onnx import convert_program, convert_trace, load
 from polyexport.lowering.ports import rename_ports
 from polyexport.spec import ExportSpec, TensorSpec
 
-OPERATORS = ("embedding", "linear", "softmax", "relu", "linear_1", "add", "mean", "val_0", "polyexport_input_0")
+OPERATORS = ("embedding", "linear", "softmax", "relu", "linear_1", "add", "mean", "val_0", "polyexport_input_0000")
 
 
 class Named(torch.nn.Module):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from polyexport import Tolerance
-from polyexport.measure.parity import compare, merge, noise_floor
+from polyexport.measure.parity import compare, merge, noise_floor, says_little
 
 FLOAT32 = Tolerance.for_precision("float32")
 INT8 = Tolerance.for_precision("int8")
@@ -218,5 +218,53 @@ def test_the_noise_floor_is_the_distance_to_float64():
     high = {"x": np.array([1.0, 2.0]), "label": np.array([1])}
     low = {"x": np.array([1.0, 2.5], np.float32), "label": np.array([1])}
     found = noise_floor(low, high)
-    assert list(found) == ["x"]
     assert found["x"].tolist() == [0.0, 0.5]
+    assert found["label"].tolist() == [0.0]
+
+
+def test_an_integer_that_hangs_on_a_tie_may_be_either():
+    reference = {"label": np.array([3, 5, 5, 2])}
+    tie = {"label": np.array([0, 1, 0, 0])}
+    other, wrong = {"label": np.array([3, 4, 5, 2])}, {"label": np.array([3, 5, 4, 2])}
+    assert compare(other, reference, FLOAT32, tie).passed
+    assert not compare(other, reference, FLOAT32).passed
+    assert not compare(wrong, reference, FLOAT32, tie).passed
+    assert not compare({"label": np.array([3, 9, 5, 2])}, reference, FLOAT32, tie).passed, "neither"
+    rows = {"label": np.array([3, 4])}
+    assert compare(rows, {"label": np.array([3, 5])}, FLOAT32, tie, whole=reference).passed
+
+
+def test_an_output_in_half_precision_is_judged_as_such():
+    half = {"y": np.random.default_rng(0).normal(size=(8, 10)).astype(np.float16)}
+    rounded = {"y": (half["y"].astype(np.float32) * 1.004).astype(np.float16)}
+    single = {"y": half["y"].astype(np.float32)}
+    assert compare(rounded, half, FLOAT32).passed
+    assert not compare({"y": single["y"] * np.float32(1.004)}, single, FLOAT32).passed
+    assert not compare({"y": half["y"][::-1]}, half, FLOAT32).passed
+    assert compare(rounded, half, INT8).passed
+
+
+@pytest.mark.parametrize(
+    ("array", "why"),
+    [
+        (np.zeros((4, 3)), "agreement on y proves little: PyTorch itself answers 0.0 everywhere"),
+        (np.ones(8, np.int64), "agreement on y proves little: PyTorch itself answers 1 everywhere"),
+        (np.zeros(8, bool), "agreement on y proves little: PyTorch itself answers False everywhere"),
+        (
+            np.tile(np.arange(3.0), (8, 1)),
+            "agreement on y proves little: PyTorch itself answers the same for every row",
+        ),
+        (
+            np.arange(24.0).reshape(8, 3),
+            "top-1 agreement on y proves little: in every row PyTorch's greatest is column 2",
+        ),
+        (np.eye(8), None),
+        (np.arange(24).reshape(8, 3), None),
+        (np.arange(24.0).reshape(8, 3, 1), None),
+        (np.arange(8), None),
+        (np.arange(12.0).reshape(4, 3), None),
+        (np.zeros((0, 3)), None),
+    ],
+)
+def test_a_reference_that_says_little_is_told(array, why):
+    assert list(says_little({"y": array})) == ([f"{why}; a batch with other answers proves more"] if why else [])

@@ -188,3 +188,26 @@ def test_the_noise_floor_is_what_rounding_does_and_leaves_the_module_as_it_was(m
     assert noise["output_0"].shape == outputs["output_0"].shape
     assert note in told
     assert np.array_equal(as_runner(wrapped)(inputs)["output_0"], outputs["output_0"])
+
+
+class Tied(nn.Module):
+    """Two classes whose logits are the same number on two ways."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Parameter(torch.ones(16, 1)), nn.Parameter(torch.ones(16, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([x @ self.one, x @ self.other, 0 * x[:, :1] + 0.5], 1).argmax(1)
+
+
+def test_a_tie_is_what_rounding_alone_decides():
+    """Rows of which the tied classes are the greatest, and rows of which they are not."""
+    rows = torch.rand(80, 16, generator=torch.Generator().manual_seed(0)) + 0.1
+    rows[40:] *= -1
+    wrapped = flat(Tied().eval(), *as_call(rows))
+    inputs = to_arrays(wrapped.input_names, wrapped.example)
+    outputs = as_runner(wrapped)(inputs)
+    noise, _ = rounding(wrapped, inputs, outputs)
+    assert noise["output_0"][:40].any()
+    assert not noise["output_0"][40:].any()

@@ -65,6 +65,17 @@ CALLS = {
     "movedim of one": lambda: X.movedim(0, 2),
     "padded in circles": lambda: functional.pad(X, (2, 0, 1, 3), mode="circular"),
     "padded with a value": lambda: functional.pad(X, (2, 0, 1, 3), value=0.5),
+    **{
+        f"conv_transpose3d, {more} more": lambda more=more: functional.conv_transpose3d(
+            X.reshape(1, 3, 1, 5, 7),
+            torch.linspace(-1, 1, 324).reshape(3, 4, 3, 3, 3),
+            stride=2,
+            padding=(1, 0, 1),
+            output_padding=(1, 0, more),
+            bias=torch.ones(4),
+        )
+        for more in (0, 1)
+    },
     "hypot": lambda: torch.hypot(X, Y[:, :5]),
     "and, or": lambda: ((X > 0) & (X < 1)) | (X > 1.5),
     "xor of integers": lambda: IDS ^ 3,
@@ -88,17 +99,20 @@ def test_a_function_written_out_answers_as_pytorch_does(name):
 
 
 class Padded(nn.Module):
-    """What has PyTorch's fused path, and what compares its mask with the causal one."""
+    """What has PyTorch's fused path, what compares its mask with the causal one, and attention with a learnt bias."""
 
     def __init__(self) -> None:
         super().__init__()
         self.bags = nn.EmbeddingBag(9, 8)
         self.transformer = nn.Transformer(8, 2, 1, 1, 16, batch_first=True)
+        self.bias = nn.Parameter(torch.randn(1, 2, 4, 4))
 
     def forward(self, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1])
         padding = ids == 0
         x = x + self.bags(ids).unsqueeze(1)
+        heads = x.unflatten(-1, (2, 4)).transpose(1, 2)
+        x = functional.scaled_dot_product_attention(heads, heads, heads, self.bias).transpose(1, 2).reshape(x.shape)
         return self.transformer.encoder(self.transformer(x, x, tgt_mask=mask), src_key_padding_mask=padding)
 
 
@@ -106,6 +120,7 @@ class Padded(nn.Module):
 def test_a_transformer_that_pads_is_exported_by_the_first_route_and_its_padding_is_told_of(tmp_path):
     inputs = (torch.randn(3, 4, 8), torch.tensor([[1, 2, 3, 4], [5, 6, 0, 0], [7, 0, 0, 0]]))
     report = polyexport.export(Padded().eval(), inputs, ["pt2", "torchscript", "onnx"], tmp_path / "e", bench=False)
-    assert [(each.state, each.reason) for each in report.outcomes] == [("verified", "")] * 3
+    routes = [(each.state, each.route) for each in report.outcomes]
+    assert routes == [("verified", "export"), ("verified", "trace"), ("verified", "dynamo")]
     (note,) = report.notes
     assert note.startswith("PyTorch's fused path for nn.TransformerEncoder answers otherwise where a padding mask")

@@ -142,7 +142,7 @@ def test_figures_of_a_busy_machine_move_no_alias_and_replace_what_was_told_befor
         printed = client(server, body)
     assert (printed, server.errors, server.unknown) == ("", [], [])
     assert ["fastest" in each.aliases for each in server.models if each.name == "model-one-good"] == [True, False]
-    assert [each.aliases for each in server.links] == [["good"]]
+    assert [each.aliases for each in server.links] == [["best"]]
     assert server.summary["export/notes"].startswith("latency was measured on a busy machine")
     assert server.summary["export/good/p50_ms"] == 9.0
     assert server.summary.get("export/good/speedup") is None

@@ -6,6 +6,7 @@ import functools
 import os
 import shutil
 import tempfile
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
@@ -20,11 +21,13 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from lightning_export import ranks
+from lightning_export.answers import Recorder, write
 from lightning_export.best import Best, bases, best_of, checkpointer, name_of, tail
-from lightning_export.capture import Spy, hold, save
+from lightning_export.capture import Spy, beside_weights, hold, is_compiled, retake, save
 from lightning_export.loggers import sinks
 from lightning_export.metrics import measured
 from polyexport import BadRequest, Engine, ExportFailed, Format, Report, Request, ToolMissing
+from polyexport.capture.answer import Answer
 from polyexport.capture.flatten import taken_apart
 from polyexport.capture.snapshot import UNAVAILABLE, WEIGHTS, as_call, save_call, selected
 from polyexport.engine import plan
@@ -36,6 +39,9 @@ from polyexport.report.folders import BEST, link, unfinished
 from polyexport.report.report import STATES, Checkpoint, State
 
 P = ParamSpec("P")
+
+_CHEAP_SECONDS = 0.05
+"""The processor time that the structure may take to be taken anew at each best."""
 
 
 def _harmless(
@@ -70,8 +76,10 @@ class ExportCallback(Callback):
             function of the LightningModule that returns a module of it.
         inputs: None for what `forward` received from the first validation batch, else a function of that batch that
             returns a tensor, a tuple of positional arguments, or a dict of keyword arguments.
-        dynamic: True frees the batch axis, False none; or input name -> {axis: name}.
-        calibration_batches: How many validation batches int8 formats take their number ranges from.
+        dynamic: True frees the batch axis and every axis whose size differs between the validation batches that were
+            taken, False none; or input name -> {axis: name}.
+        calibration_batches: How many validation batches int8 formats take their number ranges from. Two are taken in
+            any case: an artifact has to answer the second one too.
         fail_on: States that make `fit` raise `ExportFailed` once everything is written.
         timeout: Seconds that one conversion or verification may take, without those in which training has the machine.
         workers: How many conversions run side by side; by default half the cores, at least two.
@@ -150,8 +158,12 @@ class ExportCallback(Callback):
         self._tail: Callback | None = None
         self._spy: Spy | None = None
         self._captured: Path | None = None
-        self._wanted = calibration_batches if any(each.calibrated for each in steps.values()) else 1
+        self._wanted = max(2, calibration_batches if any(each.calibrated for each in steps.values()) else 2)
         self._taken = 0
+        self._recorder: Recorder | None = None
+        self._answer: Answer | None = None
+        self._beside = 0
+        self._retakes = True
         self._notes: tuple[str, ...] = ()
         self._seen: Best | None = None
         self._active = False
@@ -252,6 +264,8 @@ class ExportCallback(Callback):
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
+        if self._records(trainer, pl_module, batch_idx, dataloader_idx):
+            self._recorder = Recorder(selected(pl_module, self.module), pl_module)
         if self._takes(trainer, batch_idx, dataloader_idx) and self.inputs is None:
             self._spy = Spy(selected(pl_module, self.module), pl_module)
 
@@ -266,6 +280,9 @@ class ExportCallback(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
+        if self._recorder is not None:
+            self._recorder.remove()
+            self._answer, self._recorder = self._recorder.answer, None
         if not self._takes(trainer, batch_idx, dataloader_idx):
             return
         self._taken += 1
@@ -286,6 +303,15 @@ class ExportCallback(Callback):
         """Without validation, `inputs` and `example_input_array` are asked at the first training batch."""
         if self._capturing(trainer) and not _validates(trainer, pl_module):
             self._capture(trainer, pl_module, self._call(pl_module, batch, None, early=False))
+
+    def _records(self, trainer: Trainer, pl_module: LightningModule, batch_idx: int, dataloader_idx: int) -> bool:
+        """Whether forward's answer to this batch is recorded: the first of each validation but the sanity check.
+
+        Not of a module that a strategy wraps, whose hooks see other calls, nor of compiled code, which has none.
+        """
+        first = self._active and batch_idx == dataloader_idx == 0 and not trainer.sanity_checking
+        alone = trainer.world_size == 1 and trainer.strategy.model is pl_module
+        return first and alone and not is_compiled(selected(pl_module, self.module), pl_module)
 
     def _takes(self, trainer: Trainer, batch_idx: int, dataloader_idx: int) -> bool:
         """Whether this validation batch is one to keep: the first, or the next of those to calibrate with.
@@ -336,6 +362,7 @@ class ExportCallback(Callback):
         self._folders = [*(each for each in self._folders if each != str(parent)), str(parent)]
         folder = Path(tempfile.mkdtemp(prefix=".capture-", dir=parent))
         self._captured = folder
+        self._beside = beside_weights(pl_module)
         note = save(pl_module, self.module, *call, folder, sharded=_shards(trainer))
         if note:
             self._notes = (note,)
@@ -402,6 +429,11 @@ class ExportCallback(Callback):
         work = unfinished(self._parent(trainer))
         for file in self._captured.iterdir():
             link(file, work / "source" / file.name)
+        if self._retakes and beside_weights(trainer.lightning_module) != self._beside:
+            start = time.thread_time()
+            retake(trainer.lightning_module, self.module, work / "source")
+            self._retakes = time.thread_time() - start < _CHEAP_SECONDS
+        write(self._answer, work / "source")
         return work
 
     def _submit(self, trainer: Trainer, work: Path, name: str, checkpoint: Checkpoint, held: str | None) -> None:
@@ -543,6 +575,10 @@ class ExportCallback(Callback):
         if self._spy is not None:
             self._spy.remove()
             self._spy = None
+        if self._recorder is not None:
+            self._recorder.remove()
+            self._recorder = None
+        self._answer = None
         if self._engine is not None:
             self._engine.close()
             self._engine = None

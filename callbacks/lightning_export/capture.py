@@ -14,12 +14,23 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 from torch.utils import _pytree as pytree
 
 from polyexport.capture.pytree import closed, opened
-from polyexport.capture.snapshot import SHARDS, UNAVAILABLE, WEIGHTS, Select, save_call, save_structure, save_traced
+from polyexport.capture.snapshot import (
+    SHARDS,
+    STRUCTURE,
+    UNAVAILABLE,
+    WEIGHTS,
+    Select,
+    save_call,
+    save_structure,
+    save_traced,
+)
+from polyexport.capture.surroundings import OFFERED
 
 
 class Spy:
@@ -30,7 +41,7 @@ class Spy:
 
     def __init__(self, module: nn.Module, root: nn.Module) -> None:
         self._module = module
-        self._eager = torch.compiler.set_stance("force_eager") if _is_compiled(module, root) else None
+        self._eager = torch.compiler.set_stance("force_eager") if is_compiled(module, root) else None
         self._own = module.__dict__.get("forward")
         self.call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         forward = module.forward
@@ -53,7 +64,7 @@ class Spy:
             self._module.__dict__["forward"] = self._own
 
 
-def _is_compiled(module: nn.Module, root: nn.Module) -> bool:
+def is_compiled(module: nn.Module, root: nn.Module) -> bool:
     """Whether `torch.compile` took the module's forward, alone or as a part of something in `root`."""
     compiled = (each for each in root.modules() if each._compiled_call_impl or getattr(each, "_compiler_ctx", None))
     wrapped = (each for each in root.modules() if "OptimizedModule" in type(each).__name__)
@@ -97,7 +108,7 @@ def save(root: nn.Module, select: Select, args: Any, kwargs: Any, folder: Path, 
         return ""
     except Exception as error:  # any attribute of the user's module may refuse to be pickled, with any exception
         why = f"the module cannot be pickled ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
-    (folder / "structure.pkl").unlink(missing_ok=True)
+    (folder / STRUCTURE).unlink(missing_ok=True)
     if sharded:
         reason = f"{why}, and one rank alone cannot trace it: its weights are sharded"
         (folder / UNAVAILABLE).write_text(reason, encoding="utf-8")
@@ -110,6 +121,42 @@ def save(root: nn.Module, select: Select, args: Any, kwargs: Any, folder: Path, 
         reason = f"{why}, nor traced ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
         (folder / UNAVAILABLE).write_text(reason, encoding="utf-8")
         return reason
+
+
+_PLAIN = (bool, int, float, complex, str, bytes, type(None))
+_LIGHTNINGS = frozenset(vars(LightningModule()))
+"""What Lightning itself keeps on a module, some of it another thing in each hook."""
+
+
+def beside_weights(root: nn.Module) -> int:
+    """A number that changes with the plain attributes and the buffers that no checkpoint has, cheap to ask."""
+    found: list[Any] = []
+    for each in root.modules():
+        found += ((name, value) for name, value in vars(each).items() if isinstance(value, _PLAIN) and _is_own(name))
+        buffers = (each._buffers[name] for name in each._non_persistent_buffers_set)
+        found += ((id(b), None if b is None or b.is_inference() else b._version) for b in buffers)
+    return hash(tuple(found))
+
+
+def _is_own(name: str) -> bool:
+    return name not in _LIGHTNINGS and name != "training"
+
+
+def retake(root: nn.Module, select: Select, folder: Path) -> None:
+    """Take the structure of `folder` anew, where it was pickled: training may have changed attributes and buffers.
+
+    Where that fails the one that was there stays.
+    """
+    structure, before = folder / STRUCTURE, folder / f"{STRUCTURE}.before"
+    if not structure.exists():
+        return
+    structure.rename(before)  # links to what other exports have too
+    (folder / OFFERED).unlink(missing_ok=True)
+    try:
+        save_structure(root, select, folder, _attached(root))
+        before.unlink()
+    except Exception:  # as above
+        before.replace(structure)
 
 
 def hold(checkpoint: str, folder: Path) -> str | None:

@@ -68,6 +68,20 @@ class Tolerance:
     smallest: float = 0.0
     tie: float | None = None
 
+    def or_looser(self, other: Tolerance) -> Tolerance:
+        """Of each limit the one that allows more; what either switches off is off."""
+        off = None in (self.rtol, self.atol, other.rtol, other.atol)
+        return Tolerance(
+            rtol=None if off else max(self.rtol or 0.0, other.rtol or 0.0),
+            atol=None if off else max(self.atol or 0.0, other.atol or 0.0),
+            misses=max(self.misses, other.misses),
+            cosine=min(self.cosine, other.cosine),
+            top1=min(self.top1, other.top1),
+            roundoff=max(self.roundoff, other.roundoff),
+            smallest=max(self.smallest, other.smallest),
+            tie=self.tie if self.roundoff > other.roundoff else other.tie,
+        )
+
     @staticmethod
     def for_precision(precision: str) -> Tolerance:
         """The default for the precision that the artifact really computes in."""

@@ -36,7 +36,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 
@@ -46,7 +46,10 @@ from polyexport.report.escape import printable
 from polyexport.report.folders import DESCRIPTION, UNFINISHED
 from polyexport.serialization import decode, read_json, write_json
 from polyexport.spec import Arrays, read_arrays, write_arrays
-from polyexport.workers.job import TEMPORARY, Job, result_path
+from polyexport.workers.job import TEMPORARY, Batch, Job, result_path
+
+if TYPE_CHECKING:
+    from polyexport.measure.parity import Parity
 
 
 def main() -> int:
@@ -155,8 +158,11 @@ def convert(root: Path, job: Job) -> Any:
     target = root / job.target  # an absolute target stays as it is
     target.parent.mkdir(parents=True, exist_ok=True)
     spec = replace(job.spec, calibration=tuple(root / path for path in job.spec.calibration))
+    from polyexport.measure.reads import frozen_sites
+
     try:
-        route.convert(root / job.source, target, spec)
+        with frozen_sites() as frozen:
+            route.convert(root / job.source, target, spec)
     except BaseException:
         # it may have filled the disk, and the result needs room
         shutil.rmtree(target if each.artifact == "." else target.parent, ignore_errors=True)
@@ -165,14 +171,15 @@ def convert(root: Path, job: Job) -> Any:
         raise RuntimeError(f"the converter ended without an error, but wrote no {each.artifact}")
     from polyexport.versions import versions
 
-    return {"packages": versions(job.options.get("packages", ()))}
+    return {"packages": versions(job.options.get("packages", ())), "frozen": sorted(frozen)}
 
 
 def verify(root: Path, job: Job) -> Any:
     """Load the artifact from disk, run it on every batch, compare.
 
-    A runner may say what it is beyond a function: `verified_by` (see `Parity`), the artifact's own `signature` where
-    that is not PyTorch's, and its `shortfall`, what was asked for and dropped.
+    Where it disagrees on batches of other values only, that is told as `elsewhere`: which, and how. A runner may say
+    what it is beyond a function: `verified_by` (see `Parity`), the artifact's own `signature` where that is not
+    PyTorch's, and its `shortfall`, what was asked for and dropped.
     """
     from polyexport.measure.parity import compare, merge
 
@@ -181,22 +188,28 @@ def verify(root: Path, job: Job) -> Any:
     artifact = root / job.source
     runner = _load(root, job)
     noise = read_arrays(root / job.noise) if job.noise else {}
-    results = []
-    whole: Arrays | None = None  # the validation batch's, which comes first
-    for batch in job.batches:
-        inputs, reference = _inputs(root / batch.path, job), read_arrays(root / batch.path, job.spec.output_names)
+    whole = read_arrays(root / job.batches[0].path, job.spec.output_names)
+
+    def compared(batch: Batch) -> Parity:
+        inputs, reference = _inputs(root / batch.path, job), read_arrays(root / batch.path, whole)
         if not any(_says_something(array) for array in reference.values()):
             raise CannotRun("PyTorch itself answers nothing but NaN or infinity, which proves nothing")
-        results.append(compare(runner(inputs), reference, each.limits, noise, whole))
-        whole = whole or reference
+        return compare(runner(inputs), reference, each.limits, noise, None if batch is job.batches[0] else whole)
+
+    sized = [batch for batch in job.batches if not batch.label]
+    parity = merge([compared(batch) for batch in sized], [batch.sizes for batch in sized])
+    others = [batch for batch in job.batches if batch.label and parity.passed]
+    elsewhere = next(filter(None, (_apart(compared, batch) for batch in others)), "")
     folder = artifact if artifact.is_dir() else artifact.parent
+    sizes = tuple(dict(pairs) for pairs in dict.fromkeys(tuple(batch.sizes.items()) for batch in job.batches))
     parity = replace(
-        merge(results, [batch.sizes for batch in job.batches]),
+        parity,
+        batches=sizes,
         verified_by=getattr(runner, "verified_by", None),
         off_device=bool(getattr(runner, "stand_in", "")),
     )
     own = {name: getattr(runner, name) for name in ("signature", "shortfall") if hasattr(runner, name)}
-    return {"parity": parity, **own, **_fingerprint(folder)}
+    return {"parity": parity, "elsewhere": elsewhere, **own, **_fingerprint(folder)}
 
 
 def bench(root: Path, job: Job, lines: Iterator[bytes], answers: TextIO) -> int:
@@ -298,6 +311,17 @@ def _load(root: Path, job: Job) -> Runner:
 def _inputs(path: Path, job: Job) -> Arrays:
     assert job.spec is not None, "a job that runs an artifact has its signature"
     return read_arrays(path, job.spec.input_names)
+
+
+def _apart(compared: Callable[[Batch], Parity], batch: Batch) -> str:
+    """How an artifact disagrees with PyTorch on a batch of other values; empty where it agrees."""
+    try:
+        why = compared(batch).reason
+    except Exception as error:  # a runtime refuses sizes with any exception
+        traceback.print_exc()
+        why = _one_line(error)
+    where = ", ".join([batch.label, *(f"{name}={size}" for name, size in batch.sizes.items())])
+    return f"on {where}: {why}" if why else ""
 
 
 def _says_something(array: np.ndarray) -> bool:

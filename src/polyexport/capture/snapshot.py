@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
-from polyexport.capture import unwrap
+from polyexport.capture import surroundings, unwrap
 from polyexport.capture.flatten import flat
 from polyexport.capture.pickling import by_value, importable
 from polyexport.capture.pytree import opened
@@ -46,6 +46,9 @@ Select = str | Callable[[Any], Any] | None
 
 WEIGHTS, SHARDS = "weights.pt", "weights.shards"
 """The weights in a module's folder: a file, or until a worker has joined them a folder of several files."""
+
+STRUCTURE = "structure.pkl"
+"""The module without its weights."""
 
 UNAVAILABLE = "unavailable.txt"
 """Stands in a module's folder in place of what could not be saved, and says why."""
@@ -124,7 +127,9 @@ def save_structure(
 
     `attributes` are set on it when it is back, in place of what does not survive pickling.
     """
-    dump({"root": root, "select": select, "attributes": dict(attributes)}, folder / "structure.pkl")
+    dump({"root": root, "select": select, "attributes": dict(attributes)}, folder / STRUCTURE)
+    with contextlib.suppress(Exception):  # a function that was put into the user's files may hold anything
+        dump(surroundings.taken(root), folder / surroundings.OFFERED)
 
 
 def call_file(folder: Path, index: int = 0) -> Path:
@@ -214,7 +219,9 @@ def load(folder: Path) -> Any:
     state = load_weights(folder / WEIGHTS)
     if (folder / "structure.pt2").exists():
         return _load_traced(folder / "structure.pt2", state)
-    blueprint = restore(folder / "structure.pkl")
+    blueprint = restore(folder / STRUCTURE)
+    if (folder / surroundings.SET).exists():
+        surroundings.put_back(restore(folder / surroundings.SET))
     root = blueprint["root"]
     vars(root).update(blueprint["attributes"])
     for name, parameter in root.named_parameters():

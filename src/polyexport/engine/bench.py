@@ -22,8 +22,9 @@ from polyexport.engine.dispatch import Dispatcher
 from polyexport.engine.rerun import Runnable, runnables, signature
 from polyexport.engine.routes import Watch
 from polyexport.format import Format
+from polyexport.measure.dynamic_axes import resized
 from polyexport.measure.latency import QUIET, ROUNDS, Latency, is_quiet, summarise, waited_by_median
-from polyexport.measure.reference import VALIDATION_BATCH, resized
+from polyexport.measure.reference import VALIDATION_BATCH
 from polyexport.report.report import Outcome, Report
 from polyexport.spec import ExportSpec, read_arrays, write_arrays
 from polyexport.workers import toolchain

@@ -34,8 +34,9 @@ from polyexport.errors import BadRequest
 from polyexport.format import Format, Runner
 from polyexport.formats import known, resolve
 from polyexport.load import Description
+from polyexport.measure.dynamic_axes import Dynamic
 from polyexport.measure.latency import Latency
-from polyexport.measure.reference import Dynamic, Reference
+from polyexport.measure.reference import Reference
 from polyexport.report.folders import DESCRIPTION, point_best, take_place, unfinished
 from polyexport.report.report import Checkpoint, Model, Outcome, Report, State, history, sentence
 from polyexport.serialization import decode, encode, read_json, write_json
@@ -402,8 +403,10 @@ def export(
             judged on it, so give real data.
         formats: Names, aliases or `Format` values.
         into: Folder that becomes the export. An earlier export in it is replaced.
-        dynamic: True frees the batch axis, False none; or input name -> {axis: name}.
-        calibration: Further inputs, each like `inputs`; int8 formats take their number ranges from all of them.
+        dynamic: True frees the batch axis and every axis whose size differs between `inputs` and `calibration`, False
+            none; or input name -> {axis: name}.
+        calibration: Further inputs, each like `inputs`; int8 formats take their number ranges from all of them, and
+            every artifact has to answer some of them.
         bench: Whether to time the artifacts.
         timeout: Seconds that one conversion or verification may take.
         workers: How many jobs run side by side; by default half the cores, at least two.
@@ -421,6 +424,7 @@ def export(
     """
     import torch
 
+    from polyexport.capture.answer import ask
     from polyexport.capture.snapshot import as_call, check_call, save_call, save_structure
 
     chosen = resolve(formats)
@@ -432,6 +436,7 @@ def export(
             check_call(module, *call)
             save_call(*call, work / "source", index)
         save_structure(module, None, work / "source")
+        ask(module, as_call(inputs), work / "source")
         torch.save(module.state_dict(), work / "source" / WEIGHTS)
         with Engine(workers=workers, timeout=timeout, executor=executor, staging=staging, tell=progress) as engine:
             origin = checkpoint or Checkpoint("")

@@ -21,14 +21,16 @@ from typing import Any
 from polyexport.engine import plan
 from polyexport.engine.dispatch import Dispatcher
 from polyexport.format import MODULE, Format, Route
+from polyexport.measure.dynamic_axes import BATCH
 from polyexport.measure.parity import Parity
+from polyexport.measure.reads import named
 from polyexport.measure.reference import Reference
 from polyexport.report.folders import link
 from polyexport.report.report import STATES, Artifact, Outcome, State, Toolchain
 from polyexport.serialization import decode
 from polyexport.spec import ExportSpec
 from polyexport.workers import gpu, toolchain
-from polyexport.workers.job import Job, Kind
+from polyexport.workers.job import Job, Kind, proofs
 from polyexport.workers.process import Ended
 
 Watch = Callable[[str, str | Outcome | None], None]
@@ -43,8 +45,10 @@ class Built:
 
     `retry` tells whether static shapes may do what this did not: not where a tool is missing, nor where it hung.
     `warm` tells that it was converted by a worker that had done other jobs before.
-    `shortfall` is what the verified artifact lacks of what was asked for. `detour` is why preferred routes did not lead
-    to it.
+    `shortfall` is what the verified artifact lacks of what was asked for. `narrow` is that part of it which all that is
+    made from the artifact lacks too: that it is right for some data only. `frozen` are the sites in forward where a
+    trace wrote a value down. `detour` is why preferred
+    routes did not lead to it.
     """
 
     outcome: Outcome
@@ -52,6 +56,8 @@ class Built:
     retry: bool = False
     warm: bool = False
     shortfall: str = ""
+    narrow: str = ""
+    frozen: tuple[str, ...] = ()
     detour: str = ""
 
     @property
@@ -107,7 +113,8 @@ class Build:
             elif static.outcome.state in ("failed", "mismatch") and _unlike(static.outcome, built.outcome):
                 why = f"{built.outcome.reason}; with static shapes: {static.outcome.reason}"
                 built = replace(built, outcome=replace(built.outcome, reason=why))
-        lost = [f"static shapes only, since with dynamic axes: {because}"] if because else []
+        fixed = _fixed(self._reference.spec)
+        lost = [f"static shapes only{fixed}, since with dynamic axes: {because}"] if because else []
         lost += [built.shortfall] if built.shortfall else []
         if lost and built.outcome.state == "verified":
             built = replace(built, outcome=replace(built.outcome, state="degraded", reason="; ".join(lost)))
@@ -159,7 +166,7 @@ class Build:
         )
         if each.needs_gpu and (why := gpu.missing()):
             return Built(replace(outcome, reason=why), "")
-        source = "source"
+        source, upstream = "source", Built(outcome, "")
         if route.upstream != MODULE:
             upstream = self._built(route.upstream, dynamic=dynamic)
             if not upstream.usable:
@@ -169,6 +176,7 @@ class Build:
         static = [] if spec.is_dynamic == self._reference.spec.is_dynamic else ["static"]
         label = ".".join([each.name, route.name, *static])
         made = self._converted(each, route, source, spec, label, outcome, fresh=fresh)
+        made = replace(made, narrow=upstream.narrow, frozen=(*upstream.frozen, *made.frozen))
         return self._verified(each, route, spec, label, made) if made.path else made
 
     def _converted(
@@ -185,7 +193,7 @@ class Build:
         outcome = replace(outcome, log=log, seconds={"convert": ended.seconds}, reproduce=command or None)
         if ended.ok:
             outcome = replace(outcome, toolchain=Toolchain(chain.name, ended.value["packages"]))
-            return Built(outcome, target, warm=ended.warm)
+            return Built(outcome, target, warm=ended.warm, frozen=tuple(ended.value["frozen"]))
         self._discard(target)  # half an artifact is none, and may have filled the disk
         state = _STATE_OF.get(ended.kind, "failed")
         retry = state == "failed" and ended.kind != "timed out"
@@ -195,17 +203,20 @@ class Build:
         """Run what was converted in a process of its own, and say whether it agrees."""
         self._watch(each.name, f"verifying ({route.name})")
         runtime, log = toolchain.find(each.runtime or route.toolchain), made.outcome.log or ""
-        batches = self._reference.batches if spec.is_dynamic else self._reference.batches[:1]
+        # in low precision other values may leave the ranges that it was calibrated for
+        batches = proofs(self._reference.batches, dynamic=spec.is_dynamic, made_up=each.precision == "float32")
         job = self._job(each, "verify", made.path, spec, batches=batches, noise=self._reference.noise)
         ended, command = self._dispatcher.run(job, runtime, f"{label}.verify", log, gpu=each.needs_gpu)
         outcome = replace(made.outcome, seconds={**made.outcome.seconds, "verify": ended.seconds})
         outcome = judged(outcome, ended, command, made.path)
-        if outcome.state == "mismatch" and self._reference.undecidable:
+        if outcome.state in ("verified", "mismatch") and self._reference.undecidable:
             why = f"nothing can be proven: {self._reference.undecidable}"
             outcome = replace(outcome, state="unverified", reason=why)
         retry = outcome.state in ("failed", "mismatch") and ended.kind != "timed out"
-        shortfall = ended.value.get("shortfall", "") if ended.ok else ""
-        return replace(made, outcome=outcome, retry=retry, shortfall=shortfall)
+        found = ended.value if ended.ok else {}
+        why = made.narrow or narrow(found.get("elsewhere", ""), made.frozen, self._reference)
+        lost = [each for each in (why, found.get("shortfall", "")) if each]
+        return replace(made, outcome=outcome, retry=retry, shortfall="; ".join(lost), narrow=why)
 
     def _job(self, each: Format, kind: Kind, source: str, spec: ExportSpec, **more: Any) -> Job:
         # a job elsewhere takes along what it names: what it calibrates with, or the batch that it traces with
@@ -248,6 +259,30 @@ def judged(outcome: Outcome, ended: Ended, command: str, target: str) -> Outcome
     if parity.passed:
         return replace(outcome, state="verified")
     return replace(outcome, state="mismatch", reason=parity.reason, reproduce=command)
+
+
+def narrow(elsewhere: str, frozen: Sequence[str] = (), reference: Reference | None = None) -> str:
+    """Why an artifact is right for some data only: `elsewhere` is where it was seen to be wrong, if anywhere."""
+    kept = set(frozen) & set(reference.read_at if reference else ())
+    if elsewhere:
+        since = f"; a trace keeps one side of what forward decides by its data at {named(kept)}" if kept else ""
+        return f"right on data like the first batch only: {elsewhere}{since}"
+    if one := kept & set(reference.one_side if reference else ()):
+        return f"one branch only, since forward decides by its data and every batch took the same ({named(one)})"
+    return ""
+
+
+def _fixed(spec: ExportSpec) -> str:
+    """Which axes but the batch have one size where none is dynamic, and what frees the batch at least."""
+    fixed = [
+        f"axis {axis} of {tensor.name} is {spec.sizes[called]}"
+        for tensor in spec.inputs
+        for axis, called in tensor.dynamic.items()
+        if called != BATCH
+    ]
+    batch = {t.name: {axis: BATCH for axis, called in t.dynamic.items() if called == BATCH} for t in spec.inputs}
+    freed = {name: axes for name, axes in batch.items() if axes}
+    return f" ({', '.join(fixed)}; dynamic={freed} asks for the batch alone)" if fixed else ""
 
 
 def _unlike(one: Outcome, other: Outcome) -> bool:

@@ -4,7 +4,8 @@ https://apple.github.io/coremltools/docs-guides/
 
 Requirements:
 * Core ML has no int64 and no bool at a model's border: such inputs are int32 there, and so are integer outputs, while a
-  bool output is float32; they are cast inside the graph, so that the model computes what PyTorch does.
+  bool output is float32; they are cast inside the graph, so that the model computes what PyTorch does. Nor has it an
+  input without axes: a scalar comes as one element.
 * Names are kept, but for words of MIL's own, such as `state`, and characters that MIL has not in names: the report then
   gives the package's own signature, and says so in a line.
 * A free axis needs an upper bound in an ML Program; it gets a generous one.
@@ -84,7 +85,9 @@ def _behind_casts(module: Any, spec: ExportSpec) -> tuple[torch.nn.Module, tuple
     """
     import torch
 
-    dtypes = [getattr(torch, tensor.dtype) for tensor in spec.inputs]
+    def as_own(tensor: torch.Tensor, own: TensorSpec) -> torch.Tensor:
+        cast = tensor.to(getattr(torch, own.dtype))
+        return cast if own.shape else cast.squeeze(0)
 
     class Behind(torch.nn.Module):
         def __init__(self) -> None:
@@ -92,7 +95,7 @@ def _behind_casts(module: Any, spec: ExportSpec) -> tuple[torch.nn.Module, tuple
             self.inner = module
 
         def forward(self, *tensors: torch.Tensor) -> Any:
-            outputs = self.inner(*(tensor.to(dtype) for tensor, dtype in zip(tensors, dtypes, strict=True)))
+            outputs = self.inner(*map(as_own, tensors, spec.inputs))
             if isinstance(outputs, torch.Tensor):
                 return outputs.clone()
             return tuple(output.clone() for output in outputs)
@@ -136,7 +139,7 @@ def at_border(spec: ExportSpec) -> ExportSpec:
         dtype = "float32" if np.dtype(tensor.dtype).kind in floats else "int32"
         return replace(tensor, name=clean(tensor.name), dtype=dtype)
 
-    inputs = tuple(there(tensor, "f") for tensor in spec.inputs)
+    inputs = tuple(replace(there(tensor, "f"), shape=tensor.shape or (1,)) for tensor in spec.inputs)
     return replace(spec, inputs=inputs, outputs=tuple(there(tensor, "fb") for tensor in spec.outputs))
 
 
@@ -212,7 +215,7 @@ class Package:
     def __call__(self, inputs: Arrays) -> Arrays:
         """Run it; what it returned of another kind than PyTorch stays as it is, for parity to see."""
         there = zip(self._spec.inputs, self.signature.inputs, strict=True)
-        answer = self._run({port.name: inputs[own.name].astype(port.dtype) for own, port in there})
+        answer = self._run({port.name: np.atleast_1d(inputs[own.name].astype(port.dtype)) for own, port in there})
         outputs = zip(self._spec.outputs, self.signature.outputs, strict=True)
         return {own.name: _returned(answer[port.name], port.dtype, own.dtype) for own, port in outputs}
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from polyexport.format import Format, Route, Runner, Snippet
-from polyexport.formats.saved_model import SIGNATURE, limit_threads
+from polyexport.formats.saved_model import SIGNATURE, arguments, limit_threads
 from polyexport.spec import Arrays, ExportSpec
 
 _MESSAGE_BYTES = 2**31
@@ -34,8 +34,10 @@ def convert(source: Path, target: Path, spec: ExportSpec) -> None:
     check_size(source)
     loaded = tf.saved_model.load(str(source))
     frozen = convert_variables_to_constants_v2(loaded.signatures[SIGNATURE], lower_control_flow=False)
-    # a signature keeps its inputs and outputs in the order of their names
-    inputs = {port.op.name: name for port, name in zip(frozen.inputs, sorted(spec.input_names), strict=True)}
+    # a signature keeps its inputs in the order of their names when it was traced, and its outputs too
+    inputs = {
+        port.op.name: name for port, (_, name) in zip(frozen.inputs, sorted(arguments(spec).items()), strict=True)
+    }
     graph = frozen.graph.as_graph_def()
     # nodes are renamed in the message itself: a graph under construction takes `x` and `X` for the same
     for node in graph.node:

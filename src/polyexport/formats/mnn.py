@@ -37,6 +37,7 @@ def convert(source: Path, target: Path, spec: ExportSpec) -> None:
     import onnx
 
     model = _written_out(onnx.load(source))
+    _keep_three_axes(model)
     prepared = target.with_name("prepared.onnx")
     onnx.save(model, prepared)
     words = ("--framework", "ONNX", "--modelFile", prepared, "--MNNModel", target, "--bizCode", "polyexport")
@@ -96,6 +97,26 @@ def _written_out(model: onnx.ModelProto) -> onnx.ModelProto:
     model.functions.extend(functions.values())
     model.opset_import.append(onnx.helper.make_opsetid(_DOMAIN, 1))
     return inliner.inline_local_functions(model)
+
+
+def _keep_three_axes(model: onnx.ModelProto) -> None:
+    """Bring each output of three axes into its own shape: behind a convolution over one axis MNN gives it a fourth."""
+    import onnx
+    from onnx import numpy_helper
+
+    graph = model.graph
+    ranks = {weight.name: len(weight.dims) for weight in graph.initializer}
+    if not any(node.op_type in ("Conv", "ConvTranspose") and ranks.get(node.input[1]) == 3 for node in graph.node):
+        return
+    shape = numpy_helper.from_array(np.array([0, 0, -1], np.int64), "polyexport_three_axes")
+    graph.initializer.append(shape)
+    for output in graph.output:
+        if len(output.type.tensor_type.shape.dim) == 3:
+            inner = f"{output.name}_of_four_axes"
+            for node in graph.node:
+                for names in (node.input, node.output):
+                    names[:] = [inner if name == output.name else name for name in names]
+            graph.node.append(onnx.helper.make_node("Reshape", [inner, shape.name], [output.name]))
 
 
 def load(path: Path, spec: ExportSpec, *, threads: int) -> Runner:

@@ -25,6 +25,7 @@ def convert(source: Path, target: Path, spec: ExportSpec) -> None:
     shapes = tuple({axis: dim.DYNAMIC for axis in tensor.dynamic} for tensor in spec.inputs)
     inputs = snapshot.example(source, spec)
     with written_out(), exportable(snapshot.load(source)) as traced:
+        traced.requires_grad_(False)  # else converters choose attention that can be differentiated, of other strides
         program = torch.export.export(traced, inputs, dynamic_shapes=shapes or None, strict=False)
     program.example_inputs = None  # real rows, in a pickle that whoever loads the program would run
     torch.export.save(program, target, extra_files={"polyexport.json": json.dumps(dict(spec.metadata))})

@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import keyword
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from polyexport.format import Format, Route, Runner, Snippet
+from polyexport.lowering.ports import inner, rename_ports
 from polyexport.spec import Arrays, ExportSpec
 
 SIGNATURE = "serving_default"
@@ -22,14 +26,81 @@ def convert(source: Path, target: Path, spec: ExportSpec) -> None:
     """Lower the ONNX graph to TensorFlow's operators, under forward's own names."""
     import tensorflow as tf
 
-    from polyexport.lowering.tensorflow import lower
+    from polyexport.lowering.graph import read
+    from polyexport.lowering.tensorflow import lower_model
 
-    shaped = [tf.TensorSpec(tensor.sized(lambda _: None), tensor.dtype, tensor.name) for tensor in spec.inputs]
-    module = lower(source, shaped)
+    names = arguments(spec)
+    shaped = [
+        tf.TensorSpec(tensor.sized(lambda _: None), tensor.dtype, name)
+        for name, tensor in zip(names, spec.inputs, strict=True)
+    ]
+    model = read(source)
+    rename_ports(model, {own: name for name, own in names.items()}, [output.name for output in model.graph.output])
+    module = lower_model(model, shaped)
     tf.saved_model.save(module, str(target), signatures={SIGNATURE: module.forward})
+    if tuple(names) != spec.input_names:
+        _rename_inputs(target / "saved_model.pb", names)
     extra = target / "assets.extra"  # the place for files that TensorFlow leaves alone
     extra.mkdir(exist_ok=True)
     (extra / _METADATA).write_text(json.dumps(dict(spec.metadata)), encoding="utf-8")
+
+
+def arguments(spec: ExportSpec) -> dict[str, str]:
+    """Forward's inputs by what they are called as arguments of TensorFlow's function: so too, or by names of ours.
+
+    TensorFlow takes names that differ in their case only, and all that is not ASCII, for the same.
+    """
+    own = spec.input_names
+    plain = all(re.fullmatch(r"[A-Za-z]\w*", name, re.ASCII) and not keyword.iskeyword(name) for name in own)
+    if plain and len({name.lower() for name in own}) == len(own):
+        return {name: name for name in own}
+    ours = dict(zip(sorted(own), inner("input", len(own)), strict=True))  # a signature is in the order of names
+    return {ours[name]: name for name in own}
+
+
+def _rename_inputs(path: Path, names: Mapping[str, str]) -> None:
+    """Give the signature's inputs forward's names, wherever a SavedModel tells them."""
+    from tensorflow.core.protobuf.saved_model_pb2 import SavedModel
+
+    file = SavedModel()
+    file.ParseFromString(path.read_bytes())
+    (graph,) = file.meta_graphs
+    _rename_keys(graph.signature_def[SIGNATURE].inputs, names)
+    nodes = graph.object_graph_def.nodes
+    for bare in (node.bare_concrete_function for node in nodes if node.HasField("bare_concrete_function")):
+        bare.argument_keywords[:] = [names.get(word, word) for word in bare.argument_keywords]
+        if bare.HasField("function_spec"):
+            _rename_words(bare.function_spec.fullargspec, names)
+    for function in graph.object_graph_def.concrete_functions.values():
+        _rename_words(function.canonicalized_input_signature, names)
+    path.write_bytes(file.SerializeToString())
+
+
+def _rename_words(value: Any, names: Mapping[str, str]) -> None:
+    """The same in a `StructuredValue` of TensorFlow, however deep."""
+    kind = value.WhichOneof("kind")
+    if kind == "string_value":
+        value.string_value = names.get(value.string_value, value.string_value)
+    elif kind in ("list_value", "tuple_value"):
+        for part in getattr(value, kind).values:
+            _rename_words(part, names)
+    elif kind == "named_tuple_value":
+        for pair in value.named_tuple_value.values:
+            _rename_words(pair.value, names)
+    elif kind == "dict_value":
+        _rename_keys(value.dict_value.fields, names)
+        for part in value.dict_value.fields.values():
+            _rename_words(part, names)
+    elif kind == "tensor_spec_value":
+        value.tensor_spec_value.name = names.get(value.tensor_spec_value.name, value.tensor_spec_value.name)
+
+
+def _rename_keys(table: Any, names: Mapping[str, str]) -> None:
+    moved = {name: table[name].SerializeToString() for name in names if name in table}
+    for name in moved:
+        del table[name]
+    for name, content in moved.items():
+        table[names[name]].ParseFromString(content)
 
 
 def limit_threads(threads: int) -> None:

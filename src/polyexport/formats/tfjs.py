@@ -21,7 +21,7 @@ import numpy as np
 
 from polyexport.format import Format, Route, Runner, Snippet
 from polyexport.formats.graphdef import check_size
-from polyexport.formats.saved_model import SIGNATURE
+from polyexport.formats.saved_model import SIGNATURE, arguments
 from polyexport.measure.latency import timed_ms
 from polyexport.measure.parity import compare
 from polyexport.spec import Arrays, ExportSpec
@@ -121,10 +121,11 @@ def _split_sums(model: dict[str, Any]) -> None:
 def _named(signature: dict[str, Any], spec: ExportSpec) -> dict[str, Any]:
     """The signature under forward's names; tensorflowjs gives up on names where two tensors have one shape.
 
-    Placeholders carry the names of the inputs; a SavedModel numbers its outputs `Identity`, `Identity_1` … in the order
-    of their names.
+    Placeholders carry the names of the SavedModel's arguments; it numbers its outputs `Identity`, `Identity_1` … in
+    the order of their names.
     """
-    ports = {entry["name"].split(":")[0]: entry for entry in signature.get("inputs", {}).values()}
+    names = arguments(spec)
+    ports = {names[entry["name"].split(":")[0]]: entry for entry in signature.get("inputs", {}).values()}
     made = sorted(signature["outputs"].values(), key=lambda entry: _number(entry["name"]))
     outputs = dict(zip(sorted(spec.output_names), made, strict=True))
     return {"inputs": {name: ports[name] for name in spec.input_names if name in ports}, "outputs": outputs}

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 
 def inner(kind: str, count: int) -> list[str]:
-    """Names for a graph's inputs or outputs that no exporter gives to anything else."""
-    return [f"polyexport_{kind}_{index}" for index in range(count)]
+    """Names for a graph's inputs or outputs that no exporter gives to anything else; sorted, they keep their order."""
+    return [f"polyexport_{kind}_{index:04}" for index in range(count)]
 
 
 def rename_ports(model: onnx.ModelProto, inputs: Mapping[str, str], outputs: Sequence[str]) -> None:

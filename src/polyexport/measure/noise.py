@@ -21,23 +21,25 @@ def rounding(model: torch.nn.Module, inputs: Arrays, outputs: Arrays) -> tuple[A
     """The noise floor of each element of `outputs`, which `model` answers to `inputs`; and a note on how it was found.
 
     A module that has no float64 twin, since it fixes a dtype in forward, is run with weights and inputs that are moved
-    by one rounding each.
+    by one rounding each. So is one that answers integers: what float64 decides alike may be a tie all the same.
     """
+    found, why, note = [], "", ""
     try:
         with _masks_as_queries():
-            return noise_floor(outputs, _run(model.double(), _as(np.float64, inputs))), ""
+            found.append(_run(model.double(), _as(np.float64, inputs)))
     except Exception as error:  # a fixed dtype in forward is no failure
-        why = type(error).__name__
+        why = f"the module does not run in float64 ({type(error).__name__})"
+        note = f"{why}: the noise floor is that of weights moved by one rounding"
     finally:
         model.float()  # every float32 has a float64 of its own, so nothing is lost on the way there and back
-    note = f"the module does not run in float64 ({why})"
-    try:
-        with _moved_weights(model):
-            moved = {name: _moved(array) for name, array in inputs.items()}
-            found = noise_floor(outputs, _run(model, moved))
-        return found, f"{note}: the noise floor is that of weights moved by one rounding"
-    except Exception as error:  # the module refuses other numbers than its own
-        return {}, f"no noise floor: {note}, nor with other weights ({type(error).__name__})"
+    if why or any(array.dtype.kind in "biu" for array in outputs.values()):
+        try:
+            rng = np.random.default_rng(0)
+            with _moved_weights(model, rng):
+                found.append(_run(model, {name: _moved(array, rng) for name, array in inputs.items()}))
+        except Exception as error:  # the module refuses other numbers than its own
+            note = f"no noise floor: {why}, nor with other weights ({type(error).__name__})" if why else ""
+    return noise_floor(outputs, *found), note
 
 
 def _run(model: torch.nn.Module, inputs: Arrays) -> Arrays:
@@ -49,18 +51,18 @@ def _as(dtype: Any, inputs: Arrays) -> Arrays:
     return {name: array.astype(dtype) if array.dtype == np.float32 else array for name, array in inputs.items()}
 
 
-def _moved(array: np.ndarray) -> np.ndarray:
+def _moved(array: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Float32 numbers, each as it is or the next one to either side."""
     if array.dtype != np.float32:
         return array
-    ways = np.random.default_rng(0).integers(-1, 2, array.shape)
+    ways = rng.integers(-1, 2, array.shape)
     towards = np.where(ways > 0, np.inf, np.where(ways < 0, -np.inf, array)).astype(np.float32)
     moved: np.ndarray = np.nextafter(array, towards)
     return moved
 
 
 @contextlib.contextmanager
-def _moved_weights(model: torch.nn.Module) -> Iterator[None]:
+def _moved_weights(model: torch.nn.Module, rng: np.random.Generator) -> Iterator[None]:
     import torch
 
     kept = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
@@ -68,7 +70,7 @@ def _moved_weights(model: torch.nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for tensor in model.parameters():
                 if tensor.dtype == torch.float32:
-                    tensor.copy_(torch.from_numpy(_moved(tensor.numpy())))
+                    tensor.copy_(torch.from_numpy(_moved(tensor.numpy(), rng)))
         yield
     finally:
         with torch.no_grad():

@@ -1,26 +1,32 @@
-"""The reference: what the untouched checkpoint answers on the validation batch, and on two further batch sizes.
+"""The reference: what the untouched checkpoint answers on the validation batch, at further sizes and on other values.
 
 Runs in a worker. Everything that the later steps have to know about the model is found out here, by running it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from polyexport.capture import sharded
+from polyexport.capture import sharded, surroundings
 from polyexport.capture import snapshot as modules
+from polyexport.capture.answer import disagreement
 from polyexport.capture.flatten import as_runner, to_arrays
-from polyexport.errors import BadRequest
 from polyexport.format import Runner, Tolerance
+from polyexport.measure import dynamic_axes
+from polyexport.measure.dynamic_axes import Axes, Dynamic, resized
 from polyexport.measure.noise import rounding
-from polyexport.measure.parity import compare
-from polyexport.spec import Arrays, ExportSpec, TensorSpec, write_arrays
+from polyexport.measure.other_values import changed, jittered
+from polyexport.measure.parity import compare, says_little
+from polyexport.measure.reads import FailedAt, Reads, reads
+from polyexport.spec import Arrays, ExportSpec, write_arrays
 from polyexport.tracing.decompositions import plain_attention
 from polyexport.versions import environment
 from polyexport.workers.job import Batch
@@ -28,10 +34,6 @@ from polyexport.workers.job import Batch
 if TYPE_CHECKING:
     import torch
 
-Dynamic = bool | Mapping[str, Mapping[int, str]]
-"""Which input axes are free: True for the batch axis, False for none, or input name -> {axis: name}."""
-
-BATCH = "batch"
 VALIDATION_BATCH = "validation_batch.npz"
 NOISE = "source/noise.npz"
 
@@ -40,10 +42,20 @@ NOISE = "source/noise.npz"
 class Reference:
     """What the worker found out about the model.
 
-    `checkpoint_at` has the `epoch` and `global_step` that stand in the checkpoint, where they do.
-    `noise` is the file with the noise floor of each element of the validation batch's outputs, as far as it is known.
-    `static_because` is set when a dynamic axis was asked for that the module itself cannot do, `undecidable` when it
-    does not agree with itself.
+    Attributes:
+        spec: The signature.
+        class_name: The module's class, with where it is from.
+        parameters: How many.
+        checkpoint_sha256: Of the file as it came.
+        checkpoint_at: The `epoch` and `global_step` that stand in the checkpoint, where they do.
+        batches: What an artifact has to answer, the validation batch first.
+        noise: The file with the noise floor of each element of the validation batch's outputs, as far as it is known.
+        environment: Versions, commit and threads.
+        static_because: Set when a dynamic axis was asked for that the module itself cannot do.
+        undecidable: Set when it does not agree with itself.
+        read_at: The sites (`file:line`) at which forward reads numbers or truth values of its inputs into Python.
+        one_side: Those of them of which every batch took the same side.
+        notes: What the report has to say.
     """
 
     spec: ExportSpec
@@ -56,7 +68,19 @@ class Reference:
     environment: Mapping[str, str] = field(default_factory=dict)
     static_because: str = ""
     undecidable: str = ""
+    read_at: tuple[str, ...] = ()
+    one_side: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """Inputs together with what PyTorch answers; the rest as in `Batch`."""
+
+    arrays: Arrays
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    label: str = ""
+    real: bool = True
 
 
 def make(root: Path, source: Path, dynamic: Dynamic, commit: str = "", *, sha256: str = "") -> Reference:
@@ -71,58 +95,271 @@ def make(root: Path, source: Path, dynamic: Dynamic, commit: str = "", *, sha256
     """
     import torch
 
-    weights = source / modules.WEIGHTS
-    if (source / modules.SHARDS).exists():
-        sharded.join(source / modules.SHARDS, weights)
-    model = modules.load(source)
-    sha256, at = sha256 or _sha256(weights), _keep_only_weights(weights)
-    model_any: Any = model
+    model, hashed, at = _loaded(source)
+    sha256 = sha256 or hashed
+    unlike_trained, note = _as_trained(source, model)
     own = _on_copies(as_runner(model))
     run = plain_attention()(own)
-    inputs = to_arrays(model_any.input_names, model_any.example)
+    inputs = to_arrays(model.input_names, model.example)
     outputs = run(inputs)
-    again = compare(run(inputs), outputs, Tolerance.for_precision("float32"))
-    undecidable = "" if again.passed else f"forward answers two calls differently in eval mode ({again.reason})"
-    notes: list[str] = []
+    again = run(inputs)
+    notes = [*note]
     if any(isinstance(each, torch.nn.TransformerEncoder) for each in model.modules()):
         notes += _fused_apart(own(inputs), outputs)
-    notes += [f"output {name} holds no tensor and is not exported" for name in model_any.dropped]
-    axes = _axes(inputs, dynamic)
-    sizes = _sizes(inputs, axes)
-    further, why_not = _further(run, inputs, outputs, axes, sizes)
-    if why_not:
-        axes, sizes = {}, {}
-    described, own_sizes = _describe_outputs(outputs, sizes, further)
+    notes += [f"output {name} holds no tensor and is not exported" for name in model.dropped]
+    others, note = _other_batches(source, model.input_names, inputs)
+    notes += note
+    axes, sizes, batches, why_not = _sized(run, inputs, outputs, others, dynamic)
+    notes += _fixed_though_varying(inputs, others, axes, dynamic)
+    real = [each.arrays for each in batches if each.label]
+    values, tried = _with_other_values(model, run, inputs, outputs, real)
+    batches += [replace(each, sizes=sizes) for each in values]
+    described, own_sizes = dynamic_axes.describe_outputs(outputs, sizes, [(b.sizes, b.arrays) for b in batches])
+    about = environment()
     spec = ExportSpec(
-        inputs=tuple(_describe(name, array, axes.get(name, {})) for name, array in inputs.items()),
+        inputs=tuple(dynamic_axes.describe(name, array, axes.get(name, {})) for name, array in inputs.items()),
         outputs=described,
         sizes=sizes | own_sizes,
+        calibration=(Path(VALIDATION_BATCH), *(_written(root, _call_arrays(index), others[index]) for index in others)),
     )
-    about = environment()
-    further_inputs, note = _calibration(root, source, model_any.input_names, inputs)
-    notes += note
-    spec = replace(_with_metadata(spec, sha256, commit, about), calibration=(Path(VALIDATION_BATCH), *further_inputs))
-    batches = [Batch(VALIDATION_BATCH, sizes)]
-    write_arrays(root / VALIDATION_BATCH, inputs | outputs)
-    for index, (batch_sizes, batch) in enumerate(further):
-        batches.append(Batch(f"source/batch_{index + 1}.npz", batch_sizes))
-        write_arrays(root / batches[-1].path, batch)
-    write_arrays(source / "example.npz", resized(inputs, axes, {name: max(2, size) for name, size in sizes.items()}))
+    example = resized(inputs, axes, {name: max(2, size) for name, size in sizes.items()})
+    write_arrays(source / "example.npz", example)
+    undecidable = unlike_trained or _undecidable(outputs, (again, *_in_between(run, inputs)))
+    notes += says_little(outputs)
     noise, how = rounding(model, inputs, outputs)
     write_arrays(root / NOISE, noise)
+    batches.insert(0, Answered(inputs | outputs, sizes))
+    paths = [VALIDATION_BATCH, *(f"source/batch_{index}.npz" for index in range(1, len(batches)))]
     return Reference(
-        spec=spec,
+        spec=_with_metadata(spec, sha256, commit, about),
         class_name=_class_name(model),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         checkpoint_sha256=sha256,
         checkpoint_at=at,
-        batches=tuple(batches),
+        batches=tuple(
+            Batch(_written(root, path, each.arrays).as_posix(), each.sizes, each.label, each.real)
+            for path, each in zip(paths, batches, strict=True)
+        ),
         noise=NOISE,
         environment=about | {"git_commit": commit, "threads": str(torch.get_num_threads())},
         static_because=why_not,
         undecidable=undecidable,
+        read_at=tuple(tried.values),
+        one_side=tried.one_side(),
         notes=(*notes, *([how] if how else [])),
     )
+
+
+def _loaded(source: Path) -> tuple[Any, str, Mapping[str, int]]:
+    """The flat module, the SHA-256 of its checkpoint, and when that was made."""
+    weights = source / modules.WEIGHTS
+    if (source / modules.SHARDS).exists():
+        sharded.join(source / modules.SHARDS, weights)
+    sha256, at = _sha256(weights), _keep_only_weights(weights)
+    return modules.load(source), sha256, at
+
+
+def _as_trained(source: Path, model: Any) -> tuple[str, tuple[str, ...]]:
+    """Why nothing can be proven, where the training process answered otherwise with the same weights; and a note.
+
+    Where globals of the user's files are what makes the difference, they are set from now on.
+    """
+    why = _disagreement(source, model)
+    if not why:
+        return "", ()
+    names: list[str] = []
+    if (source / surroundings.OFFERED).exists():
+        names = surroundings.put_back(modules.restore(source / surroundings.OFFERED))
+    if names and not _disagreement(source, model):
+        surroundings.accept(source)
+        return "", (f"set as they were in the process that trained: {', '.join(names)}",)
+    return (
+        f"the module that is rebuilt here does not answer what it did in the process that trained it ({why}): forward "
+        "depends on something that is neither in the checkpoint nor an attribute of the module"
+    ), ()
+
+
+def _disagreement(source: Path, model: Any) -> str:
+    """With PyTorch's fused path for transformers, which it may have taken, or without it."""
+    return disagreement(source, model) and plain_attention()(disagreement)(source, model)
+
+
+def _undecidable(outputs: Arrays, later: Iterable[Arrays]) -> str:
+    """Why nothing can be proven, where the module answers later calls with the same inputs differently."""
+    for answer in later:
+        found = compare(answer, outputs, Tolerance.for_precision("float32"))
+        if not found.passed:
+            return (
+                "forward answers two calls differently in eval mode: by chance, or by a state that it keeps, which "
+                f"would have to be an input and an output ({found.reason})"
+            )
+    return ""
+
+
+def _in_between(run: Runner, inputs: Arrays) -> Iterator[Arrays]:
+    """Answers to the same inputs after all that was run, and once more after others."""
+    yield run(inputs)
+    for _, values in itertools.islice(changed(inputs), 1):
+        with contextlib.suppress(Exception):  # forward is the user's, and need not take them
+            run(values)
+        yield run(inputs)
+
+
+def _written(root: Path, path: str, arrays: Arrays) -> Path:
+    """Write a batch to `path`, relative to `root`, which is returned."""
+    write_arrays(root / path, arrays)
+    return Path(path)
+
+
+def _call_arrays(index: int) -> str:
+    """Where the inputs of a further call lie as arrays."""
+    return modules.call_file(Path("source"), index).with_suffix(".npz").as_posix()
+
+
+# --- sizes and values -------------------------------------------------------------------------------------------------
+
+
+def _other_batches(source: Path, names: Sequence[str], inputs: Arrays) -> tuple[dict[int, Arrays], tuple[str, ...]]:
+    """The inputs of further saved calls, by index; those that are not of the first one's kind are left out."""
+    alike: dict[int, Arrays] = {}
+    calls = modules.further_calls(source)
+    for call in calls:
+        tensors = modules.call_tensors(call)
+        arrays = to_arrays(names, tensors) if len(tensors) == len(names) else {}
+        if arrays and all((a.dtype, a.ndim) == (inputs[name].dtype, inputs[name].ndim) for name, a in arrays.items()):
+            alike[int(call.stem.removeprefix("call_"))] = arrays
+    lost = len(calls) - len(alike)
+    return alike, (f"{lost} of {len(calls)} further batches are not like the first and are left out",) * bool(lost)
+
+
+def _sized(
+    run: Runner, inputs: Arrays, outputs: Arrays, others: Mapping[int, Arrays], dynamic: Dynamic
+) -> tuple[Axes, dict[str, int], list[Answered], str]:
+    """Dynamic axes, their sizes in the validation batch, batches of other sizes and values, and why no axis is dynamic.
+
+    Of further batches these are the first, the smallest and the largest.
+    """
+    axes = dynamic_axes.chosen(inputs, tuple(others.values()), dynamic)
+    sizes = dynamic_axes.sizes_of(inputs, axes)
+    found, why_not = dynamic_axes.further(run, inputs, outputs, axes, sizes)
+    real = _real(run, inputs, outputs, others, axes)
+    if why_not and all(each.sizes == sizes for each in real):
+        axes, sizes = {}, {}
+        real = _real(run, inputs, outputs, others, axes)
+    else:
+        why_not = ""
+    return axes, sizes, [*(Answered(batch, at) for at, batch in found), *real], why_not
+
+
+def _real(run: Runner, inputs: Arrays, outputs: Arrays, others: Mapping[int, Arrays], axes: Axes) -> list[Answered]:
+    """Of further batches the first, the smallest and the largest, as far as they fit and PyTorch answers them."""
+    fitting: dict[int, dict[str, int]] = {}
+    for index, batch in others.items():
+        sizes = dynamic_axes.fitting(batch, inputs, axes)
+        if sizes is not None:
+            fitting[index] = sizes
+    by_size = sorted(fitting, key=lambda index: sum(array.size for array in others[index].values()))
+    found = []
+    for index in dict.fromkeys([*fitting][:1] + by_size[:1] + by_size[-1:]):
+        label = f"batch {index + 1} of the data"
+        answer = dynamic_axes.answered(run, others[index], outputs, label)
+        if not isinstance(answer, str):
+            found.append(Answered(others[index] | answer, fitting[index], label))
+    return found
+
+
+def _fixed_though_varying(inputs: Arrays, others: Mapping[int, Arrays], axes: Axes, dynamic: Dynamic) -> list[str]:
+    """A note on axes that differ between batches and are fixed, and what frees them."""
+    left = dynamic_axes.varying(inputs, tuple(others.values()), axes)
+    if dynamic is True or not left:
+        return []
+    seen = [
+        f"axis {axis} of {name} ({', '.join(str(batch[name].shape[axis]) for batch in (inputs, *others.values()))})"
+        for name, named in left.items()
+        for axis in named
+    ]
+    wanted = {name: {**axes.get(name, {}), **left.get(name, {})} for name in {**axes, **left}}
+    return [f"of other sizes in other batches, and fixed as asked: {'; '.join(seen)}; dynamic={wanted} frees them"]
+
+
+_ENOUGH = 6
+"""How many changes of values a forward has to answer that reads data; of one that reads none it is one."""
+_A_TENTH = replace(Tolerance.for_precision("float32"), rtol=1e-4, atol=1e-5)
+"""Of what an artifact may be off."""
+
+
+class _Tried:
+    """What forward read in the batches that artifacts have to answer, and the ways that it took."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, set[tuple[str, ...]]] = {}
+        self.paths: set[int] = set()
+        self.refused: set[str | None] = set()
+
+    def add(self, told: Reads) -> None:
+        self.paths.add(told.path)
+        for site, values in told.values.items():
+            self.values.setdefault(site, set()).add(values)
+
+    def is_news(self, told: Reads) -> bool:
+        """Whether it takes another way, or reads another value where there was one only."""
+        return told.path not in self.paths or any(
+            values not in self.values.get(site, ()) and len(self.values.get(site, ())) < 2
+            for site, values in told.values.items()
+        )
+
+    def one_side(self) -> tuple[str, ...]:
+        """Sites of which one side was seen: of truth values that one; of numbers one, or several but one way.
+
+        A site counts as tried too where another reading makes forward raise.
+        """
+        return tuple(
+            site
+            for site, found in self.values.items()
+            if site not in self.refused
+            and (len(found) == 1 or (len(self.paths) == 1 and not {"True", "False"}.issuperset(*found)))
+        )
+
+
+def _with_other_values(
+    model: Any, run: Runner, inputs: Arrays, outputs: Arrays, real: Sequence[Arrays]
+) -> tuple[list[Answered], _Tried]:
+    """Batches with values made from the data, and what forward read in them: those changes that make a difference."""
+    tried = _Tried()
+    for batch in (inputs, *real):
+        with contextlib.suppress(FailedAt):  # it ran before, so that only the watching fails
+            tried.add(_reads(model, batch))
+    found: list[Answered] = []
+    for label, values in changed(inputs, [{name: batch[name] for name in inputs} for batch in real]):
+        if len(found) >= (_ENOUGH if tried.values else 1):
+            break
+        try:
+            told = _reads(model, values)
+        except FailedAt as error:
+            tried.refused.add(error.site)
+            continue
+        answer = _sound(run, values, outputs) if not found or tried.is_news(told) else None
+        if answer is not None:
+            found.append(Answered(values | answer, label=label, real=False))
+            tried.add(told)
+    return found, tried
+
+
+def _reads(model: Any, inputs: Arrays) -> Reads:
+    return plain_attention()(reads)(model, inputs)
+
+
+def _sound(run: Runner, inputs: Arrays, outputs: Arrays) -> Arrays | None:
+    """What PyTorch answers, if it is finite as far as `outputs` are, and moves no more than rounding may move it."""
+    answer = dynamic_axes.answered(run, inputs, outputs, "")
+    moved = dynamic_axes.answered(run, jittered(inputs), outputs, "")
+    if isinstance(answer, str) or isinstance(moved, str):
+        return None
+    if any(
+        np.isfinite(array).mean() < np.isfinite(outputs[name]).mean() for name, array in answer.items() if array.size
+    ):
+        return None
+    return answer if compare(moved, answer, _A_TENTH).passed else None
 
 
 def eager(source: Path, *, threads: int) -> Runner:
@@ -131,23 +368,6 @@ def eager(source: Path, *, threads: int) -> Runner:
 
     torch.set_num_threads(threads)
     return as_runner(modules.load(source))
-
-
-def _calibration(root: Path, source: Path, names: Sequence[str], inputs: Arrays) -> tuple[list[Path], tuple[str, ...]]:
-    """Write the inputs of further saved calls; those that are not of the first one's kind are left out."""
-    written: list[Path] = []
-    calls = modules.further_calls(source)
-    for call in calls:
-        tensors = modules.call_tensors(call)
-        alike = len(tensors) == len(names)
-        arrays = to_arrays(names, tensors) if alike else {}
-        if alike and all((a.dtype, a.ndim) == (inputs[name].dtype, inputs[name].ndim) for name, a in arrays.items()):
-            written.append(Path("source", call.with_suffix(".npz").name))
-            write_arrays(root / written[-1], arrays)
-    lost = len(calls) - len(written)
-    return written, (f"{lost} of {len(calls)} calibration batches are not like the first and are left out",) * bool(
-        lost
-    )
 
 
 def _fused_apart(fused: Arrays, outputs: Arrays) -> list[str]:
@@ -164,119 +384,6 @@ def _fused_apart(fused: Arrays, outputs: Arrays) -> list[str]:
 def _on_copies(run: Runner) -> Runner:
     """For a forward that changes its inputs in place, which are those of later calls too."""
     return lambda inputs: run({name: array.copy() for name, array in inputs.items()})
-
-
-# --- dynamic axes -----------------------------------------------------------------------------------------------------
-
-Axes = Mapping[str, Mapping[int, str]]
-
-
-def _axes(inputs: Arrays, dynamic: Dynamic) -> Axes:
-    """Input name -> {axis: name}, for the axes that are to be free."""
-    if isinstance(dynamic, Mapping):
-        for name, axes in dynamic.items():
-            if name not in inputs:
-                raise BadRequest(f"dynamic names the input {name!r}; forward received {', '.join(inputs)}")
-            for axis in axes:
-                if not -inputs[name].ndim <= int(axis) < inputs[name].ndim:
-                    raise BadRequest(f"dynamic names axis {axis} of {name}, which has {inputs[name].ndim} axes")
-        return {
-            name: {int(axis) % inputs[name].ndim: called for axis, called in axes.items()}
-            for name, axes in dynamic.items()
-        }
-    leading = [array.shape[0] for array in inputs.values() if array.ndim]
-    if not dynamic or not leading:
-        return {}
-    return {name: {0: BATCH} for name, array in inputs.items() if array.ndim and array.shape[0] == leading[0]}
-
-
-def _sizes(inputs: Arrays, axes: Axes) -> dict[str, int]:
-    """Size of each named axis in the validation batch."""
-    sizes: dict[str, int] = {}
-    for name, named in axes.items():
-        for axis, called in named.items():
-            size = inputs[name].shape[axis]
-            if sizes.setdefault(called, size) != size:
-                raise BadRequest(f"dynamic: {called!r} is {sizes[called]} in one input and {size} in {name}")
-    return sizes
-
-
-def resized(inputs: Arrays, axes: Axes, sizes: Mapping[str, int]) -> Arrays:
-    """The same inputs at other sizes: rows are taken in turn, so that every row is a real one."""
-    batch = dict(inputs)
-    for name, named in axes.items():
-        for axis, called in named.items():
-            rows = np.arange(sizes[called]) % inputs[name].shape[axis]
-            batch[name] = np.take(batch[name], rows, axis)
-    return batch
-
-
-def _candidates(axes: Axes, sizes: Mapping[str, int]) -> Iterator[dict[str, int]]:
-    """Sizes to try beside those of the validation batch: small batches, other axes doubled, halved and as they are.
-
-    At last greater ones: the nodes of a graph may grow, but not vanish under its edges.
-    """
-    leading = {called for named in axes.values() for axis, called in named.items() if axis == 0}
-    scales: tuple[Callable[[int], int], ...] = (lambda n: 2 * n, lambda n: max(n // 2, 1), lambda n: n)
-    candidates = [
-        {called: rows if called in leading else scale(size) for called, size in sizes.items()}
-        for index, rows in enumerate((1, 3, 2, 5))
-        for scale in (scales[index:] if len(leading) < len(sizes) else scales[2:])
-    ]
-    for more in (1, 2):  # not twice as many, which a fixed batch may happen to divide
-        candidates.append({called: size + more if called in leading else size for called, size in sizes.items()})
-    yielded = [dict(sizes)]
-    for tried in candidates:
-        if tried not in yielded:
-            yielded.append(tried)
-            yield tried
-
-
-def _further(
-    run: Runner, inputs: Arrays, outputs: Arrays, axes: Axes, sizes: Mapping[str, int]
-) -> tuple[list[tuple[dict[str, int], Arrays]], str]:
-    """Two further batches with their reference outputs, or the reason why the module itself cannot run them."""
-    found: list[tuple[dict[str, int], Arrays]] = []
-    why = ""
-    for tried in _candidates(axes, sizes):
-        batch = resized(inputs, axes, tried)
-        where = ", ".join(f"{name}={size}" for name, size in tried.items())
-        try:
-            answer = run(batch)
-        except Exception as error:  # forward is the user's; whatever it raises at this size means that it cannot do it
-            why = f"PyTorch itself fails at {where}: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            continue
-        ranks = {name: (array.ndim, outputs[name].ndim) for name, array in answer.items() if name in outputs}
-        if answer.keys() != outputs.keys() or any(here != there for here, there in ranks.values()):
-            why = f"PyTorch itself returns outputs of another rank at {where}"
-            continue
-        found.append((tried, batch | answer))
-        if len(found) == 2:
-            break
-    return (found, "") if found or not sizes else ([], why)
-
-
-def _describe(name: str, array: np.ndarray, named: Mapping[int, str]) -> TensorSpec:
-    return TensorSpec(name, str(array.dtype), tuple(named.get(axis, size) for axis, size in enumerate(array.shape)))
-
-
-def _describe_outputs(
-    outputs: Arrays, sizes: Mapping[str, int], further: Sequence[tuple[Mapping[str, int], Arrays]]
-) -> tuple[tuple[TensorSpec, ...], dict[str, int]]:
-    """Outputs with the axes named that changed with the batch, and the sizes of those that follow no input axis."""
-    described, own = [], {}
-    for name, array in outputs.items():
-        named: dict[int, str] = {}
-        for axis, size in enumerate(array.shape):
-            seen = [(size, sizes), *((batch[name].shape[axis], at) for at, batch in further)]
-            if len({found for found, _ in seen}) == 1:
-                continue
-            follows = [called for called in sizes if all(found == at[called] for found, at in seen)]
-            named[axis] = follows[0] if follows else f"{name}_axis_{axis}"
-            if not follows:
-                own[named[axis]] = size
-        described.append(_describe(name, array, named))
-    return tuple(described), own
 
 
 # --- the rest ---------------------------------------------------------------------------------------------------------

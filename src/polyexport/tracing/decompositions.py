@@ -86,6 +86,7 @@ def written_out() -> Iterator[None]:
         torch.nn.functional.pad: pad,
         torch.take_along_dim: take_along_dim,
         torch.Tensor.take_along_dim: take_along_dim,
+        torch.conv_transpose3d: conv_transpose3d,
         torch.hypot: lambda x, other: (x * x + other * other).sqrt(),
         torch.einsum: einsum,
         torch.sum: total,
@@ -356,6 +357,22 @@ def pad(x: torch.Tensor, pad: Any, mode: str = "constant", value: float | None =
         ends = (x.narrow(axis, x.shape[axis] - before, before), x, x.narrow(axis, 0, after))
         x = torch.cat([part for part, size in zip(ends, (before, 1, after), strict=True) if size], axis)
     return x
+
+
+def conv_transpose3d(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, stride: Any = 1, padding: Any = 0,
+    output_padding: Any = 0, groups: int = 1, dilation: Any = 1,
+) -> torch.Tensor:  # fmt: skip  # PyTorch's own parameters, on few lines
+    """`torch.conv_transpose3d` with its output cut to size by slices, where Core ML's converter knows no other way."""
+    import torch
+
+    cut, more = ((each,) * 3 if isinstance(each, int) else tuple(each) for each in (padding, output_padding))
+    if not any(more) or any(extra > edge for edge, extra in zip(cut, more, strict=True)):
+        return torch.conv_transpose3d(x, weight, bias, stride, padding, output_padding, groups, dilation)
+    whole = torch.conv_transpose3d(x, weight, bias, stride, 0, 0, groups, dilation)
+    for axis, (edge, extra) in enumerate(zip(cut, more, strict=True), x.dim() - 3):
+        whole = whole.narrow(axis, edge, whole.shape[axis] - 2 * edge + extra)
+    return whole
 
 
 def take_along_dim(x: torch.Tensor, indices: torch.Tensor, dim: int | None = None) -> torch.Tensor:

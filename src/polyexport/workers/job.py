@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -53,10 +53,24 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """A file of named arrays, inputs and reference outputs together, and the sizes of its dynamic axes."""
+    """A file of named arrays, inputs and reference outputs together, and the sizes of its dynamic axes.
+
+    Attributes:
+        path: Relative to the export's folder.
+        sizes: Size of each dynamic axis.
+        label: What its values are, where they are others than those of the validation batch: `rows negated`.
+        real: Whether the values are data as it came, and not made from it.
+    """
 
     path: str
     sizes: Mapping[str, int] = field(default_factory=dict)
+    label: str = ""
+    real: bool = True
+
+
+def proofs(batches: Sequence[Batch], *, dynamic: bool, made_up: bool) -> tuple[Batch, ...]:
+    """The batches that an artifact has to answer: of fixed sizes those of the first; `made_up` values only if asked."""
+    return tuple(batch for batch in batches if (dynamic or batch.sizes == batches[0].sizes) and (made_up or batch.real))
 
 
 def result_path(job_path: Path) -> Path:

@@ -63,6 +63,26 @@ def _scaled(context: Any, node: Any, plain: Any, combine: Binary, *, scales_firs
     context.add(mb.identity(x=combine(mb, x, y), name=node.name))
 
 
+def addcmul(context: Any, node: Any) -> None:
+    """`x + value * y * z`."""
+    _added(context, node, lambda mb, y, z: mb.mul(x=y, y=z))
+
+
+def addcdiv(context: Any, node: Any) -> None:
+    """`x + value * y / z`."""
+    _added(context, node, lambda mb, y, z: mb.real_div(x=y, y=z))
+
+
+def _added(context: Any, node: Any, combine: Binary) -> None:
+    from coremltools.converters.mil import Builder as mb
+    from coremltools.converters.mil.frontend.torch.ops import _get_inputs, _get_kwinputs
+
+    x, y, z, *more = _get_inputs(context, node)
+    (value,) = _get_kwinputs(context, node, "value", default=[more[0] if more else None])
+    x, y, z, factor = _promoted(x, y, z, 1 if value is None else getattr(value, "val", value))
+    context.add(mb.add(x=x, y=mb.mul(x=combine(mb, y, z), y=factor), name=node.name))
+
+
 def mul(context: Any, node: Any) -> None:
     """A product, also of complex numbers, which coremltools only adds."""
     from coremltools.converters.mil import Builder as mb
@@ -220,9 +240,29 @@ def _reduced(context: Any, node: Any, plain: Any, reduce: Any) -> None:
     context.add(reduce(x=cast, axes=axes, keep_dims=bool(getattr(keep, "val", keep)), name=node.name))
 
 
+def argmax(context: Any, node: Any) -> None:
+    """The index of the greatest or the least, by coremltools, but of all entries, for which it takes the last axis."""
+    from coremltools.converters.mil import Builder as mb
+    from coremltools.converters.mil.frontend.torch import ops
+
+    x, *more = ops._get_inputs(context, node)
+    given = zip(("dim", "keepdim"), [*more, None, None], strict=False)
+    axis, keep = (ops._get_kwinputs(context, node, name, default=[value])[0] for name, value in given)
+    if axis is not None:
+        ops.argmax(context, node)
+        return
+    reduce = mb.reduce_argmax if node.kind == "argmax" else mb.reduce_argmin
+    index = reduce(x=mb.reshape(x=x, shape=[-1]), axis=0)
+    shape = [1] * x.rank if keep is not None and keep.val else []
+    context.add(mb.reshape(x=index, shape=shape) if shape else mb.identity(x=index), torch_name=node.name)
+
+
 COMPOSITES = {
+    **dict.fromkeys(("argmax", "argmin"), argmax),
     "add": add,
     "sub": sub,
+    "addcmul": addcmul,
+    "addcdiv": addcdiv,
     **dict.fromkeys(("rsub", "rsub.scalar"), rsub),
     "mul": mul,
     **dict.fromkeys(("div", "true_divide"), div),

@@ -66,7 +66,19 @@ def _lgamma(mb: Any, x: Any) -> Any:
     return mb.select(cond=mb.less(x=x, y=0.5), a=below, b=above)
 
 
+_FLOATS = (
+    *("acos", "asin", "atan", "atanh", "cos", "cosh", "erf", "exp", "exp2", "log", "sigmoid", "sin", "sinh", "sqrt"),
+    *("tan", "tanh"),
+)
+"""Functions that MIL has by PyTorch's name, but of floats only."""
+
+
+def _of_floats(name: str) -> Callable[..., Any]:
+    return lambda mb, x: getattr(mb, name)(x=x)
+
+
 _ELEMENTWISE: Mapping[str, Callable[..., Any]] = {
+    **{name: _of_floats(name) for name in _FLOATS},
     # MIL's own `inverse` adds an epsilon of 1e-4 first
     "reciprocal": lambda mb, x: mb.real_div(x=1.0, y=mb.cast(x=x, dtype="fp32")),
     "lerp": lambda mb, start, end, weight: mb.add(x=start, y=mb.mul(x=mb.sub(x=end, y=start), y=weight)),
@@ -80,6 +92,15 @@ _ELEMENTWISE: Mapping[str, Callable[..., Any]] = {
         x=mb.abs(x=x), y=mb.sub(x=1.0, y=mb.mul(x=mb.cast(x=mb.less(x=y, y=0.0), dtype="fp32"), y=2.0))
     ),
 }
+
+
+def relu(context: Any, node: Any) -> None:
+    """What is above zero, of integers too."""
+    from coremltools.converters.mil import Builder as mb
+    from coremltools.converters.mil.frontend.torch.ops import _get_inputs
+
+    (x,) = _get_inputs(context, node)
+    context.add(mb.relu(x=x, name=node.name) if "fp" in _kind(x) else mb.maximum(x=x, y=0, name=node.name))
 
 
 def rounded(context: Any, node: Any) -> None:
@@ -119,31 +140,34 @@ def log_softmax(context: Any, node: Any) -> None:
 
 def triu(context: Any, node: Any) -> None:
     """The upper triangle by a choice: coremltools subtracts the lower one, which makes NaN of infinities."""
-    _triangle(context, node, lambda mb, ones, k: (mb.band_part(x=ones, lower=-1, upper=k - 1), 0.0) if k > 0 else
-              (mb.band_part(x=ones, lower=-k, upper=-1), 1.0))  # fmt: skip  # the band, and what is kept of it
+    _triangle(context, node, upper=True)
 
 
 def tril(context: Any, node: Any) -> None:
     """Likewise the lower one."""
-    _triangle(context, node, lambda mb, ones, k: (mb.band_part(x=ones, lower=-k - 1, upper=-1), 0.0) if k < 0 else
-              (mb.band_part(x=ones, lower=-1, upper=k), 1.0))  # fmt: skip  # as above
+    _triangle(context, node, upper=False)
 
 
-def _triangle(context: Any, node: Any, band: Callable[[Any, Any, int], tuple[Any, float]]) -> None:
+def _triangle(context: Any, node: Any, *, upper: bool) -> None:
+    """MIL's bands hold the diagonal: a triangle that does not is what the band of the other one leaves out."""
     from coremltools.converters.mil import Builder as mb
     from coremltools.converters.mil.frontend.torch.ops import _get_inputs
 
     x, *more = _get_inputs(context, node)
+    diagonal = int(more[0].val) if more and more[0] is not None else 0
+    held = diagonal <= 0 if upper else diagonal >= 0
+    of_upper, edge = (upper, diagonal) if held else (not upper, diagonal - 1 if upper else diagonal + 1)
     sizes = _sizes(x)[-2:]
     like = x if "fp" in _kind(x) else mb.cast(x=x, dtype="fp32")
     ones = mb.fill_like(ref_tensor=like, value=1.0) if -1 in sizes else np.ones(sizes, np.float32)
-    inside, kept = band(mb, ones, int(more[0].val) if more and more[0] is not None else 0)
-    zero = mb.cast(x=0.0, dtype=_kind(x))
-    context.add(mb.select(cond=mb.equal(x=inside, y=kept), a=x, b=zero, name=node.name))
+    band = mb.band_part(x=ones, **({"lower": -edge, "upper": -1} if of_upper else {"lower": -1, "upper": edge}))
+    kept = mb.equal(x=band, y=1.0 if held else 0.0)
+    context.add(mb.select(cond=kept, a=x, b=mb.cast(x=0.0, dtype=_kind(x)), name=node.name))
 
 
 COMPOSITES = {
     **{name: _elementwise(build) for name, build in _ELEMENTWISE.items()},
+    "relu": relu,
     **dict.fromkeys(("round", "round.decimals"), rounded),
     **dict.fromkeys(("log_softmax", "_log_softmax"), log_softmax),
     "triu": triu,

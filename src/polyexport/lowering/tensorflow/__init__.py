@@ -6,12 +6,11 @@ functions, and in the toolchain that has TensorFlow.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tensorflow as tf
 
-from polyexport.lowering.graph import Lowering, read
+from polyexport.lowering.graph import Lowering
 from polyexport.lowering.tensorflow import (  # each writes its operators into the table
     control,
     convolution,
@@ -41,22 +40,17 @@ FILES = (
 """Where the operators are."""
 
 
-def lower(path: Path, inputs: list[tf.TensorSpec]) -> tf.Module:
-    """A module whose `forward` computes an ONNX file's graph: tensors in, a dict of named tensors out.
+def lower_model(model: onnx.ModelProto, inputs: list[tf.TensorSpec]) -> tf.Module:
+    """A module whose `forward` computes a model's graph: tensors in, a dict of named tensors out.
 
     Args:
-        path: The ONNX file.
+        model: As `polyexport.lowering.graph.read` gives it, its functions inlined.
         inputs: Name, type and shape of forward's inputs, in the order of its arguments; one that the graph does not
             read is taken and left.
 
     Raises:
         UnsupportedOp: the graph has an operator, or a use of one, that the table does not carry.
     """
-    return lower_model(read(path), inputs)
-
-
-def lower_model(model: onnx.ModelProto, inputs: list[tf.TensorSpec]) -> tf.Module:
-    """The same for a model in memory, its functions inlined."""
     weights = Weights()
     names = [output.name for output in model.graph.output]
     lowering = Lowering(framework(weights), OPS, model)

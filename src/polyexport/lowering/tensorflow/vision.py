@@ -126,7 +126,8 @@ def _corners(images: Tensor, batch: Tensor, ys: Tensor, xs: Tensor) -> list[Tens
     ):
         places = tf.stack([rows, tf.cast(y, tf.int32), tf.cast(x, tf.int32)], -1)
         weight = tf.where(inside, weight, tf.zeros_like(weight))
-        found.append(tf.gather_nd(images, places) * weight[..., None])
+        # a slice with a new axis is one of six axes, and TFLite has five
+        found.append(tf.gather_nd(images, places) * tf.expand_dims(weight, -1))
     return found
 
 
@@ -240,9 +241,10 @@ def deformable_convolution(
     batch, channels, height, width = sizes_of(x)
     rows, columns = sizes_of(offset)[2:]
     taps = kernel[0] * kernel[1]
-    # (batch, offset group, tap, y or x, row, column)
-    moved = tf.reshape(offset.tensor, tf.stack([batch, offset_group, taps, 2, rows, columns]))
-    weighed = None if mask is None else tf.reshape(mask.tensor, tf.stack([batch, offset_group, taps, rows, columns]))
+    # (batch and offset group, tap and y or x, row, column): TFLite slices five axes at most
+    moved = tf.reshape(offset.tensor, tf.stack([batch * offset_group, taps * 2, rows, columns]))
+    if mask is not None:
+        weighed = tf.reshape(mask.tensor, tf.stack([batch * offset_group, taps, rows, columns, 1]))
     images = tf.reshape(x.tensor, tf.stack([batch * offset_group, channels // offset_group, height, width]))
     images = tf.transpose(images, [0, 2, 3, 1])
     sizes = [tf.cast(each, images.dtype) for each in (height, width)]
@@ -250,15 +252,15 @@ def deformable_convolution(
     for tap in range(taps):
         own = (tap // kernel[1], tap % kernel[1])
         at = [
-            tf.reshape(moved[:, :, tap, axis], tf.stack([batch * offset_group, rows, columns]))
+            moved[:, 2 * tap + axis]
             + _lattice(
                 (rows, columns)[axis], strides[axis], own[axis] * dilations[axis] - pads[axis], axis, images.dtype
             )
             for axis in (0, 1)
         ]
         sample = _sampled(images, at, sizes, "linear", "zeros", False)
-        if weighed is not None:
-            sample *= tf.reshape(weighed[:, :, tap], tf.stack([batch * offset_group, rows, columns, 1]))
+        if mask is not None:
+            sample *= weighed[:, tap]
         sample = tf.reshape(sample, tf.stack([batch, offset_group, rows, columns, channels // offset_group]))
         found.append(tf.reshape(tf.transpose(sample, [0, 1, 4, 2, 3]), tf.stack([batch, group, depth, rows, columns])))
     kernels = tf.reshape(weight.tensor, [group, outputs // group, depth, taps])

@@ -1,0 +1,191 @@
+"""What the module answered where it was trained, to be compared with what a worker rebuilds.
+
+A worker has the checkpoint and what could be pickled. An attribute that training changed since, a global of an imported
+module that the script set, a function that was replaced: none of them needs to be among that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from polyexport.capture import snapshot
+from polyexport.capture.flatten import as_runner, flat, named_tensors, to_arrays
+from polyexport.capture.pytree import closed, opened
+from polyexport.spec import Arrays
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+Call = tuple[Sequence[Any], Mapping[str, Any]]
+
+ANSWER = "answer.pkl"
+"""In a module's folder: the `Answer`."""
+
+_PROBED = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One call of forward in the process that trains, all tensors on the CPU.
+
+    Attributes:
+        call: The arguments, as forward left them.
+        outputs: The tensors that it returned, in order.
+        weights: One number of each of some parameters, by name, which tells whether a checkpoint has the same ones.
+        exact: Whether it was computed in float32 on a CPU, so that the same computation differs by rounding alone.
+    """
+
+    call: Call
+    outputs: tuple[torch.Tensor, ...]
+    weights: Mapping[str, float]
+    exact: bool
+
+
+def answer(root: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], returned: Any) -> Answer:
+    """Take copies of a call and what it returned; `root` is the module whose checkpoint will be exported.
+
+    Raises:
+        Exception: something in the call cannot be copied, or forward returned no tensor.
+    """
+    import torch
+    from torch.utils import _pytree as pytree
+
+    def copied(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.detach().to("cpu", copy=True)
+
+    outputs = tuple(named_tensors(returned, taken={})[0].values())
+    kinds = {(tensor.device.type, tensor.dtype) for tensor in outputs if tensor.is_floating_point()}
+    kinds |= {(parameter.device.type, parameter.dtype) for parameter in root.parameters()}
+    call = closed(pytree.tree_map_only(torch.Tensor, copied, opened((tuple(args), dict(kwargs)))))
+    return Answer(
+        call=call,
+        outputs=tuple(map(copied, outputs)),
+        weights=_probe(root.named_parameters()),
+        exact=kinds <= {("cpu", torch.float32), ("cpu", torch.float64)} and not torch.is_autocast_enabled("cpu"),
+    )
+
+
+def _probe(parameters: Iterable[tuple[str, torch.Tensor]]) -> dict[str, float]:
+    """The number in the middle of some parameters, those that are trained first."""
+    import torch
+
+    from polyexport.capture.unwrap import clean_name
+
+    named = sorted(parameters, key=lambda item: not item[1].requires_grad)
+    chosen = {name: tensor for name, tensor in named[:: max(1, len(named) // _PROBED)] if tensor.numel()}
+    if not chosen:
+        return {}
+    numbers = torch.stack([_middle(tensor).float() for tensor in chosen.values()]).tolist()
+    return dict(zip(map(clean_name, chosen), numbers, strict=True))
+
+
+def _middle(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().reshape(-1)[tensor.numel() // 2]
+
+
+def ask(module: nn.Module, call: Call, folder: Path) -> None:
+    """Call `module` in eval mode where it is, leave it as it was, and write its answer to `folder`.
+
+    Nothing is written where that fails: then there is nothing to compare with.
+    """
+    import torch
+    from torch.utils import _pytree as pytree
+
+    device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+    moved = pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.detach().to(device, copy=True), opened(call))
+    with contextlib.suppress(Exception), torch.no_grad(), torch.random.fork_rng(), _left_as_it_is(module):
+        args, kwargs = closed(moved)
+        snapshot.dump(answer(module, *call, module.eval()(*args, **kwargs)), folder / ANSWER)
+
+
+@contextlib.contextmanager
+def _left_as_it_is(root: nn.Module) -> Iterator[None]:
+    """Attributes and buffers are afterwards what they are now."""
+    attributes = [(each, dict(vars(each)), dict(each._buffers)) for each in root.modules()]
+    values = [(buffer, buffer.detach().clone()) for buffer in root.buffers()]
+    try:
+        yield
+    finally:
+        for each, before, buffers in attributes:
+            vars(each).clear()
+            vars(each).update(before)
+            each._buffers.clear()
+            each._buffers.update(buffers)
+        for buffer, value in values:
+            buffer.copy_(value)
+
+
+def disagreement(folder: Path, model: Any) -> str:
+    """How the flat `model` of `folder` answers otherwise than the training process did; empty where it does not.
+
+    It is empty too where nothing can be told: no answer was recorded, the checkpoint has other weights than the module
+    had then, or forward changes its own inputs.
+    """
+    if not (folder / ANSWER).exists():
+        return ""
+    recorded: Answer = snapshot.restore(folder / ANSWER)
+    if not _same_weights(recorded.weights, snapshot.load_weights(folder / snapshot.WEIGHTS)):
+        return ""
+    try:
+        found = _asked_again(model, recorded.call)
+    except (
+        Exception
+    ):  # forward is the user's: a trace has one batch size, a forward without eval mode another signature
+        return ""
+    if found is None:
+        return ""
+    if len(found) != len(recorded.outputs):
+        return f"{len(found)} outputs in place of {len(recorded.outputs)}"
+    pairs = zip(found.items(), recorded.outputs, strict=True)
+    return next(filter(None, (_apart(name, array, there, recorded.exact) for (name, array), there in pairs)), "")
+
+
+def _asked_again(model: Any, call: Call) -> Arrays | None:
+    """What the module of a flat `model` answers to a call; None where it changes its own inputs."""
+    import torch
+    from torch.utils import _pytree as pytree
+
+    asked: Any = model
+    if isinstance(model, torch.fx.GraphModule):  # a trace, of which only the flat form is left
+        leaves = pytree.tree_leaves(opened(call))
+        tensors = tuple(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
+    else:
+        asked = flat(model.inner, *call)
+        tensors = asked.example
+        if hasattr(model, "within"):
+            asked.within = model.within
+    inputs = to_arrays(asked.input_names, tensors)
+    before = {name: array.tobytes() for name, array in inputs.items()}
+    answer = as_runner(asked)(inputs)
+    return answer if all(before[name] == array.tobytes() for name, array in inputs.items()) else None
+
+
+def _apart(name: str, array: np.ndarray, there: torch.Tensor, exact: bool) -> str:
+    """How an output differs from what was answered there by more than rounding."""
+    expected = there.float().numpy() if there.is_floating_point() else there.numpy()
+    if array.shape != expected.shape:
+        return f"{name} has shape {list(array.shape)} in place of {list(expected.shape)}"
+    off = _distance(array, expected)
+    rounding = off <= (1e-4 if exact else 0.1) or not (exact or there.is_floating_point())
+    return "" if rounding else f"{name} is off by {off:.2g} of its norm"
+
+
+def _distance(array: np.ndarray, expected: np.ndarray) -> float:
+    """Norm of the difference over the norm of what was expected, of finite elements."""
+    kind = np.complex128 if np.iscomplexobj(expected) else np.float64
+    found, right = array.astype(kind), expected.astype(kind)
+    finite = np.isfinite(found) & np.isfinite(right)
+    norm = float(np.linalg.norm(right[finite]))
+    return float(np.linalg.norm(found[finite] - right[finite])) / max(norm, 1e-12)
+
+
+def _same_weights(probed: Mapping[str, float], state: Mapping[str, torch.Tensor]) -> bool:
+    there = {name: float(_middle(state[name])) for name in probed if name in state}
+    return bool(there) and all(np.isclose(value, probed[name], rtol=1e-6, atol=0) for name, value in there.items())

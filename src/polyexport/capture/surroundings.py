@@ -1,0 +1,110 @@
+"""What the code of a module reads beside its attributes: globals of the files that it is from, and of its classes.
+
+A script may set them (`net.SCALE = 3`, `Net.forward = mine`), and a worker imports the files as they were written.
+
+Requirements:
+* Only plain values and functions of the user's own files are taken; installed packages are the same in a worker.
+* They are offered beside the module and set only where the module does not answer as it did without them (see
+  `polyexport.measure.reference`): a global may rightly be another one in a worker, as what says that there is a GPU.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import sysconfig
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from types import FunctionType, ModuleType
+from typing import TYPE_CHECKING, Any
+
+from polyexport.capture.pickling import importable
+
+if TYPE_CHECKING:
+    from torch import nn
+
+OFFERED, SET = "surroundings.offered.pkl", "surroundings.pkl"
+"""In a module's folder: what `taken` found; under the second name it is set whenever the module is loaded."""
+
+_PLAIN = (bool, int, float, complex, str, bytes, type(None))
+
+Surroundings = Mapping[str, Mapping[str, Any]]
+"""`module` or `module:Class` -> name -> value."""
+
+
+def taken(root: nn.Module) -> Surroundings:
+    """The plain globals of the files that the classes of `root` are from, and functions that others put there."""
+    found: dict[str, dict[str, Any]] = {}
+    for home in _homes(root):
+        found[home.__name__] = _own(vars(home), home.__name__)
+        for kind in vars(home).values():
+            if isinstance(kind, type) and kind.__module__ == home.__name__:
+                found[f"{home.__name__}:{kind.__qualname__}"] = _own(vars(kind), home.__name__)
+    return {name: values for name, values in found.items() if values}
+
+
+def _own(values: Mapping[str, Any], home: str) -> dict[str, Any]:
+    return {
+        name: value
+        for name, value in values.items()
+        if not name.startswith("__")
+        and (_is_plain(value) or (isinstance(value, FunctionType) and value.__module__ != home))
+    }
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, _PLAIN) or (isinstance(value, tuple) and all(map(_is_plain, value)))
+
+
+def _homes(root: nn.Module) -> Iterable[ModuleType]:
+    """The user's files that the classes of `root` are from, and those that these import."""
+    waiting = [kind.__module__ for each in root.modules() for kind in type(each).__mro__]
+    found: dict[str, ModuleType] = {}
+    while waiting:
+        home = sys.modules.get(waiting.pop())
+        if home is None or home.__name__ in found or not _is_users(home):
+            continue
+        found[home.__name__] = home
+        waiting += [
+            value.__name__ if isinstance(value, ModuleType) else str(value.__module__)
+            for value in vars(home).values()
+            if isinstance(value, ModuleType | FunctionType | type)
+        ]
+    return found.values()
+
+
+_INSTALLED = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
+
+
+def _is_users(home: ModuleType) -> bool:
+    """Whether it was read from a file of the user's that a worker imports too: a script itself is taken along."""
+    file = getattr(home, "__file__", None)
+    installed = file is None or file.startswith(_INSTALLED) or "-packages" in file
+    ours = home.__name__.partition(".")[0] in ("__main__", "polyexport", "lightning_export")
+    return not installed and not ours and importable(home.__name__)
+
+
+def put_back(surroundings: Surroundings) -> list[str]:
+    """Set what differs here; returns the names of it."""
+    names = []
+    for home, name, value, owner in _differing(surroundings):
+        setattr(owner, name, value)
+        names.append(f"{home}.{name}")
+    return names
+
+
+def _differing(surroundings: Surroundings) -> Iterator[tuple[str, str, Any, Any]]:
+    for home, values in surroundings.items():
+        module, _, kind = home.partition(":")
+        owner: Any = importlib.import_module(module)
+        for part in filter(None, kind.split(".")):
+            owner = getattr(owner, part)
+        for name, value in values.items():
+            here = vars(owner).get(name)
+            if here is not value and (isinstance(value, FunctionType) or here != value):
+                yield home.replace(":", "."), name, value, owner
+
+
+def accept(folder: Path) -> None:
+    """Have what `folder` offers set whenever its module is loaded."""
+    (folder / OFFERED).rename(folder / SET)

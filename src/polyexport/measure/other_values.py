@@ -1,0 +1,108 @@
+"""Other values than those of the validation batch, in its shapes: what shows that an artifact is right for those only.
+
+Integers stay within the range that was seen, or between it and zero: they may be indices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Literal
+
+import numpy as np
+
+from polyexport.spec import Arrays
+
+Kind = Literal["real", "mask", "integer"]
+Change = Callable[[np.ndarray, np.random.Generator], np.ndarray]
+
+
+def kind(arrays: Sequence[np.ndarray]) -> Kind:
+    """What an input's values look like over several batches: a mask holds 0 and 1 only."""
+    if all(np.isin(array, (0, 1)).all() for array in arrays):
+        return "mask"
+    return "real" if np.issubdtype(arrays[0].dtype, np.inexact) else "integer"
+
+
+def changed(inputs: Arrays, others: Sequence[Arrays] = ()) -> Iterator[tuple[str, Arrays]]:
+    """Label and values of one change after another, the most telling first; `others` are further real batches.
+
+    A change that leaves every input as it is, is left out.
+    """
+    kinds = {name: kind([array, *(other[name] for other in others)]) for name, array in inputs.items()}
+    for label, by_kind in _CHANGES.items():
+        random = np.random.default_rng(0)
+        values = {
+            name: by_kind[kinds[name]](array, random).astype(array.dtype) if kinds[name] in by_kind else array
+            for name, array in inputs.items()
+        }
+        if any(not np.array_equal(values[name], array) for name, array in inputs.items()):
+            yield label, values
+
+
+def jittered(inputs: Arrays) -> Arrays:
+    """The same but for a millionth of each real number: what such a change moves far, rounding moves too."""
+    random = np.random.default_rng(0)
+    return {
+        name: (array * (1 + 1e-6 * random.choice((-1, 1), array.shape))).astype(array.dtype)
+        if np.issubdtype(array.dtype, np.inexact)
+        else array
+        for name, array in inputs.items()
+    }
+
+
+def _shuffled(array: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    return random.permutation(array.reshape(-1)).reshape(array.shape)
+
+
+def _mixed(array: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """Each row half and half with the one before, or a single row with itself backwards; every second one negated."""
+    if not array.ndim:
+        return -array
+    rows = (array + (np.roll(array, 1, 0) if len(array) > 1 else np.flip(array, -1))) / 2
+    signs = np.where(np.arange(len(array)) % 2, 1, -1)
+    mixed: np.ndarray = rows * signs.reshape(-1, *[1] * (array.ndim - 1))
+    return mixed
+
+
+def _times(factor: float) -> Change:
+    return lambda array, random: array * factor
+
+
+def _shifted(steps: float) -> Change:
+    return lambda array, random: array + steps * (array.std() if array.size else 0)
+
+
+def _constant(choose: Callable[[np.ndarray], np.ndarray]) -> Change:
+    return lambda array, random: np.full_like(array, choose(array)) if array.size else array
+
+
+def _lengths(array: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """Ones up to a place in each row of the last axis, which is another one from row to row."""
+    if not array.ndim:
+        return array
+    length = array.shape[-1]
+    ends = 1 + np.arange(max(array.size // max(length, 1), 1)) % max(length, 1)
+    ones: np.ndarray = np.arange(length) < ends.reshape(*array.shape[:-1], 1)
+    return ones.astype(array.dtype)
+
+
+_CHANGES: Mapping[str, Mapping[Kind, Change]] = {
+    "rows mixed and negated": {"real": _mixed, "integer": _shuffled},
+    "elements shuffled": {"real": _shuffled, "integer": _shuffled, "mask": _shuffled},
+    "negated": {"real": _times(-1)},
+    "8 times as large": {"real": _times(8)},
+    "lengths varied": {"mask": _lengths, "integer": lambda array, random: array - array // 2},
+    "an eighth as large": {"real": _times(0.125)},
+    "masks inverted": {"mask": lambda array, random: 1 - array.astype(np.int8)},
+    "masks full": {"mask": _constant(lambda array: np.ones((), array.dtype))},
+    "masks empty": {"mask": _constant(lambda array: np.zeros((), array.dtype))},
+    "integers at their least": {"integer": _constant(np.min)},
+    "integers at their greatest": {"integer": _constant(np.max)},
+    "shifted up": {"real": _shifted(4)},
+    "shifted down": {"real": _shifted(-4)},
+    "absolute values": {"real": lambda array, random: np.abs(array)},
+    "100 times as large": {"real": _times(100)},
+    "a hundredth as large": {"real": _times(0.01)},
+    "10000 times as large": {"real": _times(1e4)},
+    "all zero": {"real": lambda array, random: np.zeros_like(array)},
+}

@@ -1,0 +1,369 @@
+"""What is found out before anything is claimed of a module: other values, other sizes, what it keeps and reads."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from polyexport import worker
+from polyexport.capture import snapshot as module
+from polyexport.capture.answer import ANSWER, ask
+from polyexport.engine import routes
+from polyexport.measure import reference
+from polyexport.measure.other_values import changed, jittered
+from polyexport.measure.reference import Reference
+from polyexport.workers.job import Job, proofs
+
+X = torch.randn(6, 5, generator=torch.Generator().manual_seed(3))
+
+
+def prepared(folder: Path, net: nn.Module, *calls, dynamic=True, trained: nn.Module | None = None) -> Reference:
+    """The reference of a module, by what it received in one validation batch after another.
+
+    `trained` is the one whose answer is recorded.
+    """
+    source = folder / "source"
+    source.mkdir()
+    for index, call in enumerate(calls):
+        module.save_call(*module.as_call(call), source, index)
+    module.save_structure(net, None, source)
+    torch.save(net.state_dict(), source / module.WEIGHTS)
+    if trained is not None:
+        ask(trained, module.as_call(calls[0]), source)
+        assert (source / ANSWER).exists()
+    return reference.make(folder, source, dynamic)
+
+
+def traced(folder: Path, found: Reference) -> tuple[dict, tuple[str, ...]]:
+    """What the verification of its TorchScript trace says, and the sites that the trace froze."""
+    job = Job("convert", "torchscript", route="trace", target="source/made/torchscript/model.torchscript")
+    job = replace(job, spec=found.spec, batches=found.batches, noise=found.noise)
+    with warnings.catch_warnings(action="ignore"):
+        made = worker.convert(folder, job)
+    return worker.verify(folder, replace(job, kind="verify", source=job.target)), tuple(made["frozen"])
+
+
+class Branch(nn.Module):
+    """Loud inputs are made quiet first; ordinary ones are not loud."""
+
+    def __init__(self, decide) -> None:
+        super().__init__()
+        self.decide, self.head = decide, nn.Linear(5, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(x / 7 if self.decide(x) else x)
+
+
+BRANCHES = {
+    "a truth value": lambda x: x.abs().max() > 8,
+    "a number": lambda x: x.abs().max().item() > 8,
+    "an integer": lambda x: int(x.abs().max()) > 8,
+    "a list": lambda x: max(x.abs().flatten().tolist()) > 8,
+    "an array": lambda x: np.abs(x.numpy()).max() > 8,
+    "membership": lambda x: float(X[0].min()) not in x,
+    "silence": lambda x: x.any() and x.abs().max() < 0.1,
+    "the sign of a sum": lambda x: x[0].sum() * float(X[0].sum()) < 0,
+    "one element": lambda x: abs(float(x[0, 0])) > 100,
+}
+
+
+@pytest.mark.parametrize("name", BRANCHES)
+def test_a_branch_on_data_that_a_trace_froze_is_told_with_its_line(tmp_path, name):
+    found = prepared(tmp_path, Branch(BRANCHES[name]), X)
+    assert {site.rpartition(":")[0] for site in found.read_at} == {__file__}
+    assert found.one_side == ()
+    verified, frozen = traced(tmp_path, found)
+    assert verified["parity"].passed, "it is right on the first batch"
+    why = routes.narrow(verified["elsewhere"], frozen, found)
+    assert why.startswith("right on data like the first batch only: on ")
+    assert f"a trace keeps one side of what forward decides by its data at {Path(__file__).name}:" in why
+
+
+def test_a_branch_that_no_value_reached_is_told_where_a_trace_froze_it(tmp_path):
+    found = prepared(tmp_path, Branch(lambda x: x.abs().max() > 1e30), X)
+    assert found.one_side == found.read_at
+    verified, frozen = traced(tmp_path, found)
+    assert verified["elsewhere"] == ""
+    why = routes.narrow("", frozen, found)
+    assert why.startswith(
+        "one branch only, since forward decides by its data and every batch took the same (test_truth"
+    )
+    assert routes.narrow("", (), found) == "", "another route froze nothing"
+
+
+@pytest.mark.parametrize(
+    "decide",
+    [lambda x: x.shape[0] > 3, lambda x: len(x) > 3, lambda x: torch.ones(3).sum() > 2, lambda x: x.dtype is None],
+)
+def test_sizes_and_constants_are_no_data(tmp_path, decide):
+    found = prepared(tmp_path, Branch(decide), X)
+    assert found.read_at == ()
+    assert [each.label for each in found.batches if each.label] == ["rows mixed and negated"], "one is enough"
+
+
+class Keeps(nn.Module):
+    """Answers by what it saw before."""
+
+    def __init__(self, keep) -> None:
+        super().__init__()
+        self.keep, self.head = keep, nn.Linear(5, 3)
+        self.register_buffer("state", torch.zeros(5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.state = self.keep(self.state, x)
+        return self.head(x - self.state)
+
+
+STATES = {
+    "a moving mean": lambda state, x: 0.5 * state + 0.5 * x.mean(0),
+    "the greatest so far": lambda state, x: torch.maximum(state, x.amax(0)),
+    "a count": lambda state, x: state + 1,
+    "the last": lambda state, x: x[-1] * 1.0 if x.shape[0] == 6 and x[0, 0] != X[0, 0] else state,
+}
+
+
+@pytest.mark.parametrize("name", STATES)
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_a_state_that_forward_keeps_between_calls_leaves_nothing_to_prove(tmp_path, name, dynamic):
+    found = prepared(tmp_path, Keeps(STATES[name]), X, dynamic=dynamic)
+    assert found.undecidable.startswith("forward answers two calls differently")
+
+
+def test_a_state_that_changes_no_answer_is_none(tmp_path):
+    assert prepared(tmp_path, Keeps(lambda state, x: x.sum() * 0 + state), X).undecidable == ""
+
+
+def test_one_change_that_pytorch_cannot_answer_is_left_out_for_the_next(tmp_path):
+    found = prepared(tmp_path, nn.Embedding(8, 2), torch.tensor([[7, 1], [2, 2], [5, 0]]))
+    (values,) = [np.load(tmp_path / each.path)["input"] for each in found.batches if not each.real]
+    assert values.max() <= 7
+    assert not np.array_equal(values, [[7, 1], [2, 2], [5, 0]])
+
+
+def test_a_change_that_rounding_alone_moves_far_is_left_out(tmp_path):
+    class Chaotic(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.where(x < 0, torch.sin(x * 1e9), x)
+
+    found = prepared(tmp_path, Chaotic(), X.abs())
+    assert [each.label for each in found.batches if each.label] == ["elements shuffled"]
+
+
+def test_every_change_is_one_and_keeps_shape_and_type():
+    inputs = {
+        "x": X.numpy(),
+        "ids": np.arange(12, dtype=np.int64).reshape(6, 2),
+        "mask": np.ones((6, 4), np.int64),
+        "flag": np.array([True]),
+        "scalar": np.float32(2.0).reshape(()),
+        "lengths": np.array([4, 4, 3, 2, 1, 1], np.int32),
+    }
+    labels = [label for label, _ in changed(inputs)]
+    assert len(labels) == len(set(labels)) > 10
+    for label, values in [*changed(inputs), ("jittered", jittered(inputs))]:
+        assert {n: (a.shape, a.dtype) for n, a in values.items()} == {n: (a.shape, a.dtype) for n, a in inputs.items()}
+        assert any(not np.array_equal(values[name], array) for name, array in inputs.items()), label
+        assert values["ids"].min() >= 0, label
+        assert values["ids"].max() <= 11, label
+        assert set(np.unique(values["mask"])) <= {0, 1}, label
+
+
+# --- sizes ------------------------------------------------------------------------------------------------------------
+
+
+class Graph(nn.Module):
+    """Sums over neighbors, then over each graph of the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x: torch.Tensor, edges: torch.Tensor, graph: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        x = x.index_add(0, edges[1], x[edges[0]])
+        return self.head(torch.zeros(targets.shape[0], 5).index_add(0, graph, x)) + targets
+
+
+def graphs(nodes: int, edges: int, graphs: int) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(nodes)
+    ends = torch.randint(0, nodes, (2, edges), generator=generator)
+    graph = torch.arange(nodes) * graphs // nodes
+    return torch.randn(nodes, 5, generator=generator), ends, graph, torch.zeros(graphs, 1)
+
+
+def test_axes_that_differ_between_batches_are_dynamic_and_named_by_equal_sizes(tmp_path):
+    found = prepared(tmp_path, Graph(), graphs(12, 30, 4), graphs(17, 41, 5), graphs(9, 20, 3))
+    assert [tensor.shape for tensor in found.spec.inputs] == [
+        ("batch", 5), (2, "edges_axis_1"), ("batch",), ("targets_axis_0", 1),
+    ]  # fmt: skip  # one signature
+    assert found.spec.outputs[0].shape == ("targets_axis_0", 3)
+    real = {each.label: each.sizes["edges_axis_1"] for each in found.batches if each.label and each.real}
+    assert real == {"batch 2 of the data": 41, "batch 3 of the data": 20}, "the next, the smallest and the largest"
+
+
+def test_a_batch_of_another_kind_is_left_out_with_a_note(tmp_path):
+    found = prepared(tmp_path, Graph(), graphs(12, 30, 4), graphs(17, 41, 5)[:3])
+    assert "1 of 1 further batches are not like the first and are left out" in found.notes
+
+
+def test_axes_that_differ_and_are_fixed_as_asked_are_named_with_what_frees_them(tmp_path):
+    net = nn.AdaptiveAvgPool1d(2)
+    found = prepared(tmp_path, net, {"input": torch.rand(4, 3, 10)}, {"input": torch.rand(4, 3, 14)}, dynamic=False)
+    assert "dynamic={'input': {2: 'input_axis_2'}} frees them" in found.notes[0]
+    assert "axis 2 of input (10, 14)" in found.notes[0]
+    assert all(np.load(tmp_path / each.path)["input"].shape == (4, 3, 10) for each in found.batches)
+
+
+def test_what_is_fixed_is_named_with_what_to_ask_for(tmp_path):
+    found = prepared(tmp_path, Graph(), graphs(12, 30, 4), graphs(17, 41, 5))
+    assert routes._fixed(found.spec) == (
+        " (axis 1 of edges is 30, axis 0 of targets is 4; dynamic={'x': {0: 'batch'}, 'graph': {0: 'batch'}} asks for "
+        "the batch alone)"
+    )
+
+
+def test_fixed_sizes_are_proven_on_other_values_of_those_sizes(tmp_path):
+    found = prepared(tmp_path, Graph(), graphs(12, 30, 4), graphs(17, 41, 5))
+    fixed = proofs(found.batches, dynamic=False, made_up=True)
+    assert {tuple(each.sizes.values()) for each in fixed} == {(12, 30, 4)}
+    assert [each.label for each in fixed][1:] == ["rows mixed and negated"]
+    assert all(each.real for each in proofs(found.batches, dynamic=True, made_up=False)), "of low precision"
+
+
+# --- what was trained -------------------------------------------------------------------------------------------------
+
+
+class Cooled(nn.Module):
+    """A head whose temperature is no parameter."""
+
+    def __init__(self, temperature: float = 1.0) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.head, self.temperature = nn.Linear(5, 3), temperature
+        self.register_buffer("shift", torch.zeros(3), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(x) / self.temperature + self.shift
+
+
+def shifted() -> Cooled:
+    net = Cooled()
+    net.shift += 0.1
+    return net
+
+
+@pytest.mark.parametrize(("trained", "same"), [(Cooled(), True), (Cooled(1.01), False), (shifted(), False)])
+def test_a_module_that_does_not_answer_what_was_trained_proves_nothing(tmp_path, trained, same):
+    found = prepared(tmp_path, Cooled(), X, trained=trained)
+    assert (found.undecidable == "") == same
+    assert same or "does not answer what it did in the process that trained it (output_0 is off by" in found.undecidable
+
+
+def test_an_answer_that_was_given_with_other_weights_tells_nothing(tmp_path):
+    later = Cooled(5.0)
+    with torch.no_grad():
+        later.head.weight *= 1.001
+    assert prepared(tmp_path, Cooled(), X, trained=later).undecidable == ""
+
+
+def test_low_precision_in_training_is_rounding_and_a_temperature_is_not(tmp_path):
+    for name, temperature, same in (("same", 1.0, True), ("other", 1.5, False)):
+        (tmp_path / name).mkdir()
+        with torch.autocast("cpu", torch.bfloat16):
+            found = prepared(tmp_path / name, Cooled(), X, trained=Cooled(temperature))
+        assert (found.undecidable == "") == same
+
+
+@pytest.mark.parametrize(("temperature", "same"), [(1.0, True), (1.5, False)])
+def test_a_trace_is_compared_with_what_was_trained_too(tmp_path, temperature, same):
+    source = tmp_path / "source"
+    source.mkdir()
+    module.save_call((X,), {}, source)
+    module.save_traced(Cooled().eval(), None, (X,), {}, source)
+    torch.save(Cooled().state_dict(), source / module.WEIGHTS)
+    ask(Cooled(temperature), module.as_call(X), source)
+    assert (reference.make(tmp_path, source, True).undecidable == "") == same
+
+
+def test_a_forward_that_changes_its_inputs_is_not_compared(tmp_path):
+    class InPlace(Cooled):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x.mul_(2))
+
+    assert prepared(tmp_path, InPlace(), X, trained=InPlace()).undecidable == ""
+
+
+def test_asking_a_module_leaves_it_as_it_was(tmp_path):
+    net, state = Keeps(STATES["a count"]).train(), torch.get_rng_state()
+    ask(net, module.as_call(X), tmp_path)
+    assert (tmp_path / ANSWER).exists()
+    assert net.training
+    assert torch.equal(net.state, torch.zeros(5))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+USERS = """
+import torch
+SCALE = 1.0
+def bend(x):
+    return x
+class Net(torch.nn.Module):
+    power = 1
+    def __init__(self):
+        super().__init__()
+        self.head = torch.nn.Linear(5, 3)
+    def forward(self, x):
+        return bend(self.head(x) * SCALE) ** self.power
+"""
+
+
+def doubled(x):
+    return 2 * x
+
+
+@pytest.mark.parametrize("change", ["SCALE", "bend", "Net.power", "Net.forward"])
+def test_what_a_script_set_in_an_imported_file_is_set_again(tmp_path, monkeypatch, change):
+    name = "users_" + change.replace(".", "_")
+    (tmp_path / f"{name}.py").write_text(USERS)
+    monkeypatch.syspath_prepend(tmp_path)
+    home = importlib.import_module(name)
+    values = {"SCALE": 3.0, "bend": doubled, "Net.power": 3, "Net.forward": lambda self, x: self.head(x) - 1}
+    owner = home.Net if "." in change else home
+    attribute = change.rpartition(".")[2]
+    net, was = home.Net(), vars(owner)[attribute]
+    setattr(owner, attribute, values[change])
+    source = tmp_path / "source"
+    source.mkdir()
+    module.save_call((X,), {}, source)
+    module.save_structure(net, None, source)
+    torch.save(net.state_dict(), source / module.WEIGHTS)
+    ask(net, module.as_call(X), source)
+    expected = net(X).detach().numpy()
+    setattr(owner, attribute, was)  # as a worker imports it
+    found = reference.make(tmp_path, source, True)
+    assert found.undecidable == ""
+    assert found.notes == (f"set as they were in the process that trained: {name}.{change}",)
+    np.testing.assert_allclose(np.load(tmp_path / "validation_batch.npz")["output_0"], expected, rtol=1e-5)
+    setattr(owner, attribute, was)
+    module.load(source)
+    assert vars(owner)[attribute] is not was, "every later worker sets it too"
+
+
+def test_what_a_script_changed_in_a_package_leaves_nothing_to_prove(tmp_path, monkeypatch):
+    net = nn.Sequential(nn.Linear(5, 3), nn.GELU())
+    relu = nn.functional.relu
+    with monkeypatch.context() as patch:
+        patch.setattr(nn.functional, "gelu", lambda x, approximate: relu(x))
+        source = tmp_path / "source"
+        source.mkdir()
+        module.save_call((X,), {}, source)
+        module.save_structure(net, None, source)
+        torch.save(net.state_dict(), source / module.WEIGHTS)
+        ask(net, module.as_call(X), source)
+    assert "does not answer what it did" in reference.make(tmp_path, source, True).undecidable
