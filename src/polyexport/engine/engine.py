@@ -327,12 +327,14 @@ class Engine:
         """
         return bench(report, _by_name(formats), self._quiet(report), self._watch)
 
-    def sweep(self, report: Report, formats: Iterable[Format] = (), *, trust: bool = True) -> list[tuple[str, Latency]]:
+    def sweep(
+        self, report: Report, formats: Iterable[Format] = (), *, trust: bool = True, most: int = 4096
+    ) -> list[tuple[str, Latency]]:
         """Time every artifact that takes any batch at growing batch sizes; see `polyexport.engine.bench.sweep`.
 
         `trust`, here and below, tells whether what lies in the export may be unpickled, and so run code.
         """
-        return sweep(report, _by_name(formats), self._quiet(report, trust=trust), self._watch)
+        return sweep(report, _by_name(formats), self._quiet(report, trust=trust), self._watch, most=most)
 
     def verify(self, report: Report, formats: Iterable[Format] = (), *, trust: bool = True) -> Report:
         """Verify every artifact once more; see `polyexport.engine.rerun.verify`."""
