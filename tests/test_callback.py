@@ -208,7 +208,7 @@ def test_a_forward_that_is_called_by_its_name_is_captured_and_left_as_it_was(tmp
 class Unpicklable(runs.Scripted):
     def __init__(self, losses: Any) -> None:
         super().__init__(losses)
-        self.lock = threading.Lock()
+        self.numbers = (number for number in range(3))
 
 
 def test_a_module_that_cannot_be_pickled_is_traced_in_process_and_the_report_says_so(tmp_path):
@@ -216,7 +216,7 @@ def test_a_module_that_cannot_be_pickled_is_traced_in_process_and_the_report_say
     with pytest.warns(UserWarning, match="cannot be pickled"):
         trainer = fit(tmp_path, callback, Unpicklable([3.0, 2.0]))
     report = callback.reports[-1]
-    assert "cannot be pickled (TypeError: cannot pickle '_thread.lock' object)" in report.notes[0]
+    assert "cannot be pickled (numbers (a generator): TypeError: cannot pickle 'generator' object)" in report.notes[0]
     assert [outcome.state for outcome in report.outcomes] == ["verified", "verified"]
     weights = torch.load(trainer.checkpoint_callback.best_model_path, weights_only=True)["state_dict"]
     assert torch.equal(load_module(report.folder / "source").state_dict()["inner.clock"], weights["clock"])

@@ -220,7 +220,7 @@ class Diverges(Numb):
 class Unpicklable(Numb):
     def __init__(self) -> None:
         super().__init__()
-        self.lock = threading.Lock()
+        self.numbers = (number for number in range(3))
 
 
 # --- what happens outside of it ---------------------------------------------------------------------------------------
@@ -371,7 +371,7 @@ FAULTS = {
             "weights are NaN", "set before the first step", "unverified", "PyTorch itself answers nothing but NaN",
             good="unverified", model=Diverges,
         ),
-        Fault("module cannot be pickled", "holds a lock", "verified", model=Unpicklable),
+        Fault("module cannot be pickled", "holds a generator", "verified", model=Unpicklable),
         Fault(
             "toolchain cannot be installed", "two versions of one package", "skipped",
             "toolchain impossible cannot be installed: ", callbacks=(HasNoToolchains, Waits),
