@@ -494,7 +494,7 @@ def test_what_training_changes_beside_the_weights_is_exported_as_it_was_then(tmp
 def test_what_a_worker_cannot_rebuild_is_unverified(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.nn.functional, "linear", lambda x, weight, bias: -(x @ weight.T) - bias)
     callback = ExportCallback([GOOD], into=tmp_path / "out", publish=(), bench=False)
-    runs.trainer(tmp_path, [callback], max_epochs=1).fit(runs.Scripted(), runs.loader(), runs.loader())
+    fit(tmp_path, callback, epochs=1)
     (report,) = callback.reports
     assert report["good"].state == "unverified"
     assert report["good"].reason.startswith("nothing can be proven: the module that is rebuilt here does not answer")

@@ -227,6 +227,8 @@ FUNCTIONS = {
             torch.sub(x, x.flip(1), alpha=0.25),
             torch.rsub(x, x.flip(0), alpha=2),
             torch.add(x, 2, alpha=3),
+            torch.addcmul(x, x.flip(0), x.flip(1), value=3),
+            torch.addcdiv(x, x.flip(0), x.abs() + 1),
             torch.add((9 * x).int(), (5 * x).int(), alpha=2),
         ),
         ROWS,

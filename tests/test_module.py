@@ -8,6 +8,8 @@ import os
 import threading
 from collections import UserDict, namedtuple
 from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from polyexport import BadRequest
 from polyexport.capture import snapshot as modules
 from polyexport.capture.flatten import flat, named_tensors
 from polyexport.capture.pickling import import_path
+from saving import saved
 
 Pair = namedtuple("Pair", "first second")
 
@@ -28,14 +31,6 @@ Pair = namedtuple("Pair", "first second")
 class Found:
     boxes: torch.Tensor
     scores: torch.Tensor
-
-
-def saved(root, folder, *args, select=None, **kwargs):
-    folder.mkdir(exist_ok=True)
-    modules.save_structure(root, select, folder)
-    modules.save_call(args, kwargs, folder)
-    torch.save(root.state_dict(), folder / "weights.pt")
-    return folder
 
 
 def test_a_module_comes_back_with_its_weights_and_answers_the_same(tmp_path):
@@ -196,9 +191,57 @@ def test_an_output_without_any_tensor_is_an_error():
         named_tensors({"count": 3}, {})
 
 
-def test_an_argument_that_no_converter_can_take_is_an_error():
-    with pytest.raises(BadRequest, match=r"argument input is a object.*give inputs="):
-        flat(nn.Identity(), (object(),), {})
+class Graph:
+    def __init__(self, x):
+        self.parts = {"x": x}
+
+
+def test_an_object_with_tensors_in_it_is_an_error_that_says_what_to_do():
+    with pytest.raises(BadRequest, match=r"input is a Graph.*give inputs=.*a wrapper whose forward builds the Graph"):
+        flat(nn.Identity(), (Graph(torch.ones(2)),), {})
+
+
+class Task(Enum):
+    SEGMENT = "segment"
+
+
+def test_what_is_no_tensor_is_a_constant(tmp_path):
+    class Net(nn.Module):
+        def forward(self, batch):
+            assert batch["task"] is Task.SEGMENT
+            return batch["x"] * float(batch["scale"]) + len(batch["when"])
+
+    batch = {
+        "x": torch.ones(2), "task": Task.SEGMENT, "file": Path("a.png"), "when": np.arange(3), "scale": np.float32(2),
+    }  # fmt: skip  # a dict, not lines
+    loaded = modules.load(saved(Net(), tmp_path, batch))
+    assert loaded.input_names == ("batch_x",)
+    assert loaded(torch.ones(2)).tolist() == [5.0, 5.0]
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_forward_that_differentiates_is_told_of(mode):
+    class Forces(nn.Module):
+        def forward(self, x):
+            x = x.detach().requires_grad_()
+            return torch.autograd.grad((x**2).sum(), x)[0]
+
+    with mode(), pytest.raises(BadRequest, match=r"forward differentiates .* module=<that part>"):
+        flat(Forces(), (torch.ones(2),), {})(torch.ones(2))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_a_number_among_the_outputs_stays_out_of_a_trace_too(tmp_path):
+    class Net(nn.Module):
+        def forward(self, x):
+            return {"rows": x.shape[0], "y": x + 1, "mean": float(x.mean())}
+
+    folder = saved(Net(), tmp_path, torch.ones(2, 3))
+    loaded = modules.load(folder)
+    loaded(torch.ones(2, 3))
+    assert loaded.output_names == ("y",)
+    traced = torch.jit.trace(modules.load(folder, ("y",)), (torch.ones(2, 3),), check_trace=False)
+    assert torch.equal(traced(torch.zeros(5, 3)), torch.ones(5, 3))
 
 
 def test_a_call_without_a_tensor_is_an_error():
@@ -269,5 +312,5 @@ def test_data_that_a_module_holds_is_not_taken_along(tmp_path):
     assert isinstance(net.train_set, TensorDataset)
     net.asks = True
     loaded = modules.load(saved(net, tmp_path, x))
-    with pytest.raises(AttributeError, match="tensors of a TensorDataset: no data is exported, so keep what forward"):
+    with pytest.raises(AttributeError, match="tensors of a TensorDataset: it stays with training"):
         loaded(x)

@@ -41,7 +41,7 @@ def made(everything: Everything, name: str) -> Outcome:
 
 
 SAVE = """
-values = outputs.values() if hasattr(outputs, "values") else outputs
+values = outputs.values() if hasattr(outputs, "keys") else [outputs] if hasattr(outputs, "shape") else outputs
 np.savez("answers.npz", *[np.asarray(value) for value in values])
 """
 

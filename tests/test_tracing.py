@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -79,6 +80,16 @@ CALLS = {
     "hypot": lambda: torch.hypot(X, Y[:, :5]),
     "and, or": lambda: ((X > 0) & (X < 1)) | (X > 1.5),
     "xor of integers": lambda: IDS ^ 3,
+    "sizes that are tensors of int32": lambda: torch.cat(
+        [
+            torch.zeros(IDS.max().int(), 7),
+            torch.full((IDS[0, 0].int(), 7), 2.0),
+            X[0].new_ones(IDS[0, 1].int(), 7),
+            X[0, 0].expand(IDS[2, 0].int(), 7),
+            X.new_full([IDS[0, 1].int(), 7], 1.0),
+            X.reshape(IDS[2, 0].short() + 13, 7),
+        ]
+    ),
     "sum of booleans": lambda: (X > 0).sum(1, keepdim=True),
     **{f"bags, {m}": bags(m, IDS, TABLE) for m in ("sum", "mean", "max")},
     **{f"bags without the padding, {m}": bags(m, IDS, TABLE, padding_idx=2) for m in ("sum", "mean", "max")},
@@ -105,14 +116,15 @@ class Padded(nn.Module):
         super().__init__()
         self.bags = nn.EmbeddingBag(9, 8)
         self.transformer = nn.Transformer(8, 2, 1, 1, 16, batch_first=True)
-        self.bias = nn.Parameter(torch.randn(1, 2, 4, 4))
+        self.bias = nn.Parameter(torch.randn(4, 4, 2))  # as T5 and Swin keep it: the heads last
 
     def forward(self, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1])
         padding = ids == 0
         x = x + self.bags(ids).unsqueeze(1)
         heads = x.unflatten(-1, (2, 4)).transpose(1, 2)
-        x = functional.scaled_dot_product_attention(heads, heads, heads, self.bias).transpose(1, 2).reshape(x.shape)
+        bias = self.bias.permute(2, 0, 1).unsqueeze(0)
+        x = functional.scaled_dot_product_attention(heads, heads, heads, bias).transpose(1, 2).reshape(x.shape)
         return self.transformer.encoder(self.transformer(x, x, tgt_mask=mask), src_key_padding_mask=padding)
 
 
@@ -124,3 +136,23 @@ def test_a_transformer_that_pads_is_exported_by_the_first_route_and_its_padding_
     assert routes == [("verified", "export"), ("verified", "trace"), ("verified", "dynamo")]
     (note,) = report.notes
     assert note.startswith("PyTorch's fused path for nn.TransformerEncoder answers otherwise where a padding mask")
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_sizes_of_two_integer_types_do_not_meet_in_one_onnx_node(tmp_path):
+    """As in chemprop's aggregations; ONNX Runtime loads no graph that joins int32 with int64."""
+    import onnxruntime
+
+    class Summed(nn.Module):
+        def forward(self, x: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
+            rows = group.unsqueeze(1).repeat(1, x.shape[1])
+            return torch.zeros(group.max().int() + 1, x.shape[1]).scatter_add(0, rows, x)
+
+    example = torch.ones(4, 3), torch.tensor([0, 1, 1, 2])
+    with torch.no_grad(), decompositions.written_out():
+        torch.onnx.export(
+            Summed(), example, str(tmp_path / "m.onnx"), dynamo=False, input_names=["x", "group"], opset_version=17
+        )
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
+    (found,) = session.run(None, {"x": np.ones((4, 3), np.float32), "group": np.array([0, 4, 4, 4])})
+    assert found.tolist() == [[1.0] * 3, *[[0.0] * 3] * 3, [3.0] * 3]

@@ -280,6 +280,25 @@ def test_low_precision_in_training_is_rounding_and_a_temperature_is_not(tmp_path
         assert (found.undecidable == "") == same
 
 
+@pytest.mark.parametrize(("temperature", "same"), [(1.0, True), (1.5, False)])
+def test_a_trace_is_compared_with_what_was_trained_too(tmp_path, temperature, same):
+    source = tmp_path / "source"
+    source.mkdir()
+    module.save_call((X,), {}, source)
+    module.save_traced(Cooled().eval(), None, (X,), {}, source)
+    torch.save(Cooled().state_dict(), source / module.WEIGHTS)
+    ask(Cooled(temperature), module.as_call(X), source)
+    assert (reference.make(tmp_path, source, True).undecidable == "") == same
+
+
+def test_a_forward_that_changes_its_inputs_is_not_compared(tmp_path):
+    class InPlace(Cooled):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x.mul_(2))
+
+    assert prepared(tmp_path, InPlace(), X, trained=InPlace()).undecidable == ""
+
+
 def test_asking_a_module_leaves_it_as_it_was(tmp_path):
     net, state = Keeps(STATES["a count"]).train(), torch.get_rng_state()
     ask(net, module.as_call(X), tmp_path)

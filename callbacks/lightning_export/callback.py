@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import os
 import time
@@ -21,7 +22,7 @@ from typing_extensions import override
 from lightning_export import ranks
 from lightning_export.answers import Recorder, write
 from lightning_export.best import Best, bases, best_of, checkpointer, name_of, tail
-from lightning_export.capture import Spy, beside_weights, hold, is_compiled, retake, save
+from lightning_export.capture import Called, Spy, beside_weights, hold, is_compiled, retake, save, save_lacking
 from lightning_export.loggers import sinks
 from lightning_export.metrics import measured
 from polyexport import BadRequest, Engine, ExportFailed, Format, Report, Request, ToolMissing
@@ -154,24 +155,37 @@ class ExportCallback(Callback):
         self.executor = executor
         self.staging = staging
         self.reports: list[Report] = []
+        self._wanted = max(2, calibration_batches if any(each.calibrated for each in steps.values()) else 2)
+        self._folders: list[str] = []
+        self._start_afresh()
+
+    def _start_afresh(self) -> None:
+        """Forget what belongs to one fit."""
         self._engine: Engine | None = None
         self._futures: dict[Future[Report], str] = {}  # and the names of what they export
         self._told: deque[str] = deque()
         self._tail: Callback | None = None
         self._spy: Spy | None = None
+        self._called: Called | None = None
         self._captured: Path | None = None
-        self._wanted = max(2, calibration_batches if any(each.calibrated for each in steps.values()) else 2)
         self._taken = 0
         self._recorder: Recorder | None = None
         self._answer: Answer | None = None
         self._beside = 0
         self._retakes = True
         self._notes: tuple[str, ...] = ()
+        self._lacks: int | None = None
         self._seen: Best | None = None
         self._active = False
         self._turn = ""
         self._complaint = ""
-        self._folders: list[str] = []
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ExportCallback:
+        """A callback with the same arguments, for another trainer; what it exports stands in `reports` of both."""
+        made = copy.copy(self)
+        made._start_afresh()
+        made._folders = list(self._folders)
+        return made
 
     @property
     @override
@@ -201,7 +215,8 @@ class ExportCallback(Callback):
         if not self._active:
             return
         self._turn = ranks.turn()
-        self.reports, self._notes, self._complaint = [], (), ""
+        self._notes, self._complaint, self._lacks = (), "", None
+        self.reports.clear()
         twins = [each for each in _siblings(trainer) if each.into == self.into and each is not self]
         if self.into is not None and twins:
             raise BadRequest(f"two ExportCallbacks write into {self.into}; give each a folder of its own")
@@ -280,6 +295,7 @@ class ExportCallback(Callback):
         if self._takes(trainer, batch_idx, dataloader_idx) and self.inputs is None:
             profiled = "AdvancedProfiler" in bases(getattr(trainer, "profiler", None))
             self._spy = Spy(selected(pl_module, self.module), pl_module, profiled=profiled)
+            self._called = Called(pl_module) if self._capturing(trainer) else None
 
     @override
     @_harmless
@@ -302,6 +318,8 @@ class ExportCallback(Callback):
         if self._spy is not None:
             self._spy.remove()
             call, trouble, self._spy = self._spy.call, self._spy.trouble, None
+        if self._called is not None:
+            self._called.remove()
         if self._captured is None:
             if trouble:
                 self._note(f"forward's arguments cannot be copied ({trouble}), so they are taken as forward left them")
@@ -364,9 +382,11 @@ class ExportCallback(Callback):
         if self.module is None and _example(pl_module) is not None:
             return as_call(_example(pl_module))
         what = "forward" if self.module is None else f"forward of module={self.module!r}"
+        called = ", ".join(repr(name) for name in self._called.outermost[:5]) if self._called is not None else ""
+        part = "module=<the part that is called>" + (f" (called were {called})" if called else "")
         raise BadRequest(
             f"ExportCallback does not know what to feed: {what} was not called on the first validation batch; call it "
-            "in validation_step, set example_input_array on the module, give module=<the part that is called>, or give "
+            f"in validation_step, set example_input_array on the module, give {part}, or give "
             "inputs=<a function of the batch>"
         )
 
@@ -430,6 +450,7 @@ class ExportCallback(Callback):
         work = self._work(trainer)
         try:
             held = hold(best.path, work / "source")
+            self._keep_lacking(trainer, best.path, work / "source")
         except BaseException:
             discard(work)
             raise
@@ -438,6 +459,18 @@ class ExportCallback(Callback):
         name = f"{BEST}.ckpt" if name == BEST else name  # `best` is what points to the newest
         self._submit(trainer, work, name, Checkpoint(best.path, monitor=best.monitor, score=score), held)
         return True
+
+    @_harmless
+    def _keep_lacking(self, trainer: Trainer, checkpoint: str, source: Path) -> None:
+        """Take from the module what its checkpoints leave out, frozen weights say; the first one tells for all."""
+        if self._lacks == 0 or self._captured is None or _shards(trainer):
+            return
+        lacking = save_lacking(trainer.lightning_module, checkpoint, self._captured, source)
+        if lacking and self._lacks is None:
+            names = ", ".join(lacking[:3])
+            why = f"the checkpoint has no {names} ({len(lacking)} weights in all)"
+            self._notes += (f"{why}: they are those of the module that trained",)
+        self._lacks = len(lacking)
 
     def _export_live(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """No checkpoint was written: export the weights as they are when fit ends, and say so."""
@@ -551,10 +584,10 @@ class ExportCallback(Callback):
         self._futures.clear()
         # of several under one name the last has the folder, and an older one would write over its report
         last = {report.folder: report for report in self.reports}
-        self.reports = [each for each in self.reports if each is last[each.folder]]
-        self.reports = [each for each in self.reports[:-1] if each.folder.exists()] + self.reports[-1:]  # see keep
+        self.reports[:] = [each for each in self.reports if each is last[each.folder]]
+        self.reports[:] = [each for each in self.reports[:-1] if each.folder.exists()] + self.reports[-1:]  # see keep
         wanted = {True: self.reports[-1:], False: [], "all": self.reports}[self.bench]
-        self.reports = [  # an export that a resumed run found finished may have been timed already
+        self.reports[:] = [  # an export that a resumed run found finished may have been timed already
             self._timed(report) if report in wanted and report.baseline is None else report for report in self.reports
         ]
 
@@ -612,6 +645,9 @@ class ExportCallback(Callback):
         if self._spy is not None:
             self._spy.remove()
             self._spy = None
+        if self._called is not None:
+            self._called.remove()
+            self._called = None
         if self._recorder is not None:
             self._recorder.remove()
             self._recorder = None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,17 +24,18 @@ from torch.utils import _pytree as pytree
 from lightning_export.watch import Call, CannotWatch, Watch
 from polyexport.capture.pytree import closed, opened
 from polyexport.capture.snapshot import (
+    LACKING,
     SHARDS,
     STRUCTURE,
-    UNAVAILABLE,
     WEIGHTS,
     Select,
     save_call,
+    save_module,
     save_structure,
-    save_traced,
 )
 from polyexport.capture.surroundings import OFFERED
-from polyexport.report.folders import lies_elsewhere
+from polyexport.capture.unwrap import clean_name
+from polyexport.report.folders import lies_elsewhere, link
 
 
 class Spy:
@@ -103,6 +104,34 @@ def _is_symbolic(call: Call) -> bool:
     return tracing or any(isinstance(leaf, stand_ins) for leaf in pytree.tree_leaves(call))
 
 
+class Called:
+    """Notes which parts of a module are called, by their names in it, until `remove`."""
+
+    def __init__(self, root: nn.Module) -> None:
+        self.names: list[str] = []
+        names = {id(each): name for name, each in root.named_modules() if name}
+
+        def note(module: nn.Module, args: Any) -> None:
+            name = names.get(id(module))
+            if name is not None and name not in self.names:
+                self.names.append(name)
+
+        # for all modules, so that none of the user's has a hook; compiled ones would be compiled again for it
+        compiled = any(is_compiled(each, root) for each in root.modules())
+        self._hook = None if compiled else nn.modules.module.register_module_forward_pre_hook(note)
+
+    def remove(self) -> None:
+        """Note no more."""
+        if self._hook is not None:
+            self._hook.remove()
+
+    @property
+    def outermost(self) -> list[str]:
+        """Those that no other one called was around."""
+        inner = {name for name in self.names if any(name.startswith(f"{other}.") for other in self.names)}
+        return [name for name in self.names if name not in inner]
+
+
 def is_compiled(module: nn.Module, root: nn.Module) -> bool:
     """Whether `torch.compile` took the module's forward, alone or as a part of something in `root`."""
     compiled = (each for each in root.modules() if each._compiled_call_impl or getattr(each, "_compiler_ctx", None))
@@ -138,28 +167,42 @@ def _log(*args: Any, **kwargs: Any) -> None:
 def save(root: nn.Module, select: Select, args: Any, kwargs: Any, folder: Path, *, sharded: bool = False) -> str:
     """Write structure and call into `folder`; returns a note where it was not done the usual way.
 
-    A module that cannot be pickled is traced here and now; where that fails too, the reason is written in its place.
-    A sharded one is not traced: its forward gathers weights from all ranks, and the others would not be there.
+    A sharded module is not traced: its forward gathers weights from all ranks, and the others would not be there.
     """
     save_call(args, kwargs, folder)
-    try:
-        save_structure(root, select, folder, _attached(root))
-        return ""
-    except Exception as error:  # any attribute of the user's module may refuse to be pickled, with any exception
-        why = f"the module cannot be pickled ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
-    (folder / STRUCTURE).unlink(missing_ok=True)
-    if sharded:
-        reason = f"{why}, and one rank alone cannot trace it: its weights are sharded"
-        (folder / UNAVAILABLE).write_text(reason, encoding="utf-8")
-        return reason
-    try:
-        with isolate_rng():
-            save_traced(root, select, args, kwargs, folder)
-        return f"{why}, so it was traced in the training process"
-    except Exception as error:  # torch.export raises what it pleases
-        reason = f"{why}, nor traced ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
-        (folder / UNAVAILABLE).write_text(reason, encoding="utf-8")
-        return reason
+    with isolate_rng():
+        return save_module(root, select, args, kwargs, folder, _attached(root), sharded=sharded)
+
+
+def save_lacking(root: nn.Module, checkpoint: str, captured: Path, source: Path) -> list[str]:
+    """Write into `source` the weights of `root` that its checkpoint lacks, and return their names.
+
+    Of those that are frozen one copy is made, in `captured`; any others change, and are written each time.
+    """
+    if not os.path.isfile(checkpoint):
+        return []
+    # written by this process a moment ago; the tensors in it are mapped, not read
+    held = torch.load(checkpoint, map_location="cpu", weights_only=False, mmap=True)
+    known = {clean_name(name) for name in held.get("state_dict", held)}
+    lacking = {name: tensor for name, tensor in _persistent(root) if name not in known}
+    if not lacking:
+        return []
+    frozen = all(isinstance(each, nn.Parameter) and not each.requires_grad for each in lacking.values())
+    file = (captured if frozen else source) / LACKING
+    if not file.exists():
+        torch.save({name: tensor.detach() for name, tensor in lacking.items()}, file)
+    if frozen:
+        link(file, source / LACKING)
+    return list(lacking)
+
+
+def _persistent(root: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """What a state dict has by default, whatever hooks and overrides make of it."""
+    for prefix, module in root.named_modules(remove_duplicate=False):
+        own = {**module._parameters, **module._buffers}
+        for name, tensor in own.items():
+            if tensor is not None and name not in module._non_persistent_buffers_set:
+                yield clean_name(f"{prefix}.{name}".removeprefix(".")), tensor
 
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))

@@ -94,6 +94,23 @@ def calibration(spec: ExportSpec) -> Iterator[Arrays]:
             yield {tensor.name: _fitted(batch[tensor.name], tensor.shape, piece) for tensor in spec.inputs}
 
 
+def example(spec: ExportSpec) -> Arrays:
+    """Inputs to trace with: the validation batch, with at least two rows along a free axis, since a tracer fixes a one.
+
+    Without a batch it is zeros.
+    """
+    sizes = {called: max(2, size) for called, size in spec.sizes.items()}
+    batch = next(calibration(spec), None) or {own.name: np.zeros((), own.dtype) for own in spec.inputs}
+    return {own.name: _repeated(batch[own.name], own.sized(sizes.__getitem__)) for own in spec.inputs}
+
+
+def _repeated(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """`array` in that shape, repeated along an axis that is too short."""
+    for axis, size in enumerate(shape[: array.ndim]):
+        array = np.take(array, np.arange(size) % array.shape[axis], axis)
+    return np.array(np.broadcast_to(array, shape))
+
+
 def _fitted(array: np.ndarray, shape: tuple[int | str, ...], piece: int) -> np.ndarray:
     for axis, size in enumerate(shape):
         if isinstance(size, int) and array.shape[axis] != size:

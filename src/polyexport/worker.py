@@ -103,6 +103,9 @@ def _opened(path: Path) -> tuple[Path, Job]:
     return path.parent.parent.parent, job
 
 
+_refusals: list[CannotRun] = []
+
+
 class _NotAgain:
     """Finds no module in the script that trains: to import it, by whatever name, would be to train again."""
 
@@ -118,10 +121,18 @@ class _NotAgain:
 def _refuse_pickles(event: str, arguments: tuple[Any, ...]) -> None:
     """Stop whatever unpickles more than plain data, in this process for good (see `sys.addaudithook`)."""
     if event == "pickle.find_class":
-        raise CannotRun(
-            f"it holds a pickle of {'.'.join(map(str, arguments))}, which may run any code; "
-            "if you trust who made the export, give --trust"
+        _refusals.append(
+            CannotRun(
+                f"it holds a pickle of {'.'.join(map(str, arguments))}, which may run any code; "
+                "if you trust who made the export, give --trust"
+            )
         )
+        raise _refusals[-1]
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What went wrong: a pickle that was refused, where a runtime put that into words of its own."""
+    return _refusals[0] if _refusals else error
 
 
 def _done(path: Path, root: Path, job: Job) -> bool:
@@ -132,7 +143,7 @@ def _done(path: Path, root: Path, job: Job) -> bool:
         result["value"] = _JOBS[job.kind](root, job)
     except BaseException as error:  # whatever a converter raises, SystemExit included, is this job's result
         traceback.print_exc()
-        result |= {"error": _one_line(error), "error_kind": _kind(error)}
+        result |= {"error": _one_line(_cause(error)), "error_kind": _kind(_cause(error))}
     result["seconds"] = time.perf_counter() - start
     sys.stdout.flush()
     write_json(result_path(path), result)
@@ -264,7 +275,7 @@ def serve(root: Path, job: Job, lines: Iterator[bytes], answers: TextIO) -> int:
     try:
         runner = _load(root, job)
     except Exception as error:
-        _answer(answers, {"error": _one_line(error)})
+        _answer(answers, {"error": _one_line(_cause(error))})
         return 1
     _answer(answers, {})
     for line in lines:
@@ -274,7 +285,7 @@ def serve(root: Path, job: Job, lines: Iterator[bytes], answers: TextIO) -> int:
             _answer(answers, {})
         except Exception as error:  # whatever a runtime says of these inputs, the next ones may do
             traceback.print_exc()
-            _answer(answers, {"error": _one_line(error)})
+            _answer(answers, {"error": _one_line(_cause(error))})
     return 0
 
 
@@ -352,7 +363,10 @@ def _peak_memory() -> int | None:
 
 
 def _one_line(error: BaseException) -> str:
-    text = " ".join(printable(str(error)).split())
+    said = str(error)
+    if "Traceback of TorchScript" in said:  # the cause is below it, and the rest is in the log
+        said = said.strip().splitlines()[-1]
+    text = " ".join(printable(said).split())
     own = isinstance(error, ToolMissing | CannotRun | BadRequest)
     return (text if own else f"{type(error).__name__}: {text}")[:500]
 

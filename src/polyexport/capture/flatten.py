@@ -6,14 +6,18 @@ forward's own arguments and from the keys of what it returns.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import keyword
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from polyexport.capture.pytree import closed, opened
+from polyexport.capture.unwrap import own_attributes
 from polyexport.errors import BadRequest
 from polyexport.format import Runner
 from polyexport.spec import Arrays, ExportSpec
@@ -21,18 +25,26 @@ from polyexport.spec import Arrays, ExportSpec
 if TYPE_CHECKING:
     from torch import nn
 
+_NO_AUTOGRAD = ("does not require grad", "saved for backward", "requires_grad=True on inference tensor")
+"""What PyTorch says where something is to be differentiated and autograd is off."""
+_DIFFERENTIATES = (
+    "forward differentiates (torch.autograd.grad or backward), and no deployment format has autograd: write the "
+    "derivative out in forward, or export the part that is differentiated with module=<that part>"
+)
+
 _CONSTANTS = (bool, int, float, complex, str, bytes, type(None))
 
 
 def flat(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Wrap `module` as a function of the tensors in `args` and `kwargs`, by name, that returns its output tensors.
 
-    What is no tensor in the call is kept as it is. The wrapper is in eval mode and has `input_names`, the `example`
-    that the call holds, and `output_names`, which are known once it ran. One output comes back as a tensor, several as
-    a tuple.
+    What is no tensor in the call is a constant, and kept as it is. The wrapper is in eval mode and has `input_names`,
+    the `example` that the call holds, and `output_names`, which are known once it ran. Its owner may set the names of
+    the outputs that are `kept`, and a context that it runs `within`. One output comes back as a tensor, several as a
+    tuple.
 
     Raises:
-        BadRequest: the call holds something that is neither a tensor nor a plain constant.
+        BadRequest: there is no tensor in the call, or it lies in an object that cannot be opened.
     """
     import torch
     from torch.utils import _pytree as pytree
@@ -46,6 +58,8 @@ def flat(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> A
             self.input_names = tuple(inputs)
             self.output_names: tuple[str, ...] = ()
             self.dropped: tuple[str, ...] = ()
+            self.kept: tuple[str, ...] | None = None
+            self.within: AbstractContextManager[Any] = contextlib.nullcontext()
             tensors = (leaves[index] for index in inputs.values())
             self.example = tuple(tensor.float() if tensor.is_floating_point() else tensor for tensor in tensors)
 
@@ -54,7 +68,16 @@ def flat(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> A
             for index, tensor in zip(inputs.values(), tensors, strict=True):
                 values[index] = tensor
             call_args, call_kwargs = closed(pytree.tree_unflatten(values, tree))
-            outputs, self.dropped = named_tensors(self.inner(*call_args, **call_kwargs), taken=inputs)
+            try:
+                with self.within:
+                    answer = self.inner(*call_args, **call_kwargs)
+            except RuntimeError as error:
+                if any(words in str(error) for words in _NO_AUTOGRAD):
+                    raise BadRequest(_DIFFERENTIATES) from error
+                raise
+            outputs, self.dropped = named_tensors(answer, taken=inputs)
+            if self.kept is not None:
+                outputs = {name: outputs[name] for name in self.kept}
             self.output_names = tuple(outputs)
             return tuple(outputs.values()) if len(outputs) > 1 else next(iter(outputs.values()))
 
@@ -71,7 +94,7 @@ def taken_apart(
     """The leaves of a call of `forward`, the tree that they are of, and which leaf each tensor is, by name.
 
     Raises:
-        BadRequest: the call holds something that is neither a tensor nor a plain constant.
+        BadRequest: there is no tensor in the call, or it lies in an object that cannot be opened.
     """
     import torch
     from torch.utils import _pytree as pytree
@@ -83,14 +106,31 @@ def taken_apart(
         name = _unique(_identifier("_".join([_first(path, names), *map(_key, path[2:])])), inputs)
         if isinstance(leaf, torch.Tensor):
             inputs[name] = index
-        elif not isinstance(leaf, (*_CONSTANTS, torch.dtype, torch.device)):
+        elif _holds_tensors(leaf):
+            kind = type(leaf).__name__
             raise BadRequest(
-                f"forward's argument {name} is a {type(leaf).__name__}, which no converter can take; "
-                "give inputs=<a function of the batch> that returns tensors (or tuples and dicts of them)"
+                f"forward's argument {name} is a {kind} that holds tensors, which no converter can take; give "
+                "inputs=<a function of the batch> that returns tensors (or tuples and dicts of them), and "
+                f"module=<a wrapper whose forward builds the {kind} from them>"
             )
     if not inputs:
         raise BadRequest("forward received no tensor; give inputs=<a function of the batch> that returns some")
     return [leaf for _, leaf in paths], tree, inputs
+
+
+def _holds_tensors(leaf: Any, depth: int = 4) -> bool:
+    """Whether an object has tensors among its attributes, or theirs."""
+    import torch
+
+    if isinstance(leaf, torch.Tensor):
+        return True
+    if isinstance(leaf, Mapping):
+        held: Iterable[Any] = leaf.values()
+    elif isinstance(leaf, list | tuple | set):
+        held = leaf
+    else:
+        held = own_attributes(leaf).values() if not isinstance(leaf, type | ModuleType) else ()
+    return depth > 0 and any(_holds_tensors(item, depth - 1) for item in held)
 
 
 def named_tensors(value: Any, taken: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:

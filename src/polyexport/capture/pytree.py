@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,11 @@ def closed(value: Any) -> Any:
     return _pytree().tree_map(
         lambda leaf: _unbox(leaf) if isinstance(leaf, Box) else leaf, value, is_leaf=lambda leaf: isinstance(leaf, Box)
     )
+
+
+def tree_map(function: Callable[[Any], Any], value: Any) -> Any:
+    """`value`, opened, with what `function` makes of each leaf."""
+    return _pytree().tree_map(function, value)
 
 
 def _box(leaf: Any) -> Any:

@@ -29,12 +29,14 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
-from polyexport.capture import surroundings, unwrap
+from polyexport.capture import devices, surroundings, unwrap
 from polyexport.capture.flatten import flat
 from polyexport.capture.pickling import by_value, importable
-from polyexport.capture.pytree import opened
+from polyexport.capture.pytree import closed, opened, tree_map
 from polyexport.errors import BadRequest
 from polyexport.spec import ExportSpec
+from polyexport.tracing.decompositions import plain_attention
+from polyexport.tracing.exported_program import export_program
 
 if TYPE_CHECKING:
     import torch
@@ -46,6 +48,9 @@ Select = str | Callable[[Any], Any] | None
 
 WEIGHTS, SHARDS = "weights.pt", "weights.shards"
 """The weights in a module's folder: a file, or until a worker has joined them a folder of several files."""
+
+LACKING = "lacking.pt"
+"""What the checkpoint has no weights for, of the module that trains: a state dict, where there is any."""
 
 STRUCTURE = "structure.pkl"
 """The module without its weights."""
@@ -65,6 +70,26 @@ def dump(value: Any, path: Path) -> None:
     Raises:
         Exception: whatever the object's own pickling raises.
     """
+    import torch
+
+    try:
+        pickled, parameters, tensors = _pickled(value)
+    except Exception as error:  # objects of the user's, and anything may be said by them
+        raise Unpicklable(_line(error), _path_to_unpicklable(value)) from error
+    shapes = [(unwrap.shape(p), p.dtype, p.requires_grad) for p in parameters]
+    copies = [_on_the_cpu(unwrap.local(tensor).detach()) for tensor in tensors]
+    torch.save({"pickle": pickled, "parameters": shapes, "tensors": copies}, path)
+
+
+class Unpicklable(Exception):
+    """Something in an object cannot be pickled; the message says why, and at which attribute."""
+
+    def __init__(self, why: str, path: str) -> None:
+        super().__init__(f"{path}: {why}" if path else why)
+
+
+def _pickled(value: Any) -> tuple[bytes, list[torch.nn.Parameter], list[torch.Tensor]]:
+    """The pickle, in which parameters and other tensors are numbered, and both in that order."""
     import cloudpickle
     import torch
 
@@ -91,9 +116,42 @@ def dump(value: Any, path: Path) -> None:
     buffer, found_there = io.BytesIO(), functools.cache(importable)
     with by_value() as take_along:
         Pickler(buffer).dump(value)
-    shapes = [(unwrap.shape(p), p.dtype, p.requires_grad) for p in parameters]
-    copies = [unwrap.local(tensor).detach().to("cpu", copy=True).contiguous() for tensor in tensors]
-    torch.save({"pickle": buffer.getvalue(), "parameters": shapes, "tensors": copies}, path)
+    return buffer.getvalue(), parameters, tensors
+
+
+def _path_to_unpicklable(value: Any) -> str:
+    """The attributes, keys and indices that lead to the smallest part that cannot be pickled, as in `net.log[0]`."""
+    path, seen = "", {id(value)}
+    while True:
+        for step, child in unwrap.parts(value):
+            if id(child) not in seen and not _can_be_pickled(child):
+                path, value = path + step, child
+                seen.add(id(child))
+                break
+        else:
+            path = path.removeprefix("['root']").removeprefix(".")
+            return f"{path} (a {type(value).__name__})" if path else ""
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def _can_be_pickled(value: Any) -> bool:
+    try:
+        _pickled(value)
+    except Exception:  # as above
+        return False
+    return True
+
+
+def _on_the_cpu(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy; of one without values, which only the weights have, zeros."""
+    import torch
+
+    if tensor.is_meta:
+        return torch.zeros(tensor.shape, dtype=tensor.dtype)
+    return tensor.to("cpu", copy=True).contiguous()
 
 
 def restore(path: Path) -> Any:
@@ -117,7 +175,43 @@ def restore(path: Path) -> Any:
             return made[index]
 
     file: BinaryIO = io.BytesIO(blob["pickle"])
-    return Unpickler(file).load()
+    with torch.device("cpu"):
+        found = Unpickler(file).load()
+    devices.reset_default()
+    return found
+
+
+def save_module(
+    root: nn.Module,
+    select: Select,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    folder: Path,
+    attributes: Mapping[str, Any] = MappingProxyType({}),
+    *,
+    sharded: bool = False,
+) -> str:
+    """Write the structure into `folder`; returns a note where it was not done the usual way.
+
+    A module that cannot be pickled is traced here and now, which a `sharded` one cannot be; where that fails too, the
+    reason is written in its place.
+    """
+    try:
+        save_structure(root, select, folder, attributes)
+        return ""
+    except Exception as error:  # what is not told of as Unpicklable is found around the module, in the user's files
+        why = f"the module cannot be pickled ({error})"
+    (folder / STRUCTURE).unlink(missing_ok=True)
+    if sharded:
+        reason = f"{why}, and one rank alone cannot trace it: its weights are sharded"
+    else:
+        try:
+            save_traced(root, select, args, kwargs, folder)
+            return f"{why}, so it was traced where it trained"
+        except Exception as error:  # torch.export raises what it pleases
+            reason = f"{why}, nor traced ({_line(error)})"
+    (folder / UNAVAILABLE).write_text(reason, encoding="utf-8")
+    return reason
 
 
 def save_structure(
@@ -149,8 +243,16 @@ def module_files(folder: Path) -> list[Path]:
 
 
 def save_call(args: Sequence[Any], kwargs: Mapping[str, Any], folder: Path, index: int = 0) -> None:
-    """Write the arguments of forward."""
-    dump((tuple(args), dict(kwargs)), call_file(folder, index))
+    """Write the arguments of forward; a constant that cannot be pickled, an open file say, stays behind."""
+    call = (tuple(args), dict(kwargs))
+    try:
+        dump(call, call_file(folder, index))
+    except Unpicklable:
+        dump(closed(tree_map(_or_left_behind, opened(call))), call_file(folder, index))
+
+
+def _or_left_behind(leaf: Any) -> Any:
+    return leaf if _can_be_pickled(leaf) else unwrap.LeftBehind(type(leaf).__name__)
 
 
 def as_call(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -206,8 +308,10 @@ def selected(root: Any, select: Select) -> Any:
 # --- and back ---------------------------------------------------------------------------------------------------------
 
 
-def load(folder: Path) -> Any:
+def load(folder: Path, outputs: tuple[str, ...] | None = None) -> Any:
     """Rebuild the module of `folder` as a flat one (see `flat`): eval mode, float32, on the CPU.
+
+    `outputs` are the names of those to return, if not all: under a trace a number may be a tensor too.
 
     Raises:
         BadRequest: weights that the checkpoint lacks, or a call that is not made of tensors.
@@ -217,6 +321,8 @@ def load(folder: Path) -> Any:
     if (folder / UNAVAILABLE).exists():
         raise BadRequest((folder / UNAVAILABLE).read_text(encoding="utf-8"))
     state = load_weights(folder / WEIGHTS)
+    if (folder / LACKING).exists():
+        state = load_weights(folder / LACKING) | state
     if (folder / "structure.pt2").exists():
         return _load_traced(folder / "structure.pt2", state)
     blueprint = restore(folder / STRUCTURE)
@@ -224,8 +330,9 @@ def load(folder: Path) -> Any:
         surroundings.put_back(restore(folder / surroundings.SET))
     root = blueprint["root"]
     vars(root).update(blueprint["attributes"])
+    _tame_attributes(root)
     for name, parameter in root.named_parameters():
-        if parameter.of_any_shape and name in state:
+        if getattr(parameter, "of_any_shape", False) and name in state:  # a scripted part's has its shape
             parameter.data = torch.empty_like(state[name])
     missing, _ = root.load_state_dict(state, strict=bool(getattr(root, "strict_loading", True)))
     module = selected(root, blueprint["select"])
@@ -233,10 +340,10 @@ def load(folder: Path) -> Any:
     lost = [name for name in missing if id(parameters.get(name)) in needed]
     if lost:
         raise BadRequest(f"the checkpoint has no weights for {', '.join(lost[:5])} ({len(lost)} parameters in all)")
-    _hide_broken_properties(module)
     _register_with_transformers(module)
     args, kwargs = restore(call_file(folder))
     wrapped = flat(module.float(), args, kwargs)
+    wrapped.within, wrapped.kept = devices.OnTheCpu(), outputs
     unwrap.settle(wrapped)
     return wrapped
 
@@ -250,22 +357,40 @@ def call_tensors(path: Path) -> tuple[torch.Tensor, ...]:
     return tuple(tensor.float() if tensor.is_floating_point() else tensor for tensor in tensors)
 
 
-def _hide_broken_properties(module: nn.Module) -> None:
-    """Leave properties that raise out of `dir()`: torch.jit reads every attribute it lists.
+def _tame_attributes(module: nn.Module) -> None:
+    """Leave properties that raise out of `dir()`, and let `__getattr__` raise nothing but an AttributeError.
 
-    `LightningModule.trainer` is one, in a module without a trainer.
+    torch.jit reads every attribute that is listed, and asks for many that are not there. `LightningModule.trainer` is
+    one that raises, in a module without a trainer.
     """
+    import torch
+
     for each in module.modules():
         kind = type(each)
         properties = {name for name in dir(kind) if isinstance(getattr(kind, name, None), property)}
         broken = frozenset(name for name in properties if _raises(each, name))
+        changed: dict[str, Any] = {}
         if broken:
+            changed["__dir__"] = functools.partialmethod(_listed, kind, broken)
+        if kind.__getattr__ is not torch.nn.Module.__getattr__ and not isinstance(each, torch.jit.ScriptModule):
+            changed["__getattr__"] = functools.partialmethod(_asked, kind)
+        if changed:
+            names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__slots__": ()}
+            each.__class__ = type(kind.__name__, (kind,), names | changed)
 
-            def listed(self: Any, kind: Any = kind, broken: frozenset[str] = broken) -> list[str]:
-                return [name for name in kind.__dir__(self) if name not in broken]
 
-            names = {"__dir__": listed, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
-            each.__class__ = type(kind.__name__, (kind,), names)
+def _listed(self: Any, kind: Any, broken: frozenset[str]) -> list[str]:
+    return [name for name in kind.__dir__(self) if name not in broken]
+
+
+def _asked(self: Any, kind: Any, name: str) -> Any:
+    """What the `__getattr__` of `kind` finds; where it fails in its own way, there is no such attribute."""
+    try:
+        return kind.__getattr__(self, name)
+    except AttributeError:
+        raise
+    except Exception as error:
+        raise AttributeError(f"{kind.__name__} has no attribute {name!r}: {error!r}") from error
 
 
 def _register_with_transformers(module: nn.Module) -> None:
@@ -333,8 +458,9 @@ def save_traced(root: nn.Module, select: Select, args: Sequence[Any], kwargs: Ma
         wrapped = flat(selected(root, select), args, kwargs)  # in eval mode, and so is root's part of it
         device = next((parameter.device for parameter in root.parameters()), torch.device("cpu"))
         tensors = tuple(tensor.to(device) for tensor in wrapped.example)
-        with torch.no_grad():
-            wrapped(*tensors)  # tells the names of the outputs
+        with torch.no_grad(), plain_attention():
+            wrapped(*(tensor.clone() for tensor in tensors))
+            wrapped.kept = wrapped.output_names
             program = _trace(wrapped, tensors)
     finally:
         for each, training in modes:
@@ -347,21 +473,20 @@ def save_traced(root: nn.Module, select: Select, args: Sequence[Any], kwargs: Ma
 
 def _trace(wrapped: Any, tensors: tuple[torch.Tensor, ...]) -> Any:
     """With a free batch axis, or where that does not work, without."""
-    import torch
-
     batch = next((tensor.shape[0] for tensor in tensors if tensor.ndim), 0)
-    free = tuple({0: torch.export.Dim.DYNAMIC} if t.ndim and t.shape[0] == batch else {} for t in tensors)
     if batch > 1:
+        leading = [(0,) if tensor.ndim and tensor.shape[0] == batch else () for tensor in tensors]
         with contextlib.suppress(Exception):  # torch.export has no error class of its own
-            return torch.export.export(wrapped, tensors, dynamic_shapes=free, strict=False)
-    return torch.export.export(wrapped, tensors, strict=False)
+            return export_program(wrapped, tensors, leading)
+    return export_program(wrapped, tensors, [()] * len(tensors))
 
 
 def _load_traced(path: Path, state: Mapping[str, Any]) -> Any:
     import torch
+    from torch.export.passes import move_to_device_pass
 
     extra = {"about.json": ""}
-    program = torch.export.load(path, extra_files=extra)
+    program = move_to_device_pass(torch.export.load(path, extra_files=extra), "cpu")
     about = json.loads(extra["about.json"])
     module: Any = program.module()
     module.load_state_dict({key: state[name] for key, name in about["weights"].items() if name in state}, strict=False)

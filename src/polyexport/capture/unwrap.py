@@ -1,17 +1,25 @@
 """A module as its author wrote it, without what training wrapped around it.
 
 `torch.compile`, FSDP, tensor parallelism and DeepSpeed put wrappers, hooks and process groups on a module, which no
-other process can use and most of which cannot be pickled. They are left out while pickling, and so are data sets that
-a module holds, which may be gigabytes; the module that trains stays as it is.
+other process can use and most of which cannot be pickled. They are left out while pickling, and so is what belongs to
+training wherever it hangs: trainers, callbacks, loggers, and data sets, which may be gigabytes. The module that trains
+stays as it is.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
 import sys
-from collections.abc import Mapping
+import threading
+import weakref
+from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
+from types import MemberDescriptorType
 from typing import TYPE_CHECKING, Any
+
+from polyexport.capture import devices
 
 if TYPE_CHECKING:
     import torch
@@ -30,14 +38,20 @@ def reduced(item: Any) -> Any:
     A global that holds a context variable, which cannot be pickled, is named: a hook of transformers refers to one.
     """
     import torch
-    from torch.nn.utils import parametrize
 
+    if type(item) in weakref.ProxyTypes:
+        return weakref.proxy, (item.__repr__.__self__,)
+    found = devices.reduced(item)
+    if found is not NotImplemented:
+        return found
     if type(item).__name__ == "DeviceMesh":
         return type(None), ()
-    if any(isinstance(each, ContextVar) for each in getattr(item, "__dict__", {}).values()):
+    if any(isinstance(each, ContextVar) for each in own_attributes(item).values()):
         return _named(item)
+    if isinstance(item, torch.jit.ScriptModule | torch.jit.ScriptFunction):
+        return _scripted(item)
     if not isinstance(item, torch.nn.Module):
-        return (Data, (type(item).__name__,)) if is_data(item) else NotImplemented
+        return _reduced_object(item)
     inner = _inner(item)
     if inner is not item:
         return _itself, (inner,)
@@ -45,10 +59,84 @@ def reduced(item: Any) -> Any:
     if kind.__reduce__ is not object.__reduce__ or kind.__reduce_ex__ is not object.__reduce_ex__:
         return NotImplemented
     # a parametrised module refuses to tell its state, for fear of a class that is not there when it is read
-    state = item.__dict__ if parametrize.is_parametrized(item) else item.__getstate__()
+    state = item.__dict__ if "parametrizations" in item._modules else item.__getstate__()
     if not isinstance(state, dict):
         return NotImplemented
+    if slots := _slots(item):  # of which no module tells in its state
+        return _empty, (_own_class(kind),), (_cleaned(state), slots), None, None, _fill
     return _empty, (_own_class(kind),), _cleaned(state)
+
+
+def _slots(item: Any) -> dict[str, Any]:
+    """What an object has in its `__slots__`."""
+    slots = {}
+    for kind in type(item).__mro__:
+        for name, slot in vars(kind).items():
+            if isinstance(slot, MemberDescriptorType):
+                with contextlib.suppress(AttributeError):  # it is empty
+                    slots[name] = slot.__get__(item)
+    return slots
+
+
+def _reduced_object(item: Any) -> Any:
+    """How to pickle what is no module, where it needs help."""
+    kind: Any = type(item)
+    if isinstance(item, type):
+        return NotImplemented
+    if is_data(item) or is_of_training(item):
+        return LeftBehind, (kind.__name__,)
+    if isinstance(item, weakref.ref):
+        return _weak, (item(), isinstance(item, weakref.WeakMethod))
+    if isinstance(item, _LOCKS):
+        return threading.RLock if isinstance(item, _LOCKS[1]) else threading.Lock, ()
+    own = any(getattr(kind, name, None) is not getattr(object, name, None) for name in _PICKLING)
+    if own or "__getattr__" not in {name for base in kind.__mro__ for name in vars(base)}:
+        return NotImplemented
+    # pickle asks an empty object for __setstate__, and what its __getattr__ says then may be anything
+    return _empty, (kind,), (dict(own_attributes(item)), _slots(item)), None, None, _fill
+
+
+_PICKLING = ("__reduce__", "__reduce_ex__", "__getstate__", "__setstate__", "__getnewargs__", "__getnewargs_ex__")
+_LOCKS = (type(threading.Lock()), type(threading.RLock()))
+
+
+def _fill(item: Any, state: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    """Give an object its attributes and its slots."""
+    import torch
+
+    attributes, slots = state
+    if isinstance(item, torch.nn.Module):
+        item.__setstate__(attributes)  # type: ignore[no-untyped-call]  # PyTorch's
+    elif attributes:
+        object.__getattribute__(item, "__dict__").update(attributes)
+    for name, value in slots.items():
+        object.__setattr__(item, name, value)
+
+
+def _weak(target: Any, method: bool) -> Any:
+    """A weak reference to what is held elsewhere, or one whose target is gone."""
+    if target is None:
+        return weakref.ref(LeftBehind("target that is gone"))
+    return weakref.WeakMethod(target) if method else weakref.ref(target)
+
+
+def _scripted(item: Any) -> Any:
+    """What `torch.jit.script` or `trace` made: the Python function that it was made from, or its code as bytes."""
+    import torch
+
+    python = getattr(item, "_torchdynamo_inline", None) if isinstance(item, torch.jit.ScriptFunction) else None
+    if python is not None:
+        return _itself, (python,)
+    buffer = io.BytesIO()
+    torch.jit.save(item, buffer)
+    return _unscripted, (buffer.getvalue(), getattr(item, "training", False))
+
+
+def _unscripted(code: bytes, training: bool) -> Any:
+    import torch
+
+    made = torch.jit.load(io.BytesIO(code), map_location="cpu")
+    return made.train(training) if isinstance(made, torch.nn.Module) else made
 
 
 def is_data(item: Any) -> bool:
@@ -58,8 +146,21 @@ def is_data(item: Any) -> bool:
     return isinstance(item, Dataset | DataLoader)
 
 
-class Data:
-    """Stands for a data set or a loader, of which nothing was taken along.
+def is_of_training(item: Any) -> bool:
+    """Whether it belongs to a trainer: a trainer, callback, logger, strategy or data module, of either package's."""
+    bases = ((base.__module__.split(".")[0], base.__name__) for base in type(item).__mro__)
+    return any(package in _TRAINERS and name in _OF_TRAINERS for package, name in bases)
+
+
+_TRAINERS = ("lightning", "pytorch_lightning", "lightning_fabric", "wandb", "torch", "tensorboardX")
+_OF_TRAINERS = (
+    "Trainer", "Fabric", "Callback", "Logger", "Strategy", "Accelerator", "Profiler", "LightningDataModule", "Run",
+    "SummaryWriter",
+)  # fmt: skip  # one word a line would be longer than what reads it
+
+
+class LeftBehind:
+    """Stands for what belongs to training, a data set or a callback, of which nothing was taken along.
 
     Raises:
         AttributeError: forward asks for something of it; the message says what to do.
@@ -71,7 +172,33 @@ class Data:
         self._kind = kind
 
     def __getattr__(self, name: str) -> Any:
-        raise AttributeError(f"{name} of a {self._kind}: no data is exported, so keep what forward needs on the module")
+        why = "it stays with training, so keep what forward needs in the module"
+        raise AttributeError(f"{name} of a {self._kind}: {why}")
+
+
+def parts(item: Any) -> Iterator[tuple[str, Any]]:
+    """What an object holds, each with the step that leads there: `.name`, `[0]` or `['key']`."""
+    import torch
+
+    if isinstance(item, Mapping):
+        yield from ((f"[{key!r}]", value) for key, value in item.items())
+    elif isinstance(item, list | tuple | set | frozenset):
+        yield from ((f"[{index}]", value) for index, value in enumerate(item))
+    elif not isinstance(item, type):
+        held = own_attributes(item)
+        if isinstance(item, torch.nn.Module):  # what is in its three dicts goes by its own name
+            held = {**held, **held["_modules"]}
+            held = {name: value for name, value in held.items() if name not in ("_modules", "_parameters")}
+        yield from ((f".{name}", value) for name, value in held.items())
+
+
+def own_attributes(item: Any) -> Mapping[str, Any]:
+    """Its `__dict__`, if it has one, without asking its `__getattr__`."""
+    try:
+        found = object.__getattribute__(item, "__dict__")
+    except AttributeError:
+        return {}
+    return found if isinstance(found, Mapping) else {}
 
 
 def _empty(kind: Any) -> Any:
@@ -116,7 +243,7 @@ def _cleaned(state: Mapping[str, Any]) -> dict[str, Any]:
             cleaned[name] = kind()
         elif name.endswith("_hooks") and isinstance(value, Mapping):
             cleaned[name] = kind((key, hook) for key, hook in value.items() if not _of_training(hook))
-        elif not (name.startswith(_COMPOSABLE) or hasattr(value, "_torchdynamo_orig_callable")):
+        elif not (name.startswith(_COMPOSABLE) or "_torchdynamo_orig_callable" in own_attributes(value)):
             cleaned[name] = value  # and not a method that was compiled, in place of the class's
     return cleaned
 

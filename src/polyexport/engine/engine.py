@@ -327,12 +327,14 @@ class Engine:
         """
         return bench(report, _by_name(formats), self._quiet(report), self._watch)
 
-    def sweep(self, report: Report, formats: Iterable[Format] = (), *, trust: bool = True) -> list[tuple[str, Latency]]:
+    def sweep(
+        self, report: Report, formats: Iterable[Format] = (), *, trust: bool = True, most: int = 4096
+    ) -> list[tuple[str, Latency]]:
         """Time every artifact that takes any batch at growing batch sizes; see `polyexport.engine.bench.sweep`.
 
         `trust`, here and below, tells whether what lies in the export may be unpickled, and so run code.
         """
-        return sweep(report, _by_name(formats), self._quiet(report, trust=trust), self._watch)
+        return sweep(report, _by_name(formats), self._quiet(report, trust=trust), self._watch, most=most)
 
     def verify(self, report: Report, formats: Iterable[Format] = (), *, trust: bool = True) -> Report:
         """Verify every artifact once more; see `polyexport.engine.rerun.verify`."""
@@ -580,7 +582,7 @@ def export(
     import torch
 
     from polyexport.capture.answer import ask
-    from polyexport.capture.snapshot import as_call, check_call, save_call, save_structure
+    from polyexport.capture.snapshot import as_call, check_call, save_call, save_module
 
     chosen = resolve(formats)
     final = Path(into).resolve()
@@ -592,12 +594,13 @@ def export(
         for index, call in enumerate(map(as_call, itertools.chain([inputs], calibration))):
             check_call(module, *call)
             save_call(*call, work / "source", index)
-        save_structure(module, None, work / "source")
+        note = save_module(module, None, *as_call(inputs), work / "source")
         ask(module, as_call(inputs), work / "source")
         torch.save(module.state_dict(), work / "source" / WEIGHTS)
+        notes = (note,) if note else ()
+        request = Request(work, final.name, chosen, dynamic, checkpoint or Checkpoint(""), notes, best=False)
         with Engine(workers=workers, timeout=timeout, executor=executor, staging=staging, tell=progress) as engine:
-            origin = checkpoint or Checkpoint("")
-            report = engine.submit(Request(work, final.name, chosen, dynamic, origin, best=False)).result()
+            report = engine.submit(request).result()
             return engine.bench(report, chosen) if bench else report
     finally:
         discard(work)

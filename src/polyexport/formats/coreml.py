@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from polyexport.format import Convert, Format, Route, Runner, Snippet
-from polyexport.spec import Arrays, ExportSpec, TensorSpec, calibration
+from polyexport.spec import Arrays, ExportSpec, TensorSpec, example
 
 if TYPE_CHECKING:
     import torch
@@ -104,23 +104,9 @@ def _behind_casts(module: Any, spec: ExportSpec) -> tuple[torch.nn.Module, tuple
 
 
 def _example(spec: ExportSpec) -> Arrays:
-    """The validation batch at Core ML's border, with at least two rows along a free axis: a tracer fixes a one.
-
-    Without a batch it is zeros.
-    """
-    border = at_border(spec).inputs
-    sizes = {called: max(2, size) for called, size in spec.sizes.items()}
-    shapes = [tensor.sized(sizes.__getitem__) for tensor in border]
-    batch = next(calibration(spec), None) or {own.name: np.zeros(()) for own in spec.inputs}
-    pairs = zip(spec.inputs, border, shapes, strict=True)
-    return {own.name: _repeated(batch[own.name], shape).astype(there.dtype) for own, there, shape in pairs}
-
-
-def _repeated(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """`array` in that shape, repeated along an axis that is too short."""
-    for axis, size in enumerate(shape[: array.ndim]):
-        array = np.take(array, np.arange(size) % array.shape[axis], axis)
-    return np.array(np.broadcast_to(array, shape))
+    """The inputs to trace with at Core ML's border."""
+    pairs = zip(example(spec).items(), at_border(spec).inputs, strict=True)
+    return {name: array.astype(there.dtype) for (name, array), there in pairs}
 
 
 def _uppers(spec: ExportSpec) -> dict[str, int]:

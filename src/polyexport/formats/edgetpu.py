@@ -229,9 +229,10 @@ interpreter.allocate_tensors()
 batch = np.load("validation_batch.npz")
 for detail in interpreter.get_input_details():
     name = next(name for name in {{ names | tojson }} if name in detail["name"])
-    row = np.moveaxis(batch[name][:1], 1, -1) if batch[name].ndim == 4 else batch[name][:1]
+    rows = batch[name][: detail["shape"][0]]
+    rows = np.moveaxis(rows, 1, -1) if rows.ndim == 4 else rows
     scale, zero = detail["quantization"]
-    interpreter.set_tensor(detail["index"], np.clip(np.round(row / scale) + zero, -128, 127).astype(np.int8))
+    interpreter.set_tensor(detail["index"], np.clip(np.round(rows / scale) + zero, -128, 127).astype(np.int8))
 interpreter.invoke()
 outputs = []
 for detail in interpreter.get_output_details():

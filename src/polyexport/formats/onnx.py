@@ -78,7 +78,8 @@ def convert_trace(source: Path, target: Path, spec: ExportSpec, *, opset: int = 
     ports = {"input": spec.inputs, "output": spec.outputs}
     named = {kind: dict(zip(inner(kind, len(tensors)), tensors, strict=True)) for kind, tensors in ports.items()}
     axes = {name: tensor.dynamic for tensors in named.values() for name, tensor in tensors.items() if tensor.dynamic}
-    with warnings.catch_warnings(), torch.no_grad(), written_out(), exportable(snapshot.load(source)) as model:
+    loaded = snapshot.load(source, spec.output_names)
+    with warnings.catch_warnings(), torch.no_grad(), written_out(), exportable(loaded) as model:
         warnings.simplefilter("ignore", DeprecationWarning)  # it is the fallback, by intent
         torch.onnx.export(
             model,

@@ -19,14 +19,12 @@ def convert(source: Path, target: Path, spec: ExportSpec) -> None:
     from polyexport.capture import snapshot
     from polyexport.tracing.decompositions import written_out
     from polyexport.tracing.exportable import exportable
+    from polyexport.tracing.exported_program import export_program
 
-    dim = torch.export.Dim
-    # DYNAMIC, not AUTO: an axis that the trace fixes must be an error here, not a surprise later
-    shapes = tuple({axis: dim.DYNAMIC for axis in tensor.dynamic} for tensor in spec.inputs)
     inputs = snapshot.example(source, spec)
-    with written_out(), exportable(snapshot.load(source)) as traced:
+    with written_out(), exportable(snapshot.load(source, spec.output_names)) as traced:
         traced.requires_grad_(False)  # else converters choose attention that can be differentiated, of other strides
-        program = torch.export.export(traced, inputs, dynamic_shapes=shapes or None, strict=False)
+        program = export_program(traced, inputs, [tensor.dynamic for tensor in spec.inputs])
     program.example_inputs = None  # real rows, in a pickle that whoever loads the program would run
     torch.export.save(program, target, extra_files={"polyexport.json": json.dumps(dict(spec.metadata))})
 

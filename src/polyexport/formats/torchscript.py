@@ -8,27 +8,70 @@ from __future__ import annotations
 import json
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from polyexport.format import MODULE, Format, Route, Runner, Snippet
-from polyexport.spec import ExportSpec
+from polyexport.spec import ExportSpec, example
+
+if TYPE_CHECKING:
+    import torch
 
 
 def convert(source: Path, target: Path, spec: ExportSpec) -> None:
     """Trace the module with `torch.jit.trace`; all axes stay as free as the module's own code leaves them."""
-    import torch
-
     from polyexport.capture import snapshot
     from polyexport.tracing.decompositions import written_out
     from polyexport.tracing.exportable import exportable
 
-    with (
-        warnings.catch_warnings(),
-        torch.inference_mode(),
-        written_out(),
-        exportable(snapshot.load(source)) as model,
-    ):
+    with written_out(), exportable(snapshot.load(source, spec.output_names)) as model:
+        _trace(model, snapshot.example(source, spec), target, spec)
+
+
+def convert_program(source: Path, target: Path, spec: ExportSpec) -> None:
+    """Trace the program of `torch.export`, which is operators only: a trace of Python refuses functions of autograd."""
+    import torch
+
+    from polyexport.tracing.exported_program import load_program
+
+    inputs = tuple(map(torch.from_numpy, example(spec).values()))
+    _trace(_operators(load_program(source)), inputs, target, spec)
+
+
+def _operators(program: torch.export.ExportedProgram) -> torch.fx.GraphModule:
+    """The program as a module whose sizes a trace can follow.
+
+    They are tensors then, which an overload takes for no number; the function of the same name in Python does.
+    """
+    import torch
+
+    module = program.module(check_guards=False)
+    graph = torch.fx.GraphModule(module, module.graph)  # without the hooks that look at inputs, which no trace follows
+    for node in graph.graph.nodes:
+        if node.target is torch.ops.aten.sym_size.int:
+            node.target = _size
+        elif isinstance(node.target, torch._ops.OpOverload) and any(map(_is_size, node.all_input_nodes)):
+            name = node.target._schema.name.removeprefix("aten::")
+            node.target = getattr(torch, name, None) or getattr(torch.Tensor, name, node.target)
+    graph.recompile()
+    return graph
+
+
+def _size(tensor: torch.Tensor, axis: int) -> int:
+    return tensor.shape[axis]
+
+
+def _is_size(node: torch.fx.Node) -> bool:
+    import torch
+
+    return isinstance(node.meta.get("val"), torch.SymInt | torch.SymFloat | torch.SymBool)
+
+
+def _trace(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], target: Path, spec: ExportSpec) -> None:
+    import torch
+
+    with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore", DeprecationWarning)  # it is frozen, and still what mobile and C++ run
-        traced = torch.jit.trace(model, snapshot.example(source, spec), strict=False, check_trace=False)
+        traced = torch.jit.trace(module, inputs, strict=False, check_trace=False)
         torch.jit.save(traced, str(target), _extra_files={"polyexport.json": json.dumps(dict(spec.metadata))})
 
 
@@ -80,7 +123,10 @@ FORMAT = Format(
     description="TorchScript trace, for libtorch in C++",
     url="https://docs.pytorch.org/docs/stable/jit.html",
     artifact="model.torchscript",
-    routes=(Route("trace", upstream=MODULE, toolchain="torch", convert=convert),),
+    routes=(
+        Route("trace", upstream=MODULE, toolchain="torch", convert=convert),
+        Route("pt2", upstream="pt2", toolchain="torch", convert=convert_program),
+    ),
     load=load,
     snippets=_SNIPPETS,
 )

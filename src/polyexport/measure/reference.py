@@ -106,7 +106,7 @@ def make(root: Path, source: Path, dynamic: Dynamic, commit: str = "", *, sha256
     notes = [*note]
     if any(isinstance(each, torch.nn.TransformerEncoder) for each in model.modules()):
         notes += _fused_apart(own(inputs), outputs)
-    notes += [f"output {name} holds no tensor and is not exported" for name in model.dropped]
+    notes += [f"output {name} is left out: no tensor, dict, tuple or dataclass" for name in model.dropped]
     others, note = _other_batches(source, model.input_names, inputs)
     notes += note
     axes, sizes, batches, why_not = _sized(run, inputs, outputs, others, dynamic)

@@ -91,6 +91,21 @@ def written_out() -> Iterator[None]:
         torch.einsum: einsum,
         torch.sum: total,
         torch.Tensor.sum: total,
+        **{made: _of_long_sizes(made, 0, None) for made in (torch.zeros, torch.ones, torch.empty, torch.rand)},
+        torch.full: _of_long_sizes(torch.full, 0, 1),
+        torch.Tensor.new_full: _of_long_sizes(torch.Tensor.new_full, 1, 2),
+        **{
+            method: _of_long_sizes(method, 1, None)
+            for method in (
+                torch.Tensor.new_zeros,
+                torch.Tensor.new_ones,
+                torch.Tensor.new_empty,
+                torch.Tensor.view,
+                torch.Tensor.reshape,
+                torch.Tensor.expand,
+                torch.Tensor.repeat,
+            )
+        },
     }
 
     class WrittenOut(TorchFunctionMode):
@@ -397,6 +412,25 @@ def _logical(operator: Callable[..., Any], named: Callable[..., Any]) -> Callabl
 
         both = isinstance(other, torch.Tensor) and x.dtype == other.dtype == torch.bool
         return (named if both else operator)(x, other)
+
+    return apply
+
+
+def _of_long_sizes(function: Callable[..., Any], first: int, last: int | None) -> Callable[..., Any]:
+    """A function whose sizes, its arguments from `first` to `last`, are int64: ONNX joins them, and mixes no types."""
+
+    def long(size: Any) -> Any:
+        import torch
+
+        if isinstance(size, list | tuple):
+            return type(size)(map(long, size)) if type(size) in (list, tuple) else size
+        number = isinstance(size, torch.Tensor) and size.dim() == 0 and not size.is_floating_point()
+        return size.to(torch.int64) if number else size
+
+    def apply(*args: Any, **kwargs: Any) -> Any:
+        sizes = tuple(map(long, args[first:last]))
+        rest = () if last is None else args[last:]
+        return function(*args[:first], *sizes, *rest, **kwargs)
 
     return apply
 

@@ -23,6 +23,14 @@ _SETTINGS: Mapping[str, tuple[Callable[[Any], bool], Any]] = {
 """What is changed in a `config`: where which value stands, and the one that takes its place."""
 
 
+def _now(config: Any, name: str) -> Any:
+    """What a config has under a name; one of the user's own may answer in any way."""
+    try:
+        return getattr(config, name, None)
+    except Exception:
+        return None
+
+
 @contextlib.contextmanager
 def exportable(model: nn.Module) -> Iterator[nn.Module]:
     """The model with each switch set to what exporters take; it is as before when the block ends."""
@@ -31,7 +39,7 @@ def exportable(model: nn.Module) -> Iterator[nn.Module]:
         (config, name, getattr(config, name))
         for config in configs.values()
         for name, (is_changed, _) in _SETTINGS.items()
-        if is_changed(getattr(config, name, None))
+        if is_changed(_now(config, name))
     ]
     for config, name, _ in before:
         setattr(config, name, _SETTINGS[name][1])

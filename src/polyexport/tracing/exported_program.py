@@ -1,13 +1,65 @@
-"""Programs of `torch.export`, as converters read them: without what most of them have nothing for."""
+"""Programs of `torch.export`: how they are traced, and how converters read them.
+
+Requirements:
+* A program holds what runs without autograd and nothing of autograd itself: under it, `torch.export` refuses to write
+  into a view, and writes down each change of the mode, which some versions of it cannot load again.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import functools
+import inspect
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
+
+
+def export_program(
+    module: torch.nn.Module, inputs: Sequence[torch.Tensor], dynamic: Sequence[Iterable[int]]
+) -> torch.export.ExportedProgram:
+    """Trace `module` with the axes in `dynamic`, those of each input, free.
+
+    Raises:
+        Exception: whatever `torch.export` raises, also where the trace fixes an axis that is to be free.
+    """
+    import torch
+
+    free = torch.export.Dim.DYNAMIC  # not AUTO: an axis that the trace fixes must be an error here, no surprise later
+    shapes = tuple(dict.fromkeys(axes, free) for axes in dynamic)
+    copies = tuple(tensor.clone() for tensor in inputs)  # what is traced is marked with its free axes, and stays so
+    with torch.no_grad(), _grad_mode_left_alone(module):
+        return torch.export.export(module, copies, dynamic_shapes=shapes or None, strict=False)
+
+
+@contextlib.contextmanager
+def _grad_mode_left_alone(module: torch.nn.Module) -> Iterator[None]:
+    """Let `torch.no_grad`, `enable_grad` and `set_grad_enabled` in `module` do nothing."""
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    class LeftAlone(TorchFunctionMode):
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return None if function is torch._C._set_grad_enabled else function(*args, **(kwargs or {}))
+
+    own, forward = module.__dict__.get("forward"), module.forward
+
+    @functools.wraps(forward)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with LeftAlone():  # within forward, so that it is asked before what `torch.export` records with
+            return forward(*args, **kwargs)
+
+    run.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]  # any function has one
+    module.__dict__["forward"] = run
+    try:
+        yield
+    finally:
+        del module.__dict__["forward"]
+        if own is not None:
+            module.__dict__["forward"] = own
 
 
 def load_program(path: Path) -> torch.export.ExportedProgram:

@@ -63,6 +63,26 @@ def _scaled(context: Any, node: Any, plain: Any, combine: Binary, *, scales_firs
     context.add(mb.identity(x=combine(mb, x, y), name=node.name))
 
 
+def addcmul(context: Any, node: Any) -> None:
+    """`x + value * y * z`."""
+    _added(context, node, lambda mb, y, z: mb.mul(x=y, y=z))
+
+
+def addcdiv(context: Any, node: Any) -> None:
+    """`x + value * y / z`."""
+    _added(context, node, lambda mb, y, z: mb.real_div(x=y, y=z))
+
+
+def _added(context: Any, node: Any, combine: Binary) -> None:
+    from coremltools.converters.mil import Builder as mb
+    from coremltools.converters.mil.frontend.torch.ops import _get_inputs, _get_kwinputs
+
+    x, y, z, *more = _get_inputs(context, node)
+    (value,) = _get_kwinputs(context, node, "value", default=[more[0] if more else None])
+    x, y, z, factor = _promoted(x, y, z, 1 if value is None else getattr(value, "val", value))
+    context.add(mb.add(x=x, y=mb.mul(x=combine(mb, y, z), y=factor), name=node.name))
+
+
 def mul(context: Any, node: Any) -> None:
     """A product, also of complex numbers, which coremltools only adds."""
     from coremltools.converters.mil import Builder as mb
@@ -241,6 +261,8 @@ COMPOSITES = {
     **dict.fromkeys(("argmax", "argmin"), argmax),
     "add": add,
     "sub": sub,
+    "addcmul": addcmul,
+    "addcdiv": addcdiv,
     **dict.fromkeys(("rsub", "rsub.scalar"), rsub),
     "mul": mul,
     **dict.fromkeys(("div", "true_divide"), div),

@@ -1,0 +1,15 @@
+"""A module in a folder, as a worker gets it."""
+
+from __future__ import annotations
+
+import torch
+
+from polyexport.capture import snapshot
+
+
+def saved(root, folder, *args, select=None, **kwargs):
+    folder.mkdir(exist_ok=True)
+    snapshot.save_structure(root, select, folder)
+    snapshot.save_call(args, kwargs, folder)
+    torch.save(root.state_dict(), folder / "weights.pt")
+    return folder

@@ -1,0 +1,137 @@
+"""Programs of `torch.export`: traced without autograd, loaded again, and made into TorchScript."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from polyexport.formats import torchscript
+from polyexport.spec import ExportSpec, TensorSpec
+from polyexport.tracing.exported_program import export_program, load_program
+
+ROWS = ExportSpec((TensorSpec("x", "float32", ("batch", 10)),), (), {"batch": 4})
+
+
+class Written(nn.Module):
+    """Calls `answer` with a layer and its input."""
+
+    def __init__(self, answer) -> None:
+        super().__init__()
+        self.layer = nn.Linear(10, 10)
+        self.answer = answer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.answer(self.layer, x)
+
+
+def into_a_view(layer, x):
+    y = layer(x).clone()
+    head, tail = y.chunk(2, 1)
+    tail[:, 1:3] += 2 * head[:, :2]
+    y[y > 0.5] = 0.5
+    return y
+
+
+def no_grad_twice(layer, x):
+    with torch.no_grad():
+        y = layer(x)
+        with torch.no_grad():
+            y = layer(y)
+    return y + x
+
+
+def enable_grad(layer, x):
+    with torch.enable_grad():
+        return into_a_view(lambda x: layer(x).detach(), x)
+
+
+def set_grad_enabled_twice(layer, x):
+    with torch.set_grad_enabled(layer.training):
+        y = layer(x)
+    with torch.set_grad_enabled(True):
+        return layer(y).detach()
+
+
+def inference_mode(layer, x):
+    with torch.inference_mode():
+        return layer(x)
+
+
+def autocast(layer, x):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x)
+    with torch.autocast("cuda", enabled=False):
+        return layer(y.float())
+
+
+def checkpointed(layer, x):
+    return torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=True)
+
+
+def asks_for_the_mode(layer, x):
+    return layer(x) if torch.is_grad_enabled() else 2 * layer(x)
+
+
+class Sign(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return torch.where(x >= 0, 1.0, -1.0)
+
+
+def function_of_autograd(layer, x):
+    return Sign.apply(layer(x))
+
+
+def unpooled(layer, x):
+    pooled, places = functional.max_pool2d(layer(x).reshape(-1, 1, 1, 10), (1, 2), return_indices=True)
+    return functional.max_unpool2d(pooled, places, (1, 2))
+
+
+def sizes(layer, x):
+    rows = x.shape[0]
+    y = layer(x).reshape(rows, 2, 5).transpose(1, 2).reshape(rows, -1)
+    return y + torch.arange(rows).unsqueeze(1) + torch.ones(rows, 1).expand(rows, 10) * rows
+
+
+def traced(answer, folder):
+    """The module, and its program that was saved and loaded again."""
+    module = Written(answer).eval()
+    program = export_program(module, (torch.randn(4, 10),), [(0,)])
+    torch.export.save(program, folder / "model.pt2")
+    return module, load_program(folder / "model.pt2")
+
+
+MODES = (
+    into_a_view, no_grad_twice, enable_grad, set_grad_enabled_twice, inference_mode, autocast, checkpointed,
+    asks_for_the_mode,
+)  # fmt: skip  # a line for each would bury them
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs")  # of a checkpoint that has nothing to differentiate
+@pytest.mark.parametrize("answer", MODES)
+def test_a_program_does_what_runs_without_autograd_and_changes_no_mode_of_it(answer, tmp_path):
+    module, program = traced(answer, tmp_path)
+    assert not [node for node in program.graph.nodes if "grad" in str(node.target)]
+    x = torch.randn(7, 10)
+    with torch.no_grad():
+        assert torch.equal(program.module()(x), module(x))
+    assert "forward" not in module.__dict__
+
+
+def test_a_program_is_traced_with_inputs_that_a_trace_before_had_marked():
+    x = torch.randn(4, 10)
+    with pytest.raises(Exception, match=r"Constraints|specialized"):
+        export_program(Written(lambda layer, x: layer(x) + torch.ones(4, 1)), (x,), [(0,)])
+    export_program(Written(lambda layer, x: layer(x) + torch.ones(4, 1)), (x,), [()])
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("answer", [checkpointed, function_of_autograd, unpooled, sizes, into_a_view])
+def test_torchscript_is_made_of_a_program_for_any_batch(answer, tmp_path):
+    module, _ = traced(answer, tmp_path)
+    torchscript.convert_program(tmp_path / "model.pt2", tmp_path / "model.torchscript", ROWS)
+    x = torch.randn(7, 10)
+    with torch.no_grad():
+        assert torch.equal(torch.jit.load(tmp_path / "model.torchscript")(x), module(x))
