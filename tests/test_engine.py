@@ -29,6 +29,7 @@ from planted import planted as plant
 from polyexport import BadRequest, Engine, Report, Request, Toolchain
 from polyexport.capture import snapshot as modules
 from polyexport.capture.pickling import importable, script
+from polyexport.engine import engine as engines
 from polyexport.engine.dispatch import _by_value
 from polyexport.engine.engine import interrupted, interruption
 from polyexport.engine.routes import _unlike
@@ -287,7 +288,8 @@ def test_the_same_checkpoint_is_not_exported_twice_but_another_is(tmp_path, monk
 
 
 def test_what_was_missing_is_asked_for_again_once_it_is_there(tmp_path, monkeypatch):
-    asked = (polyexport.FORMATS["tensorrt"],)
+    asked = (replace(polyexport.FORMATS["tensorrt"], lacks=str),)
+    monkeypatch.setattr(engines, "known", lambda: {"tensorrt": asked[0]})
     monkeypatch.setenv("POLYEXPORT_CACHE", "/dev/null/here")
     monkeypatch.setattr(gpu, "missing", lambda: "there is no GPU")
     folders = []
@@ -295,7 +297,7 @@ def test_what_was_missing_is_asked_for_again_once_it_is_there(tmp_path, monkeypa
         for there in (False, False, True):
             if there:
                 monkeypatch.setattr(gpu, "missing", str)
-            made = engine.submit(request(tmp_path, asked, module=nn.Linear(5, 3))).result()
+            made = engine.submit(request(tmp_path, asked)).result()
             folders.append((made["tensorrt"].state, made["tensorrt"].reason, made.folder.stat().st_ino))
     first, second, third = folders
     assert first[:2] == ("skipped", "there is no GPU")

@@ -141,7 +141,7 @@ def test_two_checkpoints_are_kept_at_most_where_each_step_is_a_new_best_and_the_
     name = Path(checkpoint.best_model_path).stem
     expected = f"the export of {name} was interrupted; there is no best until then; to finish it: polyexport resume "
     assert [str(each.message) for each in told if expected in str(each.message)]
-    assert counts.most == 2
+    assert counts.most in (1, 2), "one where the engine had not begun yet"
     assert len(list(Path("exports").glob(".unfinished-*"))) == 1
     assert not list(Path("exports").glob(".capture-*"))
 

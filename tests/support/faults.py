@@ -262,17 +262,6 @@ def small_disk(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def folder_in_the_way(folder: Path) -> Iterator[None]:
-    for name in ("epoch=0-step=4", "best"):
-        (folder / "exports" / name).mkdir(parents=True)
-        (folder / "exports" / name / "mine.txt").touch()
-    yield
-    for name in ("epoch=0-step=4", "best"):  # gone if it was taken for an export
-        (folder / "exports" / name / "mine.txt").unlink()
-        (folder / "exports" / name).rmdir()
-
-
-@contextlib.contextmanager
 def file_in_the_way(folder: Path) -> Iterator[None]:
     (folder / "exports").write_text("in the way")
     yield
@@ -391,7 +380,6 @@ FAULTS = {
             "forward's argument cannot be copied", "a mapping proxy", "verified", model=TakesAProxy,
         ),
         Fault("the module is pickled in validation", "pickle and deepcopy in its first batch", "verified", model=Looks),
-        Fault("a folder has the export's name", "two files in it", "verified", around=folder_in_the_way),
         Fault("clock goes backwards", "an hour at each look", "verified", callbacks=(GoesBackInTime, Waits)),
     )
 }  # fmt: skip  # a table
