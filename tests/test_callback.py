@@ -301,7 +301,8 @@ def test_an_interrupt_while_fit_waits_for_exports_ends_them(tmp_path, interrupti
 
     thread = threading.Thread(target=interrupt, daemon=True)
     thread.start()
-    with pytest.raises(SystemExit):
+    told = r"epoch=0-step=4 was interrupted; there is no best until then; to finish it: polyexport resume \S+/exports"
+    with pytest.warns(UserWarning, match=told), pytest.raises(SystemExit):
         fit(tmp_path, callback, model, epochs=1)
     assert workers_of(tmp_path) == []
 

@@ -652,9 +652,9 @@ class ExportCallback(Callback):
             self._recorder.remove()
             self._recorder = None
         self._answer = None
+        left = None
         if self._engine is not None:
-            if (left := self._engine.close()) is not None:
-                rank_zero_warn(f"ExportCallback: {interruption(left)}")
+            left = self._engine.close()
             self._engine = None
         if self._captured is not None:
             discard(self._captured)
@@ -664,6 +664,8 @@ class ExportCallback(Callback):
             self._seen = None
         self._futures.clear()
         self._told.clear()
+        if left is not None:  # last, since a program may have made errors of warnings
+            rank_zero_warn(f"ExportCallback: {interruption(left)}")
 
 
 def _check_arguments(
