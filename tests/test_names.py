@@ -77,7 +77,7 @@ def test_an_output_may_be_called_as_an_operator_is(route: str, tmp_path: Path) -
         convert_program(tmp_path / "m.pt2", tmp_path / "m.onnx", spec)
     else:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("polyexport.capture.snapshot.load", lambda source: module)
+            patch.setattr("polyexport.capture.snapshot.load", lambda source, outputs: module)
             patch.setattr("polyexport.capture.snapshot.example", lambda source, spec: module.example)
             convert_trace(tmp_path, tmp_path / "m.onnx", spec)
     onnx.checker.check_model(onnx.load(tmp_path / "m.onnx"), full_check=True)

@@ -142,6 +142,23 @@ def test_the_arguments_of_the_first_call_are_seen(how, args, kwargs, seen):
     assert vars(net) == own
 
 
+def test_wrappers_of_one_decorator_are_told_apart():
+    """`torch.compile` puts such ones in the place of forward and of validation_step."""
+
+    def wrapped(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args: function(*args)
+
+    net = Plain()
+    net.forward, other = wrapped(net.forward), wrapped(lambda *args: args)
+    spy = Spy(net, net)
+    other(1, 2)
+    assert spy.call is None
+    net(ROWS)
+    spy.remove()
+    ((seen,), _) = spy.call
+    assert torch.equal(seen, ROWS)
+
+
 def test_another_profiler_is_left_alone():
     net = Plain()
     with cProfile.Profile() as profile:

@@ -11,7 +11,7 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable
-from types import FrameType, FunctionType, MethodType
+from types import CellType, FrameType, FunctionType, MethodType
 from typing import Any
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -37,7 +37,7 @@ class Watch:
         sys.setprofile(self._hook)
 
     def _told(self, frame: FrameType, event: str, _: Any) -> None:
-        if event == "call" and frame.f_code is self._function.__code__:
+        if event == "call" and frame.f_code is self._function.__code__ and _closes_over(frame, self._function):
             call = arguments(frame, self._function, self._bound)
             if call is not None and self._seen(call):
                 self.end()
@@ -65,6 +65,12 @@ def _unbound(method: Any) -> tuple[FunctionType, tuple[Any, ...]]:
         else:
             raise CannotWatch(f"{method!r} is not written in Python")
     return method, bound
+
+
+def _closes_over(frame: FrameType, function: FunctionType) -> bool:
+    """Whether the free variables of a call are the function's own: wrappers of one decorator share their code."""
+    cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
+    return all(cell == CellType() or frame.f_locals.get(name) is cell.cell_contents for name, cell in cells.items())
 
 
 def arguments(frame: FrameType, function: FunctionType, bound: tuple[Any, ...]) -> Call | None:
