@@ -169,6 +169,7 @@ def test_every_change_is_one_and_keeps_shape_and_type():
     assert len(labels) == len(set(labels)) > 10
     for label, values in [*changed(inputs), ("jittered", jittered(inputs))]:
         assert {n: (a.shape, a.dtype) for n, a in values.items()} == {n: (a.shape, a.dtype) for n, a in inputs.items()}
+        assert {type(array) for array in values.values()} == {np.ndarray}, label  # arithmetic makes a scalar of no axes
         assert any(not np.array_equal(values[name], array) for name, array in inputs.items()), label
         assert values["ids"].min() >= 0, label
         assert values["ids"].max() <= 11, label

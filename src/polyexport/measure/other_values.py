@@ -32,7 +32,7 @@ def changed(inputs: Arrays, others: Sequence[Arrays] = ()) -> Iterator[tuple[str
     for label, by_kind in _CHANGES.items():
         random = np.random.default_rng(0)
         values = {
-            name: by_kind[kinds[name]](array, random).astype(array.dtype) if kinds[name] in by_kind else array
+            name: np.asarray(by_kind[kinds[name]](array, random), array.dtype) if kinds[name] in by_kind else array
             for name, array in inputs.items()
         }
         if any(not np.array_equal(values[name], array) for name, array in inputs.items()):
@@ -43,7 +43,7 @@ def jittered(inputs: Arrays) -> Arrays:
     """The same but for a millionth of each real number: what such a change moves far, rounding moves too."""
     random = np.random.default_rng(0)
     return {
-        name: (array * (1 + 1e-6 * random.choice((-1, 1), array.shape))).astype(array.dtype)
+        name: np.asarray(array * (1 + 1e-6 * random.choice((-1, 1), array.shape)), array.dtype)
         if np.issubdtype(array.dtype, np.inexact)
         else array
         for name, array in inputs.items()
