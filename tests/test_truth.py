@@ -162,7 +162,7 @@ def test_every_change_is_one_and_keeps_shape_and_type():
         "ids": np.arange(12, dtype=np.int64).reshape(6, 2),
         "mask": np.ones((6, 4), np.int64),
         "flag": np.array([True]),
-        "scalar": np.float32(2.0).reshape(()),
+        "scalar": np.array(2.0, np.float32),
         "lengths": np.array([4, 4, 3, 2, 1, 1], np.int32),
     }
     labels = [label for label, _ in changed(inputs)]
