@@ -1,5 +1,6 @@
 # make demo       train on real data, export, prove, measure, publish offline, print the table
 # make test       run every test
+# make test-fast  run what needs no toolchain and no training: what to run before each commit, a minute
 # make lint       run every check of the pre-commit configuration
 # make bench      measure what the README claims
 # make test-zoo   export a model of each architecture family, and write docs/zoo.md; hours, goes on where it was stopped
@@ -9,13 +10,18 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench test-zoo test-real clean
+.PHONY: demo test test-fast lint bench test-zoo test-real clean
 
 demo: $(VENV)/demo
 	$(BIN)/python examples/digits.py
 
 test: $(VENV)/test
 	$(BIN)/python -m pytest
+
+FAST := architecture devices escape folders latency module outcome_table parity pickling records slices
+
+test-fast: $(VENV)/test
+	$(BIN)/python -m pytest -q $(FAST:%=tests/test_%.py)
 
 lint: $(VENV)/lint
 	PATH="$(CURDIR)/$(BIN):$$PATH" pre-commit run --all-files
