@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import shutil
+import sys
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -36,6 +37,12 @@ def wandb_stays_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def logs_stay_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def import_path_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder that a test puts there, with a `queue.py` in it, would be what other tests' processes import."""
+    monkeypatch.setattr(sys, "path", sys.path.copy())
 
 
 @pytest.fixture(scope="session")

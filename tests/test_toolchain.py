@@ -134,8 +134,9 @@ def test_an_install_ends_when_the_workers_are_ended(cache, index):
 
 
 def test_the_password_of_an_index_is_on_no_command_line(cache, index, monkeypatch):
+    url = os.environ["PIP_INDEX_URL"].replace("//", "//me:secret@")
     for name in ("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL"):
-        monkeypatch.setenv(name, os.environ["PIP_INDEX_URL"].replace("//", "//me:secret@"))
+        monkeypatch.setenv(name, url)
     chain, workers = Toolchain("private", ("toposort==1.10",)), Workers()
     with ThreadPoolExecutor(1) as pool:
         installing = pool.submit(chain.interpreter, workers=workers)
@@ -144,7 +145,7 @@ def test_the_password_of_an_index_is_on_no_command_line(cache, index, monkeypatc
         lines = [line for process in Path("/proc").glob("[0-9]*") if (line := command_line(process))]
         workers.end_all()
         assert isinstance(installing.exception(20), ToolMissing)
-    assert f"authorization: Basic {base64.b64encode(b'me:secret').decode()}" in asked
+    assert f"Basic {base64.b64encode(b'me:secret').decode()}\r\n" in asked
     assert any("toposort" in line or str(chain.folder) in line for line in lines)  # uv was running, and is among them
     assert not [line for line in lines if "secret@" in line]
 
