@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import os
 import shutil
-import sys
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
