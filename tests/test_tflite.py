@@ -122,7 +122,7 @@ def test_an_edge_tpu_model_is_verified_before_compilation_and_says_so(report):
     assert len(outcome.parity.batches) == 3
     assert "stand-in" in (report.folder / "logs" / "edgetpu.log").read_text()
     names = sorted(path.name for path in (report.folder / "edgetpu").iterdir())
-    assert names == ["model.tflite", "model_edgetpu.log", "model_edgetpu.tflite"]
+    assert names == ["model.tflite", "model_edgetpu.log", "model_edgetpu.tflite", "polyexport.json"]
 
 
 @pytest.mark.slow

@@ -180,8 +180,14 @@ def _as_trained(source: Path, model: Any) -> tuple[str, tuple[str, ...]]:
 
 
 def _disagreement(source: Path, model: Any) -> str:
-    """With PyTorch's fused path for transformers, which it may have taken, or without it."""
-    return disagreement(source, model) and plain_attention()(disagreement)(source, model)
+    """With PyTorch's fused path for transformers, which it may have taken, or without it.
+
+    Asked twice, since that path is not taken while `devices.OnTheCpu` looks on, which it does no more once a call has
+    shown that forward names no device.
+    """
+    return (
+        disagreement(source, model) and disagreement(source, model) and plain_attention()(disagreement)(source, model)
+    )
 
 
 def _undecidable(outputs: Arrays, later: Iterable[Arrays]) -> str:
