@@ -10,13 +10,22 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-fast lint bench test-zoo test-real clean
+.PHONY: demo test test-one-half test-other-half test-fast lint bench test-zoo test-real clean
 
 demo: $(VENV)/demo
 	$(BIN)/python examples/digits.py
 
+# the toolchains first, since the halves would wait for each other's; then side by side, since most of a test is one
+# process that imports or converts
 test: $(VENV)/test
-	$(BIN)/python -m pytest
+	$(BIN)/polyexport toolchain install executorch litert mnn paddle tensorflow tfjs tflite
+	$(MAKE) --jobs=2 --output-sync=target test-one-half test-other-half
+
+test-one-half:
+	$(BIN)/python -m pytest tests/test_[a-el]*.py
+
+test-other-half:
+	$(BIN)/python -m pytest tests/test_[f-km-z]*.py
 
 FAST := architecture devices escape folders latency module outcome_table parity pickling records slices
 
