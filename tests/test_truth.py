@@ -24,8 +24,8 @@ from polyexport.workers.job import Job, proofs
 X = torch.randn(6, 5, generator=torch.Generator().manual_seed(3))
 
 
-def prepared(folder: Path, net: nn.Module, *calls, dynamic=True, trained: nn.Module | None = None) -> Reference:
-    """The reference of a module, by what it received in one validation batch after another.
+def saved(folder: Path, net: nn.Module, *calls, trained: nn.Module | None = None) -> Path:
+    """Where a module is saved, with what it received in one validation batch after another.
 
     `trained` is the one whose answer is recorded.
     """
@@ -38,7 +38,12 @@ def prepared(folder: Path, net: nn.Module, *calls, dynamic=True, trained: nn.Mod
     if trained is not None:
         ask(trained, module.as_call(calls[0]), source)
         assert (source / ANSWER).exists()
-    return reference.make(folder, source, dynamic)
+    return source
+
+
+def prepared(folder: Path, net: nn.Module, *calls, dynamic=True, trained: nn.Module | None = None) -> Reference:
+    """The reference of a module that was saved so."""
+    return reference.make(folder, saved(folder, net, *calls, trained=trained), dynamic)
 
 
 def traced(folder: Path, found: Reference) -> tuple[dict, tuple[str, ...]]:
@@ -339,12 +344,7 @@ def test_what_a_script_set_in_an_imported_file_is_set_again(tmp_path, monkeypatc
     attribute = change.rpartition(".")[2]
     net, was = home.Net(), vars(owner)[attribute]
     setattr(owner, attribute, values[change])
-    source = tmp_path / "source"
-    source.mkdir()
-    module.save_call((X,), {}, source)
-    module.save_structure(net, None, source)
-    torch.save(net.state_dict(), source / module.WEIGHTS)
-    ask(net, module.as_call(X), source)
+    source = saved(tmp_path, net, X, trained=net)
     expected = net(X).detach().numpy()
     setattr(owner, attribute, was)  # as a worker imports it
     found = reference.make(tmp_path, source, True)
@@ -361,10 +361,5 @@ def test_what_a_script_changed_in_a_package_leaves_nothing_to_prove(tmp_path, mo
     relu = nn.functional.relu
     with monkeypatch.context() as patch:
         patch.setattr(nn.functional, "gelu", lambda x, approximate: relu(x))
-        source = tmp_path / "source"
-        source.mkdir()
-        module.save_call((X,), {}, source)
-        module.save_structure(net, None, source)
-        torch.save(net.state_dict(), source / module.WEIGHTS)
-        ask(net, module.as_call(X), source)
+        source = saved(tmp_path, net, X, trained=net)
     assert "does not answer what it did" in reference.make(tmp_path, source, True).undecidable
