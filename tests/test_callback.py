@@ -365,7 +365,8 @@ def test_an_offline_wandb_run_holds_what_agreed_and_a_table_of_all(tmp_path):
     assert [each.name for each in run.artifacts] == [*exported, checkpoint]
     good = run.artifacts[0]
     assert good.type == "model"
-    assert set(good.aliases) == {"latest", "best", "parity-passed", "fastest"}
+    fastest = {"fastest"} if best.fastest else set()  # nothing is, on a busy machine: see test_latency.py
+    assert set(good.aliases) == {"latest", "best", "parity-passed"} | fastest
     assert list(good.files) == ["model.json"]
     assert good.metadata["checkpoint_sha256"] == best.checkpoint.sha256
     assert good.metadata["parity"]["passed"] is True

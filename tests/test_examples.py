@@ -76,7 +76,8 @@ def test_digits(tmp_path):
         "tfjs",
         "paddle",
     } <= verified
-    assert all(report[name].latency.samples == 100 for name in verified - {"coreml"})
+    # 100 calls, or fewer where they take longer than a runtime's share of time
+    assert all(1 <= report[name].latency.samples <= 100 for name in verified - {"coreml"})
     assert report.checkpoint.monitor == "val_loss"
     assert str(report.folder / "report.html") in printed
     assert re.search(r"^epoch=\d-step=\d+ onnx \(dynamo\): verified in", printed, re.MULTILINE)
