@@ -16,9 +16,12 @@ from polyexport import worker
 from polyexport.capture import snapshot as module
 from polyexport.capture.answer import ANSWER, ask
 from polyexport.engine import routes
+from polyexport.format import Tolerance
 from polyexport.measure import reference
 from polyexport.measure.other_values import changed, jittered
+from polyexport.measure.parity import compare
 from polyexport.measure.reference import Reference
+from polyexport.spec import read_arrays
 from polyexport.workers.job import Job, proofs
 
 X = torch.randn(6, 5, generator=torch.Generator().manual_seed(3))
@@ -240,6 +243,72 @@ def test_fixed_sizes_are_proven_on_other_values_of_those_sizes(tmp_path):
     assert {tuple(each.sizes.values()) for each in fixed} == {(12, 30, 4)}
     assert [each.label for each in fixed][1:] == ["rows mixed and negated"]
     assert all(each.real for each in proofs(found.batches, dynamic=True, made_up=False)), "of low precision"
+
+
+# --- what is no tensor ------------------------------------------------------------------------------------------------
+
+
+class Mixed(nn.Module):
+    """Reads a switch and the first entry of an array, and nothing of its remarks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x: torch.Tensor, scale: object, remarks: object) -> torch.Tensor:
+        return self.head(x) * (scale[0] if isinstance(scale, np.ndarray) else float(scale))
+
+
+def test_an_array_that_forward_reads_is_told_of_and_one_that_it_does_not_read_is_none(tmp_path):
+    found = prepared(tmp_path, Mixed(), (X, np.array([2.0, 3.0]), np.zeros(6)))
+    told = [note for note in found.notes if "numpy array" in note]
+    assert len(told) == 1
+    assert told[0].startswith("forward reads scale, a numpy array, whose numbers are constants in every artifact; give")
+    assert found.narrow == ""
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "why"),
+    [
+        (2, 3, "right for scale=2 only: forward reads it, it is no tensor, and it is 3 in batch 2"),
+        (np.array([2.0]), np.array([3.0]), "right for scale=array([2.]) only: forward reads it, it is no tensor, and"),
+        (True, False, "right for scale=True only: "),
+        ("2", "none", "right for scale='2' only: "),
+        (2, 2, ""),
+        (np.array([2.0, 1.0]), np.array([2.0, 5.0]), ""),
+    ],
+    ids=str,
+)
+def test_a_constant_that_differs_between_batches_makes_artifacts_right_for_one_of_them(tmp_path, first, second, why):
+    found = prepared(tmp_path, Mixed(), (X, first, ["a", 1]), (X, second, ["b", 2]))
+    assert found.narrow.startswith(why)
+    assert routes.narrow("", (), found) == found.narrow
+
+
+# --- what numpy lacks -------------------------------------------------------------------------------------------------
+
+
+class Narrow(nn.Module):
+    """Answers in bfloat16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(x).to(torch.bfloat16)
+
+
+def test_an_output_in_bfloat16_is_float32_in_artifacts_and_judged_as_such(tmp_path):
+    found = prepared(tmp_path, Narrow(), X)
+    assert "output output_0 is float32 in artifacts: numpy lacks the dtype it has in PyTorch" in found.notes
+    assert found.spec.outputs[0].dtype == "float32"
+    answer, _ = traced(tmp_path, found)
+    assert (answer["parity"].passed, answer["elsewhere"]) == (True, "")
+    batch, noise = (read_arrays(tmp_path / path) for path in (found.batches[0].path, found.noise))
+    reference, limits = {"output_0": batch["output_0"]}, Tolerance.for_precision("float32")
+    assert compare({"output_0": reference["output_0"] * np.float32(1 - 2**-8)}, reference, limits, noise).passed
+    assert not compare({"output_0": reference["output_0"] * np.float32(0.8)}, reference, limits, noise).passed
 
 
 # --- what was trained -------------------------------------------------------------------------------------------------

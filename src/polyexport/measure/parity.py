@@ -86,7 +86,8 @@ def compare(
 ) -> Parity:
     """Compare what an artifact returned with the reference: names first, then dtypes and shapes, then values.
 
-    `noise` is what `noise_floor` found on the validation batch, as far as it is known, and of integers the `TIES`.
+    `noise` is what `noise_floor` found on the validation batch, as far as it is known, and of integers the `TIES`;
+    and what is `NARROW`.
     `whole` is the reference on the validation batch, where this is another one. A batch of one row may be the row that
     the tolerance lets go, or lie so near zero that a similarity says nothing: it may lose as many rows as the whole, if
     that is not more than half of its own, and its error is held against the power that as many elements of the whole
@@ -106,11 +107,13 @@ def compare(
             reasons.append(f"{name} has shape {list(found.shape)}, PyTorch has {list(expected.shape)}")
         else:
             beside, floors = None if whole is None else whole[name], noise or {}
-            known = floors.get(name)
+            known, allowed = floors.get(name), tolerance
+            if name + NARROW in floors:
+                allowed = tolerance.or_looser(Tolerance.for_precision("bfloat16"))
             if not expected.size:
                 outputs[name], why = OutputParity(0.0, 0.0, 0.0, None, None, None, None), ""
             elif np.issubdtype(expected.dtype, np.inexact):
-                outputs[name], why = _compare_output(found, expected, tolerance, known, beside)
+                outputs[name], why = _compare_output(found, expected, allowed, known, beside)
             else:
                 size = (expected if beside is None else beside).size
                 outputs[name], why = _compare_discrete(found, expected, tolerance, known, floors.get(name + TIES), size)
@@ -130,6 +133,10 @@ def merge(results: Sequence[Parity], batches: Sequence[Mapping[str, int]]) -> Pa
 
 TIES = "@ties"
 """Behind an integer output's name: the least `Tolerance.roundoff` that moves each of its elements, infinite if none."""
+
+
+NARROW = "@bfloat16"
+"""Behind the name of an output that PyTorch itself rounds to bfloat16; what it holds says nothing."""
 
 
 def noise_floor(float32: Arrays, *others: Arrays) -> Arrays:
