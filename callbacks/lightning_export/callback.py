@@ -20,7 +20,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from lightning_export import ranks
-from lightning_export.answers import Recorder, write
+from lightning_export.answers import Recorder, why_unrecorded, write
 from lightning_export.best import Best, bases, best_of, checkpointer, name_of, tail
 from lightning_export.capture import Called, Spy, beside_weights, hold, is_compiled, retake, save, save_lacking
 from lightning_export.loggers import sinks
@@ -338,13 +338,15 @@ class ExportCallback(Callback):
             self._capture(trainer, pl_module, self._call(pl_module, batch, None, early=False))
 
     def _records(self, trainer: Trainer, pl_module: LightningModule, batch_idx: int, dataloader_idx: int) -> bool:
-        """Whether forward's answer to this batch is recorded: the first of each validation but the sanity check.
-
-        Not of a module that a strategy wraps, whose hooks see other calls, nor of compiled code, which has none.
-        """
-        first = self._active and batch_idx == dataloader_idx == 0 and not trainer.sanity_checking
-        alone = trainer.world_size == 1 and trainer.strategy.model is pl_module
-        return first and alone and not is_compiled(selected(pl_module, self.module), pl_module)
+        """Whether forward's answer to this batch is recorded: the first of each validation but the sanity check."""
+        if not self._active or batch_idx or dataloader_idx or trainer.sanity_checking:
+            return False
+        why = why_unrecorded(
+            sharded=_shards(trainer), compiled=is_compiled(selected(pl_module, self.module), pl_module)
+        )
+        if why and why not in self._notes:
+            self._notes += (why,)
+        return not why
 
     def _takes(self, trainer: Trainer, batch_idx: int, dataloader_idx: int) -> bool:
         """Whether this validation batch is one to keep: the first, or the next of those to calibrate with.
