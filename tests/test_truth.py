@@ -49,9 +49,16 @@ def prepared(folder: Path, net: nn.Module, *calls, dynamic=True, trained: nn.Mod
     return reference.make(folder, saved(folder, net, *calls, trained=trained), dynamic)
 
 
-def traced(folder: Path, found: Reference) -> tuple[dict, tuple[str, ...]]:
+TRACED = "source/made/torchscript/model.torchscript"
+
+
+def traced(folder: Path, found: Reference, *, route: str = "trace") -> tuple[dict, tuple[str, ...]]:
     """What the verification of its TorchScript trace says, and the sites that the trace froze."""
-    job = Job("convert", "torchscript", route="trace", target="source/made/torchscript/model.torchscript")
+    job = Job("convert", "torchscript", route=route, target=TRACED)
+    return converted(folder, found, job)
+
+
+def converted(folder: Path, found: Reference, job: Job) -> tuple[dict, tuple[str, ...]]:
     job = replace(job, spec=found.spec, batches=found.batches, noise=found.noise)
     with warnings.catch_warnings(action="ignore"):
         made = worker.convert(folder, job)
@@ -80,6 +87,55 @@ BRANCHES = {
     "the sign of a sum": lambda x: x[0].sum() * float(X[0].sum()) < 0,
     "one element": lambda x: abs(float(x[0, 0])) > 100,
 }
+
+
+class Halves(nn.Module):
+    """Halves the greatest number as often as it takes: a loop and a branch, in a part of its own."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        while x.abs().max() > 8:
+            x = x / 2
+        if x.sum() < 0:
+            x = -x
+        return x
+
+
+class Quiet(nn.Module):
+    """What it answers, and how it calls the part, no script could take."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.quiet, self.head = Halves(), nn.Linear(5, 3)
+
+    def forward(self, x: torch.Tensor, **kwargs: object) -> dict[str, object]:
+        return {"y": self.head(self.quiet(x)), "about": object()}
+
+
+@pytest.mark.parametrize("net", [Quiet(), nn.Sequential(Halves())], ids=["a part", "an unnamed part"])
+def test_both_sides_of_a_branch_are_kept_where_the_part_with_it_can_be_scripted(tmp_path, net):
+    found = prepared(tmp_path, net, X)
+    one, _ = traced(tmp_path, found)
+    assert one["elsewhere"] or not one["parity"].passed, "a trace keeps one side"
+    answer, frozen = traced(tmp_path, found, route="script")
+    assert (answer["parity"].passed, answer["elsewhere"], frozen) == (True, "", ())
+    job = Job("convert", "onnx", route="script", source=TRACED, target="source/made/onnx/model.onnx")
+    answer, frozen = converted(tmp_path, found, job)
+    assert (answer["parity"].passed, answer["elsewhere"], frozen) == (True, "", ())
+
+
+@pytest.mark.parametrize(
+    ("net", "why"),
+    [
+        (nn.Linear(5, 3), "forward decides nothing by its data"),
+        (Branch(lambda x: x.abs().max() > 8), "torch.jit.script refuses Branch: "),
+    ],
+)
+def test_what_a_script_cannot_keep_is_said_in_a_line(tmp_path, net, why):
+    found = prepared(tmp_path, net, X)
+    with pytest.raises(RuntimeError) as raised:
+        traced(tmp_path, found, route="script")
+    assert str(raised.value).startswith(why)
+    assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("name", BRANCHES)

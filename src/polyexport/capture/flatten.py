@@ -109,12 +109,12 @@ def constants(forward: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[
 
 
 def with_constants(
-    forward: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], changed: Mapping[str, Any]
+    forward: Callable[..., Any], call: tuple[Sequence[Any], Mapping[str, Any]], changed: Mapping[str, Any]
 ) -> tuple[Sequence[Any], Mapping[str, Any]]:
     """The call with other values for some of its `constants`."""
     from torch.utils import _pytree as pytree
 
-    leaves, tree, names = _named_leaves(forward, args, kwargs)
+    leaves, tree, names = _named_leaves(forward, *call)
     values = [changed.get(name, leaf) for name, leaf in zip(names, leaves, strict=True)]
     found: tuple[Sequence[Any], Mapping[str, Any]] = closed(pytree.tree_unflatten(values, tree))
     return found

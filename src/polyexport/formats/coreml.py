@@ -83,7 +83,7 @@ def _is_bicubic_sampling(node: torch.fx.Node) -> bool:
     """Whether it samples a grid of an image in the one mode that Core ML lacks."""
     import torch
 
-    return node.target is torch.ops.aten.grid_sampler.default and node.args[2] == 2
+    return node.target is torch.ops.aten.grid_sampler.default and bool(node.args[2] == 2)
 
 
 def _behind_casts(module: Any, spec: ExportSpec) -> tuple[torch.nn.Module, tuple[torch.Tensor, ...]]:

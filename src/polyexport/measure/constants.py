@@ -83,7 +83,7 @@ def _reads(
     model: Any, call: Any, outputs: Arrays, within: Callable[[Runner], Runner], changed: Mapping[str, Any]
 ) -> bool:
     """Whether forward answers otherwise, or not at all, where some constants are others."""
-    other = flat(model.inner, *with_constants(model.inner.forward, *call, changed))
+    other = flat(model.inner, *with_constants(model.inner.forward, call, changed))
     other.within, other.kept = model.within, tuple(outputs)
     try:
         answer = within(as_runner(other))(to_arrays(other.input_names, other.example))
