@@ -341,6 +341,26 @@ def test_a_constant_that_differs_between_batches_makes_artifacts_right_for_one_o
     assert routes.narrow("", (), found) == found.narrow
 
 
+class Learns(nn.Module):
+    """Answers with a loss where it is given labels, as models of transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        logits = self.head(x)
+        return {"logits": logits} | ({} if labels is None else {"loss": nn.functional.cross_entropy(logits, labels)})
+
+
+@pytest.mark.parametrize(("call", "told"), [({"x": X, "labels": torch.arange(6) % 3}, True), ({"x": X}, False)])
+def test_targets_and_losses_are_told_of_with_what_leaves_them_out(tmp_path, call, told):
+    found = prepared(tmp_path, Learns(), call)
+    notes = [note for note in found.notes if note.startswith("forward takes labels and returns loss, as in training")]
+    assert [("inputs=<a function of the batch>" in note) for note in notes] == [True] * told
+    assert not any("as in training" in note for note in found.notes) or told
+
+
 # --- what numpy lacks -------------------------------------------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -128,7 +129,7 @@ def make(root: Path, source: Path, dynamic: Dynamic, commit: str = "", *, sha256
     example = resized(inputs, axes, {name: max(2, size) for name, size in sizes.items()})
     write_arrays(source / "example.npz", example)
     undecidable = unlike_trained or _undecidable(outputs, (again, *_in_between(run, inputs)))
-    notes += says_little(outputs)
+    notes += [*_as_in_training(model.input_names, model.output_names), *says_little(outputs)]
     narrow = frozen(source, model, outputs, lambda run: plain_attention()(_on_copies(run)))
     notes += narrow.notes
     notes += [
@@ -384,6 +385,21 @@ def eager(source: Path, *, threads: int) -> Runner:
 
     torch.set_num_threads(threads)
     return as_runner(modules.load(source))
+
+
+_TARGETS = re.compile(r"(.*_)?(labels?|targets?|ground_truth|gt|y_true|loss_mask)")
+_LOSSES = re.compile(r"(.*_)?(loss|losses)(_\w+)?")
+
+
+def _as_in_training(inputs: Sequence[str], outputs: Sequence[str]) -> Iterator[str]:
+    """A note where forward takes targets or answers with a loss, which whoever calls an artifact has no use for."""
+    takes, returns = filter(_TARGETS.fullmatch, inputs), filter(_LOSSES.fullmatch, outputs)
+    told = [f"{word} {', '.join(names)}" for word, names in (("takes", [*takes]), ("returns", [*returns])) if names]
+    if told:
+        yield (
+            f"forward {' and '.join(told)}, as in training, and so does every artifact; "
+            "inputs=<a function of the batch> that leaves targets out makes one for inference, if forward can do without"
+        )
 
 
 def _fused_apart(fused: Arrays, outputs: Arrays) -> list[str]:
