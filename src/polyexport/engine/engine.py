@@ -135,14 +135,9 @@ class Engine:
         staging: str | None = None,
         tell: Callable[[str], object] | None = None,
     ) -> None:
+        check_limits(workers, timeout, executor, staging)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         count = workers if workers is not None else max(2, cores // 2)
-        if count < 1 or timeout <= 0:
-            raise BadRequest(f"workers={workers}, timeout={timeout}: both must be greater than zero")
-        if executor is not None and not callable(getattr(executor, "submit", None)):
-            raise BadRequest(f"executor={executor!r} has no submit(function, *arguments)")
-        if staging is not None and executor is None:
-            raise BadRequest(f"staging={staging!r} is for an executor; give executor= too")
         self._elsewhere = None if executor is None else Elsewhere(executor, staging)
         self._cores = cores
         self._bounds = Bounds(timeout=timeout, threads=max(1, cores // count))
@@ -364,6 +359,20 @@ class Engine:
 
 
 # --- pieces -----------------------------------------------------------------------------------------------------------
+
+
+def check_limits(workers: int | None, timeout: float, executor: Any, staging: str | None) -> None:
+    """See whether an engine can be made with these.
+
+    Raises:
+        BadRequest: it cannot.
+    """
+    if timeout <= 0 or (workers is not None and workers < 1):
+        raise BadRequest(f"workers={workers}, timeout={timeout}: both must be greater than zero")
+    if executor is not None and not callable(getattr(executor, "submit", None)):
+        raise BadRequest(f"executor={executor!r} has no submit(function, *arguments)")
+    if staging is not None and executor is None:
+        raise BadRequest(f"staging={staging!r} is for an executor; give executor= too")
 
 
 def _prune(newest: Report, keep: int | None) -> None:
