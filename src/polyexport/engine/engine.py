@@ -29,7 +29,7 @@ from typing import Any
 from polyexport.capture.pickling import import_path
 from polyexport.capture.snapshot import SHARDS, WEIGHTS, further_calls
 from polyexport.engine.bench import bench, sweep
-from polyexport.engine.dispatch import Bounds, Dispatcher, declared, declared_file
+from polyexport.engine.dispatch import Dispatcher, Limits, declared, declared_file
 from polyexport.engine.rerun import runnables, runner, verify
 from polyexport.engine.routes import Build
 from polyexport.errors import BadRequest
@@ -59,7 +59,7 @@ from polyexport.report.report import Checkpoint, Model, Outcome, Report, State, 
 from polyexport.serialization import decode, encode, read_json, write_json
 from polyexport.versions import git_commit
 from polyexport.workers import gpu, toolchain
-from polyexport.workers.job import Job
+from polyexport.workers.job import Prepare
 from polyexport.workers.process import Workers
 from polyexport.workers.remote import Elsewhere
 
@@ -140,7 +140,7 @@ class Engine:
         count = workers if workers is not None else max(2, cores // 2)
         self._elsewhere = None if executor is None else Elsewhere(executor, staging)
         self._cores = cores
-        self._bounds = Bounds(timeout=timeout, threads=max(1, cores // count))
+        self._limits = Limits(timeout=timeout, threads=max(1, cores // count))
         self._workers = Workers(background=background)
         self._slots = ThreadPoolExecutor(count, thread_name_prefix="polyexport-slot")
         self._queue = ThreadPoolExecutor(1, thread_name_prefix="polyexport-queue")
@@ -222,7 +222,7 @@ class Engine:
         request = _beside_what_is_there(request)
         with contextlib.closing(
             replace(
-                self._dispatcher(request.work, request.final, self._bounds, self._elsewhere), sys_path=request.sys_path
+                self._dispatcher(request.work, request.final, self._limits, self._elsewhere), sys_path=request.sys_path
             )
         ) as dispatcher:
             return self._exported(request, dispatcher)
@@ -233,9 +233,8 @@ class Engine:
         if request.held and not (request.work / "source" / WEIGHTS).exists():  # one that is resumed may have it
             _fetch(request.held, request.work / "source")
         commit = git_commit() if request.commit is None else request.commit
-        options = {"dynamic": request.dynamic, "git_commit": commit, "sha256": request.checkpoint.sha256}
-        job = Job("prepare", options=options)
-        ended, command = dispatcher.run(job, toolchain.HOST, "prepare", "logs/model.log")
+        job = Prepare(dynamic=request.dynamic, git_commit=commit, sha256=request.checkpoint.sha256)
+        ended = dispatcher.run(job, toolchain.HOST, "prepare", "logs/model.log")
         self._watch("model", None)
         if not ended.ok:
             state: State = "skipped" if ended.kind == "missing" else "failed"
@@ -243,7 +242,7 @@ class Engine:
             why = ended.error if told else f"the module cannot be rebuilt: {ended.error}"
             outcomes = tuple(
                 Outcome(each.name, each.precision, state, why,
-                        log="logs/model.log", reproduce=command)
+                        log="logs/model.log", reproduce=ended.command or None)
                 for each in request.formats
             )  # fmt: skip  # the call reads better on two lines than on eight
             report = Report(request.checkpoint, None, outcomes, notes=request.notes)
@@ -351,11 +350,11 @@ class Engine:
     def _quiet(self, report: Report, *, trust: bool = True) -> Dispatcher:
         """A dispatcher for a finished export, which gets the whole machine."""
         self.hurry()
-        whole = replace(self._bounds, threads=self._cores)
+        whole = replace(self._limits, threads=self._cores)
         return replace(self._dispatcher(report.folder, report.folder, whole), trusted=trust)
 
-    def _dispatcher(self, root: Path, final: Path, bounds: Bounds, elsewhere: Elsewhere | None = None) -> Dispatcher:
-        return Dispatcher(root, final, self._workers, self._slots, bounds, import_path(), elsewhere)
+    def _dispatcher(self, root: Path, final: Path, limits: Limits, elsewhere: Elsewhere | None = None) -> Dispatcher:
+        return Dispatcher(root, final, self._workers, self._slots, limits, import_path(), elsewhere)
 
 
 # --- pieces -----------------------------------------------------------------------------------------------------------
