@@ -34,9 +34,9 @@ from polyexport.engine.engine import interruption
 from polyexport.formats import resolve
 from polyexport.publish import Sink
 from polyexport.publish.folder import copy_to
-from polyexport.report import console
+from polyexport.report import console, files
 from polyexport.report.folders import BEST, CAPTURE, discard, link, locked, unfinished
-from polyexport.report.report import STATES, Checkpoint, State
+from polyexport.report.outcome import STATES, Checkpoint, Note, State
 from polyexport.workers.toolchain import Busy
 
 P = ParamSpec("P")
@@ -554,7 +554,7 @@ class ExportCallback(Callback):
             return
         if self.metric_batches:
             self.reports[-1] = self._with_metrics(trainer, pl_module, self.reports[-1])
-            self.reports[-1].save()
+            files.save(self.reports[-1])
         for sink in self._sinks(trainer):
             self._publish(sink, self.reports[-1])
         console.show(self.reports[-1])
@@ -563,7 +563,7 @@ class ExportCallback(Callback):
         assert self._engine is not None, "only rank zero has reports"
         if trainer.world_size > 1 or not _validates(trainer, pl_module):
             why = "there is no validation" if trainer.world_size == 1 else "several processes trained together"
-            return replace(report, notes=(*report.notes, f"no metrics: {why}"))
+            return replace(report, notes=(*report.notes, Note("metrics", f"no metrics: {why}")))
         rank_zero_info(f"ExportCallback: validating {report.folder.name} in each runtime")
         return measured(
             report, trainer, pl_module, self.module, self._engine, self.formats, batches=self.metric_batches

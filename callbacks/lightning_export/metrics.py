@@ -25,6 +25,7 @@ from polyexport import Engine, Format, Report, Runner
 from polyexport.capture.flatten import flat, named_tensors, to_arrays
 from polyexport.capture.snapshot import WEIGHTS, Select, selected
 from polyexport.capture.unwrap import is_data
+from polyexport.report.outcome import Note
 
 _OF_THE_BATCH = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 
@@ -126,7 +127,7 @@ def _through(part: Any, run: Runner) -> Any:
 
 
 def _noted(report: Report, note: str) -> Report:
-    return replace(report, notes=(*report.notes, note))
+    return replace(report, notes=(*report.notes, Note("metrics", note)))
 
 
 def _line(error: Exception) -> str:
