@@ -9,7 +9,8 @@ from polyexport.errors import BadRequest, CannotRun, ExportFailed, PolyexportErr
 from polyexport.format import Format, Loaded, Observed, Route, Runner, Snippet, Tolerance
 from polyexport.formats import known as _known
 from polyexport.load import load
-from polyexport.report.report import Checkpoint, Outcome, Report
+from polyexport.report.outcome import Checkpoint, Outcome
+from polyexport.report.report import Report
 from polyexport.spec import Arrays, ExportSpec, TensorSpec
 from polyexport.workers.toolchain import Toolchain
 

@@ -34,7 +34,8 @@ from polyexport.format import Format, Runner
 from polyexport.measure.dynamic_axes import Dynamic
 from polyexport.publish import Sink
 from polyexport.report.folders import BEST, CAPTURE, discard, link, locked, unfinished
-from polyexport.report.report import Checkpoint, Report, State
+from polyexport.report.outcome import Checkpoint, State
+from polyexport.report.report import Report
 from polyexport.workers.toolchain import Busy
 
 if TYPE_CHECKING:
