@@ -216,7 +216,9 @@ def test_a_module_that_cannot_be_pickled_is_traced_in_process_and_the_report_say
     with pytest.warns(UserWarning, match="cannot be pickled"):
         trainer = fit(tmp_path, callback, Unpicklable([3.0, 2.0]))
     report = callback.reports[-1]
-    assert "cannot be pickled (numbers (a generator): TypeError: cannot pickle 'generator' object)" in report.notes[0]
+    assert (
+        "cannot be pickled (numbers (a generator): TypeError: cannot pickle 'generator' object)" in report.notes[0].text
+    )
     assert [outcome.state for outcome in report.outcomes] == ["verified", "verified"]
     weights = torch.load(trainer.checkpoint_callback.best_model_path, weights_only=True)["state_dict"]
     assert torch.equal(load_module(report.folder / "source").state_dict()["inner.clock"], weights["clock"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,7 @@ from polyexport.measure.other_values import changed, jittered
 from polyexport.measure.parity import compare
 from polyexport.measure.reference import Reference
 from polyexport.spec import read_arrays
-from polyexport.workers.job import Job, proofs
+from polyexport.workers.job import Convert, Verify, proofs
 
 X = torch.randn(6, 5, generator=torch.Generator().manual_seed(3))
 
@@ -54,15 +53,14 @@ TRACED = "source/made/torchscript/model.torchscript"
 
 def traced(folder: Path, found: Reference, *, route: str = "trace") -> tuple[dict, tuple[str, ...]]:
     """What the verification of its TorchScript trace says, and the sites that the trace froze."""
-    job = Job("convert", "torchscript", route=route, target=TRACED)
-    return converted(folder, found, job)
+    return converted(folder, found, Convert(format="torchscript", spec=found.spec, route=route, target=TRACED))
 
 
-def converted(folder: Path, found: Reference, job: Job) -> tuple[dict, tuple[str, ...]]:
-    job = replace(job, spec=found.spec, batches=found.batches, noise=found.noise)
+def converted(folder: Path, found: Reference, job: Convert) -> tuple[dict, tuple[str, ...]]:
+    judge = Verify(format=job.format, source=job.target, spec=found.spec, batches=found.batches, noise=found.noise)
     with warnings.catch_warnings(action="ignore"):
         made = worker.convert(folder, job)
-    return worker.verify(folder, replace(job, kind="verify", source=job.target)), tuple(made["frozen"])
+    return worker.verify(folder, judge), tuple(made["frozen"])
 
 
 class Branch(nn.Module):
@@ -118,7 +116,8 @@ def test_both_sides_of_a_branch_are_kept_where_the_part_with_it_can_be_scripted(
     assert one["elsewhere"] or not one["parity"].passed, "a trace keeps one side"
     answer, frozen = traced(tmp_path, found, route="script")
     assert (answer["parity"].passed, answer["elsewhere"], frozen) == (True, "", ())
-    job = Job("convert", "onnx", route="script", source=TRACED, target="source/made/onnx/model.onnx")
+    made = "source/made/onnx/model.onnx"
+    job = Convert(format="onnx", spec=found.spec, route="script", source=TRACED, target=made)
     answer, frozen = converted(tmp_path, found, job)
     assert (answer["parity"].passed, answer["elsewhere"], frozen) == (True, "", ())
 

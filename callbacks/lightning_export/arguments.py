@@ -12,7 +12,7 @@ from lightning_export.best import bases, checkpointer
 from lightning_export.trainer import callbacks, example, overrides, validates
 from polyexport import BadRequest
 from polyexport.capture.snapshot import Select, selected
-from polyexport.report.report import STATES
+from polyexport.report.outcome import STATES
 
 
 def check(*, when: str, fail_on: Sequence[str], publish: Any, metric_batches: int) -> None:

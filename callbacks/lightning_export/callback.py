@@ -26,7 +26,7 @@ from polyexport.engine.session import Options, Session, complaint
 from polyexport.formats import resolve
 from polyexport.publish import Sink
 from polyexport.report import console
-from polyexport.report.report import State
+from polyexport.report.outcome import State
 
 
 class ExportCallback(Callback):

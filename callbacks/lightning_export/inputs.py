@@ -37,7 +37,7 @@ class Inputs:
         self._spy: Spy | None = None
         self._called: Called | None = None
         self._recorder: Recorder | None = None
-        self._refused = self._told = False
+        self._refused = False
 
     # --- one validation batch -----------------------------------------------------------------------------------------
 
@@ -94,10 +94,8 @@ class Inputs:
         if self._refused or batch_idx or dataloader_idx or trainer.sanity_checking:
             return False
         compiled = is_compiled(selected(pl_module, self._select), pl_module)
-        why = why_unrecorded(sharded=shards(trainer), compiled=compiled)
-        if why and not self._told:
-            self._session.note(why, aloud=False)
-        self._told = bool(why)
+        if why := why_unrecorded(sharded=shards(trainer), compiled=compiled):
+            self._session.note(why, quiet=True)
         return not why
 
     def _takes(self, batch_idx: int, dataloader_idx: int) -> bool:

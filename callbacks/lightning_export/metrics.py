@@ -28,6 +28,8 @@ from polyexport.capture.flatten import flat, named_tensors, to_arrays
 from polyexport.capture.snapshot import WEIGHTS, Select, selected
 from polyexport.capture.unwrap import is_data
 from polyexport.engine.session import Session
+from polyexport.report import files
+from polyexport.report.outcome import Note
 
 _OF_THE_BATCH = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 
@@ -62,7 +64,7 @@ def measured(
             continue
         outcomes = tuple(found if each is outcome else each for each in report.outcomes)
         report = replace(report, outcomes=outcomes)
-    report.save()
+    files.save(report)
     return report
 
 
@@ -133,8 +135,8 @@ def _through(part: Any, run: Runner) -> Any:
 
 
 def _noted(report: Report, note: str) -> Report:
-    report = replace(report, notes=(*report.notes, note))
-    report.save()
+    report = replace(report, notes=(*report.notes, Note("metrics", note)))
+    files.save(report)
     return report
 
 

@@ -14,7 +14,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from lightning_export.best import Best, bases, checkpointer
 from polyexport.report.folders import EXPORTS
-from polyexport.report.report import Checkpoint
+from polyexport.report.outcome import Checkpoint
 
 
 def callbacks(trainer: Trainer) -> list[Any]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from polyexport.capture.flatten import as_runner
-from polyexport.format import Tolerance
+from polyexport.format import Precision, Tolerance
 from polyexport.measure.parity import TIES, noise_floor
 from polyexport.spec import Arrays
 from polyexport.tracing.decompositions import plain_attention
@@ -53,7 +53,8 @@ def _ties(model: torch.nn.Module, inputs: Arrays, outputs: Arrays) -> Arrays:
     integers = {name: array for name, array in outputs.items() if array.dtype.kind in "biu"}
     ties = {name: np.full(array.shape, np.inf) for name, array in integers.items()}
     rng = np.random.default_rng(0)
-    for precision in ("float16", "bfloat16", "int8") * bool(integers):
+    low: tuple[Precision, ...] = ("float16", "bfloat16", "int8")
+    for precision in low if integers else ():
         move = functools.partial(_rounded, rng, precision)
         for _ in range(_DRAWS):
             with contextlib.suppress(Exception), _moved_weights(model, move):
@@ -67,7 +68,7 @@ def _ties(model: torch.nn.Module, inputs: Arrays, outputs: Arrays) -> Arrays:
 _DRAWS = 2
 
 
-def _rounded(rng: np.random.Generator, precision: str, array: np.ndarray) -> np.ndarray:
+def _rounded(rng: np.random.Generator, precision: Precision, array: np.ndarray) -> np.ndarray:
     """Float32 numbers as rounding to a precision may leave them; steps of int8 are relative to the greatest number."""
     if array.dtype != np.float32:
         return array

@@ -398,7 +398,7 @@ def _as_in_training(inputs: Sequence[str], outputs: Sequence[str]) -> Iterator[s
     if told:
         yield (
             f"forward {' and '.join(told)}, as in training, and so does every artifact; "
-            "inputs=<a function of the batch> that leaves targets out makes one for inference, if forward allows"
+            "inputs=<a function of the batch> that leaves targets out makes one for inference, where forward allows"
         )
 
 
