@@ -223,14 +223,16 @@ def _tensors(file: Path) -> dict[str, Any]:
 def resume(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run's exports, or the one it lies in.")],
     timeout: Annotated[float, typer.Option(help="Seconds that one conversion or verification may take.")] = 600.0,
+    trust: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Finish the export that an interrupted or killed training left; exit code 1 if a format does not agree.
 
-    It runs code that was pickled when the export began.
+    It runs code that was pickled when the export began: one that somebody else began, or elsewhere, needs --trust.
     """
     with _told(), Engine(timeout=timeout, tell=_say) as engine:
-        request = interrupted(run if run.name.startswith(EXPORTS) or not (run / EXPORTS).is_dir() else run / EXPORTS)
+        exports = run if run.name.startswith(EXPORTS) or not (run / EXPORTS).is_dir() else run / EXPORTS
+        request = interrupted(exports, trust=trust)
         report = engine.submit(request).result()
         report = engine.bench(report, request.formats)
     _conclude(report, report.outcomes, as_json)

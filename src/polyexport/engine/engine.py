@@ -30,6 +30,7 @@ from polyexport.capture.pickling import import_path
 from polyexport.capture.snapshot import SHARDS, WEIGHTS, further_calls
 from polyexport.engine.bench import bench, sweep
 from polyexport.engine.dispatch import Dispatcher, Limits, declared, declared_file
+from polyexport.engine.ownership import is_ours, seal
 from polyexport.engine.rerun import runnables, runner, verify
 from polyexport.engine.routes import Build
 from polyexport.errors import BadRequest
@@ -458,12 +459,13 @@ class Asked:
     best: bool
     keep: int | None
     sys_path: tuple[str, ...]
+    seal: str = ""
 
 
 def _asked(request: Request) -> Asked:
     names = tuple(each.name for each in request.formats)
     taken = (request.dynamic, request.checkpoint, request.notes, request.held, request.best, request.keep)
-    return Asked(request.name, names, *taken, request.sys_path)
+    return Asked(request.name, names, *taken, request.sys_path, seal(request.work))
 
 
 def _declare(request: Request) -> None:
@@ -492,16 +494,24 @@ def _read(work: Path) -> Asked:
         raise BadRequest(f"{file} cannot be read; another version may have written it: {error}") from None
 
 
-def interrupted(parent: Path) -> Request:
+def interrupted(parent: Path, *, trust: bool = True) -> Request:
     """The export in `parent` that a run left unfinished, which is this process's from now on.
 
+    Without `trust` it has to be one that this user began, there: to finish it is to run what was pickled.
+
     Raises:
-        BadRequest: there is none; or it is another process's; or a format of the user's own is gone.
+        BadRequest: there is none; or it is another process's or user's; or a format of the user's own is gone.
     """
     work = clear(parent)
     if work is None or not take(work):
         raise BadRequest(f"{parent} has no interrupted export; what lies there is complete, or still under way")
     asked = _read(work)
+    if not (trust or is_ours(work, asked.seal)):
+        let_go(work)
+        raise BadRequest(
+            f"the export in {parent} was not begun by you, or not there, and to finish it runs code that was pickled "
+            "when it began; if you trust who made it, give --trust"
+        )
     formats = tuple(_format(work, name) for name in asked.formats)
     dynamic = asked.dynamic
     if isinstance(dynamic, Mapping):  # JSON has no numbers for keys
