@@ -97,6 +97,10 @@ def test_an_artifact_runs_from_the_command_line(shop: Path) -> None:
     assert done.returncode == 0, done.stderr
     again = command("run", "out/onnx/model.onnx", "--inputs", "batch.npz", "--json", cwd=shop)
     assert json.loads(again.stdout) == json.loads(done.stdout)
+    shutil.copytree(shop / "out" / "onnx", shop / "elsewhere" / "renamed")
+    alone = command("run", "elsewhere/renamed", "--inputs", "batch.npz", "--json", cwd=shop)
+    assert alone.returncode == 0, alone.stderr
+    assert json.loads(alone.stdout) == json.loads(done.stdout)
     answer = polyexport.load(shop / "out" / "torchscript")({"x": np.load(shop / "batch.npz")["x"]})["y"]
     assert np.allclose(json.loads(done.stdout)["y"], answer, atol=1e-6)
     assert np.allclose(np.load(shop / "y.npz")["y"], answer, atol=1e-6)

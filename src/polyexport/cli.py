@@ -27,7 +27,7 @@ from polyexport.capture.snapshot import selected
 from polyexport.engine import plan
 from polyexport.engine.engine import Engine, export, interrupted
 from polyexport.errors import BadRequest, PolyexportError
-from polyexport.format import Format
+from polyexport.format import Format, Runner
 from polyexport.formats import known, resolve
 from polyexport.report import console
 from polyexport.report.escape import printable
@@ -308,10 +308,7 @@ def run(
 ) -> None:
     """Run an artifact in its own toolchain; prints what comes out, in JSON with all values."""
     with _told(), Engine() as engine:
-        folder = artifact.absolute()
-        folder = folder.parent if (folder.parent / DESCRIPTION).is_file() else folder
-        report = _report(folder.parent)
-        with engine.runner(report, folder.name, trust=trust) as runner:
+        with _opened(engine, artifact.absolute(), trust=trust) as runner:
             found = runner(checkpoint.inputs(inputs))
         if output is not None:
             write_arrays(output, found)
@@ -390,6 +387,14 @@ def _lacks(each: Format) -> str:
         return why
     missing = {chain.name for chain in _needed(each) if not chain.ready}
     return f"not installed yet: polyexport toolchain install {' '.join(sorted(missing))}" if missing else ""
+
+
+def _opened(engine: Engine, artifact: Path, *, trust: bool) -> contextlib.AbstractContextManager[Runner]:
+    """What runs an artifact: in its export, or by itself where its folder was copied out of that."""
+    folder = artifact.parent if (artifact.parent / DESCRIPTION).is_file() else artifact
+    if (folder / DESCRIPTION).is_file() and not (followed(folder.parent) / "report.json").is_file():
+        return engine.opened(artifact, trust=trust)
+    return engine.runner(_report(folder.parent), folder.name, trust=trust)
 
 
 def _report(folder: Path) -> Report:

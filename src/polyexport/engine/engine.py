@@ -17,9 +17,10 @@ import itertools
 import os
 import shlex
 import shutil
+import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -31,12 +32,12 @@ from polyexport.capture.snapshot import SHARDS, WEIGHTS, further_calls
 from polyexport.engine.bench import bench, sweep
 from polyexport.engine.dispatch import Dispatcher, Limits, declared, declared_file
 from polyexport.engine.ownership import is_ours, seal
-from polyexport.engine.rerun import runnables, runner, verify
+from polyexport.engine.rerun import Runnable, runnables, runner, verify
 from polyexport.engine.routes import Build
 from polyexport.errors import BadRequest
 from polyexport.format import Format, Runner
 from polyexport.formats import known, resolve
-from polyexport.load import Description
+from polyexport.load import Description, described
 from polyexport.measure.dynamic_axes import Dynamic
 from polyexport.measure.latency import Latency
 from polyexport.measure.reference import Reference
@@ -356,6 +357,23 @@ class Engine:
         if name not in found:
             raise BadRequest(f"no artifact {name!r} that runs in {report.folder}; it has {', '.join(found) or 'none'}")
         return runner(report, found[name], self._quiet(report, trust=trust))
+
+    @contextlib.contextmanager
+    def opened(self, path: Path, *, trust: bool = True) -> Iterator[Runner]:
+        """The same of an artifact by itself: a format's folder that was copied out of its export, or a file in it.
+
+        Raises:
+            BadRequest: there is none.
+        """
+        folder, about, each = described(path)
+        with tempfile.TemporaryDirectory() as root:  # for its job and its log
+            for part in ("source", "logs"):
+                Path(root, part).mkdir()
+            report = Report(about.checkpoint, None, (), folder=Path(root))
+            tools = toolchain.find(each.runtime or each.routes[0].toolchain)
+            alone = Runnable(str((folder / each.artifact).resolve()), each, tools, about.runner_spec)
+            with runner(report, alone, self._quiet(report, trust=trust)) as run:
+                yield run
 
     def _quiet(self, report: Report, *, trust: bool = True) -> Dispatcher:
         """A dispatcher for a finished export, which gets the whole machine."""
