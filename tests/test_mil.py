@@ -381,7 +381,7 @@ def proven(function, shape, folder, *, convert=coreml.convert_trace, free=False)
         outputs = tuple(described(name, each) for name, each in answers(x).items())
         spec = ExportSpec((described("x", x),), outputs, sizes={"batch": len(x)})
         convert(folder / "source.pt2", folder / "m.mlpackage", spec, precision="float32")
-        run = coreml.Package(folder / "m.mlpackage", spec, threads=1, evaluated=True)
+        run = coreml.package(coreml._evaluated(folder / "m.mlpackage", 1), spec)
         for rows in (len(x), 1, 5) if free else (len(x),):
             x = torch.randn(rows, *shape[1:])
             reference = {name: each.numpy() for name, each in answers(x).items()}
