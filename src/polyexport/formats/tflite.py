@@ -24,7 +24,7 @@ import numpy as np
 from polyexport.format import Format, Loaded, Precision, Route, Snippet
 from polyexport.formats.saved_model import SIGNATURE
 from polyexport.spec import Arrays, ExportSpec, TensorSpec, calibration
-from polyexport.tracing.exported_program import load_program
+from polyexport.tracing.exported_program import in_float32, load_program
 
 if TYPE_CHECKING:
     import torch
@@ -41,16 +41,19 @@ def convert_program(source: Path, target: Path, spec: ExportSpec) -> None:
 
 
 def lower(module: Any, target: Path, spec: ExportSpec, *, channels_last: bool = False) -> None:
-    """Write a module with the signature `spec`, whose shapes are fixed, under its own names.
+    """Write a module with the signature `spec`, whose shapes are fixed, under its own names; float64 becomes float32.
 
     Args:
-        module: Takes tensors in forward's order, returns one or a tuple.
+        module: A program's; takes tensors in forward's order, returns one or a tuple.
         target: The file.
         spec: Of the module, not of the artifact.
         channels_last: Whether tensors of four axes, read as images, have their channels last in the artifact.
     """
     import litert_torch
     import torch
+
+    if all(tensor.dtype != "float64" for tensor in spec.outputs):
+        module = in_float32(module)
 
     class Named(torch.nn.Module):
         def __init__(self) -> None:

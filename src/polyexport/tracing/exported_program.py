@@ -76,6 +76,28 @@ def load_program(path: Path) -> torch.export.ExportedProgram:
     return taken_apart
 
 
+def in_float32(module: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """The module of a program with float32 in the place of float64, which small devices have not; changed in place."""
+    import torch
+    from torch.fx.node import map_aggregate
+
+    def narrowed(value: Any) -> Any:
+        return torch.float32 if value is torch.float64 else value
+
+    for tensors in (module.named_parameters(), module.named_buffers()):
+        for _, tensor in tensors:
+            tensor.data = tensor.data.float() if tensor.dtype is torch.float64 else tensor.data
+    for node in module.graph.nodes:
+        if node.op == "get_attr":
+            held = getattr(module, str(node.target), None)
+            if isinstance(held, torch.Tensor) and held.dtype is torch.float64:
+                held.data = held.data.float()
+        node.args = map_aggregate(node.args, narrowed)  # type: ignore[assignment]  # a tuple stays one
+        node.kwargs = map_aggregate(node.kwargs, narrowed)  # type: ignore[assignment]  # and a dict
+    module.recompile()
+    return module
+
+
 def _adaptive_maxima(x: torch.Tensor, sizes: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """The maxima of parts as even as they can be, one axis after the other, and no places."""
     import torch
