@@ -160,3 +160,9 @@ def test_float64_within_a_program_becomes_float32():
     values = [node.meta["val"] for node in again.graph.nodes if isinstance(node.meta.get("val"), torch.Tensor)]
     assert values
     assert not [value for value in values if value.dtype is torch.float64]
+
+
+def test_a_scripted_part_that_no_program_takes_is_named():
+    net = nn.Sequential(torch.jit.script(nn.Sequential(nn.Linear(4, 4), nn.ReLU())), nn.Linear(4, 2)).eval()
+    with pytest.raises(RuntimeError, match=r"no part that torch.jit.script made \(0\); a trace does"):
+        export_program(net, (torch.rand(2, 4),), [()])

@@ -32,7 +32,24 @@ def export_program(
     shapes = tuple(dict.fromkeys(axes, free) for axes in dynamic)
     copies = tuple(tensor.clone() for tensor in inputs)  # what is traced is marked with its free axes, and stays so
     with torch.no_grad(), _grad_mode_left_alone(module):
-        return torch.export.export(module, copies, dynamic_shapes=shapes or None, strict=False)
+        try:
+            return torch.export.export(module, copies, dynamic_shapes=shapes or None, strict=False)
+        except Exception as error:
+            if scripted := _scripted(module):
+                raise RuntimeError(
+                    f"torch.export takes no part that torch.jit.script made ({scripted}); a trace does, and so does "
+                    "what is made from TorchScript; for the rest leave that part as it is in Python"
+                ) from error
+            raise
+
+
+def _scripted(module: torch.nn.Module) -> str:
+    """The names of the outermost scripted parts."""
+    import torch
+
+    parts = module.named_modules()
+    names = [name.removeprefix("inner.") for name, part in parts if isinstance(part, torch.jit.ScriptModule)]
+    return ", ".join(name for name in names if not any(name.startswith(f"{other}.") for other in names))
 
 
 @contextlib.contextmanager
