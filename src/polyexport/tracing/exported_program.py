@@ -109,8 +109,8 @@ def in_float32(module: torch.fx.GraphModule) -> torch.fx.GraphModule:
             held = getattr(module, str(node.target), None)
             if isinstance(held, torch.Tensor) and held.dtype is torch.float64:
                 held.data = held.data.float()
-        node.args = map_aggregate(node.args, narrowed)  # type: ignore[assignment]  # a tuple stays one
-        node.kwargs = map_aggregate(node.kwargs, narrowed)  # type: ignore[assignment]  # and a dict
+        node.args = map_aggregate(node.args, narrowed)
+        node.kwargs = map_aggregate(node.kwargs, narrowed)
     module.recompile()
     return module
 
