@@ -71,6 +71,10 @@ class ExportSpec:
         """Names of the outputs, in forward's order."""
         return tuple(tensor.name for tensor in self.outputs)
 
+    def upper_bounds(self, least: int) -> dict[str, int]:
+        """A greatest size for each dynamic axis, where a converter wants one: `least`, or twice the batch's."""
+        return {name: max(least, 2 * size) for name, size in self.sizes.items()}
+
     def static(self) -> ExportSpec:
         """The same signature with every dynamic axis fixed at its size in the validation batch."""
 

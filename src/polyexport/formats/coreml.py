@@ -29,10 +29,6 @@ from polyexport.spec import Arrays, ExportSpec, TensorSpec, example
 if TYPE_CHECKING:
     import torch
 
-_AT_LEAST = 1024
-"""The least upper bound of a free axis."""
-
-
 # --- conversion -------------------------------------------------------------------------------------------------------
 
 
@@ -110,9 +106,9 @@ def _example(spec: ExportSpec) -> Arrays:
 
 
 def _uppers(spec: ExportSpec) -> dict[str, int]:
-    """The greatest size of each free axis of the inputs."""
-    names = dict.fromkeys(called for tensor in spec.inputs for called in tensor.dynamic.values())
-    return {called: max(_AT_LEAST, 2 * spec.sizes[called]) for called in names}
+    """The greatest size of each dynamic axis of the inputs."""
+    names = {called for tensor in spec.inputs for called in tensor.dynamic.values()}
+    return {called: most for called, most in spec.upper_bounds(1024).items() if called in names}
 
 
 def at_border(spec: ExportSpec) -> ExportSpec:

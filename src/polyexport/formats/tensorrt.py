@@ -27,9 +27,6 @@ from polyexport.format import Convert, Format, Precision, Route, Runner, Snippet
 from polyexport.spec import Arrays, ExportSpec
 from polyexport.workers import gpu
 
-_AT_LEAST = 64
-"""The least upper bound of a free axis."""
-
 _WORKSPACE = 4 << 30
 """Bytes of GPU memory that the builder may use for one layer, if half of what is free is not less."""
 
@@ -134,12 +131,13 @@ def _profile(profile: Any, network: Any, spec: ExportSpec) -> Any:
     present = {network.get_input(index).name for index in range(network.num_inputs)}
     for tensor in spec.inputs:
         if tensor.name in present:
-            profile.set_shape(tensor.name, *(tensor.sized(sizes.__getitem__) for sizes in _bounds(spec.sizes)))
+            profile.set_shape(tensor.name, *(tensor.sized(sizes.__getitem__) for sizes in _bounds(spec)))
     return profile
 
 
-def _bounds(sizes: Mapping[str, int]) -> tuple[Mapping[str, int], Mapping[str, int], Mapping[str, int]]:
-    return dict.fromkeys(sizes, 1), sizes, {name: max(_AT_LEAST, 2 * size) for name, size in sizes.items()}
+def _bounds(spec: ExportSpec) -> tuple[Mapping[str, int], Mapping[str, int], Mapping[str, int]]:
+    """The least size of each dynamic axis, the one to be fastest at, and the greatest."""
+    return dict.fromkeys(spec.sizes, 1), spec.sizes, spec.upper_bounds(64)
 
 
 def _cache_file(device: Device, trt: Any) -> Path:
