@@ -315,9 +315,12 @@ FUNCTIONS = {
 
 @contextlib.contextmanager
 def fused_attention_off():
+    before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
-    yield
-    torch.backends.mha.set_fastpath_enabled(True)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def written(x):
