@@ -292,7 +292,7 @@ def test_an_interrupt_while_fit_waits_for_exports_ends_them(tmp_path, interrupti
     callback = ExportCallback([plant("hangs", planted.hangs)], bench=False)
 
     def interrupt() -> None:
-        while not (callback._engine and "hangs" in callback._engine.doing and callback._futures and trainer_done()):
+        while not (callback.session and "hangs" in callback.session.doing and trainer_done()):
             time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGINT)
 
@@ -430,7 +430,7 @@ class Waits(Callback):
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         end = time.monotonic() + 300  # beside other programs a worker of the lowest priority hardly runs
-        while trainer.current_epoch == 1 and not self.export._told and time.monotonic() < end:
+        while trainer.current_epoch == 1 and not self.export.session.told and time.monotonic() < end:
             time.sleep(0.05)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
@@ -452,7 +452,7 @@ class Says(Callback):
         self.export = export
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        self.export._told.append(f"batch {batch_idx} [of] good: verified")
+        self.export.session.told.append(f"batch {batch_idx} [of] good: verified")
 
 
 @pytest.mark.parametrize("bar", [TQDMProgressBar(), TQDMProgressBar(refresh_rate=0), RichProgressBar(), None])

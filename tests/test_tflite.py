@@ -150,10 +150,10 @@ import numpy as np
 from polyexport import worker
 from polyexport.formats import edgetpu, tflite
 from polyexport.spec import ExportSpec
-from polyexport.workers.job import Job
+from polyexport.workers.job import read_job
 from polyexport.serialization import decode, encode, read_json
 root, elsewhere = Path(ROOT), Path(ELSEWHERE)
-jobs = {name: decode(Job, read_json(next((root / "source" / "jobs").glob(f"{name}.*.verify.json"))))
+jobs = {name: read_job(next((root / "source" / "jobs").glob(f"{name}.*.verify.json")))
         for name in ("tflite", "tflite-int8", "edgetpu")}
 def verify(name, source):
     try:

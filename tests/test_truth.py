@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ from polyexport.engine import routes
 from polyexport.measure import reference
 from polyexport.measure.other_values import changed, jittered
 from polyexport.measure.reference import Reference
-from polyexport.workers.job import Job, proofs
+from polyexport.workers.job import Convert, Verify, proofs
 
 X = torch.randn(6, 5, generator=torch.Generator().manual_seed(3))
 
@@ -48,11 +47,12 @@ def prepared(folder: Path, net: nn.Module, *calls, dynamic=True, trained: nn.Mod
 
 def traced(folder: Path, found: Reference) -> tuple[dict, tuple[str, ...]]:
     """What the verification of its TorchScript trace says, and the sites that the trace froze."""
-    job = Job("convert", "torchscript", route="trace", target="source/made/torchscript/model.torchscript")
-    job = replace(job, spec=found.spec, batches=found.batches, noise=found.noise)
+    name, target = "torchscript", "source/made/torchscript/model.torchscript"
+    job = Convert(format=name, spec=found.spec, route="trace", target=target)
+    judge = Verify(format=name, source=target, spec=found.spec, batches=found.batches, noise=found.noise)
     with warnings.catch_warnings(action="ignore"):
         made = worker.convert(folder, job)
-    return worker.verify(folder, replace(job, kind="verify", source=job.target)), tuple(made["frozen"])
+    return worker.verify(folder, judge), tuple(made["frozen"])
 
 
 class Branch(nn.Module):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, get_args
 
-from polyexport.errors import BadRequest
+from polyexport.errors import BadRequest, CannotRun
 from polyexport.spec import Arrays, ExportSpec
 
 if TYPE_CHECKING:
@@ -20,13 +20,48 @@ Precision = Literal["float32", "float16", "bfloat16", "int8"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 Runner = Callable[[Arrays], Arrays]
-"""A loaded artifact: named arrays in, named arrays out. The only interface to a runtime.
+"""A model that can be run: named arrays in, named arrays out. The only interface to a runtime."""
 
-Attributes may tell what the report is to say: the artifact's own `signature`, where that is not PyTorch's; its
-`shortfall`, what it lacks of what was asked for; as `stand_in`, why it is not what will serve the artifact, and is not
-timed; and once it was called, `verified_by` of `Parity`, `device`, `first_ms` and (of a process
-of its own) `peak_memory_bytes` of `Latency`.
-"""
+
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """What a runtime knows of itself once it was called.
+
+    Attributes:
+        verified_by: What ran the artifact, where that is not its own runtime, or one of several ways to run it.
+        device: What it runs on, as `Latency.device`.
+        first_ms: Time of the first call, where the caller could not see it; else None.
+        peak_memory_bytes: Resident peak of the runtime's process, where that is not the caller's; else None.
+    """
+
+    verified_by: str | None = None
+    device: str = "cpu"
+    first_ms: float | None = None
+    peak_memory_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """An artifact in its runtime, and what the report is to say of it; it is called like `run`.
+
+    Attributes:
+        run: Runs it on PyTorch's named inputs; answers under PyTorch's names of the outputs.
+        signature: The artifact's own; None where it is PyTorch's.
+        shortfall: What it lacks of what was asked for, in a line; empty where nothing.
+        stand_in: Why this is not what will serve the artifact, and is not timed; empty where it is.
+        observed: Tells what is known once `run` was called.
+    """
+
+    run: Runner
+    signature: ExportSpec | None = None
+    shortfall: str = ""
+    stand_in: str = ""
+    observed: Callable[[], Observed] = Observed
+
+    def __call__(self, inputs: Arrays) -> Arrays:
+        """Run the artifact."""
+        return self.run(inputs)
+
 
 Convert = Callable[[Path, Path, ExportSpec], None]
 """`convert(source, target, spec)`: read the upstream artifact at `source`, write the artifact to `target`."""
@@ -38,8 +73,10 @@ MODULE = "module"
 class Load(Protocol):
     """How a format opens an artifact."""
 
-    def __call__(self, path: Path, spec: ExportSpec, *, threads: int) -> Runner:
+    def __call__(self, path: Path, spec: ExportSpec, *, threads: int) -> Runner | Loaded:
         """Open the artifact at `path` for CPU inference with `threads` threads.
+
+        A plain function will do where the report has nothing to say beside it.
 
         Raises:
             CannotRun: nothing on this machine can run it.
@@ -156,7 +193,7 @@ class Format:
         url: The vendor's page.
         artifact: File name inside the format's folder; `"."` where the folder itself is the artifact.
         routes: The ways to it, the preferred one first.
-        load: Opens an artifact; None where no machine can run it.
+        load: Opens an artifact (call `open`); None where no machine can run it.
         runtime: The toolchain that `load` runs in; by default that of the route that made the artifact.
         precision: What the artifact computes in.
         tolerance: By default the one that belongs to `precision`.
@@ -201,3 +238,14 @@ class Format:
     def limits(self) -> Tolerance:
         """The tolerance that parity is judged by."""
         return self.tolerance or Tolerance.for_precision(self.precision)
+
+    def open(self, path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
+        """Open the artifact at `path` by `load`.
+
+        Raises:
+            CannotRun: nothing on this machine can run it.
+        """
+        if self.load is None:
+            raise CannotRun(f"no machine can run {self.name} directly")
+        opened = self.load(path, spec, threads=threads)
+        return opened if isinstance(opened, Loaded) else Loaded(opened)

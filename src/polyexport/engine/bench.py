@@ -30,7 +30,7 @@ from polyexport.report.outcome import Outcome, notes
 from polyexport.report.report import Report
 from polyexport.spec import ExportSpec, read_arrays, write_arrays
 from polyexport.workers import toolchain
-from polyexport.workers.job import Batch, Job
+from polyexport.workers.job import Bench
 from polyexport.workers.process import Conversation
 
 EAGER = "pytorch"
@@ -117,7 +117,7 @@ def _measured(
     ended = [name for name, about in found.items() if not about]
     why_not |= {name: f"its runtime ended while it was timed, see logs/{name}.log" for name in ended}
     measured = {
-        name: summarise(**about, batch=batch, threads=dispatcher.bounds.threads)
+        name: summarise(**about, batch=batch, threads=dispatcher.limits.threads)
         for name, about in found.items()
         if about
     }
@@ -128,12 +128,11 @@ def _starts(
     runnable: Sequence[Runnable], spec: ExportSpec, batch_path: str, dispatcher: Dispatcher
 ) -> Iterator[tuple[str, Start]]:
     """What is timed, by name, and how its worker is started."""
-    batches = (Batch(batch_path),)
-    eager = Job("bench", spec=spec, batches=batches)
+    eager = Bench(format=None, spec=spec, batch=batch_path)
     if dispatcher.trusted:  # its module is a pickle
         yield EAGER, partial(dispatcher.converse, eager, toolchain.HOST, f"{EAGER}.bench", f"logs/{EAGER}.log")
     for each in runnable:
-        job = each.job("bench", dispatcher, batches=batches)
+        job = Bench(**each.of_job(dispatcher), batch=batch_path)
         yield (
             each.name,
             partial(dispatcher.converse, job, each.runtime, f"{each.name}.bench", each.log, gpu=each.format.needs_gpu),

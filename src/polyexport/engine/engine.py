@@ -29,7 +29,7 @@ from typing import Any
 from polyexport.capture.pickling import import_path
 from polyexport.capture.snapshot import SHARDS, WEIGHTS, further_calls
 from polyexport.engine.bench import bench, sweep
-from polyexport.engine.dispatch import Bounds, Dispatcher, declared, declared_file
+from polyexport.engine.dispatch import Dispatcher, Limits, declared, declared_file
 from polyexport.engine.rerun import runnables, runner, verify
 from polyexport.engine.routes import Build
 from polyexport.errors import BadRequest
@@ -64,7 +64,7 @@ from polyexport.report.tables import sentence
 from polyexport.serialization import decode, encode, read_json, write_json
 from polyexport.versions import git_commit
 from polyexport.workers import gpu, toolchain
-from polyexport.workers.job import Job
+from polyexport.workers.job import Prepare
 from polyexport.workers.process import Workers
 from polyexport.workers.remote import Elsewhere
 
@@ -140,17 +140,12 @@ class Engine:
         staging: str | None = None,
         tell: Callable[[str], object] | None = None,
     ) -> None:
+        check_limits(workers, timeout, executor, staging)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         count = workers if workers is not None else max(2, cores // 2)
-        if count < 1 or timeout <= 0:
-            raise BadRequest(f"workers={workers}, timeout={timeout}: both must be greater than zero")
-        if executor is not None and not callable(getattr(executor, "submit", None)):
-            raise BadRequest(f"executor={executor!r} has no submit(function, *arguments)")
-        if staging is not None and executor is None:
-            raise BadRequest(f"staging={staging!r} is for an executor; give executor= too")
         self._elsewhere = None if executor is None else Elsewhere(executor, staging)
         self._cores = cores
-        self._bounds = Bounds(timeout=timeout, threads=max(1, cores // count))
+        self._limits = Limits(timeout=timeout, threads=max(1, cores // count))
         self._workers = Workers(background=background)
         self._slots = ThreadPoolExecutor(count, thread_name_prefix="polyexport-slot")
         self._queue = ThreadPoolExecutor(1, thread_name_prefix="polyexport-queue")
@@ -232,7 +227,7 @@ class Engine:
         request = _beside_what_is_there(request)
         with contextlib.closing(
             replace(
-                self._dispatcher(request.work, request.final, self._bounds, self._elsewhere), sys_path=request.sys_path
+                self._dispatcher(request.work, request.final, self._limits, self._elsewhere), sys_path=request.sys_path
             )
         ) as dispatcher:
             return self._exported(request, dispatcher)
@@ -243,9 +238,8 @@ class Engine:
         if request.held and not (request.work / "source" / WEIGHTS).exists():  # one that is resumed may have it
             _fetch(request.held, request.work / "source")
         commit = git_commit() if request.commit is None else request.commit
-        options = {"dynamic": request.dynamic, "git_commit": commit, "sha256": request.checkpoint.sha256}
-        job = Job("prepare", options=options)
-        ended, command = dispatcher.run(job, toolchain.HOST, "prepare", "logs/model.log")
+        job = Prepare(dynamic=request.dynamic, git_commit=commit, sha256=request.checkpoint.sha256)
+        ended = dispatcher.run(job, toolchain.HOST, "prepare", "logs/model.log")
         self._watch("model", None)
         if not ended.ok:
             state: State = "skipped" if ended.kind == "missing" else "failed"
@@ -253,7 +247,7 @@ class Engine:
             why = ended.error if told else f"the module cannot be rebuilt: {ended.error}"
             outcomes = tuple(
                 Outcome(each.name, each.precision, state, why,
-                        log="logs/model.log", reproduce=command)
+                        log="logs/model.log", reproduce=ended.command or None)
                 for each in request.formats
             )  # fmt: skip  # the call reads better on two lines than on eight
             report = Report(request.checkpoint, None, outcomes, notes=notes("capture", *request.notes))
@@ -365,14 +359,28 @@ class Engine:
     def _quiet(self, report: Report, *, trust: bool = True) -> Dispatcher:
         """A dispatcher for a finished export, which gets the whole machine."""
         self.hurry()
-        whole = replace(self._bounds, threads=self._cores)
+        whole = replace(self._limits, threads=self._cores)
         return replace(self._dispatcher(report.folder, report.folder, whole), trusted=trust)
 
-    def _dispatcher(self, root: Path, final: Path, bounds: Bounds, elsewhere: Elsewhere | None = None) -> Dispatcher:
-        return Dispatcher(root, final, self._workers, self._slots, bounds, import_path(), elsewhere)
+    def _dispatcher(self, root: Path, final: Path, limits: Limits, elsewhere: Elsewhere | None = None) -> Dispatcher:
+        return Dispatcher(root, final, self._workers, self._slots, limits, import_path(), elsewhere)
 
 
 # --- pieces -----------------------------------------------------------------------------------------------------------
+
+
+def check_limits(workers: int | None, timeout: float, executor: Any, staging: str | None) -> None:
+    """See whether an engine can be made with these.
+
+    Raises:
+        BadRequest: it cannot.
+    """
+    if timeout <= 0 or (workers is not None and workers < 1):
+        raise BadRequest(f"workers={workers}, timeout={timeout}: both must be greater than zero")
+    if executor is not None and not callable(getattr(executor, "submit", None)):
+        raise BadRequest(f"executor={executor!r} has no submit(function, *arguments)")
+    if staging is not None and executor is None:
+        raise BadRequest(f"staging={staging!r} is for an executor; give executor= too")
 
 
 def _prune(newest: Report, keep: int | None) -> None:
