@@ -21,10 +21,10 @@ from typer.testing import CliRunner
 
 import polyexport
 from polyexport import FORMATS
-from polyexport.capture import checkpoint
 from polyexport.capture import snapshot as module
 from polyexport.capture.pickling import import_path
 from polyexport.cli import app
+from polyexport.engine import checkpoint
 from polyexport.report.outcome import Checkpoint
 from polyexport.workers import toolchain
 

@@ -13,9 +13,9 @@ from torch import nn
 import polyexport
 from polyexport.coreml.evaluate import evaluator
 from polyexport.errors import CannotRun
-from polyexport.format import Tolerance
 from polyexport.formats import coreml
 from polyexport.measure.parity import compare
+from polyexport.measure.tolerance import Tolerance
 from polyexport.spec import ExportSpec, TensorSpec, write_arrays
 
 pytest.importorskip("coremltools", reason="coremltools is not installed; `pip install coremltools`")

@@ -11,9 +11,9 @@ from torch import nn
 from torch.nn import functional
 
 from polyexport.coreml.ops import OPS
-from polyexport.format import Tolerance
 from polyexport.formats import coreml
 from polyexport.measure.parity import compare
+from polyexport.measure.tolerance import Tolerance
 from polyexport.spec import ExportSpec, TensorSpec
 
 pytest.importorskip("coremltools", reason="coremltools is not installed; `pip install coremltools`")

@@ -26,7 +26,7 @@ from polyexport.report.outcome import Artifact, Checkpoint, Model, Toolchain, no
 from polyexport.report.report import markdown, metrics, rows
 from polyexport.report.tables import sentence
 from polyexport.serialization import decode, encode, read_json, write_json
-from polyexport.workers.job import Batch
+from polyexport.spec import Batch
 
 
 def report(folder: Path) -> Report:

@@ -22,9 +22,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from polyexport.capture import checkpoint
 from polyexport.capture.snapshot import selected
-from polyexport.engine import plan
+from polyexport.engine import checkpoint, plan
 from polyexport.engine.engine import Engine, export, interrupted
 from polyexport.errors import BadRequest, PolyexportError
 from polyexport.format import Format

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar, get_args
 from zipfile import ZipFile
 
 import numpy as np
@@ -14,6 +14,14 @@ S = TypeVar("S")
 
 Arrays = dict[str, np.ndarray]
 """Named arrays: what goes into a runtime and what comes out of it."""
+
+Runner = Callable[[Arrays], Arrays]
+"""A model that can be run: named arrays in, named arrays out. The only interface to a runtime."""
+
+Precision = Literal["float32", "float16", "bfloat16", "int8"]
+"""What an artifact computes in, by its name in numpy and PyTorch."""
+
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +90,23 @@ class ExportSpec:
             return replace(tensor, shape=tensor.sized(self.sizes.__getitem__))
 
         return replace(self, inputs=tuple(map(fix, self.inputs)), outputs=tuple(map(fix, self.outputs)))
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """A file of named arrays, inputs and reference outputs together, and the sizes of its dynamic axes.
+
+    Attributes:
+        path: Relative to the export's folder.
+        sizes: Size of each dynamic axis.
+        label: What its values are, where they are others than those of the validation batch: `rows negated`.
+        real: Whether the values are data as it came, and not made from it.
+    """
+
+    path: str
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    label: str = ""
+    real: bool = True
 
 
 def calibration(spec: ExportSpec) -> Iterator[Arrays]:

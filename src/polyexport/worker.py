@@ -46,11 +46,10 @@ from polyexport.format import Format, Loaded
 from polyexport.report.escape import printable
 from polyexport.report.folders import DESCRIPTION
 from polyexport.serialization import write_json
-from polyexport.spec import Arrays, read_arrays, write_arrays
+from polyexport.spec import Arrays, Batch, read_arrays, write_arrays
 from polyexport.workers.job import (
     PARENT,
     TEMPORARY,
-    Batch,
     Bench,
     Convert,
     FormatJob,

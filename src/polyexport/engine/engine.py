@@ -33,7 +33,7 @@ from polyexport.engine.dispatch import Dispatcher, Limits, declared, declared_fi
 from polyexport.engine.rerun import runnables, runner, verify
 from polyexport.engine.routes import Build
 from polyexport.errors import BadRequest
-from polyexport.format import Format, Runner
+from polyexport.format import Format
 from polyexport.formats import known, resolve
 from polyexport.load import Description
 from polyexport.measure.dynamic_axes import Dynamic
@@ -62,6 +62,7 @@ from polyexport.report.outcome import Checkpoint, Model, Outcome, State, notes
 from polyexport.report.report import Report, history
 from polyexport.report.tables import sentence
 from polyexport.serialization import decode, encode, read_json, write_json
+from polyexport.spec import Runner
 from polyexport.versions import git_commit
 from polyexport.workers import gpu, toolchain
 from polyexport.workers.job import Prepare

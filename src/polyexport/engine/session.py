@@ -26,16 +26,17 @@ from typing import TYPE_CHECKING, Any, Literal
 from polyexport.capture import answer as answers
 from polyexport.capture.changes import beside_weights, retake
 from polyexport.capture.snapshot import UNAVAILABLE, WEIGHTS, Select, save_call, save_module
-from polyexport.capture.weights import hold, save_lacking
 from polyexport.engine import plan
 from polyexport.engine.engine import Engine, Request, check_limits, interruption
+from polyexport.engine.weights import hold, save_lacking
 from polyexport.errors import BadRequest, ToolMissing
-from polyexport.format import Format, Runner
+from polyexport.format import Format
 from polyexport.measure.dynamic_axes import Dynamic
 from polyexport.publish import Sink
 from polyexport.report.folders import BEST, CAPTURE, discard, link, locked, unfinished
 from polyexport.report.outcome import Checkpoint, State
 from polyexport.report.report import Report
+from polyexport.spec import Runner
 from polyexport.workers.toolchain import Busy
 
 if TYPE_CHECKING:

@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from polyexport.format import Convert, Format, Loaded, Observed, Precision, Route, Runner, Snippet
-from polyexport.spec import Arrays, ExportSpec, TensorSpec, example
+from polyexport.format import Convert, Format, Loaded, Observed, Route, Snippet
+from polyexport.spec import Arrays, ExportSpec, Precision, Runner, TensorSpec, example
 
 if TYPE_CHECKING:
     import torch

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from polyexport.format import Format, Route, Runner, Snippet
-from polyexport.spec import Arrays, ExportSpec
+from polyexport.format import Format, Route, Snippet
+from polyexport.spec import Arrays, ExportSpec, Runner
 from polyexport.tracing.exported_program import load_program
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from polyexport.errors import line
-from polyexport.format import MODULE, Format, Route, Runner, Snippet
+from polyexport.format import MODULE, Format, Route, Snippet
 from polyexport.lowering.ports import inner, rename_ports
-from polyexport.spec import Arrays, ExportSpec
+from polyexport.spec import Arrays, ExportSpec, Runner
 from polyexport.tracing.exported_program import load_program
 
 if TYPE_CHECKING:

@@ -13,9 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from polyexport.format import Format, Route, Runner, Snippet
+from polyexport.format import Format, Route, Snippet
 from polyexport.lowering.ports import inner, rename_ports
-from polyexport.spec import Arrays, ExportSpec
+from polyexport.spec import Arrays, ExportSpec, Runner
 
 SIGNATURE = "serving_default"
 

@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 
 from polyexport.errors import CannotRun, ToolMissing
-from polyexport.format import Convert, Format, Precision, Route, Runner, Snippet
-from polyexport.spec import Arrays, ExportSpec
+from polyexport.format import Convert, Format, Route, Snippet
+from polyexport.spec import Arrays, ExportSpec, Precision, Runner
 from polyexport.workers import gpu
 
 _WORKSPACE = 4 << 30

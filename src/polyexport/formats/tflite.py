@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from polyexport.format import Format, Loaded, Precision, Route, Snippet
+from polyexport.format import Format, Loaded, Route, Snippet
 from polyexport.formats.saved_model import SIGNATURE
-from polyexport.spec import Arrays, ExportSpec, TensorSpec, calibration
+from polyexport.spec import Arrays, ExportSpec, Precision, TensorSpec, calibration
 from polyexport.tracing.exported_program import load_program
 
 if TYPE_CHECKING:

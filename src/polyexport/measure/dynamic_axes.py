@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 
 from polyexport.errors import BadRequest
-from polyexport.format import Runner
-from polyexport.spec import Arrays, TensorSpec
+from polyexport.spec import Arrays, Runner, TensorSpec
 
 Dynamic = bool | Mapping[str, Mapping[int, str]]
 """Which input axes are dynamic: True for the batch axis and all whose size differs between batches, False for none, or
