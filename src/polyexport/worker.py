@@ -193,7 +193,7 @@ def convert(root: Path, job: Convert) -> Any:
     target = root / job.target  # an absolute target stays as it is
     target.parent.mkdir(parents=True, exist_ok=True)
     spec = replace(job.spec, calibration=tuple(root / path for path in job.spec.calibration))
-    from polyexport.measure.reads import frozen_sites
+    from polyexport.tracing.reads import frozen_sites
 
     try:
         with frozen_sites() as frozen:

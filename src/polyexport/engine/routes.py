@@ -21,12 +21,12 @@ from polyexport.engine.dispatch import Dispatcher
 from polyexport.format import MODULE, Format, Route
 from polyexport.measure.dynamic_axes import BATCH
 from polyexport.measure.parity import Parity
-from polyexport.measure.reads import named
 from polyexport.measure.reference import Reference
 from polyexport.report.folders import link
 from polyexport.report.outcome import STATES, Artifact, Outcome, State, Toolchain
 from polyexport.serialization import decode
 from polyexport.spec import ExportSpec
+from polyexport.tracing.reads import named
 from polyexport.workers import gpu, toolchain
 from polyexport.workers.job import Convert, Verify, proofs
 from polyexport.workers.process import JobResult
@@ -277,7 +277,7 @@ def narrow(elsewhere: str, frozen: Sequence[str] = (), reference: Reference | No
         return f"right on data like the first batch only: {elsewhere}{since}"
     if one := kept & set(reference.one_side if reference else ()):
         return f"one branch only, since forward decides by its data and every batch took the same ({named(one)})"
-    return ""
+    return reference.narrow if reference else ""
 
 
 def _fixed(spec: ExportSpec) -> str:
