@@ -44,8 +44,12 @@ class Net(nn.Module):
 def command(*words: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "polyexport.cli", *map(str, words)],
-        capture_output=True, text=True, check=False, cwd=cwd, env={**os.environ, "COLUMNS": "200"},
-    )  # fmt: skip  # the settings on one line
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=cwd,
+        env={**os.environ, "COLUMNS": "200"},
+    )
 
 
 @pytest.fixture(scope="module")
@@ -80,8 +84,9 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_what_the_command_exports_agrees_with_the_checkpoint(shop: Path) -> None:
     report = polyexport.Report.load(shop / "out")
     assert {outcome.format: outcome.state for outcome in report.outcomes} == {
-        "onnx": "verified", "torchscript": "verified",
-    }  # fmt: skip
+        "onnx": "verified",
+        "torchscript": "verified",
+    }
     sha256 = hashlib.sha256((shop / "best.ckpt").read_bytes()).hexdigest()
     path = (shop / "best.ckpt").as_posix()
     assert report.checkpoint == Checkpoint(path, sha256, epoch=2, global_step=30, monitor="val_acc", score=0.75)
@@ -282,8 +287,11 @@ def test_a_model_is_named_by_its_file_too(shop: Path, tmp_path: Path, file: str)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(import_path())}
     done = subprocess.run(
         [sys.executable, "-P", "-c", program, str(tmp_path / "structure.pkl")],
-        capture_output=True, text=True, check=True, env=environment if file == "shop_two.py" else None,
-    )  # fmt: skip  # the settings on one line
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment if file == "shop_two.py" else None,
+    )
     assert "Linear(in_features=4, out_features=5" in done.stdout
 
 

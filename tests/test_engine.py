@@ -155,8 +155,10 @@ def test_a_folder_may_be_the_artifact_and_where_it_fails_it_takes_nothing_along(
     broken = replace(plant("broken", planted.raises, upstream="whole"), artifact=".")
     report = polyexport.export(net(), torch.rand(4, 5), [whole, broken, GOOD], tmp_path / "out", bench=False)
     assert {each.format: each.state for each in report.outcomes} == {
-        "whole": "verified", "broken": "failed", "good": "verified",
-    }  # fmt: skip  # on one line
+        "whole": "verified",
+        "broken": "failed",
+        "good": "verified",
+    }
     assert report["whole"].artifact.path == "whole"
     assert [path.name for path in (tmp_path / "out" / "whole").iterdir()] == ["model.json"]
     made = {path.name for path in (tmp_path / "out" / "source" / "made").iterdir()}

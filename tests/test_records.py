@@ -37,12 +37,20 @@ def report(folder: Path) -> Report:
     )
     outcomes = (
         Outcome(
-            "onnx", "float32", "verified", route="dynamo", artifact=Artifact("onnx/model.onnx", 1600, "ab"),
-            seconds={"convert": 1.0}, parity=Parity(True, "", {"y": figures}, ({"batch": 4}, {"batch": 1})),
-            latency=latency, toolchain=Toolchain("onnx", {"onnx": "1.23"}), inputs=(spec,), reproduce="python x",
+            "onnx",
+            "float32",
+            "verified",
+            route="dynamo",
+            artifact=Artifact("onnx/model.onnx", 1600, "ab"),
+            seconds={"convert": 1.0},
+            parity=Parity(True, "", {"y": figures}, ({"batch": 4}, {"batch": 1})),
+            latency=latency,
+            toolchain=Toolchain("onnx", {"onnx": "1.23"}),
+            inputs=(spec,),
+            reproduce="python x",
         ),
         Outcome("coreml", "float32", "skipped", reason="coremltools | is\nmissing"),
-    )  # fmt: skip  # a record reads better in rows
+    )
     model = Model("pkg.Net", 12, (spec,), (spec,))
     return Report(
         Checkpoint("a.ckpt", "ff", 1, 10, "val_loss", 0.5),
@@ -64,13 +72,28 @@ def test_the_file_has_the_fields_of_version_two(tmp_path):
     found = json.loads((tmp_path / "report.json").read_text())
     assert found["version"] == 2
     assert found["checkpoint"] == {
-        "path": "a.ckpt", "sha256": "ff", "epoch": 1, "global_step": 10, "monitor": "val_loss", "score": 0.5,
-    }  # fmt: skip
+        "path": "a.ckpt",
+        "sha256": "ff",
+        "epoch": 1,
+        "global_step": 10,
+        "monitor": "val_loss",
+        "score": 0.5,
+    }
     assert set(found["model"]) == {"class", "parameters", "inputs", "outputs"}
     assert set(found["outcomes"][0]) >= {
-        "format", "precision", "state", "reason", "route", "artifact", "seconds", "parity", "latency", "toolchain",
-        "log", "reproduce",
-    }  # fmt: skip
+        "format",
+        "precision",
+        "state",
+        "reason",
+        "route",
+        "artifact",
+        "seconds",
+        "parity",
+        "latency",
+        "toolchain",
+        "log",
+        "reproduce",
+    }
     assert "folder" not in found
 
 

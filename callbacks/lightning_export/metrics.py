@@ -95,9 +95,16 @@ def _validated(trainer: Any, module: Any, select: Select, batches: int, run: Run
     try:
         with tempfile.TemporaryDirectory() as folder, isolate_rng(), _quiet():
             own = type(trainer)(
-                accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-                enable_model_summary=False, limit_val_batches=batches, inference_mode=False, default_root_dir=folder,
-            )  # fmt: skip  # settings, not lines
+                accelerator="cpu",
+                devices=1,
+                logger=False,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                limit_val_batches=batches,
+                inference_mode=False,
+                default_root_dir=folder,
+            )
             found = own.validate(module, dataloaders=trainer.val_dataloaders, verbose=False)
     finally:
         part.__dict__.pop("forward", None)

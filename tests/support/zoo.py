@@ -168,9 +168,12 @@ def segformer() -> tuple[nn.Module, Any]:
     from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
     config = SegformerConfig(
-        depths=[1, 1, 1, 1], hidden_sizes=[8, 16, 24, 32], decoder_hidden_size=16, num_labels=5,
+        depths=[1, 1, 1, 1],
+        hidden_sizes=[8, 16, 24, 32],
+        decoder_hidden_size=16,
+        num_labels=5,
         num_attention_heads=[1, 2, 3, 4],
-    )  # fmt: skip  # one argument a line would hide the two models below
+    )
     return SegformerForSemanticSegmentation(config), {"pixel_values": images(size=64)}
 
 

@@ -154,9 +154,17 @@ def is_of_training(item: Any) -> bool:
 
 _TRAINERS = ("lightning", "pytorch_lightning", "lightning_fabric", "wandb", "torch", "tensorboardX")
 _OF_TRAINERS = (
-    "Trainer", "Fabric", "Callback", "Logger", "Strategy", "Accelerator", "Profiler", "LightningDataModule", "Run",
+    "Trainer",
+    "Fabric",
+    "Callback",
+    "Logger",
+    "Strategy",
+    "Accelerator",
+    "Profiler",
+    "LightningDataModule",
+    "Run",
     "SummaryWriter",
-)  # fmt: skip  # one word a line would be longer than what reads it
+)
 
 
 class LeftBehind:

@@ -247,10 +247,9 @@ class Engine:
             told = ended.kind in ("missing", "bad request")  # in words for the user
             why = ended.error if told else f"the module cannot be rebuilt: {ended.error}"
             outcomes = tuple(
-                Outcome(each.name, each.precision, state, why,
-                        log="logs/model.log", reproduce=ended.command or None)
+                Outcome(each.name, each.precision, state, why, log="logs/model.log", reproduce=ended.command or None)
                 for each in request.formats
-            )  # fmt: skip  # the call reads better on two lines than on eight
+            )
             report = Report(request.checkpoint, None, outcomes, notes=notes("capture", *request.notes))
             return self._finish(request, report, start)
         reference = decode(Reference, ended.value)
@@ -509,9 +508,18 @@ def interrupted(parent: Path) -> Request:
         dynamic = {name: {int(axis): called for axis, called in axes.items()} for name, axes in dynamic.items()}
     told = (*asked.notes, "training was interrupted; polyexport resume has finished this export")
     return Request(
-        work, asked.name, formats, dynamic, asked.checkpoint, told, asked.held, asked.best, asked.keep,
-        sys_path=asked.sys_path, commit="",
-    )  # fmt: skip  # one argument a line would bury them
+        work,
+        asked.name,
+        formats,
+        dynamic,
+        asked.checkpoint,
+        told,
+        asked.held,
+        asked.best,
+        asked.keep,
+        sys_path=asked.sys_path,
+        commit="",
+    )
 
 
 def _format(work: Path, name: str) -> Format:
