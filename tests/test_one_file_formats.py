@@ -71,11 +71,11 @@ graph (float[n, 6] x) => (bool[n, 6] nan, float[n, 6] exact, float[n, 6] erf, fl
 """
 
 
-def test_what_mnn_lacks_is_written_out_and_computes_the_same() -> None:
+def test_what_mnn_lacks_is_decomposed_and_computes_the_same() -> None:
     onnx = pytest.importorskip("onnx", reason="onnx is not installed; `pip install onnx`")
     onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed; `pip install onnxruntime`")
     model = onnx.parser.parse_model(GRAPH)
-    written = mnn._written_out(onnx.parser.parse_model(GRAPH))
+    written = mnn._decomposed(onnx.parser.parse_model(GRAPH))
     left = [node.op_type for node in written.graph.node if node.op_type in LACKING]
     assert left == ["Gelu"]  # the one by tanh
     feed = {"x": np.random.default_rng(0).normal(size=(4, 6)).astype(np.float32) * 30}

@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from polyexport import BadRequest, ExportSpec, Outcome, Report, TensorSpec
-from polyexport.measure.latency import summarise
+from polyexport.measure.latency import summarize
 from polyexport.measure.parity import OutputParity, Parity
 from polyexport.report import manifest as manifests
 from polyexport.report import schema
@@ -32,7 +32,7 @@ from polyexport.spec import Batch
 def report(folder: Path) -> Report:
     spec = TensorSpec("x", "float32", ("batch", 3))
     figures = OutputParity(1e-6, 2.0, 0.0, 1.0, 90.0, None, 1e-7)
-    latency = summarise(
+    latency = summarize(
         [1.0] * 100, batch=4, threads=2, device="cpu", load_seconds=0.1, first_ms=2.0, peak_memory_bytes=None
     )
     outcomes = (

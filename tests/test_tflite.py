@@ -168,7 +168,7 @@ answer = run({"image": np.zeros((3, 3, 16, 16), np.float32)})
 found["loaded"] = {name: [str(array.dtype), array.shape] for name, array in answer.items()}
 
 spec = replace(jobs["tflite-int8"].spec, calibration=(elsewhere / "tiny.npz",))
-tflite.quantise(root / "tflite" / "model.tflite", elsewhere / "tiny.tflite", spec)
+tflite.quantize(root / "tflite" / "model.tflite", elsewhere / "tiny.tflite", spec)
 found["wrong ranges"] = verify("tflite-int8", elsewhere / "tiny.tflite")
 found["not in int8"] = verify("tflite-int8", root / "tflite" / "model.tflite")
 found["unlike"] = verify("tflite", root / "edgetpu" / "model.tflite")

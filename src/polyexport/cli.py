@@ -391,9 +391,9 @@ def _lacks(each: Format) -> str:
 
 def _report(folder: Path) -> Report:
     """The report in a folder, or in the best export of it."""
-    for place in (folder, folder / BEST):
-        if (followed(place) / "report.json").is_file():
-            return Report.load(place)
+    for candidate in (folder, folder / BEST):
+        if (followed(candidate) / "report.json").is_file():
+            return Report.load(candidate)
     raise BadRequest(f"{folder} is no export, and has no best one in it: there is no report.json")
 
 

@@ -100,7 +100,7 @@ class Snippet:
     """How an application opens the artifact and calls it, shown by the report page.
 
     `code` is a jinja2 template of `path`, the artifact's, relative to the export's folder, where the code is run; of
-    `inputs`, `TensorSpec`s whose free axes are 1; of `names` and `outputs`, the names on either side; and of
+    `inputs`, `TensorSpec`s whose dynamic axes are 1; of `names` and `outputs`, the names on either side; and of
     `output_dtypes`.
     """
 

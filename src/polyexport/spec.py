@@ -124,7 +124,7 @@ def calibration(spec: ExportSpec) -> Iterator[Arrays]:
 
 
 def example(spec: ExportSpec) -> Arrays:
-    """Inputs to trace with: the validation batch, with at least two rows along a free axis, since a tracer fixes a one.
+    """Inputs to trace with: the validation batch, with two rows or more along a dynamic axis: tracers fix a one.
 
     Without a batch it is zeros.
     """

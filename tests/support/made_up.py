@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from polyexport import Outcome, Report, TensorSpec
-from polyexport.measure.latency import Latency, summarise
+from polyexport.measure.latency import Latency, summarize
 from polyexport.measure.parity import OutputParity, Parity
 from polyexport.report.files import save
 from polyexport.report.outcome import Artifact, Checkpoint, Model, State, Toolchain, notes
@@ -23,7 +23,7 @@ OUTPUTS = (TensorSpec("logits", "float32", ("batch", 1000)), TensorSpec(HOSTILE,
 
 def latency(median_ms: float, speedup: float | None = None) -> Latency:
     samples = median_ms * np.random.default_rng(int(median_ms * 1e3)).lognormal(0.0, 0.12, 100)
-    made = summarise(
+    made = summarize(
         list(samples),
         batch=16,
         threads=8,

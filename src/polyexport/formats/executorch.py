@@ -31,7 +31,7 @@ def convert_portable(source: Path, target: Path, spec: ExportSpec) -> None:
 
 
 def _lower(source: Path, target: Path, spec: ExportSpec, partitioners: list[Any]) -> None:
-    """Lower the program of `torch.export`, exported once more with an upper bound for each free axis."""
+    """Lower the program of `torch.export`, exported once more with an upper bound for each dynamic axis."""
     import torch
     from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
 
