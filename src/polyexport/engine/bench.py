@@ -21,6 +21,7 @@ from typing import Any
 from polyexport.engine.dispatch import Dispatcher
 from polyexport.engine.rerun import Runnable, runnables, signature
 from polyexport.engine.routes import Watch
+from polyexport.errors import line
 from polyexport.format import Format
 from polyexport.measure.dynamic_axes import resized
 from polyexport.measure.latency import QUIET, ROUNDS, Latency, is_quiet, summarize, waited_by_median
@@ -106,7 +107,7 @@ def _measured(
             try:
                 talks[name] = stack.enter_context(start())
             except Exception as error:  # it was made on another machine, and here its environment cannot be
-                why_not[name] = f"{type(error).__name__}: {error}"
+                why_not[name] = line(error)
                 continue
             found[name] = talks[name].answer() or {}
             if "stand_in" in found[name]:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from polyexport.engine import plan
 from polyexport.engine.dispatch import Dispatcher
+from polyexport.errors import line
 from polyexport.format import MODULE, Format, Route
 from polyexport.measure.dynamic_axes import BATCH
 from polyexport.measure.parity import Parity
@@ -96,7 +97,7 @@ class Build:
             if built.detour and outcome.publishable:
                 self._detours[each.name] = f"{each.name}: made by {outcome.route}, since {built.detour}"
         except Exception as error:  # a bug of ours must not take the other formats along
-            outcome = Outcome(each.name, each.precision, "failed", f"internal error: {type(error).__name__}: {error}")
+            outcome = Outcome(each.name, each.precision, "failed", f"internal error: {line(error)}")
         self._watch(each.name, outcome)
         return outcome
 
