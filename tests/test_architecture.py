@@ -199,3 +199,11 @@ def test_the_house_is_small_and_shallow():
     assert max(floor(rooms(), name) for name in rooms()) + 1 <= 10
     assert len(list(SOURCE.glob("*.py"))) <= 9
     assert max(len(file.relative_to(SOURCE).parts) for file in SOURCE.rglob("*.py")) - 1 <= 2
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"])
+def test_a_page_beside_the_code_links_to_what_is_there(page: str):
+    """Links within the site are checked by `make docs`."""
+    root = Path(__file__).parents[1]
+    links = re.findall(r"\]\(([^)#]+)\)", (root / page).read_text(encoding="utf-8"))
+    assert [link for link in links if not link.startswith("https://") and not (root / link).exists()] == []
