@@ -104,9 +104,15 @@ def traced(answer, folder):
 
 
 MODES = (
-    into_a_view, no_grad_twice, enable_grad, set_grad_enabled_twice, inference_mode, autocast, checkpointed,
+    into_a_view,
+    no_grad_twice,
+    enable_grad,
+    set_grad_enabled_twice,
+    inference_mode,
+    autocast,
+    checkpointed,
     asks_for_the_mode,
-)  # fmt: skip  # a line for each would bury them
+)
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs")  # of a checkpoint that has nothing to differentiate

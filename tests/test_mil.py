@@ -11,9 +11,9 @@ from torch import nn
 from torch.nn import functional
 
 from polyexport.coreml.ops import OPS
-from polyexport.format import Tolerance
 from polyexport.formats import coreml
 from polyexport.measure.parity import compare
+from polyexport.measure.tolerance import Tolerance
 from polyexport.spec import ExportSpec, TensorSpec
 
 pytest.importorskip("coremltools", reason="coremltools is not installed; `pip install coremltools`")
@@ -315,9 +315,12 @@ FUNCTIONS = {
 
 @contextlib.contextmanager
 def fused_attention_off():
+    before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
-    yield
-    torch.backends.mha.set_fastpath_enabled(True)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def written(x):

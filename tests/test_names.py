@@ -52,10 +52,12 @@ def to_program(module: torch.nn.Module) -> torch.export.ExportedProgram:
 @pytest.mark.parametrize(
     "names",
     [
-        ("torch", "device", "inf", "nan", "pytree", "fx_pytree"), ("class", "lambda", "True", "None", "_", "int"),
-        ("größe", "日本", "x", "X", "x_1", "1x", "a.b", "a/b", "a b"), ("add", "linear", "p_inner_linear_weight"),
+        ("torch", "device", "inf", "nan", "pytree", "fx_pytree"),
+        ("class", "lambda", "True", "None", "_", "int"),
+        ("größe", "日本", "x", "X", "x_1", "1x", "a.b", "a/b", "a b"),
+        ("add", "linear", "p_inner_linear_weight"),
     ],
-)  # fmt: skip  # a table, read as one
+)
 def test_an_input_may_have_any_name(names: tuple[str, ...]) -> None:
     module, spec = wrapped(names, ("y", "z"))
     assert len(set(spec.input_names)) == len(names)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -22,9 +23,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from polyexport.capture import checkpoint
 from polyexport.capture.snapshot import selected
-from polyexport.engine import plan
+from polyexport.engine import checkpoint, plan
 from polyexport.engine.engine import Engine, export, interrupted
 from polyexport.errors import BadRequest, PolyexportError
 from polyexport.format import Format, Runner
@@ -34,10 +34,12 @@ from polyexport.report.escape import printable
 from polyexport.report.folders import BEST, DESCRIPTION, EXPORTS, followed
 from polyexport.report.outcome import Outcome
 from polyexport.report.report import Report, markdown
+from polyexport.report.tables import size
 from polyexport.serialization import encode
 from polyexport.spec import write_arrays
 from polyexport.versions import versions
 from polyexport.workers import toolchain
+from polyexport.workers.disk import UNUSED_DAYS, Environment
 
 T = TypeVar("T")
 
@@ -136,17 +138,33 @@ def doctor(names: Names = None, as_json: Json = False) -> None:
 
 @toolchains.command("list")
 def list_toolchains(as_json: Json = False) -> None:
-    """List the toolchains, what they need, and where they are."""
-    rows = [
-        {
-            "toolchain": chain.name,
-            "state": "this environment" if chain.in_host else "ready" if chain.ready else "not installed",
-            "requirements": ", ".join(chain.requirements),
-            "folder": "" if chain.in_host else str(chain.folder),
-        }
-        for chain in map(toolchain.find, toolchain.names())
-    ]
+    """List the toolchains, what they need, where they are, the disk they take, and when they were last used.
+
+    Below them stand environments that were made for other pins or from other training environments.
+    """
+    made = {each.folder: each for each in toolchain.environments()}
+    rows = []
+    for chain in map(toolchain.find, toolchain.names()):
+        state = "this environment" if chain.in_host else "ready" if chain.ready else "not installed"
+        environment = None if chain.in_host else made.pop(chain.folder, None)
+        folder = "" if chain.in_host else str(chain.folder)
+        rows.append(_toolchain_row(chain.name, state, ", ".join(chain.requirements), folder, environment, as_json))
+    for environment in made.values():
+        name = environment.folder.name.rpartition("-")[0]
+        rows.append(_toolchain_row(name, "of other pins", "", str(environment.folder), environment, as_json))
     _show(rows, as_json)
+
+
+def _toolchain_row(
+    name: str, state: str, requirements: str, folder: str, environment: Environment | None, as_json: bool
+) -> dict[str, Any]:
+    row = {"toolchain": name, "state": state, "requirements": requirements, "folder": folder}
+    if as_json:
+        known = {} if environment is None else {"bytes": environment.bytes, "used": environment.used}
+        return row | known
+    size_of = "" if environment is None else size(environment.bytes)
+    used = "" if environment is None else time.strftime("%Y-%m-%d", time.localtime(environment.used))
+    return row | {"size": size_of, "last used": used}
 
 
 @toolchains.command("install")
@@ -158,13 +176,23 @@ def install(names: Chains, as_json: Json = False) -> None:
 
 
 @toolchains.command("remove")
-def remove(names: Chains, as_json: Json = False) -> None:
+def remove(
+    names: Annotated[list[str] | None, typer.Argument(metavar="NAME…", autocompletion=_toolchains_starting)] = None,
+    unused: Annotated[
+        bool, typer.Option("--unused", help=f"All that had no job for {UNUSED_DAYS} days, of other pins too.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
     """Remove the environments of toolchains; they are made again when they are needed."""
     with _told():
-        chains = [chain for chain in _chains(names) if not chain.in_host and chain.folder.exists()]
-    for chain in chains:
-        shutil.rmtree(chain.folder)
-    _show([{"toolchain": chain.name, "removed": str(chain.folder)} for chain in chains], as_json)
+        if bool(names) == unused:
+            raise BadRequest(f"give names of toolchains, or --unused; known: {', '.join(toolchain.names())}")
+        folders = [chain.folder for chain in _chains(names or ()) if not chain.in_host and chain.folder.exists()]
+    if unused:
+        folders = [environment.folder for environment in toolchain.environments() if environment.is_unused]
+    for folder in folders:
+        shutil.rmtree(folder)
+    _show([{"toolchain": folder.name.rpartition("-")[0], "removed": str(folder)} for folder in folders], as_json)
 
 
 @app.command("export")
@@ -399,9 +427,9 @@ def _opened(engine: Engine, artifact: Path, *, trust: bool) -> contextlib.Abstra
 
 def _report(folder: Path) -> Report:
     """The report in a folder, or in the best export of it."""
-    for place in (folder, folder / BEST):
-        if (followed(place) / "report.json").is_file():
-            return Report.load(place)
+    for candidate in (folder, folder / BEST):
+        if (followed(candidate) / "report.json").is_file():
+            return Report.load(candidate)
     raise BadRequest(f"{folder} is no export, and has no best one in it: there is no report.json")
 
 

@@ -35,7 +35,7 @@ from polyexport.engine.ownership import is_ours, seal
 from polyexport.engine.rerun import Runnable, runnables, runner, verify
 from polyexport.engine.routes import Build
 from polyexport.errors import BadRequest
-from polyexport.format import Format, Runner
+from polyexport.format import Format
 from polyexport.formats import known, resolve
 from polyexport.load import Description, described
 from polyexport.measure.dynamic_axes import Dynamic
@@ -64,6 +64,7 @@ from polyexport.report.outcome import Checkpoint, Model, Outcome, State, notes
 from polyexport.report.report import Report, history
 from polyexport.report.tables import sentence
 from polyexport.serialization import decode, encode, read_json, write_json
+from polyexport.spec import Runner
 from polyexport.versions import git_commit
 from polyexport.workers import gpu, toolchain
 from polyexport.workers.job import Prepare
@@ -248,10 +249,9 @@ class Engine:
             told = ended.kind in ("missing", "bad request")  # in words for the user
             why = ended.error if told else f"the module cannot be rebuilt: {ended.error}"
             outcomes = tuple(
-                Outcome(each.name, each.precision, state, why,
-                        log="logs/model.log", reproduce=ended.command or None)
+                Outcome(each.name, each.precision, state, why, log="logs/model.log", reproduce=ended.command or None)
                 for each in request.formats
-            )  # fmt: skip  # the call reads better on two lines than on eight
+            )
             report = Report(request.checkpoint, None, outcomes, notes=notes("capture", *request.notes))
             return self._finish(request, report, start)
         reference = decode(Reference, ended.value)
@@ -536,9 +536,18 @@ def interrupted(parent: Path, *, trust: bool = True) -> Request:
         dynamic = {name: {int(axis): called for axis, called in axes.items()} for name, axes in dynamic.items()}
     told = (*asked.notes, "training was interrupted; polyexport resume has finished this export")
     return Request(
-        work, asked.name, formats, dynamic, asked.checkpoint, told, asked.held, asked.best, asked.keep,
-        sys_path=asked.sys_path, commit="",
-    )  # fmt: skip  # one argument a line would bury them
+        work,
+        asked.name,
+        formats,
+        dynamic,
+        asked.checkpoint,
+        told,
+        asked.held,
+        asked.best,
+        asked.keep,
+        sys_path=asked.sys_path,
+        commit="",
+    )
 
 
 def _format(work: Path, name: str) -> Format:

@@ -35,6 +35,7 @@ from platformdirs import user_cache_path
 
 from polyexport.errors import ToolMissing
 from polyexport.versions import versions
+from polyexport.workers import disk
 from polyexport.workers.process import Workers
 
 _WORKER = Path(__file__).parents[1] / "worker.py"
@@ -108,6 +109,7 @@ class Toolchain:
                     damaged = "what is there is damaged; " if (folder / _COMPLETE).exists() else ""
                     say(f"{self.name}: {damaged}installing {', '.join(self.requirements)} into {folder}")
                     _provision(self, folder, workers)
+        disk.use(folder / _COMPLETE)
         return _python(folder)
 
     def command(self, workers: Workers | None = None) -> tuple[str, ...]:
@@ -234,6 +236,11 @@ def parse(name: str, text: str) -> Toolchain:
     npm = "npm" if "npm" in directives else ""
     flags = {flag: flag in directives for flag in ("layered", "reuse")}
     return Toolchain(name, pins, python=python, npm=npm, **flags)
+
+
+def environments() -> tuple[disk.Environment, ...]:
+    """The environments in the cache folder, those of other pins and other training environments included."""
+    return tuple(disk.environments(cache_folder(), _COMPLETE))
 
 
 def cache_folder() -> Path:

@@ -17,7 +17,7 @@ from zipfile import BadZipFile, ZipFile, is_zipfile
 
 import numpy as np
 
-from polyexport.errors import BadRequest
+from polyexport.errors import BadRequest, line
 from polyexport.formats import known
 from polyexport.report.outcome import Checkpoint
 from polyexport.spec import Arrays
@@ -46,10 +46,10 @@ def read(path: Path, *, trust: bool = False) -> Mapping[str, Any]:
         blob = torch.load(path, map_location="cpu", weights_only=not trust)
     except pickle.UnpicklingError as error:
         if trust:
-            raise BadRequest(f"{path} cannot be read: {_line(error)}") from None
+            raise BadRequest(f"{path} cannot be read: {line(error, 300)}") from None
         raise BadRequest(f"{path} holds more than tensors; if you trust who made it, give --trust") from None
     except Exception as error:  # torch says what it pleases of a file that is no checkpoint
-        raise BadRequest(f"{path} cannot be read: {_line(error)}") from None
+        raise BadRequest(f"{path} cannot be read: {line(error, 300)}") from None
     if not isinstance(blob, Mapping):
         raise BadRequest(f"{path} holds a {type(blob).__name__}, neither a checkpoint nor a state dict")
     return blob
@@ -113,7 +113,7 @@ def model(path: Path, blob: Mapping[str, Any], name: str, arguments: Mapping[str
             made.load_state_dict(blob.get("state_dict", blob))
             return made
     except Exception as error:  # the user's own constructor; or weights that do not fit
-        raise BadRequest(f"{name}({', '.join(given)}) does not fit {path}: {_line(error)}") from None
+        raise BadRequest(f"{name}({', '.join(given)}) does not fit {path}: {line(error, 300)}") from None
     raise BadRequest(f"{name} made a {type(made).__name__}, which is no torch.nn.Module")
 
 
@@ -147,7 +147,7 @@ def inputs(path: Path) -> Arrays:
     except BadRequest:
         raise
     except (OSError, ValueError, AttributeError, BadZipFile) as error:
-        raise BadRequest(f"{path} is no .npz of named arrays: {_line(error)}") from None
+        raise BadRequest(f"{path} is no .npz of named arrays: {line(error, 300)}") from None
 
 
 def dynamic(texts: Sequence[str]) -> dict[str, dict[int, str]]:
@@ -173,7 +173,7 @@ def _named(name: str) -> Any:
     try:
         return getattr(_of_file(Path(home)) if home.endswith(".py") else _of_path(home), attribute)
     except Exception as error:  # an import runs the user's code
-        raise BadRequest(f"{name!r} cannot be imported: {_line(error)}") from None
+        raise BadRequest(f"{name!r} cannot be imported: {line(error, 300)}") from None
 
 
 def _of_path(module: str) -> Any:
@@ -198,7 +198,3 @@ def _of_file(file: Path) -> Any:
     module = sys.modules[spec.name] = module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def _line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

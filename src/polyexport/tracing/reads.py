@@ -37,9 +37,20 @@ class Reads:
 
 
 _READERS = {
-    "__bool__", "__int__", "__float__", "__complex__", "__index__", "__array__", "__contains__",
-    "item", "tolist", "numpy", "equal", "allclose", "is_nonzero",
-}  # fmt: skip  # one name a line would be longer than what reads them
+    "__bool__",
+    "__int__",
+    "__float__",
+    "__complex__",
+    "__index__",
+    "__array__",
+    "__contains__",
+    "item",
+    "tolist",
+    "numpy",
+    "equal",
+    "allclose",
+    "is_nonzero",
+}
 _SIZED_BY_DATA = {"nonzero", "argwhere", "masked_select", "unique", "unique_consecutive"}
 """What they return has a size that depends on values, which is then read without a call."""
 _WARNING = "Converting a tensor to a "
