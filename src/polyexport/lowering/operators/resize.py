@@ -13,14 +13,15 @@ from typing import Any
 
 import numpy as np
 
+from polyexport.lowering.backend import Backend, Tensor, is_float, is_known
 from polyexport.lowering.graph import Node
-from polyexport.lowering.operators import Operators
-from polyexport.lowering.value import Tensor, Value
+from polyexport.lowering.table import SHARED
+from polyexport.lowering.value import Value
 
 
 @dataclass(frozen=True, slots=True)
-class Arithmetic:
-    """What is needed beside Python's own operators, in numpy or in a framework.
+class _Arithmetic:
+    """What is computed by numpy where it is known before the run, and by the framework where it is not.
 
     Attributes:
         floor: Of each entry, as are ceil, maximum and minimum.
@@ -45,7 +46,7 @@ class Arithmetic:
     total: Callable[[Any], Any]
 
 
-NUMPY = Arithmetic(
+_NUMPY = _Arithmetic(
     floor=np.floor,
     ceil=np.ceil,
     maximum=np.maximum,
@@ -56,30 +57,25 @@ NUMPY = Arithmetic(
     whole=lambda x: np.asarray(x).astype(np.int32),
     total=lambda x: x.sum(1, keepdims=True),
 )
-"""For what is known before the run."""
 
 
-@dataclass(frozen=True, slots=True)
-class Images:
-    """What the resize needs of a framework's tensors.
+def _arithmetic(ops: Backend) -> _Arithmetic:
+    single = np.dtype(np.float32)
 
-    Attributes:
-        arithmetic: For numbers that only the run knows.
-        sizes: The sizes of a value's axes.
-        gather: Entries of a tensor along an axis, by a tensor or a numpy array of integers.
-        weighed: A tensor, times a vector that lies along an axis.
-        masked: A tensor, with a number in the places of an axis where a vector is true.
-        cast: A tensor in a numpy type.
-        native: By the framework's own operator, where that computes the same; else None.
-    """
+    def real(number: Any) -> Tensor:
+        return ops.scalar(number, single)
 
-    arithmetic: Arithmetic
-    sizes: Callable[[Value], list[Any]]
-    gather: Callable[[Tensor, Any, int], Tensor]
-    weighed: Callable[[Tensor, Any, int], Tensor]
-    masked: Callable[[Tensor, Any, int, float], Tensor]
-    cast: Callable[[Tensor, np.dtype[Any]], Tensor]
-    native: Callable[[Value, list[Axis], Mode, Node], Value | None]
+    return _Arithmetic(
+        floor=ops.floor,
+        ceil=ops.ceil,
+        maximum=ops.maximum,
+        minimum=ops.minimum,
+        where=ops.where,
+        line=lambda count: ops.cast(ops.range(0, count), single),
+        real=real,
+        whole=lambda x: ops.cast(x, ops.index),
+        total=lambda x: ops.sum(x, [1], True),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,24 +91,20 @@ class Axis:
     @property
     def is_known(self) -> bool:
         """Whether nothing of it is left to the run."""
-        return all(_is_known(each) for each in (self.size, self.target, self.scale, *(self.region or ())))
+        return all(is_known(each) for each in (self.size, self.target, self.scale, *(self.region or ())))
 
 
 @dataclass(frozen=True, slots=True)
 class Mode:
-    """ONNX's attributes of how entries are found and weighed."""
+    """Resize's attributes of how entries are found and weighed, as ONNX names them."""
 
-    kind: str
-    coordinates: str
-    nearest: str
-    cubic: float
-    antialias: bool
-    exclude_outside: bool
-    outside: float
-
-
-def _is_known(number: Any) -> bool:
-    return isinstance(number, int | float)
+    mode: str = "nearest"
+    coordinate_transformation_mode: str = "half_pixel"
+    nearest_mode: str = "round_prefer_floor"
+    cubic_coeff_a: float = -0.75
+    antialias: int = 0
+    exclude_outside: int = 0
+    extrapolation_value: float = 0.0
 
 
 def known_targets(x: Value, plan: list[Axis], how: Mode) -> list[int] | None:
@@ -120,7 +112,13 @@ def known_targets(x: Value, plan: list[Axis], how: Mode) -> list[int] | None:
 
     None unless they are float32, known before the run, and scaled by exactly the ratio of the sizes.
     """
-    if x.rank != 4 or not plan or not {each.index for each in plan} <= {2, 3} or how.antialias or how.outside:
+    if (
+        x.rank != 4
+        or not plan
+        or not {each.index for each in plan} <= {2, 3}
+        or how.antialias
+        or how.extrapolation_value
+    ):
         return None
     if x.dtype != np.float32 or not all(each.is_known for each in plan):
         return None
@@ -131,53 +129,52 @@ def known_targets(x: Value, plan: list[Axis], how: Mode) -> list[int] | None:
     return None if None in target else target
 
 
-def declare(operators: Operators, images: Images) -> None:
-    """Write Resize and Upsample into a framework's table."""
+@SHARED.op("Resize", since=11)
+def resize(
+    ops: Backend,
+    x: Value,
+    roi: Value | None = None,
+    scales: Value | None = None,
+    sizes: Value | None = None,
+    *,
+    axes: list[int] | None = None,
+    keep_aspect_ratio_policy: str = "stretch",
+    node: Node,
+    **attributes: Any,
+) -> Value:
+    """By scales or by sizes."""
+    chosen = [axis % (x.rank or 1) for axis in axes] if axes else list(range(x.rank or 0))
+    if scales is not None and scales.shape == (0,):
+        scales = None
+    plan = _plan(ops, x, chosen, roi, scales, sizes, keep_aspect_ratio_policy)
+    return _resized(ops, x, plan, Mode(**attributes), node)
 
-    @operators.op("Resize", since=11)
-    def resize(
-        x: Value, roi: Value | None = None, scales: Value | None = None, sizes: Value | None = None,
-        *, mode: str = "nearest", coordinate_transformation_mode: str = "half_pixel",
-        nearest_mode: str = "round_prefer_floor", cubic_coeff_a: float = -0.75, antialias: int = 0,
-        exclude_outside: int = 0, extrapolation_value: float = 0.0,
-        axes: list[int] | None = None, keep_aspect_ratio_policy: str = "stretch", node: Node,
-    ) -> Value:  # fmt: skip  # the inputs on one line, the attributes on four
-        """By scales or by sizes."""
-        chosen = [axis % (x.rank or 1) for axis in axes] if axes else list(range(x.rank or 0))
-        how = Mode(
-            mode, coordinate_transformation_mode, nearest_mode, cubic_coeff_a, bool(antialias), bool(exclude_outside),
-            extrapolation_value,
-        )  # fmt: skip  # the attributes in their order
-        if scales is not None and scales.shape == (0,):
-            scales = None
-        plan = _plan(images, x, chosen, roi, scales, sizes, keep_aspect_ratio_policy)
-        return _resized(images, x, plan, how, node)
 
-    @operators.op("Resize", "Upsample", since=9)
-    def upsample(x: Value, scales: Value, *, mode: str = "nearest", node: Node) -> Value:
-        """Before opset 11 a place is scaled without any shift, and rounded down."""
-        plan = _plan(images, x, list(range(x.rank or 0)), None, scales, None, "stretch")
-        return _resized(images, x, plan, Mode(mode, "asymmetric", "floor", -0.75, False, False, 0.0), node)
-
-    @operators.op("Upsample", since=7)
-    def upsample_attribute(x: Value, *, scales: list[float], mode: str = "nearest", node: Node) -> Value:
-        """With the scales as an attribute."""
-        return upsample(x, node.value(np.array(scales, np.float32)), mode=mode, node=node)
+@SHARED.op("Resize", "Upsample", since=7)
+def upsample(ops: Backend, x: Value, scales: Value, *, mode: str = "nearest", node: Node) -> Value:
+    """Before opset 11 a position is scaled without any shift, and rounded down."""
+    plan = _plan(ops, x, list(range(x.rank or 0)), None, scales, None, "stretch")
+    return _resized(ops, x, plan, Mode(mode, "asymmetric", "floor"), node)
 
 
 # --- what becomes of each axis ----------------------------------------------------------------------------------------
 
 
 def _plan(
-    images: Images, x: Value, chosen: list[int], roi: Value | None, scales: Value | None, sizes: Value | None,
+    ops: Backend,
+    x: Value,
+    chosen: list[int],
+    roi: Value | None,
+    scales: Value | None,
+    sizes: Value | None,
     policy: str,
-) -> list[Axis]:  # fmt: skip  # the inputs on one line
-    of = images.arithmetic
-    own = [images.sizes(x)[axis] for axis in chosen]
+) -> list[Axis]:
+    of = _arithmetic(ops)
+    own = [ops.sizes(x)[axis] for axis in chosen]
     if scales is not None:
         factors = [
-            of.real(scales.tensor[place]) if scales.known is None else float(scales.known[place])
-            for place in range(len(chosen))
+            of.real(scales.tensor[position]) if scales.known is None else float(scales.known[position])
+            for position in range(len(chosen))
         ]
         wanted = [(_floored(size, scale, of), scale) for size, scale in zip(own, factors, strict=True)]
     else:
@@ -194,20 +191,20 @@ def _is_batch(axis: int, size: Any, sizes: Value | None, rank: int | None) -> bo
 
     Exporters write out the whole shape, and none of theirs resizes batch or channels.
     """
-    if _is_known(size) or sizes is None or sizes.sizes is None or len(sizes.sizes) != rank:
+    if is_known(size) or sizes is None or sizes.sizes is None or len(sizes.sizes) != rank:
         return False
     return axis < min(2, rank - 1) and sizes.sizes[axis] is None
 
 
-def _floored(size: Any, scale: Any, of: Arithmetic) -> Any:
-    if _is_known(size) and _is_known(scale):
+def _floored(size: Any, scale: Any, of: _Arithmetic) -> Any:
+    if is_known(size) and is_known(scale):
         return int(np.floor(size * scale))
-    if _is_known(scale) and scale == int(scale):
+    if is_known(scale) and scale == int(scale):
         return size * int(scale)
     return of.whole(of.floor(of.real(size) * scale))
 
 
-def _kept_aspect(own: list[Any], sizes: Value | None, policy: str, of: Arithmetic) -> list[tuple[Any, Any]]:
+def _kept_aspect(own: list[Any], sizes: Value | None, policy: str, of: _Arithmetic) -> list[tuple[Any, Any]]:
     """Target and scale of each axis for the sizes asked for."""
     if sizes is None:
         return []
@@ -216,7 +213,7 @@ def _kept_aspect(own: list[Any], sizes: Value | None, policy: str, of: Arithmeti
     factors = [_ratio(target, size, of) for target, size in zip(wanted, own, strict=True)]
     if policy == "stretch":
         return list(zip(wanted, factors, strict=True))
-    if all(_is_known(each) for each in factors):
+    if all(is_known(each) for each in factors):
         factor = min(factors) if policy == "not_larger" else max(factors)
         return [(int(np.floor(size * factor + 0.5)), factor) for size in own]
     reduce = of.minimum if policy == "not_larger" else of.maximum
@@ -224,11 +221,11 @@ def _kept_aspect(own: list[Any], sizes: Value | None, policy: str, of: Arithmeti
     return [(of.whole(of.floor(of.real(size) * shared + 0.5)), shared) for size in own]
 
 
-def _ratio(target: Any, size: Any, of: Arithmetic) -> Any:
-    return target / size if _is_known(target) and _is_known(size) else of.real(target) / of.real(size)
+def _ratio(target: Any, size: Any, of: _Arithmetic) -> Any:
+    return target / size if is_known(target) and is_known(size) else of.real(target) / of.real(size)
 
 
-def _regions(roi: Value | None, count: int, of: Arithmetic) -> list[tuple[Any, Any] | None]:
+def _regions(roi: Value | None, count: int, of: _Arithmetic) -> list[tuple[Any, Any] | None]:
     if roi is None or roi.shape == (0,):
         return [None] * count
     bounds = [of.real(roi.tensor[i]) if roi.known is None else float(roi.known[i]) for i in range(2 * count)]
@@ -238,96 +235,105 @@ def _regions(roi: Value | None, count: int, of: Arithmetic) -> list[tuple[Any, A
 # --- one axis after the other -----------------------------------------------------------------------------------------
 
 
-def _resized(images: Images, x: Value, plan: list[Axis], how: Mode, node: Node) -> Value:
+def _resized(ops: Backend, x: Value, plan: list[Axis], how: Mode, node: Node) -> Value:
     plan = [each for each in plan if not _stays(each, how)]
-    native = images.native(x, plan, how, node)
+    native = ops.resize(x, plan, how, node)
     if native is not None:
         return native
-    tensor, is_cast = x.stored, how.kind != "nearest" and x.dtype.kind != "f"
-    tensor = images.cast(tensor, np.dtype(np.float32)) if is_cast else tensor
+    tensor, is_cast = x.stored, how.mode != "nearest" and not is_float(x.dtype)
+    tensor = ops.cast(tensor, np.dtype(np.float32)) if is_cast else tensor
     for each in plan:
-        tensor = _along(images, tensor, x.placed(each.index), each, how)
-    # integers are cut as ONNX's reference does: towards zero
-    return node.value(images.cast(tensor, x.dtype) if is_cast else tensor, x.order)
+        tensor = _along(ops, tensor, x.placed(each.index), each, how)
+    # integers are truncated towards zero, as ONNX's reference does
+    return node.value(ops.cast(tensor, x.dtype) if is_cast else tensor, x.order)
 
 
 def _stays(axis: Axis, how: Mode) -> bool:
-    return _is_known(axis.scale) and axis.scale == 1.0 and how.coordinates != "tf_crop_and_resize"
+    return is_known(axis.scale) and axis.scale == 1.0 and how.coordinate_transformation_mode != "tf_crop_and_resize"
 
 
-def _along(images: Images, tensor: Tensor, place: int, axis: Axis, how: Mode) -> Tensor:
-    indices, weights, outside = _taps(axis, how, NUMPY if axis.is_known else images.arithmetic)
+def _along(ops: Backend, tensor: Tensor, position: int, axis: Axis, how: Mode) -> Tensor:
+    indices, weights, outside = _taps(axis, how, _NUMPY if axis.is_known else _arithmetic(ops))
+    rank = len(ops.shape(tensor) or ())
+
+    def spread(vector: Any, dtype: np.dtype[Any]) -> Tensor:
+        is_array = isinstance(vector, np.ndarray)
+        line = ops.constant(np.ascontiguousarray(vector.astype(dtype))) if is_array else ops.cast(vector, dtype)
+        return ops.reshape(line, [-1] + [1] * (rank - position - 1))
+
     if weights is None:
-        made = images.gather(tensor, indices[:, 0], place)
+        made = ops.gather(tensor, indices[:, 0], position)
     else:
         parts = [
-            images.weighed(images.gather(tensor, indices[:, i], place), weights[:, i], place)
+            ops.gather(tensor, indices[:, i], position) * spread(weights[:, i], ops.dtype(tensor))
             for i in range(indices.shape[1])
         ]
         made = sum(parts[1:], parts[0])
-    return made if outside is None else images.masked(made, outside, place, how.outside)
+    return made if outside is None else ops.where(spread(~outside, np.dtype(bool)), made, how.extrapolation_value)
 
 
-def _taps(axis: Axis, how: Mode, of: Arithmetic) -> tuple[Any, Any, Any]:
+def _taps(axis: Axis, how: Mode, of: _Arithmetic) -> tuple[Any, Any, Any]:
     """Source entries and weights `(target, taps)` of one axis, and which entries lie outside; None for not at all."""
-    source = _source(axis, how.coordinates, of)
+    source = _source(axis, how.coordinate_transformation_mode, of)
     size = of.real(axis.size)
-    outside = (source < 0) | (source > size - 1) if how.coordinates == "tf_crop_and_resize" else None
-    if how.kind == "nearest":
-        return _within(_rounded(source, how.nearest, of), size, of)[:, None], None, outside
+    outside = (source < 0) | (source > size - 1) if how.coordinate_transformation_mode == "tf_crop_and_resize" else None
+    if how.mode == "nearest":
+        return _within(_rounded(source, how.nearest_mode, of), size, of)[:, None], None, outside
     stretch = _stretch(axis, how, of)
-    reach = _reach(1 if how.kind == "linear" else 2, stretch)
+    reach = _reach(1 if how.mode == "linear" else 2, stretch)
     offsets = of.line(2 * reach) + of.real(1 - reach)
     column = source[:, None]
-    places = of.floor(column) + offsets[None, :]
-    distance = (places - column) * stretch
-    weights = of.maximum(1 - abs(distance), 0.0) if how.kind == "linear" else cubic(distance, how.cubic, of.where)
+    positions = of.floor(column) + offsets[None, :]
+    distance = (positions - column) * stretch
+    weights = (
+        of.maximum(1 - abs(distance), 0.0) if how.mode == "linear" else cubic(distance, how.cubic_coeff_a, of.where)
+    )
     if how.exclude_outside:
-        weights = of.where((places >= 0) & (places <= size - 1), weights, 0.0)
+        weights = of.where((positions >= 0) & (positions <= size - 1), weights, 0.0)
     if how.exclude_outside or how.antialias:
         weights = weights / of.total(weights)
-    return _within(places, size, of), weights, outside
+    return _within(positions, size, of), weights, outside
 
 
-def _within(places: Any, size: Any, of: Arithmetic) -> Any:
-    return of.whole(of.minimum(of.maximum(places, 0.0), size - 1))
+def _within(positions: Any, size: Any, of: _Arithmetic) -> Any:
+    return of.whole(of.minimum(of.maximum(positions, 0.0), size - 1))
 
 
-def _stretch(axis: Axis, how: Mode, of: Arithmetic) -> Any:
+def _stretch(axis: Axis, how: Mode, of: _Arithmetic) -> Any:
     """How much wider the filter gets when it shrinks without aliasing."""
     if not how.antialias:
         return 1.0
-    return min(axis.scale, 1.0) if _is_known(axis.scale) else of.minimum(axis.scale, 1.0)
+    return min(axis.scale, 1.0) if is_known(axis.scale) else of.minimum(axis.scale, 1.0)
 
 
 def _reach(support: int, stretch: Any) -> int:
-    if not _is_known(stretch):
+    if not is_known(stretch):
         raise NotImplementedError("Resize with antialias needs a height and a width that are known before the run")
     return int(np.ceil(support / stretch))
 
 
-def _source(axis: Axis, coordinates: str, of: Arithmetic) -> Any:
+def _source(axis: Axis, coordinates: str, of: _Arithmetic) -> Any:
     """Where in the source each entry of the target lies."""
-    place = of.line(axis.target)
+    position = of.line(axis.target)
     scale, size, target = of.real(axis.scale), of.real(axis.size), of.real(axis.target)
     if coordinates == "half_pixel":
-        return (place + 0.5) / scale - 0.5
+        return (position + 0.5) / scale - 0.5
     if coordinates == "half_pixel_symmetric":
-        return size / 2 * (1 - target / (scale * size)) + (place + 0.5) / scale - 0.5
+        return size / 2 * (1 - target / (scale * size)) + (position + 0.5) / scale - 0.5
     if coordinates == "pytorch_half_pixel":
-        return of.where(target > 1, (place + 0.5) / scale - 0.5, 0.0)
+        return of.where(target > 1, (position + 0.5) / scale - 0.5, 0.0)
     if coordinates == "align_corners":
-        return of.where(target > 1, place * (size - 1) / of.maximum(target - 1, 1.0), 0.0)
+        return of.where(target > 1, position * (size - 1) / of.maximum(target - 1, 1.0), 0.0)
     if coordinates == "asymmetric":
-        return place / scale
+        return position / scale
     if coordinates == "tf_crop_and_resize":
         first, end = (of.real(each) for each in axis.region or (0.0, 1.0))
-        inside = first * (size - 1) + place * (end - first) * (size - 1) / of.maximum(target - 1, 1.0)
+        inside = first * (size - 1) + position * (end - first) * (size - 1) / of.maximum(target - 1, 1.0)
         return of.where(target > 1, inside, 0.5 * (first + end) * (size - 1))
     raise NotImplementedError(f"Resize with coordinate_transformation_mode {coordinates!r}")
 
 
-def _rounded(source: Any, how: str, of: Arithmetic) -> Any:
+def _rounded(source: Any, how: str, of: _Arithmetic) -> Any:
     found: Mapping[str, Callable[[], Any]] = {
         "round_prefer_floor": lambda: of.ceil(source - 0.5),
         "round_prefer_ceil": lambda: of.floor(source + 0.5),
