@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import polyexport
+from polyexport.coreml.evaluate import evaluator
 from polyexport.errors import CannotRun
 from polyexport.format import Tolerance
 from polyexport.formats import coreml
@@ -126,7 +127,7 @@ def package(exported, tmp_path):
 
 def passes(package, exported):
     _, inputs, expected, _ = exported
-    runner = coreml.Package(package, SPEC, threads=1, evaluated=True)
+    runner = coreml.package(evaluator(package), SPEC)
     return compare(runner(inputs), expected, Tolerance.for_precision("float32")).passed
 
 
@@ -193,7 +194,7 @@ def test_an_op_that_the_evaluator_lacks_is_named(package):
 
     changed(package, rename)
     with pytest.raises(CannotRun, match="has no frobnicate"):
-        coreml.Package(package, SPEC, threads=1, evaluated=True)
+        coreml.package(evaluator(package), SPEC)
 
 
 def test_a_value_of_another_shape_than_declared_is_an_error(package, exported):
@@ -206,7 +207,7 @@ def test_a_value_of_another_shape_than_declared_is_an_error(package, exported):
 
 
 def test_a_batch_beyond_the_declared_bounds_is_an_error(exported):
-    runner = coreml.Package(exported[0], SPEC, threads=1, evaluated=True)
+    runner = coreml.package(evaluator(exported[0]), SPEC)
     many = {name: np.zeros((5000, 6), np.float32) for name in ("left", "right")}
     with pytest.raises(ValueError, match="the package takes"):
         runner(many)

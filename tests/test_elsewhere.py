@@ -30,8 +30,8 @@ from planted import planted as plant
 from polyexport import BadRequest, Engine
 from polyexport.versions import git_commit
 from polyexport.workers import remote
-from polyexport.workers.process import Ended
-from polyexport.workers.remote import Errand
+from polyexport.workers.process import JobResult
+from polyexport.workers.remote import Task
 from polyexport.workers.toolchain import HOST
 
 NET = nn.Sequential(nn.Linear(5, 3))
@@ -132,9 +132,9 @@ class Opens:
         self.files: dict[str, set[str]] = {}
         self.pool = ThreadPoolExecutor(2)
 
-    def submit(self, function: Any, parcel: bytes, errand: Errand, *more: Any) -> Future[Any]:
-        self.files[Path(errand.job).stem] = set(zipfile.ZipFile(io.BytesIO(parcel)).namelist())
-        return self.pool.submit(function, parcel, errand, *more)
+    def submit(self, function: Any, archive: bytes, task: Task, *more: Any) -> Future[Any]:
+        self.files[Path(task.job).stem] = set(zipfile.ZipFile(io.BytesIO(archive)).namelist())
+        return self.pool.submit(function, archive, task, *more)
 
 
 def test_batches_to_calibrate_with_travel_to_those_who_read_them(tmp_path):
@@ -155,29 +155,29 @@ def test_batches_to_calibrate_with_travel_to_those_who_read_them(tmp_path):
 
 
 def test_a_job_whose_sender_is_gone_leaves_no_answer(tmp_path, monkeypatch):
-    """Only who waits removes an answer. The sender takes its parcel away when it no longer does."""
+    """Only who waits removes an answer. The sender takes its archive away when it no longer does."""
     staging = tmp_path / "staging"
     sent = remote._pack(tmp_path, [], f"file://{staging}")
 
-    def work_while_the_sender_goes(*words: Any, **more: Any) -> Ended:
-        (parcel,) = staging.iterdir()
-        parcel.unlink()
-        return Ended(value="done")
+    def work_while_the_sender_goes(*words: Any, **more: Any) -> JobResult:
+        (archive,) = staging.iterdir()
+        archive.unlink()
+        return JobResult(value="done")
 
     monkeypatch.setattr(remote.Workers, "run", work_while_the_sender_goes)
-    errand = Errand("job.json", "job.log", HOST, timeout=1.0, threads=1, gpu=False)
-    remote.work(sent, errand, f"file://{staging}")
+    task = Task("job.json", "job.log", "job.json", HOST, timeout=1.0, threads=1, gpu=False)
+    remote.work(sent, task, f"file://{staging}")
     assert list(staging.iterdir()) == []
 
 
 def test_a_parcel_writes_nothing_outside_of_the_export(tmp_path):
     (tmp_path / "theirs").write_text("as it was")
     (tmp_path / "export").mkdir()
-    parcel = io.BytesIO()
-    with zipfile.ZipFile(parcel, "w") as archive:
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as archive:
         archive.writestr("../theirs", "another")
     with pytest.raises(ValueError, match=r"'\.\./theirs', which lies outside of the export"):
-        remote._unpack(parcel.getvalue(), tmp_path / "export")
+        remote._unpack(archive.getvalue(), tmp_path / "export")
     assert (tmp_path / "theirs").read_text() == "as it was"
 
 

@@ -8,7 +8,6 @@ import signal
 import sys
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +19,11 @@ import planted
 import polyexport
 from planted import planted as plant
 from polyexport import ExportSpec, Format, Runner
-from polyexport.engine.dispatch import Bounds, Dispatcher
+from polyexport.engine.dispatch import Dispatcher, Limits
 from polyexport.report.folders import unfinished
-from polyexport.serialization import decode, read_json, write_json
 from polyexport.workers import toolchain
-from polyexport.workers.job import Job
-from polyexport.workers.process import Ended, Kept, Workers, environment
+from polyexport.workers.job import Convert, Serve, read_job, write_job
+from polyexport.workers.process import JobResult, Kept, Workers, environment
 
 
 class Crashes(nn.Module):
@@ -90,11 +88,11 @@ def test_what_a_used_worker_does_wrongly_a_fresh_one_does_again(tmp_path: Path) 
 
 def job(root: Path, each: Format) -> Path:
     """A conversion by a planted format, as a file."""
-    dispatcher = Dispatcher(root, root, Workers(), None, Bounds(1, 1), ())  # type: ignore[arg-type]  # it runs nothing
+    dispatcher = Dispatcher(root, root, Workers(), None, Limits(1, 1), ())  # type: ignore[arg-type]  # it runs nothing
     path = root / "source" / "jobs" / f"{each.name}.json"
     declared, route = dispatcher.declared(each), each.routes[0].name
     target = f"made/{each.name}/{each.artifact}"
-    write_json(path, Job("convert", each.name, declared, route, target=target, spec=ExportSpec((), ())))
+    write_job(path, Convert(format=each.name, declared=declared, route=route, target=target, spec=ExportSpec((), ())))
     return path
 
 
@@ -102,7 +100,7 @@ def test_a_worker_that_failed_a_job_is_replaced_for_the_next(tmp_path: Path) -> 
     workers = Workers()
     kept = Kept(workers, toolchain.HOST.command(), environment(threads=1, gpu=False, host=True))
 
-    def run(name: str, convert: object, timeout: float = 60) -> Ended:
+    def run(name: str, convert: object, timeout: float = 60) -> JobResult:
         return kept.run(job(tmp_path, plant(name, convert)), tmp_path / "logs" / f"{name}.log", timeout=timeout)
 
     first, second = run("first", tells), run("second", tells)
@@ -161,7 +159,9 @@ def test_a_worker_that_is_asked_one_thing_after_another_does_so_too_though_it_ha
     tmp_path: Path, temporary: Path
 ) -> None:
     path = job(tmp_path, plant("hangs", planted.replay, load=hangs_loading))
-    write_json(path, replace(decode(Job, read_json(path)), kind="serve"))
+    made = read_job(path)
+    assert isinstance(made, Convert)
+    write_job(path, Serve(format=made.format, declared=made.declared, spec=made.spec))
     around, log = environment(threads=1, gpu=False, host=True), tmp_path / "log"
     with Workers().conversation(toolchain.HOST.command(), path, log, timeout=60, environment=around) as talk:
         while not log.read_text():

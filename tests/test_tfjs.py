@@ -43,10 +43,10 @@ def test_the_faster_backend_that_agrees_is_used_and_named(cpu_seconds, wasm_seco
     assert np.array_equal(run({})["y"], RIGHT["y"])
     run({})
     assert used[-1] == backend
-    assert run.device == f"cpu ({backend} backend)"
-    assert run.verified_by.startswith(f"TensorFlow.js in Node, {backend} backend (")
-    assert says in run.verified_by
-    assert run.peak_memory_bytes == (1_000_000 if backend == "cpu" else 2_000_000)
+    assert run.observed.device == f"cpu ({backend} backend)"
+    assert run.observed.verified_by.startswith(f"TensorFlow.js in Node, {backend} backend (")
+    assert says in run.observed.verified_by
+    assert run.observed.peak_memory_bytes == (1_000_000 if backend == "cpu" else 2_000_000)
 
 
 def test_a_backend_that_fails_at_another_size_is_left():
@@ -62,7 +62,9 @@ def test_a_backend_that_fails_at_another_size_is_left():
     run({})
     assert np.array_equal(run({"x": RIGHT["y"]})["y"], RIGHT["y"])
     assert used[-1] == "cpu"
-    assert run.verified_by.endswith("cpu backend (wasm cannot run it at every size: memory access out of bounds)")
+    assert run.observed.verified_by.endswith(
+        "cpu backend (wasm cannot run it at every size: memory access out of bounds)"
+    )
 
 
 def test_a_sum_fused_with_a_whole_tensor_is_taken_apart_and_a_bias_is_not():

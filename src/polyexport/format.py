@@ -3,25 +3,65 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, get_args
 
-from polyexport.errors import BadRequest
+from polyexport.errors import BadRequest, CannotRun
 from polyexport.spec import Arrays, ExportSpec
 
 if TYPE_CHECKING:
     from polyexport.workers.toolchain import Toolchain
 
-Runner = Callable[[Arrays], Arrays]
-"""A loaded artifact: named arrays in, named arrays out. The only interface to a runtime.
+Precision = Literal["float32", "float16", "bfloat16", "int8"]
+"""What an artifact computes in, by its name in numpy and PyTorch."""
 
-Attributes may tell what the report is to say: the artifact's own `signature`, where that is not PyTorch's; its
-`shortfall`, what it lacks of what was asked for; as `stand_in`, why it is not what will serve the artifact, and is not
-timed; and once it was called, `verified_by` of `Parity`, `device`, `first_ms` and (of a process
-of its own) `peak_memory_bytes` of `Latency`.
-"""
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+
+Runner = Callable[[Arrays], Arrays]
+"""A model that can be run: named arrays in, named arrays out. The only interface to a runtime."""
+
+
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """What a runtime knows of itself once it was called.
+
+    Attributes:
+        verified_by: What ran the artifact, where that is not its own runtime, or one of several ways to run it.
+        device: What it runs on, as `Latency.device`.
+        first_ms: Time of the first call, where the caller could not see it; else None.
+        peak_memory_bytes: Resident peak of the runtime's process, where that is not the caller's; else None.
+    """
+
+    verified_by: str | None = None
+    device: str = "cpu"
+    first_ms: float | None = None
+    peak_memory_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """An artifact in its runtime, and what the report is to say of it; it is called like `run`.
+
+    Attributes:
+        run: Runs it on PyTorch's named inputs; answers under PyTorch's names of the outputs.
+        signature: The artifact's own; None where it is PyTorch's.
+        shortfall: What it lacks of what was asked for, in a line; empty where nothing.
+        stand_in: Why this is not what will serve the artifact, and is not timed; empty where it is.
+        observed: Tells what is known once `run` was called.
+    """
+
+    run: Runner
+    signature: ExportSpec | None = None
+    shortfall: str = ""
+    stand_in: str = ""
+    observed: Callable[[], Observed] = Observed
+
+    def __call__(self, inputs: Arrays) -> Arrays:
+        """Run the artifact."""
+        return self.run(inputs)
+
 
 Convert = Callable[[Path, Path, ExportSpec], None]
 """`convert(source, target, spec)`: read the upstream artifact at `source`, write the artifact to `target`."""
@@ -33,8 +73,10 @@ MODULE = "module"
 class Load(Protocol):
     """How a format opens an artifact."""
 
-    def __call__(self, path: Path, spec: ExportSpec, *, threads: int) -> Runner:
+    def __call__(self, path: Path, spec: ExportSpec, *, threads: int) -> Runner | Loaded:
         """Open the artifact at `path` for CPU inference with `threads` threads.
+
+        A plain function will do where the report has nothing to say beside it.
 
         Raises:
             CannotRun: nothing on this machine can run it.
@@ -83,7 +125,7 @@ class Tolerance:
         )
 
     @staticmethod
-    def for_precision(precision: str) -> Tolerance:
+    def for_precision(precision: Precision) -> Tolerance:
         """The default for the precision that the artifact really computes in."""
         return _TOLERANCES[precision]
 
@@ -91,7 +133,7 @@ class Tolerance:
 _STEP = 1 / 127
 """One step of int8, relative to the greatest number."""
 
-_TOLERANCES = {
+_TOLERANCES: Mapping[Precision, Tolerance] = {
     "float32": Tolerance(rtol=1e-3, atol=1e-4, misses=0.0, cosine=0.99999, top1=1.0),
     "float16": Tolerance(
         rtol=1e-2, atol=5e-3, misses=1e-3, cosine=0.9999, top1=0.99, roundoff=2.0**-11, smallest=2.0**-24
@@ -151,9 +193,9 @@ class Format:
         url: The vendor's page.
         artifact: File name inside the format's folder; `"."` where the folder itself is the artifact.
         routes: The ways to it, the preferred one first.
-        load: Opens an artifact; None where no machine can run it.
+        load: Opens an artifact (call `open`); None where no machine can run it.
         runtime: The toolchain that `load` runs in; by default that of the route that made the artifact.
-        precision: What the artifact computes in: `float32`, `float16`, `bfloat16` or `int8`.
+        precision: What the artifact computes in.
         tolerance: By default the one that belongs to `precision`.
         aliases: Other names for it.
         needs_gpu: Whether its workers may see the GPU.
@@ -163,7 +205,7 @@ class Format:
         calibrated: Whether its routes take number ranges from real batches (`ExportSpec.calibration`).
 
     Raises:
-        BadRequest: its name cannot be that of a folder in the export.
+        BadRequest: its name cannot be that of a folder in the export, or its precision is none of `PRECISIONS`.
     """
 
     name: str
@@ -173,7 +215,7 @@ class Format:
     routes: tuple[Route, ...]
     load: Load | None
     runtime: str | Toolchain | None = None
-    precision: str = "float32"
+    precision: Precision = "float32"
     tolerance: Tolerance | None = None
     aliases: tuple[str, ...] = ()
     needs_gpu: bool = False
@@ -187,8 +229,23 @@ class Format:
                 f"a format cannot be called {self.name!r}: it gives a folder of the export its name, so take letters, "
                 f"digits, '_', '-' and '.', and not {', '.join(_TAKEN)}"
             )
+        if self.precision not in PRECISIONS:
+            raise BadRequest(
+                f"{self.name} has the precision {self.precision!r}; known precisions: {', '.join(PRECISIONS)}"
+            )
 
     @property
     def limits(self) -> Tolerance:
         """The tolerance that parity is judged by."""
         return self.tolerance or Tolerance.for_precision(self.precision)
+
+    def open(self, path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
+        """Open the artifact at `path` by `load`.
+
+        Raises:
+            CannotRun: nothing on this machine can run it.
+        """
+        if self.load is None:
+            raise CannotRun(f"no machine can run {self.name} directly")
+        opened = self.load(path, spec, threads=threads)
+        return opened if isinstance(opened, Loaded) else Loaded(opened)

@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from polyexport.errors import BadRequest, ToolMissing
-from polyexport.format import Format, Runner
+from polyexport.format import Format, Loaded, Precision
 from polyexport.formats import known
 from polyexport.report.folders import BEST, DESCRIPTION, followed
-from polyexport.report.report import Checkpoint, Outcome
-from polyexport.serialization import decode, read_json
+from polyexport.report.outcome import Checkpoint, Outcome, State
+from polyexport.serialization import read_record
 from polyexport.spec import ExportSpec, TensorSpec
 from polyexport.workers.toolchain import find
 
@@ -24,8 +24,8 @@ class Description:
     """What an artifact is: its format, what became of it, its own signature, and PyTorch's."""
 
     format: str
-    precision: str
-    state: str
+    precision: Precision
+    state: State
     reason: str
     checkpoint: Checkpoint
     inputs: tuple[TensorSpec, ...]
@@ -50,7 +50,7 @@ class Description:
         )
 
 
-def load(path: str | Path, *, threads: int = 1) -> Runner:
+def load(path: str | Path, *, threads: int = 1) -> Loaded:
     """Open an exported format, `load("exports/best/onnx")`, in its own runtime.
 
     Some formats run code from the file (a `.pt2` may hold a pickle), so open what you trust; `polyexport run` asks.
@@ -60,7 +60,7 @@ def load(path: str | Path, *, threads: int = 1) -> Runner:
         threads: Of the runtime.
 
     Returns:
-        A function from named input arrays to named output arrays; the names stand in `polyexport.json`.
+        It is called with named input arrays and answers named output arrays; the names stand in `polyexport.json`.
 
     Raises:
         BadRequest: there is no exported format at `path`.
@@ -68,10 +68,8 @@ def load(path: str | Path, *, threads: int = 1) -> Runner:
         CannotRun: nothing on this machine can run it.
     """
     folder, about, each = described(Path(path))
-    if each.load is None:
-        raise BadRequest(f"{each.name} cannot be run on any host")
     try:
-        return each.load(folder / each.artifact, about.runner_spec, threads=threads)
+        return each.open(folder / each.artifact, about.runner_spec, threads=threads)
     except ModuleNotFoundError as error:
         needed = ", ".join(find(each.runtime or each.routes[0].toolchain).requirements)
         raise ToolMissing(f"{each.name} runs in an environment with {needed}; here is no {error.name}") from error
@@ -87,10 +85,7 @@ def described(path: Path) -> tuple[Path, Description, Format]:
     folder = path if (path / DESCRIPTION).is_file() else path.parent
     if not (folder / DESCRIPTION).is_file():
         raise BadRequest(_what_instead(path))
-    try:
-        about = decode(Description, read_json(folder / DESCRIPTION))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise BadRequest(f"{folder / DESCRIPTION} cannot be read: {type(error).__name__}: {error}") from None
+    about = read_record(Description, folder / DESCRIPTION)
     each = known().get(about.format)
     if each is None:
         raise BadRequest(f"{folder} is of the format {about.format!r}, which this version does not know")

@@ -34,7 +34,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib.machinery import PathFinder
 from typing import TYPE_CHECKING, Any, TextIO
@@ -42,12 +42,25 @@ from typing import TYPE_CHECKING, Any, TextIO
 import numpy as np
 
 from polyexport.errors import BadRequest, CannotRun, ToolMissing
-from polyexport.format import Format, Route, Runner
+from polyexport.format import Format, Loaded
 from polyexport.report.escape import printable
 from polyexport.report.folders import DESCRIPTION
-from polyexport.serialization import decode, read_json, write_json
+from polyexport.serialization import write_json
 from polyexport.spec import Arrays, read_arrays, write_arrays
-from polyexport.workers.job import PARENT, TEMPORARY, Batch, Job, result_path
+from polyexport.workers.job import (
+    PARENT,
+    TEMPORARY,
+    Batch,
+    Bench,
+    Convert,
+    FormatJob,
+    Job,
+    Prepare,
+    Serve,
+    Verify,
+    read_job,
+    result_path,
+)
 
 if TYPE_CHECKING:
     from polyexport.measure.parity import Parity
@@ -66,13 +79,15 @@ def main() -> int:
         parser.error(f"no job file {given.job}")
     root, job = _opened(path)
     if given.scratch:
-        if job.target:
+        if isinstance(job, Convert):
             job = replace(job, target=str(Path(tempfile.mkdtemp(prefix="polyexport-"), Path(job.target).name)))
-        print(json.dumps(_JOBS[job.kind](root, job), indent=2, default=str))
+        print(json.dumps(_value(root, job), indent=2, default=str))
         return 0
     answers, lines = _keep_stdout(), _end_with_parent()
-    if job.kind in _CONVERSATIONS:
-        return _CONVERSATIONS[job.kind](root, job, lines, answers)
+    if isinstance(job, Bench):
+        return bench(root, job, lines, answers)
+    if isinstance(job, Serve):
+        return serve(root, job, lines, answers)
     return 0 if _done(path, root, job) else 1
 
 
@@ -94,7 +109,7 @@ def one_after_another() -> int:
 
 def _opened(path: Path) -> tuple[Path, Job]:
     """The export's folder and the job, whose import path is ours from now on."""
-    job = decode(Job, read_json(path))
+    job = read_job(path)
     if not job.trusted:
         sys.addaudithook(_refuse_pickles)
     sys.path += [entry for entry in job.sys_path if entry not in sys.path]
@@ -140,7 +155,7 @@ def _done(path: Path, root: Path, job: Job) -> bool:
     result: dict[str, Any] = {}
     start = time.perf_counter()
     try:
-        result["value"] = _JOBS[job.kind](root, job)
+        result["value"] = _value(root, job)
     except BaseException as error:  # whatever a converter raises, SystemExit included, is this job's result
         traceback.print_exc()
         result |= {"error": _one_line(_cause(error)), "error_kind": _kind(_cause(error))}
@@ -150,24 +165,32 @@ def _done(path: Path, root: Path, job: Job) -> bool:
     return "value" in result
 
 
+def _value(root: Path, job: Job) -> Any:
+    """The value of a job that has one; those that are asked for answers have none."""
+    match job:
+        case Prepare():
+            return prepare(root, job)
+        case Convert():
+            return convert(root, job)
+        case Verify():
+            return verify(root, job)
+    raise TypeError(f"{type(job).__name__} is asked for its answers one by one")
+
+
 # --- the jobs ---------------------------------------------------------------------------------------------------------
 
 
-def prepare(root: Path, job: Job) -> Any:
+def prepare(root: Path, job: Prepare) -> Any:
     """Make the reference; see `polyexport.measure.reference`."""
     from polyexport.measure.reference import make
 
-    options = job.options
-    return make(
-        root, root / job.source, options["dynamic"], options.get("git_commit", ""), sha256=options.get("sha256", "")
-    )
+    return make(root, root / job.source, job.dynamic, job.git_commit, sha256=job.sha256)
 
 
-def convert(root: Path, job: Job) -> Any:
+def convert(root: Path, job: Convert) -> Any:
     """Run one route of a format."""
-    each, route = _declared(root, job)
-    assert job.spec is not None, "a convert job has its signature"
-    assert route is not None, "a convert job names its route"
+    each = _format(root, job)
+    route = next(route for route in each.routes if route.name == job.route)
     target = root / job.target  # an absolute target stays as it is
     target.parent.mkdir(parents=True, exist_ok=True)
     spec = replace(job.spec, calibration=tuple(root / path for path in job.spec.calibration))
@@ -184,22 +207,17 @@ def convert(root: Path, job: Job) -> Any:
         raise RuntimeError(f"the converter ended without an error, but wrote no {each.artifact}")
     from polyexport.versions import versions
 
-    return {"packages": versions(job.options.get("packages", ())), "frozen": sorted(frozen)}
+    return {"packages": versions(job.packages), "frozen": sorted(frozen)}
 
 
-def verify(root: Path, job: Job) -> Any:
+def verify(root: Path, job: Verify) -> Any:
     """Load the artifact from disk, run it on every batch, compare.
 
-    Where it disagrees on batches of other values only, that is told as `elsewhere`: which, and how. A runner may say
-    what it is beyond a function: `verified_by` (see `Parity`), the artifact's own `signature` where that is not
-    PyTorch's, and its `shortfall`, what was asked for and dropped.
+    Where it disagrees on batches of other values only, that is told as `elsewhere`: which, and how.
     """
     from polyexport.measure.parity import compare, merge
 
-    assert job.spec is not None, "a job that runs an artifact has its signature"
-    each, _ = _declared(root, job)
-    artifact = root / job.source
-    runner = _load(root, job)
+    limits, artifact, loaded = _format(root, job).limits, root / job.source, _load(root, job)
     noise = read_arrays(root / job.noise) if job.noise else {}
     whole = read_arrays(root / job.batches[0].path, job.spec.output_names)
 
@@ -207,7 +225,7 @@ def verify(root: Path, job: Job) -> Any:
         inputs, reference = _inputs(root / batch.path, job), read_arrays(root / batch.path, whole)
         if not any(_says_something(array) for array in reference.values()):
             raise CannotRun("PyTorch itself answers nothing but NaN or infinity, which proves nothing")
-        return compare(runner(inputs), reference, each.limits, noise, None if batch is job.batches[0] else whole)
+        return compare(loaded(inputs), reference, limits, noise, None if batch is job.batches[0] else whole)
 
     sized = [batch for batch in job.batches if not batch.label]
     parity = merge([compared(batch) for batch in sized], [batch.sizes for batch in sized])
@@ -218,39 +236,40 @@ def verify(root: Path, job: Job) -> Any:
     parity = replace(
         parity,
         batches=sizes,
-        verified_by=getattr(runner, "verified_by", None),
-        off_device=bool(getattr(runner, "stand_in", "")),
+        verified_by=loaded.observed().verified_by,
+        off_device=bool(loaded.stand_in),
     )
-    own = {name: getattr(runner, name) for name in ("signature", "shortfall") if hasattr(runner, name)}
+    own = {"signature": loaded.signature, "shortfall": loaded.shortfall}
     return {"parity": parity, "elsewhere": elsewhere, **own, **_fingerprint(folder)}
 
 
-def bench(root: Path, job: Job, lines: Iterator[bytes], answers: TextIO) -> int:
+def bench(root: Path, job: Bench, lines: Iterator[bytes], answers: TextIO) -> int:
     """Time an artifact in rounds: each line on standard input asks for one, each line of output answers it.
 
-    The first answer comes unasked, once the artifact is loaded and warm. A runner that is not what will serve the
-    artifact says so as its `stand_in`, and is not timed.
+    The first answer comes unasked, once the artifact is loaded and warm. What only stands in for the artifact's own
+    runtime is not timed: the one answer says why.
     """
     from polyexport.measure.latency import ROUNDS, SECONDS, sample_ms, timed_ms, warm_up
     from polyexport.workers.priority import first_waited_seconds
 
-    inputs = _inputs(root / job.batches[0].path, job)
+    inputs = _inputs(root / job.batch, job)
     start = time.perf_counter()
-    runner = _load(root, job)
+    loaded = _load(root, job)
     load_seconds = time.perf_counter() - start
-    if why := getattr(runner, "stand_in", ""):
-        _answer(answers, {"stand_in": why})
+    if loaded.stand_in:
+        _answer(answers, {"stand_in": loaded.stand_in})
         return 0
 
     def call() -> Arrays:
-        return runner(inputs)
+        return loaded(inputs)
 
     first_ms = timed_ms(call)
     start = time.perf_counter()
     warm_up(call, at_most=SECONDS - first_ms / 1e3)
     left = SECONDS - first_ms / 1e3 - (time.perf_counter() - start)
-    about = {"first_ms": getattr(runner, "first_ms", first_ms), "device": getattr(runner, "device", "cpu")}
-    _answer(answers, {"load_seconds": load_seconds, **about})
+    observed = loaded.observed()
+    first_ms = first_ms if observed.first_ms is None else observed.first_ms
+    _answer(answers, {"load_seconds": load_seconds, "first_ms": first_ms, "device": observed.device})
     waited = spent = 0.0
     for _ in lines:
         start = time.perf_counter()
@@ -259,21 +278,20 @@ def bench(root: Path, job: Job, lines: Iterator[bytes], answers: TextIO) -> int:
         samples_ms = sample_ms(call, seconds=min(left, SECONDS / ROUNDS)) if left > 0 or not spent else []
         waited, spent = waited + first_waited_seconds() - before, spent + sum(samples_ms) / 1e3
         left -= time.perf_counter() - start
-        peak_memory_bytes = getattr(runner, "peak_memory_bytes", None) or _peak_memory()
+        peak_memory_bytes = loaded.observed().peak_memory_bytes or _peak_memory()
         costs = {"peak_memory_bytes": peak_memory_bytes, "waited": min(waited / spent, 1.0)}
         _answer(answers, {"samples_ms": samples_ms, **costs})
     return 0
 
 
-def serve(root: Path, job: Job, lines: Iterator[bytes], answers: TextIO) -> int:
+def serve(root: Path, job: Serve, lines: Iterator[bytes], answers: TextIO) -> int:
     """Run an artifact on what is asked: each line on standard input is a JSON pair of `.npz` paths, from and to.
 
     Each line of output answers one, with an `error` where it failed; the first comes unasked, once the artifact is
     loaded.
     """
-    assert job.spec is not None, "a job that runs an artifact has its signature"
     try:
-        runner = _load(root, job)
+        loaded = _load(root, job)
     except Exception as error:
         _answer(answers, {"error": _one_line(_cause(error))})
         return 1
@@ -281,7 +299,7 @@ def serve(root: Path, job: Job, lines: Iterator[bytes], answers: TextIO) -> int:
     for line in lines:
         source, target = json.loads(line)
         try:
-            write_arrays(Path(target), runner(_inputs(Path(source), job)))
+            write_arrays(Path(target), loaded(_inputs(Path(source), job)))
             _answer(answers, {})
         except Exception as error:  # whatever a runtime says of these inputs, the next ones may do
             traceback.print_exc()
@@ -289,40 +307,29 @@ def serve(root: Path, job: Job, lines: Iterator[bytes], answers: TextIO) -> int:
     return 0
 
 
-_JOBS: Mapping[str, Callable[[Path, Job], Any]] = {"prepare": prepare, "convert": convert, "verify": verify}
-
-_CONVERSATIONS: Mapping[str, Callable[[Path, Job, Iterator[bytes], TextIO], int]] = {"bench": bench, "serve": serve}
-
-
 # --- their pieces -----------------------------------------------------------------------------------------------------
 
 
-def _declared(root: Path, job: Job) -> tuple[Format, Route | None]:
+def _format(root: Path, job: FormatJob) -> Format:
     if job.declared:
         import cloudpickle
 
-        each: Format = cloudpickle.loads((root / job.declared).read_bytes())
-    else:
-        from polyexport.formats import known
+        own: Format = cloudpickle.loads((root / job.declared).read_bytes())
+        return own
+    from polyexport.formats import known
 
-        each = known()[str(job.format)]
-    return each, next((route for route in each.routes if route.name == job.route), None)
+    return known()[str(job.format)]
 
 
-def _load(root: Path, job: Job) -> Runner:
-    assert job.spec is not None, "a job that runs an artifact has its signature"
+def _load(root: Path, job: FormatJob) -> Loaded:
     if job.format is None:
         from polyexport.measure.reference import eager
 
-        return eager(root / job.source, threads=job.threads)
-    each, _ = _declared(root, job)
-    if each.load is None:
-        raise CannotRun(f"no machine can run {each.name} directly")
-    return each.load(root / job.source, job.spec, threads=job.threads)
+        return Loaded(eager(root / job.source, threads=job.threads))
+    return _format(root, job).open(root / job.source, job.spec, threads=job.threads)
 
 
-def _inputs(path: Path, job: Job) -> Arrays:
-    assert job.spec is not None, "a job that runs an artifact has its signature"
+def _inputs(path: Path, job: FormatJob) -> Arrays:
     return read_arrays(path, job.spec.input_names)
 
 

@@ -33,10 +33,9 @@ package = types.ModuleType("polyexport"); package.__path__ = [sys.argv[1]]; sys.
 from pathlib import Path
 import tensorflow
 from polyexport.formats.saved_model import convert
-from polyexport.workers.job import Job
-from polyexport.serialization import decode, read_json
+from polyexport.workers.job import read_job
 import polyexport.lowering.tensorflow
-job = decode(Job, read_json(Path(sys.argv[4])))
+job = read_job(Path(sys.argv[4]))
 start = time.perf_counter()
 convert(Path(sys.argv[2]), Path(sys.argv[3]), job.spec)
 print(time.perf_counter() - start)

@@ -31,18 +31,19 @@ ARTIFACTS = {
 def one(root: Path, kind: str, name: str) -> object:
     """Convert, or verify on every batch."""
     from polyexport import worker
-    from polyexport.serialization import decode, encode, read_json
-    from polyexport.workers.job import Job
+    from polyexport.serialization import encode
+    from polyexport.workers.job import Convert, Verify, read_job
 
     given = next((root / "source" / "jobs").glob("onnx.*.verify.json"))
     route, source, target = ARTIFACTS[name]
-    job = replace(decode(Job, read_json(given)), kind=kind, format=name, route=route, source=source, target=target)
-    ranges = replace(job.spec, calibration=(Path(job.batches[0].path),))
+    judge = read_job(given)
+    assert isinstance(judge, Verify), given
+    ranges = replace(judge.spec, calibration=(Path(judge.batches[0].path),))
     try:
         if kind == "convert":
-            worker.convert(root, replace(job, spec=ranges))
+            worker.convert(root, Convert(format=name, source=source, spec=ranges, route=route, target=target))
             return "made"
-        return encode(worker.verify(root, replace(job, source=target))["parity"])
+        return encode(worker.verify(root, replace(judge, format=name, source=target))["parity"])
     except Exception as error:
         return f"{type(error).__name__}: {error}"
 

@@ -11,28 +11,27 @@ from __future__ import annotations
 import json
 import os
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from polyexport import worker
 from polyexport.formats import known
-from polyexport.workers.job import Job
+from polyexport.workers.job import Convert, Prepare, Verify
 
 
 def one(root: Path, formats: list[str]) -> dict[str, Any]:
     """The reference, and each format by its first route."""
-    reference = worker.prepare(root, Job("prepare", options={"dynamic": True}))
+    reference = worker.prepare(root, Prepare())
     found: dict[str, Any] = {"notes": [*reference.notes, reference.static_because]}
     sources = {"module": "source"}
     for name in formats:
         each, route = known()[name], known()[name].routes[0]
         sources[name] = f"source/made/{name}/{each.artifact}"
-        job = Job("convert", name, route=route.name, source=sources[route.upstream], target=sources[name])
-        job = replace(job, spec=reference.spec, batches=reference.batches, noise=reference.noise)
+        source, target, spec = sources[route.upstream], sources[name], reference.spec
+        judge = Verify(format=name, source=target, spec=spec, batches=reference.batches, noise=reference.noise)
         try:
-            worker.convert(root, job)
-            found[name] = worker.verify(root, replace(job, kind="verify", source=job.target))["parity"].passed
+            worker.convert(root, Convert(format=name, source=source, spec=spec, route=route.name, target=target))
+            found[name] = worker.verify(root, judge)["parity"].passed
         except Exception as error:
             found[name] = f"{type(error).__name__}: {error}"
     return found

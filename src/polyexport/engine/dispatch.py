@@ -13,16 +13,15 @@ from pathlib import Path
 from polyexport.capture.pickling import by_value, script
 from polyexport.format import Format
 from polyexport.formats import known
-from polyexport.serialization import write_json
 from polyexport.workers import toolchain
-from polyexport.workers.job import Job, reproduce
-from polyexport.workers.process import Conversation, Ended, Kept, Workers, environment
-from polyexport.workers.remote import Elsewhere, Errand, run
+from polyexport.workers.job import Convert, FormatJob, Job, Prepare, reproduce, write_job
+from polyexport.workers.process import Conversation, JobResult, Kept, Workers, environment
+from polyexport.workers.remote import Elsewhere, Task, run
 from polyexport.workers.toolchain import Toolchain
 
 
 @dataclass(frozen=True, slots=True)
-class Bounds:
+class Limits:
     """What a worker may take."""
 
     timeout: float
@@ -38,7 +37,7 @@ class Dispatcher:
         final: Where it will lie once it is complete.
         workers: The processes that are running.
         slots: Runs as many jobs at once as there are slots.
-        bounds: What each worker may take.
+        limits: What each worker may take.
         sys_path: The training process's import path.
         elsewhere: Where jobs run; None for this machine.
         trusted: Whether what lies in the folder may be unpickled.
@@ -49,7 +48,7 @@ class Dispatcher:
     final: Path
     workers: Workers
     slots: Executor
-    bounds: Bounds
+    limits: Limits
     sys_path: tuple[str, ...]
     elsewhere: Elsewhere | None = None
     trusted: bool = True
@@ -58,8 +57,8 @@ class Dispatcher:
 
     def run(
         self, job: Job, chain: Toolchain, name: str, log: str, *, gpu: bool = False, fresh: bool = False
-    ) -> tuple[Ended, str]:
-        """Have a job done when a slot is free; returns how it ended and the command to run it again.
+    ) -> JobResult:
+        """Have a job done when a slot is free.
 
         A conversion of ours goes to a worker that has done others, where its toolchain allows it and `fresh` does not
         forbid it.
@@ -69,19 +68,21 @@ class Dispatcher:
         try:
             command = chain.command(self.workers)
         except Exception as error:  # an environment that cannot be made is a missing tool, whatever went wrong in it
-            return Ended(error=str(error), kind="missing"), ""
+            return JobResult(error=str(error), kind="missing")
         path = self._place(job, chain, name)
-        around = environment(threads=self.bounds.threads, gpu=gpu, host=chain.in_host)
+        around = environment(threads=self.limits.threads, gpu=gpu, host=chain.in_host)
         again = reproduce(command, self.final / path.relative_to(self.root))
-        if chain.reuse and job.kind in ("prepare", "convert") and not (job.declared or gpu or fresh):
+        own = isinstance(job, FormatJob) and job.declared
+        if chain.reuse and isinstance(job, Prepare | Convert) and not (own or gpu or fresh):
             with self._lock:
                 kept = self.kept.setdefault(command, Kept(self.workers, command, around))
             with kept.turn:  # before the slot, which others may use meanwhile
-                return self.slots.submit(kept.run, path, self.root / log, timeout=self.bounds.timeout).result(), again
+                done = self.slots.submit(kept.run, path, self.root / log, timeout=self.limits.timeout)
+                return replace(done.result(), command=again)
         done = self.slots.submit(
-            self.workers.run, command, path, self.root / log, timeout=self.bounds.timeout, environment=around
+            self.workers.run, command, path, self.root / log, timeout=self.limits.timeout, environment=around
         )
-        return done.result(), again
+        return replace(done.result(), command=again)
 
     def close(self) -> None:
         """End the workers that were kept."""
@@ -90,21 +91,20 @@ class Dispatcher:
 
     def _run_elsewhere(
         self, elsewhere: Elsewhere, job: Job, chain: Toolchain, name: str, log: str, *, gpu: bool
-    ) -> tuple[Ended, str]:
+    ) -> JobResult:
         path = self._place(job, chain, name)
         place = path.relative_to(self.root)
-        errand = Errand(place.as_posix(), log, chain, self.bounds.timeout, self.bounds.threads, gpu)
-        done = self.slots.submit(run, elsewhere, self.root, job, errand, lambda: self.workers.closed)
-        ended, command = done.result()
-        return ended, reproduce(command, self.final / place) if command else ""
+        final = str(self.final / place)
+        task = Task(place.as_posix(), log, final, chain, self.limits.timeout, self.limits.threads, gpu)
+        return self.slots.submit(run, elsewhere, self.root, job, task, lambda: self.workers.closed).result()
 
     @contextlib.contextmanager
     def converse(self, job: Job, chain: Toolchain, name: str, log: str, *, gpu: bool = False) -> Iterator[Conversation]:
         """Start a job that is asked for its answers one by one."""
         path = self._place(job, chain, name)
-        around = environment(threads=self.bounds.threads, gpu=gpu, host=chain.in_host)
+        around = environment(threads=self.limits.threads, gpu=gpu, host=chain.in_host)
         with self.workers.conversation(
-            chain.command(self.workers), path, self.root / log, timeout=self.bounds.timeout, environment=around
+            chain.command(self.workers), path, self.root / log, timeout=self.limits.timeout, environment=around
         ) as talk:
             yield talk
 
@@ -118,7 +118,7 @@ class Dispatcher:
         """Write a job's file."""
         path = self.root / "source" / "jobs" / f"{name}.json"
         own = self.sys_path if chain.in_host or chain.layered else ()
-        write_json(path, replace(job, threads=self.bounds.threads, sys_path=own, script=script()))
+        write_job(path, replace(job, threads=self.limits.threads, sys_path=own, script=script()))
         return path
 
 

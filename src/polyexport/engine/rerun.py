@@ -13,26 +13,36 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from polyexport.engine.dispatch import Dispatcher
 from polyexport.engine.routes import Watch, judged, narrow
-from polyexport.errors import BadRequest, CannotRun
+from polyexport.errors import CannotRun
 from polyexport.format import Format, Runner
-from polyexport.report.folders import inside
-from polyexport.report.report import Outcome, Report, State
-from polyexport.serialization import decode, read_json
+from polyexport.report import manifest
+from polyexport.report.outcome import Outcome, State
+from polyexport.report.report import Report
 from polyexport.spec import Arrays, ExportSpec, read_arrays, write_arrays
 from polyexport.workers import toolchain
-from polyexport.workers.job import Batch, Job, Kind, proofs
+from polyexport.workers.job import Serve, Verify, proofs
 from polyexport.workers.toolchain import Toolchain
+
+
+class FormatFields(TypedDict):
+    """Fields of `polyexport.workers.job.FormatJob`."""
+
+    format: str
+    declared: str | None
+    source: str
+    spec: ExportSpec
+    trusted: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Runnable:
-    """An artifact, and what it takes to run it."""
+    """An artifact, at `path` relative to the export's folder, and what it takes to run it."""
 
-    outcome: Outcome
+    path: str
     format: Format
     runtime: Toolchain
     spec: ExportSpec
@@ -47,45 +57,41 @@ class Runnable:
         """Where its worker's output goes, relative to the export's folder."""
         return f"logs/{self.name}.log"
 
-    def job(self, kind: Kind, dispatcher: Dispatcher, **more: Any) -> Job:
-        """A job of `kind` on the artifact."""
-        assert self.outcome.artifact is not None, "what is runnable was made"
-        declared, path = dispatcher.declared(self.format), self.outcome.artifact.path
-        return Job(kind, self.name, declared, source=path, spec=self.spec, trusted=dispatcher.trusted, **more)
+    def of_job(self, dispatcher: Dispatcher) -> FormatFields:
+        """What each job on the artifact is given."""
+        return {
+            "format": self.name,
+            "declared": dispatcher.declared(self.format),
+            "source": self.path,
+            "spec": self.spec,
+            "trusted": dispatcher.trusted,
+        }
 
 
 def signature(report: Report) -> ExportSpec:
     """The module's own signature, which a format's may differ from.
 
     Raises:
-        BadRequest: the export has no manifest, since its module could not be rebuilt.
+        BadRequest: the export has no manifest that can be read.
     """
-    return decode(ExportSpec, _manifest(report)["spec"])
-
-
-def _manifest(report: Report) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = read_json(report.folder / "manifest.json")
-    except FileNotFoundError:
-        raise BadRequest(f"{report.folder} has no manifest.json: its module could not be rebuilt") from None
-    return found
+    return manifest.load(report.folder).spec
 
 
 def runnables(report: Report, formats: Mapping[str, Format]) -> list[Runnable]:
     """Every artifact of the report that has been run before, with its format out of `formats`."""
     return [
-        _runnable(report, outcome, formats[outcome.format])
+        _runnable(report, outcome, outcome.artifact.path, formats[outcome.format])
         for outcome in report.outcomes
         if outcome.parity is not None and outcome.artifact is not None and outcome.format in formats
     ]
 
 
-def _runnable(report: Report, outcome: Outcome, each: Format) -> Runnable:
+def _runnable(report: Report, outcome: Outcome, path: str, each: Format) -> Runnable:
     made_by = next((route for route in each.routes if route.name == outcome.route), each.routes[0])
     spec = signature(report)  # PyTorch's, which a runner answers in, also where the artifact's own differs
     if _is_static(outcome):
         spec = spec.static()
-    return Runnable(outcome, each, toolchain.find(each.runtime or made_by.toolchain), spec)
+    return Runnable(path, each, toolchain.find(each.runtime or made_by.toolchain), spec)
 
 
 def _is_static(outcome: Outcome) -> bool:
@@ -102,21 +108,17 @@ def verify(report: Report, formats: Mapping[str, Format], dispatcher: Dispatcher
         The report with the states of today: what cannot be run today is not `verified` today, nor is an artifact that
         is not the exported one any more.
     """
-    manifest = _manifest(report)
-    batches = tuple(decode(Batch, each) for each in manifest["batches"])
-    noise = manifest["noise"] if isinstance(manifest["noise"], str) else ""  # figures in 0.1.0
-    for path in (noise, *(batch.path for batch in batches)):
-        inside(report.folder, path)
+    exported = manifest.load(report.folder)
 
     def today(before: Outcome) -> Outcome:
         if before.artifact is None or before.format not in formats:
             return _not_run(before)
-        each = _runnable(report, before, formats[before.format])
+        each = _runnable(report, before, before.artifact.path, formats[before.format])
         watch(each.name, "verifying")
-        taken = proofs(batches, dynamic=each.spec.is_dynamic, made_up=each.format.precision == "float32")
-        job = each.job("verify", dispatcher, batches=taken, noise=noise)
-        ended, command = dispatcher.run(job, each.runtime, f"{each.name}.again", each.log, gpu=each.format.needs_gpu)
-        found = _beside(before, judged(replace(before, parity=None), ended, command, before.artifact.path))
+        taken = proofs(exported.batches, dynamic=each.spec.is_dynamic, made_up=each.format.precision == "float32")
+        job = Verify(**each.of_job(dispatcher), batches=taken, noise=exported.noise)
+        ended = dispatcher.run(job, each.runtime, f"{each.name}.again", each.log, gpu=each.format.needs_gpu)
+        found = _beside(before, judged(replace(before, parity=None), ended, before.artifact.path))
         if found.state == "verified" and (why := ended.value["elsewhere"]):
             found = replace(found, state="degraded", reason=narrow(why))
         watch(each.name, found)
@@ -159,7 +161,7 @@ def runner(report: Report, each: Runnable, dispatcher: Dispatcher) -> Iterator[R
     Raises:
         CannotRun: it cannot be loaded, or (from the function) it cannot run these inputs, or its process ended.
     """
-    job = each.job("serve", dispatcher)
+    job = Serve(**each.of_job(dispatcher))
     with (
         tempfile.TemporaryDirectory() as folder,
         dispatcher.converse(job, each.runtime, f"{each.name}.serve", each.log, gpu=each.format.needs_gpu) as talk,

@@ -9,14 +9,12 @@ Requirements:
 
 from __future__ import annotations
 
-import re
 import shutil
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from polyexport.engine import plan
 from polyexport.engine.dispatch import Dispatcher
@@ -26,12 +24,12 @@ from polyexport.measure.parity import Parity
 from polyexport.measure.reads import named
 from polyexport.measure.reference import Reference
 from polyexport.report.folders import link
-from polyexport.report.report import STATES, Artifact, Outcome, State, Toolchain
+from polyexport.report.outcome import STATES, Artifact, Outcome, State, Toolchain
 from polyexport.serialization import decode
 from polyexport.spec import ExportSpec
 from polyexport.workers import gpu, toolchain
-from polyexport.workers.job import Job, Kind, proofs
-from polyexport.workers.process import Ended
+from polyexport.workers.job import Convert, Verify, proofs
+from polyexport.workers.process import JobResult
 
 Watch = Callable[[str, str | Outcome | None], None]
 """Takes a format's name and what is being done with it; once it is done, its outcome, or None where it has none."""
@@ -110,7 +108,7 @@ class Build:
             static = self._built(each.name, dynamic=False)
             if static.outcome.state == "verified":
                 built, because = static, built.outcome.reason
-            elif static.outcome.state in ("failed", "mismatch") and _unlike(static.outcome, built.outcome):
+            elif static.outcome.state in ("failed", "mismatch") and static.outcome.reason != built.outcome.reason:
                 why = f"{built.outcome.reason}; with static shapes: {static.outcome.reason}"
                 built = replace(built, outcome=replace(built.outcome, reason=why))
         fixed = _fixed(self._reference.spec)
@@ -187,10 +185,19 @@ class Build:
         target = Path("source", "made", label, each.artifact).as_posix()
         self._watch(each.name, f"converting ({route.name})")
         self._discard(target)  # of a try before
-        options = {"packages": chain.requirements}
-        job = self._job(each, "convert", source, spec, route=route.name, target=target, options=options)
-        ended, command = self._dispatcher.run(job, chain, f"{label}.convert", log, gpu=each.needs_gpu, fresh=fresh)
-        outcome = replace(outcome, log=log, seconds={"convert": ended.seconds}, reproduce=command or None)
+        # a job elsewhere takes along what it names: what it calibrates with, or the batch that it traces with
+        named = spec.calibration if each.calibrated else spec.calibration[:1]
+        job = Convert(
+            format=each.name,
+            declared=self._dispatcher.declared(each),
+            source=source,
+            spec=replace(spec, calibration=named),
+            route=route.name,
+            target=target,
+            packages=chain.requirements,
+        )
+        ended = self._dispatcher.run(job, chain, f"{label}.convert", log, gpu=each.needs_gpu, fresh=fresh)
+        outcome = replace(outcome, log=log, seconds={"convert": ended.seconds}, reproduce=ended.command or None)
         if ended.ok:
             outcome = replace(outcome, toolchain=Toolchain(chain.name, ended.value["packages"]))
             return Built(outcome, target, warm=ended.warm, frozen=tuple(ended.value["frozen"]))
@@ -205,10 +212,17 @@ class Build:
         runtime, log = toolchain.find(each.runtime or route.toolchain), made.outcome.log or ""
         # in low precision other values may leave the ranges that it was calibrated for
         batches = proofs(self._reference.batches, dynamic=spec.is_dynamic, made_up=each.precision == "float32")
-        job = self._job(each, "verify", made.path, spec, batches=batches, noise=self._reference.noise)
-        ended, command = self._dispatcher.run(job, runtime, f"{label}.verify", log, gpu=each.needs_gpu)
+        job = Verify(
+            format=each.name,
+            declared=self._dispatcher.declared(each),
+            source=made.path,
+            spec=replace(spec, calibration=()),
+            batches=batches,
+            noise=self._reference.noise,
+        )
+        ended = self._dispatcher.run(job, runtime, f"{label}.verify", log, gpu=each.needs_gpu)
         outcome = replace(made.outcome, seconds={**made.outcome.seconds, "verify": ended.seconds})
-        outcome = judged(outcome, ended, command, made.path)
+        outcome = judged(outcome, ended, made.path)
         if outcome.state in ("verified", "mismatch") and self._reference.undecidable:
             why = f"nothing can be proven: {self._reference.undecidable}"
             outcome = replace(outcome, state="unverified", reason=why)
@@ -217,12 +231,6 @@ class Build:
         why = made.narrow or narrow(found.get("elsewhere", ""), made.frozen, self._reference)
         lost = [each for each in (why, found.get("shortfall", "")) if each]
         return replace(made, outcome=outcome, retry=retry, shortfall="; ".join(lost), narrow=why)
-
-    def _job(self, each: Format, kind: Kind, source: str, spec: ExportSpec, **more: Any) -> Job:
-        # a job elsewhere takes along what it names: what it calibrates with, or the batch that it traces with
-        named = spec.calibration if each.calibrated else spec.calibration[:1]
-        spec = replace(spec, calibration=named if kind == "convert" else ())
-        return Job(kind, each.name, self._dispatcher.declared(each), source=source, spec=spec, **more)
 
     def _settle(self, each: Format, built: Built) -> Outcome:
         """Give what was asked for its place; among the intermediates it stays too."""
@@ -242,23 +250,23 @@ class Build:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def judged(outcome: Outcome, ended: Ended, command: str, target: str) -> Outcome:
+def judged(outcome: Outcome, ended: JobResult, target: str) -> Outcome:
     """An outcome with what its verification, of the artifact at `target`, found out."""
     if not ended.ok:
         # the artifact is there; where the tool to run it is missing, that is all that can be said of it
         state: State = "unverified" if ended.kind in ("missing", "cannot run") else "failed"
         word = "" if state == "unverified" else "the artifact does not run: "
-        outcome = replace(outcome, state=state, reason=word + ended.error, reproduce=command or outcome.reproduce)
+        outcome = replace(outcome, state=state, reason=word + ended.error, reproduce=ended.command or outcome.reproduce)
         return replace(outcome, artifact=Artifact(target, 0, ""))
     parity = decode(Parity, ended.value["parity"])
     artifact = Artifact(target, ended.value["bytes"], ended.value["sha256"])
     outcome = replace(outcome, artifact=artifact, parity=parity)
-    if "signature" in ended.value:
+    if ended.value["signature"] is not None:
         own = decode(ExportSpec, ended.value["signature"])
         outcome = replace(outcome, inputs=own.inputs, outputs=own.outputs)
     if parity.passed:
         return replace(outcome, state="verified")
-    return replace(outcome, state="mismatch", reason=parity.reason, reproduce=command)
+    return replace(outcome, state="mismatch", reason=parity.reason, reproduce=ended.command)
 
 
 def narrow(elsewhere: str, frozen: Sequence[str] = (), reference: Reference | None = None) -> str:
@@ -269,7 +277,7 @@ def narrow(elsewhere: str, frozen: Sequence[str] = (), reference: Reference | No
         return f"right on data like the first batch only: {elsewhere}{since}"
     if one := kept & set(reference.one_side if reference else ()):
         return f"one branch only, since forward decides by its data and every batch took the same ({named(one)})"
-    return ""
+    return reference.narrow if reference else ""
 
 
 def _fixed(spec: ExportSpec) -> str:
@@ -283,11 +291,6 @@ def _fixed(spec: ExportSpec) -> str:
     batch = {t.name: {axis: BATCH for axis, called in t.dynamic.items() if called == BATCH} for t in spec.inputs}
     freed = {name: axes for name, axes in batch.items() if axes}
     return f" ({', '.join(fixed)}; dynamic={freed} asks for the batch alone)" if fixed else ""
-
-
-def _unlike(one: Outcome, other: Outcome) -> bool:
-    """Whether the reasons of two outcomes differ in more than figures."""
-    return re.sub(r"\d", "", one.reason) != re.sub(r"\d", "", other.reason)
 
 
 def _reason(best: Built, tried: Sequence[Built]) -> str:

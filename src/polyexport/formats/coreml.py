@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from polyexport.format import Convert, Format, Route, Runner, Snippet
+from polyexport.format import Convert, Format, Loaded, Observed, Precision, Route, Runner, Snippet
 from polyexport.spec import Arrays, ExportSpec, TensorSpec, example
 
 if TYPE_CHECKING:
@@ -68,14 +68,22 @@ def _known_only(program: torch.export.ExportedProgram) -> torch.export.ExportedP
 
     composite_ops.register()
     parts = {**decomposition_table, **torch.export.default_decompositions()}
+    parts[torch.ops.aten.grid_sampler.default] = parts[torch.ops.aten.grid_sampler_2d.default]
     program = program.run_decompositions({})
     for _ in range(4):  # what is taken apart may have parts that are lacking too
         nodes = [node for node in program.graph.nodes if node.op == "call_function"]
-        lacking = {node.target for node in nodes if not is_torch_fx_node_supported(node)}
+        lacking = {node.target for node in nodes if not is_torch_fx_node_supported(node) or _is_bicubic_sampling(node)}
         if not lacking & parts.keys():
             break
         program = program.run_decompositions({op: parts[op] for op in lacking & parts.keys()})
     return program
+
+
+def _is_bicubic_sampling(node: torch.fx.Node) -> bool:
+    """Whether it samples a grid of an image in the one mode that Core ML lacks."""
+    import torch
+
+    return node.target is torch.ops.aten.grid_sampler.default and bool(node.args[2] == 2)
 
 
 def _behind_casts(module: Any, spec: ExportSpec) -> tuple[torch.nn.Module, tuple[torch.Tensor, ...]]:
@@ -133,9 +141,9 @@ def _convert(model: Any, target: Path, spec: ExportSpec, precision: str) -> None
     """Write a package for the oldest systems that have all its ops."""
     import coremltools as ct
 
-    from polyexport.coreml.patches import composite_ops, fourier, high_rank_pass, truth_pass
+    from polyexport.coreml.patches import composite_ops, fourier, high_rank_pass, named_failures, truth_pass
 
-    for patch in (composite_ops, fourier, high_rank_pass, truth_pass):
+    for patch in (composite_ops, fourier, high_rank_pass, truth_pass, named_failures):
         patch.register()
     try:
         package = _translated(model, spec, precision, None)
@@ -174,36 +182,32 @@ def _translated(model: Any, spec: ExportSpec, precision: str, oldest: Any) -> An
 # --- running ----------------------------------------------------------------------------------------------------------
 
 
-def load(path: Path, spec: ExportSpec, *, threads: int) -> Runner:
+def load(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
     """Run it with Core ML on macOS, and by evaluating its program elsewhere."""
-    return Package(path, spec, threads=threads, evaluated=sys.platform != "darwin")
+    if sys.platform == "darwin":
+        return package(_predicted(path), spec)
+    return replace(
+        package(_evaluated(path, threads), spec),
+        stand_in="its program is evaluated op by op, which says nothing of Core ML's speed",
+        observed=lambda: Observed(verified_by="MIL program evaluated off-device"),
+    )
 
 
-class Package:
-    """A package as a function under PyTorch's names and in its dtypes, by Core ML or `evaluated` op by op with PyTorch.
+def package(run: Runner, spec: ExportSpec) -> Loaded:
+    """A package that `run` runs under its own names and in its own dtypes, under PyTorch's names and in its dtypes.
 
-    Attributes:
-        signature: The package's own.
-        shortfall: The names that it could not keep.
-        verified_by: Where there is no Core ML, what takes its place.
-        stand_in: Likewise why that is not timed.
+    What it returns of another kind than PyTorch stays as it is, for parity to see.
     """
+    own = at_border(spec)
+    inputs = tuple(zip(spec.inputs, own.inputs, strict=True))
+    outputs = tuple(zip(spec.outputs, own.outputs, strict=True))
+    renamed = ", ".join(f"{our.name} is {its.name}" for our, its in (*inputs, *outputs) if our.name != its.name)
 
-    def __init__(self, path: Path, spec: ExportSpec, *, threads: int, evaluated: bool) -> None:
-        self._spec, self.signature = spec, at_border(spec)
-        pairs = zip(spec.inputs + spec.outputs, self.signature.inputs + self.signature.outputs, strict=True)
-        renamed = ", ".join(f"{own.name} is {there.name}" for own, there in pairs if own.name != there.name)
-        self.shortfall = f"names that Core ML cannot have: {renamed}" if renamed else ""
-        self.verified_by = "MIL program evaluated off-device" if evaluated else None
-        self.stand_in = "its program is evaluated op by op, which says nothing of Core ML's speed" if evaluated else ""
-        self._run = _evaluated(path, threads) if evaluated else _predicted(path)
+    def renaming(arrays: Arrays) -> Arrays:
+        answer = run({its.name: np.atleast_1d(arrays[our.name].astype(its.dtype)) for our, its in inputs})
+        return {our.name: _returned(answer[its.name], its.dtype, our.dtype) for our, its in outputs}
 
-    def __call__(self, inputs: Arrays) -> Arrays:
-        """Run it; what it returned of another kind than PyTorch stays as it is, for parity to see."""
-        there = zip(self._spec.inputs, self.signature.inputs, strict=True)
-        answer = self._run({port.name: np.atleast_1d(inputs[own.name].astype(port.dtype)) for own, port in there})
-        outputs = zip(self._spec.outputs, self.signature.outputs, strict=True)
-        return {own.name: _returned(answer[port.name], port.dtype, own.dtype) for own, port in outputs}
+    return Loaded(renaming, own, shortfall=f"names that Core ML cannot have: {renamed}" if renamed else "")
 
 
 def _returned(array: np.ndarray, there: str, own: str) -> np.ndarray:
@@ -258,7 +262,7 @@ let output{{ loop.index0 }} = outputs.featureValue(for: {{ name | tojson }})?.mu
 )
 
 
-def _format(name: str, precision: str, description: str) -> Format:
+def _format(name: str, precision: Precision, description: str) -> Format:
     return Format(
         name=name,
         description=description,

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from polyexport.errors import ToolMissing
-from polyexport.format import Format, Route, Runner, Snippet
+from polyexport.format import Format, Loaded, Observed, Route, Snippet
 from polyexport.formats import tflite
 from polyexport.spec import Arrays, ExportSpec, TensorSpec
 from polyexport.tracing.exported_program import load_program
@@ -64,7 +64,6 @@ class Rowwise:
 
     Attributes:
         signature: The artifact's own: one row, channels last.
-        shortfall: That it has no batch, where one was asked for.
     """
 
     def __init__(self, path: Path, spec: ExportSpec, *, threads: int) -> None:
@@ -73,7 +72,6 @@ class Rowwise:
         own = self._run.signature
         self.signature = replace(own, inputs=_last(own.inputs), outputs=_last(own.outputs))
         self._rows = {tensor.name: tensor.shape[:1] for tensor in one.inputs}
-        self.shortfall = "one row at a time: an Edge TPU has no batch axis" if spec.is_dynamic else ""
 
     def __call__(self, inputs: Arrays) -> Arrays:
         """Run it on PyTorch's arrays, of any number of rows."""
@@ -98,9 +96,11 @@ def _last(tensors: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
     )
 
 
-def load_int8(path: Path, spec: ExportSpec, *, threads: int) -> Runner:
+def load_int8(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
     """Run it with LiteRT's interpreter on the CPU, row by row."""
-    return Rowwise(path, spec, threads=threads)
+    run = Rowwise(path, spec, threads=threads)
+    shortfall = "one row at a time: an Edge TPU has no batch axis" if spec.is_dynamic else ""
+    return Loaded(run, run.signature, shortfall)
 
 
 # --- what would map ---------------------------------------------------------------------------------------------------
@@ -202,22 +202,18 @@ def read_log(text: str) -> Placement:
     return Placement(sum(int(count) for _, count, _ in rows), on_cpu)
 
 
-class Compiled(Rowwise):
-    """The int8 model of a compiled one, on the CPU: where there is no Edge TPU, that is what can be run."""
-
-    stand_in = "what ran is the int8 model before compilation, on the CPU, which says nothing of an Edge TPU's speed"
-
-    def __init__(self, path: Path, spec: ExportSpec, *, threads: int) -> None:
-        super().__init__(path.with_name(_MODEL), spec, threads=threads)
-        placement = read_log(path.with_name(_LOG).read_text(encoding="utf-8"))
-        self.verified_by = f"the int8 model before compilation, on the CPU; {COMPILER} has {placement}"
-        if placement.on_cpu.total() > _ON_CPU_AT_MOST * placement.total:
-            self.shortfall = "; ".join([str(placement), *([self.shortfall] if self.shortfall else [])])
-
-
-def load(path: Path, spec: ExportSpec, *, threads: int) -> Runner:
-    """Run the int8 model that was compiled, on the CPU."""
-    return Compiled(path, spec, threads=threads)
+def load(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
+    """Run the int8 model that was compiled, on the CPU: where there is no Edge TPU, that is what can be run."""
+    placement = read_log(path.with_name(_LOG).read_text(encoding="utf-8"))
+    int8 = load_int8(path.with_name(_MODEL), spec, threads=threads)
+    mostly_on_cpu = placement.on_cpu.total() > _ON_CPU_AT_MOST * placement.total
+    ran = f"the int8 model before compilation, on the CPU; {COMPILER} has {placement}"
+    return replace(
+        int8,
+        shortfall="; ".join(filter(None, [str(placement) if mostly_on_cpu else "", int8.shortfall])),
+        stand_in="what ran is the int8 model before compilation, on the CPU, which says nothing of an Edge TPU's speed",
+        observed=lambda: Observed(verified_by=ran),
+    )
 
 
 _CODE = """\

@@ -14,12 +14,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
-from polyexport.format import Format, Route, Runner, Snippet
+from polyexport.format import Format, Loaded, Observed, Route, Snippet
 from polyexport.formats.graphdef import check_size
 from polyexport.formats.saved_model import SIGNATURE, arguments
 from polyexport.measure.latency import timed_ms
@@ -139,7 +140,7 @@ Ask = Callable[[str, Arrays], tuple[Arrays, int]]
 """Runs the model on one of TensorFlow.js' backends, `cpu` or `wasm`; tells Node's peak memory in bytes too."""
 
 
-def load(path: Path, spec: ExportSpec, *, threads: int) -> Runner:
+def load(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
     """Run it in Node, on the faster of TensorFlow.js' cpu and wasm backends, in a process that ends with this one."""
     process = subprocess.Popen(
         [_node(), str(_PROGRAM), sys.prefix, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
@@ -156,25 +157,22 @@ def load(path: Path, spec: ExportSpec, *, threads: int) -> Runner:
         # JavaScript has no 64-bit integers: what was int64 has been computed as int32
         return {name: array.astype(dtypes[name]) for name, array in found.items()}, peak_memory_bytes
 
-    return _Faster(ask)
+    run = _Faster(ask)
+    return Loaded(run, observed=lambda: run.observed)
 
 
 class _Faster:
     """Runs a model on both backends once, and from then on where it was faster; wasm has to agree with cpu.
 
     Attributes:
-        verified_by: The backend that is used, and what became of the other one.
-        device: The backend, as the latency names it.
-        first_ms: The first call's time on that backend.
-        peak_memory_bytes: Node's, of which this process has none.
+        observed: The backend that is used, what became of the other one, the time of the first call on it, and Node's
+            memory; known once it was called.
     """
 
     def __init__(self, ask: Ask) -> None:
         self._ask = ask
         self._backend = ""
-        self.verified_by = self.device = ""
-        self.first_ms = 0.0
-        self.peak_memory_bytes = 0
+        self.observed = Observed()
 
     def __call__(self, inputs: Arrays) -> Arrays:
         if not self._backend:
@@ -188,14 +186,15 @@ class _Faster:
             return self._run("cpu", inputs)
 
     def _run(self, backend: str, inputs: Arrays) -> Arrays:
-        answer, self.peak_memory_bytes = self._ask(backend, inputs)
+        answer, peak_memory_bytes = self._ask(backend, inputs)
+        self.observed = replace(self.observed, peak_memory_bytes=peak_memory_bytes)
         return answer
 
     def _choose(self, inputs: Arrays) -> Arrays:
         answer, first_ms, cpu_ms = self._timed("cpu", inputs)
-        self._backend, self.first_ms = "cpu", first_ms
+        backend = "cpu"
         try:
-            found, first_ms, wasm_ms = self._timed("wasm", inputs)
+            found, wasm_first_ms, wasm_ms = self._timed("wasm", inputs)
         except RuntimeError as error:  # the backend lacks an operator, or takes it in another form only
             other = f"wasm cannot run it: {error}"
         else:
@@ -204,15 +203,16 @@ class _Faster:
             if not agreed.passed:
                 other = f"wasm differs: {agreed.reason}"
             elif wasm_ms < cpu_ms:
-                answer, self._backend, self.first_ms = found, "wasm", first_ms
-        self._settle(self._backend, other)
+                answer, backend, first_ms = found, "wasm", wasm_first_ms
+        self._settle(backend, other)
+        self.observed = replace(self.observed, first_ms=first_ms)
         return answer
 
     def _settle(self, backend: str, other: str) -> None:
         """Use a backend from now on, and say what became of the other one."""
         self._backend = backend
-        self.device = f"cpu ({backend} backend)"
-        self.verified_by = f"TensorFlow.js in Node, {backend} backend ({other})"
+        told = f"TensorFlow.js in Node, {backend} backend ({other})"
+        self.observed = replace(self.observed, verified_by=told, device=f"cpu ({backend} backend)")
 
     def _timed(self, backend: str, inputs: Arrays) -> tuple[Arrays, float, float]:
         """The answer, and the milliseconds of a first and of a second call."""

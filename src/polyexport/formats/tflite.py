@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from polyexport.format import Format, Route, Runner, Snippet
+from polyexport.format import Format, Loaded, Precision, Route, Snippet
 from polyexport.formats.saved_model import SIGNATURE
 from polyexport.spec import Arrays, ExportSpec, TensorSpec, calibration
 from polyexport.tracing.exported_program import load_program
@@ -206,10 +206,7 @@ class Interpreted:
 
     Attributes:
         signature: The artifact's own.
-        shortfall: What an int8 file computes in float32 all the same.
     """
-
-    shortfall = ""
 
     def __init__(self, path: Path, spec: ExportSpec, *, threads: int) -> None:
         self._runner = _interpreter(path, threads=threads).get_signature_runner()
@@ -230,16 +227,15 @@ class Interpreted:
         }
 
 
-def load(path: Path, spec: ExportSpec, *, threads: int) -> Runner:
+def load(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
     """Run it with LiteRT's interpreter on the CPU."""
-    return Interpreted(path, spec, threads=threads)
+    run = Interpreted(path, spec, threads=threads)
+    return Loaded(run, run.signature)
 
 
-def load_int8(path: Path, spec: ExportSpec, *, threads: int) -> Runner:
+def load_int8(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
     """The same, and tell which of its operators are not in int8."""
-    runner = Interpreted(path, spec, threads=threads)
-    runner.shortfall = float_operations(path)
-    return runner
+    return replace(load(path, spec, threads=threads), shortfall=float_operations(path))
 
 
 def operations(path: Path) -> list[tuple[str, list[Detail]]]:
@@ -361,7 +357,7 @@ val output{{ loop.index0 }} = outputs[{{ loop.index0 }}].read
 )
 
 
-def _format(name: str, precision: str, description: str, *routes: Route, **more: Any) -> Format:
+def _format(name: str, precision: Precision, description: str, *routes: Route, **more: Any) -> Format:
     return Format(
         name=name,
         aliases=(name.replace("tflite", "litert"),),

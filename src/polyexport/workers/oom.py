@@ -10,13 +10,13 @@ import contextlib
 from pathlib import Path
 
 
-def goes_first(process: int) -> None:
+def set_oom_score(process: int) -> None:
     """Have the kernel end this process, and those that it starts, before any other one."""
     with contextlib.suppress(OSError):
         Path(f"/proc/{process}/oom_score_adj").write_text("1000")
 
 
-def times_it_ran_out() -> int:
+def oom_kill_count() -> int:
     """How many processes this machine has ended because memory ran out, in containers too; 0 where it does not tell."""
     try:
         counters = Path("/proc/vmstat").read_text().splitlines()

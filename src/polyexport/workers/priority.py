@@ -26,7 +26,7 @@ def step_back(process: int) -> None:
     _nice(process, _LOWEST)
 
 
-def come_forward(session: int) -> None:
+def restore_priority(session: int) -> None:
     """Give the processes of a session the priority that this process has."""
     own, of_session = 0, 0
     with contextlib.suppress(OSError, AttributeError, ValueError, IndexError):  # see _nice

@@ -23,7 +23,7 @@ from polyexport.errors import ToolMissing
 from polyexport.serialization import read_json
 from polyexport.workers import oom
 from polyexport.workers.job import PARENT, TEMPORARY, result_path
-from polyexport.workers.priority import come_forward, step_back, waited_seconds
+from polyexport.workers.priority import restore_priority, step_back, waited_seconds
 
 _DISTRIBUTED = (
     "RANK",
@@ -44,18 +44,19 @@ _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "TF_NU
 
 
 @dataclass(frozen=True, slots=True)
-class Ended:
+class JobResult:
     """How a job ended.
 
     `value` is its result. Without one, `error` says why in a line, and `kind` is `raised`, `missing` (a tool),
-    `bad request`, `cannot run`, `crashed`, `timed out` or `cancelled`. `warm` tells that its worker had done another
-    job before.
+    `bad request`, `cannot run`, `crashed`, `timed out` or `cancelled`. `command` runs the job again in a shell; empty
+    where it never had one. `warm` tells that its worker had done another job before.
     """
 
     value: Any = None
     error: str = ""
     kind: str = ""
     seconds: float = 0.0
+    command: str = ""
     warm: bool = False
 
     @property
@@ -84,18 +85,18 @@ class Workers:
 
     def run(
         self, command: Sequence[str], job: Path, log: Path, *, timeout: float, environment: Mapping[str, str]
-    ) -> Ended:
+    ) -> JobResult:
         """Run one job to its end; nothing it does raises here."""
         log.parent.mkdir(parents=True, exist_ok=True)
         result_path(job).unlink(missing_ok=True)
-        ran_out = oom.times_it_ran_out()
+        ran_out = oom.oom_kill_count()
         with log.open("ab") as stream, self._started([*command, str(job)], stream, stream, environment) as process:
             if process is None:
-                return Ended(error="cancelled", kind="cancelled")
+                return JobResult(error="cancelled", kind="cancelled")
             if not _ends_within(process, timeout):
-                return Ended(error=f"timed out after {timeout:g} s", kind="timed out", seconds=timeout)
+                return JobResult(error=f"timed out after {timeout:g} s", kind="timed out", seconds=timeout)
             if self._closed:
-                return Ended(error="cancelled", kind="cancelled")
+                return JobResult(error="cancelled", kind="cancelled")
         return _read(result_path(job), process.returncode, ran_out)
 
     @contextlib.contextmanager
@@ -141,7 +142,7 @@ class Workers:
             self._background = False
             running = tuple(self._running)
         for process in running:
-            come_forward(process.pid)
+            restore_priority(process.pid)
 
     def end_all(self) -> None:
         """Kill every running worker with its children, and start no more."""
@@ -174,7 +175,7 @@ class Workers:
                         | {PARENT: str(os.getpid()), "PYTHONSAFEPATH": "1"},
                         start_new_session=True,
                     )
-                    oom.goes_first(process.pid)
+                    oom.set_oom_score(process.pid)
                     if self._background:
                         step_back(process.pid)
                     self._running.add(process)
@@ -206,7 +207,7 @@ class Kept:
         self._process: subprocess.Popen[bytes] | None = None
         self._opened = contextlib.ExitStack()
 
-    def run(self, job: Path, log: Path, *, timeout: float) -> Ended:
+    def run(self, job: Path, log: Path, *, timeout: float) -> JobResult:
         """Run one job to its end, as `Workers.run` does."""
         log.parent.mkdir(parents=True, exist_ok=True)
         result_path(job).unlink(missing_ok=True)
@@ -218,21 +219,21 @@ class Kept:
             self.end()
         return ended
 
-    def _done(self, job: Path, log: Path, timeout: float) -> Ended:
+    def _done(self, job: Path, log: Path, timeout: float) -> JobResult:
         process = self._process
         if process is None or process.stdin is None:
-            return Ended(error="cancelled", kind="cancelled")
+            return JobResult(error="cancelled", kind="cancelled")
         with contextlib.suppress(OSError):  # a dead worker shows below
             process.stdin.write(json.dumps([str(job), str(log)]).encode() + b"\n")
             process.stdin.flush()
-        start, before, ran_out = time.monotonic(), waited_seconds(process.pid), oom.times_it_ran_out()
+        start, before, ran_out = time.monotonic(), waited_seconds(process.pid), oom.oom_kill_count()
         while process.poll() is None and not result_path(job).exists():
             spent = time.monotonic() - start
             if spent > timeout and spent > timeout + waited_seconds(process.pid) - before:
-                return Ended(error=f"timed out after {timeout:g} s", kind="timed out", seconds=timeout)
+                return JobResult(error=f"timed out after {timeout:g} s", kind="timed out", seconds=timeout)
             time.sleep(_POLL_SECONDS)
         if self._workers.closed:
-            return Ended(error="cancelled", kind="cancelled")
+            return JobResult(error="cancelled", kind="cancelled")
         return _read(result_path(job), process.returncode or 0, ran_out)
 
     def end(self) -> None:
@@ -297,16 +298,16 @@ def _ends_within(process: subprocess.Popen[Any], timeout: float) -> bool:
     return False
 
 
-def _read(result: Path, returncode: int, ran_out: int) -> Ended:
+def _read(result: Path, returncode: int, ran_out: int) -> JobResult:
     """What a job left; `ran_out` tells how often memory had run out before it."""
     if result.exists():
         found = read_json(result)
-        return Ended(found.get("value"), found.get("error", ""), found.get("error_kind", ""), found["seconds"])
+        return JobResult(found.get("value"), found.get("error", ""), found.get("error_kind", ""), found["seconds"])
     if returncode < 0:
         name = _signal(-returncode)
-        why = ", since memory ran out" if name == "SIGKILL" and oom.times_it_ran_out() > ran_out else ""
-        return Ended(error=f"killed by {name}{why}", kind="crashed")
-    return Ended(error=f"ended with exit code {returncode} and no result", kind="crashed")
+        why = ", since memory ran out" if name == "SIGKILL" and oom.oom_kill_count() > ran_out else ""
+        return JobResult(error=f"killed by {name}{why}", kind="crashed")
+    return JobResult(error=f"ended with exit code {returncode} and no result", kind="crashed")
 
 
 def _signal(number: int) -> str:

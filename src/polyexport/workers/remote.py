@@ -16,16 +16,16 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from polyexport.capture.snapshot import SHARDS, module_files
-from polyexport.workers.job import Job
-from polyexport.workers.process import Ended, Workers, environment
+from polyexport.workers.job import Job, Prepare, files_named_by, reproduce
+from polyexport.workers.process import JobResult, Workers, environment
 from polyexport.workers.toolchain import Toolchain
 
-Parcel = bytes | str
+Archive = bytes | str
 """A zip archive, or the URL of one."""
 
 _TRIES = 2
@@ -41,11 +41,12 @@ class Elsewhere:
 
 
 @dataclass(frozen=True, slots=True)
-class Errand:
+class Task:
     """What travels beside the files.
 
     Attributes:
         job: The job's file, and `log` its log, relative to the export's folder.
+        final: The job's file once the export is complete.
         chain: What it runs in.
         timeout: Seconds that it may take.
         threads: That it may use.
@@ -54,61 +55,61 @@ class Errand:
 
     job: str
     log: str
+    final: str
     chain: Toolchain
     timeout: float
     threads: int
     gpu: bool
 
 
-def run(
-    elsewhere: Elsewhere, root: Path, job: Job, errand: Errand, cancelled: Callable[[], bool]
-) -> tuple[Ended, tuple[str, ...]]:
-    """Have a job done by the executor; returns how it ended and the command that ran it there."""
+def run(elsewhere: Elsewhere, root: Path, job: Job, task: Task, cancelled: Callable[[], bool]) -> JobResult:
+    """Have a job done by the executor."""
     error: Exception | None = None
     for _ in range(_TRIES):
         try:
-            with _parcel(_pack(root, _read_by(root, job, errand), elsewhere.staging)) as parcel:
-                future = elsewhere.executor.submit(work, parcel, errand, elsewhere.staging)
+            with _archive(_pack(root, _read_by(root, job, task), elsewhere.staging)) as archive:
+                future = elsewhere.executor.submit(work, archive, task, elsewhere.staging)
                 while not future.done():
                     if cancelled():
                         future.cancel()
-                        return Ended(error="cancelled", kind="cancelled"), ()
+                        return JobResult(error="cancelled", kind="cancelled")
                     time.sleep(_LOOK_SECONDS)
-                ended, command, made = future.result()
-            with _parcel(made):
-                _unpack(made, root, log=errand.log)
-            return ended, command
+                ended: JobResult
+                ended, made = future.result()
+            with _archive(made):
+                _unpack(made, root, log=task.log)
+            return ended
         except Exception as lost:  # an executor's own word for a worker that is gone, whatever its class
             error = lost
-    return Ended(error=f"lost {_TRIES} times by the executor: {type(error).__name__}: {error}", kind="crashed"), ()
+    return JobResult(error=f"lost {_TRIES} times by the executor: {type(error).__name__}: {error}", kind="crashed")
 
 
-def work(parcel: Parcel, errand: Errand, staging: str | None) -> tuple[Ended, tuple[str, ...], Parcel]:
+def work(archive: Archive, task: Task, staging: str | None) -> tuple[JobResult, Archive]:
     """Do a job where it landed: in a new folder, in a worker process like any other."""
     with tempfile.TemporaryDirectory(prefix="polyexport-") as folder:
         root = Path(folder)
-        _unpack(parcel, root)
+        _unpack(archive, root)
         before = _files(root)
         try:
-            command = errand.chain.command()
+            command = task.chain.command()
         except Exception as error:  # see Dispatcher.run
-            return Ended(error=str(error), kind="missing"), (), _pack(root, (), staging)
-        around = environment(threads=errand.threads, gpu=errand.gpu, host=errand.chain.in_host)
+            return JobResult(error=str(error), kind="missing"), _pack(root, (), staging)
+        around = environment(threads=task.threads, gpu=task.gpu, host=task.chain.in_host)
         workers = Workers()
-        ended = workers.run(command, root / errand.job, root / errand.log, timeout=errand.timeout, environment=around)
-        if not _is_there(parcel):  # who sent it waits no longer, and nobody would take away the answer
-            return ended, command, b""
+        ended = workers.run(command, root / task.job, root / task.log, timeout=task.timeout, environment=around)
+        ended = replace(ended, command=reproduce(command, Path(task.final)))
+        if not _is_there(archive):  # who sent it waits no longer, and nobody would take away the answer
+            return ended, b""
         made = [root / name for name, state in _files(root).items() if before.get(name) != state]
-        return ended, command, _pack(root, made, staging)
+        return ended, _pack(root, made, staging)
 
 
-def _read_by(root: Path, job: Job, errand: Errand) -> list[Path]:
+def _read_by(root: Path, job: Job, task: Task) -> list[Path]:
     """The files that a job reads: its own, batches, and the artifact's folder, or the module's files."""
     source = root / job.source
-    named = [errand.job, *(batch.path for batch in job.batches), *filter(None, (job.noise, job.declared))]
-    named += [path.as_posix() for path in job.spec.calibration] if job.spec else []
+    named = [task.job, *files_named_by(job)]
     found: Iterable[Path]
-    if job.kind == "prepare":
+    if isinstance(job, Prepare):
         found = [*source.iterdir(), *(source / SHARDS).rglob("*")]
     elif job.source == "source":
         found = module_files(source)
@@ -123,8 +124,8 @@ def _files(root: Path) -> Mapping[str, tuple[int, int]]:
     return {file.relative_to(root).as_posix(): (about.st_size, about.st_mtime_ns) for file, about in found}
 
 
-def _pack(root: Path, files: Iterable[Path], staging: str | None) -> Parcel:
-    """A parcel of files below `root`; one that travels by URL is never whole in memory."""
+def _pack(root: Path, files: Iterable[Path], staging: str | None) -> Archive:
+    """A archive of files below `root`; one that travels by URL is never whole in memory."""
     if staging is None:
         buffer = io.BytesIO()
         _zip(root, files, buffer)
@@ -143,37 +144,37 @@ def _zip(root: Path, files: Iterable[Path], stream: BinaryIO) -> None:
             archive.write(file, file.relative_to(root))
 
 
-def _is_there(parcel: Parcel) -> bool:
-    if isinstance(parcel, bytes):
+def _is_there(archive: Archive) -> bool:
+    if isinstance(archive, bytes):
         return True
     import fsspec
 
-    system, path = fsspec.url_to_fs(parcel)
+    system, path = fsspec.url_to_fs(archive)
     system.invalidate_cache()
     return bool(system.exists(path))
 
 
 @contextlib.contextmanager
-def _parcel(parcel: Parcel) -> Iterator[Parcel]:
-    """A parcel; where it travels by URL it is removed on leaving."""
+def _archive(archive: Archive) -> Iterator[Archive]:
+    """A archive; where it travels by URL it is removed on leaving."""
     try:
-        yield parcel
+        yield archive
     finally:
-        if isinstance(parcel, str):
+        if isinstance(archive, str):
             import fsspec
 
-            system, path = fsspec.url_to_fs(parcel)
+            system, path = fsspec.url_to_fs(archive)
             system.rm(path)
 
 
-def _unpack(parcel: Parcel, root: Path, *, log: str = "") -> None:
-    """Write a parcel's files below `root`, where `log` is continued."""
-    if isinstance(parcel, bytes):
-        _unzip(io.BytesIO(parcel), root, log)
+def _unpack(archive: Archive, root: Path, *, log: str = "") -> None:
+    """Write a archive's files below `root`, where `log` is continued."""
+    if isinstance(archive, bytes):
+        _unzip(io.BytesIO(archive), root, log)
         return
     import fsspec
 
-    with fsspec.open(parcel, "rb") as file:
+    with fsspec.open(archive, "rb") as file:
         _unzip(file, root, log)
 
 
@@ -181,7 +182,7 @@ def _unzip(stream: BinaryIO, root: Path, log: str) -> None:
     with zipfile.ZipFile(stream) as archive:
         for name in archive.namelist():
             if not (root / name).resolve().is_relative_to(root.resolve()):
-                raise ValueError(f"a parcel has the file {name!r}, which lies outside of the export")
+                raise ValueError(f"a archive has the file {name!r}, which lies outside of the export")
             if name == log:
                 (root / log).parent.mkdir(parents=True, exist_ok=True)
                 with (root / log).open("ab") as file:
