@@ -101,6 +101,7 @@ class Backend:
         prod: See sum.
         max: See sum; of bools it is an or.
         min: See sum.
+        peak: As max, over axes that are not empty.
         log_sum_exp: See sum.
         argmax: The first index along one axis; the last argument says whether it stays.
         argmin: See argmax.
@@ -191,6 +192,7 @@ class Backend:
     prod: Callable[[Tensor, Sequence[int], bool], Tensor]
     max: Callable[[Tensor, Sequence[int], bool], Tensor]
     min: Callable[[Tensor, Sequence[int], bool], Tensor]
+    peak: Callable[[Tensor, Sequence[int], bool], Tensor]
     log_sum_exp: Callable[[Tensor, Sequence[int], bool], Tensor]
     argmax: Callable[[Tensor, int, bool], Tensor]
     argmin: Callable[[Tensor, int, bool], Tensor]

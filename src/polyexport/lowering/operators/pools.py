@@ -19,7 +19,7 @@ def _global(reduce: Callable[[Backend, Tensor, Sequence[int]], Tensor]) -> Calla
 
 
 SHARED.op("GlobalAveragePool")(_global(lambda ops, x, axes: ops.mean(x, axes, True)))
-SHARED.op("GlobalMaxPool")(_global(lambda ops, x, axes: ops.max(x, axes, True)))
+SHARED.op("GlobalMaxPool")(_global(lambda ops, x, axes: ops.peak(x, axes, True)))
 
 
 @SHARED.op("GlobalLpPool", since=2)

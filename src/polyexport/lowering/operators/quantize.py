@@ -153,7 +153,8 @@ def convolve_integer(
 def dynamic_quantize(ops: Backend, x: Value) -> tuple[Tensor, Tensor, Tensor]:
     """To bytes, by the tensor's own range, zero included."""
     every = list(range(x.rank or 0))
-    low, high = ops.minimum(ops.min(x.tensor, every, False), 0.0), ops.maximum(ops.max(x.tensor, every, False), 0.0)
+    low = -ops.maximum(ops.peak(-x.tensor, every, False), 0.0)
+    high = ops.maximum(ops.peak(x.tensor, every, False), 0.0)
     scale = (high - low) / 255
     zero = ops.clip(ops.round(-low / scale), 0.0, 255.0)
     byte = np.dtype(np.uint8)

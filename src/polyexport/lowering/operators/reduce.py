@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from polyexport.lowering.backend import Backend, Tensor, is_float
+from polyexport.lowering.backend import Backend, Tensor, is_float, is_known
 from polyexport.lowering.graph import Node
 from polyexport.lowering.table import SHARED, Ints
 from polyexport.lowering.value import Value
@@ -65,7 +65,8 @@ def _extreme(find: Callable[[Backend], Callable[[Tensor, int, bool], Tensor]]) -
         if not select_last_index:
             return find(ops)(x.tensor, axis, bool(keepdims))
         found = find(ops)(ops.flip(x.tensor, [axis]), axis, bool(keepdims))
-        return ops.scalar(ops.sizes(x)[axis], np.int64) - 1 - found
+        last = ops.sizes(x)[axis] - 1
+        return (last if is_known(last) else ops.cast(last, np.dtype(np.int64))) - found
 
     return apply
 

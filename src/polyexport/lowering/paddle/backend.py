@@ -162,6 +162,7 @@ def backend(weights: Weights) -> Backend:
         prod=reduction(paddle.prod),
         max=greatest,
         min=extreme(paddle.min, 1, weights),
+        peak=lambda x, axes, keepdims: paddle.amax(x, list(axes), keepdims),
         log_sum_exp=lambda x, axes, keepdims: log_sum_exp(x, axes, keepdims, greatest(x, axes, True)),
         argmax=paddle.argmax,
         argmin=paddle.argmin,

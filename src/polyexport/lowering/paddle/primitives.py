@@ -92,6 +92,8 @@ def unsqueeze(tensor: Tensor, axes: Sequence[int]) -> Tensor:
 
 def split(tensor: Tensor, sizes: Sequence[Size], axis: int) -> list[Tensor]:
     """One part after another along an axis, of sizes of which some may be scalar tensors."""
+    if all(map(is_known, sizes)) and len(set(sizes)) == 1 and tensor.shape[axis] == sum(sizes):
+        return list(paddle.split(tensor, len(sizes), axis))
     found, start = [], 0
     for size in sizes:
         part = paddle.slice(tensor, [axis], [start], [start + size])

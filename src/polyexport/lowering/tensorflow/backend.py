@@ -136,6 +136,7 @@ def backend(weights: Weights) -> Backend:
         prod=reduction(tf.reduce_prod),
         max=wide(tf.reduce_max),
         min=wide(tf.reduce_min),
+        peak=wide(tf.reduce_max),
         log_sum_exp=reduction(tf.reduce_logsumexp),
         argmax=extreme(tf.argmax),
         argmin=extreme(tf.argmin),

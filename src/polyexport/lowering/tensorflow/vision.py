@@ -39,8 +39,10 @@ def _scalar(value: Value | None, default: float, dtype: tf.DType) -> Tensor:
 
 def _as_corners(boxes: Tensor, is_centered: bool) -> Tensor:
     """Boxes by two corners, which are given so, or as a center and a size."""
+    if not is_centered:
+        return boxes
     center, half = boxes[..., :2], boxes[..., 2:] / 2
-    return tf.concat([center - half, center + half], -1) if is_centered else boxes
+    return tf.concat([center - half, center + half], -1)
 
 
 def _picked(boxes: Tensor, scores: Tensor, limit: Tensor, overlap: Tensor, least: Tensor) -> Tensor:
