@@ -113,9 +113,9 @@ class Backend:
             of the next flag, the next states and the scan outputs; how many these are. The last states and the
             stacked scan outputs.
         steps: A step, from turn and row and states to output and states, along the first axis of a tensor.
-        resize: Of a value, its resized axes, the mode and the node by the framework's own operator where that computes
-            the same; else None.
-        grid_sample: The same for GridSample: value, grid, mode, padding mode, whether corners are aligned, node.
+        resize: Of a value, its resized axes and the mode, by the framework's own operator where that computes the same;
+            else None.
+        grid_sample: The same for GridSample: value, grid, mode, padding mode, whether corners are aligned.
     """
 
     name: str
@@ -204,8 +204,8 @@ class Backend:
         [Tensor, Tensor | None, State, Callable[[Tensor, State], list[Tensor]], int], tuple[State, list[Tensor]]
     ]
     steps: Callable[[Tensor, State, Callable[[Any, Tensor, State], tuple[Tensor, State]]], tuple[Tensor, State]]
-    resize: Callable[[Value, Any, Any, Any], Value | None]
-    grid_sample: Callable[[Value, Value, str, str, bool, Any], Any]
+    resize: Callable[[Value, Any, Any], Value | None]
+    grid_sample: Callable[[Value, Value, str, str, bool], Tensor | None]
 
     def type_of(self, number: int) -> np.dtype[Any]:
         """The type that ONNX gives a number.

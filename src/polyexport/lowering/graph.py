@@ -145,7 +145,7 @@ class Lowering:
 
     def _lowered(self, node: Node, operator: Operator, inputs: list[Flow]) -> list[Flow]:
         attributes: Mapping[str, Any] = {each.name: _attribute(each) for each in node.proto.attribute}
-        if not node.proto.domain:
+        if not _domain(node.proto.domain):
             inputs, attributes = current(node.proto.op_type, node.version, inputs, attributes)
 
         def values() -> list[Flow]:
@@ -203,7 +203,11 @@ class Lowering:
         return Value(self.ops, self.ops.set_shape(value.tensor, merged), sizes=value.sizes)
 
     def _expanded(self, node: Node, inputs: list[Flow]) -> list[Flow]:
-        """An operator by the function that ONNX's standard defines it with, or that the model brings along."""
+        """An operator by the function that ONNX's standard defines it with.
+
+        Not by `onnx.inliner`: that of the Paddle toolchain's ONNX (1.17) inlines a model's own functions only, and none
+        knows before the walk the types that a definition may depend on.
+        """
         body, defaults = _definition(node, inputs)
         if body is None:
             raise node.unsupported("there is no lowering for it")
@@ -258,7 +262,7 @@ def _types(node: Node, cast: Sequence[np.dtype[Any] | None]) -> Mapping[int, np.
     """For each output that ONNX defines to be of the type of an input that was cast: which type that is."""
     import onnx
 
-    schema: Any = onnx.defs.get_schema(node.proto.op_type, node.version, node.proto.domain)
+    schema: Any = onnx.defs.get_schema(node.proto.op_type, node.version, _domain(node.proto.domain))
     given = {
         schema.inputs[min(position, len(schema.inputs) - 1)].type_str: dtype
         for position, dtype in enumerate(cast)

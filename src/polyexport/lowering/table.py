@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
+from polyexport.lowering.backend import Tensor
 from polyexport.lowering.value import Value, align, static
 
 Function = Callable[..., Any]
@@ -83,6 +84,11 @@ class Operators:
 
         return declare
 
+    def functions(self, **named: Callable[[Tensor], Tensor]) -> None:
+        """Declare functions of one tensor that work element by element, by their operators' names."""
+        for name, function in named.items():
+            self.elementwise(name)(_unary(function))
+
     def _add(self, names: tuple[str, ...], since: int, domain: str, operator: Operator) -> None:
         for name in names:
             versions = self._table.setdefault((domain, name), {})
@@ -106,6 +112,15 @@ def _operator(function: Function, declared: Function, narrow: bool) -> Operator:
     kinds = {name: {hint, *get_args(hint)} for name, hint in hints.items()} if hints else {}
     known = {name: Int in kind for name, kind in kinds.items() if Int in kind or Ints in kind}
     return Operator(function, inspect.signature(declared), known, narrow)
+
+
+def _unary(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """With a signature of one tensor, since frameworks' own functions have further parameters."""
+
+    def apply(x: Tensor) -> Tensor:
+        return function(x)
+
+    return apply
 
 
 def _aligned(function: Function) -> Function:

@@ -1,4 +1,4 @@
-"""Operators that work element by element; the elementary functions stand in the framework's own folder."""
+"""Operators that work element by element; most elementary functions stand in each framework's own folder."""
 
 from __future__ import annotations
 
@@ -29,6 +29,25 @@ for _name, _function in {
     "Xor": operator.xor,
 }.items():
     SHARED.elementwise(_name)(_function)
+
+
+_FUNCTIONS: dict[str, Callable[[Backend, Tensor], Tensor]] = {
+    "Abs": lambda ops, x: ops.abs(x),
+    "Ceil": lambda ops, x: ops.ceil(x),
+    "Exp": lambda ops, x: ops.exp(x),
+    "Floor": lambda ops, x: ops.floor(x),
+    "Log": lambda ops, x: ops.log(x),
+    "Relu": lambda ops, x: ops.relu(x),
+    "Round": lambda ops, x: ops.round(x),
+    "Sigmoid": lambda ops, x: ops.sigmoid(x),
+    "Softplus": lambda ops, x: ops.softplus(x),
+    "Softsign": lambda ops, x: ops.softsign(x),
+    "Sqrt": lambda ops, x: ops.sqrt(x),
+    "Tanh": lambda ops, x: ops.tanh(x),
+}
+
+for _name, _unary in _FUNCTIONS.items():
+    SHARED.elementwise(_name)(_unary)
 
 
 @SHARED.elementwise("Add")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from polyexport.lowering.backend import Backend, State, Tensor, is_known
+from polyexport.lowering.backend import Backend, Size, State, Tensor, is_known
 from polyexport.lowering.table import SHARED
 from polyexport.lowering.value import Value
 
@@ -111,22 +111,24 @@ class _Layer:
         """
         ops = self.ops
         data = self.x.permuted((1, 0, 2)).tensor if self.layout else self.x.tensor
+        batch = ops.sizes(self.x)[0 if self.layout else 1]
         lengths = None if self.lengths is None else ops.cast(self.lengths.tensor, ops.index)
         outputs, ends = [], []
         for index in range(2 if self.direction == "bidirectional" else 1):
             backward = self.direction == "reverse" or index == 1
             ahead, step = cell(self, index)
             rows = ahead(_turned(ops, data, lengths) if backward else data)
-            output, state = _scanned(ops, rows, [self._first(each, index) for each in self.states], step, lengths)
+            output, state = _scanned(
+                ops, rows, [self._first(each, index, batch) for each in self.states], step, lengths
+            )
             outputs.append(_turned(ops, output, lengths) if backward else output)
             ends.append(state)
         axis = 1 if self.layout else 0
         made = ops.transpose(ops.stack(outputs, 0), (2, 1, 0, 3) if self.layout else (1, 0, 2, 3))
         return made, *(ops.stack(each, axis) for each in zip(*ends, strict=True))
 
-    def _first(self, value: Value | None, index: int) -> Tensor:
+    def _first(self, value: Value | None, index: int, batch: Size) -> Tensor:
         """One direction's first state `(batch, width)`, zeros where it is not given."""
-        batch = self.ops.sizes(self.x)[0 if self.layout else 1]
         if value is None:
             return self.ops.full([batch, self.width], 0, self.x.dtype)
         tensor = value.tensor[:, index] if self.layout else value.tensor[index]

@@ -107,26 +107,30 @@ class Mode:
     extrapolation_value: float = 0.0
 
 
-def known_targets(x: Value, plan: list[Axis], how: Mode) -> list[int] | None:
-    """The last two sizes of the result where it is images that a framework's own operator might resize.
+def native_kind(x: Value, plan: list[Axis], how: Mode) -> tuple[list[int], str] | None:
+    """The last two sizes of the result, and how a framework's own operator computes it; None where none might.
 
-    None unless they are float32, known before the run, and scaled by exactly the ratio of the sizes.
+    That is "nearest" by whole factors, or linear with "half_pixel", "align_corners" or "asymmetric" coordinates, of
+    float32 images whose sizes are known before the run and scaled by exactly their ratio.
     """
-    if (
-        x.rank != 4
-        or not plan
-        or not {each.index for each in plan} <= {2, 3}
-        or how.antialias
-        or how.extrapolation_value
-    ):
+    if x.rank != 4 or not plan or not {each.index for each in plan} <= {2, 3}:
         return None
-    if x.dtype != np.float32 or not all(each.is_known for each in plan):
+    if x.dtype != np.float32 or not all(each.is_known for each in plan) or how.antialias or how.extrapolation_value:
         return None
     if not all(abs(each.size * each.scale - each.target) < 1e-4 for each in plan):
         return None
     sizes: dict[int, Any] = {each.index: each.target for each in plan}
     target: list[Any] = [sizes.get(axis, size) for axis, size in zip((2, 3), (x.shape or ())[2:], strict=True)]
-    return None if None in target else target
+    coordinates = how.coordinate_transformation_mode
+    if None in target:
+        return None
+    if how.mode == "nearest":
+        whole = all(each.target % each.size == 0 for each in plan)
+        return (target, "nearest") if whole and (coordinates, how.nearest_mode) == ("asymmetric", "floor") else None
+    if coordinates == "pytorch_half_pixel" and min(target) > 1:
+        coordinates = "half_pixel"
+    is_native = how.mode == "linear" and coordinates in ("half_pixel", "align_corners", "asymmetric")
+    return (target, coordinates) if is_native else None
 
 
 @SHARED.op("Resize", since=11)
@@ -237,7 +241,7 @@ def _regions(roi: Value | None, count: int, of: _Arithmetic) -> list[tuple[Any, 
 
 def _resized(ops: Backend, x: Value, plan: list[Axis], how: Mode, node: Node) -> Value:
     plan = [each for each in plan if not _stays(each, how)]
-    native = ops.resize(x, plan, how, node)
+    native: Value | None = ops.resize(x, plan, how)
     if native is not None:
         return native
     tensor, is_cast = x.stored, how.mode != "nearest" and not is_float(x.dtype)

@@ -29,7 +29,7 @@ def grid_sample(
     node: Node,
 ) -> Any:
     """The tensor at positions between -1 and 1, the last axis of the grid counting the axes from the last."""
-    native = ops.grid_sample(x, grid, mode, padding_mode, bool(align_corners), node)
+    native = ops.grid_sample(x, grid, mode, padding_mode, bool(align_corners))
     if native is not None:
         return native
     rank = x.rank or 0

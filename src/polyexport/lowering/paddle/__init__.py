@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import paddle
 from paddle.static import InputSpec, Program
 
+from polyexport.lowering.backend import Tensor
 from polyexport.lowering.graph import Lowering, read
 from polyexport.lowering.paddle import (  # each writes its operators into the table
     convolution as convolution,
@@ -35,7 +36,7 @@ from polyexport.lowering.paddle import (
 )
 from polyexport.lowering.paddle.backend import OPS, backend
 from polyexport.lowering.paddle.weights import Weights
-from polyexport.lowering.value import Tensor, Value
+from polyexport.lowering.value import Value
 
 if TYPE_CHECKING:
     import onnx

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import paddle
 import paddle.nn.functional as F
 
 from polyexport.lowering.backend import Backend, Tensor
 from polyexport.lowering.operators import SHARED
-from polyexport.lowering.operators.resize import Axis, Mode, known_targets
+from polyexport.lowering.operators.resize import Axis, Mode, native_kind
 from polyexport.lowering.paddle.loops import cond, loop, steps
 from polyexport.lowering.paddle.primitives import (
     add,
@@ -58,30 +56,19 @@ from polyexport.lowering.value import Value
 OPS = Operators(SHARED)
 
 
-def resize(x: Value, plan: list[Axis], how: Mode, node: Any) -> Value | None:
+def resize(x: Value, plan: list[Axis], how: Mode) -> Value | None:
     """By Paddle's own interpolation."""
-    target = known_targets(x, plan, how)
-    if target is None:
+    found = native_kind(x, plan, how)
+    if found is None:
         return None
-    whole = all(each.target % each.size == 0 for each in plan)
-    if (
-        how.mode == "nearest"
-        and whole
-        and (how.coordinate_transformation_mode, how.nearest_mode) == ("asymmetric", "floor")
-    ):
-        return node.value(F.interpolate(x.tensor, target, mode="nearest"))
-    if how.mode == "linear" and how.coordinate_transformation_mode == "align_corners":
-        return node.value(F.interpolate(x.tensor, target, mode="bilinear", align_corners=True))
-    halves = how.coordinate_transformation_mode == "half_pixel" or (
-        how.coordinate_transformation_mode == "pytorch_half_pixel" and min(target) > 1
-    )
-    if how.mode == "linear" and (halves or how.coordinate_transformation_mode == "asymmetric"):
-        mode = 0 if halves else 1
-        return node.value(F.interpolate(x.tensor, target, mode="bilinear", align_corners=False, align_mode=mode))
-    return None
+    size, kind = found
+    if kind == "nearest":
+        return Value(x.backend, F.interpolate(x.tensor, size, mode="nearest"))
+    flags = {"align_corners": kind == "align_corners", "align_mode": int(kind == "asymmetric")}
+    return Value(x.backend, F.interpolate(x.tensor, size, mode="bilinear", **flags))
 
 
-def grid_sample(x: Value, grid: Value, mode: str, padding: str, align_corners: bool, node: Any) -> Tensor | None:
+def grid_sample(x: Value, grid: Value, mode: str, padding: str, align_corners: bool) -> Tensor | None:
     """By Paddle's own operator, which is bilinear and of one type."""
     if mode in ("linear", "bilinear") and x.rank in (4, 5) and x.dtype == grid.dtype:
         return F.grid_sample(x.tensor, grid.tensor, "bilinear", padding, align_corners)

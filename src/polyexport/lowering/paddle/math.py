@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import paddle
 import paddle.nn.functional as F
 
 from polyexport.lowering.backend import Tensor
 from polyexport.lowering.backend import is_float as is_float_type
 from polyexport.lowering.paddle.backend import OPS
-from polyexport.lowering.paddle.primitives import cast, relu, round_, softplus, uniform
+from polyexport.lowering.paddle.primitives import cast, uniform
 from polyexport.lowering.paddle.weights import numpy_dtype
 from polyexport.lowering.table import Int
 from polyexport.lowering.value import Value
@@ -21,47 +19,27 @@ def is_float(tensor: Tensor) -> bool:
     return is_float_type(numpy_dtype(tensor.dtype))
 
 
-def _unary(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    def apply(x: Tensor) -> Tensor:
-        return function(x)
-
-    return apply
-
-
-for _name, _function in {
-    "Abs": paddle.abs,
-    "Acos": paddle.acos,
-    "Acosh": paddle.acosh,
-    "Asin": paddle.asin,
-    "Asinh": paddle.asinh,
-    "Atan": paddle.atan,
-    "Atanh": paddle.atanh,
-    "Ceil": paddle.ceil,
-    "Cos": paddle.cos,
-    "Cosh": paddle.cosh,
-    "Erf": paddle.erf,
-    "Exp": paddle.exp,
-    "Floor": paddle.floor,
-    "IsNaN": paddle.isnan,
-    "Log": paddle.log,
-    "Neg": paddle.neg,
-    "Not": paddle.logical_not,
-    "Reciprocal": paddle.reciprocal,
-    "Relu": relu,
-    "Round": round_,
-    "Sigmoid": F.sigmoid,
-    "Sign": paddle.sign,
-    "Sin": paddle.sin,
-    "Sinh": paddle.sinh,
-    "Softplus": softplus,
-    "Softsign": F.softsign,
-    "Sqrt": paddle.sqrt,
-    "Tan": paddle.tan,
-    "Tanh": paddle.tanh,
-    "BitwiseNot": paddle.bitwise_not,
-    "Mish": F.mish,
-}.items():
-    OPS.elementwise(_name)(_unary(_function))
+OPS.functions(
+    Acos=paddle.acos,
+    Acosh=paddle.acosh,
+    Asin=paddle.asin,
+    Asinh=paddle.asinh,
+    Atan=paddle.atan,
+    Atanh=paddle.atanh,
+    Cos=paddle.cos,
+    Cosh=paddle.cosh,
+    Erf=paddle.erf,
+    IsNaN=paddle.isnan,
+    Neg=paddle.neg,
+    Not=paddle.logical_not,
+    Reciprocal=paddle.reciprocal,
+    Sign=paddle.sign,
+    Sin=paddle.sin,
+    Sinh=paddle.sinh,
+    Tan=paddle.tan,
+    BitwiseNot=paddle.bitwise_not,
+    Mish=F.mish,
+)
 
 
 @OPS.elementwise("Div")

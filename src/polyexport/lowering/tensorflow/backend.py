@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import tensorflow as tf
 
 from polyexport.lowering.backend import ELEMENT_TYPES, Backend
 from polyexport.lowering.operators import SHARED
-from polyexport.lowering.operators.resize import Axis, Mode, known_targets
+from polyexport.lowering.operators.resize import Axis, Mode, native_kind
 from polyexport.lowering.table import Operators
 from polyexport.lowering.tensorflow.loops import loop, steps
 from polyexport.lowering.tensorflow.primitives import (
@@ -42,27 +40,16 @@ from polyexport.lowering.value import Value
 OPS = Operators(SHARED)
 
 
-def resize(x: Value, plan: list[Axis], how: Mode, node: Any) -> Value | None:
+def resize(x: Value, plan: list[Axis], how: Mode) -> Value | None:
     """By the image operators, channels last."""
-    target = known_targets(x, plan, how)
-    if target is None:
+    found = native_kind(x, plan, how)
+    if found is None:
         return None
-    images = x.in_order(last(4))
-    whole = all(each.target % each.size == 0 for each in plan)
-    if (
-        how.mode == "nearest"
-        and whole
-        and (how.coordinate_transformation_mode, how.nearest_mode) == ("asymmetric", "floor")
-    ):
-        return node.value(tf.raw_ops.ResizeNearestNeighbor(images=images, size=target), last(4))
-    centers = how.coordinate_transformation_mode == "half_pixel" or (
-        how.coordinate_transformation_mode == "pytorch_half_pixel" and min(target) > 1
-    )
-    corners = how.coordinate_transformation_mode == "align_corners"
-    if how.mode == "linear" and (centers or corners or how.coordinate_transformation_mode == "asymmetric"):
-        made = tf.raw_ops.ResizeBilinear(images=images, size=target, half_pixel_centers=centers, align_corners=corners)
-        return node.value(made, last(4))
-    return None
+    images, (size, kind) = x.in_order(last(4)), found
+    if kind == "nearest":
+        return Value(x.backend, tf.raw_ops.ResizeNearestNeighbor(images=images, size=size), last(4))
+    flags = {"half_pixel_centers": kind == "half_pixel", "align_corners": kind == "align_corners"}
+    return Value(x.backend, tf.raw_ops.ResizeBilinear(images=images, size=size, **flags), last(4))
 
 
 def backend(weights: Weights) -> Backend:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 
 import numpy as np
 import tensorflow as tf
@@ -11,13 +10,6 @@ import tensorflow as tf
 from polyexport.lowering.backend import Tensor
 from polyexport.lowering.tensorflow.backend import OPS
 from polyexport.lowering.value import Value
-
-
-def _unary(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    def apply(x: Tensor) -> Tensor:
-        return function(x)
-
-    return apply
 
 
 def _other_leg(x: Tensor) -> Tensor:
@@ -43,44 +35,30 @@ def _erf(x: Tensor) -> Tensor:
 
 
 # TFLite has none of these: the arcs by atan2, which it has; Tan, Sinh, Cosh and their inverses by what defines them
-for _name, _function in {
-    "Acos": lambda x: tf.atan2(_other_leg(x), x),
-    "Acosh": lambda x: tf.math.log(x + tf.sqrt((x - 1) * (x + 1))),
-    "Asin": lambda x: tf.atan2(x, _other_leg(x)),
-    "Asinh": _asinh,
-    "Atan": lambda x: tf.atan2(x, tf.ones_like(x)),
-    "Atanh": lambda x: (tf.math.log1p(x) - tf.math.log1p(-x)) / 2,
-    "Cosh": lambda x: (tf.exp(x) + tf.exp(-x)) / 2,
-    "Erf": _erf,
-    "Sinh": lambda x: (tf.math.expm1(x) - tf.math.expm1(-x)) / 2,
-    "Tan": lambda x: tf.sin(x) / tf.cos(x),
-}.items():
-    OPS.elementwise(_name)(_unary(_function))
+OPS.functions(
+    Acos=lambda x: tf.atan2(_other_leg(x), x),
+    Acosh=lambda x: tf.math.log(x + tf.sqrt((x - 1) * (x + 1))),
+    Asin=lambda x: tf.atan2(x, _other_leg(x)),
+    Asinh=_asinh,
+    Atan=lambda x: tf.atan2(x, tf.ones_like(x)),
+    Atanh=lambda x: (tf.math.log1p(x) - tf.math.log1p(-x)) / 2,
+    Cosh=lambda x: (tf.exp(x) + tf.exp(-x)) / 2,
+    Erf=_erf,
+    Sinh=lambda x: (tf.math.expm1(x) - tf.math.expm1(-x)) / 2,
+    Tan=lambda x: tf.sin(x) / tf.cos(x),
+)
 
-for _name, _function in {
-    "Abs": tf.abs,
-    "Ceil": tf.math.ceil,
-    "Cos": tf.cos,
-    "Exp": tf.exp,
-    "Floor": tf.floor,
-    "IsNaN": tf.math.is_nan,
-    "Log": tf.math.log,
-    "Neg": tf.negative,
-    "Not": tf.logical_not,
-    "Reciprocal": tf.math.reciprocal,
-    "Relu": tf.nn.relu,
-    "Round": tf.round,
-    "Sigmoid": tf.sigmoid,
-    "Sign": tf.sign,
-    "Sin": tf.sin,
-    "Softplus": tf.math.softplus,
-    "Softsign": tf.nn.softsign,
-    "Sqrt": tf.sqrt,
-    "Tanh": tf.tanh,
-    "BitwiseNot": tf.bitwise.invert,
-    "Mish": lambda x: x * tf.tanh(tf.math.softplus(x)),
-}.items():
-    OPS.elementwise(_name)(_unary(_function))
+OPS.functions(
+    Cos=tf.cos,
+    IsNaN=tf.math.is_nan,
+    Neg=tf.negative,
+    Not=tf.logical_not,
+    Reciprocal=tf.math.reciprocal,
+    Sign=tf.sign,
+    Sin=tf.sin,
+    BitwiseNot=tf.bitwise.invert,
+    Mish=lambda x: x * tf.tanh(tf.math.softplus(x)),
+)
 
 
 @OPS.elementwise("Div")
