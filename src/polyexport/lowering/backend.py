@@ -91,6 +91,7 @@ class Backend:
         minimum: See maximum.
         clip: Between two numbers.
         round: Halves to even numbers.
+        elu: With its alpha, as has leaky_relu; the other elementary functions are called as numpy and ONNX call them.
         softmax: Along an axis.
         log_softmax: Along an axis.
         fourier: A transform: tensor `(..., n, ..., 1 or 2)`, its axis, whether it is the inverse, and how many

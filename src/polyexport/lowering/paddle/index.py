@@ -1,4 +1,4 @@
-"""Operators that scatter, sort and compare entries."""
+"""Operators that scatter, sort and compare entries, by kernels that only Paddle has."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Operators of detection and sampling."""
+"""Operators of detection, and DeformConv, which Paddle computes in a way of its own."""
 
 from __future__ import annotations
 

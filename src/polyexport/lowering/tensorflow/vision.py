@@ -1,4 +1,4 @@
-"""Operators of detection and sampling."""
+"""Operators of detection, and DeformConv, which TensorFlow computes in a way of its own."""
 
 from __future__ import annotations
 
