@@ -16,7 +16,7 @@ from polyexport.lowering.backend import Backend, Tensor, is_float
 from polyexport.lowering.graph import Node
 from polyexport.lowering.operators.shape import padded_axis
 from polyexport.lowering.paddle.backend import OPS
-from polyexport.lowering.paddle.primitives import line, sizes_of, tensor_sizes, vector
+from polyexport.lowering.paddle.primitives import cast, line, sizes_of, vector
 from polyexport.lowering.paddle.primitives import pad as pad_known
 from polyexport.lowering.paddle.weights import set_shape
 from polyexport.lowering.value import Value
@@ -103,7 +103,7 @@ def _along(data: Tensor, axis: int, where: Windows) -> list[Tensor]:
     """For every entry of the kernel along one spatial axis what it meets in all windows."""
     (span,) = spans(where.kernel[axis : axis + 1], where.dilations[axis : axis + 1])
     stride, position = where.strides[axis], axis + 2
-    size = tensor_sizes(data)[position]
+    size = data.shape[position] if data.shape[position] >= 0 else cast(paddle.shape(data)[position], "int64")
     end = (size - span) // stride * stride + 1
     starts = [i * where.dilations[axis] for i in range(where.kernel[axis])]
     return [data[(slice(None),) * position + (slice(at, at + end, stride),)] for at in starts]

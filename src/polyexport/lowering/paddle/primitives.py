@@ -126,8 +126,10 @@ def pad(tensor: Tensor, sides: Sequence[tuple[int, int]], fill: Any) -> Tensor:
 
 def _filled(tensor: Tensor, axis: int, count: int, fill: float) -> Tensor | None:
     """As many slices of one value, None for no slice."""
+    if not count:
+        return None
     own = tensor_sizes(tensor)
-    return paddle.full([*own[:axis], count, *own[axis + 1 :]], fill, tensor.dtype) if count else None
+    return paddle.full([*own[:axis], count, *own[axis + 1 :]], fill, tensor.dtype)
 
 
 def from_end(value: Value, size: Any) -> Tensor:
@@ -189,7 +191,8 @@ def cast(tensor: Tensor, dtype: Any) -> Tensor:
 
 def where(condition: Tensor, this: Tensor, that: Any) -> Tensor:
     """The second where the first is true, else the third, a tensor or a number."""
-    return paddle.where(condition, this, as_tensor(that, this))
+    # of three shapes Paddle makes one by additions
+    return paddle.where(condition, this, paddle.full_like(this, that) if is_known(that) else that)
 
 
 def as_tensor(content: Any, like: Tensor) -> Tensor:
