@@ -96,12 +96,13 @@ NAMES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "lowering/paddle/inference.py": (
             "paddle:_C_ops",
             "paddle:base.libpaddle.pir",
+            "paddle.autograd.backward_utils:ValueDict",
             "paddle.autograd.backward_utils:ValueSet",
             "paddle.autograd.backward_utils:get_real_op_inputs",
             "paddle.autograd.backward_utils:get_real_op_outputs",
             "paddle.autograd.backward_utils:some_in_set",
         ),
-        "lowering/paddle/target.py": ("paddle:base.libpaddle.pir.create_shaped_type",),
+        "lowering/paddle/weights.py": ("paddle:base.libpaddle.pir.create_shaped_type",),
     },
     "tensorflow": {
         "formats/graphdef.py": ("tensorflow.python.framework.convert_to_constants:convert_variables_to_constants_v2",),
