@@ -27,7 +27,7 @@ from polyexport.capture.snapshot import selected
 from polyexport.engine import checkpoint, plan
 from polyexport.engine.engine import Engine, export, interrupted
 from polyexport.errors import BadRequest, PolyexportError
-from polyexport.format import Format, Runner
+from polyexport.format import Format
 from polyexport.formats import known, resolve
 from polyexport.report import console
 from polyexport.report.escape import printable
@@ -36,7 +36,7 @@ from polyexport.report.outcome import Outcome
 from polyexport.report.report import Report, markdown
 from polyexport.report.tables import size
 from polyexport.serialization import encode
-from polyexport.spec import write_arrays
+from polyexport.spec import Runner, write_arrays
 from polyexport.versions import versions
 from polyexport.workers import toolchain
 from polyexport.workers.disk import UNUSED_DAYS, Environment
