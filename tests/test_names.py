@@ -11,7 +11,6 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
-import polyexport
 from polyexport.capture.flatten import flat
 from polyexport.formats.onnx import convert_program, convert_trace, load
 from polyexport.lowering.ports import rename_ports
@@ -122,15 +121,3 @@ def test_what_has_several_names_gets_them_all_and_a_branch_sees_the_new_ones() -
     assert {name: found.tolist() for name, found in answer.items()} == {
         n: list(map(float, r)) for n, r in right.items()
     }
-
-
-def test_every_format_keeps_the_names_of_operators(tmp_path: Path) -> None:
-    """Those formats that have a namespace of their own: each is made by its preferred route."""
-    formats = ["openvino", "executorch", "paddle", "graphdef", "tfjs"]
-    net, inputs = Named(OPERATORS), {name: torch.rand(2, 3) for name in ("ids", "linear_2")}
-    report = polyexport.export(net, inputs, formats, tmp_path / "x", bench=False)
-    assert {each.format: (each.state, each.reason) for each in report.outcomes} == dict.fromkeys(
-        formats, ("verified", "")
-    )
-    assert not report.notes, "a detour"
-    assert all(tuple(tensor.name for tensor in each.outputs) == OPERATORS for each in report.outcomes)
