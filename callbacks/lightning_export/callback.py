@@ -276,6 +276,7 @@ class ExportCallback(Callback):
                 rank_zero_info(f"ExportCallback: {error}; training goes on, and what needs it waits")
             except ToolMissing as error:
                 rank_zero_warn(f"ExportCallback: what needs {chain.name} will be skipped: {error}")
+        self._engine.warm(self.formats)
 
     @_harmless
     def _clear(self, trainer: Trainer) -> None:
