@@ -2,15 +2,19 @@
 # make test       run every test
 # make test-fast  run what needs no toolchain and no training: what to run before each commit, a minute
 # make lint       run every check of the pre-commit configuration
+# make docs       build the site into site/; a warning or a broken link is an error
 # make bench      measure what the README claims
+# make test-newest  the names that we use of other libraries, and the formats that need no toolchain, on newest releases
 # make test-zoo   export a model of each architecture family, and write docs/zoo.md; hours, goes on where it was stopped
 # make test-real  train and export models of real Lightning packages, and write docs/real.md
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+NEWEST := .venv-newest
+WATCHED := torch lightning onnx onnxscript onnxruntime openvino coremltools wandb
 
-.PHONY: demo test test-one-half test-other-half test-fast lint bench test-zoo test-real clean
+.PHONY: demo test test-one-half test-other-half test-fast test-newest lint docs bench test-zoo test-real clean
 
 demo: $(VENV)/demo
 	$(BIN)/python examples/digits.py
@@ -32,8 +36,20 @@ FAST := architecture devices escape folders latency module outcome_table parity 
 test-fast: $(VENV)/test
 	$(BIN)/python -m pytest -q $(FAST:%=tests/test_%.py)
 
+# an environment of its own without constraints, brought up to date at each call, beyond the bounds of pyproject.toml too
+test-newest:
+	test -d $(NEWEST) || $(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --quiet --upgrade torch
+	$(NEWEST)/bin/python -m pip install --quiet --upgrade --editable ".[test]"
+	$(NEWEST)/bin/python -m pip install --quiet --upgrade $(WATCHED)
+	$(NEWEST)/bin/python -m pip list | grep --extended-regexp --ignore-case "^($(shell echo $(WATCHED) | tr ' ' '|')) "
+	$(NEWEST)/bin/python -m pytest tests/test_private_names.py tests/test_formats.py -k "private or ground"
+
 lint: $(VENV)/lint
 	PATH="$(CURDIR)/$(BIN):$$PATH" pre-commit run --all-files
+
+docs: $(VENV)/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(VENV)/test
 	$(BIN)/python tests/benchmarks/stall.py
@@ -49,7 +65,7 @@ test-real: $(VENV)/test
 	POLYEXPORT_PAGE=docs/real.md $(BIN)/python -m pytest tests/real/packages.py
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(NEWEST) runs site
 
 # torch first and by pip, so that a build for this machine's accelerator (or a CPU build) is taken where one is offered
 $(VENV)/torch: constraints.txt
@@ -57,6 +73,6 @@ $(VENV)/torch: constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	touch $@
 
-$(VENV)/demo $(VENV)/test $(VENV)/lint: $(VENV)/%: $(VENV)/torch pyproject.toml
+$(VENV)/demo $(VENV)/test $(VENV)/lint $(VENV)/docs: $(VENV)/%: $(VENV)/torch pyproject.toml
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[$*]"
 	touch $@

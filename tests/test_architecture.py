@@ -5,8 +5,10 @@ from __future__ import annotations
 import ast
 import inspect
 import pydoc
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -87,6 +89,12 @@ def test_an_unknown_format_names_the_known_ones():
         resolve(["onnx", "onxx"])
 
 
+def test_a_precision_that_is_none_is_refused_where_the_format_is_declared():
+    reason = "onnx has the precision 'fp16'; known precisions: float32, float16, bfloat16, int8"
+    with pytest.raises(BadRequest, match=re.escape(reason)):
+        replace(FORMATS["onnx"], precision="fp16")
+
+
 def test_no_format_at_all_is_an_error():
     with pytest.raises(UnknownFormat, match="known formats"):
         resolve([])
@@ -112,3 +120,72 @@ def test_a_circle_of_routes_is_an_error():
 def test_an_upstream_that_does_not_exist_is_an_error():
     with pytest.raises(UnknownFormat, match="'nowhere', which does not exist"):
         steps([planted.planted("one", planted.replay, upstream="nowhere")])
+
+
+CALLBACKS = Path(lightning_export.__file__).parent
+KNOWN_CIRCLES = {frozenset({"polyexport.lowering.graph", "polyexport.lowering.operators"})}
+
+
+def files() -> dict[str, Path]:
+    """Every Python file of the library by the name of its module."""
+    found = {}
+    for root in (SOURCE, CALLBACKS):
+        for file in root.rglob("*.py"):
+            parts = file.relative_to(root.parent).with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = file
+    return found
+
+
+def arrows() -> dict[str, set[str]]:
+    """Which files of the library a file imports, inside functions and for types only included.
+
+    A package counts as imported by who asks it for a name of its own, not by who asks for a module in it.
+    """
+    known = files()
+    graph = {name: imported(file) & known.keys() - {name} for name, file in known.items()}
+    return {
+        name: {wanted for wanted in all_wanted if not any(other.startswith(f"{wanted}.") for other in all_wanted)}
+        for name, all_wanted in graph.items()
+    }
+
+
+def circles(graph: dict[str, set[str]]) -> set[frozenset[str]]:
+    """The sets of nodes that reach each other."""
+    reached = {node: reach(graph, node) for node in graph}
+    found = {frozenset(other for other in graph if other in reached[node] and node in reached[other]) for node in graph}
+    return {circle for circle in found if circle}
+
+
+def reach(graph: dict[str, set[str]], start: str) -> set[str]:
+    """What can be reached from a node by one arrow or more."""
+    found, todo = set(), list(graph[start])
+    while todo:
+        if (node := todo.pop()) not in found:
+            found.add(node)
+            todo += graph[node]
+    return found
+
+
+def room(name: str) -> str:
+    """The room of a module: its folder, or the module itself at the root of the engine."""
+    inner = name.split(".")
+    return ".".join(inner[:2]) if inner[0] == "polyexport" else inner[0]
+
+
+def rooms() -> dict[str, set[str]]:
+    """Which rooms a room imports."""
+    graph: dict[str, set[str]] = {}
+    for name, wanted in arrows().items():
+        graph.setdefault(room(name), set()).update({room(other) for other in wanted} - {room(name)})
+    return graph
+
+
+def test_no_file_imports_in_a_circle():
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == {frozenset("bc")}
+    assert circles(arrows()) <= KNOWN_CIRCLES
+
+
+def test_the_house_is_small_and_shallow():
+    assert len(rooms()) <= 24
+    assert len(list(SOURCE.glob("*.py"))) <= 9
+    assert max(len(file.relative_to(SOURCE).parts) for file in SOURCE.rglob("*.py")) - 1 <= 2

@@ -68,7 +68,7 @@ def test_without_lightning_they_are_given_and_the_odd_one_is_left_out(tmp_path):
         module, inputs, [RANGES], tmp_path / "out", calibration=[inputs * 2, torch.rand(3), inputs[:1]], bench=False
     )
     assert seen(report.folder) == [inputs.tolist(), (inputs * 2).tolist(), inputs[:1].tolist()]
-    assert report.notes == ("1 of 3 further batches are not like the first and are left out",)
+    assert [note.text for note in report.notes] == ["1 of 3 further batches are not like the first and are left out"]
 
 
 def test_by_default_they_are_the_batch_that_parity_is_judged_on(tmp_path):

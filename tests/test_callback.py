@@ -216,7 +216,9 @@ def test_a_module_that_cannot_be_pickled_is_traced_in_process_and_the_report_say
     with pytest.warns(UserWarning, match="cannot be pickled"):
         trainer = fit(tmp_path, callback, Unpicklable([3.0, 2.0]))
     report = callback.reports[-1]
-    assert "cannot be pickled (numbers (a generator): TypeError: cannot pickle 'generator' object)" in report.notes[0]
+    assert (
+        "cannot be pickled (numbers (a generator): TypeError: cannot pickle 'generator' object)" in report.notes[0].text
+    )
     assert [outcome.state for outcome in report.outcomes] == ["verified", "verified"]
     weights = torch.load(trainer.checkpoint_callback.best_model_path, weights_only=True)["state_dict"]
     assert torch.equal(load_module(report.folder / "source").state_dict()["inner.clock"], weights["clock"])
@@ -290,7 +292,7 @@ def test_an_interrupt_while_fit_waits_for_exports_ends_them(tmp_path, interrupti
     callback = ExportCallback([plant("hangs", planted.hangs)], bench=False)
 
     def interrupt() -> None:
-        while not (callback._engine and "hangs" in callback._engine.doing and callback._futures and trainer_done()):
+        while not (callback.session and "hangs" in callback.session.doing and trainer_done()):
             time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGINT)
 
@@ -428,7 +430,7 @@ class Waits(Callback):
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         end = time.monotonic() + 300  # beside other programs a worker of the lowest priority hardly runs
-        while trainer.current_epoch == 1 and not self.export._told and time.monotonic() < end:
+        while trainer.current_epoch == 1 and not self.export.session.told and time.monotonic() < end:
             time.sleep(0.05)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
@@ -450,7 +452,7 @@ class Says(Callback):
         self.export = export
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        self.export._told.append(f"batch {batch_idx} [of] good: verified")
+        self.export.session.told.append(f"batch {batch_idx} [of] good: verified")
 
 
 @pytest.mark.parametrize("bar", [TQDMProgressBar(), TQDMProgressBar(refresh_rate=0), RichProgressBar(), None])

@@ -25,7 +25,7 @@ from polyexport.capture import checkpoint
 from polyexport.capture import snapshot as module
 from polyexport.capture.pickling import import_path
 from polyexport.cli import app
-from polyexport.report.report import Checkpoint
+from polyexport.report.outcome import Checkpoint
 from polyexport.workers import toolchain
 
 SHOP = """

@@ -18,10 +18,10 @@ from torch.distributed import checkpoint
 import planted
 import runs
 from lightning_export import ranks
-from lightning_export.capture import hold
 from polyexport import Engine, Report, Request
 from polyexport.capture import snapshot as modules
 from polyexport.capture.sharded import join
+from polyexport.capture.weights import hold
 from polyexport.report.folders import unfinished
 
 BEGIN = """

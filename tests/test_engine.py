@@ -32,10 +32,9 @@ from polyexport.capture.pickling import importable, script
 from polyexport.engine import engine as engines
 from polyexport.engine.dispatch import _by_value
 from polyexport.engine.engine import interrupted, interruption
-from polyexport.engine.routes import _unlike
 from polyexport.measure.latency import QUIET
 from polyexport.report.folders import finished, followed, point_best, take_place, unfinished
-from polyexport.report.report import Checkpoint, Outcome
+from polyexport.report.outcome import Checkpoint, Note
 from polyexport.worker import _NotAgain
 from polyexport.workers import gpu
 from polyexport.workers.process import Workers
@@ -166,15 +165,9 @@ def test_a_folder_may_be_the_artifact_and_where_it_fails_it_takes_nothing_along(
 def test_a_route_that_verifies_wins_over_an_earlier_one_and_a_note_tells(faults):
     outcome = faults["second-route"]
     assert (outcome.state, outcome.route, outcome.reason) == ("verified", "replay", "")
-    (note,) = (note for note in faults.notes if "made by" in note)  # a route that is static by nature is none
+    (note,) = (note.text for note in faults.notes if note.kind == "route")  # a route that is static by nature is none
     assert note.startswith("second-route: made by replay, since wrong: mismatch")
     assert "raises: failed" in note
-
-
-def test_static_shapes_that_fail_alike_are_not_told_twice():
-    one = Outcome("int8", "int8", "mismatch", "output_0: cosine similarity 0.457 is under 0.99")
-    assert not _unlike(replace(one, reason="output_0: cosine similarity 0.763 is under 0.99"), one)
-    assert _unlike(replace(one, reason="killed by SIGABRT"), one)
 
 
 def test_verifying_again_what_still_agrees_changes_nothing_that_was_said_of_it(faults):
@@ -561,7 +554,9 @@ def test_latency_is_measured_beside_eager_pytorch(tmp_path, monkeypatch):
     assert latency.peak_memory_bytes > 1_000_000
     assert 0 <= latency.waited <= 1
     assert timed["dies"].latency is None
-    moved, dies = (note for note in timed.notes if note.startswith("no latency"))  # the machine may be busy too
+    moved, dies = (
+        note.text for note in timed.notes if note.text.startswith("no latency")
+    )  # the machine may be busy too
     assert moved.startswith("no latency of moved: NotADirectoryError")
     assert dies == "no latency of dies: its runtime ended while it was timed, see logs/dies.log"
     assert Report.load(report.folder) == timed
@@ -572,7 +567,7 @@ def test_timing_that_is_interrupted_says_so(faults, tmp_path):
     engine = Engine(timeout=TIMEOUT)
     engine.close()  # as Ctrl-C does while somebody waits for the figures
     timed = engine.bench(report, FAULTS)
-    assert timed.notes == (*report.notes, "not timed: interrupted")
+    assert timed.notes == (*report.notes, Note("latency", "not timed: interrupted"))
     assert timed.outcomes == report.outcomes
     assert Report.load(report.folder).notes == timed.notes
 

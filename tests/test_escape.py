@@ -12,7 +12,10 @@ from rich.console import Console
 
 from polyexport import BadRequest, Outcome, Report
 from polyexport.report import console, escape
-from polyexport.report.report import Checkpoint, markdown, sentence
+from polyexport.report.files import save
+from polyexport.report.outcome import Checkpoint, notes
+from polyexport.report.report import markdown
+from polyexport.report.tables import sentence
 
 CLEAR = "\x1b[2J\x1b]0;owned\x07\x1b]8;;http://evil\x1b\\"
 REVERSED = "\u202egnp.exe\u2066"
@@ -25,7 +28,7 @@ def hostile() -> Report:
     )
     metrics = {f"acc{CLEAR}|[b]": 0.5}
     about = Checkpoint(f"a`b{CLEAR}.ckpt", monitor=f"m{CLEAR}", score=1.0, epoch=1)
-    return Report(about, None, outcomes, notes=(reason,), metrics=metrics, folder=Path(f"/tmp/{CLEAR}x"))
+    return Report(about, None, outcomes, notes=notes("batch", reason), metrics=metrics, folder=Path(f"/tmp/{CLEAR}x"))
 
 
 @pytest.mark.parametrize(
@@ -79,7 +82,7 @@ def test_a_report_that_names_files_elsewhere_is_refused(tmp_path: Path, field: s
     report = replace(hostile(), folder=folder)
     folder.mkdir()
     (folder / "away").symlink_to(tmp_path)
-    report.save()
+    save(report)
     assert Report.load(folder).outcomes[0].log is None
     blob = json.loads((folder / "report.json").read_text())
     blob["outcomes"][0][field] = {"path": path, "bytes": 1, "sha256": ""} if field == "artifact" else path

@@ -96,6 +96,17 @@ def test_lightning_cli(tmp_path):
     assert report.model.class_name == "torch.nn.modules.container.Sequential"
 
 
+def test_fabric(tmp_path):
+    """A face for another trainer needs public names only, and little of them."""
+    source = (EXAMPLES / "fabric.py").read_text(encoding="utf-8")
+    assert "lightning_export" not in source
+    assert len(source.splitlines()) < 150
+    run("fabric.py", tmp_path)
+    report = report_in(tmp_path)
+    assert [each.state for each in report.outcomes] == ["verified", "verified"]
+    assert report.checkpoint.monitor == "loss"
+
+
 def test_without_lightning(tmp_path):
     printed = run("without_lightning.py", tmp_path)
     assert re.search(r"^attention onnx \(dynamo\): verified in \d+\.\d s, \d.* [kM]?B$", printed, re.MULTILINE)

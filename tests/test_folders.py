@@ -95,7 +95,7 @@ def test_a_checkpoint_that_is_called_like_a_folder_of_the_users_is_exported_besi
     assert sorted(os.listdir(tmp_path)) == [BEST, "model", "model-2"]
     assert os.listdir(tmp_path / "model") == ["weights.json"]
     notes = Report.load(tmp_path / "model-2").notes
-    assert [note.split(" ", 1)[1].split(",")[0] for note in notes] == [
+    assert [note.text.split(" ", 1)[1].split(",")[0] for note in notes] == [
         "is no export and stays as it is",
         "points to no export and stays as it is",
     ]

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from lightning_export import ExportCallback
-from lightning_export.capture import Called, save_lacking
+from lightning_export.capture import Called
+from polyexport.capture.weights import save_lacking
 
 
 class Backbone(nn.Module):

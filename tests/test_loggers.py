@@ -61,9 +61,9 @@ def test_that_the_machine_was_busy_is_told_everywhere(reports, tmp_path, monkeyp
         sink(busy)
     events = EventAccumulator(board.log_dir).Reload()
     texts = {event.step: event.tensor_proto for event in events.Tensors("export/report/text_summary")}
-    assert busy.notes[0] in texts[8].string_val[0].decode()
+    assert busy.notes[0].text in texts[8].string_val[0].decode()
     assert [event.step for event in events.Scalars("export/good/speedup")] == [4], "of the one that was timed quietly"
-    assert flow.experiment.get_run(flow.run_id).data.tags["export/notes"] == busy.notes[0]
+    assert flow.experiment.get_run(flow.run_id).data.tags["export/notes"] == busy.notes[0].text
 
 
 def test_a_logger_without_a_sink_gets_nothing(tmp_path):

@@ -99,7 +99,7 @@ def test_what_cannot_be_validated_is_a_note(tmp_path):
     report = export.reports[-1]
     assert report.metrics
     assert report["good"].metrics == {}
-    (note,) = report.notes
+    (note,) = (note.text for note in report.notes)
     assert note.startswith("no metrics of good: CannotRun: good: AssertionError: inputs that were never run")
     assert Report.load(report.folder) == report
 

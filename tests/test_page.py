@@ -16,7 +16,8 @@ from selenium.webdriver.common.keys import Keys
 import made_up
 from polyexport import FORMATS, Report
 from polyexport.report import html
-from polyexport.report.report import STATES
+from polyexport.report.files import save
+from polyexport.report.outcome import STATES
 
 
 @pytest.fixture(scope="module")
@@ -173,9 +174,8 @@ def test_the_page_has_the_metrics_of_each_runtime_beside_pytorchs(tmp_path):
 
 def test_a_first_export_that_came_to_nothing_has_a_page_too(tmp_path):
     made = made_up.report(tmp_path / "run")
-    Report(
-        made.checkpoint, None, (made_up.outcome("onnx", "failed", "the module cannot be rebuilt"),), folder=tmp_path
-    ).save()
+    failed = made_up.outcome("onnx", "failed", "the module cannot be rebuilt")
+    save(Report(made.checkpoint, None, (failed,), folder=tmp_path))
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "the module cannot be rebuilt" in text
     assert "<svg" not in text

@@ -16,11 +16,17 @@ from rich.console import Console
 from polyexport import BadRequest, ExportSpec, Outcome, Report, TensorSpec
 from polyexport.measure.latency import summarise
 from polyexport.measure.parity import OutputParity, Parity
+from polyexport.report import manifest as manifests
 from polyexport.report import schema
 from polyexport.report.console import show
+from polyexport.report.files import save
 from polyexport.report.html import page
-from polyexport.report.report import Artifact, Checkpoint, Model, Toolchain, markdown, metrics, rows, sentence
+from polyexport.report.manifest import MANIFEST, Made, Manifest
+from polyexport.report.outcome import Artifact, Checkpoint, Model, Toolchain, notes
+from polyexport.report.report import markdown, metrics, rows
+from polyexport.report.tables import sentence
 from polyexport.serialization import decode, encode, read_json, write_json
+from polyexport.workers.job import Batch
 
 
 def report(folder: Path) -> Report:
@@ -38,18 +44,25 @@ def report(folder: Path) -> Report:
         Outcome("coreml", "float32", "skipped", reason="coremltools | is\nmissing"),
     )  # fmt: skip  # a record reads better in rows
     model = Model("pkg.Net", 12, (spec,), (spec,))
-    return Report(Checkpoint("a.ckpt", "ff", 1, 10, "val_loss", 0.5), model, outcomes, folder=folder, baseline=latency)
+    return Report(
+        Checkpoint("a.ckpt", "ff", 1, 10, "val_loss", 0.5),
+        model,
+        outcomes,
+        folder=folder,
+        baseline=latency,
+        notes=notes("batch", "one"),
+    )
 
 
 def test_a_report_comes_back_from_disk_as_it_was(tmp_path):
-    report(tmp_path).save()
+    save(report(tmp_path))
     assert Report.load(tmp_path) == report(tmp_path.resolve())
 
 
-def test_the_file_has_the_fields_of_version_one(tmp_path):
-    report(tmp_path).save()
+def test_the_file_has_the_fields_of_version_two(tmp_path):
+    save(report(tmp_path))
     found = json.loads((tmp_path / "report.json").read_text())
-    assert found["version"] == 1
+    assert found["version"] == 2
     assert found["checkpoint"] == {
         "path": "a.ckpt", "sha256": "ff", "epoch": 1, "global_step": 10, "monitor": "val_loss", "score": 0.5,
     }  # fmt: skip
@@ -61,17 +74,61 @@ def test_the_file_has_the_fields_of_version_one(tmp_path):
     assert "folder" not in found
 
 
-def test_the_schema_that_ships_is_that_of_the_records():
-    assert schema.FILE.read_text(encoding="utf-8") == schema.text(), "run python -m polyexport.report.schema"
+def manifest(folder: Path) -> Manifest:
+    made = report(folder)
+    batches = (Batch("validation_batch.npz", {"batch": 4}),)
+    spec = ExportSpec(made.model.inputs, made.model.outputs, {"batch": 4})
+    return Manifest(made.checkpoint, {"dynamic": True}, spec, batches, artifacts=Made.of(made.outcomes))
+
+
+def test_a_manifest_comes_back_from_disk_as_it_was(tmp_path):
+    manifests.save(tmp_path, manifest(tmp_path))
+    assert manifests.load(tmp_path) == manifest(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "reason"),
+    [
+        (["batches", 0, "sizes"], [4], "Manifest.batches[0].sizes is [4], not an object"),
+        (["spec", "inputs"], "x", "Manifest.spec.inputs is 'x', not a list"),
+        (["artifacts", "onnx", "precision"], "fp16", "Manifest.artifacts.onnx.precision is 'fp16', not 'float32' or"),
+        (["noise"], {"y": 1e-7}, "Manifest.noise is {'y': 1e-07}, not a text"),
+        (["version"], 9, "is of version 9; this release reads version 1"),
+        (["batches", 0, "path"], "../../secret.npz", "'../../secret.npz' lies outside of the export"),
+    ],
+)
+def test_a_manifest_of_wrong_types_or_another_version_is_refused_in_one_line(tmp_path, path, value, reason):
+    manifests.save(tmp_path, manifest(tmp_path))
+    write_json(tmp_path / MANIFEST, changed(read_json(tmp_path / MANIFEST), path, value))
+    with pytest.raises(BadRequest, match=re.escape(reason)) as refused:
+        manifests.load(tmp_path)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", schema.RECORDS)
+def test_the_schemas_that_ship_are_those_of_the_records(name):
+    assert schema.shipped(name).read_text(encoding="utf-8") == schema.text(name), (
+        "run python -m polyexport.report.schema"
+    )
+
+
+def judge(name: str) -> jsonschema.Draft202012Validator:
+    return jsonschema.Draft202012Validator(read_json(schema.shipped(name)))
+
+
+def test_a_manifest_obeys_the_schema_that_ships(tmp_path):
+    manifests.save(tmp_path, manifest(tmp_path))
+    found = read_json(tmp_path / MANIFEST)
+    judge("manifest.schema.json").validate(found)
+    assert not judge("manifest.schema.json").is_valid(changed(found, ["noise"], {"y": 1e-7}))
 
 
 def test_a_report_obeys_the_schema_that_ships_and_a_wrong_one_does_not(tmp_path):
-    report(tmp_path).save()
-    judge = jsonschema.Draft202012Validator(json.loads(schema.FILE.read_text(encoding="utf-8")))
+    save(report(tmp_path))
     found = read_json(tmp_path / "report.json")
-    judge.validate(found)
+    judge("report.schema.json").validate(found)
     for wrong in WRONG.values():
-        assert not judge.is_valid(changed(found, *wrong)), wrong
+        assert not judge("report.schema.json").is_valid(changed(found, *wrong)), wrong
 
 
 WRONG = {
@@ -80,6 +137,8 @@ WRONG = {
     "outcomes[0].parity.passed is 1, not true or false": (["outcomes", 0, "parity", "passed"], 1),
     "outcomes[1].seconds is [], not an object": (["outcomes", 1, "seconds"], []),
     "model.inputs[0].shape is 'batch', not a list": (["model", "inputs", 0, "shape"], "batch"),
+    "notes[0].kind is 'chat', not 'capture' or": (["notes", 0, "kind"], "chat"),
+    "outcomes[0].precision is 'fp16', not 'float32' or": (["outcomes", 0, "precision"], "fp16"),
     "checkpoint.path is None, not a text": (["checkpoint", "path"], None),
 }
 
@@ -96,20 +155,20 @@ def changed(data: Any, path: list[Any], value: Any) -> Any:
 
 @pytest.mark.parametrize("reason", WRONG)
 def test_a_value_of_another_type_is_refused_with_its_path(tmp_path, reason):
-    report(tmp_path).save()
+    save(report(tmp_path))
     write_json(tmp_path / "report.json", changed(read_json(tmp_path / "report.json"), *WRONG[reason]))
     with pytest.raises(BadRequest, match=re.escape(f"Report.{reason}")):
         Report.load(tmp_path)
 
 
 def test_a_missing_field_and_another_version_are_refused(tmp_path):
-    report(tmp_path).save()
+    save(report(tmp_path))
     found = read_json(tmp_path / "report.json")
     write_json(tmp_path / "report.json", {key: value for key, value in found.items() if key != "checkpoint"})
     with pytest.raises(BadRequest, match="Report lacks checkpoint"):
         Report.load(tmp_path)
-    write_json(tmp_path / "report.json", found | {"version": 2})
-    with pytest.raises(BadRequest, match="is of version 2; this release reads version 1"):
+    write_json(tmp_path / "report.json", found | {"version": 1})
+    with pytest.raises(BadRequest, match="is of version 1; this release reads version 2"):
         Report.load(tmp_path)
 
 
@@ -117,7 +176,7 @@ def test_metrics_that_are_no_number_are_left_blank_before_and_after_the_disk(tmp
     made = report(tmp_path)
     outcome = replace(made["onnx"], metrics={"auc": 0.5, "iou": math.nan, "acc": 0.75})
     made = replace(made, outcomes=(outcome,), metrics={"auc": math.nan, "iou": 1.0, "acc": 0.5})
-    made.save()
+    save(made)
     expected = [
         {"format": "eager", "auc": "", "iou": "1", "acc": "0.5"},
         {"format": "onnx", "auc": "0.5", "iou": "", "acc": "0.75 (+2.5e-01)"},
@@ -171,7 +230,7 @@ def by_stand_in(folder: Path, *, passed: bool = True) -> Report:
 def test_a_tick_by_a_stand_in_reads_off_device_wherever_a_state_is_shown(tmp_path):
     folder = tmp_path / "run" / "export"  # with no other export beside it, which the page would show
     folder.mkdir(parents=True)
-    by_stand_in(folder).save()
+    save(by_stand_in(folder))
     made = Report.load(folder)
     assert made["onnx"].state == "verified"
     terminal = Console(file=io.StringIO(), width=200)

@@ -208,8 +208,8 @@ from lightning_export import ExportCallback
 class Forks(Callback):
     def on_train_epoch_start(self, trainer, pl_module):
         if trainer.current_epoch == 1:
-            export._engine.hurry()  # training waits, so that nothing else needs the machine
-            while "converting" not in export._engine.doing.get("waits", ""):
+            export.session.hurry()  # training waits, so that nothing else needs the machine
+            while "converting" not in export.session.doing.get("waits", ""):
                 time.sleep(0.05)
             if os.fork():
                 open("forked.txt", "w").close()

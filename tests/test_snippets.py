@@ -19,7 +19,7 @@ import polyexport
 from every_format import Everything
 from polyexport import FORMATS
 from polyexport.report.html import snippets
-from polyexport.report.report import Artifact, Outcome
+from polyexport.report.outcome import Artifact, Outcome
 from polyexport.spec import TensorSpec
 from polyexport.workers import toolchain
 

@@ -134,7 +134,7 @@ def test_a_transformer_that_pads_is_exported_by_the_first_route_and_its_padding_
     report = polyexport.export(Padded().eval(), inputs, ["pt2", "torchscript", "onnx"], tmp_path / "e", bench=False)
     routes = [(each.state, each.route) for each in report.outcomes]
     assert routes == [("verified", "export"), ("verified", "trace"), ("verified", "dynamo")]
-    (note,) = report.notes
+    (note,) = (note.text for note in report.notes)
     assert note.startswith("PyTorch's fused path for nn.TransformerEncoder answers otherwise where a padding mask")
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import planted
 import runs
 from lightning_export import ExportCallback
 from lightning_export.best import bases
+from lightning_export.trainer import exports_folder
 from polyexport import Report
 from polyexport.report.report import history
 from polyexport.serialization import write_json
@@ -33,17 +35,21 @@ class Recording(ExportCallback):
         super().__init__([planted.GOOD], bench=False, **settings)
         self.taken: list[tuple[str, int, float]] = []
         self.requests: list[Any] = []
+        self.notes: tuple[str, ...] = ()
 
-    def _submit(self, trainer: Any, work: Path, name: str, checkpoint: Any, held: str | None) -> None:
+    def _open(self, trainer: Any) -> None:
+        super()._open(trainer)
+        self.session._submit = self._record
+
+    def _record(self, work: Path, name: str, checkpoint: Any, held: str | None) -> None:
         blob = torch.load(work / "source" / "weights.pt", weights_only=False)
         clock = float(blob.get("state_dict", blob)["clock"])
-        self.taken.append((name, trainer.global_step, clock))
+        self.taken.append((name, checkpoint.global_step, clock))
         self.requests.append(checkpoint)
-
-    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        ready = self._engine is not None and self._captured is not None
-        if ready and not self._export_best(trainer) and not self.taken:
-            self._export_live(trainer, pl_module)
+        self.notes = self.session._notes
+        superseded: Future[Any] = Future()
+        superseded.cancel()
+        self.session._exports[superseded] = name
 
 
 STEPS = 4  # batches in an epoch
@@ -133,7 +139,7 @@ def test_lightnings_own_default_checkpoint_is_followed(tmp_path):
 def test_save_top_k_zero_gives_the_weights_at_fit_end(tmp_path):
     recording = fit(tmp_path, [2.0, 1.0], ModelCheckpoint(monitor="val_loss", save_top_k=0))
     assert recording.taken == [("epoch=2-step=8", 8, 8.0)]
-    assert "there was no best checkpoint on disk" in recording._notes[-1]
+    assert "there was no best checkpoint on disk" in recording.notes[-1]
 
 
 def test_no_checkpointing_at_all_gives_the_weights_at_fit_end(tmp_path):
@@ -205,11 +211,11 @@ def test_a_file_system_without_hard_links_costs_copies(tmp_path, monkeypatch):
 
 def test_what_is_told_of_one_fit_is_not_told_of_the_next(tmp_path):
     recording = fit(tmp_path / "one", [3.0], enable_checkpointing=False)
-    assert len(recording._notes) == 1, "there was no ModelCheckpoint"
+    assert len(recording.notes) == 1, "there was no ModelCheckpoint"
     checkpoint = ModelCheckpoint(monitor="val_loss")
     trainer = runs.trainer(tmp_path / "other", [recording, checkpoint], max_epochs=1)
     trainer.fit(runs.Scripted([3.0]), runs.loader(), runs.loader())
-    assert recording._notes == ()
+    assert recording.notes == ()
 
 
 def test_a_development_run_takes_nothing(tmp_path):
@@ -254,4 +260,4 @@ def test_the_checkpoint_may_be_deleted_at_once(tmp_path):
 def test_exports_lie_beside_the_checkpoints_of_the_run(tmp_path):
     recording = Recording()
     trainer = runs.trainer(tmp_path, [ModelCheckpoint(dirpath=tmp_path / "run" / "checkpoints"), recording])
-    assert recording._parent(trainer) == tmp_path / "run" / "exports"
+    assert exports_folder(trainer, recording.into, recording.monitor, 0) == tmp_path / "run" / "exports"

@@ -6,14 +6,12 @@ pickles or copies that.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from polyexport.capture.answer import ANSWER, Answer, answer
-from polyexport.capture.snapshot import dump
+from polyexport.capture.answer import Answer, answer
 
 
 class Recorder:
@@ -41,13 +39,3 @@ class Recorder:
     def remove(self) -> None:
         """Look no longer."""
         self._handle.remove()
-
-
-def write(found: Answer | None, folder: Path) -> None:
-    """Put an answer among the files of a module, if it can be pickled."""
-    if found is None:
-        return
-    try:
-        dump(found, folder / ANSWER)
-    except Exception:  # as above
-        (folder / ANSWER).unlink(missing_ok=True)

@@ -18,9 +18,17 @@ from lightning.pytorch.callbacks import Callback
 
 @dataclass(frozen=True, slots=True)
 class Best:
-    """A checkpoint that `ModelCheckpoint` holds to be the best. `score` is None where nothing is monitored."""
+    """A checkpoint that `ModelCheckpoint` holds to be the best.
+
+    Attributes:
+        path: Where it lies.
+        name: What it is called below the folder of checkpoints.
+        monitor: The metric; None where nothing is monitored.
+        score: Its value; where nothing is monitored, what changes with each checkpoint.
+    """
 
     path: str
+    name: str
     monitor: str | None
     score: Any
 
@@ -42,28 +50,50 @@ def checkpointer(callbacks: Iterable[Any], monitor: str | None) -> Any | None:
     return next((each for each in found if each.monitor is not None), found[0] if found else None)
 
 
-def best_of(model_checkpoint: Any) -> Best | None:
-    """What it holds to be the best now; None before it wrote any."""
-    path = model_checkpoint.best_model_path
-    if not path:
+def best_of(trainer: Any, monitor: str | None) -> Best | None:
+    """What the `ModelCheckpoint` to follow holds to be the best now; None before it wrote any."""
+    model_checkpoint = checkpointer(trainer.callbacks, monitor)
+    path = getattr(model_checkpoint, "best_model_path", "")
+    if model_checkpoint is None or not path:
         return None
     # without a monitor the newest is the best, and one under the same name differs in nothing but its step
     score = model_checkpoint.best_model_score if model_checkpoint.monitor else model_checkpoint._last_global_step_saved
-    return Best(str(path), model_checkpoint.monitor, score)
+    return Best(str(path), _name(str(path), str(model_checkpoint.dirpath)), model_checkpoint.monitor, score)
 
 
-def name_of(best: Best, model_checkpoint: Any) -> str:
+def _name(path: str, folder: str) -> str:
     """What a checkpoint is called below the folder of checkpoints.
 
     That is more than the file's name where a metric is: `epoch=1-val/loss=0.5.ckpt` lies in a folder of its own.
     """
-    path, folder = Path(best.path), str(model_checkpoint.dirpath)
-    inside = path.relative_to(folder) if path.is_relative_to(folder) else Path(path.name)
+    inside = Path(path).relative_to(folder) if Path(path).is_relative_to(folder) else Path(Path(path).name)
     return "-".join(inside.with_suffix("").parts)
 
 
-def tail(model_checkpoint: Any, look: Callable[[Any, Any], None]) -> Callback:
-    """A callback that stays behind `model_checkpoint` and calls `look(trainer, module)` after each of its hooks."""
+def follow(
+    trainer: Any, monitor: str | None, tail: Callback | None, look: Callable[[Any, Any], None]
+) -> Callback | None:
+    """Have `look(trainer, module)` called after each hook of the `ModelCheckpoint` to follow.
+
+    Returns:
+        The callback that does so, `tail` where there is one already; None where there is no `ModelCheckpoint`.
+    """
+    model_checkpoint = checkpointer(trainer.callbacks, monitor)
+    if model_checkpoint is None:
+        return None
+    tail = tail or _tail(model_checkpoint, look)
+    # a new list: others may hold the old
+    trainer.callbacks = [*(each for each in trainer.callbacks if each is not tail), tail]
+    return tail
+
+
+def take_out(trainer: Any, tail: Callback | None) -> None:
+    """Follow no more: a second checkpoint callback would have `test(ckpt_path="best")` warn."""
+    if tail is not None:
+        trainer.callbacks = [each for each in trainer.callbacks if each is not tail]
+
+
+def _tail(model_checkpoint: Any, look: Callable[[Any, Any], None]) -> Callback:
     base: Any = next(each for each in type(model_checkpoint).__mro__ if each.__name__ == "Checkpoint")
 
     class Tail(base):  # type: ignore[misc]  # which of the two namespaces it comes from is known at run time only

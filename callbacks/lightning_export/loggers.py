@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from lightning_export.best import bases
 from polyexport.publish import Sink
+from polyexport.publish.folder import copy_to
 from polyexport.publish.mlflow import mlflow
 from polyexport.publish.tensorboard import tensorboard
 from polyexport.publish.wandb import Wandb
@@ -27,8 +29,15 @@ SINKS: Mapping[str, Callable[[Any], Sink]] = {
 """By the name of the logger's class, which both Lightning namespaces have."""
 
 
-def sinks(publish: Literal["auto"] | Sequence[Sink], loggers: Sequence[Any]) -> Iterator[Sink]:
-    """What `publish` asks for; a `Wandb` without a run gets that of the trainer's `WandbLogger`."""
+def sinks(
+    publish: Literal["auto"] | Sequence[Sink], loggers: Sequence[Any], into: str | Path | None = None
+) -> Iterator[Sink]:
+    """What `publish` asks for, and `into` where that is a URL.
+
+    A `Wandb` without a run gets that of the trainer's `WandbLogger`.
+    """
+    if into is not None and "://" in str(into):
+        yield copy_to(str(into))
     if publish == "auto":
         for logger in loggers:
             yield from (make(logger) for name, make in SINKS.items() if name in bases(logger))

@@ -19,12 +19,17 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from polyexport import Engine, Format, Report, Runner
+from lightning_export.trainer import validates
+from polyexport import Report, Runner
 from polyexport.capture.flatten import flat, named_tensors, to_arrays
 from polyexport.capture.snapshot import WEIGHTS, Select, selected
 from polyexport.capture.unwrap import is_data
+from polyexport.engine.session import Session
+from polyexport.report import files
+from polyexport.report.outcome import Note
 
 _OF_THE_BATCH = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 
@@ -33,13 +38,16 @@ def measured(
     report: Report,
     trainer: Any,
     pl_module: Any,
-    select: Select,
-    engine: Engine,
-    formats: tuple[Format, ...],
+    session: Session,
     *,
     batches: int,
 ) -> Report:
     """The report with what `validation_step` logs on the first `batches` batches, for PyTorch and for each artifact."""
+    if trainer.world_size > 1 or not validates(trainer, pl_module):
+        why = "there is no validation" if trainer.world_size == 1 else "several processes trained together"
+        return _noted(report, f"no metrics: {why}")
+    rank_zero_info(f"ExportCallback: validating {report.folder.name} in each runtime")
+    select = session.options.select
     try:
         validate = functools.partial(_validated, trainer, _copied(pl_module, report, trainer), select, batches)
         report = replace(report, metrics=validate(None))
@@ -49,13 +57,14 @@ def measured(
         if not outcome.publishable:
             continue
         try:
-            with engine.runner(report, outcome.format, formats) as run:
+            with session.runner(report, outcome.format) as run:
                 found = replace(outcome, metrics=validate(run))
         except Exception as error:  # such as a last batch that is smaller than an artifact of static shapes takes
             report = _noted(report, f"no metrics of {outcome.format}: {_line(error)}")
             continue
         outcomes = tuple(found if each is outcome else each for each in report.outcomes)
         report = replace(report, outcomes=outcomes)
+    files.save(report)
     return report
 
 
@@ -126,7 +135,9 @@ def _through(part: Any, run: Runner) -> Any:
 
 
 def _noted(report: Report, note: str) -> Report:
-    return replace(report, notes=(*report.notes, note))
+    report = replace(report, notes=(*report.notes, Note("metrics", note)))
+    files.save(report)
+    return report
 
 
 def _line(error: Exception) -> str:

@@ -4,11 +4,13 @@ Importing this package imports no framework; each is imported by the function th
 """
 
 from polyexport.engine.engine import Engine, Request, export
+from polyexport.engine.session import Options, Session
 from polyexport.errors import BadRequest, CannotRun, ExportFailed, PolyexportError, ToolMissing, UnknownFormat
 from polyexport.format import Format, Loaded, Observed, Route, Runner, Snippet, Tolerance
 from polyexport.formats import known as _known
 from polyexport.load import load
-from polyexport.report.report import Outcome, Report
+from polyexport.report.outcome import Checkpoint, Outcome
+from polyexport.report.report import Report
 from polyexport.spec import Arrays, ExportSpec, TensorSpec
 from polyexport.workers.toolchain import Toolchain
 
@@ -17,18 +19,21 @@ __all__ = [
     "Arrays",
     "BadRequest",
     "CannotRun",
+    "Checkpoint",
     "Engine",
     "ExportFailed",
     "ExportSpec",
     "Format",
     "Loaded",
     "Observed",
+    "Options",
     "Outcome",
     "PolyexportError",
     "Report",
     "Request",
     "Route",
     "Runner",
+    "Session",
     "Snippet",
     "TensorSpec",
     "Tolerance",

@@ -32,7 +32,8 @@ from polyexport.formats import known, resolve
 from polyexport.report import console
 from polyexport.report.escape import printable
 from polyexport.report.folders import BEST, DESCRIPTION, EXPORTS, followed
-from polyexport.report.report import Outcome, Report, markdown
+from polyexport.report.outcome import Outcome
+from polyexport.report.report import Report, markdown
 from polyexport.serialization import encode
 from polyexport.spec import write_arrays
 from polyexport.versions import versions

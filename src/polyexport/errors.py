@@ -12,6 +12,13 @@ PolyexportError
 A converter's own exceptions are not wrapped: they become the `reason` of an outcome.
 """
 
+from __future__ import annotations
+
+
+def line(error: BaseException, most: int | None = None) -> str:
+    """An exception as one line: its type and its message, of which `most` characters are kept."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:most]}".rstrip(": ")
+
 
 class PolyexportError(Exception):
     """Base of every error that polyexport raises on purpose."""

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, get_args
 
 from polyexport.errors import BadRequest, CannotRun
 from polyexport.spec import Arrays, ExportSpec
 
 if TYPE_CHECKING:
     from polyexport.workers.toolchain import Toolchain
+
+Precision = Literal["float32", "float16", "bfloat16", "int8"]
+"""What an artifact computes in, by its name in numpy and PyTorch."""
+
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 Runner = Callable[[Arrays], Arrays]
 """A model that can be run: named arrays in, named arrays out. The only interface to a runtime."""
@@ -120,7 +125,7 @@ class Tolerance:
         )
 
     @staticmethod
-    def for_precision(precision: str) -> Tolerance:
+    def for_precision(precision: Precision) -> Tolerance:
         """The default for the precision that the artifact really computes in."""
         return _TOLERANCES[precision]
 
@@ -128,7 +133,7 @@ class Tolerance:
 _STEP = 1 / 127
 """One step of int8, relative to the greatest number."""
 
-_TOLERANCES = {
+_TOLERANCES: Mapping[Precision, Tolerance] = {
     "float32": Tolerance(rtol=1e-3, atol=1e-4, misses=0.0, cosine=0.99999, top1=1.0),
     "float16": Tolerance(
         rtol=1e-2, atol=5e-3, misses=1e-3, cosine=0.9999, top1=0.99, roundoff=2.0**-11, smallest=2.0**-24
@@ -190,7 +195,7 @@ class Format:
         routes: The ways to it, the preferred one first.
         load: Opens an artifact (call `open`); None where no machine can run it.
         runtime: The toolchain that `load` runs in; by default that of the route that made the artifact.
-        precision: What the artifact computes in: `float32`, `float16`, `bfloat16` or `int8`.
+        precision: What the artifact computes in.
         tolerance: By default the one that belongs to `precision`.
         aliases: Other names for it.
         needs_gpu: Whether its workers may see the GPU.
@@ -200,7 +205,7 @@ class Format:
         calibrated: Whether its routes take number ranges from real batches (`ExportSpec.calibration`).
 
     Raises:
-        BadRequest: its name cannot be that of a folder in the export.
+        BadRequest: its name cannot be that of a folder in the export, or its precision is none of `PRECISIONS`.
     """
 
     name: str
@@ -210,7 +215,7 @@ class Format:
     routes: tuple[Route, ...]
     load: Load | None
     runtime: str | Toolchain | None = None
-    precision: str = "float32"
+    precision: Precision = "float32"
     tolerance: Tolerance | None = None
     aliases: tuple[str, ...] = ()
     needs_gpu: bool = False
@@ -223,6 +228,10 @@ class Format:
             raise BadRequest(
                 f"a format cannot be called {self.name!r}: it gives a folder of the export its name, so take letters, "
                 f"digits, '_', '-' and '.', and not {', '.join(_TAKEN)}"
+            )
+        if self.precision not in PRECISIONS:
+            raise BadRequest(
+                f"{self.name} has the precision {self.precision!r}; known precisions: {', '.join(PRECISIONS)}"
             )
 
     @property

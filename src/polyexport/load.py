@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from polyexport.errors import BadRequest, ToolMissing
-from polyexport.format import Format, Loaded
+from polyexport.format import Format, Loaded, Precision
 from polyexport.formats import known
 from polyexport.report.folders import BEST, DESCRIPTION, followed
-from polyexport.report.report import Checkpoint, Outcome
-from polyexport.serialization import decode, read_json
+from polyexport.report.outcome import Checkpoint, Outcome, State
+from polyexport.serialization import read_record
 from polyexport.spec import ExportSpec, TensorSpec
 from polyexport.workers.toolchain import find
 
@@ -24,8 +24,8 @@ class Description:
     """What an artifact is: its format, what became of it, its own signature, and PyTorch's."""
 
     format: str
-    precision: str
-    state: str
+    precision: Precision
+    state: State
     reason: str
     checkpoint: Checkpoint
     inputs: tuple[TensorSpec, ...]
@@ -85,10 +85,7 @@ def described(path: Path) -> tuple[Path, Description, Format]:
     folder = path if (path / DESCRIPTION).is_file() else path.parent
     if not (folder / DESCRIPTION).is_file():
         raise BadRequest(_what_instead(path))
-    try:
-        about = decode(Description, read_json(folder / DESCRIPTION))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise BadRequest(f"{folder / DESCRIPTION} cannot be read: {type(error).__name__}: {error}") from None
+    about = read_record(Description, folder / DESCRIPTION)
     each = known().get(about.format)
     if each is None:
         raise BadRequest(f"{folder} is of the format {about.format!r}, which this version does not know")

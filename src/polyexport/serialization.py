@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from polyexport.errors import BadRequest, line
+
 T = TypeVar("T")
 
 
@@ -162,6 +164,25 @@ def write_text(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
+
+
+def read_record(kind: type[T], path: Path, version: int | None = None) -> T:
+    """Read a record from a file, where `version` is the one that its `version` has to be.
+
+    Raises:
+        BadRequest: it is no JSON, of another version, or a value in it is missing or of another type.
+        OSError: it cannot be read.
+    """
+    try:
+        data = read_json(path)
+        found = data.get("version") if isinstance(data, Mapping) else None
+        if version is not None and isinstance(found, int) and found != version:
+            raise BadRequest(f"{path} is of version {found}; this release reads version {version}")
+        return decode(kind, data)
+    except BadRequest:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise BadRequest(f"{path} cannot be read: {line(error)}") from error
 
 
 def read_json(path: Path) -> Any:

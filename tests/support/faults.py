@@ -65,9 +65,8 @@ class Waits(Callback):
             self.then()
 
     def wait(self, export: Any) -> None:
-        export._engine.hurry()  # training waits, so that nothing else needs the machine
-        for future in export._futures:
-            future.exception()
+        export.session.hurry()  # training waits, so that nothing else needs the machine
+        export.session.wait()
 
     def then(self) -> None:
         """What happens after that, with the callback and without."""
@@ -75,8 +74,8 @@ class Waits(Callback):
 
 class WaitsForTheConversion(Waits):
     def wait(self, export: Any) -> None:
-        export._engine.hurry()
-        while "converting" not in export._engine.doing.get("faulty", ""):
+        export.session.hurry()
+        while "converting" not in export.session.doing.get("faulty", ""):
             time.sleep(0.02)
 
 

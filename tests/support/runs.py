@@ -78,8 +78,8 @@ class OneByOne(Callback):
         self.export = export
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        for future in self.export._futures:
-            future.result()
+        if self.export.session is not None:
+            self.export.session.wait()
 
 
 def loader(*, shuffle: bool = False) -> DataLoader[Any]:

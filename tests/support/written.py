@@ -9,7 +9,9 @@ from pathlib import Path
 from polyexport.engine.bench import EAGER, _recorded
 from polyexport.measure.latency import Latency, summarise
 from polyexport.measure.parity import OutputParity, Parity
-from polyexport.report.report import Artifact, Checkpoint, Outcome, Report, State
+from polyexport.report.files import save
+from polyexport.report.outcome import Artifact, Checkpoint, Outcome, State
+from polyexport.report.report import Report
 
 
 def outcome(folder: Path, name: str, state: State, error: float, p50_ms: float | None) -> Outcome:
@@ -39,7 +41,7 @@ def export(folder: Path, *, step: int, p50_ms: float = 0.5, score: float = 2.0) 
     )
     checkpoint = Checkpoint(f"/run/checkpoints/{folder.name}.ckpt", "abc", 0, step, "val_loss", score)
     report = Report(checkpoint, None, outcomes, baseline=outcomes[0].latency, folder=folder.resolve())
-    report.save()
+    save(report)
     return report
 
 
@@ -54,6 +56,6 @@ def run(exports: Path) -> list[Report]:
     """Two exports of one run, and one of another run in the same folder, which is none of theirs."""
     stranger = export(exports / "stranger", step=2)
     moved = stranger.checkpoint.path.replace("/run/", "/other/")
-    Report(Checkpoint(moved, global_step=2), None, stranger.outcomes, folder=stranger.folder).save()
+    save(Report(Checkpoint(moved, global_step=2), None, stranger.outcomes, folder=stranger.folder))
     first = export(exports / "epoch=0-step=4", step=4, p50_ms=0.7, score=3.0)
     return [first, export(exports / "epoch=1-step=8", step=8)]

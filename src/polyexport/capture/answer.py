@@ -105,6 +105,16 @@ def ask(module: nn.Module, call: Call, folder: Path) -> None:
         snapshot.dump(answer(module, *call, module.eval()(*args, **kwargs)), folder / ANSWER)
 
 
+def write(found: Answer | None, folder: Path) -> None:
+    """Put an answer among the files of a module, if it can be pickled."""
+    if found is None:
+        return
+    try:
+        snapshot.dump(found, folder / ANSWER)
+    except Exception:  # whatever the user's values say to pickling: then there is nothing to compare with
+        (folder / ANSWER).unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
 def _left_as_it_is(root: nn.Module) -> Iterator[None]:
     """Attributes and buffers are afterwards what they are now."""

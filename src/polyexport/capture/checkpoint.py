@@ -19,7 +19,7 @@ import numpy as np
 
 from polyexport.errors import BadRequest
 from polyexport.formats import known
-from polyexport.report.report import Checkpoint
+from polyexport.report.outcome import Checkpoint
 from polyexport.spec import Arrays
 
 if TYPE_CHECKING:

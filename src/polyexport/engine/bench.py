@@ -25,7 +25,9 @@ from polyexport.format import Format
 from polyexport.measure.dynamic_axes import resized
 from polyexport.measure.latency import QUIET, ROUNDS, Latency, is_quiet, summarise, waited_by_median
 from polyexport.measure.reference import VALIDATION_BATCH
-from polyexport.report.report import Outcome, Report
+from polyexport.report.files import save
+from polyexport.report.outcome import Outcome, notes
+from polyexport.report.report import Report
 from polyexport.spec import ExportSpec, read_arrays, write_arrays
 from polyexport.workers import toolchain
 from polyexport.workers.job import Bench
@@ -83,8 +85,6 @@ def sweep(
     return found
 
 
-_NO_LATENCY = "no latency of "
-_BUSY = "latency was measured on a busy machine"
 _INTERRUPTED = "not timed: interrupted"
 
 _WORTH_IT = 1.05
@@ -155,20 +155,21 @@ def _recorded(report: Report, measured: Mapping[str, Latency], why_not: Mapping[
     baseline = measured.get(EAGER)
     beside = baseline if is_quiet(measured.values()) else None
     outcomes = tuple(_with_latency(outcome, measured.get(outcome.format), beside) for outcome in report.outcomes)
-    notes = [f"{_NO_LATENCY}{name}: {why}" for name, why in why_not.items()]
+    texts = [f"no latency of {name}: {why}" for name, why in why_not.items()]
     if not is_quiet(measured.values()):
         waited = waited_by_median(measured.values())
-        notes.append(
-            f"{_BUSY}: runtimes waited for a processor {waited:.0%} of the time, so none is called the fastest"
+        texts.append(
+            f"latency was measured on a busy machine: runtimes waited for a processor {waited:.0%} of the time, "
+            "so none is called the fastest"
         )
-    return _noted(replace(report, outcomes=outcomes, baseline=baseline), *notes)
+    return _noted(replace(report, outcomes=outcomes, baseline=baseline), *texts)
 
 
-def _noted(report: Report, *notes: str) -> Report:
+def _noted(report: Report, *texts: str) -> Report:
     """The report with notes about timing in place of those of an earlier time, saved."""
-    kept = (note for note in report.notes if not note.startswith((_NO_LATENCY, _BUSY, _INTERRUPTED)))
-    report = replace(report, notes=(*kept, *notes))
-    report.save()
+    kept = (note for note in report.notes if note.kind != "latency")
+    report = replace(report, notes=(*kept, *notes("latency", *texts)))
+    save(report)
     return report
 
 

@@ -40,6 +40,8 @@ from polyexport.load import Description
 from polyexport.measure.dynamic_axes import Dynamic
 from polyexport.measure.latency import Latency
 from polyexport.measure.reference import Reference
+from polyexport.report import manifest
+from polyexport.report.files import save
 from polyexport.report.folders import (
     BEST,
     DESCRIPTION,
@@ -56,7 +58,10 @@ from polyexport.report.folders import (
     take_place,
     unfinished,
 )
-from polyexport.report.report import Checkpoint, Model, Outcome, Report, State, history, sentence
+from polyexport.report.manifest import Made, Manifest
+from polyexport.report.outcome import Checkpoint, Model, Outcome, State, notes
+from polyexport.report.report import Report, history
+from polyexport.report.tables import sentence
 from polyexport.serialization import decode, encode, read_json, write_json
 from polyexport.versions import git_commit
 from polyexport.workers import gpu, toolchain
@@ -137,14 +142,9 @@ class Engine:
         staging: str | None = None,
         tell: Callable[[str], object] | None = None,
     ) -> None:
+        check_limits(workers, timeout, executor, staging)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         count = workers if workers is not None else max(2, cores // 2)
-        if count < 1 or timeout <= 0:
-            raise BadRequest(f"workers={workers}, timeout={timeout}: both must be greater than zero")
-        if executor is not None and not callable(getattr(executor, "submit", None)):
-            raise BadRequest(f"executor={executor!r} has no submit(function, *arguments)")
-        if staging is not None and executor is None:
-            raise BadRequest(f"staging={staging!r} is for an executor; give executor= too")
         self._elsewhere = None if executor is None else Elsewhere(executor, staging)
         self._cores = cores
         self._limits = Limits(timeout=timeout, threads=max(1, cores // count))
@@ -277,7 +277,7 @@ class Engine:
                         log="logs/model.log", reproduce=ended.command or None)
                 for each in request.formats
             )  # fmt: skip  # the call reads better on two lines than on eight
-            report = Report(request.checkpoint, None, outcomes, notes=request.notes)
+            report = Report(request.checkpoint, None, outcomes, notes=notes("capture", *request.notes))
             return self._finish(request, report, start)
         reference = decode(Reference, ended.value)
         shutil.rmtree(request.work / "source" / SHARDS, ignore_errors=True)  # joined by now, here or elsewhere
@@ -301,9 +301,13 @@ class Engine:
             model=Model(reference.class_name, reference.parameters, spec.inputs, spec.outputs),
             outcomes=outcomes,
             environment=reference.environment,
-            notes=(*request.notes, *reference.notes, *build.notes),
+            notes=(
+                *notes("capture", *request.notes),
+                *notes("batch", *reference.notes),
+                *notes("route", *build.notes),
+            ),
         )
-        write_json(request.work / "manifest.json", _manifest(request, report, reference))
+        manifest.save(request.work, _manifest(request, report, reference))
         for outcome in report.outcomes:
             if outcome.artifact and outcome.format in known():
                 about = Description.of(outcome, report.checkpoint, spec)
@@ -315,7 +319,7 @@ class Engine:
         if self._workers.closed:
             raise InterruptedError("the engine was closed")
         report = replace(report, seconds=time.perf_counter() - start, folder=request.work)
-        report.save()
+        save(report)
         take_place(request.work, request.final)  # another checkpoint may have had the name: the newer one has it now
         self._unfinished.remove(request.work)
         if report.model is not None:  # else the one before is still the best, and stays
@@ -392,6 +396,20 @@ class Engine:
 # --- pieces -----------------------------------------------------------------------------------------------------------
 
 
+def check_limits(workers: int | None, timeout: float, executor: Any, staging: str | None) -> None:
+    """See whether an engine can be made with these.
+
+    Raises:
+        BadRequest: it cannot.
+    """
+    if timeout <= 0 or (workers is not None and workers < 1):
+        raise BadRequest(f"workers={workers}, timeout={timeout}: both must be greater than zero")
+    if executor is not None and not callable(getattr(executor, "submit", None)):
+        raise BadRequest(f"executor={executor!r} has no submit(function, *arguments)")
+    if staging is not None and executor is None:
+        raise BadRequest(f"staging={staging!r} is for an executor; give executor= too")
+
+
 def _prune(newest: Report, keep: int | None) -> None:
     """Remove the oldest exports of the run beyond `keep`; the newest, the best, always stays, and so do other runs'."""
     older = history(newest)[:-1] if keep is not None else []
@@ -401,12 +419,12 @@ def _prune(newest: Report, keep: int | None) -> None:
 
 def _beside_what_is_there(request: Request) -> Request:
     """The request under a name that takes nothing of the user's away; what keeps it from its own names is noted."""
-    parent, name, notes = request.work.parent, request.name, request.notes
+    parent, name, found = request.work.parent, request.name, request.notes
     if (free := free_name(parent, name)) != name:
-        notes += (f"{parent / name} is no export and stays as it is, so this one is called {free}",)
+        found += (f"{parent / name} is no export and stays as it is, so this one is called {free}",)
     if request.best and not may_point_best(parent / BEST):
-        notes += (f"{parent / BEST} points to no export and stays as it is, so nothing points to the newest",)
-    return replace(request, name=free, notes=notes)
+        found += (f"{parent / BEST} points to no export and stays as it is, so nothing points to the newest",)
+    return replace(request, name=free, notes=found)
 
 
 def _by_name(formats: Iterable[Format]) -> dict[str, Format]:
@@ -427,28 +445,16 @@ def _fetch(held: str, source: Path) -> None:
         shutil.move(held, target)
 
 
-def _manifest(request: Request, report: Report, reference: Reference) -> dict[str, Any]:
-    """What someone has to know who finds an artifact: where it comes from, and its signature."""
-    artifacts = {
-        outcome.format: {
-            "path": outcome.artifact.path,
-            "precision": outcome.precision,
-            "inputs": outcome.inputs,
-            "outputs": outcome.outputs,
-            "toolchain": outcome.toolchain,
-        }
-        for outcome in report.outcomes
-        if outcome.artifact
-    }
-    return {
-        "checkpoint": report.checkpoint,
-        "question": request.question,
-        "spec": reference.spec,
-        "batches": reference.batches,
-        "noise": reference.noise,
-        "environment": reference.environment,
-        "artifacts": artifacts,
-    }
+def _manifest(request: Request, report: Report, reference: Reference) -> Manifest:
+    return Manifest(
+        report.checkpoint,
+        request.question,
+        reference.spec,
+        reference.batches,
+        reference.noise,
+        reference.environment,
+        Made.of(report.outcomes),
+    )
 
 
 def _earlier(request: Request, sha256: str) -> Report | None:
@@ -457,10 +463,10 @@ def _earlier(request: Request, sha256: str) -> Report | None:
         return None  # a format of the user's own may have changed under its name
     for folder in (request.final, *(parent / request.name for parent in request.former)):
         try:
-            manifest, report = read_json(folder / "manifest.json"), Report.load(folder)
-            same = manifest["checkpoint"]["sha256"] == sha256 and manifest["question"] == encode(request.question)
-        except (OSError, ValueError, TypeError, KeyError):
+            before, report = manifest.load(folder), Report.load(folder)
+        except (OSError, BadRequest):
             continue  # there is none, or another version wrote it
+        same = before.checkpoint.sha256 == sha256 and before.question == encode(request.question)
         if same and all(outcome.publishable or _is_still_out_of_reach(outcome) for outcome in report.outcomes):
             return report
     return None
@@ -527,9 +533,9 @@ def interrupted(parent: Path) -> Request:
     dynamic = asked.dynamic
     if isinstance(dynamic, Mapping):  # JSON has no numbers for keys
         dynamic = {name: {int(axis): called for axis, called in axes.items()} for name, axes in dynamic.items()}
-    notes = (*asked.notes, "training was interrupted; polyexport resume has finished this export")
+    told = (*asked.notes, "training was interrupted; polyexport resume has finished this export")
     return Request(
-        work, asked.name, formats, dynamic, asked.checkpoint, notes, asked.held, asked.best, asked.keep,
+        work, asked.name, formats, dynamic, asked.checkpoint, told, asked.held, asked.best, asked.keep,
         sys_path=asked.sys_path, commit="",
     )  # fmt: skip  # one argument a line would bury them
 
@@ -623,8 +629,8 @@ def export(
         note = save_module(module, None, *as_call(inputs), work / "source")
         ask(module, as_call(inputs), work / "source")
         torch.save(module.state_dict(), work / "source" / WEIGHTS)
-        notes = (note,) if note else ()
-        request = Request(work, final.name, chosen, dynamic, checkpoint or Checkpoint(""), notes, best=False)
+        told = (note,) if note else ()
+        request = Request(work, final.name, chosen, dynamic, checkpoint or Checkpoint(""), told, best=False)
         with Engine(workers=workers, timeout=timeout, executor=executor, staging=staging, tell=progress) as engine:
             report = engine.submit(request).result()
             return engine.bench(report, chosen) if bench else report

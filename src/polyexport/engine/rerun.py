@@ -17,14 +17,14 @@ from typing import Any, TypedDict
 
 from polyexport.engine.dispatch import Dispatcher
 from polyexport.engine.routes import Watch, judged, narrow
-from polyexport.errors import BadRequest, CannotRun
+from polyexport.errors import CannotRun
 from polyexport.format import Format, Runner
-from polyexport.report.folders import inside
-from polyexport.report.report import Outcome, Report, State
-from polyexport.serialization import decode, read_json
+from polyexport.report import manifest
+from polyexport.report.outcome import Outcome, State
+from polyexport.report.report import Report
 from polyexport.spec import Arrays, ExportSpec, read_arrays, write_arrays
 from polyexport.workers import toolchain
-from polyexport.workers.job import Batch, Serve, Verify, proofs
+from polyexport.workers.job import Serve, Verify, proofs
 from polyexport.workers.toolchain import Toolchain
 
 
@@ -72,17 +72,9 @@ def signature(report: Report) -> ExportSpec:
     """The module's own signature, which a format's may differ from.
 
     Raises:
-        BadRequest: the export has no manifest, since its module could not be rebuilt.
+        BadRequest: the export has no manifest that can be read.
     """
-    return decode(ExportSpec, _manifest(report)["spec"])
-
-
-def _manifest(report: Report) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = read_json(report.folder / "manifest.json")
-    except FileNotFoundError:
-        raise BadRequest(f"{report.folder} has no manifest.json: its module could not be rebuilt") from None
-    return found
+    return manifest.load(report.folder).spec
 
 
 def runnables(report: Report, formats: Mapping[str, Format]) -> list[Runnable]:
@@ -116,19 +108,15 @@ def verify(report: Report, formats: Mapping[str, Format], dispatcher: Dispatcher
         The report with the states of today: what cannot be run today is not `verified` today, nor is an artifact that
         is not the exported one any more.
     """
-    manifest = _manifest(report)
-    batches = tuple(decode(Batch, each) for each in manifest["batches"])
-    noise = manifest["noise"] if isinstance(manifest["noise"], str) else ""  # figures in 0.1.0
-    for path in (noise, *(batch.path for batch in batches)):
-        inside(report.folder, path)
+    exported = manifest.load(report.folder)
 
     def today(before: Outcome) -> Outcome:
         if before.artifact is None or before.format not in formats:
             return _not_run(before)
         each = _runnable(report, before, before.artifact.path, formats[before.format])
         watch(each.name, "verifying")
-        taken = proofs(batches, dynamic=each.spec.is_dynamic, made_up=each.format.precision == "float32")
-        job = Verify(**each.of_job(dispatcher), batches=taken, noise=noise)
+        taken = proofs(exported.batches, dynamic=each.spec.is_dynamic, made_up=each.format.precision == "float32")
+        job = Verify(**each.of_job(dispatcher), batches=taken, noise=exported.noise)
         ended = dispatcher.run(job, each.runtime, f"{each.name}.again", each.log, gpu=each.format.needs_gpu)
         found = _beside(before, judged(replace(before, parity=None), ended, before.artifact.path))
         if found.state == "verified" and (why := ended.value["elsewhere"]):

@@ -9,7 +9,6 @@ Requirements:
 
 from __future__ import annotations
 
-import re
 import shutil
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +24,7 @@ from polyexport.measure.parity import Parity
 from polyexport.measure.reads import named
 from polyexport.measure.reference import Reference
 from polyexport.report.folders import link
-from polyexport.report.report import STATES, Artifact, Outcome, State, Toolchain
+from polyexport.report.outcome import STATES, Artifact, Outcome, State, Toolchain
 from polyexport.serialization import decode
 from polyexport.spec import ExportSpec
 from polyexport.workers import gpu, toolchain
@@ -107,7 +106,7 @@ class Build:
             static = self._built(each.name, dynamic=False)
             if static.outcome.state == "verified":
                 built, because = static, built.outcome.reason
-            elif static.outcome.state in ("failed", "mismatch") and _unlike(static.outcome, built.outcome):
+            elif static.outcome.state in ("failed", "mismatch") and static.outcome.reason != built.outcome.reason:
                 why = f"{built.outcome.reason}; with static shapes: {static.outcome.reason}"
                 built = replace(built, outcome=replace(built.outcome, reason=why))
         fixed = _fixed(self._reference.spec)
@@ -288,11 +287,6 @@ def _fixed(spec: ExportSpec) -> str:
     batch = {t.name: {axis: BATCH for axis, called in t.dynamic.items() if called == BATCH} for t in spec.inputs}
     freed = {name: axes for name, axes in batch.items() if axes}
     return f" ({', '.join(fixed)}; dynamic={freed} asks for the batch alone)" if fixed else ""
-
-
-def _unlike(one: Outcome, other: Outcome) -> bool:
-    """Whether the reasons of two outcomes differ in more than figures."""
-    return re.sub(r"\d", "", one.reason) != re.sub(r"\d", "", other.reason)
 
 
 def _reason(best: Built, tried: Sequence[Built]) -> str:

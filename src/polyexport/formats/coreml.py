@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from polyexport.format import Convert, Format, Loaded, Observed, Route, Runner, Snippet
+from polyexport.format import Convert, Format, Loaded, Observed, Precision, Route, Runner, Snippet
 from polyexport.spec import Arrays, ExportSpec, TensorSpec, example
 
 if TYPE_CHECKING:
@@ -254,7 +254,7 @@ let output{{ loop.index0 }} = outputs.featureValue(for: {{ name | tojson }})?.mu
 )
 
 
-def _format(name: str, precision: str, description: str) -> Format:
+def _format(name: str, precision: Precision, description: str) -> Format:
     return Format(
         name=name,
         description=description,

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from polyexport.errors import CannotRun, ToolMissing
-from polyexport.format import Convert, Format, Route, Runner, Snippet
+from polyexport.format import Convert, Format, Precision, Route, Runner, Snippet
 from polyexport.spec import Arrays, ExportSpec
 from polyexport.workers import gpu
 
@@ -252,7 +252,9 @@ outputs = run(dict(np.load("validation_batch.npz")))
 )
 
 
-def _format(name: str, precision: str, convert: Convert, description: str, aliases: tuple[str, ...] = ()) -> Format:
+def _format(
+    name: str, precision: Precision, convert: Convert, description: str, aliases: tuple[str, ...] = ()
+) -> Format:
     return Format(
         name=name,
         aliases=aliases,

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from polyexport.format import Format, Loaded, Route, Snippet
+from polyexport.format import Format, Loaded, Precision, Route, Snippet
 from polyexport.formats.saved_model import SIGNATURE
 from polyexport.spec import Arrays, ExportSpec, TensorSpec, calibration
 from polyexport.tracing.exported_program import load_program
@@ -357,7 +357,7 @@ val output{{ loop.index0 }} = outputs[{{ loop.index0 }}].read
 )
 
 
-def _format(name: str, precision: str, description: str, *routes: Route, **more: Any) -> Format:
+def _format(name: str, precision: Precision, description: str, *routes: Route, **more: Any) -> Format:
     return Format(
         name=name,
         aliases=(name.replace("tflite", "litert"),),

@@ -6,8 +6,8 @@ import posixpath
 from pathlib import Path
 
 from polyexport.publish import Sink
+from polyexport.report.manifest import MANIFEST, load
 from polyexport.report.report import Report
-from polyexport.serialization import read_json
 
 _MADE_HERE = ("source/made", "source/jobs")  # they serve to reproduce a step on the machine that made it
 
@@ -38,5 +38,4 @@ def copy_to(url: str, *, source: bool = False) -> Sink:
 
 def _batches(folder: Path) -> set[str]:
     """The files that the manifest names as batches; there is none where the module could not be rebuilt."""
-    manifest = folder / "manifest.json"
-    return {batch["path"] for batch in read_json(manifest)["batches"]} if manifest.exists() else set()
+    return {batch.path for batch in load(folder).batches} if (folder / MANIFEST).exists() else set()

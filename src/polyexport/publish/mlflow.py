@@ -9,6 +9,7 @@ import time
 from typing import Any
 
 from polyexport.publish import Sink
+from polyexport.report.manifest import MANIFEST
 from polyexport.report.report import Report, figures, history
 
 _LONGEST_TAG = 5000  # characters that MLflow takes
@@ -33,9 +34,9 @@ def mlflow(client: Any, run_id: str) -> Sink:
                 if isinstance(value, int | float)
             ]
             tags = [RunTag(f"export/{outcome.format}/state", outcome.shown_state) for outcome in each.outcomes]
-            tags.append(RunTag("export/notes", "\n".join(each.notes)[:_LONGEST_TAG]))
+            tags.append(RunTag("export/notes", "\n".join(map(str, each.notes))[:_LONGEST_TAG]))
             client.log_batch(run_id, metrics=metrics, tags=tags)
-        for name in ("report.json", "report.md", "report.html", "manifest.json"):
+        for name in ("report.json", "report.md", "report.html", MANIFEST):
             if (report.folder / name).exists():
                 client.log_artifact(run_id, str(report.folder / name), "export")
         for outcome in report.outcomes:

@@ -30,7 +30,10 @@ from typing import Any, Literal
 
 from polyexport.errors import BadRequest
 from polyexport.report import folders
-from polyexport.report.report import Figure, Outcome, Report, figures, history
+from polyexport.report.manifest import MANIFEST
+from polyexport.report.outcome import Outcome
+from polyexport.report.report import Report, figures, history
+from polyexport.report.tables import Figure
 from polyexport.serialization import decode, encode, read_json, write_json
 
 LINKS = "wandb_links.json"
@@ -269,7 +272,7 @@ def _log_figures(run: Any, reports: Sequence[Report]) -> None:
                 row[key] is not None or run.summary.get(name) is not None
             ):  # of an export before, which is not this one's
                 run.summary[name] = row[key]
-    run.summary["export/notes"] = "\n".join(report.notes)
+    run.summary["export/notes"] = "\n".join(map(str, report.notes))
     best = report.best()
     run.summary["export/best_format"] = best.format if best else None
 
@@ -353,11 +356,11 @@ def _log_page(options: Wandb, run: Any, report: Report) -> Any:
     """The report as a page, as text with its notes and how to reproduce each step, and as records."""
     import wandb as sdk
 
-    about = {"notes": report.notes, "checkpoint_sha256": report.checkpoint.sha256}
+    about = {"notes": list(map(str, report.notes)), "checkpoint_sha256": report.checkpoint.sha256}
     artifact = sdk.Artifact(_word(f"report-{run.id}"), type="report", metadata=encode(about))
     if options.ttl_days is not None:
         artifact.ttl = timedelta(days=options.ttl_days)
-    files = [report.folder / name for name in (_PAGE, "report.md", "report.json", "manifest.json")]
+    files = [report.folder / name for name in (_PAGE, "report.md", "report.json", MANIFEST)]
     _add(artifact, run, report, report.folder, [file for file in files if file.exists()])
     return run.log_artifact(artifact, aliases=["latest", "best"])
 
@@ -448,7 +451,7 @@ def _metadata(options: Wandb, report: Report, outcome: Outcome) -> dict[str, Any
             "parity": outcome.parity,
             "toolchain": outcome.toolchain,
             "environment": report.environment,
-            "notes": report.notes,
+            "notes": list(map(str, report.notes)),
         }
     )
     return metadata | {"latency": latency}

@@ -18,7 +18,8 @@ from rich.table import Table
 from rich.text import Text
 
 from polyexport.report import escape
-from polyexport.report.report import COLUMNS, NUMBERS, Report, metrics, rows
+from polyexport.report.report import Report, metrics, rows
+from polyexport.report.tables import COLUMNS, NUMBERS
 
 T = TypeVar("T")
 

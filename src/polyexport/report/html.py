@@ -22,33 +22,16 @@ from typing import TYPE_CHECKING, Any
 from polyexport.format import Snippet
 from polyexport.formats import known
 from polyexport.report import svg
-from polyexport.report.report import (
-    COLUMNS,
-    NUMBERS,
-    STATES,
-    Outcome,
-    Report,
-    eager,
-    error,
-    history,
-    metrics,
-    milliseconds,
-    rows,
-    size,
-)
+from polyexport.report.outcome import STATES, Outcome
+from polyexport.report.report import Report, eager, history, metrics, rows
 from polyexport.report.svg import Point
-from polyexport.serialization import write_text
+from polyexport.report.tables import COLUMNS, NUMBERS, error, milliseconds, size
 
 if TYPE_CHECKING:
     from jinja2 import Environment
 
 HISTORY = 30
 """How many exports of a run the page looks back on."""
-
-
-def html(report: Report) -> None:
-    """A sink that writes `report.html` into the report's folder."""
-    write_text(report.folder / "report.html", page(report))
 
 
 def page(report: Report) -> str:

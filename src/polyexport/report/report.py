@@ -1,112 +1,21 @@
-"""What came out: the records behind `report.json` (version 1), and its tables."""
+"""What came out of an export: the record behind `report.json` (version 2), and its tables."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
 
 from polyexport.errors import BadRequest
 from polyexport.measure.latency import Latency, is_quiet
-from polyexport.measure.parity import Parity
-from polyexport.report import escape
+from polyexport.report import escape, tables
 from polyexport.report.folders import finished, followed, inside
-from polyexport.serialization import decode, read_json, write_json, write_text
-from polyexport.spec import TensorSpec
+from polyexport.report.outcome import Checkpoint, Model, Note, Outcome
+from polyexport.serialization import read_record
 
-State = Literal["verified", "degraded", "unverified", "mismatch", "failed", "skipped"]
-"""What may be said of a format.
-
-`verified`: loaded from disk in a fresh process and agreed with PyTorch. `degraded`: verified, but something asked for
-was dropped. `unverified`: made, but nothing here can prove it. `mismatch`: runs, disagrees. `failed`: the conversion
-failed, crashed or hung. `skipped`: a tool is missing, or its upstream failed.
-"""
-
-STATES: tuple[State, ...] = get_args(State)
-"""All states, the best one first."""
-
-PUBLISHABLE: tuple[State, ...] = ("verified", "degraded")
-"""The states of an artifact that agreed with PyTorch."""
-
-VERSION = 1
-
-
-@dataclass(frozen=True, slots=True)
-class Artifact:
-    """What lies in a format's folder. `path` is relative to the report's folder; `sha256` covers names and contents."""
-
-    path: str
-    bytes: int
-    sha256: str
-
-
-@dataclass(frozen=True, slots=True)
-class Toolchain:
-    """Where a format was made: the toolchain's name and the versions of the packages it pins."""
-
-    name: str
-    packages: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What became of one format.
-
-    `seconds` has `convert`, `verify` and `bench`. `log` and `artifact.path` are relative to the report's folder;
-    `reproduce` is a shell command that runs the deciding step again and prints what it says. `metrics` are what the
-    user's own validation found with the artifact in place of PyTorch, where that was asked for.
-    """
-
-    format: str
-    precision: str
-    state: State
-    reason: str = ""
-    route: str | None = None
-    artifact: Artifact | None = None
-    seconds: Mapping[str, float] = field(default_factory=dict)
-    parity: Parity | None = None
-    latency: Latency | None = None
-    toolchain: Toolchain | None = None
-    log: str | None = None
-    reproduce: str | None = None
-    inputs: tuple[TensorSpec, ...] = ()
-    outputs: tuple[TensorSpec, ...] = ()
-    metrics: Mapping[str, float | None] = field(default_factory=dict)
-
-    @property
-    def publishable(self) -> bool:
-        """Whether the artifact agreed with PyTorch."""
-        return self.state in PUBLISHABLE
-
-    @property
-    def shown_state(self) -> str:
-        """The state as every table, page, tag and line shows it: `verified off-device` where a stand-in agreed."""
-        off_device = self.publishable and self.parity is not None and self.parity.off_device
-        return f"{self.state} off-device" if off_device else self.state
-
-
-@dataclass(frozen=True, slots=True)
-class Checkpoint:
-    """The weights that were exported. `score` is the value of `monitor`; None where nothing was monitored."""
-
-    path: str
-    sha256: str = ""
-    epoch: int | None = None
-    global_step: int | None = None
-    monitor: str | None = None
-    score: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Model:
-    """The exported module: its class, its parameter count, its signature."""
-
-    class_name: str = field(metadata={"json": "class"})
-    parameters: int
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
+VERSION = 2
+"""Of the form of `report.json`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +30,7 @@ class Report:
     outcomes: tuple[Outcome, ...]
     environment: Mapping[str, str] = field(default_factory=dict)
     baseline: Latency | None = None
-    notes: tuple[str, ...] = ()
+    notes: tuple[Note, ...] = ()
     seconds: float = 0.0
     version: int = VERSION
     metrics: Mapping[str, float | None] = field(default_factory=dict)
@@ -197,14 +106,6 @@ class Report:
         a, b, c = (math.inf if figure is None else float(figure) for figure in measured)
         return a, b, c
 
-    def save(self) -> None:
-        """Write `report.json`, `report.md` and `report.html` into the report's folder."""
-        from polyexport.report.html import html
-
-        write_json(self.folder / "report.json", self)
-        write_text(self.folder / "report.md", markdown(self))
-        html(self)
-
     @staticmethod
     def load(folder: str | Path) -> Report:
         """Read the report in `folder`: an export, or the `best` beside it.
@@ -214,17 +115,11 @@ class Report:
             BadRequest: it is no report of this version, or names files outside of `folder`.
         """
         folder = followed(Path(folder))
-        file = folder / "report.json"
-        try:
-            report = replace(decode(Report, read_json(file)), folder=folder.resolve())
-            for outcome in report.outcomes:
-                artifact = [outcome.artifact.path] if outcome.artifact else []
-                for path in filter(None, [outcome.format, outcome.log, *artifact]):
-                    inside(report.folder, path)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise BadRequest(f"{file} cannot be read: {type(error).__name__}: {error}") from error
-        if report.version != VERSION:
-            raise BadRequest(f"{file} is of version {report.version}; this release reads version {VERSION}")
+        report = replace(read_record(Report, folder / "report.json", VERSION), folder=folder.resolve())
+        for outcome in report.outcomes:
+            artifact = [outcome.artifact.path] if outcome.artifact else []
+            for path in filter(None, [outcome.format, outcome.log, *artifact]):
+                inside(report.folder, path)
         return report
 
 
@@ -258,38 +153,6 @@ def _run(report: Report) -> Path:
     return path.parent
 
 
-# --- tables -----------------------------------------------------------------------------------------------------------
-
-
-def milliseconds(value: float | None) -> str:
-    """Three digits, without the unit."""
-    return "" if value is None else f"{value:.3g}" if value < 100 else f"{value:.0f}"
-
-
-def error(value: float | None) -> str:
-    """Two digits and the power of ten, which is what counts; `0` for bit-equal."""
-    return "" if value is None else f"{value:.1e}" if value else "0"
-
-
-def size(count: int | None) -> str:
-    """Bytes in the unit that a reader expects: `1.6 MB` (powers of 1000)."""
-    if count is None:
-        return ""
-    for unit, step in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= step:
-            return f"{count / step:.3g} {unit}"
-    return f"{count} B"
-
-
-def sentence(outcome: Outcome) -> str:
-    """One line about a format that has come to its end: `onnx (dynamo): verified in 4.1 s, 93.2 kB`."""
-    route = f" ({outcome.route})" if outcome.route else ""
-    spent = f" in {sum(outcome.seconds.values()):.1f} s" if outcome.seconds else ""
-    made = f", {size(outcome.artifact.bytes)}" if outcome.artifact and outcome.artifact.bytes else ""
-    because = f": {outcome.reason.splitlines()[0]}" if outcome.reason else ""
-    return escape.printable(f"{outcome.format}{route}: {outcome.shown_state}{spent}{made}{because}")
-
-
 def eager(report: Report) -> Outcome | None:
     """PyTorch itself in the shape of a format, where it was timed."""
     if report.baseline is None:
@@ -299,97 +162,36 @@ def eager(report: Report) -> Outcome | None:
     )
 
 
-Figure = str | int | float | None
-
-
-def figures(report: Report) -> list[dict[str, Figure]]:
+def figures(report: Report) -> list[dict[str, tables.Figure]]:
     """What every sink shows: one row per format in the order of the report, eager PyTorch first where it was timed.
 
     A figure that was not measured is None; errors and the noise floor are absolute, latencies in milliseconds for the
     rows of `batch`.
     """
-    table = [_figures(outcome) for outcome in report.outcomes]
+    table = [tables.figures(outcome) for outcome in report.outcomes]
     baseline = eager(report)
     if baseline:
-        table.insert(0, _figures(baseline) | {"state": "baseline"})
+        table.insert(0, tables.figures(baseline) | {"state": "baseline"})
     return table
-
-
-def _figures(outcome: Outcome) -> dict[str, Figure]:
-    artifact, parity, latency = outcome.artifact, outcome.parity, outcome.latency
-    return {
-        "format": outcome.format,
-        "precision": outcome.precision,
-        "state": outcome.shown_state,
-        "route": outcome.route,
-        "bytes": artifact.bytes if artifact else None,
-        "max_abs_error": parity.max_abs_error if parity else None,
-        "noise_floor": parity.noise_floor if parity else None,
-        "batch": latency.batch if latency else None,
-        "p50_ms": latency.p50_ms if latency else None,
-        "p90_ms": latency.p90_ms if latency else None,
-        "p95_ms": latency.p95_ms if latency else None,
-        "p99_ms": latency.p99_ms if latency else None,
-        "throughput_per_second": latency.throughput_per_second if latency else None,
-        "speedup": latency.speedup if latency else None,
-        "reason": outcome.reason,
-    }
-
-
-COLUMNS: Mapping[str, tuple[str, Callable[[Any], str]]] = {
-    "format": ("format", str),
-    "state": ("state", str),
-    "route": ("route", lambda route: route or ""),
-    "size": ("bytes", size),
-    "max error": ("max_abs_error", error),
-    "noise floor": ("noise_floor", error),
-    "p50 ms": ("p50_ms", milliseconds),
-    "p95 ms": ("p95_ms", milliseconds),
-    "speed-up": ("speedup", lambda factor: f"{factor:.2f}×" if factor else ""),
-    "reason": ("reason", str),
-}
-"""The columns of the terminal's table, `report.md`'s and the page's: which figure, and how it is written."""
-
-
-def _number(figure: str) -> Callable[[Outcome], Any]:
-    return lambda outcome: _figures(outcome)[figure]
-
-
-NUMBERS: Mapping[str, Callable[[Outcome], float | None]] = {
-    column: _number(figure)
-    for column, (figure, _) in COLUMNS.items()
-    if column not in ("format", "state", "route", "reason")
-}
-"""The figures behind the columns that hold numbers."""
 
 
 def rows(report: Report) -> list[dict[str, str]]:
     """The figures as they are written in a table."""
-    return [
-        {name: escape.printable(write(row[figure])) for name, (figure, write) in COLUMNS.items()}
-        for row in figures(report)
-    ]
+    return [tables.written(row) for row in figures(report)]
 
 
 def metrics(report: Report) -> list[dict[str, str]]:
     """The validation metrics of PyTorch and of every runtime that has some, with the difference from PyTorch's."""
     if not report.metrics:
         return []
-    table = [{"format": "eager", **{name: _metric(value) for name, value in report.metrics.items()}}]
+    table = [{"format": "eager", **{name: tables.metric(value) for name, value in report.metrics.items()}}]
     for outcome in report.outcomes:
         if outcome.metrics:
             found = ((name, outcome.metrics.get(name), value) for name, value in report.metrics.items())
-            table.append({"format": outcome.format, **{name: _metric(mine, value) for name, mine, value in found}})
+            table.append(
+                {"format": outcome.format, **{name: tables.metric(mine, value) for name, mine, value in found}}
+            )
     return table
-
-
-def _metric(value: float | None, beside: float | None = None) -> str:
-    """One that is no number is None once it was on disk."""
-    if value is None or not math.isfinite(value):
-        return ""
-    if beside is None or not math.isfinite(beside):
-        return f"{value:.6g}"
-    return f"{value:.6g} ({value - beside:+.1e})"
 
 
 def markdown(report: Report) -> str:
@@ -405,12 +207,12 @@ def markdown(report: Report) -> str:
         signature = f"({', '.join(map(str, model.inputs))}) → ({', '.join(map(str, model.outputs))})"
         about_it = f"{escape.code(model.class_name)}, {model.parameters:,} parameters: {escape.code(signature)}"
         lines += [about_it, ""]
-    lines += [*_markdown_table(rows(report)), ""]
+    lines += [*tables.markdown(rows(report)), ""]
     if report.metrics:
         lines += [
             "Validation metrics, with `forward` answered by each runtime:",
             "",
-            *_markdown_table(metrics(report)),
+            *tables.markdown(metrics(report)),
             "",
         ]
     if report.baseline:
@@ -420,7 +222,7 @@ def markdown(report: Report) -> str:
             f"{measured.samples} calls per format in alternating rounds.",
             "",
         ]
-    lines += [f"* {escape.markdown(note)}" for note in report.notes] + ([""] if report.notes else [])
+    lines += [f"* {escape.markdown(note.text)}" for note in report.notes] + ([""] if report.notes else [])
     commands = "\n".join(
         escape.printable(f"{outcome.reproduce}  # {outcome.format}").replace("\n", " ")
         for outcome in report.outcomes
@@ -428,10 +230,3 @@ def markdown(report: Report) -> str:
     )
     around = escape.fence(commands, 3)
     return "\n".join([*lines, "## Reproduce", "", f"{around}sh", *filter(None, [commands]), around, ""])
-
-
-def _markdown_table(table: Sequence[Mapping[str, str]]) -> Iterable[str]:
-    yield "| " + " | ".join(map(escape.markdown, table[0])) + " |"
-    yield "|" + "---|" * len(table[0])
-    for row in table:
-        yield "| " + " | ".join(map(escape.markdown, row.values())) + " |"

@@ -1,23 +1,32 @@
-"""The JSON Schema of `report.json`, which ships with the package.
+"""The JSON Schemas of `report.json` and `manifest.json`, which ship with the package.
 
-`python -m polyexport.report.schema` writes the file anew, after a change of the records.
+`python -m polyexport.report.schema` writes both anew, after a change of the records.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
+from polyexport.report.manifest import Manifest
 from polyexport.report.report import Report
 from polyexport.serialization import schema
 
-FILE = Path(__file__).with_name("report.schema.json")
+RECORDS: Mapping[str, type] = {"report.schema.json": Report, "manifest.schema.json": Manifest}
+"""The schemas by the names of their files, in this folder."""
 
 
-def text() -> str:
-    """What the file holds."""
-    return json.dumps(schema(Report), indent=2) + "\n"
+def shipped(name: str) -> Path:
+    """Where a schema lies."""
+    return Path(__file__).with_name(name)
+
+
+def text(name: str) -> str:
+    """What the file has to hold."""
+    return json.dumps(schema(RECORDS[name]), indent=2) + "\n"
 
 
 if __name__ == "__main__":
-    FILE.write_text(text(), encoding="utf-8")
+    for name in RECORDS:
+        shipped(name).write_text(text(name), encoding="utf-8")

@@ -1,0 +1,60 @@
+"""What the arguments of `ExportCallback` may be, and whether a trainer can do what they ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lightning_export.best import bases, checkpointer
+from lightning_export.trainer import callbacks, example, overrides, validates
+from polyexport import BadRequest
+from polyexport.capture.snapshot import Select, selected
+from polyexport.report.outcome import STATES
+
+
+def check(*, when: str, fail_on: Sequence[str], publish: Any, metric_batches: int) -> None:
+    """Refuse what is impossible whatever the trainer is."""
+    if when not in ("improved", "fit_end"):
+        raise BadRequest(f"when={when!r}; known: 'improved', 'fit_end'")
+    unknown = [state for state in ([fail_on] if isinstance(fail_on, str) else fail_on) if state not in STATES]
+    if unknown or isinstance(fail_on, str):
+        raise BadRequest(f"fail_on={fail_on!r}; give a list of states; known: {', '.join(STATES)}")
+    if publish != "auto" and (isinstance(publish, str) or not all(callable(sink) for sink in publish)):
+        raise BadRequest(f"publish={publish!r}; give 'auto' or a list of functions that take the report")
+    if metric_batches < 0:
+        raise BadRequest(f"metric_batches={metric_batches}; give 1 or more, or 0 for no metrics")
+
+
+def refuse(callback: Any, siblings: Sequence[Any], trainer: Trainer, pl_module: LightningModule) -> None:
+    """Refuse, when fit starts, an `ExportCallback` that cannot work in this trainer; warn of one without a metric."""
+    twins = [each for each in siblings if each.into == callback.into and each is not callback]
+    if callback.into is not None and twins:
+        raise BadRequest(f"two ExportCallbacks write into {callback.into}; give each a folder of its own")
+    if isinstance(callback.options.select, str) and not overrides(pl_module, "configure_model"):
+        selected(pl_module, callback.options.select)
+    if not validates(trainer, pl_module) and callback.inputs is None and example(pl_module) is None:
+        raise BadRequest(
+            "ExportCallback does not know what forward takes: there is no validation batch to capture it from; "
+            "give the trainer validation data, set example_input_array on the module, or give "
+            "inputs=<a function of the batch> (it then gets the first training batch)"
+        )
+    if callback.monitor is not None and checkpointer(callbacks(trainer), callback.monitor) is None:
+        monitors = [each.monitor for each in callbacks(trainer) if "ModelCheckpoint" in bases(each)]
+        raise BadRequest(f"monitor={callback.monitor!r}: no ModelCheckpoint has it; they monitor {monitors}")
+    model_checkpoint = checkpointer(callbacks(trainer), callback.monitor)
+    if model_checkpoint is not None and model_checkpoint.monitor is None:
+        rank_zero_warn(
+            "ExportCallback: no ModelCheckpoint monitors a metric, so the newest checkpoint counts as best; "
+            "give the trainer ModelCheckpoint(monitor=<a metric that you log>, mode='min' or 'max')"
+        )
+
+
+def described(select: Select) -> Any:
+    """What of a module is exported, in words that stay the same from run to run."""
+    if not callable(select):
+        return select
+    code = getattr(select, "__code__", None)  # a lambda's name tells nothing, what it reads does; a partial has no name
+    return (getattr(select, "__qualname__", type(select).__qualname__), *(code.co_names if code else ()))

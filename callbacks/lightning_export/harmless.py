@@ -1,0 +1,30 @@
+"""Hooks that never end training."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, Concatenate, ParamSpec
+
+from lightning.pytorch.utilities import rank_zero_warn
+
+from polyexport import BadRequest
+
+P = ParamSpec("P")
+
+
+def harmless(
+    hook: Callable[Concatenate[Any, P], object],
+) -> Callable[Concatenate[Any, P], None]:
+    """A hook that tells what went wrong and lets training go on."""
+
+    def guarded(self: Any, /, *args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            hook(self, *args, **kwargs)
+        except BadRequest:
+            raise  # a mistake in the arguments, found in the sanity check at the latest: nothing is lost yet
+        except (Exception, SystemExit) as error:  # promise one: what goes wrong here is ours, and training goes on
+            rank_zero_warn(f"ExportCallback: {hook.__name__} failed, training goes on: {type(error).__name__}: {error}")
+
+    functools.update_wrapper(guarded, hook)
+    return guarded

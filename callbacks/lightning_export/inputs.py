@@ -1,0 +1,147 @@
+"""Takes what forward receives in validation, or in the first training batch, and what it answers.
+
+The first validation batch is the one that artifacts are judged on; further ones are calibrated with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lightning_export.answers import Recorder
+from lightning_export.best import bases
+from lightning_export.capture import Called, Spy, is_compiled
+from lightning_export.trainer import example, validates
+from lightning_export.watch import Call
+from polyexport import BadRequest
+from polyexport.capture.flatten import taken_apart
+from polyexport.capture.snapshot import as_call, selected
+from polyexport.engine.session import Session
+
+
+class Inputs:
+    """Watches `forward` during the validation batches whose inputs a session wants.
+
+    Args:
+        session: Takes them; only rank zero has one.
+        given: The user's function from a batch to what forward takes, in place of what is seen.
+    """
+
+    def __init__(self, session: Session, given: Callable[[Any], Any] | None) -> None:
+        self._session = session
+        self._given = given
+        self._select = session.options.select
+        self._spy: Spy | None = None
+        self._called: Called | None = None
+        self._recorder: Recorder | None = None
+        self._refused = False
+
+    # --- one validation batch -----------------------------------------------------------------------------------------
+
+    def before(self, trainer: Trainer, pl_module: LightningModule, batch_idx: int, dataloader_idx: int) -> None:
+        """Watch what will happen in this batch, if it is of use."""
+        if self._records(trainer, pl_module, batch_idx, dataloader_idx):
+            self._recorder = Recorder(selected(pl_module, self._select), pl_module)
+        if self._takes(batch_idx, dataloader_idx) and self._given is None:
+            profiled = "AdvancedProfiler" in bases(getattr(trainer, "profiler", None))
+            self._spy = Spy(selected(pl_module, self._select), pl_module, profiled=profiled)
+            self._called = None if self._session.captured else Called(pl_module)
+
+    def after(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int
+    ) -> None:
+        """Give the session what was seen."""
+        if self._recorder is not None:
+            self._session.record(self._recorder.answer)
+        spy, called = self._spy, self._called
+        self.close()
+        if not self._takes(batch_idx, dataloader_idx):
+            return
+        seen, trouble = (spy.call, spy.trouble) if spy is not None else (None, "")
+        if not self._session.captured:
+            if trouble:
+                self._session.note(
+                    f"forward's arguments cannot be copied ({trouble}), so they are taken as forward left them"
+                )
+            early = trainer.sanity_checking and not trouble
+            self._take_first(pl_module, batch, seen, called.outermost if called else (), early=early)
+        elif self._given is not None:
+            self._session.take(pl_module, *as_call(self._given(batch)))
+        elif seen is not None:
+            self._session.take(pl_module, *seen)
+        else:
+            self._session.skip()
+
+    def of_training(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
+        """Without validation, `inputs` and `example_input_array` are asked at the first training batch."""
+        if not (self._session.captured or self._refused or validates(trainer, pl_module)):
+            self._take_first(pl_module, batch, None, (), early=False)
+
+    def close(self) -> None:
+        """Watch nothing any more."""
+        for watcher in (self._spy, self._called, self._recorder):
+            if watcher is not None:
+                watcher.remove()
+        self._spy = self._called = self._recorder = None
+
+    # --- which ones ---------------------------------------------------------------------------------------------------
+
+    def _records(self, trainer: Trainer, pl_module: LightningModule, batch_idx: int, dataloader_idx: int) -> bool:
+        """Whether forward's answer to this batch is recorded: the first of each validation but the sanity check.
+
+        Not of a module that a strategy wraps, whose hooks see other calls, nor of compiled code, which has none.
+        """
+        first = not self._refused and batch_idx == dataloader_idx == 0 and not trainer.sanity_checking
+        alone = trainer.world_size == 1 and trainer.strategy.model is pl_module
+        return first and alone and not is_compiled(selected(pl_module, self._select), pl_module)
+
+    def _takes(self, batch_idx: int, dataloader_idx: int) -> bool:
+        """Whether this batch is one to keep: the first, or the next of those to calibrate with.
+
+        The sanity check may be shorter than what is wanted; then the first validation goes on where it ended.
+        """
+        if dataloader_idx or self._refused:
+            return False
+        if not self._session.captured:
+            return batch_idx == 0
+        return batch_idx == self._session.taken and self._session.wants_more
+
+    # --- the first one ------------------------------------------------------------------------------------------------
+
+    def _take_first(
+        self, pl_module: LightningModule, batch: Any, seen: Call | None, called: Any, *, early: bool
+    ) -> None:
+        try:
+            call = self._arguments(pl_module, batch, seen, called)
+            taken_apart(selected(pl_module, self._select).forward, *call)
+        except BadRequest as error:
+            if early:  # the sanity check: nothing is lost yet
+                raise
+            self._refused = True
+            rank_zero_warn(f"{error}. Nothing is exported.")
+            return
+        try:
+            self._session.take(pl_module, *call)
+        except BaseException:
+            self._refused = True
+            raise
+
+    def _arguments(self, pl_module: LightningModule, batch: Any, seen: Call | None, called: Any) -> Call:
+        """From `inputs`, else as seen, else from `example_input_array`."""
+        if self._given is not None:
+            return as_call(self._given(batch))
+        if seen is not None:
+            return seen
+        if self._select is None and example(pl_module) is not None:
+            return as_call(example(pl_module))
+        what = "forward" if self._select is None else f"forward of module={self._select!r}"
+        names = ", ".join(map(repr, called[:5]))
+        part = "module=<the part that is called>" + (f" (called were {names})" if names else "")
+        raise BadRequest(
+            f"ExportCallback does not know what to feed: {what} was not called on the first validation batch; call it "
+            f"in validation_step, set example_input_array on the module, give {part}, or give "
+            "inputs=<a function of the batch>"
+        )

@@ -1,0 +1,106 @@
+"""What a trainer of Lightning tells: which callbacks it has, whether it validates, where exports of its run belong.
+
+`lightning.pytorch` and `pytorch_lightning` have the same classes, but they are different ones; hence the names.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+
+from lightning_export.best import Best, bases, checkpointer
+from polyexport.report.folders import EXPORTS
+from polyexport.report.outcome import Checkpoint
+
+
+def callbacks(trainer: Trainer) -> list[Any]:
+    """The callbacks of a trainer, in its order."""
+    return list(trainer.callbacks)  # type: ignore[attr-defined]  # set by a connector
+
+
+def checkpoint(trainer: Trainer, best: Best | None = None) -> Checkpoint:
+    """What the report says of the best checkpoint, which is written now; without one, of the weights as they are."""
+    at = Checkpoint("", epoch=trainer.current_epoch, global_step=trainer.global_step)
+    if best is None:
+        return at
+    score = None if best.monitor is None or best.score is None else float(best.score)
+    return replace(at, path=best.path, monitor=best.monitor, score=score)
+
+
+def say(trainer: Trainer, line: str) -> None:
+    """Print a line above the progress bar, which only the training thread may do."""
+    bar: Any = trainer.progress_bar_callback
+    # a bar that is switched off, as by refresh_rate=0, would swallow the line
+    tell = bar.print if bar is not None and getattr(bar, "is_enabled", True) else print
+    tell(line)
+
+
+def shards(trainer: Trainer) -> bool:
+    """Whether each rank holds a part of the weights only; the names of a user's strategy's classes count too."""
+    return not bases(trainer.strategy).isdisjoint({"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"})
+
+
+def example(pl_module: LightningModule) -> Any:
+    """What the module has as `example_input_array`; None where it has none."""
+    return getattr(pl_module, "example_input_array", None)
+
+
+def validates(trainer: Trainer, pl_module: LightningModule) -> bool:
+    """Whether fit will run a validation loop, as far as that can be told before the loaders exist."""
+    has_data = trainer.fit_loop.epoch_loop.val_loop._data_source.is_defined()
+    return bool(overrides(pl_module, "validation_step") and has_data and trainer.limit_val_batches)
+
+
+def overrides(pl_module: LightningModule, method: str) -> bool:
+    """Whether a module has a method of its own; Lightning's own `is_overridden` takes modules of one namespace only."""
+    base = next(each for each in type(pl_module).__mro__ if each.__name__ == "LightningModule")
+    return getattr(type(pl_module), method) is not getattr(base, method)
+
+
+def exports_folder(trainer: Trainer, into: str | Path | None, monitor: str | None, index: int) -> Path:
+    """Where the exports of the callback number `index` of its kind lie.
+
+    Nothing here may broadcast, since only rank zero asks.
+    """
+    if into is not None and "://" not in str(into):
+        return Path(into).absolute()
+    name = f"{EXPORTS}-{index + 1}" if index else EXPORTS  # a second callback's exports have the same names
+    directory = getattr(checkpointer(callbacks(trainer), monitor), "dirpath", None)
+    if directory and "://" not in str(directory):
+        run = Path(directory)
+        return (run.parent if run.name == "checkpoints" else run).absolute() / name
+    logger = trainer.logger
+    if logger is not None and logger.save_dir:
+        version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+        return Path(logger.save_dir, str(logger.name), version, name).absolute()
+    return Path(trainer.default_root_dir, name).absolute()
+
+
+# --- what a module has of its trainer ---------------------------------------------------------------------------------
+
+KEPT_BY_LIGHTNING = frozenset(vars(LightningModule()))
+"""What Lightning itself keeps on a module, some of it another thing in each hook."""
+
+_OF_THE_TRAINER = (
+    "current_epoch", "global_step", "max_epochs", "max_steps", "precision", "fast_dev_run", "barebones", "testing",
+    "predicting", "num_devices", "num_nodes", "world_size", "global_rank", "local_rank", "node_rank", "is_global_zero",
+)  # fmt: skip  # one word a line would be longer than what reads it
+"""What `self.trainer` still knows in a worker. Nothing that broadcasts, since one rank alone asks."""
+
+
+def attached(root: Any) -> dict[str, Any]:
+    """For a forward that asks `self.trainer` or calls `self.log`: a trainer as it was in validation, and a deaf log."""
+    trainer = getattr(root, "_trainer", None)
+    if trainer is None:
+        return {}
+    known = {name: getattr(trainer, name) for name in _OF_THE_TRAINER}
+    validating = {"training": False, "sanity_checking": False, "validating": True, "evaluating": True}
+    return {"_trainer": SimpleNamespace(**known, **validating), "log": _log, "log_dict": _log}
+
+
+def _log(*args: Any, **kwargs: Any) -> None:
+    """Take the place of `self.log`, which asks the trainer for more than there is."""

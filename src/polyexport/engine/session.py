@@ -1,0 +1,452 @@
+"""What a training run asks of the engine: take the inputs once, offer each new best checkpoint, finish, close.
+
+Whoever trains (Lightning, Fabric, a loop of one's own) tells a `Session` three things: what forward receives, where
+each new best checkpoint lies, and when training is over. Nothing here imports a trainer.
+
+Requirements:
+* `take` and `offer` leave the module and the random state as they are, and cost training next to nothing.
+* At most two checkpoints are kept at any time: the one that is exported, and the newest that waits.
+* What goes wrong with one export is told by `warn`, and the others go on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from polyexport.capture import answer as answers
+from polyexport.capture.changes import beside_weights, retake
+from polyexport.capture.snapshot import UNAVAILABLE, WEIGHTS, Select, save_call, save_module
+from polyexport.capture.weights import hold, save_lacking
+from polyexport.engine import plan
+from polyexport.engine.engine import Engine, Request, check_limits, interruption
+from polyexport.errors import BadRequest, ToolMissing
+from polyexport.format import Format, Runner
+from polyexport.measure.dynamic_axes import Dynamic
+from polyexport.publish import Sink
+from polyexport.report.folders import BEST, CAPTURE, discard, link, locked, unfinished
+from polyexport.report.outcome import Checkpoint, State
+from polyexport.report.report import Report
+from polyexport.workers.toolchain import Busy
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_LOOK_SECONDS = 0.01
+_PATIENCE_SECONDS = 60.0  # how long training waits for another process that installs what this one needs
+_CHEAP_SECONDS = 0.05
+"""The processor time that the structure may take to be taken anew at each best."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What a training run wants exported, and how.
+
+    Attributes:
+        formats: What to make of each checkpoint.
+        select: What of the module: a dotted attribute, a function of it, or None for itself.
+        dynamic: Which input axes may differ from call to call; see `polyexport.export`.
+        calibration_batches: How many batches int8 formats take their number ranges from.
+        keep: How many exports stay on disk; None for all.
+        bench: Whether to time the artifacts at the end: those of the newest export, or of `"all"`.
+        timeout: Seconds that one conversion or verification may take.
+        workers: How many jobs run side by side; by default half the cores, at least two.
+        executor: Has the jobs done on other machines; see `Engine`.
+        staging: Through which URL their files travel; see `Engine`.
+
+    Raises:
+        BadRequest: a value is impossible.
+    """
+
+    formats: tuple[Format, ...]
+    select: Select = None
+    dynamic: Dynamic = True
+    calibration_batches: int = 8
+    keep: int | None = None
+    bench: bool | Literal["all"] = True
+    timeout: float = 600.0
+    workers: int | None = None
+    executor: Any = None
+    staging: str | None = None
+
+    def __post_init__(self) -> None:
+        plan.steps(self.formats)
+        check_limits(self.workers, self.timeout, self.executor, self.staging)
+        if self.calibration_batches < 1:
+            raise BadRequest(f"calibration_batches={self.calibration_batches}; give 1 or more")
+        if self.keep is not None and self.keep < 1:
+            raise BadRequest(f"keep={self.keep}; the newest export always stays, so give 1 or more, or None for all")
+        if self.bench not in (True, False, "all"):
+            raise BadRequest(f"bench={self.bench!r}; known: True, False, 'all'")
+
+    @property
+    def batches(self) -> int:
+        """How many batches to take: two where nothing is calibrated, since an artifact has to answer the second too."""
+        calibrated = any(each.calibrated for each in plan.steps(self.formats).values())
+        return max(2, self.calibration_batches) if calibrated else 2
+
+
+class Session:
+    """The exports of one training run.
+
+    Args:
+        options: What to export, and how.
+        folder: Where exports lie; a function of nothing where that is not known yet. It is asked by `clear`, and once
+            more when the first inputs come.
+        reports: Takes the finished exports, the oldest first.
+        folders: Where a run that this one resumes has put its exports; takes this one's.
+        sharded: Whether this process holds only a part of the weights.
+        attributes: Gives what is set on a copy of the module in place of what does not survive pickling.
+        ignored: Names of attributes of the module that the trainer changes, as it pleases.
+        say: Takes a line for the user.
+        warn: Takes a line about something that went wrong.
+
+    Attributes:
+        told: One line about each format as it comes to its end, to be taken by whoever shows them.
+        taken: Of how many batches the inputs were taken.
+        reports: The exports that `finish` has found finished, the oldest first.
+        closed: Whether it is over.
+    """
+
+    def __init__(
+        self,
+        options: Options,
+        folder: str | Path | Callable[[], Path],
+        *,
+        reports: list[Report] | None = None,
+        folders: list[Path] | None = None,
+        sharded: bool = False,
+        attributes: Callable[[Any], Mapping[str, Any]] = lambda root: {},
+        ignored: Collection[str] = (),
+        say: Callable[[str], None] = print,
+        warn: Callable[[str], object] = warnings.warn,
+    ) -> None:
+        self.options = options
+        self.told: deque[str] = deque()
+        self.taken = 0
+        self._folder = folder
+        self.reports = [] if reports is None else reports
+        self._folders = [] if folders is None else folders
+        self._sharded = sharded
+        self._attributes = attributes
+        self._ignored = ignored
+        self._say, self._warn = say, warn
+        self._engine = Engine(
+            workers=options.workers,
+            timeout=options.timeout,
+            background=True,
+            executor=options.executor,
+            staging=options.staging,
+            tell=self.told.append,
+        )
+        self._captured: Path | None = None
+        self._exports: dict[Future[Report], str] = {}  # and the names of what they export
+        self._notes: tuple[str, ...] = ()
+        self._answer: answers.Answer | None = None
+        self._beside = 0
+        self._retakes = True
+        self._lacks: int | None = None
+        self._interrupted = ""
+        self.closed = False
+
+    # --- before training ----------------------------------------------------------------------------------------------
+
+    def install(self, *, wait: bool = True) -> None:
+        """Make the toolchains that are missing, and say what will be skipped; without `wait` they come when needed."""
+        if self.options.executor is not None:
+            return  # toolchains are made where the jobs land
+        for each in self.options.formats:
+            if why := each.lacks():
+                self._warn(f"{each.name} will be skipped: {why}")
+        chains = {chain for chains in plan.toolchains(self.options.formats).values() for chain in chains}
+        for chain in sorted((each for each in chains if not each.ready), key=lambda each: each.name):
+            if not wait:
+                self._say(f"toolchain {chain.name} is installed when it is needed")
+                continue
+            try:
+                chain.interpreter(self._say, patience=_PATIENCE_SECONDS)
+            except Busy as error:
+                self._say(f"{error}; training goes on, and what needs it waits")
+            except ToolMissing as error:
+                self._warn(f"what needs {chain.name} will be skipped: {error}")
+        self._engine.warm(self.options.formats)
+
+    def clear(self) -> None:
+        """Remove what killed runs left where exports will lie, but for one that can be resumed, which is told."""
+        if (left := self._engine.leftover(self._place())) is not None:
+            self._say(interruption(left))
+
+    def _place(self) -> Path:
+        return self._folder() if callable(self._folder) else Path(self._folder).absolute()
+
+    # --- what forward takes -------------------------------------------------------------------------------------------
+
+    @property
+    def captured(self) -> bool:
+        """Whether the first inputs are taken, so that checkpoints can be offered."""
+        return self._captured is not None
+
+    @property
+    def wants_more(self) -> bool:
+        """Whether the inputs of a further batch are of use."""
+        return self.taken < self.options.batches
+
+    def take(self, root: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Take what forward received; with the first batch also the structure of `root`.
+
+        Raises:
+            BadRequest: what is to be exported of `root` does not exist.
+            OSError: the folder cannot be written.
+        """
+        if self._captured is not None:
+            save_call(args, kwargs, self._captured, self.taken)
+            self.taken += 1
+            return
+        parent = self._place()
+        parent.mkdir(parents=True, exist_ok=True)
+        folder = locked(parent, CAPTURE)
+        try:
+            save_call(args, kwargs, folder)
+            attributes, select = self._attributes(root), self.options.select
+            with _random_state_stays():
+                note = save_module(root, select, args, kwargs, folder, attributes, sharded=self._sharded)
+        except BaseException:
+            discard(folder)
+            raise
+        self._captured, self.taken = folder, 1
+        self._folders[:] = [*(each for each in self._folders if each != parent), parent]
+        self._beside = beside_weights(root, self._ignored)
+        if note:
+            self.note(note)
+
+    def skip(self) -> None:
+        """A batch went by whose inputs cannot be taken."""
+        self.taken += 1
+
+    def record(self, answer: answers.Answer | None) -> None:
+        """What forward answered here and now, for workers to compare with what they rebuild; None where unknown."""
+        self._answer = answer
+
+    def note(self, note: str) -> None:
+        """Tell it now, and in each report from now on."""
+        self._notes += (note,)
+        self._warn(note)
+
+    # --- a new best ---------------------------------------------------------------------------------------------------
+
+    def is_free(self) -> bool:
+        """Whether a further checkpoint can be taken at once; an export that waits gives way to it meanwhile."""
+        return self._engine.supersede()
+
+    def offer(self, root: nn.Module, path: str | Path, name: str, checkpoint: Checkpoint) -> None:
+        """Export a checkpoint, in the background; one that still waits is superseded.
+
+        Args:
+            root: The module that trains.
+            path: The checkpoint, as PyTorch or Lightning writes it: a file, a folder of shards, or an fsspec URL. The
+                weights are held by a hard link, so it may be removed as soon as this returns.
+            name: What its export is called.
+            checkpoint: What the report says of it.
+
+        Raises:
+            OSError: the folder cannot be written, or the checkpoint is gone.
+        """
+        while not self.is_free():
+            time.sleep(_LOOK_SECONDS)
+        work = self._work(root)
+        try:
+            held = hold(str(path), work / "source")
+        except BaseException:
+            discard(work)
+            raise
+        try:
+            self._keep_lacking(root, str(path), work / "source")
+        except Exception as error:  # the checkpoint may be of any kind; what it lacks, the worker will tell
+            self._warn(f"what the checkpoint lacks is not known: {type(error).__name__}: {error}")
+        self._submit(work, f"{BEST}.ckpt" if name == BEST else name, checkpoint, held)  # `best` is the newest's
+
+    def offer_weights(self, root: nn.Module, checkpoint: Checkpoint) -> None:
+        """Export the weights as they are now, where no checkpoint was written; `checkpoint` tells epoch and step."""
+        import torch
+
+        name = f"epoch={checkpoint.epoch}-step={checkpoint.global_step}"
+        work = self._work(root)
+        if self._sharded:
+            reason = "no checkpoint was written, and this strategy shards the weights; add a ModelCheckpoint"
+            (work / "source" / UNAVAILABLE).write_text(reason, encoding="utf-8")
+        else:
+            torch.save(root.state_dict(), work / "source" / WEIGHTS)
+        self._notes += ("there was no best checkpoint on disk: these are the weights when fit ended",)
+        self._submit(work, name, replace(checkpoint, path=f"{name} (weights when fit ended)"), None)
+
+    def _keep_lacking(self, root: nn.Module, checkpoint: str, source: Path) -> None:
+        """Take from the module what its checkpoints leave out, frozen weights say; the first one tells for all."""
+        if self._lacks == 0 or self._captured is None or self._sharded:
+            return
+        lacking = save_lacking(root, checkpoint, self._captured, source)
+        if lacking and self._lacks is None:
+            why = f"the checkpoint has no {', '.join(lacking[:3])} ({len(lacking)} weights in all)"
+            self._notes += (f"{why}: they are those of the module that trained",)
+        self._lacks = len(lacking)
+
+    def _work(self, root: nn.Module) -> Path:
+        """A folder for one export, with what is known of the module."""
+        if self._captured is None:
+            raise BadRequest("a checkpoint is offered before its inputs were taken")
+        work = unfinished(self._captured.parent)
+        for file in (each for each in self._captured.iterdir() if not each.name.startswith(".")):  # its lock is its own
+            link(file, work / "source" / file.name)
+        if self._retakes and beside_weights(root, self._ignored) != self._beside:
+            start = time.thread_time()
+            retake(root, self.options.select, work / "source", self._attributes(root))
+            self._retakes = time.thread_time() - start < _CHEAP_SECONDS
+        answers.write(self._answer, work / "source")
+        return work
+
+    def _submit(self, work: Path, name: str, checkpoint: Checkpoint, held: str | None) -> None:
+        options = self.options
+        request = Request(
+            work,
+            name,
+            options.formats,
+            options.dynamic,
+            checkpoint,
+            self._notes,
+            held,
+            keep=options.keep,
+            former=tuple(self._folders),
+        )
+        self._exports[self._engine.submit(request)] = name
+
+    # --- meanwhile ----------------------------------------------------------------------------------------------------
+
+    @property
+    def doing(self) -> Mapping[str, str]:
+        """What is being done right now: format name to a few words."""
+        return self._engine.doing
+
+    @property
+    def pending(self) -> bool:
+        """Whether a checkpoint was offered whose export `finish` has not returned."""
+        return bool(self._exports)
+
+    def hurry(self) -> None:
+        """Training rests: the workers may have the machine."""
+        self._engine.hurry()
+
+    def wait(self) -> None:
+        """Wait until all that was offered is exported, or was superseded."""
+        for future in self._exports:
+            if not future.cancelled():
+                future.exception()
+
+    # --- the end ------------------------------------------------------------------------------------------------------
+
+    def finish(self) -> list[Report]:
+        """Wait for what is under way, showing it, and time the newest export now that the machine is quiet.
+
+        Returns:
+            `reports`.
+        """
+        from polyexport.report import console
+
+        with ThreadPoolExecutor(1) as pool:
+            try:
+                console.wait(pool.submit(self._drain), lambda: self.doing, self.told)
+            except BaseException:
+                self.close()  # ends what the pool would wait for
+                raise
+        return self.reports
+
+    def _drain(self) -> None:
+        self.hurry()
+        reports = self.reports
+        for future, name in self._exports.items():
+            try:
+                reports.append(future.result())
+            except (CancelledError, InterruptedError):
+                continue  # a newer best took its place; what was interrupted is told when the session is closed
+            except Exception as error:  # one export that cannot be written must not hide the others
+                self._warn(f"the export of {name} was lost: {type(error).__name__}: {error}")
+        self._exports.clear()
+        # of several under one name the last has the folder, and an older one would write over its report
+        last = {report.folder: report for report in reports}
+        reports[:] = [each for each in reports if each is last[each.folder]]
+        reports[:] = [each for each in reports[:-1] if each.folder.exists()] + reports[-1:]  # see keep
+        wanted = {True: reports[-1:], False: [], "all": reports}[self.options.bench]
+        # an export that a resumed run found finished may have been timed already
+        reports[:] = [self._timed(each) if each in wanted and each.baseline is None else each for each in reports]
+
+    def _timed(self, report: Report) -> Report:
+        try:
+            return self._engine.bench(report, self.options.formats)
+        except Exception as error:  # another run may have taken its folder away; figures are not worth the report
+            self._warn(f"{report.folder.name} is not timed: {type(error).__name__}: {error}")
+            return report
+
+    def runner(self, report: Report, name: str) -> AbstractContextManager[Runner]:
+        """One artifact of a finished export as a function; see `Engine.runner`."""
+        return self._engine.runner(report, name, self.options.formats)
+
+    def publish(self, report: Report, sinks: Iterable[Sink]) -> None:
+        """Give a report to each sink; one that fails is told, and the others go on."""
+        for sink in sinks:
+            try:
+                sink(report)
+            except Exception as error:  # a sink talks to the world, and the world may fail in any way
+                name = getattr(sink, "__qualname__", type(sink).__name__).split(".")[0]
+                self._warn(f"publishing to {name} failed: {type(error).__name__}: {' '.join(str(error).split())}")
+
+    def close(self) -> str:
+        """Leave nothing running and nothing half-written. Can be called twice.
+
+        Returns:
+            What to tell of an export that this interrupts, which stays to be resumed; empty where there is none.
+        """
+        if not self.closed:
+            self.closed = True
+            left = self._engine.close()
+            self._interrupted = interruption(left) if left is not None else ""
+            if self._captured is not None:
+                discard(self._captured)
+        return self._interrupted
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if why := self.close():
+            self._warn(why)
+
+
+def complaint(reports: Sequence[Report], states: Collection[State]) -> str:
+    """What is wrong where the last export has a format in one of `states`; empty where all is well."""
+    failed = [outcome for report in reports[-1:] for outcome in report.outcomes if outcome.state in states]
+    listed = "; ".join(f"{outcome.format} is {outcome.shown_state}: {outcome.reason}" for outcome in failed)
+    return f"fit finished, but {listed} (see {reports[-1].folder / 'report.md'})" if failed else ""
+
+
+@contextlib.contextmanager
+def _random_state_stays() -> Iterator[None]:
+    """Whatever draws random numbers in here, training draws those that it would have drawn."""
+    import numpy as np
+    import torch
+
+    here, numpys = random.getstate(), np.random.get_state()  # the global one is the user's
+    cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # public, but untyped
+    devices = range(torch.cuda.device_count()) if cuda else ()
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(here)
+        np.random.set_state(numpys)

@@ -1,0 +1,127 @@
+"""What became of each format of an export, and what was exported: the records that a report is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from polyexport.format import Precision
+from polyexport.measure.latency import Latency
+from polyexport.measure.parity import Parity
+from polyexport.spec import TensorSpec
+
+State = Literal["verified", "degraded", "unverified", "mismatch", "failed", "skipped"]
+"""What may be said of a format.
+
+`verified`: loaded from disk in a fresh process and agreed with PyTorch. `degraded`: verified, but something asked for
+was dropped. `unverified`: made, but nothing here can prove it. `mismatch`: runs, disagrees. `failed`: the conversion
+failed, crashed or hung. `skipped`: a tool is missing, or its upstream failed.
+"""
+
+STATES: tuple[State, ...] = get_args(State)
+"""All states, the best one first."""
+
+PUBLISHABLE: tuple[State, ...] = ("verified", "degraded")
+"""The states of an artifact that agreed with PyTorch."""
+
+
+@dataclass(frozen=True, slots=True)
+class Artifact:
+    """What lies in a format's folder. `path` is relative to the report's folder; `sha256` covers names and contents."""
+
+    path: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Toolchain:
+    """Where a format was made: the toolchain's name and the versions of the packages it pins."""
+
+    name: str
+    packages: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of one format.
+
+    `seconds` has `convert`, `verify` and `bench`. `log` and `artifact.path` are relative to the report's folder;
+    `reproduce` is a shell command that runs the deciding step again and prints what it says. `metrics` are what the
+    user's own validation found with the artifact in place of PyTorch, where that was asked for.
+    """
+
+    format: str
+    precision: Precision
+    state: State
+    reason: str = ""
+    route: str | None = None
+    artifact: Artifact | None = None
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    parity: Parity | None = None
+    latency: Latency | None = None
+    toolchain: Toolchain | None = None
+    log: str | None = None
+    reproduce: str | None = None
+    inputs: tuple[TensorSpec, ...] = ()
+    outputs: tuple[TensorSpec, ...] = ()
+    metrics: Mapping[str, float | None] = field(default_factory=dict)
+
+    @property
+    def publishable(self) -> bool:
+        """Whether the artifact agreed with PyTorch."""
+        return self.state in PUBLISHABLE
+
+    @property
+    def shown_state(self) -> str:
+        """The state as every table, page, tag and line shows it: `verified off-device` where a stand-in agreed."""
+        off_device = self.publishable and self.parity is not None and self.parity.off_device
+        return f"{self.state} off-device" if off_device else self.state
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """The weights that were exported. `score` is the value of `monitor`; None where nothing was monitored."""
+
+    path: str
+    sha256: str = ""
+    epoch: int | None = None
+    global_step: int | None = None
+    monitor: str | None = None
+    score: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """The exported module: its class, its parameter count, its signature."""
+
+    class_name: str = field(metadata={"json": "class"})
+    parameters: int
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+NoteKind = Literal["capture", "batch", "route", "latency", "metrics"]
+"""What a note is about.
+
+`capture`: what was exported and how it was asked for. `batch`: the validation batch and PyTorch's own answer. `route`:
+what became of a route that was preferred. `latency`: how the formats were timed. `metrics`: the user's own validation.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """Something that a reader of the report has to know and that belongs to no format's state."""
+
+    kind: NoteKind
+    text: str
+
+    def __str__(self) -> str:
+        """The text."""
+        return self.text
+
+
+def notes(kind: NoteKind, *texts: str) -> tuple[Note, ...]:
+    """Notes of one kind."""
+    return tuple(Note(kind, text) for text in texts)

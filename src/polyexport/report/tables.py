@@ -1,0 +1,112 @@
+"""How figures are written: the columns of every table, numbers in their units, the line about one format."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from polyexport.report import escape
+from polyexport.report.outcome import Outcome
+
+Figure = str | int | float | None
+
+
+def milliseconds(value: float | None) -> str:
+    """Three digits, without the unit."""
+    return "" if value is None else f"{value:.3g}" if value < 100 else f"{value:.0f}"
+
+
+def error(value: float | None) -> str:
+    """Two digits and the power of ten, which is what counts; `0` for bit-equal."""
+    return "" if value is None else f"{value:.1e}" if value else "0"
+
+
+def size(count: int | None) -> str:
+    """Bytes in the unit that a reader expects: `1.6 MB` (powers of 1000)."""
+    if count is None:
+        return ""
+    for unit, step in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= step:
+            return f"{count / step:.3g} {unit}"
+    return f"{count} B"
+
+
+def sentence(outcome: Outcome) -> str:
+    """One line about a format that has come to its end: `onnx (dynamo): verified in 4.1 s, 93.2 kB`."""
+    route = f" ({outcome.route})" if outcome.route else ""
+    spent = f" in {sum(outcome.seconds.values()):.1f} s" if outcome.seconds else ""
+    made = f", {size(outcome.artifact.bytes)}" if outcome.artifact and outcome.artifact.bytes else ""
+    because = f": {outcome.reason.splitlines()[0]}" if outcome.reason else ""
+    return escape.printable(f"{outcome.format}{route}: {outcome.shown_state}{spent}{made}{because}")
+
+
+def figures(outcome: Outcome) -> dict[str, Figure]:
+    """The figures of one format, by name; None where one was not measured."""
+    artifact, parity, latency = outcome.artifact, outcome.parity, outcome.latency
+    return {
+        "format": outcome.format,
+        "precision": outcome.precision,
+        "state": outcome.shown_state,
+        "route": outcome.route,
+        "bytes": artifact.bytes if artifact else None,
+        "max_abs_error": parity.max_abs_error if parity else None,
+        "noise_floor": parity.noise_floor if parity else None,
+        "batch": latency.batch if latency else None,
+        "p50_ms": latency.p50_ms if latency else None,
+        "p90_ms": latency.p90_ms if latency else None,
+        "p95_ms": latency.p95_ms if latency else None,
+        "p99_ms": latency.p99_ms if latency else None,
+        "throughput_per_second": latency.throughput_per_second if latency else None,
+        "speedup": latency.speedup if latency else None,
+        "reason": outcome.reason,
+    }
+
+
+COLUMNS: Mapping[str, tuple[str, Callable[[Any], str]]] = {
+    "format": ("format", str),
+    "state": ("state", str),
+    "route": ("route", lambda route: route or ""),
+    "size": ("bytes", size),
+    "max error": ("max_abs_error", error),
+    "noise floor": ("noise_floor", error),
+    "p50 ms": ("p50_ms", milliseconds),
+    "p95 ms": ("p95_ms", milliseconds),
+    "speed-up": ("speedup", lambda factor: f"{factor:.2f}×" if factor else ""),
+    "reason": ("reason", str),
+}
+"""The columns of the terminal's table, `report.md`'s and the page's: which figure, and how it is written."""
+
+
+def _number(figure: str) -> Callable[[Outcome], Any]:
+    return lambda outcome: figures(outcome)[figure]
+
+
+NUMBERS: Mapping[str, Callable[[Outcome], float | None]] = {
+    column: _number(figure)
+    for column, (figure, _) in COLUMNS.items()
+    if column not in ("format", "state", "route", "reason")
+}
+"""The figures behind the columns that hold numbers."""
+
+
+def written(row: Mapping[str, Figure]) -> dict[str, str]:
+    """A row of figures as it is written in a table."""
+    return {name: escape.printable(write(row[figure])) for name, (figure, write) in COLUMNS.items()}
+
+
+def metric(value: float | None, beside: float | None = None) -> str:
+    """A value of the user's own metric, and its difference from `beside`; empty where it is no finite number."""
+    if value is None or not math.isfinite(value):
+        return ""
+    if beside is None or not math.isfinite(beside):
+        return f"{value:.6g}"
+    return f"{value:.6g} ({value - beside:+.1e})"
+
+
+def markdown(table: Sequence[Mapping[str, str]]) -> Iterator[str]:
+    """The lines of a Markdown table; the keys of the first row are its header."""
+    yield "| " + " | ".join(map(escape.markdown, table[0])) + " |"
+    yield "|" + "---|" * len(table[0])
+    for row in table:
+        yield "| " + " | ".join(map(escape.markdown, row.values())) + " |"
