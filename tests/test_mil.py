@@ -394,6 +394,24 @@ def test_a_function_evaluates_to_what_pytorch_computes(name, tmp_path):
     proven(*FUNCTIONS[name], tmp_path)
 
 
+def bicubic(x):
+    grid = functional.affine_grid(
+        x.new_tensor([[[0.9, 0.2, 0.1], [-0.1, 0.8, 0.3]]]), (1, 2, 5, 4), align_corners=False
+    )
+    grid = grid.expand(x.shape[0], -1, -1, -1)
+    return functional.grid_sample(x, grid, mode="bicubic", padding_mode="border", align_corners=False)
+
+
+def test_a_grid_is_sampled_bicubically_by_what_core_ml_has(tmp_path):
+    proven(bicubic, (3, 2, 6, 7), tmp_path, convert=coreml.convert_program)
+
+
+def test_an_operator_that_cannot_be_translated_is_named_with_its_mode(tmp_path):
+    mode = r"grid_sampler\(interpolation_mode=2, padding_mode=1, align_corners=False\): KeyError"
+    with pytest.raises(RuntimeError, match=mode):
+        proven(bicubic, (3, 2, 6, 7), tmp_path)
+
+
 # --- where Core ML's own semantics are not PyTorch's ------------------------------------------------------------------
 
 ROW = torch.tensor([[1.0, 2.0, 3.0]])

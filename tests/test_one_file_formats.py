@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from torch.nn import functional
@@ -95,6 +96,13 @@ def test_what_mnn_lacks_is_written_out_and_computes_the_same() -> None:
 )
 def test_why_mnns_converter_wrote_nothing_is_read_from_what_it_prints(code: int, printed: str, why: str) -> None:
     assert mnn._why(subprocess.CompletedProcess([], code, printed, "")) == why
+
+
+@pytest.mark.parametrize(("mode", "lacking"), [("cubic", ["GridSample with mode=cubic"]), ("nearest", [])])
+def test_a_mode_that_mnn_takes_for_another_is_named(mode: str, lacking: list[str]) -> None:
+    node = onnx.helper.make_node("GridSample", ["x", "grid"], ["y"], mode=mode, padding_mode="border")
+    model = onnx.helper.make_model(onnx.helper.make_graph([node, node], "grid", [], []))
+    assert mnn.lacking_modes(model) == lacking
 
 
 def test_mnn_answers_a_convolution_over_one_axis_with_three_axes(tmp_path: Path) -> None:

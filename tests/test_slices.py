@@ -13,7 +13,7 @@ from polyexport import Tolerance
 from polyexport.capture.flatten import as_runner, flat, to_arrays
 from polyexport.capture.snapshot import as_call
 from polyexport.measure.noise import rounding
-from polyexport.measure.parity import Parity, compare
+from polyexport.measure.parity import TIES, Parity, compare
 
 PRECISIONS = ("float32", "float16", "bfloat16", "int8")
 
@@ -211,3 +211,6 @@ def test_a_tie_is_what_rounding_alone_decides():
     noise, _ = rounding(wrapped, inputs, outputs)
     assert noise["output_0"][:40].any()
     assert not noise["output_0"][40:].any()
+    ties = noise[f"output_0{TIES}"]
+    assert np.isfinite(ties[:40]).all()
+    assert np.isinf(ties[40:]).all()

@@ -17,10 +17,12 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies.strategy import _ForwardRedirection
 from torch import nn
 
 import runs
 from lightning_export import ExportCallback
+from lightning_export.answers import Recorder
 from lightning_export.capture import Spy
 from planted import GOOD
 
@@ -247,3 +249,46 @@ def test_fit_goes_on_whatever_forward_is_given(tmp_path, monkeypatch, name):
     assert float(model.clock) == 4
     states = {report["good"].state for report in callback.reports}
     assert states == ({"verified"} if name in list(ARGUMENTS)[:3] else states)
+
+
+# --- what forward answered --------------------------------------------------------------------------------------------
+
+
+class Wrapper(nn.Module):
+    """As DDP wraps a module."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args):
+        return self.module(*args)
+
+
+class CallsItsHead(runs.Scripted):
+    """Validates without a call of its own forward."""
+
+    def validation_step(self, batch, batch_idx):
+        return self.head(batch[0])
+
+
+@pytest.mark.parametrize(("kind", "recorded"), [(runs.Scripted, True), (CallsItsHead, False)])
+def test_within_a_strategys_wrapper_the_answer_is_that_of_forward(kind, recorded):
+    net, x = kind().eval(), torch.randn(4, runs.FEATURES)
+    recorder = Recorder(net, net)
+    _ForwardRedirection()(Wrapper(net), net, "validation_step", (x, None), 0)
+    recorder.remove()
+    assert (recorder.answer is not None) == recorded
+    if recorder.answer is not None:
+        assert torch.equal(recorder.answer.call[0][0], x)
+        assert torch.equal(recorder.answer.outputs[0], net(x))
+
+
+def test_a_compiled_module_is_not_compared_and_the_report_says_so(tmp_path):
+    net = runs.Scripted()
+    net.compile(backend="eager")
+    callback = ExportCallback([GOOD], into=tmp_path / "out", publish=(), bench=False)
+    checkpoint = ModelCheckpoint(dirpath=tmp_path / "checkpoints")
+    runs.trainer(tmp_path, [checkpoint, callback], max_epochs=1).fit(net, runs.loader(), runs.loader())
+    told = "not compared with the training process's own answer, since forward is compiled"
+    assert any(note.startswith(told) for note in callback.reports[0].notes)

@@ -15,9 +15,12 @@ from polyexport import worker
 from polyexport.capture import snapshot as module
 from polyexport.capture.answer import ANSWER, ask
 from polyexport.engine import routes
+from polyexport.format import Tolerance
 from polyexport.measure import reference
 from polyexport.measure.other_values import changed, jittered
+from polyexport.measure.parity import compare
 from polyexport.measure.reference import Reference
+from polyexport.spec import read_arrays
 from polyexport.workers.job import Convert, Verify, proofs
 
 X = torch.randn(6, 5, generator=torch.Generator().manual_seed(3))
@@ -45,11 +48,16 @@ def prepared(folder: Path, net: nn.Module, *calls, dynamic=True, trained: nn.Mod
     return reference.make(folder, saved(folder, net, *calls, trained=trained), dynamic)
 
 
-def traced(folder: Path, found: Reference) -> tuple[dict, tuple[str, ...]]:
+TRACED = "source/made/torchscript/model.torchscript"
+
+
+def traced(folder: Path, found: Reference, *, route: str = "trace") -> tuple[dict, tuple[str, ...]]:
     """What the verification of its TorchScript trace says, and the sites that the trace froze."""
-    name, target = "torchscript", "source/made/torchscript/model.torchscript"
-    job = Convert(format=name, spec=found.spec, route="trace", target=target)
-    judge = Verify(format=name, source=target, spec=found.spec, batches=found.batches, noise=found.noise)
+    return converted(folder, found, Convert(format="torchscript", spec=found.spec, route=route, target=TRACED))
+
+
+def converted(folder: Path, found: Reference, job: Convert) -> tuple[dict, tuple[str, ...]]:
+    judge = Verify(format=job.format, source=job.target, spec=found.spec, batches=found.batches, noise=found.noise)
     with warnings.catch_warnings(action="ignore"):
         made = worker.convert(folder, job)
     return worker.verify(folder, judge), tuple(made["frozen"])
@@ -77,6 +85,56 @@ BRANCHES = {
     "the sign of a sum": lambda x: x[0].sum() * float(X[0].sum()) < 0,
     "one element": lambda x: abs(float(x[0, 0])) > 100,
 }
+
+
+class Halves(nn.Module):
+    """Halves the greatest number as often as it takes: a loop and a branch, in a part of its own."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        while x.abs().max() > 8:
+            x = x / 2
+        if x.sum() < 0:
+            x = -x
+        return x
+
+
+class Quiet(nn.Module):
+    """What it answers, and how it calls the part, no script could take."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.quiet, self.head = Halves(), nn.Linear(5, 3)
+
+    def forward(self, x: torch.Tensor, **kwargs: object) -> dict[str, object]:
+        return {"y": self.head(self.quiet(x)), "about": object()}
+
+
+@pytest.mark.parametrize("net", [Quiet(), nn.Sequential(Halves())], ids=["a part", "an unnamed part"])
+def test_both_sides_of_a_branch_are_kept_where_the_part_with_it_can_be_scripted(tmp_path, net):
+    found = prepared(tmp_path, net, X)
+    one, _ = traced(tmp_path, found)
+    assert one["elsewhere"] or not one["parity"].passed, "a trace keeps one side"
+    answer, frozen = traced(tmp_path, found, route="script")
+    assert (answer["parity"].passed, answer["elsewhere"], frozen) == (True, "", ())
+    made = "source/made/onnx/model.onnx"
+    job = Convert(format="onnx", spec=found.spec, route="script", source=TRACED, target=made)
+    answer, frozen = converted(tmp_path, found, job)
+    assert (answer["parity"].passed, answer["elsewhere"], frozen) == (True, "", ())
+
+
+@pytest.mark.parametrize(
+    ("net", "why"),
+    [
+        (nn.Linear(5, 3), "forward decides nothing by its data"),
+        (Branch(lambda x: x.abs().max() > 8), "torch.jit.script refuses Branch: "),
+    ],
+)
+def test_what_a_script_cannot_keep_is_said_in_a_line(tmp_path, net, why):
+    found = prepared(tmp_path, net, X)
+    with pytest.raises(RuntimeError) as raised:
+        traced(tmp_path, found, route="script")
+    assert str(raised.value).startswith(why)
+    assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("name", BRANCHES)
@@ -240,6 +298,92 @@ def test_fixed_sizes_are_proven_on_other_values_of_those_sizes(tmp_path):
     assert {tuple(each.sizes.values()) for each in fixed} == {(12, 30, 4)}
     assert [each.label for each in fixed][1:] == ["rows mixed and negated"]
     assert all(each.real for each in proofs(found.batches, dynamic=True, made_up=False)), "of low precision"
+
+
+# --- what is no tensor ------------------------------------------------------------------------------------------------
+
+
+class Mixed(nn.Module):
+    """Reads a switch and the first entry of an array, and nothing of its remarks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x: torch.Tensor, scale: object, remarks: object) -> torch.Tensor:
+        return self.head(x) * (scale[0] if isinstance(scale, np.ndarray) else float(scale))
+
+
+def test_an_array_that_forward_reads_is_told_of_and_one_that_it_does_not_read_is_none(tmp_path):
+    found = prepared(tmp_path, Mixed(), (X, np.array([2.0, 3.0]), np.zeros(6)))
+    told = [note for note in found.notes if "numpy array" in note]
+    assert len(told) == 1
+    assert told[0].startswith("forward reads scale, a numpy array, whose numbers are constants in every artifact; give")
+    assert found.narrow == ""
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "why"),
+    [
+        (2, 3, "right for scale=2 only: forward reads it, it is no tensor, and it is 3 in batch 2"),
+        (np.array([2.0]), np.array([3.0]), "right for scale=array([2.]) only: forward reads it, it is no tensor, and"),
+        (True, False, "right for scale=True only: "),
+        ("2", "none", "right for scale='2' only: "),
+        (2, 2, ""),
+        (np.array([2.0, 1.0]), np.array([2.0, 5.0]), ""),
+    ],
+    ids=str,
+)
+def test_a_constant_that_differs_between_batches_makes_artifacts_right_for_one_of_them(tmp_path, first, second, why):
+    found = prepared(tmp_path, Mixed(), (X, first, ["a", 1]), (X, second, ["b", 2]))
+    assert found.narrow.startswith(why)
+    assert routes.narrow("", (), found) == found.narrow
+
+
+class Learns(nn.Module):
+    """Answers with a loss where it is given labels, as models of transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        logits = self.head(x)
+        return {"logits": logits} | ({} if labels is None else {"loss": nn.functional.cross_entropy(logits, labels)})
+
+
+@pytest.mark.parametrize(("call", "told"), [({"x": X, "labels": torch.arange(6) % 3}, True), ({"x": X}, False)])
+def test_targets_and_losses_are_told_of_with_what_leaves_them_out(tmp_path, call, told):
+    found = prepared(tmp_path, Learns(), call)
+    notes = [note for note in found.notes if note.startswith("forward takes labels and returns loss, as in training")]
+    assert [("inputs=<a function of the batch>" in note) for note in notes] == [True] * told
+    assert not any("as in training" in note for note in found.notes) or told
+
+
+# --- what numpy lacks -------------------------------------------------------------------------------------------------
+
+
+class Narrow(nn.Module):
+    """Answers in bfloat16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(x).to(torch.bfloat16)
+
+
+def test_an_output_in_bfloat16_is_float32_in_artifacts_and_judged_as_such(tmp_path):
+    found = prepared(tmp_path, Narrow(), X)
+    assert "output output_0 is float32 in artifacts: numpy lacks the dtype it has in PyTorch" in found.notes
+    assert found.spec.outputs[0].dtype == "float32"
+    answer, _ = traced(tmp_path, found)
+    assert (answer["parity"].passed, answer["elsewhere"]) == (True, "")
+    batch, noise = (read_arrays(tmp_path / path) for path in (found.batches[0].path, found.noise))
+    reference, limits = {"output_0": batch["output_0"]}, Tolerance.for_precision("float32")
+    assert compare({"output_0": reference["output_0"] * np.float32(1 - 2**-8)}, reference, limits, noise).passed
+    assert not compare({"output_0": reference["output_0"] * np.float32(0.8)}, reference, limits, noise).passed
 
 
 # --- what was trained -------------------------------------------------------------------------------------------------

@@ -11,10 +11,10 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_export.answers import Recorder
+from lightning_export.answers import Recorder, why_unrecorded
 from lightning_export.best import bases
 from lightning_export.capture import Called, Spy, is_compiled
-from lightning_export.trainer import example, validates
+from lightning_export.trainer import example, shards, validates
 from lightning_export.watch import Call
 from polyexport import BadRequest
 from polyexport.capture.flatten import taken_apart
@@ -90,13 +90,13 @@ class Inputs:
     # --- which ones ---------------------------------------------------------------------------------------------------
 
     def _records(self, trainer: Trainer, pl_module: LightningModule, batch_idx: int, dataloader_idx: int) -> bool:
-        """Whether forward's answer to this batch is recorded: the first of each validation but the sanity check.
-
-        Not of a module that a strategy wraps, whose hooks see other calls, nor of compiled code, which has none.
-        """
-        first = not self._refused and batch_idx == dataloader_idx == 0 and not trainer.sanity_checking
-        alone = trainer.world_size == 1 and trainer.strategy.model is pl_module
-        return first and alone and not is_compiled(selected(pl_module, self._select), pl_module)
+        """Whether forward's answer to this batch is recorded: the first of each validation but the sanity check."""
+        if self._refused or batch_idx or dataloader_idx or trainer.sanity_checking:
+            return False
+        compiled = is_compiled(selected(pl_module, self._select), pl_module)
+        if why := why_unrecorded(sharded=shards(trainer), compiled=compiled):
+            self._session.note(why, quiet=True)
+        return not why
 
     def _takes(self, batch_idx: int, dataloader_idx: int) -> bool:
         """Whether this batch is one to keep: the first, or the next of those to calibrate with.

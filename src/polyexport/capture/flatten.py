@@ -23,6 +23,7 @@ from polyexport.format import Runner
 from polyexport.spec import Arrays, ExportSpec
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 _NO_AUTOGRAD = ("does not require grad", "saved for backward", "requires_grad=True on inference tensor")
@@ -41,7 +42,8 @@ def flat(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> A
     What is no tensor in the call is a constant, and kept as it is. The wrapper is in eval mode and has `input_names`,
     the `example` that the call holds, and `output_names`, which are known once it ran. Its owner may set the names of
     the outputs that are `kept`, and a context that it runs `within`. One output comes back as a tensor, several as a
-    tuple.
+    tuple. What numpy has no dtype for, as bfloat16, comes back as float32, and the output's name is among the
+    `widened`.
 
     Raises:
         BadRequest: there is no tensor in the call, or it lies in an object that cannot be opened.
@@ -59,6 +61,7 @@ def flat(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> A
             self.output_names: tuple[str, ...] = ()
             self.dropped: tuple[str, ...] = ()
             self.kept: tuple[str, ...] | None = None
+            self.widened: tuple[str, ...] = ()
             self.within: AbstractContextManager[Any] = contextlib.nullcontext()
             tensors = (leaves[index] for index in inputs.values())
             self.example = tuple(tensor.float() if tensor.is_floating_point() else tensor for tensor in tensors)
@@ -79,6 +82,8 @@ def flat(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> A
             if self.kept is not None:
                 outputs = {name: outputs[name] for name in self.kept}
             self.output_names = tuple(outputs)
+            self.widened = tuple(name for name, tensor in outputs.items() if _is_narrow(tensor))
+            outputs = {name: t.float() if name in self.widened else t for name, t in outputs.items()}
             return tuple(outputs.values()) if len(outputs) > 1 else next(iter(outputs.values()))
 
     # tracers read argument names from the signature, and write them into the artifact
@@ -86,6 +91,51 @@ def flat(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> A
     parameters = [inspect.Parameter(name, kind) for name in _argument_identifiers(("self", *inputs))]
     Flat.forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # any function has one
     return Flat().eval()
+
+
+def _is_narrow(tensor: torch.Tensor) -> bool:
+    """Whether it has a floating-point dtype that numpy lacks: bfloat16 and those of one byte."""
+    import torch
+
+    return tensor.is_floating_point() and tensor.dtype not in (torch.float16, torch.float32, torch.float64)
+
+
+def constants(forward: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """What is no tensor in a call of `forward`, by name."""
+    import torch
+
+    leaves, _, names = _named_leaves(forward, args, kwargs)
+    return {name: leaf for name, leaf in zip(names, leaves, strict=True) if not isinstance(leaf, torch.Tensor)}
+
+
+def with_constants(
+    forward: Callable[..., Any], call: tuple[Sequence[Any], Mapping[str, Any]], changed: Mapping[str, Any]
+) -> tuple[Sequence[Any], Mapping[str, Any]]:
+    """The call with other values for some of its `constants`."""
+    from torch.utils import _pytree as pytree
+
+    leaves, tree, names = _named_leaves(forward, *call)
+    values = [changed.get(name, leaf) for name, leaf in zip(names, leaves, strict=True)]
+    found: tuple[Sequence[Any], Mapping[str, Any]] = closed(pytree.tree_unflatten(values, tree))
+    return found
+
+
+def _named_leaves(
+    forward: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[list[Any], Any, list[str]]:
+    """The leaves of a call, the tree that they are of, and a name for each, which only tensors have for themselves."""
+    import torch
+    from torch.utils import _pytree as pytree
+
+    paths, tree = pytree.tree_flatten_with_path(opened((tuple(args), dict(kwargs))))
+    arguments = _argument_names(forward, len(args))
+    taken: dict[str, Any] = {}
+    names = []
+    for path, leaf in paths:
+        names.append(_unique(_identifier("_".join([_first(path, arguments), *map(_key, path[2:])])), taken))
+        if isinstance(leaf, torch.Tensor):
+            taken[names[-1]] = leaf
+    return [leaf for _, leaf in paths], tree, names
 
 
 def taken_apart(
@@ -97,13 +147,10 @@ def taken_apart(
         BadRequest: there is no tensor in the call, or it lies in an object that cannot be opened.
     """
     import torch
-    from torch.utils import _pytree as pytree
 
-    paths, tree = pytree.tree_flatten_with_path(opened((tuple(args), dict(kwargs))))
-    names = _argument_names(forward, len(args))
+    leaves, tree, names = _named_leaves(forward, args, kwargs)
     inputs: dict[str, int] = {}
-    for index, (path, leaf) in enumerate(paths):
-        name = _unique(_identifier("_".join([_first(path, names), *map(_key, path[2:])])), inputs)
+    for index, (name, leaf) in enumerate(zip(names, leaves, strict=True)):
         if isinstance(leaf, torch.Tensor):
             inputs[name] = index
         elif _holds_tensors(leaf):
@@ -115,7 +162,7 @@ def taken_apart(
             )
     if not inputs:
         raise BadRequest("forward received no tensor; give inputs=<a function of the batch> that returns some")
-    return [leaf for _, leaf in paths], tree, inputs
+    return leaves, tree, inputs
 
 
 def _holds_tensors(leaf: Any, depth: int = 4) -> bool:

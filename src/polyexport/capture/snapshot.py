@@ -467,7 +467,12 @@ def save_traced(root: nn.Module, select: Select, args: Sequence[Any], kwargs: Ma
             each.training = training
     names = {id(tensor): unwrap.clean_name(name) for name, tensor in root.state_dict(keep_vars=True).items()}
     weights = {key: names.get(id(tensor), "") for key, tensor in wrapped.state_dict(keep_vars=True).items()}
-    about = {"inputs": wrapped.input_names, "outputs": wrapped.output_names, "weights": weights}
+    about = {
+        "inputs": wrapped.input_names,
+        "outputs": wrapped.output_names,
+        "weights": weights,
+        "widened": wrapped.widened,
+    }
     torch.export.save(program, folder / "structure.pt2", extra_files={"about.json": json.dumps(about)})
 
 
@@ -492,5 +497,6 @@ def _load_traced(path: Path, state: Mapping[str, Any]) -> Any:
     module.load_state_dict({key: state[name] for key, name in about["weights"].items() if name in state}, strict=False)
     module.float().cpu()
     module.input_names, module.output_names, module.dropped = tuple(about["inputs"]), tuple(about["outputs"]), ()
+    module.widened = about["widened"]
     module.example = call_tensors(call_file(path.parent))
     return module

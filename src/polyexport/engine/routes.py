@@ -273,7 +273,7 @@ def narrow(elsewhere: str, frozen: Sequence[str] = (), reference: Reference | No
         return f"right on data like the first batch only: {elsewhere}{since}"
     if one := kept & set(reference.one_side if reference else ()):
         return f"one branch only, since forward decides by its data and every batch took the same ({named(one)})"
-    return ""
+    return reference.narrow if reference else ""
 
 
 def _fixed(spec: ExportSpec) -> str:

@@ -236,10 +236,12 @@ class Session:
         """What forward answered here and now, for workers to compare with what they rebuild; None where unknown."""
         self._answer = answer
 
-    def note(self, note: str) -> None:
-        """Tell it now, and in each report from now on."""
-        self._notes += (note,)
-        self._warn(note)
+    def note(self, note: str, *, quiet: bool = False) -> None:
+        """Tell it in each report from now on, once, and unless `quiet` now."""
+        if note not in self._notes:
+            self._notes += (note,)
+            if not quiet:
+                self._warn(note)
 
     # --- a new best ---------------------------------------------------------------------------------------------------
 
@@ -285,7 +287,7 @@ class Session:
             (work / "source" / UNAVAILABLE).write_text(reason, encoding="utf-8")
         else:
             torch.save(root.state_dict(), work / "source" / WEIGHTS)
-        self._notes += ("there was no best checkpoint on disk: these are the weights when fit ended",)
+        self.note("there was no best checkpoint on disk: these are the weights when fit ended", quiet=True)
         self._submit(work, name, replace(checkpoint, path=f"{name} (weights when fit ended)"), None)
 
     def _keep_lacking(self, root: nn.Module, checkpoint: str, source: Path) -> None:
@@ -295,7 +297,7 @@ class Session:
         lacking = save_lacking(root, checkpoint, self._captured, source)
         if lacking and self._lacks is None:
             why = f"the checkpoint has no {', '.join(lacking[:3])} ({len(lacking)} weights in all)"
-            self._notes += (f"{why}: they are those of the module that trained",)
+            self.note(f"{why}: they are those of the module that trained", quiet=True)
         self._lacks = len(lacking)
 
     def _work(self, root: nn.Module) -> Path:

@@ -68,14 +68,22 @@ def _known_only(program: torch.export.ExportedProgram) -> torch.export.ExportedP
 
     composite_ops.register()
     parts = {**decomposition_table, **torch.export.default_decompositions()}
+    parts[torch.ops.aten.grid_sampler.default] = parts[torch.ops.aten.grid_sampler_2d.default]
     program = program.run_decompositions({})
     for _ in range(4):  # what is taken apart may have parts that are lacking too
         nodes = [node for node in program.graph.nodes if node.op == "call_function"]
-        lacking = {node.target for node in nodes if not is_torch_fx_node_supported(node)}
+        lacking = {node.target for node in nodes if not is_torch_fx_node_supported(node) or _is_bicubic_sampling(node)}
         if not lacking & parts.keys():
             break
         program = program.run_decompositions({op: parts[op] for op in lacking & parts.keys()})
     return program
+
+
+def _is_bicubic_sampling(node: torch.fx.Node) -> bool:
+    """Whether it samples a grid of an image in the one mode that Core ML lacks."""
+    import torch
+
+    return node.target is torch.ops.aten.grid_sampler.default and bool(node.args[2] == 2)
 
 
 def _behind_casts(module: Any, spec: ExportSpec) -> tuple[torch.nn.Module, tuple[torch.Tensor, ...]]:
@@ -133,9 +141,9 @@ def _convert(model: Any, target: Path, spec: ExportSpec, precision: str) -> None
     """Write a package for the oldest systems that have all its ops."""
     import coremltools as ct
 
-    from polyexport.coreml.patches import composite_ops, fourier, high_rank_pass, truth_pass
+    from polyexport.coreml.patches import composite_ops, fourier, high_rank_pass, named_failures, truth_pass
 
-    for patch in (composite_ops, fourier, high_rank_pass, truth_pass):
+    for patch in (composite_ops, fourier, high_rank_pass, truth_pass, named_failures):
         patch.register()
     try:
         package = _translated(model, spec, precision, None)

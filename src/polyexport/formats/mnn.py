@@ -32,11 +32,14 @@ def convert(source: Path, target: Path, spec: ExportSpec) -> None:
     """Translate the ONNX graph.
 
     Raises:
-        RuntimeError: the converter crashed, or wrote nothing; it says so itself only in what it prints.
+        RuntimeError: MNN lacks a mode of an operator; or the converter crashed, or wrote nothing, which it says itself
+            only in what it prints.
     """
     import onnx
 
     model = _written_out(onnx.load(source))
+    if lacking := lacking_modes(model):
+        raise RuntimeError(f"MNN has no {', '.join(lacking)}, and computes another one in its place")
     _keep_three_axes(model)
     prepared = target.with_name("prepared.onnx")
     onnx.save(model, prepared)
@@ -47,6 +50,21 @@ def convert(source: Path, target: Path, spec: ExportSpec) -> None:
     print(done.stdout, done.stderr)
     if not target.exists():
         raise RuntimeError(f"MNN's converter wrote no model: {_why(done)}")
+
+
+_MODES = {("GridSample", "mode"): {b"linear", b"bilinear", b"nearest"}}
+"""The values that MNN knows of an operator's attribute; any other is taken for one of these without a word."""
+
+
+def lacking_modes(model: onnx.ModelProto) -> list[str]:
+    """The operators with a mode that MNN lacks, as `GridSample with mode=cubic`."""
+    found = [
+        f"{node.op_type} with {attribute.name}={attribute.s.decode()}"
+        for node in model.graph.node
+        for attribute in node.attribute
+        if attribute.s not in _MODES.get((node.op_type, attribute.name), {attribute.s})
+    ]
+    return list(dict.fromkeys(found))
 
 
 def _why(done: subprocess.CompletedProcess[str]) -> str:

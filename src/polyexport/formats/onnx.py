@@ -8,11 +8,11 @@ from __future__ import annotations
 import os
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from polyexport.format import MODULE, Format, Route, Runner, Snippet
 from polyexport.lowering.ports import inner, rename_ports
-from polyexport.spec import Arrays, ExportSpec
+from polyexport.spec import Arrays, ExportSpec, example
 from polyexport.tracing.exported_program import load_program
 
 if TYPE_CHECKING:
@@ -75,15 +75,31 @@ def convert_trace(source: Path, target: Path, spec: ExportSpec, *, opset: int = 
     from polyexport.tracing.decompositions import written_out
     from polyexport.tracing.exportable import exportable
 
+    loaded = snapshot.load(source, spec.output_names)
+    with torch.no_grad(), written_out(), exportable(loaded) as model:
+        _translated(model, snapshot.example(source, spec), target, spec, opset)
+
+
+def convert_script(source: Path, target: Path, spec: ExportSpec, *, opset: int = 20) -> None:
+    """Translate the TorchScript file, whose branches become `If` and whose loops `Loop`."""
+    import torch
+
+    inputs = tuple(map(torch.from_numpy, example(spec).values()))
+    with torch.no_grad():
+        _translated(torch.jit.load(str(source)), inputs, target, spec, opset)
+
+
+def _translated(model: Any, inputs: tuple[torch.Tensor, ...], target: Path, spec: ExportSpec, opset: int) -> None:
+    import torch
+
     ports = {"input": spec.inputs, "output": spec.outputs}
     named = {kind: dict(zip(inner(kind, len(tensors)), tensors, strict=True)) for kind, tensors in ports.items()}
     axes = {name: tensor.dynamic for tensors in named.values() for name, tensor in tensors.items() if tensor.dynamic}
-    loaded = snapshot.load(source, spec.output_names)
-    with warnings.catch_warnings(), torch.no_grad(), written_out(), exportable(loaded) as model:
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # it is the fallback, by intent
         torch.onnx.export(
             model,
-            snapshot.example(source, spec),
+            inputs,
             str(target),
             dynamo=False,
             input_names=list(named["input"]),
@@ -160,6 +176,7 @@ FORMAT = Format(
     routes=(
         Route("dynamo", upstream="pt2", toolchain="onnx", convert=convert_program),
         Route("torchscript", upstream=MODULE, toolchain="onnx", convert=convert_trace),
+        Route("script", upstream="torchscript", toolchain="onnx", convert=convert_script),
     ),
     load=load,
     snippets=SNIPPETS,

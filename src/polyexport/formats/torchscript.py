@@ -27,6 +27,21 @@ def convert(source: Path, target: Path, spec: ExportSpec) -> None:
         _trace(model, snapshot.example(source, spec), target, spec)
 
 
+def convert_script(source: Path, target: Path, spec: ExportSpec) -> None:
+    """Trace the module with its data-dependent parts scripted, so that both sides of a branch are kept."""
+    from polyexport.capture import snapshot
+    from polyexport.capture.flatten import to_arrays
+    from polyexport.tracing.decompositions import written_out
+    from polyexport.tracing.exportable import exportable
+    from polyexport.tracing.scripted import script_branches
+
+    inputs = snapshot.example(source, spec)
+    model = snapshot.load(source, spec.output_names)
+    script_branches(model, to_arrays(spec.input_names, inputs))
+    with written_out(), exportable(model):
+        _trace(model, inputs, target, spec)
+
+
 def convert_program(source: Path, target: Path, spec: ExportSpec) -> None:
     """Trace the program of `torch.export`, which is operators only: a trace of Python refuses functions of autograd."""
     import torch
@@ -125,6 +140,7 @@ FORMAT = Format(
     artifact="model.torchscript",
     routes=(
         Route("trace", upstream=MODULE, toolchain="torch", convert=convert),
+        Route("script", upstream=MODULE, toolchain="torch", convert=convert_script),
         Route("pt2", upstream="pt2", toolchain="torch", convert=convert_program),
     ),
     load=load,

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from polyexport.capture.flatten import as_runner
-from polyexport.measure.parity import noise_floor
+from polyexport.format import Precision, Tolerance
+from polyexport.measure.parity import TIES, noise_floor
 from polyexport.spec import Arrays
 from polyexport.tracing.decompositions import plain_attention
 
@@ -35,11 +37,44 @@ def rounding(model: torch.nn.Module, inputs: Arrays, outputs: Arrays) -> tuple[A
     if why or any(array.dtype.kind in "biu" for array in outputs.values()):
         try:
             rng = np.random.default_rng(0)
-            with _moved_weights(model, rng):
-                found.append(_run(model, {name: _moved(array, rng) for name, array in inputs.items()}))
+            move = functools.partial(_moved, rng)
+            with _moved_weights(model, move):
+                found.append(_run(model, {name: move(array) for name, array in inputs.items()}))
         except Exception as error:  # the module refuses other numbers than its own
             note = f"no noise floor: {why}, nor with other weights ({type(error).__name__})" if why else ""
-    return noise_floor(outputs, *found), note
+    return noise_floor(outputs, *found) | _ties(model, inputs, outputs), note
+
+
+def _ties(model: torch.nn.Module, inputs: Arrays, outputs: Arrays) -> Arrays:
+    """Of each integer in `outputs` the least rounding that moves it, of weights and inputs to a low precision.
+
+    It is asked `_DRAWS` times of each; a module that refuses other numbers than its own has no ties.
+    """
+    integers = {name: array for name, array in outputs.items() if array.dtype.kind in "biu"}
+    ties = {name: np.full(array.shape, np.inf) for name, array in integers.items()}
+    rng = np.random.default_rng(0)
+    low: tuple[Precision, ...] = ("float16", "bfloat16", "int8")
+    for precision in low if integers else ():
+        move = functools.partial(_rounded, rng, precision)
+        for _ in range(_DRAWS):
+            with contextlib.suppress(Exception), _moved_weights(model, move):
+                answer = _run(model, {name: move(array) for name, array in inputs.items()})
+                for name, array in integers.items():
+                    moved = answer[name] != array
+                    ties[name][moved] = np.minimum(ties[name][moved], Tolerance.for_precision(precision).roundoff)
+    return {name + TIES: found for name, found in ties.items()}
+
+
+_DRAWS = 2
+
+
+def _rounded(rng: np.random.Generator, precision: Precision, array: np.ndarray) -> np.ndarray:
+    """Float32 numbers as rounding to a precision may leave them; steps of int8 are relative to the greatest number."""
+    if array.dtype != np.float32:
+        return array
+    most = np.abs(array).max(initial=0.0) if precision == "int8" else np.abs(array)
+    by = Tolerance.for_precision(precision).roundoff * rng.uniform(-1, 1, array.shape)
+    return np.asarray(array + by * most, np.float32)
 
 
 def _run(model: torch.nn.Module, inputs: Arrays) -> Arrays:
@@ -51,7 +86,7 @@ def _as(dtype: Any, inputs: Arrays) -> Arrays:
     return {name: array.astype(dtype) if array.dtype == np.float32 else array for name, array in inputs.items()}
 
 
-def _moved(array: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def _moved(rng: np.random.Generator, array: np.ndarray) -> np.ndarray:
     """Float32 numbers, each as it is or the next one to either side."""
     if array.dtype != np.float32:
         return array
@@ -62,7 +97,7 @@ def _moved(array: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def _moved_weights(model: torch.nn.Module, rng: np.random.Generator) -> Iterator[None]:
+def _moved_weights(model: torch.nn.Module, move: Callable[[np.ndarray], np.ndarray]) -> Iterator[None]:
     import torch
 
     kept = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
@@ -70,7 +105,7 @@ def _moved_weights(model: torch.nn.Module, rng: np.random.Generator) -> Iterator
         with torch.no_grad():
             for tensor in model.parameters():
                 if tensor.dtype == torch.float32:
-                    tensor.copy_(torch.from_numpy(_moved(tensor.numpy(), rng)))
+                    tensor.copy_(torch.from_numpy(move(tensor.numpy())))
         yield
     finally:
         with torch.no_grad():

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,10 +22,11 @@ from polyexport.capture.answer import disagreement
 from polyexport.capture.flatten import as_runner, to_arrays
 from polyexport.format import Runner, Tolerance
 from polyexport.measure import dynamic_axes
+from polyexport.measure.constants import frozen
 from polyexport.measure.dynamic_axes import Axes, Dynamic, resized
 from polyexport.measure.noise import rounding
 from polyexport.measure.other_values import changed, jittered
-from polyexport.measure.parity import compare, says_little
+from polyexport.measure.parity import NARROW, compare, says_little
 from polyexport.measure.reads import FailedAt, Reads, reads
 from polyexport.spec import Arrays, ExportSpec, write_arrays
 from polyexport.tracing.decompositions import plain_attention
@@ -55,6 +57,7 @@ class Reference:
         undecidable: Set when it does not agree with itself.
         read_at: The sites (`file:line`) at which forward reads numbers or truth values of its inputs into Python.
         one_side: Those of them of which every batch took the same side.
+        narrow: Why artifacts are right for some data only, by what forward receives beside tensors.
         notes: What the report has to say.
     """
 
@@ -70,6 +73,7 @@ class Reference:
     undecidable: str = ""
     read_at: tuple[str, ...] = ()
     one_side: tuple[str, ...] = ()
+    narrow: str = ""
     notes: tuple[str, ...] = ()
 
 
@@ -125,8 +129,14 @@ def make(root: Path, source: Path, dynamic: Dynamic, commit: str = "", *, sha256
     example = resized(inputs, axes, {name: max(2, size) for name, size in sizes.items()})
     write_arrays(source / "example.npz", example)
     undecidable = unlike_trained or _undecidable(outputs, (again, *_in_between(run, inputs)))
-    notes += says_little(outputs)
+    notes += [*_as_in_training(model.input_names, model.output_names), *says_little(outputs)]
+    narrow = frozen(source, model, outputs, lambda run: plain_attention()(_on_copies(run)))
+    notes += narrow.notes
+    notes += [
+        f"output {name} is float32 in artifacts: numpy lacks the dtype it has in PyTorch" for name in model.widened
+    ]
     noise, how = rounding(model, inputs, outputs)
+    noise |= {name + NARROW: np.ones(()) for name in model.widened}
     write_arrays(root / NOISE, noise)
     batches.insert(0, Answered(inputs | outputs, sizes))
     paths = [VALIDATION_BATCH, *(f"source/batch_{index}.npz" for index in range(1, len(batches)))]
@@ -146,6 +156,7 @@ def make(root: Path, source: Path, dynamic: Dynamic, commit: str = "", *, sha256
         undecidable=undecidable,
         read_at=tuple(tried.values),
         one_side=tried.one_side(),
+        narrow=narrow.narrow,
         notes=(*notes, *([how] if how else [])),
     )
 
@@ -374,6 +385,21 @@ def eager(source: Path, *, threads: int) -> Runner:
 
     torch.set_num_threads(threads)
     return as_runner(modules.load(source))
+
+
+_TARGETS = re.compile(r"(.*_)?(labels?|targets?|ground_truth|gt|y_true|loss_mask)")
+_LOSSES = re.compile(r"(.*_)?(loss|losses)(_\w+)?")
+
+
+def _as_in_training(inputs: Sequence[str], outputs: Sequence[str]) -> Iterator[str]:
+    """A note where forward takes targets or answers with a loss, which whoever calls an artifact has no use for."""
+    takes, returns = filter(_TARGETS.fullmatch, inputs), filter(_LOSSES.fullmatch, outputs)
+    told = [f"{word} {', '.join(names)}" for word, names in (("takes", [*takes]), ("returns", [*returns])) if names]
+    if told:
+        yield (
+            f"forward {' and '.join(told)}, as in training, and so does every artifact; "
+            "inputs=<a function of the batch> that leaves targets out makes one for inference, where forward allows"
+        )
 
 
 def _fused_apart(fused: Arrays, outputs: Arrays) -> list[str]:

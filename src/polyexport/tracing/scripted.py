@@ -1,0 +1,67 @@
+"""Both sides of what forward decides by its data: the parts that do are scripted, and a trace around them keeps that.
+
+https://docs.pytorch.org/docs/stable/jit.html#mixing-tracing-and-scripting
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Collection, Iterator
+from typing import TYPE_CHECKING, Any
+
+from polyexport.measure.reads import FailedAt, reads
+from polyexport.spec import Arrays
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def script_branches(model: Any, inputs: Arrays) -> None:
+    """Put a script in the place of each part of the flat `model` whose forward reads values of `inputs`.
+
+    Raises:
+        RuntimeError: no part does, so that there is nothing to gain; or `torch.jit.script` refuses one.
+    """
+    import torch
+
+    sites = _sites(model, inputs)
+    if not sites:
+        raise RuntimeError("forward decides nothing by its data, so a script keeps nothing that a trace loses")
+    for parent, name, part in list(_deciding(model, sites)):
+        try:
+            setattr(parent, name, torch.jit.script(part))
+        except Exception as error:  # the compiler has many classes of errors; the first line says what it refuses
+            why = str(error).strip().split("\n", 1)[0]
+            raise RuntimeError(f"torch.jit.script refuses {type(part).__name__}: {why}") from error
+
+
+def _sites(model: Any, inputs: Arrays) -> set[str]:
+    try:
+        return set(reads(model, inputs).values)
+    except FailedAt as error:
+        return {error.site} if error.site else set()
+
+
+def _deciding(model: Any, sites: Collection[str]) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+    """The outermost parts with a site in their forward, each with its parent and its name there; else the whole."""
+    found = list(_holding(model, sites))
+    yield from found or [(model, "inner", model.inner)]
+
+
+def _holding(parent: nn.Module, sites: Collection[str]) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+    for name, part in parent.named_children():
+        if any(_lies_in(site, part) for site in sites):
+            yield parent, name, part
+        else:
+            yield from _holding(part, sites)
+
+
+def _lies_in(site: str, part: nn.Module) -> bool:
+    """Whether `file:line` is in the forward of a part."""
+    try:
+        lines, first = inspect.getsourcelines(type(part).forward)
+        file = inspect.getsourcefile(type(part).forward)
+    except (TypeError, OSError):  # it was not made from a file
+        return False
+    path, _, line = site.rpartition(":")
+    return path == file and first <= int(line) < first + len(lines)
