@@ -193,8 +193,12 @@ class Keeps(ExportCallback):
         super().__init__([planted.GOOD], bench=False)
         self.folder = folder
 
-    def _submit(self, trainer: Any, work: Path, *rest: Any) -> None:
-        self.notes = self._notes
+    def _open(self, trainer: Any) -> None:
+        super()._open(trainer)
+        self.session._submit = self._keep
+
+    def _keep(self, work: Path, *rest: Any) -> None:
+        self.notes = self.session._notes
         shutil.move(work, self.folder)
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
@@ -240,7 +244,8 @@ def with_export(tmp_path_factory):
 def test_it_is_exported_without_a_trace_in_the_training_process(with_export, name):
     _, notes, found, _ = with_export[name]
     told = [note for note in found["notes"] if "proves little" not in note]  # after two epochs it knows one class
-    assert notes == ()
+    unheard = ["not compared with the training process's own answer"] * (name == "compiled")
+    assert [note.partition(",")[0] for note in notes] == unheard
     assert found | {"notes": told} == {"notes": [""]} | dict.fromkeys(FORMATS, True)
 
 
