@@ -115,6 +115,8 @@ class Workers:
             if self._closed:
                 return JobResult(error="cancelled", kind="cancelled")
         if isinstance(process, Child) and process.lost and not result_path(job).exists():
+            with log.open("ab") as stream:
+                stream.write(b"[its server ended before it did, so it is done again]\n")
             return self.run(command, job, log, timeout=timeout, environment=environment)
         return _read(result_path(job), process.wait(), ran_out)
 
