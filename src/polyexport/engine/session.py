@@ -28,8 +28,7 @@ from polyexport.capture.changes import beside_weights, retake
 from polyexport.capture.snapshot import UNAVAILABLE, WEIGHTS, Select, save_call, save_module
 from polyexport.capture.weights import hold, save_lacking
 from polyexport.engine import plan
-from polyexport.engine.engine import Engine, check_limits
-from polyexport.engine.request import Request, interruption
+from polyexport.engine.engine import Engine, Request, check_limits, interruption
 from polyexport.errors import BadRequest, ToolMissing
 from polyexport.format import Format, Runner
 from polyexport.measure.dynamic_axes import Dynamic
