@@ -43,7 +43,8 @@ test-newest:
 	$(NEWEST)/bin/python -m pip install --quiet --upgrade --editable ".[test]"
 	$(NEWEST)/bin/python -m pip install --quiet --upgrade $(WATCHED)
 	$(NEWEST)/bin/python -m pip list | grep --extended-regexp --ignore-case "^($(shell echo $(WATCHED) | tr ' ' '|')) "
-	$(NEWEST)/bin/python -m pytest tests/test_private_names.py tests/test_formats.py -k "private or ground"
+	$(NEWEST)/bin/python -m pytest tests/test_private_names.py tests/test_formats.py \
+		-k "(private and not toolchain) or three_batch_sizes"
 
 lint: $(VENV)/lint
 	PATH="$(CURDIR)/$(BIN):$$PATH" pre-commit run --all-files

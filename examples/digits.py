@@ -14,11 +14,26 @@ from torch.utils.data import DataLoader, TensorDataset, random_split
 
 from lightning_export import ExportCallback
 
-FORMATS = (
-    *("torchscript", "onnx", "openvino", "tensorrt", "coreml", "saved_model", "graphdef", "tflite", "edgetpu", "tfjs"),
-    *("paddle", "pt2", "tflite-int8"),
-)
+FORMATS = [
+    "torchscript",
+    "onnx",
+    "openvino",
+    "tensorrt",
+    "coreml",
+    "saved_model",
+    "graphdef",
+    "tflite",
+    "edgetpu",
+    "tfjs",
+    "paddle",
+    "pt2",
+    "tflite-int8",
+]
 """The eleven that most people ask for, and two more; `polyexport formats` lists them all."""
+
+
+def block(channels: int, wider: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(channels, wider, 3, padding=1), nn.BatchNorm2d(wider), nn.ReLU())
 
 
 class Digits(LightningModule):
@@ -27,9 +42,13 @@ class Digits(LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.net = nn.Sequential(
-            *(nn.Conv2d(1, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2)),
-            *(nn.Conv2d(32, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(), nn.AdaptiveAvgPool2d(1)),
-            *(nn.Flatten(), nn.Dropout(0.2), nn.Linear(64, 10)),
+            block(1, 32),
+            nn.MaxPool2d(2),
+            block(32, 64),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Dropout(0.2),
+            nn.Linear(64, 10),
         )
 
     def forward(self, image: torch.Tensor) -> dict[str, torch.Tensor]:

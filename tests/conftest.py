@@ -74,9 +74,11 @@ def everything(tmp_path_factory: pytest.TempPathFactory) -> Everything:
     words = [sys.executable, str(Path(every_format.__file__)), str(folder / "out")]
     trace = folder / "calls.txt" if shutil.which("strace") else None
     subprocess.run(
-        [*(traced(trace) if trace else ()), *words, *(each.name for each in formats)], check=True, cwd=folder,
+        [*(traced(trace) if trace else ()), *words, *(each.name for each in formats)],
+        check=True,
+        cwd=folder,
         env={**os.environ, "HOME": str(folder / "home"), "POLYEXPORT_CACHE": str(cache_folder())},
-    )  # fmt: skip  # the settings on one line
+    )
     return Everything(Report.load(folder / "out"), trace, folder / "home")
 
 
@@ -106,9 +108,16 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     options = webdriver.ChromeOptions()
     options.binary_location = chromium
     for flag in (
-        "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-component-update",
-        "--disable-background-networking", "--disable-sync", f"--user-data-dir={tmp_path_factory.mktemp('profile')}",
-    ):  # fmt: skip  # a line for each would bury them
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-component-update",
+        "--disable-background-networking",
+        "--disable-sync",
+        f"--user-data-dir={tmp_path_factory.mktemp('profile')}",
+    ):
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     driver = webdriver.Chrome(options, webdriver.ChromeService(chromedriver))

@@ -185,7 +185,25 @@ def test_no_file_imports_in_a_circle():
     assert circles(arrows()) <= KNOWN_CIRCLES
 
 
+def floor(graph: dict[str, set[str]], name: str) -> int:
+    """How many rooms stand below one, in the longest row of imports."""
+    return 1 + max((floor(graph, below) for below in graph[name]), default=-1)
+
+
+def test_no_room_imports_one_above_it():
+    assert circles(rooms()) == set()
+
+
 def test_the_house_is_small_and_shallow():
     assert len(rooms()) <= 24
+    assert max(floor(rooms(), name) for name in rooms()) + 1 <= 10
     assert len(list(SOURCE.glob("*.py"))) <= 9
     assert max(len(file.relative_to(SOURCE).parts) for file in SOURCE.rglob("*.py")) - 1 <= 2
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"])
+def test_a_page_beside_the_code_links_to_what_is_there(page: str):
+    """Links within the site are checked by `make docs`."""
+    root = Path(__file__).parents[1]
+    links = re.findall(r"\]\(([^)#]+)\)", (root / page).read_text(encoding="utf-8"))
+    assert [link for link in links if not link.startswith("https://") and not (root / link).exists()] == []

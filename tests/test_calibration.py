@@ -1,4 +1,4 @@
-"""The batches that quantised formats take their number ranges from."""
+"""The batches that quantized formats take their number ranges from."""
 
 from __future__ import annotations
 

@@ -13,9 +13,9 @@ from torch import nn
 import polyexport
 from polyexport.coreml.evaluate import evaluator
 from polyexport.errors import CannotRun
-from polyexport.format import Tolerance
 from polyexport.formats import coreml
 from polyexport.measure.parity import compare
+from polyexport.measure.tolerance import Tolerance
 from polyexport.spec import ExportSpec, TensorSpec, write_arrays
 
 pytest.importorskip("coremltools", reason="coremltools is not installed; `pip install coremltools`")
@@ -229,4 +229,4 @@ def test_names_types_and_metadata_are_in_the_package(exported):
 @pytest.mark.parametrize(("dtype", "there"), [("int64", "int32"), ("bool", "int32"), ("float32", "float32")])
 def test_what_core_ml_lacks_is_int32_at_the_border(dtype, there):
     spec = ExportSpec((TensorSpec("x", dtype, ("batch", 2)),), ())
-    assert coreml.at_border(spec).inputs == (TensorSpec("x", there, ("batch", 2)),)
+    assert coreml.as_core_ml(spec).inputs == (TensorSpec("x", there, ("batch", 2)),)

@@ -21,7 +21,7 @@ from lightning_export import ranks
 from polyexport import Engine, Report, Request
 from polyexport.capture import snapshot as modules
 from polyexport.capture.sharded import join
-from polyexport.capture.weights import hold
+from polyexport.engine.weights import hold
 from polyexport.report.folders import unfinished
 
 BEGIN = """

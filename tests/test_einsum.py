@@ -18,11 +18,29 @@ def operands(equation: str) -> list[torch.Tensor]:
 @pytest.mark.parametrize(
     "equation",
     [
-        "bthd,bkhd->bhtk", "btd,dn->btdn", "btd,btn,btd->btdn", "bdn,bn->bd", "bthd,hdk->btk", "btd->bd", "btd->dtb",
-        "bd,bd->b", "bd,bd->", "b,d->bd", "bhtd,tkd->bhtk", "bthn,kdhn->btkdn", "...d,dk->...k", "...d,...d->...",
-        "bt...,td->bd...", "bd,dk", "...d,dk", "bt,bt", "bdn,bd,bn->b", " b t d , d n -> b n t ", "nwd,nkd->nwk",
+        "bthd,bkhd->bhtk",
+        "btd,dn->btdn",
+        "btd,btn,btd->btdn",
+        "bdn,bn->bd",
+        "bthd,hdk->btk",
+        "btd->bd",
+        "btd->dtb",
+        "bd,bd->b",
+        "bd,bd->",
+        "b,d->bd",
+        "bhtd,tkd->bhtk",
+        "bthn,kdhn->btkdn",
+        "...d,dk->...k",
+        "...d,...d->...",
+        "bt...,td->bd...",
+        "bd,dk",
+        "...d,dk",
+        "bt,bt",
+        "bdn,bd,bn->b",
+        " b t d , d n -> b n t ",
+        "nwd,nkd->nwk",
     ],
-)  # fmt: skip  # a table, read as one
+)
 def test_einsum_in_parts_is_einsum(equation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = operands(equation)
     expected = torch.einsum(equation, *tensors)

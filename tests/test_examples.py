@@ -159,9 +159,13 @@ def service(detection) -> Iterator[str]:
     """The address of the service that the example is."""
     folder, _ = detection
     server = subprocess.Popen(
-        f"exec env {command('serve_onnx.py')} --port 0", shell=True, cwd=folder, env=ENVIRONMENT,
-        stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip  # one argument a line would bury the command
+        f"exec env {command('serve_onnx.py')} --port 0",
+        shell=True,
+        cwd=folder,
+        env=ENVIRONMENT,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     lines = []
     while not (address := re.search(r"running on (\S+)", line := server.stderr.readline())):
         lines.append(line)

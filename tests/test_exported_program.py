@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from polyexport.formats import torchscript
 from polyexport.spec import ExportSpec, TensorSpec
-from polyexport.tracing.exported_program import export_program, load_program
+from polyexport.tracing.exported_program import export_program, in_float32, load_program
 
 ROWS = ExportSpec((TensorSpec("x", "float32", ("batch", 10)),), (), {"batch": 4})
 
@@ -104,9 +104,15 @@ def traced(answer, folder):
 
 
 MODES = (
-    into_a_view, no_grad_twice, enable_grad, set_grad_enabled_twice, inference_mode, autocast, checkpointed,
+    into_a_view,
+    no_grad_twice,
+    enable_grad,
+    set_grad_enabled_twice,
+    inference_mode,
+    autocast,
+    checkpointed,
     asks_for_the_mode,
-)  # fmt: skip  # a line for each would bury them
+)
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs")  # of a checkpoint that has nothing to differentiate
@@ -135,3 +141,34 @@ def test_torchscript_is_made_of_a_program_for_any_batch(answer, tmp_path):
     x = torch.randn(7, 10)
     with torch.no_grad():
         assert torch.equal(torch.jit.load(tmp_path / "model.torchscript")(x), module(x))
+
+
+class Precise(torch.nn.Module):
+    """Computes in float64 with a buffer, a constant and a range, as positions in RT-DETR are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.rand(4, dtype=torch.float64))
+        self.constant = torch.rand(4, dtype=torch.float64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        omega = 1.0 / 100.0 ** (torch.arange(4, dtype=torch.float64) / 4)
+        return (
+            x.double().pow(2.5) * omega * self.scale + self.constant + torch.tensor([1.0, 2, 3, 4]).double()
+        ).float()
+
+
+def test_float64_within_a_program_becomes_float32():
+    module, x = Precise().eval(), torch.rand(2, 4)
+    narrow = in_float32(torch.export.export(module, (x,), strict=False).module())
+    torch.testing.assert_close(narrow(x), module(x))
+    again = torch.export.export(narrow, (x,), strict=False)
+    values = [node.meta["val"] for node in again.graph.nodes if isinstance(node.meta.get("val"), torch.Tensor)]
+    assert values
+    assert not [value for value in values if value.dtype is torch.float64]
+
+
+def test_a_scripted_part_that_no_program_takes_is_named():
+    net = nn.Sequential(torch.jit.script(nn.Sequential(nn.Linear(4, 4), nn.ReLU())), nn.Linear(4, 2)).eval()
+    with pytest.raises(RuntimeError, match=r"no part that torch.jit.script made \(0\); a trace does"):
+        export_program(net, (torch.rand(2, 4),), [()])

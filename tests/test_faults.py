@@ -20,8 +20,11 @@ from faults import FAULTS, MARK, SHADOWS, Matrix, Seen, table, unfinished_in, wo
 def matrix(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Any:
     """What becomes of each fault that was asked for, two at a time."""
     made = Matrix(tmp_path_factory.mktemp("faults"))
-    asked = [item.callspec.params["fault"] for item in request.session.items if hasattr(item, "callspec")
-             and item.fspath == request.path]  # fmt: skip  # so that one row can be run alone
+    asked = [
+        item.callspec.params["fault"]
+        for item in request.session.items
+        if hasattr(item, "callspec") and item.fspath == request.path
+    ]
     with ThreadPoolExecutor(2) as pool:
         futures = {each.name: pool.submit(made.seen, each) for each in asked if not each.cannot()}
         yield lambda fault: futures[fault.name].result()

@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_export import ExportCallback
 from lightning_export.capture import Called
-from polyexport.capture.weights import save_lacking
+from polyexport.engine.weights import save_lacking
 
 
 class Backbone(nn.Module):

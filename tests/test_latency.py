@@ -7,14 +7,14 @@ import pytest
 
 import written
 from polyexport.engine.bench import EAGER, _recorded
-from polyexport.measure.latency import sample_ms, summarise, warm_up
+from polyexport.measure.latency import sample_ms, summarize, warm_up
 from polyexport.report.html import page
 from polyexport.report.report import figures, markdown
 
 
 def measured(samples, **changes):
     about = {"batch": 4, "threads": 2, "device": "cpu", "load_seconds": 0.5, "first_ms": 9.0, "peak_memory_bytes": 1}
-    return summarise(samples, **(about | changes))
+    return summarize(samples, **(about | changes))
 
 
 def test_percentiles_are_numpys():

@@ -45,9 +45,15 @@ def fitted(folder: Path, **settings) -> tuple[ExportCallback, Noisy, torch.Tenso
     export = ExportCallback(into=folder / "exports", bench=False, **settings)
     checkpoint = ModelCheckpoint(dirpath=folder, monitor="val_loss", save_top_k=-1)
     trainer = Trainer(
-        max_epochs=2, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
-        callbacks=[checkpoint, export], default_root_dir=folder, num_sanity_val_steps=0,
-    )  # fmt: skip
+        max_epochs=2,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[checkpoint, export],
+        default_root_dir=folder,
+        num_sanity_val_steps=0,
+    )
     model = Judged()
     trainer.fit(model, loader(shuffle=True), loader())
     drawn = torch.rand(3)

@@ -11,9 +11,9 @@ from torch import nn
 from torch.nn import functional
 
 from polyexport.coreml.ops import OPS
-from polyexport.format import Tolerance
 from polyexport.formats import coreml
 from polyexport.measure.parity import compare
+from polyexport.measure.tolerance import Tolerance
 from polyexport.spec import ExportSpec, TensorSpec
 
 pytest.importorskip("coremltools", reason="coremltools is not installed; `pip install coremltools`")
@@ -315,9 +315,12 @@ FUNCTIONS = {
 
 @contextlib.contextmanager
 def fused_attention_off():
+    before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
-    yield
-    torch.backends.mha.set_fastpath_enabled(True)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def written(x):
@@ -381,7 +384,7 @@ def proven(function, shape, folder, *, convert=coreml.convert_trace, free=False)
         outputs = tuple(described(name, each) for name, each in answers(x).items())
         spec = ExportSpec((described("x", x),), outputs, sizes={"batch": len(x)})
         convert(folder / "source.pt2", folder / "m.mlpackage", spec, precision="float32")
-        run = coreml.Package(folder / "m.mlpackage", spec, threads=1, evaluated=True)
+        run = coreml.package(coreml._evaluated(folder / "m.mlpackage", 1), spec)
         for rows in (len(x), 1, 5) if free else (len(x),):
             x = torch.randn(rows, *shape[1:])
             reference = {name: each.numpy() for name, each in answers(x).items()}

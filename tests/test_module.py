@@ -212,8 +212,12 @@ def test_what_is_no_tensor_is_a_constant(tmp_path):
             return batch["x"] * float(batch["scale"]) + len(batch["when"])
 
     batch = {
-        "x": torch.ones(2), "task": Task.SEGMENT, "file": Path("a.png"), "when": np.arange(3), "scale": np.float32(2),
-    }  # fmt: skip  # a dict, not lines
+        "x": torch.ones(2),
+        "task": Task.SEGMENT,
+        "file": Path("a.png"),
+        "when": np.arange(3),
+        "scale": np.float32(2),
+    }
     loaded = modules.load(saved(Net(), tmp_path, batch))
     assert loaded.input_names == ("batch_x",)
     assert loaded(torch.ones(2)).tolist() == [5.0, 5.0]

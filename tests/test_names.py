@@ -11,6 +11,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
+import polyexport
 from polyexport.capture.flatten import flat
 from polyexport.formats.onnx import convert_program, convert_trace, load
 from polyexport.lowering.ports import rename_ports
@@ -51,10 +52,12 @@ def to_program(module: torch.nn.Module) -> torch.export.ExportedProgram:
 @pytest.mark.parametrize(
     "names",
     [
-        ("torch", "device", "inf", "nan", "pytree", "fx_pytree"), ("class", "lambda", "True", "None", "_", "int"),
-        ("größe", "日本", "x", "X", "x_1", "1x", "a.b", "a/b", "a b"), ("add", "linear", "p_inner_linear_weight"),
+        ("torch", "device", "inf", "nan", "pytree", "fx_pytree"),
+        ("class", "lambda", "True", "None", "_", "int"),
+        ("größe", "日本", "x", "X", "x_1", "1x", "a.b", "a/b", "a b"),
+        ("add", "linear", "p_inner_linear_weight"),
     ],
-)  # fmt: skip  # a table, read as one
+)
 def test_an_input_may_have_any_name(names: tuple[str, ...]) -> None:
     module, spec = wrapped(names, ("y", "z"))
     assert len(set(spec.input_names)) == len(names)
@@ -119,3 +122,15 @@ def test_what_has_several_names_gets_them_all_and_a_branch_sees_the_new_ones() -
     assert {name: found.tolist() for name, found in answer.items()} == {
         n: list(map(float, r)) for n, r in right.items()
     }
+
+
+def test_every_format_keeps_the_names_of_operators(tmp_path: Path) -> None:
+    """Those formats that have a namespace of their own: each is made by its preferred route."""
+    formats = ["openvino", "executorch", "paddle", "graphdef", "tfjs"]
+    net, inputs = Named(OPERATORS), {name: torch.rand(2, 3) for name in ("ids", "linear_2")}
+    report = polyexport.export(net, inputs, formats, tmp_path / "x", bench=False)
+    assert {each.format: (each.state, each.reason) for each in report.outcomes} == dict.fromkeys(
+        formats, ("verified", "")
+    )
+    assert not report.notes, "a detour"
+    assert all(tuple(tensor.name for tensor in each.outputs) == OPERATORS for each in report.outcomes)

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 import polyexport
 import zoo
-from isolated import AS_PACKAGE, in_toolchain
+from isolated import in_toolchain
 from polyexport.formats import mnn
 
 
@@ -71,11 +71,11 @@ graph (float[n, 6] x) => (bool[n, 6] nan, float[n, 6] exact, float[n, 6] erf, fl
 """
 
 
-def test_what_mnn_lacks_is_written_out_and_computes_the_same() -> None:
+def test_what_mnn_lacks_is_decomposed_and_computes_the_same() -> None:
     onnx = pytest.importorskip("onnx", reason="onnx is not installed; `pip install onnx`")
     onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed; `pip install onnxruntime`")
     model = onnx.parser.parse_model(GRAPH)
-    written = mnn._written_out(onnx.parser.parse_model(GRAPH))
+    written = mnn._decomposed(onnx.parser.parse_model(GRAPH))
     left = [node.op_type for node in written.graph.node if node.op_type in LACKING]
     assert left == ["Gelu"]  # the one by tanh
     feed = {"x": np.random.default_rng(0).normal(size=(4, 6)).astype(np.float32) * 30}
@@ -107,79 +107,9 @@ def test_a_mode_that_mnn_takes_for_another_is_named(mode: str, lacking: list[str
 
 def test_mnn_answers_a_convolution_over_one_axis_with_three_axes(tmp_path: Path) -> None:
     """Whether it ends the model, or an operation does that works element by element, or others follow."""
-    script = tmp_path / "axes.py"
-    script.write_text(
-        f"""
-{AS_PACKAGE}
-import numpy as np, onnx
-from pathlib import Path
-from polyexport.formats.mnn import convert, load
-from polyexport.spec import ExportSpec, TensorSpec
-folder = Path({str(tmp_path)!r})
-model = onnx.parser.parse_model('''
-<ir_version: 10, opset_import: ["": 20]>
-graph (float[n, 3, 10] x) => (float[n, 5, 8] last, float[n, 5, 8] lifted, float[n, 8, 5] turned, float[n, 3, 12] up)
-{{
-    last = Conv(x, w)
-    lifted = Relu(last)
-    turned = Transpose<perm = [0, 2, 1]>(lifted)
-    up = ConvTranspose(x, v)
-}}
-''')
-random = np.random.default_rng(0)
-weights = {{"w": random.random((5, 3, 3), np.float32), "v": random.random((3, 3, 3), np.float32)}}
-model.graph.initializer.extend(onnx.numpy_helper.from_array(array, name) for name, array in weights.items())
-onnx.save(model, folder / "m.onnx")
-shapes = {{"last": (4, 5, 8), "lifted": (4, 5, 8), "turned": (4, 8, 5), "up": (4, 3, 12)}}
-outputs = tuple(TensorSpec(name, "float32", ("n", *shape[1:])) for name, shape in shapes.items())
-spec = ExportSpec((TensorSpec("x", "float32", ("n", 3, 10)),), outputs, {{"n": 4}})
-convert(folder / "m.onnx", folder / "m.mnn", spec)
-x = random.random((4, 3, 10), np.float32)
-found = load(folder / "m.mnn", spec, threads=1)({{"x": x}})
-windows = np.lib.stride_tricks.sliding_window_view(x, 3, axis=2)
-expected = np.einsum("ncdk,ock->nod", windows, weights["w"])
-assert {{name: array.shape for name, array in found.items()}} == shapes
-np.testing.assert_allclose(found["last"], expected, rtol=1e-4)
-np.testing.assert_allclose(found["turned"], expected.transpose(0, 2, 1), rtol=1e-4)
-"""
-    )
-    in_toolchain("mnn", str(script))
+    in_toolchain("mnn", "scripts/mnn_axes.py", str(tmp_path))
 
 
 def test_executorchs_portable_kernels_take_what_xnnpacks_partitioner_refuses(tmp_path: Path) -> None:
-    """A permuted tensor that several operators read."""
-    script = tmp_path / "portable.py"
-    script.write_text(
-        f"""
-{AS_PACKAGE}
-import numpy as np, torch
-from pathlib import Path
-from polyexport.formats import executorch
-from polyexport.spec import ExportSpec, TensorSpec
-class Readers(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv = torch.nn.Conv1d(3, 8, 3, padding=1)
-    def forward(self, x):
-        y = self.conv(x).permute(0, 2, 1)
-        return y.reshape(x.shape[0], -1), y.sum(1), y.softmax(-1).transpose(1, 2)
-torch.manual_seed(0)
-module, folder, free = Readers().eval(), Path({str(tmp_path)!r}), torch.export.Dim.DYNAMIC
-program = torch.export.export(module, (torch.rand(4, 3, 10),), dynamic_shapes=({{0: free}},))
-torch.export.save(program, folder / "m.pt2")
-outputs = tuple(TensorSpec(f"output_{{i}}", "float32", ("batch",)) for i in range(3))
-spec = ExportSpec((TensorSpec("x", "float32", ("batch", 3, 10)),), outputs, {{"batch": 4}})
-refused = False
-try:
-    executorch.convert(folder / "m.pt2", folder / "m.pte", spec)
-except Exception:
-    refused = True
-executorch.convert_portable(folder / "m.pt2", folder / "m.pte", spec)
-x = torch.rand(7, 3, 10)
-found = executorch.load(folder / "m.pte", spec, threads=1)({{"x": x.numpy()}})
-for array, tensor in zip(found.values(), module(x), strict=True):
-    np.testing.assert_allclose(array, tensor.detach().numpy(), atol=1e-5)
-print("refused" if refused else "taken")
-"""
-    )
-    assert in_toolchain("executorch", str(script)).split()[-1] == "refused"
+    printed = in_toolchain("executorch", "scripts/executorch_portable.py", str(tmp_path))
+    assert printed.split()[-1] == "refused"

@@ -151,6 +151,38 @@ print("agrees")
     assert in_toolchain("paddle", str(script)).splitlines()[-1] == "agrees"
 
 
+def test_outputs_of_one_value_come_under_each_of_their_names(tmp_path):
+    """A pass of the runtime makes one of what is computed twice: a value, a constant, an input, a product of two."""
+    script = tmp_path / "outputs.py"
+    script.write_text(
+        f"""
+{AS_PACKAGE}
+import backend_suite
+import numpy as np
+from onnx import helper, numpy_helper
+port = lambda name: helper.make_tensor_value_info(name, 1, None)
+pairs = {{
+    "Neg": ["x"], "Identity": ["x"], "Add": ["x", "w"], "Mul": ["x", "x"], "Abs": ["w"], "Reciprocal": ["a_Neg"],
+}}
+nodes = [helper.make_node(op, inputs, [f"{{which}}_{{op}}"]) for op, inputs in pairs.items() for which in "ab"]
+nodes.append(helper.make_node("Add", ["w", "x"], ["c_Add"]))
+names = [node.output[0] for node in nodes]
+weights = [numpy_helper.from_array(np.array([2, 4], "f4"), "w")]
+given = [helper.make_tensor_value_info("x", 1, [None, 2])]
+graph = helper.make_graph(nodes, "g", given, list(map(port, names)), weights)
+model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)])
+x, w = np.array([[-1, 2], [4, -8]], "f4"), np.array([2, 4], "f4")
+found = backend_suite.paddle(model, {{"x": x}}, {{"x": [-1, 2]}})
+right = {{"Neg": -x, "Identity": x, "Add": x + w, "Mul": x * x, "Abs": w, "Reciprocal": -1 / x}}
+assert list(found) == names
+for name, array in found.items():
+    np.testing.assert_array_equal(array, right[name.split("_")[1]], name)
+print("agrees")
+"""
+    )
+    assert in_toolchain("paddle", str(script)).splitlines()[-1] == "agrees"
+
+
 # --- the graph it is given --------------------------------------------------------------------------------------------
 
 

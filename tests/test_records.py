@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from polyexport import BadRequest, ExportSpec, Outcome, Report, TensorSpec
-from polyexport.measure.latency import summarise
+from polyexport.measure.latency import summarize
 from polyexport.measure.parity import OutputParity, Parity
 from polyexport.report import manifest as manifests
 from polyexport.report import schema
@@ -26,23 +26,31 @@ from polyexport.report.outcome import Artifact, Checkpoint, Model, Toolchain, no
 from polyexport.report.report import markdown, metrics, rows
 from polyexport.report.tables import sentence
 from polyexport.serialization import decode, encode, read_json, write_json
-from polyexport.workers.job import Batch
+from polyexport.spec import Batch
 
 
 def report(folder: Path) -> Report:
     spec = TensorSpec("x", "float32", ("batch", 3))
     figures = OutputParity(1e-6, 2.0, 0.0, 1.0, 90.0, None, 1e-7)
-    latency = summarise(
+    latency = summarize(
         [1.0] * 100, batch=4, threads=2, device="cpu", load_seconds=0.1, first_ms=2.0, peak_memory_bytes=None
     )
     outcomes = (
         Outcome(
-            "onnx", "float32", "verified", route="dynamo", artifact=Artifact("onnx/model.onnx", 1600, "ab"),
-            seconds={"convert": 1.0}, parity=Parity(True, "", {"y": figures}, ({"batch": 4}, {"batch": 1})),
-            latency=latency, toolchain=Toolchain("onnx", {"onnx": "1.23"}), inputs=(spec,), reproduce="python x",
+            "onnx",
+            "float32",
+            "verified",
+            route="dynamo",
+            artifact=Artifact("onnx/model.onnx", 1600, "ab"),
+            seconds={"convert": 1.0},
+            parity=Parity(True, "", {"y": figures}, ({"batch": 4}, {"batch": 1})),
+            latency=latency,
+            toolchain=Toolchain("onnx", {"onnx": "1.23"}),
+            inputs=(spec,),
+            reproduce="python x",
         ),
         Outcome("coreml", "float32", "skipped", reason="coremltools | is\nmissing"),
-    )  # fmt: skip  # a record reads better in rows
+    )
     model = Model("pkg.Net", 12, (spec,), (spec,))
     return Report(
         Checkpoint("a.ckpt", "ff", 1, 10, "val_loss", 0.5),
@@ -64,13 +72,28 @@ def test_the_file_has_the_fields_of_version_two(tmp_path):
     found = json.loads((tmp_path / "report.json").read_text())
     assert found["version"] == 2
     assert found["checkpoint"] == {
-        "path": "a.ckpt", "sha256": "ff", "epoch": 1, "global_step": 10, "monitor": "val_loss", "score": 0.5,
-    }  # fmt: skip
+        "path": "a.ckpt",
+        "sha256": "ff",
+        "epoch": 1,
+        "global_step": 10,
+        "monitor": "val_loss",
+        "score": 0.5,
+    }
     assert set(found["model"]) == {"class", "parameters", "inputs", "outputs"}
     assert set(found["outcomes"][0]) >= {
-        "format", "precision", "state", "reason", "route", "artifact", "seconds", "parity", "latency", "toolchain",
-        "log", "reproduce",
-    }  # fmt: skip
+        "format",
+        "precision",
+        "state",
+        "reason",
+        "route",
+        "artifact",
+        "seconds",
+        "parity",
+        "latency",
+        "toolchain",
+        "log",
+        "reproduce",
+    }
     assert "folder" not in found
 
 

@@ -96,24 +96,34 @@ def library(monkeypatch, tmp_path):
     timings = Recorder(calls, "ITimingCache", serialize=lambda: b"timings")
     profile = Recorder(calls, "IOptimizationProfile", set_shape=nothing)
     config = Recorder(
-        calls, "IBuilderConfig",
-        set_memory_pool_limit=nothing, clear_flag=nothing, add_optimization_profile=nothing,
-        create_timing_cache=lambda content: timings, set_timing_cache=lambda cache, ignore: True,
+        calls,
+        "IBuilderConfig",
+        set_memory_pool_limit=nothing,
+        clear_flag=nothing,
+        add_optimization_profile=nothing,
+        create_timing_cache=lambda content: timings,
+        set_timing_cache=lambda cache, ignore: True,
         get_timing_cache=lambda: timings,
-    )  # fmt: skip  # as the page lists them
+    )
     network = Recorder(
         calls, "INetworkDefinition", num_inputs=1, get_input=lambda index: types.SimpleNamespace(name="image")
     )
     builder = Recorder(
-        calls, "Builder",
-        create_network=lambda flags: network, create_builder_config=lambda: config,
-        create_optimization_profile=lambda: profile, build_serialized_network=lambda network, config: b"plan",
-    )  # fmt: skip
+        calls,
+        "Builder",
+        create_network=lambda flags: network,
+        create_builder_config=lambda: config,
+        create_optimization_profile=lambda: profile,
+        build_serialized_network=lambda network, config: b"plan",
+    )
     error = types.SimpleNamespace(desc=lambda: "no importer for Frobnicate")
     parser = Recorder(
-        calls, "OnnxParser",
-        parse_from_file=lambda path: Path(path).read_text() == "graph", num_errors=1, get_error=lambda index: error,
-    )  # fmt: skip
+        calls,
+        "OnnxParser",
+        parse_from_file=lambda path: Path(path).read_text() == "graph",
+        num_errors=1,
+        get_error=lambda index: error,
+    )
 
     class Logger:
         WARNING = 2
@@ -122,11 +132,15 @@ def library(monkeypatch, tmp_path):
             pass
 
     stand_in = types.SimpleNamespace(
-        __version__="11.0.0", calls=calls, Logger=Logger, Builder=lambda logger: builder,
+        __version__="11.0.0",
+        calls=calls,
+        Logger=Logger,
+        Builder=lambda logger: builder,
         OnnxParser=lambda network, logger: parser,
         NetworkDefinitionCreationFlag=types.SimpleNamespace(STRONGLY_TYPED=1),
-        MemoryPoolType=types.SimpleNamespace(WORKSPACE="workspace"), BuilderFlag=types.SimpleNamespace(TF32="tf32"),
-    )  # fmt: skip
+        MemoryPoolType=types.SimpleNamespace(WORKSPACE="workspace"),
+        BuilderFlag=types.SimpleNamespace(TF32="tf32"),
+    )
     monkeypatch.setenv("POLYEXPORT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(tensorrt, "_library", lambda: stand_in)
     monkeypatch.setattr(tensorrt, "_device", lambda: tensorrt.Device("Some GPU", "9.0", 2 << 30))

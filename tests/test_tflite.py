@@ -15,7 +15,7 @@ import torch
 
 import polyexport
 import zoo
-from isolated import HERE, PACKAGE, in_toolchain, many
+from isolated import HERE, in_toolchain, many
 from polyexport import Engine, Report
 from polyexport.formats import edgetpu
 from polyexport.spec import write_arrays
@@ -140,63 +140,17 @@ def test_by_the_manifest_alone_a_compiled_model_takes_any_number_of_rows(shadows
 
 # --- shadows: what must not pass --------------------------------------------------------------------------------------
 
-CASES = """
-import sys, types, json, os
-module = types.ModuleType("polyexport"); module.__path__ = [PACKAGE]; sys.modules["polyexport"] = module
-answers = os.fdopen(os.dup(1), "w"); os.dup2(2, 1)
-from dataclasses import replace
-from pathlib import Path
-import numpy as np
-from polyexport import worker
-from polyexport.formats import edgetpu, tflite
-from polyexport.spec import ExportSpec
-from polyexport.workers.job import read_job
-from polyexport.serialization import decode, encode, read_json
-root, elsewhere = Path(ROOT), Path(ELSEWHERE)
-jobs = {name: read_job(next((root / "source" / "jobs").glob(f"{name}.*.verify.json")))
-        for name in ("tflite", "tflite-int8", "edgetpu")}
-def verify(name, source):
-    try:
-        return encode(worker.verify(root, replace(jobs[name], source=str(source))))
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-found = {}
-
-about = read_json(root / "manifest.json")["artifacts"]["edgetpu"]
-run = edgetpu.load(root / about["path"], decode(ExportSpec, about), threads=1)
-answer = run({"image": np.zeros((3, 3, 16, 16), np.float32)})
-found["loaded"] = {name: [str(array.dtype), array.shape] for name, array in answer.items()}
-
-spec = replace(jobs["tflite-int8"].spec, calibration=(elsewhere / "tiny.npz",))
-tflite.quantise(root / "tflite" / "model.tflite", elsewhere / "tiny.tflite", spec)
-found["wrong ranges"] = verify("tflite-int8", elsewhere / "tiny.tflite")
-found["not in int8"] = verify("tflite-int8", root / "tflite" / "model.tflite")
-found["unlike"] = verify("tflite", root / "edgetpu" / "model.tflite")
-found["refused"] = verify("edgetpu", elsewhere / "refused" / "model_edgetpu.tflite")
-
-os.environ["PATH"] = ""
-try:
-    edgetpu.compile_int8(root / "edgetpu" / "model.tflite", elsewhere / "x.tflite", spec)
-except Exception as error:
-    found["no compiler"] = f"{type(error).__name__}: {error}"
-files = [root / name / "model.tflite" for name in ("edgetpu", "tflite-int8", "tflite")]
-found["predicted"] = [str(edgetpu.predict(file)) for file in files]
-json.dump(found, answers); answers.close(); os._exit(0)
-"""
-
 
 @pytest.fixture(scope="module")
 def shadows(report: Report, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What became of wrong files; see `CASES`."""
+    """What became of wrong files; see the script."""
     folder = tmp_path_factory.mktemp("shadows")
     write_arrays(folder / "tiny.npz", {"image": np.full((4, 3, 16, 16), 1e-3, np.float32)})
     shutil.copytree(report.folder / "edgetpu", folder / "refused")
     log = folder / "refused" / "model_edgetpu.log"
     log.write_text(log.read_text().replace("Mapped to Edge TPU", "Operation not supported", 1))
-    script = folder / "cases.py"
-    known = f"PACKAGE, ROOT, ELSEWHERE = {str(PACKAGE)!r}, {str(report.folder)!r}, {str(folder)!r}\n"
-    script.write_text(known + CASES)
-    found: dict[str, Any] = json.loads(in_toolchain("tflite", str(script)))
+    words = ("scripts/edgetpu_cases.py", str(report.folder), str(folder))
+    found: dict[str, Any] = json.loads(in_toolchain("tflite", *words))
     return found
 
 
@@ -239,7 +193,7 @@ def test_without_the_compiler_it_is_told_where_to_get_it_and_what_would_map(shad
 def test_corals_table_refuses_a_batch_and_float32(shadows):
     one_row, batch, precise = shadows["predicted"]
     assert "on the CPU" not in one_row
-    assert "(a free axis)" in batch
+    assert "(a dynamic axis)" in batch
     assert precise.startswith("0 of ")
     assert "(not int8)" in precise
 

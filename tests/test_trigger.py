@@ -235,9 +235,14 @@ def test_the_other_namespace_works_the_same(tmp_path):
     recording = Recording()
     checkpoint = pytorch_lightning.callbacks.ModelCheckpoint(monitor="val_loss")
     trainer = pytorch_lightning.Trainer(
-        default_root_dir=tmp_path, callbacks=[recording, checkpoint], max_epochs=3, accelerator="cpu", logger=False,
-        enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip  # the settings of runs.trainer
+        default_root_dir=tmp_path,
+        callbacks=[recording, checkpoint],
+        max_epochs=3,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
     trainer.fit(_with_parts(Scripted, [3.0, 4.0, 1.0]), runs.loader(), runs.loader())
     assert clocks(recording) == [4, 12]
 

@@ -13,8 +13,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from polyexport import Engine, Report
+from polyexport import BadRequest, Engine, Report, Request
 from polyexport.cli import app
+from polyexport.engine.engine import _asked, interrupted
+from polyexport.formats import known
+from polyexport.report.folders import REQUEST, let_go, unfinished
+from polyexport.serialization import write_json
 
 
 class Touch:
@@ -86,3 +90,19 @@ def test_an_artifact_that_is_run_unpickles_nothing(theirs: Path, tmp_path: Path)
     assert done.exit_code == 1
     assert "give --trust" in done.stderr
     assert not (tmp_path / "ran").exists()
+
+
+def test_an_interrupted_export_of_somebody_else_is_resumed_with_trust_only(tmp_path: Path) -> None:
+    """A copy is another's as far as anybody can tell: what is sealed is the place where it was begun."""
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    work = unfinished(ours)
+    write_json(work / REQUEST, _asked(Request(work, "best", (known()["onnx"],))))
+    let_go(work)
+    shutil.copytree(ours, theirs)
+    with pytest.raises(BadRequest, match="was not begun by you, or not there"):
+        interrupted(theirs, trust=False)
+    done = CliRunner().invoke(app, ["resume", str(theirs)])
+    assert done.exit_code == 2
+    assert "give --trust" in done.stderr
+    assert interrupted(ours, trust=False).name == "best"
+    assert interrupted(theirs, trust=True).name == "best"

@@ -15,11 +15,11 @@ from polyexport import worker
 from polyexport.capture import snapshot as module
 from polyexport.capture.answer import ANSWER, ask
 from polyexport.engine import routes
-from polyexport.format import Tolerance
 from polyexport.measure import reference
 from polyexport.measure.other_values import changed, jittered
 from polyexport.measure.parity import compare
 from polyexport.measure.reference import Reference
+from polyexport.measure.tolerance import Tolerance
 from polyexport.spec import read_arrays
 from polyexport.workers.job import Convert, Verify, proofs
 
@@ -264,8 +264,11 @@ def graphs(nodes: int, edges: int, graphs: int) -> tuple[torch.Tensor, ...]:
 def test_axes_that_differ_between_batches_are_dynamic_and_named_by_equal_sizes(tmp_path):
     found = prepared(tmp_path, Graph(), graphs(12, 30, 4), graphs(17, 41, 5), graphs(9, 20, 3))
     assert [tensor.shape for tensor in found.spec.inputs] == [
-        ("batch", 5), (2, "edges_axis_1"), ("batch",), ("targets_axis_0", 1),
-    ]  # fmt: skip  # one signature
+        ("batch", 5),
+        (2, "edges_axis_1"),
+        ("batch",),
+        ("targets_axis_0", 1),
+    ]
     assert found.spec.outputs[0].shape == ("targets_axis_0", 3)
     real = {each.label: each.sizes["edges_axis_1"] for each in found.batches if each.label and each.real}
     assert real == {"batch 2 of the data": 41, "batch 3 of the data": 20}, "the next, the smallest and the largest"

@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_export.watch import Call, CannotWatch, Watch
 from polyexport.capture.pytree import closed, opened
+from polyexport.errors import line
 
 
 class Spy:
@@ -49,7 +50,7 @@ class Spy:
                 self.call = call
                 self.call = closed(pytree.tree_map_only(torch.Tensor, _copy, opened(call)))
         except Exception as error:  # they are the user's, and this is inside of his code
-            self.trouble = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            self.trouble = line(error, 200)
         return self.call is not None
 
     def remove(self) -> None:

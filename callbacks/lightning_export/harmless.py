@@ -9,6 +9,7 @@ from typing import Any, Concatenate, ParamSpec
 from lightning.pytorch.utilities import rank_zero_warn
 
 from polyexport import BadRequest
+from polyexport.errors import line
 
 P = ParamSpec("P")
 
@@ -24,7 +25,7 @@ def harmless(
         except BadRequest:
             raise  # a mistake in the arguments, found in the sanity check at the latest: nothing is lost yet
         except (Exception, SystemExit) as error:  # promise one: what goes wrong here is ours, and training goes on
-            rank_zero_warn(f"ExportCallback: {hook.__name__} failed, training goes on: {type(error).__name__}: {error}")
+            rank_zero_warn(f"ExportCallback: {hook.__name__} failed, training goes on: {line(error)}")
 
     functools.update_wrapper(guarded, hook)
     return guarded

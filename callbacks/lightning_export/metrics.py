@@ -28,6 +28,7 @@ from polyexport.capture.flatten import flat, named_tensors, to_arrays
 from polyexport.capture.snapshot import WEIGHTS, Select, selected
 from polyexport.capture.unwrap import is_data
 from polyexport.engine.session import Session
+from polyexport.errors import line
 from polyexport.report import files
 from polyexport.report.outcome import Note
 
@@ -52,7 +53,7 @@ def measured(
         validate = functools.partial(_validated, trainer, _copied(pl_module, report, trainer), select, batches)
         report = replace(report, metrics=validate(None))
     except Exception as error:  # the user's own code, on another device and without the rest of the run
-        return _noted(report, f"no metrics: {_line(error)}")
+        return _noted(report, f"no metrics: {line(error, 200)}")
     for outcome in report.outcomes:
         if not outcome.publishable:
             continue
@@ -60,7 +61,7 @@ def measured(
             with session.runner(report, outcome.format) as run:
                 found = replace(outcome, metrics=validate(run))
         except Exception as error:  # such as a last batch that is smaller than an artifact of static shapes takes
-            report = _noted(report, f"no metrics of {outcome.format}: {_line(error)}")
+            report = _noted(report, f"no metrics of {outcome.format}: {line(error, 200)}")
             continue
         outcomes = tuple(found if each is outcome else each for each in report.outcomes)
         report = replace(report, outcomes=outcomes)
@@ -95,9 +96,16 @@ def _validated(trainer: Any, module: Any, select: Select, batches: int, run: Run
     try:
         with tempfile.TemporaryDirectory() as folder, isolate_rng(), _quiet():
             own = type(trainer)(
-                accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-                enable_model_summary=False, limit_val_batches=batches, inference_mode=False, default_root_dir=folder,
-            )  # fmt: skip  # settings, not lines
+                accelerator="cpu",
+                devices=1,
+                logger=False,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                limit_val_batches=batches,
+                inference_mode=False,
+                default_root_dir=folder,
+            )
             found = own.validate(module, dataloaders=trainer.val_dataloaders, verbose=False)
     finally:
         part.__dict__.pop("forward", None)
@@ -138,7 +146,3 @@ def _noted(report: Report, note: str) -> Report:
     report = replace(report, notes=(*report.notes, Note("metrics", note)))
     files.save(report)
     return report
-
-
-def _line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

@@ -86,9 +86,23 @@ KEPT_BY_LIGHTNING = frozenset(vars(LightningModule()))
 """What Lightning itself keeps on a module, some of it another thing in each hook."""
 
 _OF_THE_TRAINER = (
-    "current_epoch", "global_step", "max_epochs", "max_steps", "precision", "fast_dev_run", "barebones", "testing",
-    "predicting", "num_devices", "num_nodes", "world_size", "global_rank", "local_rank", "node_rank", "is_global_zero",
-)  # fmt: skip  # one word a line would be longer than what reads it
+    "current_epoch",
+    "global_step",
+    "max_epochs",
+    "max_steps",
+    "precision",
+    "fast_dev_run",
+    "barebones",
+    "testing",
+    "predicting",
+    "num_devices",
+    "num_nodes",
+    "world_size",
+    "global_rank",
+    "local_rank",
+    "node_rank",
+    "is_global_zero",
+)
 """What `self.trainer` still knows in a worker. Nothing that broadcasts, since one rank alone asks."""
 
 

@@ -6,12 +6,13 @@ Importing this package imports no framework; each is imported by the function th
 from polyexport.engine.engine import Engine, Request, export
 from polyexport.engine.session import Options, Session
 from polyexport.errors import BadRequest, CannotRun, ExportFailed, PolyexportError, ToolMissing, UnknownFormat
-from polyexport.format import Format, Loaded, Observed, Route, Runner, Snippet, Tolerance
+from polyexport.format import Format, Loaded, Observed, Route, Snippet
 from polyexport.formats import known as _known
 from polyexport.load import load
+from polyexport.measure.tolerance import Tolerance
 from polyexport.report.outcome import Checkpoint, Outcome
 from polyexport.report.report import Report
-from polyexport.spec import Arrays, ExportSpec, TensorSpec
+from polyexport.spec import Arrays, ExportSpec, Runner, TensorSpec
 from polyexport.workers.toolchain import Toolchain
 
 __all__ = [

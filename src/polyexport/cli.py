@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -22,9 +23,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from polyexport.capture import checkpoint
 from polyexport.capture.snapshot import selected
-from polyexport.engine import plan
+from polyexport.engine import checkpoint, plan
 from polyexport.engine.engine import Engine, export, interrupted
 from polyexport.errors import BadRequest, PolyexportError
 from polyexport.format import Format
@@ -34,10 +34,12 @@ from polyexport.report.escape import printable
 from polyexport.report.folders import BEST, DESCRIPTION, EXPORTS, followed
 from polyexport.report.outcome import Outcome
 from polyexport.report.report import Report, markdown
+from polyexport.report.tables import size
 from polyexport.serialization import encode
-from polyexport.spec import write_arrays
+from polyexport.spec import Runner, write_arrays
 from polyexport.versions import versions
 from polyexport.workers import toolchain
+from polyexport.workers.disk import UNUSED_DAYS, Environment
 
 T = TypeVar("T")
 
@@ -136,17 +138,33 @@ def doctor(names: Names = None, as_json: Json = False) -> None:
 
 @toolchains.command("list")
 def list_toolchains(as_json: Json = False) -> None:
-    """List the toolchains, what they need, and where they are."""
-    rows = [
-        {
-            "toolchain": chain.name,
-            "state": "this environment" if chain.in_host else "ready" if chain.ready else "not installed",
-            "requirements": ", ".join(chain.requirements),
-            "folder": "" if chain.in_host else str(chain.folder),
-        }
-        for chain in map(toolchain.find, toolchain.names())
-    ]
+    """List the toolchains, what they need, where they are, the disk they take, and when they were last used.
+
+    Below them stand environments that were made for other pins or from other training environments.
+    """
+    made = {each.folder: each for each in toolchain.environments()}
+    rows = []
+    for chain in map(toolchain.find, toolchain.names()):
+        state = "this environment" if chain.in_host else "ready" if chain.ready else "not installed"
+        environment = None if chain.in_host else made.pop(chain.folder, None)
+        folder = "" if chain.in_host else str(chain.folder)
+        rows.append(_toolchain_row(chain.name, state, ", ".join(chain.requirements), folder, environment, as_json))
+    for environment in made.values():
+        name = environment.folder.name.rpartition("-")[0]
+        rows.append(_toolchain_row(name, "of other pins", "", str(environment.folder), environment, as_json))
     _show(rows, as_json)
+
+
+def _toolchain_row(
+    name: str, state: str, requirements: str, folder: str, environment: Environment | None, as_json: bool
+) -> dict[str, Any]:
+    row = {"toolchain": name, "state": state, "requirements": requirements, "folder": folder}
+    if as_json:
+        known = {} if environment is None else {"bytes": environment.bytes, "used": environment.used}
+        return row | known
+    size_of = "" if environment is None else size(environment.bytes)
+    used = "" if environment is None else time.strftime("%Y-%m-%d", time.localtime(environment.used))
+    return row | {"size": size_of, "last used": used}
 
 
 @toolchains.command("install")
@@ -158,13 +176,23 @@ def install(names: Chains, as_json: Json = False) -> None:
 
 
 @toolchains.command("remove")
-def remove(names: Chains, as_json: Json = False) -> None:
+def remove(
+    names: Annotated[list[str] | None, typer.Argument(metavar="NAME…", autocompletion=_toolchains_starting)] = None,
+    unused: Annotated[
+        bool, typer.Option("--unused", help=f"All that had no job for {UNUSED_DAYS} days, of other pins too.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
     """Remove the environments of toolchains; they are made again when they are needed."""
     with _told():
-        chains = [chain for chain in _chains(names) if not chain.in_host and chain.folder.exists()]
-    for chain in chains:
-        shutil.rmtree(chain.folder)
-    _show([{"toolchain": chain.name, "removed": str(chain.folder)} for chain in chains], as_json)
+        if bool(names) == unused:
+            raise BadRequest(f"give names of toolchains, or --unused; known: {', '.join(toolchain.names())}")
+        folders = [chain.folder for chain in _chains(names or ()) if not chain.in_host and chain.folder.exists()]
+    if unused:
+        folders = [environment.folder for environment in toolchain.environments() if environment.is_unused]
+    for folder in folders:
+        shutil.rmtree(folder)
+    _show([{"toolchain": folder.name.rpartition("-")[0], "removed": str(folder)} for folder in folders], as_json)
 
 
 @app.command("export")
@@ -223,14 +251,16 @@ def _tensors(file: Path) -> dict[str, Any]:
 def resume(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run's exports, or the one it lies in.")],
     timeout: Annotated[float, typer.Option(help="Seconds that one conversion or verification may take.")] = 600.0,
+    trust: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Finish the export that an interrupted or killed training left; exit code 1 if a format does not agree.
 
-    It runs code that was pickled when the export began.
+    It runs code that was pickled when the export began: one that somebody else began, or elsewhere, needs --trust.
     """
     with _told(), Engine(timeout=timeout, tell=_say) as engine:
-        request = interrupted(run if run.name.startswith(EXPORTS) or not (run / EXPORTS).is_dir() else run / EXPORTS)
+        exports = run if run.name.startswith(EXPORTS) or not (run / EXPORTS).is_dir() else run / EXPORTS
+        request = interrupted(exports, trust=trust)
         report = engine.submit(request).result()
         report = engine.bench(report, request.formats)
     _conclude(report, report.outcomes, as_json)
@@ -306,10 +336,7 @@ def run(
 ) -> None:
     """Run an artifact in its own toolchain; prints what comes out, in JSON with all values."""
     with _told(), Engine() as engine:
-        folder = artifact.absolute()
-        folder = folder.parent if (folder.parent / DESCRIPTION).is_file() else folder
-        report = _report(folder.parent)
-        with engine.runner(report, folder.name, trust=trust) as runner:
+        with _opened(engine, artifact.absolute(), trust=trust) as runner:
             found = runner(checkpoint.inputs(inputs))
         if output is not None:
             write_arrays(output, found)
@@ -390,11 +417,19 @@ def _lacks(each: Format) -> str:
     return f"not installed yet: polyexport toolchain install {' '.join(sorted(missing))}" if missing else ""
 
 
+def _opened(engine: Engine, artifact: Path, *, trust: bool) -> contextlib.AbstractContextManager[Runner]:
+    """What runs an artifact: in its export, or by itself where its folder was copied out of that."""
+    folder = artifact.parent if (artifact.parent / DESCRIPTION).is_file() else artifact
+    if (folder / DESCRIPTION).is_file() and not (followed(folder.parent) / "report.json").is_file():
+        return engine.opened(artifact, trust=trust)
+    return engine.runner(_report(folder.parent), folder.name, trust=trust)
+
+
 def _report(folder: Path) -> Report:
     """The report in a folder, or in the best export of it."""
-    for place in (folder, folder / BEST):
-        if (followed(place) / "report.json").is_file():
-            return Report.load(place)
+    for candidate in (folder, folder / BEST):
+        if (followed(candidate) / "report.json").is_file():
+            return Report.load(candidate)
     raise BadRequest(f"{folder} is no export, and has no best one in it: there is no report.json")
 
 

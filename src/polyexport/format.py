@@ -1,26 +1,19 @@
-"""The concepts of a format: what it is, the routes that lead to it, how far it may be from PyTorch, who opens it."""
+"""The concepts of a format: what it is, the routes that lead to it, who opens it."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol, get_args
+from typing import TYPE_CHECKING, Protocol
 
 from polyexport.errors import BadRequest, CannotRun
-from polyexport.spec import Arrays, ExportSpec
+from polyexport.measure.tolerance import Tolerance
+from polyexport.spec import PRECISIONS, Arrays, ExportSpec, Precision, Runner
 
 if TYPE_CHECKING:
     from polyexport.workers.toolchain import Toolchain
-
-Precision = Literal["float32", "float16", "bfloat16", "int8"]
-"""What an artifact computes in, by its name in numpy and PyTorch."""
-
-PRECISIONS: tuple[Precision, ...] = get_args(Precision)
-
-Runner = Callable[[Arrays], Arrays]
-"""A model that can be run: named arrays in, named arrays out. The only interface to a runtime."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,66 +77,6 @@ class Load(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Tolerance:
-    """How far an output may be from PyTorch's; None switches a check off.
-
-    An element passes when `|y - ref| <= atol * scale + rtol * |ref|` and some of the noise floor, where `scale` is the
-    greatest magnitude of its own column, channel or position (see `polyexport.measure.slices`).
-
-    Attributes:
-        rtol: Relative to the element.
-        atol: Relative to the scale.
-        misses: Share of all elements that may fail.
-        cosine: Least cosine similarity of a whole output.
-        top1: Least share of rows whose greatest element stays where it was (where the last axis looks like classes).
-        roundoff: Greatest relative error of rounding one number in the precision; the noise floor grows with it.
-        smallest: Spacing of the smallest numbers that the precision has, which rounding may lose whole.
-        tie: Two elements closer than this share of the scale are a tie for `top1`; None for the limits of the two.
-    """
-
-    rtol: float | None
-    atol: float | None
-    misses: float
-    cosine: float
-    top1: float
-    roundoff: float = 2.0**-24
-    smallest: float = 0.0
-    tie: float | None = None
-
-    def or_looser(self, other: Tolerance) -> Tolerance:
-        """Of each limit the one that allows more; what either switches off is off."""
-        off = None in (self.rtol, self.atol, other.rtol, other.atol)
-        return Tolerance(
-            rtol=None if off else max(self.rtol or 0.0, other.rtol or 0.0),
-            atol=None if off else max(self.atol or 0.0, other.atol or 0.0),
-            misses=max(self.misses, other.misses),
-            cosine=min(self.cosine, other.cosine),
-            top1=min(self.top1, other.top1),
-            roundoff=max(self.roundoff, other.roundoff),
-            smallest=max(self.smallest, other.smallest),
-            tie=self.tie if self.roundoff > other.roundoff else other.tie,
-        )
-
-    @staticmethod
-    def for_precision(precision: Precision) -> Tolerance:
-        """The default for the precision that the artifact really computes in."""
-        return _TOLERANCES[precision]
-
-
-_STEP = 1 / 127
-"""One step of int8, relative to the greatest number."""
-
-_TOLERANCES: Mapping[Precision, Tolerance] = {
-    "float32": Tolerance(rtol=1e-3, atol=1e-4, misses=0.0, cosine=0.99999, top1=1.0),
-    "float16": Tolerance(
-        rtol=1e-2, atol=5e-3, misses=1e-3, cosine=0.9999, top1=0.99, roundoff=2.0**-11, smallest=2.0**-24
-    ),
-    "bfloat16": Tolerance(rtol=5e-2, atol=2e-2, misses=1e-2, cosine=0.999, top1=0.98, roundoff=2.0**-8),
-    "int8": Tolerance(rtol=0.1, atol=0.1, misses=0.02, cosine=0.99, top1=0.95, roundoff=_STEP / 2, tie=_STEP),
-}
-
-
-@dataclass(frozen=True, slots=True)
 class Route:
     """One way to a format. Routes are tried in order, and parity is the judge.
 
@@ -167,7 +100,7 @@ class Snippet:
     """How an application opens the artifact and calls it, shown by the report page.
 
     `code` is a jinja2 template of `path`, the artifact's, relative to the export's folder, where the code is run; of
-    `inputs`, `TensorSpec`s whose free axes are 1; of `names` and `outputs`, the names on either side; and of
+    `inputs`, `TensorSpec`s whose dynamic axes are 1; of `names` and `outputs`, the names on either side; and of
     `output_dtypes`.
     """
 

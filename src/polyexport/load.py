@@ -10,12 +10,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from polyexport.errors import BadRequest, ToolMissing
-from polyexport.format import Format, Loaded, Precision
+from polyexport.format import Format, Loaded
 from polyexport.formats import known
 from polyexport.report.folders import BEST, DESCRIPTION, followed
 from polyexport.report.outcome import Checkpoint, Outcome, State
 from polyexport.serialization import read_record
-from polyexport.spec import ExportSpec, TensorSpec
+from polyexport.spec import ExportSpec, Precision, TensorSpec
 from polyexport.workers.toolchain import find
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar, get_args
 from zipfile import ZipFile
 
 import numpy as np
@@ -14,6 +14,14 @@ S = TypeVar("S")
 
 Arrays = dict[str, np.ndarray]
 """Named arrays: what goes into a runtime and what comes out of it."""
+
+Runner = Callable[[Arrays], Arrays]
+"""A model that can be run: named arrays in, named arrays out. The only interface to a runtime."""
+
+Precision = Literal["float32", "float16", "bfloat16", "int8"]
+"""What an artifact computes in, by its name in numpy and PyTorch."""
+
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +79,10 @@ class ExportSpec:
         """Names of the outputs, in forward's order."""
         return tuple(tensor.name for tensor in self.outputs)
 
+    def upper_bounds(self, least: int) -> dict[str, int]:
+        """A greatest size for each dynamic axis, where a converter wants one: `least`, or twice the batch's."""
+        return {name: max(least, 2 * size) for name, size in self.sizes.items()}
+
     def static(self) -> ExportSpec:
         """The same signature with every dynamic axis fixed at its size in the validation batch."""
 
@@ -78,6 +90,23 @@ class ExportSpec:
             return replace(tensor, shape=tensor.sized(self.sizes.__getitem__))
 
         return replace(self, inputs=tuple(map(fix, self.inputs)), outputs=tuple(map(fix, self.outputs)))
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """A file of named arrays, inputs and reference outputs together, and the sizes of its dynamic axes.
+
+    Attributes:
+        path: Relative to the export's folder.
+        sizes: Size of each dynamic axis.
+        label: What its values are, where they are others than those of the validation batch: `rows negated`.
+        real: Whether the values are data as it came, and not made from it.
+    """
+
+    path: str
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    label: str = ""
+    real: bool = True
 
 
 def calibration(spec: ExportSpec) -> Iterator[Arrays]:
@@ -95,7 +124,7 @@ def calibration(spec: ExportSpec) -> Iterator[Arrays]:
 
 
 def example(spec: ExportSpec) -> Arrays:
-    """Inputs to trace with: the validation batch, with at least two rows along a free axis, since a tracer fixes a one.
+    """Inputs to trace with: the validation batch, with two rows or more along a dynamic axis: tracers fix a one.
 
     Without a batch it is zeros.
     """

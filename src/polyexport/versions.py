@@ -32,8 +32,13 @@ def git_commit() -> str:
     try:
         done = subprocess.run(
             ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"],
-            capture_output=True, encoding="utf-8", errors="replace", stdin=subprocess.DEVNULL, timeout=10, check=False,
-        )  # fmt: skip  # one line per argument would bury the command
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            stdin=subprocess.DEVNULL,
+            timeout=10,
+            check=False,
+        )
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""

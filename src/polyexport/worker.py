@@ -44,12 +44,11 @@ from polyexport.format import Format, Loaded
 from polyexport.report.escape import printable
 from polyexport.report.folders import DESCRIPTION
 from polyexport.serialization import write_json
-from polyexport.spec import Arrays, read_arrays, write_arrays
+from polyexport.spec import Arrays, Batch, read_arrays, write_arrays
 from polyexport.workers import server
 from polyexport.workers.job import (
     PARENT,
     TEMPORARY,
-    Batch,
     Bench,
     Convert,
     FormatJob,
@@ -184,7 +183,7 @@ def convert(root: Path, job: Convert) -> Any:
     target = root / job.target  # an absolute target stays as it is
     target.parent.mkdir(parents=True, exist_ok=True)
     spec = replace(job.spec, calibration=tuple(root / path for path in job.spec.calibration))
-    from polyexport.measure.reads import frozen_sites
+    from polyexport.tracing.reads import frozen_sites
 
     try:
         with frozen_sites() as frozen:

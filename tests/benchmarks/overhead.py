@@ -91,10 +91,15 @@ def main() -> None:
             found = in_process(__file__, millions, formats, given.seconds)
             added = {key: found[key] - without[key] for key in ("lasting", "resident", "peak")}
             table.add_row(
-                f"{millions} M", str(formats), f"{without['rate']:.0f}", f"{found['rate']:.0f}",
-                f"{found['rate'] / without['rate']:.2f}", f"{added['lasting']:+d}",
-                f"{added['resident'] / 1e6:+.0f}", f"{added['peak'] / 1e6:+.0f}",
-            )  # fmt: skip  # a row is a row
+                f"{millions} M",
+                str(formats),
+                f"{without['rate']:.0f}",
+                f"{found['rate']:.0f}",
+                f"{found['rate'] / without['rate']:.2f}",
+                f"{added['lasting']:+d}",
+                f"{added['resident'] / 1e6:+.0f}",
+                f"{added['peak'] / 1e6:+.0f}",
+            )
     Console(width=120).print(table)
 
 

@@ -28,7 +28,7 @@ from polyexport import FORMATS
 from polyexport.measure.parity import compare
 from polyexport.measure.reference import Reference
 from polyexport.serialization import decode
-from polyexport.workers.job import Batch
+from polyexport.spec import Batch
 
 NAMES = ("torchscript", "pt2", "onnx", "openvino")
 

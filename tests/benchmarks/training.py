@@ -20,10 +20,20 @@ FORMATS = {
     1: ("onnx",),
     4: ("torchscript", "pt2", "onnx", "openvino"),
     12: (
-        "torchscript", "pt2", "onnx", "onnx-opset15", "openvino", "coreml",
-        "executorch", "saved_model", "graphdef", "tfjs", "paddle", "tensorrt",
+        "torchscript",
+        "pt2",
+        "onnx",
+        "onnx-opset15",
+        "openvino",
+        "coreml",
+        "executorch",
+        "saved_model",
+        "graphdef",
+        "tfjs",
+        "paddle",
+        "tensorrt",
     ),
-}  # fmt: skip  # a table
+}
 """By their number. What cannot run here is skipped, and costs the training thread the same."""
 
 BATCH, STEPS = 8, 2
@@ -57,9 +67,14 @@ def fit(millions: float, callbacks: Sequence[Callback], *, steps: int = STEPS, *
     rows = TensorDataset(torch.randn(BATCH * steps, model.net[0].in_features))
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
-            default_root_dir=folder, accelerator="cpu", logger=False, enable_progress_bar=False,
-            enable_model_summary=False, callbacks=[ModelCheckpoint(monitor="val_loss"), *callbacks], **settings,
-        )  # fmt: skip  # settings that say: nothing but training
+            default_root_dir=folder,
+            accelerator="cpu",
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=[ModelCheckpoint(monitor="val_loss"), *callbacks],
+            **settings,
+        )
         trainer.fit(model, DataLoader(rows, batch_size=BATCH), DataLoader(rows, batch_size=BATCH))
     return trainer
 

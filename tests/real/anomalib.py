@@ -29,8 +29,13 @@ def train(callback):
         for index in range(10):
             Image.fromarray(random.integers(0, 255, (64, 64, 3), "uint8")).save(root / kind / f"{index}.png")
     data = Folder("made", "good", root, "bad", train_batch_size=4, eval_batch_size=4, num_workers=0)
-    model = Padim(pre_trained=False, layers=["layer1"], n_features=8, visualizer=False,
-                  pre_processor=Padim.configure_pre_processor(image_size=(64, 64)))  # fmt: skip  # on two lines
+    model = Padim(
+        pre_trained=False,
+        layers=["layer1"],
+        n_features=8,
+        visualizer=False,
+        pre_processor=Padim.configure_pre_processor(image_size=(64, 64)),
+    )
     Engine(callbacks=[callback], logger=False, accelerator="cpu", default_root_dir=sys.argv[1]).fit(model, data)
 
 

@@ -13,14 +13,23 @@ def train(callback):
     import pandas
     from pytorch_forecasting import TemporalFusionTransformer, TimeSeriesDataSet
 
-    series = pandas.DataFrame({
-        "series": numpy.repeat(["a", "b", "c", "d"], 30), "step": numpy.tile(numpy.arange(30), 4),
-        "value": numpy.sin(numpy.arange(120) / 5.0).astype("float32"),
-    })  # fmt: skip  # a column a line
+    series = pandas.DataFrame(
+        {
+            "series": numpy.repeat(["a", "b", "c", "d"], 30),
+            "step": numpy.tile(numpy.arange(30), 4),
+            "value": numpy.sin(numpy.arange(120) / 5.0).astype("float32"),
+        }
+    )
     data = TimeSeriesDataSet(
-        series, time_idx="step", target="value", group_ids=["series"], max_encoder_length=12, max_prediction_length=4,
-        time_varying_unknown_reals=["value"], time_varying_known_reals=["step"],
-    )  # fmt: skip  # as above
+        series,
+        time_idx="step",
+        target="value",
+        group_ids=["series"],
+        max_encoder_length=12,
+        max_prediction_length=4,
+        time_varying_unknown_reals=["value"],
+        time_varying_known_reals=["step"],
+    )
     model = TemporalFusionTransformer.from_dataset(
         data, hidden_size=8, attention_head_size=2, hidden_continuous_size=4, log_interval=0
     )

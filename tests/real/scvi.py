@@ -36,8 +36,16 @@ def train(callback):
     for named in ("logger", "accelerator", "devices", "max_epochs"):  # its own parameters
         del given[named]
     model = scvi.model.SCVI(cells, n_hidden=16, n_latent=4)
-    model.train(1, accelerator="cpu", train_size=0.5, batch_size=16, check_val_every_n_epoch=1, logger=False,
-                enable_checkpointing=True, **given)  # fmt: skip  # on two lines
+    model.train(
+        1,
+        accelerator="cpu",
+        train_size=0.5,
+        batch_size=16,
+        check_val_every_n_epoch=1,
+        logger=False,
+        enable_checkpointing=True,
+        **given,
+    )
 
 
 if __name__ == "__main__":

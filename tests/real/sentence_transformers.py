@@ -16,9 +16,17 @@ def train(callback):
 
     class Sentences(Task):
         def __init__(self):
-            super().__init__(BertModel(BertConfig(
-                vocab_size=100, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
-            )))  # fmt: skip  # three sizes a line
+            super().__init__(
+                BertModel(
+                    BertConfig(
+                        vocab_size=100,
+                        hidden_size=32,
+                        num_hidden_layers=2,
+                        num_attention_heads=4,
+                        intermediate_size=64,
+                    )
+                )
+            )
             self.pooling, self.normalize = Pooling(32), Normalize()
 
         def forward(self, input_ids, attention_mask):

@@ -52,10 +52,18 @@ def loader(rows: Sequence[Any], batch_size: int = 4) -> DataLoader[Any]:
 def settings(callback: ExportCallback, monitor: str = "val_loss") -> dict[str, Any]:
     """What a trainer needs for a few steps on the CPU, also where a package makes the trainer."""
     return {
-        "max_epochs": 1, "limit_train_batches": STEPS, "limit_val_batches": 2, "accelerator": "cpu", "devices": 1,
-        "logger": False, "enable_progress_bar": False, "enable_model_summary": False, "log_every_n_steps": 1,
-        "default_root_dir": sys.argv[1], "callbacks": [callback, ModelCheckpoint(sys.argv[1], monitor=monitor)],
-    }  # fmt: skip  # one setting a line says no more
+        "max_epochs": 1,
+        "limit_train_batches": STEPS,
+        "limit_val_batches": 2,
+        "accelerator": "cpu",
+        "devices": 1,
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "log_every_n_steps": 1,
+        "default_root_dir": sys.argv[1],
+        "callbacks": [callback, ModelCheckpoint(sys.argv[1], monitor=monitor)],
+    }
 
 
 def fit(model: LightningModule, data: DataLoader[Any], callback: ExportCallback) -> None:

@@ -18,9 +18,16 @@ TOKENS = 16
 Entry = Callable[[], tuple[nn.Module, Any]]
 
 SIZES: dict[str, Any] = {
-    "vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64,
-    "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip  # one size a line says no more
+    "vocab_size": 100,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 """What most of transformers' configurations call their sizes."""
 
 
@@ -118,24 +125,46 @@ FOUR: dict[str, Any] = {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1]}
 """Four stages of a convolutional network."""
 PATCHES: dict[str, Any] = {"image_size": 64, "patch_size": 16}
 DETECTOR: dict[str, Any] = {
-    "use_timm_backbone": False, "use_pretrained_backbone": False, "backbone": None, "d_model": 32, "num_queries": 6,
-    "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
-    "encoder_ffn_dim": 64, "decoder_ffn_dim": 64,
-}  # fmt: skip  # as SIZES
+    "use_timm_backbone": False,
+    "use_pretrained_backbone": False,
+    "backbone": None,
+    "d_model": 32,
+    "num_queries": 6,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 64,
+}
 PAIR: dict[str, Any] = {
-    "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "decoder_start_token_id": 2,
-}  # fmt: skip  # as SIZES
+    "d_model": 32,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 64,
+    "decoder_start_token_id": 2,
+}
 EXPERTS: dict[str, Any] = {
-    "num_key_value_heads": 2, "num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2,
+    "num_key_value_heads": 2,
+    "num_local_experts": 4,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
     "moe_intermediate_size": 32,
-}  # fmt: skip  # as SIZES
+}
 GROUPED: dict[str, Any] = {"num_key_value_heads": 2, "head_dim": 8}
 """Fewer heads for keys than for queries."""
 WAVES: dict[str, Any] = {
-    "conv_dim": [16, 16, 16], "conv_kernel": [10, 3, 3], "conv_stride": [5, 2, 2], "num_feat_extract_layers": 3,
-    "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4, "mask_time_prob": 0.0,
-}  # fmt: skip  # as SIZES
+    "conv_dim": [16, 16, 16],
+    "conv_kernel": [10, 3, 3],
+    "conv_stride": [5, 2, 2],
+    "num_feat_extract_layers": 3,
+    "num_conv_pos_embeddings": 16,
+    "num_conv_pos_embedding_groups": 4,
+    "mask_time_prob": 0.0,
+}
 
 
 def backbone(*stages: str) -> dict[str, Any]:
@@ -161,9 +190,15 @@ def windows_of_time(kind: str, head: str, **more: Any) -> tuple[str, Entry]:
     """A forecaster that reads patches of a series: (batch, steps, channels)."""
     sizes = {"context_length": 32, "patch_length": 8, "stride": 8, "patch_stride": 8, "prediction_length": 8}
     return of_transformers(
-        kind, head, lambda: {"past_values": torch.randn(BATCH, 32, 3)},
-        **sizes, num_input_channels=3, d_model=32, ffn_dim=64, **more,
-    )  # fmt: skip  # as SIZES
+        kind,
+        head,
+        lambda: {"past_values": torch.randn(BATCH, 32, 3)},
+        **sizes,
+        num_input_channels=3,
+        d_model=32,
+        ffn_dim=64,
+        **more,
+    )
 
 
 def decision_transformer() -> tuple[nn.Module, Any]:
@@ -173,10 +208,13 @@ def decision_transformer() -> tuple[nn.Module, Any]:
         state_dim=5, act_dim=2, hidden_size=32, n_layer=1, n_head=4, max_ep_len=64, n_positions=64
     )
     inputs = {
-        "states": torch.randn(BATCH, 8, 5), "actions": torch.randn(BATCH, 8, 2), "rewards": torch.randn(BATCH, 8, 1),
-        "returns_to_go": torch.randn(BATCH, 8, 1), "timesteps": torch.arange(8).expand(BATCH, 8).clone(),
+        "states": torch.randn(BATCH, 8, 5),
+        "actions": torch.randn(BATCH, 8, 2),
+        "rewards": torch.randn(BATCH, 8, 1),
+        "returns_to_go": torch.randn(BATCH, 8, 1),
+        "timesteps": torch.arange(8).expand(BATCH, 8).clone(),
         "attention_mask": torch.ones(BATCH, 8, dtype=torch.long),
-    }  # fmt: skip  # as SIZES
+    }
     return transformers.DecisionTransformerModel(config), inputs
 
 
@@ -189,20 +227,43 @@ FAMILIES: dict[str, Entry] = dict(
         of_transformers("llama", "Llama" + DECODER, text, **GROUPED),
         of_timm("efficientnet", "test_efficientnet"),
         of_timm("vision_transformer", "test_vit", img_size=64),
-        of_transformers("t5", "T5" + SEQ2SEQ, both, d_model=32, d_kv=8, d_ff=64, num_layers=2,
-                        decoder_start_token_id=0),
-        of_transformers("whisper", "Whisper" + SEQ2SEQ,
-                        lambda: {"input_features": torch.randn(BATCH, 16, 64), "decoder_input_ids": both()[
-                            "decoder_input_ids"]},
-                        **PAIR, num_mel_bins=16, max_source_positions=32, max_target_positions=32),
+        of_transformers(
+            "t5", "T5" + SEQ2SEQ, both, d_model=32, d_kv=8, d_ff=64, num_layers=2, decoder_start_token_id=0
+        ),
+        of_transformers(
+            "whisper",
+            "Whisper" + SEQ2SEQ,
+            lambda: {"input_features": torch.randn(BATCH, 16, 64), "decoder_input_ids": both()["decoder_input_ids"]},
+            **PAIR,
+            num_mel_bins=16,
+            max_source_positions=32,
+            max_target_positions=32,
+        ),
         two_towers("clip"),
         of_torchvision("mobilenet_v3_small", num_classes=10),
         of_timm("mobilenetv3", "mobilenetv4_conv_small_035"),
         of_timm("convnext", "test_convnext"),
-        of_timm("swin_transformer", "swin_tiny_patch4_window7_224", img_size=64, window_size=4, embed_dim=16,
-                depths=(2, 2), num_heads=(2, 4)),
-        of_transformers("swin", "SwinForImageClassification", image, image_size=64, patch_size=4, embed_dim=16,
-                        depths=[2, 2], num_heads=[2, 4], num_attention_heads=None, window_size=4),
+        of_timm(
+            "swin_transformer",
+            "swin_tiny_patch4_window7_224",
+            img_size=64,
+            window_size=4,
+            embed_dim=16,
+            depths=(2, 2),
+            num_heads=(2, 4),
+        ),
+        of_transformers(
+            "swin",
+            "SwinForImageClassification",
+            image,
+            image_size=64,
+            patch_size=4,
+            embed_dim=16,
+            depths=[2, 2],
+            num_heads=[2, 4],
+            num_attention_heads=None,
+            window_size=4,
+        ),
         of_transformers("mistral", "Mistral" + DECODER, text, **GROUPED, sliding_window=8),
         of_transformers("qwen2", "Qwen2" + DECODER, text, **GROUPED),
         of_transformers("wav2vec2", "Wav2Vec2ForCTC", sound, **WAVES),
@@ -213,8 +274,14 @@ FAMILIES: dict[str, Entry] = dict(
         of_timm("densenet", "densenet121", growth_rate=8, block_config=(2, 2, 2, 2)),
         of_torchvision("deeplabv3_mobilenet_v3_large", weights_backbone=None, num_classes=5),
         of_torchvision("efficientnet_v2_s", num_classes=10),
-        of_transformers("deberta-v2", "DebertaV2" + ENCODER, text, relative_attention=True,
-                        pos_att_type=["p2c", "c2p"], position_buckets=8),
+        of_transformers(
+            "deberta-v2",
+            "DebertaV2" + ENCODER,
+            text,
+            relative_attention=True,
+            pos_att_type=["p2c", "c2p"],
+            position_buckets=8,
+        ),
         of_transformers("electra", "Electra" + ENCODER, text, embedding_size=16),
         of_transformers("albert", "Albert" + ENCODER, text, embedding_size=16),
         of_transformers("mpnet", "MPNet" + ENCODER, text),
@@ -227,16 +294,39 @@ FAMILIES: dict[str, Entry] = dict(
         of_transformers("gpt_neox", "GPTNeoX" + DECODER, text),
         of_transformers("bloom", "Bloom" + DECODER, text, n_layer=2, n_head=4),
         of_transformers("falcon", "Falcon" + DECODER, text),
-        of_transformers("yolos", "YolosForObjectDetection", image, image_size=[64, 64], patch_size=16,
-                        num_detection_tokens=6),
-        of_transformers("depth_anything", "DepthAnythingForDepthEstimation", image, backbone_config={
-            "model_type": "dinov2", **SIZES, **PATCHES, "out_features": ["stage1", "stage2"], "reshape_hidden_states":
-            False, "apply_layernorm": True}, reassemble_hidden_size=32, reassemble_factors=[2, 1],
-            neck_hidden_sizes=[8, 16], fusion_hidden_size=16, head_hidden_size=8, patch_size=16),
+        of_transformers(
+            "yolos", "YolosForObjectDetection", image, image_size=[64, 64], patch_size=16, num_detection_tokens=6
+        ),
+        of_transformers(
+            "depth_anything",
+            "DepthAnythingForDepthEstimation",
+            image,
+            backbone_config={
+                "model_type": "dinov2",
+                **SIZES,
+                **PATCHES,
+                "out_features": ["stage1", "stage2"],
+                "reshape_hidden_states": False,
+                "apply_layernorm": True,
+            },
+            reassemble_hidden_size=32,
+            reassemble_factors=[2, 1],
+            neck_hidden_sizes=[8, 16],
+            fusion_hidden_size=16,
+            head_hidden_size=8,
+            patch_size=16,
+        ),
         of_transformers("hubert", "HubertForCTC", sound, **WAVES),
-        of_transformers("audio-spectrogram-transformer", "ASTForAudioClassification",
-                        lambda: {"input_values": torch.randn(BATCH, 64, 16)}, patch_size=8, frequency_stride=8,
-                        time_stride=8, max_length=64, num_mel_bins=16),
+        of_transformers(
+            "audio-spectrogram-transformer",
+            "ASTForAudioClassification",
+            lambda: {"input_values": torch.randn(BATCH, 64, 16)},
+            patch_size=8,
+            frequency_stride=8,
+            time_stride=8,
+            max_length=64,
+            num_mel_bins=16,
+        ),
         windows_of_time("patchtst", "PatchTSTForPrediction"),
         windows_of_time("patchtsmixer", "PatchTSMixerForPrediction"),
         of_timm("vgg", "vgg11_bn"),
@@ -266,8 +356,18 @@ FAMILIES: dict[str, Entry] = dict(
         of_timm("metaformer", "poolformerv2_s12"),
         of_timm("mambaout", "test_mambaout"),
         of_timm("hiera", "hiera_tiny_224", img_size=64, embed_dim=16, stages=(1, 1, 1, 1)),
-        of_transformers("focalnet", "FocalNetForImageClassification", image, image_size=64, patch_size=4, embed_dim=16,
-                        depths=[1, 1], hidden_sizes=[16, 32], focal_levels=[2, 2], focal_windows=[3, 3]),
+        of_transformers(
+            "focalnet",
+            "FocalNetForImageClassification",
+            image,
+            image_size=64,
+            patch_size=4,
+            embed_dim=16,
+            depths=[1, 1],
+            hidden_sizes=[16, 32],
+            focal_levels=[2, 2],
+            focal_windows=[3, 3],
+        ),
         of_timm("davit", "davit_tiny", depths=(1, 1, 1, 1), embed_dims=(16, 32, 48, 64), num_heads=(1, 2, 3, 4)),
         of_timm("pit", "pit_xs_224", img_size=64),
         of_timm("tiny_vit", "tiny_vit_5m_224"),
@@ -284,31 +384,69 @@ FAMILIES: dict[str, Entry] = dict(
         of_torchvision_video("r3d_18"),
         of_transformers("siglip_vision_model", "SiglipVisionModel", image, **PATCHES),
         of_transformers("beit", "BeitForImageClassification", image, **PATCHES),
-        of_transformers("mobilevit", "MobileViTForImageClassification", image, image_size=64,
-                        hidden_sizes=[16, 24, 32], neck_hidden_sizes=[8, 8, 16, 24, 32, 40, 48]),
-        of_transformers("dpt", "DPTForDepthEstimation", image, **PATCHES, num_hidden_layers=4,
-                        backbone_out_indices=[0, 1, 2, 3],
-                        neck_hidden_sizes=[8, 8, 16, 16], fusion_hidden_size=16),
-        of_transformers("deformable_detr", "DeformableDetrForObjectDetection", image,
-                        **(DETECTOR | {"decoder_layers": 2}), backbone_config=backbone("stage2", "stage3", "stage4"),
-                        num_feature_levels=3, encoder_n_points=2, decoder_n_points=2),
-        of_transformers("layoutlm", "LayoutLMForTokenClassification",
-                        lambda: text() | {"bbox": torch.randint(0, 60, (BATCH, TOKENS, 4)).sort(-1).values},
-                        max_2d_position_embeddings=64),
+        of_transformers(
+            "mobilevit",
+            "MobileViTForImageClassification",
+            image,
+            image_size=64,
+            hidden_sizes=[16, 24, 32],
+            neck_hidden_sizes=[8, 8, 16, 24, 32, 40, 48],
+        ),
+        of_transformers(
+            "dpt",
+            "DPTForDepthEstimation",
+            image,
+            **PATCHES,
+            num_hidden_layers=4,
+            backbone_out_indices=[0, 1, 2, 3],
+            neck_hidden_sizes=[8, 8, 16, 16],
+            fusion_hidden_size=16,
+        ),
+        of_transformers(
+            "deformable_detr",
+            "DeformableDetrForObjectDetection",
+            image,
+            **(DETECTOR | {"decoder_layers": 2}),
+            backbone_config=backbone("stage2", "stage3", "stage4"),
+            num_feature_levels=3,
+            encoder_n_points=2,
+            decoder_n_points=2,
+        ),
+        of_transformers(
+            "layoutlm",
+            "LayoutLMForTokenClassification",
+            lambda: text() | {"bbox": torch.randint(0, 60, (BATCH, TOKENS, 4)).sort(-1).values},
+            max_2d_position_embeddings=64,
+        ),
         of_transformers("esm", "EsmForMaskedLM", text, mask_token_id=3, position_embedding_type="rotary"),
-        of_transformers("funnel", "Funnel" + ENCODER, text, block_sizes=[1, 1], n_head=4, d_head=8, d_model=32,
-                        d_inner=64, num_hidden_layers=None),
-        of_transformers("xlnet", "XLNet" + ENCODER, text, d_model=32, n_layer=2, n_head=4, d_inner=64,
-                        max_position_embeddings=None),
+        of_transformers(
+            "funnel",
+            "Funnel" + ENCODER,
+            text,
+            block_sizes=[1, 1],
+            n_head=4,
+            d_head=8,
+            d_model=32,
+            d_inner=64,
+            num_hidden_layers=None,
+        ),
+        of_transformers(
+            "xlnet", "XLNet" + ENCODER, text, d_model=32, n_layer=2, n_head=4, d_inner=64, max_position_embeddings=None
+        ),
         of_transformers("convbert", "ConvBert" + ENCODER, text, embedding_size=32),
         of_transformers("fnet", "FNet" + ENCODER, lambda: text(mask=False)),
         of_transformers("mamba", "Mamba" + DECODER, lambda: text(mask=False), state_size=4),
         of_transformers("m2m_100", "M2M100" + SEQ2SEQ, both, **PAIR),
-        of_transformers("videomae", "VideoMAEForVideoClassification",
-                        lambda: {"pixel_values": torch.rand(BATCH, 4, 3, 64, 64)}, **PATCHES, num_frames=4),
+        of_transformers(
+            "videomae",
+            "VideoMAEForVideoClassification",
+            lambda: {"pixel_values": torch.rand(BATCH, 4, 3, 64, 64)},
+            **PATCHES,
+            num_frames=4,
+        ),
         ("transformers/decision_transformer", decision_transformer),
     ]
-)  # fmt: skip  # one family an entry
+)
 """Name to model: `transformers/MODEL_TYPE`, `timm/MODULE` or `torchvision/MODEL`."""
 
 

@@ -37,9 +37,18 @@ OTHER_DOMAIN = "an operator of another domain than ai.onnx, which PyTorch does n
 
 
 PARAMETERS = {
-    "axes", "axis", "image_shape", "block_shape", "frame_step", "frame_length", "num_mel_bins", "dft_length",
-    "sample_rate", "lower_edge_hertz", "upper_edge_hertz",
-}  # fmt: skip  # words, not lines
+    "axes",
+    "axis",
+    "image_shape",
+    "block_shape",
+    "frame_step",
+    "frame_length",
+    "num_mel_bins",
+    "dft_length",
+    "sample_rate",
+    "lower_edge_hertz",
+    "upper_edge_hertz",
+}
 """Inputs that decide ranks and shapes; PyTorch's exporters always write them as constants, and so they are here."""
 
 
@@ -50,9 +59,11 @@ MENDED = "the answer that ONNX before 1.18 expects is wrong, and was mended ther
 
 WRONG = {
     "test_averagepool_3d_dilations_large_count_include_pad_is_1_ceil_mode_is_True",  # the tail belongs to one side only
-    "test_qlinearmatmul_2D_int8_float32", "test_qlinearmatmul_2D_int8_float16", "test_qlinearmatmul_3D_int8_float32",
+    "test_qlinearmatmul_2D_int8_float32",
+    "test_qlinearmatmul_2D_int8_float16",
+    "test_qlinearmatmul_3D_int8_float32",
     "test_qlinearmatmul_3D_int8_float16",  # they wrap where the standard saturates
-}  # fmt: skip  # a list, read as one
+}
 
 ROUNDED = {"test_resize_downsample_scales_linear_align_corners", "test_resize_downsample_scales_cubic_align_corners"}
 

@@ -323,68 +323,117 @@ FAULTS = {
     each.name: each
     for each in (
         Fault(
-            "converter crashes", "SIGSEGV in the worker", "failed", "killed by SIGSEGV",
+            "converter crashes",
+            "SIGSEGV in the worker",
+            "failed",
+            "killed by SIGSEGV",
             faulty=plant("faulty", planted.segfaults),
         ),
         Fault(
-            "worker is killed", "SIGKILL from outside", "failed", "killed by SIGKILL",
-            faulty=plant("faulty", planted.waits_to_be_killed), around=killer,
+            "worker is killed",
+            "SIGKILL from outside",
+            "failed",
+            "killed by SIGKILL",
+            faulty=plant("faulty", planted.waits_to_be_killed),
+            around=killer,
         ),
         Fault(
-            "memory runs out", "a limit of 3 GB, of which training has 2", "failed",
-            "killed by SIGKILL, since memory ran out", faulty=plant("faulty", planted.takes_all_memory),
-            callbacks=(HasLittleMemory, Waits), export={"workers": 1}, cannot=no_memory_groups,
+            "memory runs out",
+            "a limit of 3 GB, of which training has 2",
+            "failed",
+            "killed by SIGKILL, since memory ran out",
+            faulty=plant("faulty", planted.takes_all_memory),
+            callbacks=(HasLittleMemory, Waits),
+            export={"workers": 1},
+            cannot=no_memory_groups,
         ),
         Fault(
-            "converter hangs", "sleeps for ten minutes", "failed", f"timed out after {TIMEOUT:g} s",
+            "converter hangs",
+            "sleeps for ten minutes",
+            "failed",
+            f"timed out after {TIMEOUT:g} s",
             faulty=plant("faulty", planted.hangs),
         ),
         Fault(
-            "disk is full", "64 MB written to a tmpfs of 4 MB", "failed", "OSError: [Errno 28] No space left on device",
-            faulty=plant("faulty", planted.writes_too_much), around=small_disk, export={"workers": 1},
+            "disk is full",
+            "64 MB written to a tmpfs of 4 MB",
+            "failed",
+            "OSError: [Errno 28] No space left on device",
+            faulty=plant("faulty", planted.writes_too_much),
+            around=small_disk,
+            export={"workers": 1},
             cannot=lambda: privileged("--mount", "true"),
         ),
         Fault("folder cannot be written", "a file in its place", "no export", around=file_in_the_way),
         Fault(
-            "Ctrl-C", "SIGINT in the middle of a conversion", "no export", callbacks=(IsInterrupted,),
-            faulty=plant("faulty", planted.hangs), resumable=True,
+            "Ctrl-C",
+            "SIGINT in the middle of a conversion",
+            "no export",
+            callbacks=(IsInterrupted,),
+            faulty=plant("faulty", planted.hangs),
+            resumable=True,
         ),
         Fault(
-            "training raises", "ValueError in the middle of a conversion", "no export", callbacks=(Raises,),
-            faulty=plant("faulty", planted.hangs), resumable=True,
+            "training raises",
+            "ValueError in the middle of a conversion",
+            "no export",
+            callbacks=(Raises,),
+            faulty=plant("faulty", planted.hangs),
+            resumable=True,
         ),
         Fault("checkpoint is deleted", "unlinked after it was written", "verified", callbacks=(LosesItsCheckpoint,)),
         Fault(
-            "checkpoint is corrupt", "cut to 1000 bytes", "failed", "the module cannot be rebuilt: ", good="failed",
+            "checkpoint is corrupt",
+            "cut to 1000 bytes",
+            "failed",
+            "the module cannot be rebuilt: ",
+            good="failed",
             callbacks=(Corrupts, Waits),
         ),
         Fault(
-            "weights are NaN", "set before the first step", "unverified", "PyTorch itself answers nothing but NaN",
-            good="unverified", model=Diverges,
+            "weights are NaN",
+            "set before the first step",
+            "unverified",
+            "PyTorch itself answers nothing but NaN",
+            good="unverified",
+            model=Diverges,
         ),
         Fault("module cannot be pickled", "holds a generator", "verified", model=Unpicklable),
         Fault(
-            "toolchain cannot be installed", "two versions of one package", "skipped",
-            "toolchain impossible cannot be installed: ", callbacks=(HasNoToolchains, Waits),
+            "toolchain cannot be installed",
+            "two versions of one package",
+            "skipped",
+            "toolchain impossible cannot be installed: ",
+            callbacks=(HasNoToolchains, Waits),
             faulty=plant("faulty", planted.replay, toolchain=IMPOSSIBLE),
         ),
         Fault(
-            "no network", "an empty network namespace", "skipped", "toolchain remote cannot be installed: ",
-            callbacks=(HasNoNetwork, Waits), faulty=plant("faulty", planted.replay, toolchain=PYPI_ONLY),
-            export={"publish": [phone_home]}, cannot=lambda: privileged("--net", "true"),
+            "no network",
+            "an empty network namespace",
+            "skipped",
+            "toolchain remote cannot be installed: ",
+            callbacks=(HasNoNetwork, Waits),
+            faulty=plant("faulty", planted.replay, toolchain=PYPI_ONLY),
+            export={"publish": [phone_home]},
+            cannot=lambda: privileged("--net", "true"),
         ),
         Fault("two runs, one folder", "the same training twice at once", "verified", runs=2),
         Fault(
-            "a file is called like a package", "queue.py and onnx.py in the working folder", "verified",
+            "a file is called like a package",
+            "queue.py and onnx.py in the working folder",
+            "verified",
             callbacks=(HasFilesCalledLikePackages, Waits),
         ),
         Fault(
-            "forward's argument cannot be copied", "a mapping proxy", "verified", model=TakesAProxy,
+            "forward's argument cannot be copied",
+            "a mapping proxy",
+            "verified",
+            model=TakesAProxy,
         ),
         Fault("the module is pickled in validation", "pickle and deepcopy in its first batch", "verified", model=Looks),
         Fault("clock goes backwards", "an hour at each look", "verified", callbacks=(GoesBackInTime, Waits)),
     )
-}  # fmt: skip  # a table
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -550,10 +599,15 @@ SHADOWS = {
     each.name: each
     for each in (
         Fault("a callback draws", "a random number in training", "verified", callbacks=(DrawsARandomNumber,)),
-        Fault("fit fails", "a state that fails it", "failed", export={"fail_on": ["failed"]},
-              faulty=plant("faulty", planted.raises)),
+        Fault(
+            "fit fails",
+            "a state that fails it",
+            "failed",
+            export={"fail_on": ["failed"]},
+            faulty=plant("faulty", planted.raises),
+        ),
     )
-}  # fmt: skip  # a table
+}
 
 
 def table(seen: Mapping[str, Seen | str]) -> str:

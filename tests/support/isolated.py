@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,9 +23,11 @@ sys.path.insert(0, {str(HERE)!r})
 
 
 def in_toolchain(name: str, *words: str) -> str:
-    """Run a script in a toolchain, as a worker would be run there."""
+    """Run a script in a toolchain, as a worker is run there; returns what it prints (see `bare`)."""
     python = toolchain.find(name).interpreter()
-    done = subprocess.run([str(python), "-P", *words], capture_output=True, text=True, check=False, cwd=HERE)
+    environment = {**os.environ, "PYTHONPATH": str(HERE)}
+    command = [str(python), "-P", *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=HERE, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 

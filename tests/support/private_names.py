@@ -21,6 +21,8 @@ MIL = "coremltools.converters.mil"
 NAMES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     HOST: {
         "capture/answer.py": ("torch.nn:Module._buffers",),
+        "capture/changes.py": ("torch.nn:Module._non_persistent_buffers_set", "torch:Tensor._version"),
+        "engine/weights.py": ("torch.nn:Module._non_persistent_buffers_set", "torch.nn:Module._parameters"),
         "capture/sharded.py": ("torch.distributed.checkpoint.format_utils:dcp_to_torch_save",),
         "capture/snapshot.py": (
             "transformers.utils.output_capturing:_CAN_RECORD_REGISTRY",
@@ -73,16 +75,12 @@ NAMES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "tracing/exportable.py": ("transformers.configuration_utils:PretrainedConfig._experts_implementation",),
         "tracing/exported_program.py": ("torch:_C._set_grad_enabled",),
         "lightning_export/best.py": ("lightning.pytorch.callbacks:ModelCheckpoint._last_global_step_saved",),
-        "lightning_export/callback.py": (
-            "lightning.pytorch.callbacks:Callback._generate_state_key",
+        "lightning_export/callback.py": ("lightning.pytorch.callbacks:Callback._generate_state_key",),
+        "lightning_export/trainer.py": (
             "lightning.pytorch.loops.evaluation_loop:_EvaluationLoop._data_source",
-        ),
-        "lightning_export/capture.py": (
-            "torch._subclasses.fake_tensor:FakeTensor",
-            "torch.nn:Module._non_persistent_buffers_set",
-            "torch:Tensor._version",
             "lightning.pytorch:LightningModule._trainer",
         ),
+        "lightning_export/capture.py": ("torch._subclasses.fake_tensor:FakeTensor",),
         "lightning_export/loggers.py": (
             "lightning.pytorch.loggers:WandbLogger._checkpoint_name",
             "lightning.pytorch.loggers:WandbLogger._log_model",
@@ -98,12 +96,13 @@ NAMES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "lowering/paddle/inference.py": (
             "paddle:_C_ops",
             "paddle:base.libpaddle.pir",
+            "paddle.autograd.backward_utils:ValueDict",
             "paddle.autograd.backward_utils:ValueSet",
             "paddle.autograd.backward_utils:get_real_op_inputs",
             "paddle.autograd.backward_utils:get_real_op_outputs",
             "paddle.autograd.backward_utils:some_in_set",
         ),
-        "lowering/paddle/target.py": ("paddle:base.libpaddle.pir.create_shaped_type",),
+        "lowering/paddle/weights.py": ("paddle:base.libpaddle.pir.create_shaped_type",),
     },
     "tensorflow": {
         "formats/graphdef.py": ("tensorflow.python.framework.convert_to_constants:convert_variables_to_constants_v2",),

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from polyexport.engine.bench import EAGER, _recorded
-from polyexport.measure.latency import Latency, summarise
+from polyexport.measure.latency import Latency, summarize
 from polyexport.measure.parity import OutputParity, Parity
 from polyexport.report.files import save
 from polyexport.report.outcome import Artifact, Checkpoint, Outcome, State
@@ -47,8 +47,10 @@ def export(folder: Path, *, step: int, p50_ms: float = 0.5, score: float = 2.0) 
 
 def busy(report: Report) -> Report:
     """The same, timed on a busy machine."""
-    spent = replace(summarise([9.0] * 10, batch=1, threads=1, device="cpu", load_seconds=0, first_ms=9,
-                              peak_memory_bytes=1), waited=0.6)  # fmt: skip  # one argument a line would bury it
+    spent = replace(
+        summarize([9.0] * 10, batch=1, threads=1, device="cpu", load_seconds=0, first_ms=9, peak_memory_bytes=1),
+        waited=0.6,
+    )
     return _recorded(report, dict.fromkeys((EAGER, "good", "static"), spent), {})
 
 

@@ -87,8 +87,14 @@ class ConvolutionalSequence(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.net = nn.Sequential(
-            *(nn.Conv1d(3, 16, 5, padding=4, dilation=2), nn.BatchNorm1d(16), nn.SiLU(), nn.AvgPool1d(2)),
-            *(nn.Conv1d(16, 16, 3, groups=4), nn.GroupNorm(4, 16), nn.ELU(), nn.AdaptiveMaxPool1d(1)),
+            nn.Conv1d(3, 16, 5, padding=4, dilation=2),
+            nn.BatchNorm1d(16),
+            nn.SiLU(),
+            nn.AvgPool1d(2),
+            nn.Conv1d(16, 16, 3, groups=4),
+            nn.GroupNorm(4, 16),
+            nn.ELU(),
+            nn.AdaptiveMaxPool1d(1),
         )
         self.head = nn.Linear(16, 5)
 
@@ -168,9 +174,12 @@ def segformer() -> tuple[nn.Module, Any]:
     from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
     config = SegformerConfig(
-        depths=[1, 1, 1, 1], hidden_sizes=[8, 16, 24, 32], decoder_hidden_size=16, num_labels=5,
+        depths=[1, 1, 1, 1],
+        hidden_sizes=[8, 16, 24, 32],
+        decoder_hidden_size=16,
+        num_labels=5,
         num_attention_heads=[1, 2, 3, 4],
-    )  # fmt: skip  # one argument a line would hide the two models below
+    )
     return SegformerForSemanticSegmentation(config), {"pixel_values": images(size=64)}
 
 

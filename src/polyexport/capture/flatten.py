@@ -19,8 +19,7 @@ from typing import TYPE_CHECKING, Any
 from polyexport.capture.pytree import closed, opened
 from polyexport.capture.unwrap import own_attributes
 from polyexport.errors import BadRequest
-from polyexport.format import Runner
-from polyexport.spec import Arrays, ExportSpec
+from polyexport.spec import Arrays, ExportSpec, Runner
 
 if TYPE_CHECKING:
     import torch

@@ -33,7 +33,7 @@ from polyexport.capture import devices, surroundings, unwrap
 from polyexport.capture.flatten import flat
 from polyexport.capture.pickling import by_value, importable
 from polyexport.capture.pytree import closed, opened, tree_map
-from polyexport.errors import BadRequest
+from polyexport.errors import BadRequest, line
 from polyexport.spec import ExportSpec
 from polyexport.tracing.decompositions import plain_attention
 from polyexport.tracing.exported_program import export_program
@@ -75,7 +75,7 @@ def dump(value: Any, path: Path) -> None:
     try:
         pickled, parameters, tensors = _pickled(value)
     except Exception as error:  # objects of the user's, and anything may be said by them
-        raise Unpicklable(_line(error), _path_to_unpicklable(value)) from error
+        raise Unpicklable(line(error, 200), _path_to_unpicklable(value)) from error
     shapes = [(unwrap.shape(p), p.dtype, p.requires_grad) for p in parameters]
     copies = [_on_the_cpu(unwrap.local(tensor).detach()) for tensor in tensors]
     torch.save({"pickle": pickled, "parameters": shapes, "tensors": copies}, path)
@@ -131,10 +131,6 @@ def _path_to_unpicklable(value: Any) -> str:
         else:
             path = path.removeprefix("['root']").removeprefix(".")
             return f"{path} (a {type(value).__name__})" if path else ""
-
-
-def _line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def _can_be_pickled(value: Any) -> bool:
@@ -209,7 +205,7 @@ def save_module(
             save_traced(root, select, args, kwargs, folder)
             return f"{why}, so it was traced where it trained"
         except Exception as error:  # torch.export raises what it pleases
-            reason = f"{why}, nor traced ({_line(error)})"
+            reason = f"{why}, nor traced ({line(error, 200)})"
     (folder / UNAVAILABLE).write_text(reason, encoding="utf-8")
     return reason
 

@@ -154,9 +154,17 @@ def is_of_training(item: Any) -> bool:
 
 _TRAINERS = ("lightning", "pytorch_lightning", "lightning_fabric", "wandb", "torch", "tensorboardX")
 _OF_TRAINERS = (
-    "Trainer", "Fabric", "Callback", "Logger", "Strategy", "Accelerator", "Profiler", "LightningDataModule", "Run",
+    "Trainer",
+    "Fabric",
+    "Callback",
+    "Logger",
+    "Strategy",
+    "Accelerator",
+    "Profiler",
+    "LightningDataModule",
+    "Run",
     "SummaryWriter",
-)  # fmt: skip  # one word a line would be longer than what reads it
+)
 
 
 class LeftBehind:
@@ -273,7 +281,7 @@ def clean_name(name: str) -> str:
 
 
 def settle(module: torch.nn.Module) -> None:
-    """Fix what only training changes: parametrised weights become plain ones, fake quantisation stops observing.
+    """Fix what only training changes: parametrised weights become plain ones, fake quantization stops observing.
 
     Both change no answer: a parametrised weight is the same at each call in eval mode, and no validation batch is to
     move scales that were trained.
@@ -290,7 +298,7 @@ def settle(module: torch.nn.Module) -> None:
 
 
 def _rounding(fake: Any) -> torch.nn.Module:
-    """A fake quantiser of torch.ao in arithmetic that every converter knows, with the scales it has now.
+    """A fake quantizer of torch.ao in arithmetic that every converter knows, with the scales it has now.
 
     https://docs.pytorch.org/docs/stable/generated/torch.fake_quantize_per_channel_affine.html
     """

@@ -21,9 +21,10 @@ from typing import Any
 from polyexport.engine.dispatch import Dispatcher
 from polyexport.engine.rerun import Runnable, runnables, signature
 from polyexport.engine.routes import Watch
+from polyexport.errors import line
 from polyexport.format import Format
 from polyexport.measure.dynamic_axes import resized
-from polyexport.measure.latency import QUIET, ROUNDS, Latency, is_quiet, summarise, waited_by_median
+from polyexport.measure.latency import QUIET, ROUNDS, Latency, is_quiet, summarize, waited_by_median
 from polyexport.measure.reference import VALIDATION_BATCH
 from polyexport.report.files import save
 from polyexport.report.outcome import Outcome, notes
@@ -106,7 +107,7 @@ def _measured(
             try:
                 talks[name] = stack.enter_context(start())
             except Exception as error:  # it was made on another machine, and here its environment cannot be
-                why_not[name] = f"{type(error).__name__}: {error}"
+                why_not[name] = line(error)
                 continue
             found[name] = talks[name].answer() or {}
             if "stand_in" in found[name]:
@@ -117,7 +118,7 @@ def _measured(
     ended = [name for name, about in found.items() if not about]
     why_not |= {name: f"its runtime ended while it was timed, see logs/{name}.log" for name in ended}
     measured = {
-        name: summarise(**about, batch=batch, threads=dispatcher.limits.threads)
+        name: summarize(**about, batch=batch, threads=dispatcher.limits.threads)
         for name, about in found.items()
         if about
     }

@@ -17,9 +17,10 @@ import itertools
 import os
 import shlex
 import shutil
+import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -31,12 +32,13 @@ from polyexport.capture.snapshot import SHARDS, WEIGHTS, further_calls
 from polyexport.engine import plan
 from polyexport.engine.bench import bench, sweep
 from polyexport.engine.dispatch import Dispatcher, Limits, declared, declared_file
-from polyexport.engine.rerun import runnables, runner, verify
+from polyexport.engine.ownership import is_ours, seal
+from polyexport.engine.rerun import Runnable, runnables, runner, verify
 from polyexport.engine.routes import Build
 from polyexport.errors import BadRequest, ToolMissing
-from polyexport.format import Format, Runner
+from polyexport.format import Format
 from polyexport.formats import known, resolve
-from polyexport.load import Description
+from polyexport.load import Description, described
 from polyexport.measure.dynamic_axes import Dynamic
 from polyexport.measure.latency import Latency
 from polyexport.measure.reference import Reference
@@ -63,6 +65,7 @@ from polyexport.report.outcome import Checkpoint, Model, Outcome, State, notes
 from polyexport.report.report import Report, history
 from polyexport.report.tables import sentence
 from polyexport.serialization import decode, encode, read_json, write_json
+from polyexport.spec import Runner
 from polyexport.versions import git_commit
 from polyexport.workers import gpu, toolchain
 from polyexport.workers.job import Prepare
@@ -273,10 +276,9 @@ class Engine:
             told = ended.kind in ("missing", "bad request")  # in words for the user
             why = ended.error if told else f"the module cannot be rebuilt: {ended.error}"
             outcomes = tuple(
-                Outcome(each.name, each.precision, state, why,
-                        log="logs/model.log", reproduce=ended.command or None)
+                Outcome(each.name, each.precision, state, why, log="logs/model.log", reproduce=ended.command or None)
                 for each in request.formats
-            )  # fmt: skip  # the call reads better on two lines than on eight
+            )
             report = Report(request.checkpoint, None, outcomes, notes=notes("capture", *request.notes))
             return self._finish(request, report, start)
         reference = decode(Reference, ended.value)
@@ -383,6 +385,23 @@ class Engine:
             raise BadRequest(f"no artifact {name!r} that runs in {report.folder}; it has {', '.join(found) or 'none'}")
         return runner(report, found[name], self._quiet(report, trust=trust))
 
+    @contextlib.contextmanager
+    def opened(self, path: Path, *, trust: bool = True) -> Iterator[Runner]:
+        """The same of an artifact by itself: a format's folder that was copied out of its export, or a file in it.
+
+        Raises:
+            BadRequest: there is none.
+        """
+        folder, about, each = described(path)
+        with tempfile.TemporaryDirectory() as root:  # for its job and its log
+            for part in ("source", "logs"):
+                Path(root, part).mkdir()
+            report = Report(about.checkpoint, None, (), folder=Path(root))
+            tools = toolchain.find(each.runtime or each.routes[0].toolchain)
+            alone = Runnable(str((folder / each.artifact).resolve()), each, tools, about.runner_spec)
+            with runner(report, alone, self._quiet(report, trust=trust)) as run:
+                yield run
+
     def _quiet(self, report: Report, *, trust: bool = True) -> Dispatcher:
         """A dispatcher for a finished export, which gets the whole machine."""
         self.hurry()
@@ -485,12 +504,13 @@ class Asked:
     best: bool
     keep: int | None
     sys_path: tuple[str, ...]
+    seal: str = ""
 
 
 def _asked(request: Request) -> Asked:
     names = tuple(each.name for each in request.formats)
     taken = (request.dynamic, request.checkpoint, request.notes, request.held, request.best, request.keep)
-    return Asked(request.name, names, *taken, request.sys_path)
+    return Asked(request.name, names, *taken, request.sys_path, seal(request.work))
 
 
 def _declare(request: Request) -> None:
@@ -519,25 +539,42 @@ def _read(work: Path) -> Asked:
         raise BadRequest(f"{file} cannot be read; another version may have written it: {error}") from None
 
 
-def interrupted(parent: Path) -> Request:
+def interrupted(parent: Path, *, trust: bool = True) -> Request:
     """The export in `parent` that a run left unfinished, which is this process's from now on.
 
+    Without `trust` it has to be one that this user began, there: to finish it is to run what was pickled.
+
     Raises:
-        BadRequest: there is none; or it is another process's; or a format of the user's own is gone.
+        BadRequest: there is none; or it is another process's or user's; or a format of the user's own is gone.
     """
     work = clear(parent)
     if work is None or not take(work):
         raise BadRequest(f"{parent} has no interrupted export; what lies there is complete, or still under way")
     asked = _read(work)
+    if not (trust or is_ours(work, asked.seal)):
+        let_go(work)
+        raise BadRequest(
+            f"the export in {parent} was not begun by you, or not there, and to finish it runs code that was pickled "
+            "when it began; if you trust who made it, give --trust"
+        )
     formats = tuple(_format(work, name) for name in asked.formats)
     dynamic = asked.dynamic
     if isinstance(dynamic, Mapping):  # JSON has no numbers for keys
         dynamic = {name: {int(axis): called for axis, called in axes.items()} for name, axes in dynamic.items()}
     told = (*asked.notes, "training was interrupted; polyexport resume has finished this export")
     return Request(
-        work, asked.name, formats, dynamic, asked.checkpoint, told, asked.held, asked.best, asked.keep,
-        sys_path=asked.sys_path, commit="",
-    )  # fmt: skip  # one argument a line would bury them
+        work,
+        asked.name,
+        formats,
+        dynamic,
+        asked.checkpoint,
+        told,
+        asked.held,
+        asked.best,
+        asked.keep,
+        sys_path=asked.sys_path,
+        commit="",
+    )
 
 
 def _format(work: Path, name: str) -> Format:

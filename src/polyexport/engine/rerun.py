@@ -18,11 +18,11 @@ from typing import Any, TypedDict
 from polyexport.engine.dispatch import Dispatcher
 from polyexport.engine.routes import Watch, judged, narrow
 from polyexport.errors import CannotRun
-from polyexport.format import Format, Runner
+from polyexport.format import Format
 from polyexport.report import manifest
 from polyexport.report.outcome import Outcome, State
 from polyexport.report.report import Report
-from polyexport.spec import Arrays, ExportSpec, read_arrays, write_arrays
+from polyexport.spec import Arrays, ExportSpec, Runner, read_arrays, write_arrays
 from polyexport.workers import toolchain
 from polyexport.workers.job import Serve, Verify, proofs
 from polyexport.workers.toolchain import Toolchain

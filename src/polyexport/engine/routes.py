@@ -18,15 +18,16 @@ from pathlib import Path
 
 from polyexport.engine import plan
 from polyexport.engine.dispatch import Dispatcher
+from polyexport.errors import line
 from polyexport.format import MODULE, Format, Route
 from polyexport.measure.dynamic_axes import BATCH
 from polyexport.measure.parity import Parity
-from polyexport.measure.reads import named
 from polyexport.measure.reference import Reference
 from polyexport.report.folders import link
 from polyexport.report.outcome import STATES, Artifact, Outcome, State, Toolchain
 from polyexport.serialization import decode
 from polyexport.spec import ExportSpec
+from polyexport.tracing.reads import named
 from polyexport.workers import gpu, toolchain
 from polyexport.workers.job import Convert, Verify, proofs
 from polyexport.workers.process import JobResult
@@ -94,7 +95,7 @@ class Build:
             if built.detour and outcome.publishable:
                 self._detours[each.name] = f"{each.name}: made by {outcome.route}, since {built.detour}"
         except Exception as error:  # a bug of ours must not take the other formats along
-            outcome = Outcome(each.name, each.precision, "failed", f"internal error: {type(error).__name__}: {error}")
+            outcome = Outcome(each.name, each.precision, "failed", f"internal error: {line(error)}")
         self._watch(each.name, outcome)
         return outcome
 

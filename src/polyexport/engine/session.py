@@ -26,16 +26,17 @@ from typing import TYPE_CHECKING, Any, Literal
 from polyexport.capture import answer as answers
 from polyexport.capture.changes import beside_weights, retake
 from polyexport.capture.snapshot import UNAVAILABLE, WEIGHTS, Select, save_call, save_module
-from polyexport.capture.weights import hold, save_lacking
 from polyexport.engine import plan
 from polyexport.engine.engine import Engine, Request, check_limits, interruption
-from polyexport.errors import BadRequest, ToolMissing
-from polyexport.format import Format, Runner
+from polyexport.engine.weights import hold, save_lacking
+from polyexport.errors import BadRequest, ToolMissing, line
+from polyexport.format import Format
 from polyexport.measure.dynamic_axes import Dynamic
 from polyexport.publish import Sink
 from polyexport.report.folders import BEST, CAPTURE, discard, link, locked, unfinished
 from polyexport.report.outcome import Checkpoint, State
 from polyexport.report.report import Report
+from polyexport.spec import Runner
 from polyexport.workers.toolchain import Busy
 
 if TYPE_CHECKING:
@@ -273,7 +274,7 @@ class Session:
         try:
             self._keep_lacking(root, str(path), work / "source")
         except Exception as error:  # the checkpoint may be of any kind; what it lacks, the worker will tell
-            self._warn(f"what the checkpoint lacks is not known: {type(error).__name__}: {error}")
+            self._warn(f"what the checkpoint lacks is not known: {line(error)}")
         self._submit(work, f"{BEST}.ckpt" if name == BEST else name, checkpoint, held)  # `best` is the newest's
 
     def offer_weights(self, root: nn.Module, checkpoint: Checkpoint) -> None:
@@ -378,7 +379,7 @@ class Session:
             except (CancelledError, InterruptedError):
                 continue  # a newer best took its place; what was interrupted is told when the session is closed
             except Exception as error:  # one export that cannot be written must not hide the others
-                self._warn(f"the export of {name} was lost: {type(error).__name__}: {error}")
+                self._warn(f"the export of {name} was lost: {line(error)}")
         self._exports.clear()
         # of several under one name the last has the folder, and an older one would write over its report
         last = {report.folder: report for report in reports}
@@ -392,7 +393,7 @@ class Session:
         try:
             return self._engine.bench(report, self.options.formats)
         except Exception as error:  # another run may have taken its folder away; figures are not worth the report
-            self._warn(f"{report.folder.name} is not timed: {type(error).__name__}: {error}")
+            self._warn(f"{report.folder.name} is not timed: {line(error)}")
             return report
 
     def runner(self, report: Report, name: str) -> AbstractContextManager[Runner]:
@@ -406,7 +407,7 @@ class Session:
                 sink(report)
             except Exception as error:  # a sink talks to the world, and the world may fail in any way
                 name = getattr(sink, "__qualname__", type(sink).__name__).split(".")[0]
-                self._warn(f"publishing to {name} failed: {type(error).__name__}: {' '.join(str(error).split())}")
+                self._warn(f"publishing to {name} failed: {line(error)}")
 
     def close(self) -> str:
         """Leave nothing running and nothing half-written. Can be called twice.

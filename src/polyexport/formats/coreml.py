@@ -3,12 +3,12 @@
 https://apple.github.io/coremltools/docs-guides/
 
 Requirements:
-* Core ML has no int64 and no bool at a model's border: such inputs are int32 there, and so are integer outputs, while a
-  bool output is float32; they are cast inside the graph, so that the model computes what PyTorch does. Nor has it an
-  input without axes: a scalar comes as one element.
+* A model of Core ML has no int64 and no bool inputs and outputs: such inputs are int32, and so are integer outputs,
+  while a bool output is float32; they are cast inside the graph, so that the model computes what PyTorch does. It has
+  no input without axes either: a scalar comes as one element.
 * Names are kept, but for words of MIL's own, such as `state`, and characters that MIL has not in names: the report then
   gives the package's own signature, and says so in a line.
-* A free axis needs an upper bound in an ML Program; it gets a generous one.
+* A dynamic axis needs an upper bound in an ML Program; it gets a generous one.
 * On macOS the package is run by Core ML. Elsewhere it is read back and evaluated (see `polyexport.coreml`): nothing of
   the conversion but the file takes part in that.
 """
@@ -23,21 +23,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from polyexport.format import Convert, Format, Loaded, Observed, Precision, Route, Runner, Snippet
-from polyexport.spec import Arrays, ExportSpec, TensorSpec, example
+from polyexport.format import Convert, Format, Loaded, Observed, Route, Snippet
+from polyexport.spec import Arrays, ExportSpec, Precision, Runner, TensorSpec, example
 
 if TYPE_CHECKING:
     import torch
-
-_AT_LEAST = 1024
-"""The least upper bound of a free axis."""
-
 
 # --- conversion -------------------------------------------------------------------------------------------------------
 
 
 def convert_trace(source: Path, target: Path, spec: ExportSpec, *, precision: str) -> None:
-    """Translate the TorchScript trace, traced once more behind the casts that Core ML's border needs."""
+    """Translate the TorchScript trace, traced once more behind the casts that Core ML's inputs and outputs need."""
     import torch
 
     module, inputs = _behind_casts(torch.jit.load(str(source)), spec)
@@ -59,7 +55,7 @@ def convert_program(source: Path, target: Path, spec: ExportSpec, *, precision: 
 
 
 def _known_only(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
-    """The program with every op that coremltools lacks taken apart, as far as PyTorch knows how."""
+    """The program with every op that coremltools lacks decomposed, as far as PyTorch can."""
     import torch
     from coremltools.converters.mil.frontend.torch.torch_op_registry import is_torch_fx_node_supported
     from torch._decomp import decomposition_table
@@ -70,7 +66,7 @@ def _known_only(program: torch.export.ExportedProgram) -> torch.export.ExportedP
     parts = {**decomposition_table, **torch.export.default_decompositions()}
     parts[torch.ops.aten.grid_sampler.default] = parts[torch.ops.aten.grid_sampler_2d.default]
     program = program.run_decompositions({})
-    for _ in range(4):  # what is taken apart may have parts that are lacking too
+    for _ in range(4):  # an op's parts may be lacking too
         nodes = [node for node in program.graph.nodes if node.op == "call_function"]
         lacking = {node.target for node in nodes if not is_torch_fx_node_supported(node) or _is_bicubic_sampling(node)}
         if not lacking & parts.keys():
@@ -112,18 +108,18 @@ def _behind_casts(module: Any, spec: ExportSpec) -> tuple[torch.nn.Module, tuple
 
 
 def _example(spec: ExportSpec) -> Arrays:
-    """The inputs to trace with at Core ML's border."""
-    pairs = zip(example(spec).items(), at_border(spec).inputs, strict=True)
+    """The inputs to trace with, in Core ML's dtypes."""
+    pairs = zip(example(spec).items(), as_core_ml(spec).inputs, strict=True)
     return {name: array.astype(there.dtype) for (name, array), there in pairs}
 
 
 def _uppers(spec: ExportSpec) -> dict[str, int]:
-    """The greatest size of each free axis of the inputs."""
-    names = dict.fromkeys(called for tensor in spec.inputs for called in tensor.dynamic.values())
-    return {called: max(_AT_LEAST, 2 * spec.sizes[called]) for called in names}
+    """The greatest size of each dynamic axis of the inputs."""
+    names = {called for tensor in spec.inputs for called in tensor.dynamic.values()}
+    return {called: most for called, most in spec.upper_bounds(1024).items() if called in names}
 
 
-def at_border(spec: ExportSpec) -> ExportSpec:
+def as_core_ml(spec: ExportSpec) -> ExportSpec:
     """The signature that Core ML gives a model: float32 and int32, under names that MIL can write."""
     from coremltools.converters.mil.mil.passes.defs.preprocess import NameSanitizer
 
@@ -160,7 +156,7 @@ def _translated(model: Any, spec: ExportSpec, precision: str, oldest: Any) -> An
     import coremltools as ct
 
     free = {called: ct.RangeDim(1, upper, spec.sizes[called]) for called, upper in _uppers(spec).items()}
-    border = at_border(spec)
+    own = as_core_ml(spec)
     return ct.convert(
         model,
         convert_to="mlprogram",
@@ -170,9 +166,9 @@ def _translated(model: Any, spec: ExportSpec, precision: str, oldest: Any) -> An
                 shape=tensor.sized(free.__getitem__),
                 dtype=np.dtype(tensor.dtype).type,
             )
-            for tensor in border.inputs
+            for tensor in own.inputs
         ],
-        outputs=[ct.TensorType(name=tensor.name) for tensor in border.outputs],
+        outputs=[ct.TensorType(name=tensor.name) for tensor in own.outputs],
         compute_precision=ct.precision(precision),
         minimum_deployment_target=oldest,
         skip_model_load=True,
@@ -198,7 +194,7 @@ def package(run: Runner, spec: ExportSpec) -> Loaded:
 
     What it returns of another kind than PyTorch stays as it is, for parity to see.
     """
-    own = at_border(spec)
+    own = as_core_ml(spec)
     inputs = tuple(zip(spec.inputs, own.inputs, strict=True))
     outputs = tuple(zip(spec.outputs, own.outputs, strict=True))
     renamed = ", ".join(f"{our.name} is {its.name}" for our, its in (*inputs, *outputs) if our.name != its.name)

@@ -40,17 +40,17 @@ _LOG = "model_edgetpu.log"
 
 
 def convert(source: Path, target: Path, spec: ExportSpec) -> None:
-    """Lower the program of `torch.export` once more, for one row and channels last, and quantise it."""
+    """Lower the program of `torch.export` once more, for one row and channels last, and quantize it."""
     one = _one_row(spec)
     precise = target.with_name("float32.tflite")
     tflite.lower(load_program(source).module(), precise, one, channels_last=True)
-    tflite.quantise(precise, target, one, prepare=_channels_last)
+    tflite.quantize(precise, target, one, prepare=_channels_last)
     precise.unlink()
     print(prediction(target))
 
 
 def _one_row(spec: ExportSpec) -> ExportSpec:
-    """With every free leading axis of an input at one, and all other free axes as in the validation batch."""
+    """With every dynamic leading axis of an input at one, and all other dynamic axes as in the validation batch."""
     leading = {tensor.dynamic[0] for tensor in spec.inputs if 0 in tensor.dynamic}
     return replace(spec, sizes={**spec.sizes, **dict.fromkeys(leading, 1)}).static()
 
@@ -77,8 +77,10 @@ class Rowwise:
         """Run it on PyTorch's arrays, of any number of rows."""
         given = _channels_last(inputs)
         pieces = max(len(array) // int(self._rows[name][0]) for name, array in given.items() if self._rows[name])
-        answers = [self._run({name: self._piece(name, array, index, pieces) for name, array in given.items()})
-                   for index in range(pieces)]  # fmt: skip
+        answers = [
+            self._run({name: self._piece(name, array, index, pieces) for name, array in given.items()})
+            for index in range(pieces)
+        ]
         found = {name: np.concatenate([answer[name] for answer in answers]) for name in answers[0]}
         return {name: array.transpose(tflite.TO_FIRST) if array.ndim == 4 else array for name, array in found.items()}
 
@@ -105,13 +107,50 @@ def load_int8(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
 
 # --- what would map ---------------------------------------------------------------------------------------------------
 
-SUPPORTED = frozenset({
-    "ADD", "AVERAGE_POOL_2D", "CONCATENATION", "CONV_2D", "DEPTHWISE_CONV_2D", "EXPAND_DIMS", "FULLY_CONNECTED",
-    "L2_NORMALIZATION", "LOGISTIC", "MAXIMUM", "MAX_POOL_2D", "MEAN", "MINIMUM", "MUL", "PACK", "PAD", "PRELU",
-    "QUANTIZE", "REDUCE_MAX", "REDUCE_MIN", "RELU", "RELU6", "RELU_N1_TO_1", "RESHAPE", "RESIZE_BILINEAR",
-    "RESIZE_NEAREST_NEIGHBOR", "RSQRT", "SLICE", "SOFTMAX", "SPACE_TO_DEPTH", "SPLIT", "SQUARED_DIFFERENCE",
-    "SQUEEZE", "STRIDED_SLICE", "SUB", "SUM", "TANH", "TRANSPOSE", "TRANSPOSE_CONV", "UNIDIRECTIONAL_SEQUENCE_LSTM",
-})  # fmt: skip  # a table is read at a glance
+SUPPORTED = frozenset(
+    {
+        "ADD",
+        "AVERAGE_POOL_2D",
+        "CONCATENATION",
+        "CONV_2D",
+        "DEPTHWISE_CONV_2D",
+        "EXPAND_DIMS",
+        "FULLY_CONNECTED",
+        "L2_NORMALIZATION",
+        "LOGISTIC",
+        "MAXIMUM",
+        "MAX_POOL_2D",
+        "MEAN",
+        "MINIMUM",
+        "MUL",
+        "PACK",
+        "PAD",
+        "PRELU",
+        "QUANTIZE",
+        "REDUCE_MAX",
+        "REDUCE_MIN",
+        "RELU",
+        "RELU6",
+        "RELU_N1_TO_1",
+        "RESHAPE",
+        "RESIZE_BILINEAR",
+        "RESIZE_NEAREST_NEIGHBOR",
+        "RSQRT",
+        "SLICE",
+        "SOFTMAX",
+        "SPACE_TO_DEPTH",
+        "SPLIT",
+        "SQUARED_DIFFERENCE",
+        "SQUEEZE",
+        "STRIDED_SLICE",
+        "SUB",
+        "SUM",
+        "TANH",
+        "TRANSPOSE",
+        "TRANSPOSE_CONV",
+        "UNIDIRECTIONAL_SEQUENCE_LSTM",
+    }
+)
 """The operations of Coral's table, for the runtime of its newest compiler (16), by TensorFlow Lite's names.
 
 https://coral.ai/docs/edgetpu/models-intro/#supported-operations
@@ -134,7 +173,7 @@ class Placement:
 def predict(path: Path) -> Placement:
     """What Coral's table says of the operations in a file.
 
-    Of the limits in the table those are checked that show in types and shapes: int8, no free axis, and of the axes
+    Of the limits in the table those are checked that show in types and shapes: int8, no dynamic axis, and of the axes
     before the last three none longer than one. Strides, sizes and the like are the compiler's own business.
     """
     on_cpu: Counter[str] = Counter()
@@ -145,7 +184,7 @@ def predict(path: Path) -> Placement:
         elif any(tensor["dtype"] not in (np.int8, np.uint8, np.int32) for tensor in tensors):
             on_cpu[f"{name} (not int8)"] += 1
         elif any(-1 in tensor["shape_signature"] for tensor in tensors):
-            on_cpu[f"{name} (a free axis)"] += 1
+            on_cpu[f"{name} (a dynamic axis)"] += 1
         elif any(max(tensor["shape"][:-3], default=1) > 1 for tensor in tensors):
             on_cpu[f"{name} (more than three axes)"] += 1
     return Placement(len(operations), on_cpu)

@@ -13,12 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from polyexport.format import Format, Route, Runner, Snippet
-from polyexport.spec import Arrays, ExportSpec
+from polyexport.format import Format, Route, Snippet
+from polyexport.spec import Arrays, ExportSpec, Runner
 from polyexport.tracing.exported_program import load_program
-
-_AT_LEAST = 64
-"""The least upper bound of a free axis: memory is planned for it."""
 
 
 def convert(source: Path, target: Path, spec: ExportSpec) -> None:
@@ -34,13 +31,13 @@ def convert_portable(source: Path, target: Path, spec: ExportSpec) -> None:
 
 
 def _lower(source: Path, target: Path, spec: ExportSpec, partitioners: list[Any]) -> None:
-    """Lower the program of `torch.export`, exported once more with an upper bound for each free axis."""
+    """Lower the program of `torch.export`, exported once more with an upper bound for each dynamic axis."""
     import torch
     from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
 
     module = load_program(source).module()
-    upper = {called: max(_AT_LEAST, 2 * size) for called, size in spec.sizes.items()}
-    free = {called: torch.export.Dim(called, min=1, max=most) for called, most in upper.items()}
+    bounds = spec.upper_bounds(64)  # memory is planned for them
+    free = {called: torch.export.Dim(called, min=1, max=most) for called, most in bounds.items()}
     shapes = tuple({axis: free[called] for axis, called in tensor.dynamic.items()} for tensor in spec.inputs)
     inputs = tuple(
         torch.zeros(tensor.sized(lambda called: max(2, spec.sizes[called])), dtype=getattr(torch, tensor.dtype))

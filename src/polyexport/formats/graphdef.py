@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from polyexport.format import Format, Route, Runner, Snippet
+from polyexport.format import Format, Route, Snippet
 from polyexport.formats.saved_model import SIGNATURE, arguments, limit_threads
-from polyexport.spec import Arrays, ExportSpec
+from polyexport.spec import Arrays, ExportSpec, Runner
 
 _MESSAGE_BYTES = 2**31
 

@@ -4,8 +4,8 @@ https://mnn-docs.readthedocs.io/en/latest/
 
 Converted by the compiled converter alone: the Python command around it installs packages and reports to its makers.
 
-What MNN lacks or computes otherwise is written out in other operations first. The second route is an older opset, whose
-operations it knows better: of some LSTMs in the newer one it crashes.
+What MNN lacks or computes otherwise is decomposed into other operations first. The second route is an older opset,
+whose operations it knows better: of some LSTMs in the newer one it crashes.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from polyexport.format import Format, Route, Runner, Snippet
-from polyexport.spec import Arrays, ExportSpec
+from polyexport.format import Format, Route, Snippet
+from polyexport.spec import Arrays, ExportSpec, Runner
 
 if TYPE_CHECKING:
     import onnx
@@ -37,9 +37,9 @@ def convert(source: Path, target: Path, spec: ExportSpec) -> None:
     """
     import onnx
 
-    model = _written_out(onnx.load(source))
+    model = _decomposed(onnx.load(source))
     if lacking := lacking_modes(model):
-        raise RuntimeError(f"MNN has no {', '.join(lacking)}, and computes another one in its place")
+        raise RuntimeError(f"MNN has no {', '.join(lacking)}; its converter puts another operator there")
     _keep_three_axes(model)
     prepared = target.with_name("prepared.onnx")
     onnx.save(model, prepared)
@@ -80,7 +80,7 @@ _DOMAIN = "polyexport"
 _FUNCTIONS = (
     # what masked attention is made of; MNN has none
     "IsNaN (x) => (y) { same = Equal(x, x) y = Not(same) }",
-    # MNN's is the one by tanh, also in the place of the usual operations of the exact one: hence two signs for erf
+    # MNN's is the one by tanh, also where a graph has the operations of the exact one: hence two signs for erf
     "Erf (x) => (y) { negative = Neg(x) erf = Erf(negative) y = Neg(erf) }",
     "Gelu (x) => (y) { half = Constant<value_float = 0.5>() slope = Constant<value_float = 0.70710678>() "
     "scaled = Mul(x, slope) erf = Erf(scaled) halved = Mul(erf, half) share = Add(halved, half) y = Mul(x, share) }",
@@ -99,7 +99,7 @@ _FUNCTIONS = (
 """Operations in terms of others, as functions in ONNX's text form."""
 
 
-def _written_out(model: onnx.ModelProto) -> onnx.ModelProto:
+def _decomposed(model: onnx.ModelProto) -> onnx.ModelProto:
     """The model with the operations of `_FUNCTIONS` as what they are made of."""
     import onnx
     from onnx import inliner, parser

@@ -10,9 +10,10 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from polyexport.format import MODULE, Format, Route, Runner, Snippet
+from polyexport.errors import line
+from polyexport.format import MODULE, Format, Route, Snippet
 from polyexport.lowering.ports import inner, rename_ports
-from polyexport.spec import Arrays, ExportSpec, example
+from polyexport.spec import Arrays, ExportSpec, Runner, example
 from polyexport.tracing.exported_program import load_program
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def convert_program(source: Path, target: Path, spec: ExportSpec) -> None:
 def _bottom(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
-    return f"{type(error).__name__}: {error}"
+    return line(error)
 
 
 def _within_images(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from polyexport.format import Format, Route, Runner, Snippet
-from polyexport.spec import Arrays, ExportSpec
+from polyexport.format import Format, Route, Snippet
+from polyexport.spec import Arrays, ExportSpec, Runner
 
 if TYPE_CHECKING:
     import onnx

@@ -18,8 +18,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from polyexport.format import Format, Route, Runner, Snippet
-from polyexport.spec import Arrays, ExportSpec
+from polyexport.format import Format, Route, Snippet
+from polyexport.spec import Arrays, ExportSpec, Runner
 
 _PREFIX = "x2paddle_"
 """X2Paddle puts it in front of the names of inputs."""

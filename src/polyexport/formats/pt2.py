@@ -8,8 +8,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from polyexport.format import MODULE, Format, Route, Runner, Snippet
-from polyexport.spec import ExportSpec
+from polyexport.format import MODULE, Format, Route, Snippet
+from polyexport.spec import ExportSpec, Runner
 
 
 def convert(source: Path, target: Path, spec: ExportSpec) -> None:

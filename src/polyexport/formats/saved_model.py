@@ -13,9 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from polyexport.format import Format, Route, Runner, Snippet
+from polyexport.format import Format, Route, Snippet
 from polyexport.lowering.ports import inner, rename_ports
-from polyexport.spec import Arrays, ExportSpec
+from polyexport.spec import Arrays, ExportSpec, Runner
 
 SIGNATURE = "serving_default"
 
@@ -40,7 +40,7 @@ def convert(source: Path, target: Path, spec: ExportSpec) -> None:
     tf.saved_model.save(module, str(target), signatures={SIGNATURE: module.forward})
     if tuple(names) != spec.input_names:
         _rename_inputs(target / "saved_model.pb", names)
-    extra = target / "assets.extra"  # the place for files that TensorFlow leaves alone
+    extra = target / "assets.extra"  # a folder for files that TensorFlow leaves alone
     extra.mkdir(exist_ok=True)
     (extra / _METADATA).write_text(json.dumps(dict(spec.metadata)), encoding="utf-8")
 

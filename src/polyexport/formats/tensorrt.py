@@ -4,7 +4,7 @@ https://docs.nvidia.com/deeplearning/tensorrt/latest/
 
 Requirements:
 * Networks are strongly typed, which TensorRT 10 can do and 11 always does: the precision stands in the ONNX graph, and
-  float16 comes from a float16 graph with float32 at its border.
+  float16 comes from a float16 graph with float32 inputs and outputs.
 * The library comes from the training environment: what PyPI has under its name fetches from the vendor's own index, and
   which build fits depends on the driver, so it is not ours to install.
 * The engine file is the plan and nothing else, as trtexec and Triton read it; the GPU and the version that it was built
@@ -23,12 +23,9 @@ from typing import Any
 import numpy as np
 
 from polyexport.errors import CannotRun, ToolMissing
-from polyexport.format import Convert, Format, Precision, Route, Runner, Snippet
-from polyexport.spec import Arrays, ExportSpec
+from polyexport.format import Convert, Format, Route, Snippet
+from polyexport.spec import Arrays, ExportSpec, Precision, Runner
 from polyexport.workers import gpu
-
-_AT_LEAST = 64
-"""The least upper bound of a free axis."""
 
 _WORKSPACE = 4 << 30
 """Bytes of GPU memory that the builder may use for one layer, if half of what is free is not less."""
@@ -114,7 +111,7 @@ def _build(source: Path, target: Path, spec: ExportSpec, trt: Any) -> None:
     config.set_timing_cache(config.create_timing_cache(cache.read_bytes() if cache.exists() else b""), False)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
-        raise RuntimeError("TensorRT built no engine; what it said stands in the log")
+        raise RuntimeError("TensorRT built no engine; see its messages in the log")
     target.write_bytes(bytes(plan))
     cache.parent.mkdir(parents=True, exist_ok=True)
     cache.write_bytes(bytes(config.get_timing_cache().serialize()))
@@ -134,12 +131,13 @@ def _profile(profile: Any, network: Any, spec: ExportSpec) -> Any:
     present = {network.get_input(index).name for index in range(network.num_inputs)}
     for tensor in spec.inputs:
         if tensor.name in present:
-            profile.set_shape(tensor.name, *(tensor.sized(sizes.__getitem__) for sizes in _bounds(spec.sizes)))
+            profile.set_shape(tensor.name, *(tensor.sized(sizes.__getitem__) for sizes in _bounds(spec)))
     return profile
 
 
-def _bounds(sizes: Mapping[str, int]) -> tuple[Mapping[str, int], Mapping[str, int], Mapping[str, int]]:
-    return dict.fromkeys(sizes, 1), sizes, {name: max(_AT_LEAST, 2 * size) for name, size in sizes.items()}
+def _bounds(spec: ExportSpec) -> tuple[Mapping[str, int], Mapping[str, int], Mapping[str, int]]:
+    """The least size of each dynamic axis, the one to be fastest at, and the greatest."""
+    return dict.fromkeys(spec.sizes, 1), spec.sizes, spec.upper_bounds(64)
 
 
 def _cache_file(device: Device, trt: Any) -> Path:
@@ -179,7 +177,7 @@ def load(path: Path, spec: ExportSpec, *, threads: int) -> Runner:
                     held[name] = torch.empty(_known(context, name), dtype=dtype, device="cuda")
                 context.set_tensor_address(name, held[name].data_ptr())
             if not context.execute_async_v3(stream.cuda_stream):
-                raise RuntimeError("TensorRT did not run the engine; what it said stands in the log")
+                raise RuntimeError("TensorRT did not run the engine; see its messages in the log")
             answer = {name: held[name].cpu() for name in names if name not in given}
         stream.synchronize()
         return {tensor.name: answer[tensor.name].numpy() for tensor in spec.outputs}
@@ -190,7 +188,7 @@ def load(path: Path, spec: ExportSpec, *, threads: int) -> Runner:
 def _known(context: Any, name: str) -> tuple[int, ...]:
     shape = tuple(context.get_tensor_shape(name))
     if min(shape, default=0) < 0:
-        raise CannotRun(f"the shape of {name} depends on values, which this runner does not serve")
+        raise CannotRun(f"the shape of {name} depends on values, which is not supported here")
     return shape
 
 

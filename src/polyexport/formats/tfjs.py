@@ -256,7 +256,7 @@ def _read(stream: IO[bytes]) -> tuple[Arrays, int]:
     """
     size = stream.read(4)
     if len(size) < 4:
-        raise RuntimeError("Node ended; its last words are in the log")
+        raise RuntimeError("Node.js ended; see its output in the log")
     header = json.loads(stream.read(struct.unpack("<I", size)[0]))
     if "error" in header:
         raise RuntimeError(f"TensorFlow.js: {header['error']}")

@@ -5,9 +5,9 @@ https://ai.google.dev/edge/litert
 Requirements:
 * Only LiteRT's own operators. What needs TensorFlow's besides (`SELECT_TF_OPS`) fails and says so: a device that has
   the interpreter alone could not run it.
-* The artifact's own dtypes stand in the report: a route may narrow int64 to int32, and int8 takes quantised numbers.
+* The artifact's own dtypes stand in the report: a route may narrow int64 to int32, and int8 takes quantized numbers.
   The runner takes PyTorch's and converts.
-* Quantised ranges come from real batches, `spec.calibration`.
+* Quantized ranges come from real batches, `spec.calibration`.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from polyexport.format import Format, Loaded, Precision, Route, Snippet
+from polyexport.format import Format, Loaded, Route, Snippet
 from polyexport.formats.saved_model import SIGNATURE
-from polyexport.spec import Arrays, ExportSpec, TensorSpec, calibration
-from polyexport.tracing.exported_program import load_program
+from polyexport.spec import Arrays, ExportSpec, Precision, TensorSpec, calibration
+from polyexport.tracing.exported_program import in_float32, load_program
 
 if TYPE_CHECKING:
     import torch
@@ -41,16 +41,19 @@ def convert_program(source: Path, target: Path, spec: ExportSpec) -> None:
 
 
 def lower(module: Any, target: Path, spec: ExportSpec, *, channels_last: bool = False) -> None:
-    """Write a module with the signature `spec`, whose shapes are fixed, under its own names.
+    """Write a module with the signature `spec`, whose shapes are fixed, under its own names; float64 becomes float32.
 
     Args:
-        module: Takes tensors in forward's order, returns one or a tuple.
+        module: A program's; takes tensors in forward's order, returns one or a tuple.
         target: The file.
         spec: Of the module, not of the artifact.
         channels_last: Whether tensors of four axes, read as images, have their channels last in the artifact.
     """
     import litert_torch
     import torch
+
+    if all(tensor.dtype != "float64" for tensor in spec.outputs):
+        module = in_float32(module)
 
     class Named(torch.nn.Module):
         def __init__(self) -> None:
@@ -82,7 +85,7 @@ def _permuted(tensor: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
 
 
 def convert_saved_model(source: Path, target: Path, spec: ExportSpec) -> None:
-    """Convert the SavedModel with TensorFlow's own converter, free axes and all."""
+    """Convert the SavedModel with TensorFlow's own converter, dynamic axes included."""
     target.write_bytes(_converted(_converter(source)))
 
 
@@ -96,8 +99,8 @@ def halve_saved_model(source: Path, target: Path, spec: ExportSpec) -> None:
     target.write_bytes(_converted(converter))
 
 
-def quantise_saved_model(source: Path, target: Path, spec: ExportSpec) -> None:
-    """The same with weights and activations in int8, to the borders."""
+def quantize_saved_model(source: Path, target: Path, spec: ExportSpec) -> None:
+    """The same with weights and activations in int8, inputs and outputs too."""
     import tensorflow as tf
 
     converter = _converter(source)
@@ -153,10 +156,10 @@ def halve(source: Path, target: Path, spec: ExportSpec) -> None:
     work.quantize().export_model(str(target), overwrite=True)
 
 
-def quantise(
+def quantize(
     source: Path, target: Path, spec: ExportSpec, *, prepare: Callable[[Arrays], Arrays] = lambda arrays: arrays
 ) -> None:
-    """Quantise weights and activations of a float32 file to int8, as far as there are int8 operators.
+    """Quantize weights and activations of a float32 file to int8, as far as there are int8 operators.
 
     `prepare` brings a batch into the artifact's layout.
     """
@@ -219,7 +222,7 @@ class Interpreted:
         )
 
     def __call__(self, inputs: Arrays) -> Arrays:
-        """Run it on PyTorch's inputs; an output that is quantised comes back as float32."""
+        """Run it on PyTorch's inputs; an output that is quantized comes back as float32."""
         answer = self._runner(**_to_artifact(inputs, self._in))
         return {
             tensor.name: _from_artifact(answer[tensor.name], self._out[tensor.name], tensor.dtype)
@@ -278,7 +281,7 @@ def _described(tensor: TensorSpec, details: Mapping[str, Detail]) -> TensorSpec:
 
 
 def _to_artifact(inputs: Arrays, details: Mapping[str, Detail]) -> Arrays:
-    """PyTorch's arrays as the artifact takes them: narrowed, or quantised with its own scale."""
+    """PyTorch's arrays as the artifact takes them: narrowed, or quantized with its own scale."""
     given = {}
     for name, detail in details.items():
         array, dtype, scales = inputs[name], np.dtype(detail["dtype"]), _scales(detail)
@@ -391,8 +394,8 @@ FORMATS = (
         "tflite-int8",
         "int8",
         "TensorFlow Lite model in int8, calibrated with validation batches",
-        Route("quantizer", "tflite", "tflite", quantise),
-        Route("tensorflow", "saved_model", "tensorflow", quantise_saved_model),
+        Route("quantizer", "tflite", "tflite", quantize),
+        Route("tensorflow", "saved_model", "tensorflow", quantize_saved_model),
         load=load_int8,
         calibrated=True,
     ),

@@ -10,8 +10,8 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from polyexport.format import MODULE, Format, Route, Runner, Snippet
-from polyexport.spec import ExportSpec, example
+from polyexport.format import MODULE, Format, Route, Snippet
+from polyexport.spec import ExportSpec, Runner, example
 
 if TYPE_CHECKING:
     import torch

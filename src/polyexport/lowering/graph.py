@@ -9,17 +9,18 @@ Requirements:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from polyexport.lowering.operators import Operators, UnsupportedOp, call
+from polyexport.lowering.backend import Backend
+from polyexport.lowering.opsets import current
 from polyexport.lowering.sizes import infer
-from polyexport.lowering.value import Framework, Value
+from polyexport.lowering.table import Operator, Operators, UnsupportedOp, integers
+from polyexport.lowering.value import Value
 
 if TYPE_CHECKING:
     import onnx
@@ -30,8 +31,8 @@ Flow = Any
 Scope = dict[str, Flow]
 
 _FOLD_LIMIT = 1 << 24  # entries; a constant that is computed now is written into the artifact
-_NEVER_FOLDED = {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial",
-                 "If", "Loop", "Scan", "SequenceMap"}  # fmt: skip  # two lines are enough
+_DRAWING = {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial"}
+_NEVER_FOLDED = _DRAWING | {"If", "Loop", "Scan", "SequenceMap"}
 
 
 @dataclass(frozen=True)
@@ -43,10 +44,10 @@ class Node:
     lowering: Lowering
     scope: Scope
 
-    @cached_property
-    def attributes(self) -> Mapping[str, Any]:
-        """Python values; strings decoded, tensors as numpy arrays, subgraphs as they are."""
-        return {attribute.name: _attribute(attribute) for attribute in self.proto.attribute}
+    @property
+    def ops(self) -> Backend:
+        """The primitives of the framework."""
+        return self.lowering.ops
 
     @property
     def outputs(self) -> int:
@@ -56,6 +57,13 @@ class Node:
     def wants(self, index: int) -> bool:
         """Whether the node's output `index` is asked for."""
         return index < self.outputs and bool(self.proto.output[index])
+
+    def lower(self, op: str, *inputs: Flow, **attributes: Any) -> Any:
+        """What another operator of the same opset computes."""
+        operator = self.lowering.table.find("", op, self.version)
+        if operator is None:
+            raise self.unsupported(f"it is composed of {op}, and there is no lowering for that")
+        return _bind(operator, self, inputs, attributes)
 
     def run(self, graph: onnx.GraphProto, inputs: Sequence[Flow]) -> list[Flow]:
         """Lower one of the node's subgraphs with values for its formal inputs; returns its outputs."""
@@ -79,9 +87,9 @@ class Node:
 class Lowering:
     """One model on its way to one framework."""
 
-    def __init__(self, framework: Framework, operators: Operators, model: onnx.ModelProto) -> None:
-        self.framework = framework
-        self.operators = operators
+    def __init__(self, ops: Backend, table: Operators, model: onnx.ModelProto) -> None:
+        self.ops = ops
+        self.table = table
         self.model = model
         self.opsets = {_domain(opset.domain): opset.version for opset in model.opset_import}
         self._weights: dict[tuple[str, int], Value] = {}
@@ -89,8 +97,8 @@ class Lowering:
     def value(self, content: Any, order: tuple[int, ...] | None = None) -> Value:
         """A tensor, stored in `order`, or a numpy array, as a `Value`."""
         if isinstance(content, np.ndarray | np.generic):
-            return Value(self.framework, known=np.asarray(content))
-        return Value(self.framework, content, order)
+            return Value(self.ops, known=np.asarray(content))
+        return Value(self.ops, content, order)
 
     def outputs(self, inputs: Mapping[str, Any]) -> list[Flow]:
         """The model's outputs for tensors as inputs."""
@@ -120,9 +128,9 @@ class Lowering:
         domain = _domain(proto.domain)
         node = Node(proto, self.opsets.get(domain, 1), self, scope)
         inputs = [scope[name] if name else None for name in proto.input]
-        function = self.operators.find(domain, proto.op_type, node.version)
+        operator = self.table.find(domain, proto.op_type, node.version)
         try:
-            outputs = self._expanded(node, inputs) if function is None else self._lowered(node, function, inputs)
+            outputs = self._expanded(node, inputs) if operator is None else self._lowered(node, operator, inputs)
         except UnsupportedOp:
             raise
         except Exception as error:  # whatever the framework says, the reader wants to know of which node
@@ -135,30 +143,34 @@ class Lowering:
                 if isinstance(output, Value) and scope[name].rank is None:
                     raise node.unsupported("how many axes its result has is not known before the run")
 
-    def _lowered(self, node: Node, function: Any, inputs: list[Flow]) -> list[Flow]:
+    def _lowered(self, node: Node, operator: Operator, inputs: list[Flow]) -> list[Flow]:
+        attributes: Mapping[str, Any] = {each.name: _attribute(each) for each in node.proto.attribute}
+        if not _domain(node.proto.domain):
+            inputs, attributes = current(node.proto.op_type, node.version, inputs, attributes)
+
+        def values() -> list[Flow]:
+            return self._values(call(operator, node, inputs, attributes))
+
         given = [value for value in inputs if value is not None]
         if given and node.proto.op_type not in _NEVER_FOLDED and all(_is_known(value) for value in given):
-            folded = self._folded(node, function, inputs)
+            folded = self._folded(values, given)
             if folded is not None:
                 return folded
-        values = self._values(call(function, node, inputs))
-        if node.attributes.get("to", 7) in (6, 7) and isinstance(values[0], Value) and values[0].known is None:
-            sizes = infer(node.proto.op_type, inputs, node.attributes)
+        found = values()
+        if attributes.get("to", 7) in (6, 7) and isinstance(found[0], Value) and found[0].known is None:
+            sizes = infer(node.proto.op_type, inputs, attributes)
             if sizes is not None:
-                values[0] = self._with_sizes(values[0], sizes)
-        return values
+                found[0] = self._with_sizes(found[0], sizes)
+        return found
 
-    def _folded(self, node: Node, function: Any, inputs: list[Flow]) -> list[Flow] | None:
+    def _folded(self, values: Callable[[], list[Flow]], given: Sequence[Flow]) -> list[Flow] | None:
         """The outputs of constants, computed now; None where they are too large to be worth it."""
 
         def outputs() -> list[Any]:
             return [value.tensor if isinstance(value, Value) and value.known is None else value for value in values()]
 
-        def values() -> list[Flow]:
-            return self._values(call(function, node, inputs))
-
-        found = self.framework.evaluate(outputs)
-        taken = sum(value.known.size for value in inputs if isinstance(value, Value) and value.known is not None)
+        found = self.ops.evaluate(outputs)
+        taken = sum(value.known.size for value in given if isinstance(value, Value) and value.known is not None)
         made = sum(array.size for array in found if isinstance(array, np.ndarray))
         return None if made > max(_FOLD_LIMIT, taken) else self._values(tuple(found))
 
@@ -172,7 +184,7 @@ class Lowering:
             return value
         if all(entry is not None for entry in sizes.ravel()):
             return self.value(sizes.astype(value.dtype))
-        return Value(self.framework, value.tensor, sizes=sizes)
+        return Value(self.ops, value.tensor, sizes=sizes)
 
     def _refined(self, value: Flow, claim: onnx.ValueInfoProto | None) -> Flow:
         """With the sizes that the exporter wrote down and that the framework could not infer."""
@@ -182,16 +194,20 @@ class Lowering:
         dimensions = claim.type.tensor_type.shape.dim
         sizes = [d.dim_value if d.HasField("dim_value") else None for d in dimensions]
         if shape is None and claim.type.tensor_type.HasField("shape"):
-            return self.value(self.framework.refine(value.tensor, sizes))
+            return self.value(self.ops.set_shape(value.tensor, sizes))
         if shape is None or len(shape) != len(dimensions) or None not in shape:
             return value
         merged = [claimed if have is None else have for have, claimed in zip(shape, sizes, strict=True)]
         if merged == list(shape):
             return value
-        return Value(self.framework, self.framework.refine(value.tensor, merged), sizes=value.sizes)
+        return Value(self.ops, self.ops.set_shape(value.tensor, merged), sizes=value.sizes)
 
     def _expanded(self, node: Node, inputs: list[Flow]) -> list[Flow]:
-        """An operator by the function that ONNX's standard defines it with, or that the model brings along."""
+        """An operator by the function that ONNX's standard defines it with.
+
+        Not by `onnx.inliner`: that of the Paddle toolchain's ONNX (1.17) inlines a model's own functions only, and none
+        knows before the walk the types that a definition may depend on.
+        """
         body, defaults = _definition(node, inputs)
         if body is None:
             raise node.unsupported("there is no lowering for it")
@@ -205,6 +221,61 @@ class Lowering:
         finally:
             self.opsets = opsets
         return [given.get(name) for name in body.output]
+
+
+def call(operator: Operator, node: Node, inputs: Sequence[Flow], attributes: Mapping[str, Any]) -> Any:
+    """Call an operator's function on a node.
+
+    Inputs of types that the framework hardly has kernels for are cast to a wider one, and the outputs that ONNX defines
+    to be of such an input's type are cast back to it.
+
+    Raises:
+        UnsupportedOp: the node has inputs or attributes that the function does not know.
+    """
+    wider = [None if operator.narrow or not isinstance(x, Value) else node.ops.computed_in(x) for x in inputs]
+    if all(dtype is None for dtype in wider):
+        return _bind(operator, node, inputs, attributes)
+    wide = [x if dtype is None else x.cast(dtype) for x, dtype in zip(inputs, wider, strict=True)]
+    result = _bind(operator, node, wide, attributes)
+    types = _types(node, [None if dtype is None else x.dtype for x, dtype in zip(inputs, wider, strict=True)])
+    results = result if isinstance(result, tuple) else (result,)
+    return tuple(_narrowed(output, types.get(position), node) for position, output in enumerate(results))
+
+
+def _bind(operator: Operator, node: Node, inputs: Sequence[Flow], attributes: Mapping[str, Any]) -> Any:
+    leading = (node.ops,) if operator.takes("ops") else ()
+    itself = {"node": node} if operator.takes("node") else {}
+    try:
+        bound = operator.signature.bind(*leading, *inputs, **attributes, **itself)
+    except TypeError as error:
+        raise UnsupportedOp(f"{node}: {error}") from None
+    for name, single in operator.known.items():
+        value = bound.arguments.get(name)
+        if isinstance(value, Value):
+            bound.arguments[name] = integers(value, single)
+            if bound.arguments[name] is None:
+                raise node.unsupported(f"its input {name!r} is not known before the run")
+    return operator.function(*bound.args, **bound.kwargs)
+
+
+def _types(node: Node, cast: Sequence[np.dtype[Any] | None]) -> Mapping[int, np.dtype[Any]]:
+    """For each output that ONNX defines to be of the type of an input that was cast: which type that is."""
+    import onnx
+
+    schema: Any = onnx.defs.get_schema(node.proto.op_type, node.version, _domain(node.proto.domain))
+    given = {
+        schema.inputs[min(position, len(schema.inputs) - 1)].type_str: dtype
+        for position, dtype in enumerate(cast)
+        if dtype is not None
+    }
+    names = [schema.outputs[min(position, len(schema.outputs) - 1)].type_str for position in range(node.outputs)]
+    return {position: given[name] for position, name in enumerate(names) if name in given}
+
+
+def _narrowed(result: Any, dtype: np.dtype[Any] | None, node: Node) -> Any:
+    if dtype is None or result is None or isinstance(result, list):
+        return result
+    return (result if isinstance(result, Value) else node.value(result)).cast(dtype)
 
 
 def read(path: Path) -> onnx.ModelProto:
@@ -296,7 +367,7 @@ def _attribute(attribute: onnx.AttributeProto) -> Any:
 
 
 def dense(sparse: onnx.SparseTensorProto) -> np.ndarray:
-    """A sparse constant, written out."""
+    """A sparse constant as a dense array."""
     from onnx import numpy_helper
 
     values, indices = numpy_helper.to_array(sparse.values), numpy_helper.to_array(sparse.indices)

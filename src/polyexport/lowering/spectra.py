@@ -41,18 +41,21 @@ def mel_triangles(count: int, points: int, rate: int, low: float, high: float) -
     return found
 
 
-def block_places(
-    sizes: Sequence[int], kernel: Sequence[int], dilations: Sequence[int] | None, pads: Sequence[int],
+def block_positions(
+    sizes: Sequence[int],
+    kernel: Sequence[int],
+    dilations: Sequence[int] | None,
+    pads: Sequence[int],
     strides: Sequence[int] | None,
-) -> tuple[np.ndarray, list[int]]:  # fmt: skip  # the attributes on two lines
-    """Where in the padded image each entry of each block lies, flat, `(*kernel, *blocks)`; and that image's sizes."""
+) -> tuple[np.ndarray, list[int]]:
+    """The flat index in the padded image of each block's entries, `(*kernel, *blocks)`; and that image's sizes."""
     count = len(kernel)
     dilations, strides = dilations or [1] * count, strides or [1] * count
     wide = [size + pads[i] + pads[i + count] for i, size in enumerate(sizes)]
     steps = [(n - (k - 1) * d - 1) // s + 1 for n, k, d, s in zip(wide, kernel, dilations, strides, strict=True)]
-    places = np.zeros((*kernel, *steps), np.int64)
+    positions = np.zeros((*kernel, *steps), np.int64)
     for i in range(count):
         line = np.arange(kernel[i]).reshape([-1] + [1] * (count - i - 1) + [1] * count) * dilations[i]
         line = line + np.arange(steps[i]).reshape([-1] + [1] * (count - i - 1)) * strides[i]
-        places = places * wide[i] + line
-    return places, wide
+        positions = positions * wide[i] + line
+    return positions, wide

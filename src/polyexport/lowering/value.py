@@ -9,45 +9,15 @@ Requirements:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-Tensor = Any
-"""A tensor of the target framework."""
+from polyexport.lowering.backend import Backend, Order, Tensor
 
 Sizes = np.ndarray
 """Integers of which some may be unknown: an object array of `int` and None, of rank 0 or 1."""
-
-Order = tuple[int, ...]
-"""Which logical axis lies at each stored place: `(0, 2, 3, 1)` is NCHW stored as NHWC."""
-
-
-@dataclass(frozen=True, slots=True)
-class Framework:
-    """What a value needs to know of the target framework.
-
-    Attributes:
-        constant: numpy array to tensor.
-        transpose: Tensor and permutation to tensor.
-        expand: Tensor and n to the tensor with n leading axes of size 1.
-        shape: A tensor's static shape: None for unknown sizes, None altogether for unknown rank.
-        dtype: A tensor's numpy dtype.
-        evaluate: Runs a function of constants now; its tensors come back as numpy arrays.
-        refine: Tells the framework sizes that it could not infer; returns the tensor.
-        scope: The graph under construction; a tensor of a branch must not be used outside of it.
-    """
-
-    constant: Callable[[np.ndarray], Tensor]
-    transpose: Callable[[Tensor, Order], Tensor]
-    expand: Callable[[Tensor, int], Tensor]
-    shape: Callable[[Tensor], tuple[int | None, ...] | None]
-    dtype: Callable[[Tensor], np.dtype[Any]]
-    evaluate: Callable[[Callable[[], Any]], Any]
-    refine: Callable[[Tensor, Sequence[int | None]], Tensor]
-    scope: Callable[[], Any]
 
 
 class Value:
@@ -55,14 +25,14 @@ class Value:
 
     def __init__(
         self,
-        framework: Framework,
+        backend: Backend,
         stored: Tensor = None,
         order: Order | None = None,
         *,
         known: np.ndarray | None = None,
         sizes: Sizes | None = None,
     ) -> None:
-        self.framework = framework
+        self.backend = backend
         self.known = known
         self.sizes = known if sizes is None and known is not None and known.dtype.kind in "iu" else sizes
         self._stored = stored
@@ -71,10 +41,10 @@ class Value:
 
     @property
     def shape(self) -> tuple[int | None, ...] | None:
-        """Static sizes; None for one that is free, None altogether where not even the rank is known."""
+        """Static sizes; None for a dynamic one, None altogether where not even the rank is known."""
         if self.known is not None:
             return tuple(self.known.shape)
-        stored = self.framework.shape(self._stored)
+        stored = self.backend.shape(self._stored)
         if stored is None or self._order is None:
             return stored
         return tuple(stored[self._order.index(axis)] for axis in range(len(stored)))
@@ -87,7 +57,7 @@ class Value:
     @property
     def dtype(self) -> np.dtype[Any]:
         """Type of the elements, as numpy names it."""
-        return self.known.dtype if self.known is not None else self.framework.dtype(self._stored)
+        return self.known.dtype if self.known is not None else self.backend.dtype(self._stored)
 
     @property
     def order(self) -> Order | None:
@@ -97,7 +67,7 @@ class Value:
     @property
     def stored(self) -> Tensor:
         """The tensor as it lies, in `order`."""
-        return self.framework.constant(self.known) if self.known is not None else self._stored
+        return self.backend.constant(self.known) if self.known is not None else self._stored
 
     @property
     def tensor(self) -> Tensor:
@@ -107,23 +77,23 @@ class Value:
     def in_order(self, order: Order) -> Tensor:
         """The tensor stored in another order; transposed once, however often it is asked for."""
         if self.known is not None:
-            return self.framework.constant(self.known.transpose(order))
+            return self.backend.constant(self.known.transpose(order))
         have = self._order or tuple(range(len(order)))
         if have == order:
             return self._stored
-        scope = self.framework.scope()
+        scope = self.backend.scope()
         key = (order, id(scope))
         if key not in self._transposed:
-            self._transposed[key] = self.framework.transpose(self._stored, tuple(have.index(axis) for axis in order))
+            self._transposed[key] = self.backend.transpose(self._stored, tuple(have.index(axis) for axis in order))
         return self._transposed[key]
 
     def permuted(self, permutation: Sequence[int]) -> Value:
         """ONNX's Transpose: nothing moves, only the count of the axes changes."""
         if self.known is not None:
-            return Value(self.framework, known=self.known.transpose(permutation))
+            return Value(self.backend, known=self.known.transpose(permutation))
         have = self._order or tuple(range(len(permutation)))
-        place = {old: new for new, old in enumerate(permutation)}
-        return Value(self.framework, self._stored, tuple(place[axis] for axis in have))
+        position = {old: new for new, old in enumerate(permutation)}
+        return Value(self.backend, self._stored, tuple(position[axis] for axis in have))
 
     def widened(self, rank: int) -> Value:
         """With leading axes of size 1, up to a rank, as broadcasting adds them."""
@@ -131,8 +101,23 @@ class Value:
         if not missing:
             return self
         if self.known is not None:
-            return Value(self.framework, known=self.known.reshape((1,) * missing + self.known.shape))
-        return Value(self.framework, self.framework.expand(self.tensor, missing))
+            return Value(self.backend, known=self.known.reshape((1,) * missing + self.known.shape))
+        return Value(self.backend, self.backend.unsqueeze(self.tensor, range(missing)))
+
+    def cast(self, dtype: np.dtype[Any]) -> Value:
+        """In another type, now where it is known."""
+        if self.dtype == dtype:
+            return self
+        if self.known is not None:
+            return Value(self.backend, known=self.known.astype(dtype))
+        return Value(self.backend, self.backend.cast(self._stored, dtype), self._order)
+
+    def without(self, gone: Sequence[int]) -> Order | None:
+        """How what is left is stored when some axes are gone."""
+        if self.order is None:
+            return None
+        left = [axis for axis in self.order if axis not in gone]
+        return tuple(sorted(left).index(axis) for axis in left)
 
     def placed(self, axis: int) -> int:
         """Where an axis, negative ones included, lies in the stored tensor."""
@@ -156,4 +141,6 @@ def align(values: Sequence[Value]) -> tuple[list[Tensor], Order | None]:
 
 def static(value: Value | None) -> list[int] | None:
     """The integers of an input, if all are known."""
-    return None if value is None or value.known is None else [int(each) for each in value.known.ravel()]
+    if value is None or value.known is None:
+        return [] if value is not None and value.shape == (0,) else None
+    return [int(entry) for entry in value.known.ravel()]

@@ -5,15 +5,14 @@ A size is an `int` where it is known, else a scalar tensor of the target framewo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from polyexport.lowering.backend import Backend
+
 Sides = list[tuple[Any, Any]]
 """How much is padded, or cut, before and after each spatial axis."""
-
-NotNegative = Callable[[Any], Any]
-"""A framework's maximum of a scalar tensor and zero."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,9 +27,9 @@ class Windows:
         tails: What is missing after that padding for a last window that `ceil_mode` asks for.
     """
 
-    kernel: Sequence[int]
-    strides: Sequence[int]
-    dilations: Sequence[int]
+    kernel: list[int]
+    strides: list[int]
+    dilations: list[int]
     sides: Sides
     tails: Sequence[Any]
 
@@ -41,20 +40,26 @@ class Windows:
 
 
 def windows(
-    sizes: Sequence[Any], kernel: Sequence[int],
-    *, strides: Sequence[int] | None, dilations: Sequence[int] | None, pads: Sequence[int] | None, auto_pad: str,
-    ceil_mode: int = 0, not_negative: NotNegative,
-) -> Windows:  # fmt: skip  # the sizes on one line, the attributes on the next two
-    """The windows that an ONNX node's attributes ask for."""
-    count = len(kernel)
+    ops: Backend,
+    sizes: Sequence[Any],
+    *,
+    kernel_shape: Sequence[int],
+    strides: Sequence[int] | None = None,
+    dilations: Sequence[int] | None = None,
+    pads: Sequence[int] | None = None,
+    auto_pad: str = "NOTSET",
+    ceil_mode: int = 0,
+) -> Windows:
+    """The windows over axes of some sizes that an ONNX node's attributes, as ONNX names them, ask for."""
+    count = len(kernel_shape)
     strides, dilations = strides or [1] * count, dilations or [1] * count
-    reach = spans(kernel, dilations)
-    sides = _sides(sizes, reach, strides, pads, auto_pad, not_negative)
+    reach = spans(kernel_shape, dilations)
+    sides = _sides(ops, sizes, reach, strides, pads, auto_pad)
     tails = [
-        _tail(size, span, stride, *side, not_negative) if ceil_mode else 0
+        _tail(ops, size, span, stride, *side) if ceil_mode else 0
         for size, span, stride, side in zip(sizes, reach, strides, sides, strict=True)
     ]
-    return Windows(kernel, strides, dilations, sides, tails)
+    return Windows(list(kernel_shape), list(strides), list(dilations), sides, tails)
 
 
 def spans(kernel: Sequence[int], dilations: Sequence[int]) -> list[int]:
@@ -68,9 +73,8 @@ def are_known(sides: Sides) -> bool:
 
 
 def _sides(
-    sizes: Sequence[Any], reach: Sequence[int], strides: Sequence[int], pads: Sequence[int] | None, auto: str,
-    not_negative: NotNegative,
-) -> Sides:  # fmt: skip  # the data on one line
+    ops: Backend, sizes: Sequence[Any], reach: Sequence[int], strides: Sequence[int], pads: Any, auto: str
+) -> Sides:
     count = len(reach)
     if auto in ("NOTSET", ""):
         pads = pads or [0] * (2 * count)
@@ -79,7 +83,7 @@ def _sides(
         return [(0, 0)] * count
     sides: Sides = []
     for size, span, stride in zip(sizes, reach, strides, strict=True):
-        total = _not_negative((-(-size // stride) - 1) * stride + span - size, not_negative)
+        total = _not_negative(ops, (-(-size // stride) - 1) * stride + span - size)
         sides.append(_halves(total, auto))
     return sides
 
@@ -89,36 +93,47 @@ def _halves(total: Any, auto: str) -> tuple[Any, Any]:
     return (small, large) if auto == "SAME_UPPER" else (large, small)
 
 
-def _not_negative(amount: Any, not_negative: NotNegative) -> Any:
-    return max(amount, 0) if isinstance(amount, int) else not_negative(amount)
+def _not_negative(ops: Backend, amount: Any) -> Any:
+    return max(amount, 0) if isinstance(amount, int) else ops.maximum(amount, 0)
 
 
-def _tail(size: Any, span: int, stride: int, before: Any, after: Any, not_negative: NotNegative) -> Any:
+def _tail(ops: Backend, size: Any, span: int, stride: int, before: Any, after: Any) -> Any:
     """What is missing for the last window, which must begin inside the axis or in the padding before it."""
     wanted = -(-(size + before + after - span) // stride) + 1
     starts = (size + before - 1) // stride + 1
-    count = wanted - _not_negative(wanted - starts, not_negative)
-    return _not_negative((count - 1) * stride + span - size - before - after, not_negative)
+    count = wanted - _not_negative(ops, wanted - starts)
+    return _not_negative(ops, (count - 1) * stride + span - size - before - after)
 
 
-def cuts(
-    sizes: Sequence[Any], whole: Sequence[Any], strides: Sequence[int], extra: Sequence[int],
-    pads: Sequence[int] | None, output_shape: Sequence[int] | None, auto_pad: str,
-) -> Sides:  # fmt: skip  # the sizes on one line, the attributes on the next
-    """How much of the whole result of a transposed convolution falls away before and after each axis.
+def transposed_windows(
+    sizes: Sequence[Any],
+    *,
+    kernel_shape: Sequence[int],
+    strides: Sequence[int] | None = None,
+    dilations: Sequence[int] | None = None,
+    pads: Sequence[int] | None = None,
+    output_padding: Sequence[int] | None = None,
+    output_shape: Sequence[int] | None = None,
+    auto_pad: str = "NOTSET",
+) -> tuple[Windows, list[Any]]:
+    """The windows of a transposed convolution, and the sizes of its whole result.
 
-    Args:
-        sizes: Of the input's spatial axes.
-        whole: Of the result's, nothing cut.
-        strides: The node's attribute, as are the others.
-        extra: `output_padding`, which counts as if it lay behind the whole result.
-        pads: Taken as they are, unless `output_shape` or `auto_pad` says how large the result is to be.
-        output_shape: Of the spatial axes, which are its last.
-        auto_pad: The side that takes the odd entry.
+    Of that, `sides` falls away before and after each axis; `tails` is the node's `output_padding`, which counts as if
+    it lay behind the whole result. `output_shape` may begin with batch and channels.
     """
-    count = len(sizes)
+    count = len(kernel_shape)
+    strides, dilations = list(strides or [1] * count), list(dilations or [1] * count)
+    reach, extra = spans(kernel_shape, dilations), output_padding or [0] * count
+    whole = [(size - 1) * stride + span for size, stride, span in zip(sizes, strides, reach, strict=True)]
     if output_shape is None and auto_pad in ("NOTSET", "", "VALID"):
         pads = (pads if auto_pad != "VALID" else None) or [0] * (2 * count)
-        return [(pads[i], pads[i + count]) for i in range(count)]
-    wanted = output_shape[-count:] if output_shape else [n * s for n, s in zip(sizes, strides, strict=True)]
-    return [_halves(have + more - want, auto_pad) for have, more, want in zip(whole, extra, wanted, strict=True)]
+        sides = [(pads[i], pads[i + count]) for i in range(count)]
+    else:
+        wanted = output_shape[-count:] if output_shape else [n * s for n, s in zip(sizes, strides, strict=True)]
+        sides = [_halves(have + more - want, auto_pad) for have, more, want in zip(whole, extra, wanted, strict=True)]
+    return Windows(list(kernel_shape), strides, dilations, sides, extra), whole
+
+
+def kernel_of(weight: Any, attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """A convolution's attributes, its kernel's shape `(out, in, *spatial)` among them."""
+    return {"kernel_shape": [int(size) for size in weight.shape[2:]], **attributes}

@@ -16,8 +16,7 @@ import numpy as np
 
 from polyexport.capture import snapshot
 from polyexport.capture.flatten import as_runner, constants, flat, to_arrays, with_constants
-from polyexport.format import Runner
-from polyexport.spec import Arrays
+from polyexport.spec import Arrays, Runner
 
 _ADVICE = "give inputs=<a function of the batch> that makes it a tensor"
 

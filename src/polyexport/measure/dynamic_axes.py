@@ -6,9 +6,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from polyexport.errors import BadRequest
-from polyexport.format import Runner
-from polyexport.spec import Arrays, TensorSpec
+from polyexport.errors import BadRequest, line
+from polyexport.spec import Arrays, Runner, TensorSpec
 
 Dynamic = bool | Mapping[str, Mapping[int, str]]
 """Which input axes are dynamic: True for the batch axis and all whose size differs between batches, False for none, or
@@ -144,7 +143,7 @@ def answered(run: Runner, batch: Arrays, outputs: Arrays, where: str) -> Arrays 
     try:
         answer = run(batch)
     except Exception as error:  # forward is the user's; whatever it raises here means that it cannot do it
-        return f"PyTorch itself fails at {where}: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        return f"PyTorch itself fails at {where}: {line(error, 200)}"
     ranks = {name: (array.ndim, outputs[name].ndim) for name, array in answer.items() if name in outputs}
     if answer.keys() != outputs.keys() or any(here != there for here, there in ranks.values()):
         return f"PyTorch itself returns outputs of another rank at {where}"

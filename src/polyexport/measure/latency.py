@@ -102,7 +102,7 @@ def waited_by_median(measured: Iterable[Latency]) -> float:
     return statistics.median([latency.waited for latency in measured] or [0.0])
 
 
-def summarise(
+def summarize(
     samples_ms: Sequence[float],
     *,
     batch: int,

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from polyexport.capture.flatten import as_runner
-from polyexport.format import Precision, Tolerance
 from polyexport.measure.parity import TIES, noise_floor
-from polyexport.spec import Arrays
+from polyexport.measure.tolerance import Tolerance
+from polyexport.spec import Arrays, Precision
 from polyexport.tracing.decompositions import plain_attention
 
 if TYPE_CHECKING:

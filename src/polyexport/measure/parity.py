@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from polyexport.format import Tolerance
 from polyexport.measure.slices import is_broken, limits, where
+from polyexport.measure.tolerance import Tolerance
 from polyexport.spec import Arrays
 
 

@@ -20,18 +20,17 @@ from polyexport.capture import sharded, surroundings
 from polyexport.capture import snapshot as modules
 from polyexport.capture.answer import disagreement
 from polyexport.capture.flatten import as_runner, to_arrays
-from polyexport.format import Runner, Tolerance
 from polyexport.measure import dynamic_axes
 from polyexport.measure.constants import frozen
 from polyexport.measure.dynamic_axes import Axes, Dynamic, resized
 from polyexport.measure.noise import rounding
 from polyexport.measure.other_values import changed, jittered
 from polyexport.measure.parity import NARROW, compare, says_little
-from polyexport.measure.reads import FailedAt, Reads, reads
-from polyexport.spec import Arrays, ExportSpec, write_arrays
+from polyexport.measure.tolerance import Tolerance
+from polyexport.spec import Arrays, Batch, ExportSpec, Runner, write_arrays
 from polyexport.tracing.decompositions import plain_attention
+from polyexport.tracing.reads import FailedAt, Reads, reads
 from polyexport.versions import environment
-from polyexport.workers.job import Batch
 
 if TYPE_CHECKING:
     import torch

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from polyexport.format import Tolerance
+from polyexport.measure.tolerance import Tolerance
 
 Axes = tuple[int, ...]
 """The axes that an output is cut along; a slice is what remains at one index of each."""

@@ -28,7 +28,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
-from polyexport.errors import BadRequest
+from polyexport.errors import BadRequest, line
 from polyexport.report import folders
 from polyexport.report.manifest import MANIFEST
 from polyexport.report.outcome import Outcome
@@ -135,7 +135,7 @@ class Wandb:
         work.start()
         work.join(self.timeout)
         if left:
-            raise ConnectionError("; ".join(f"{what}: {' '.join(why.split())}" for what, why in dict(left).items()))
+            raise ConnectionError("; ".join(f"{what}: {why}" for what, why in dict(left).items()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,54 +183,79 @@ def link(folder: Path) -> tuple[str, ...]:
 # --- all of it, in a thread of its own --------------------------------------------------------------------------------
 
 
+Uploads = Mapping[str, tuple[Report, Outcome]]
+"""The artifacts to send, by the name that a failure is told under: `<export>/<format>`."""
+
+
 def _publish(options: Wandb, run: Any, reports: Sequence[Report], left: dict[str, str]) -> None:
     """Send everything; `left` says at any moment what is not there yet, and why."""
     deadline = time.monotonic() + options.timeout
-    report = reports[-1]
+    newest = reports[-1]
     exports = {True: reports[-1:], False: [], "all": reports}[options.upload]
-    todo = {
-        f"{each.folder.name}/{outcome.format}": (each, outcome)
-        for each in exports
-        for outcome in each.outcomes
-        if outcome.publishable
-    }
-    left |= dict.fromkeys(
-        ("figures", *todo, *([_PAGE] if exports else [])), f"not finished after {options.timeout:g} s"
-    )
+    uploads = _uploads(exports)
+    promised = ("figures", *uploads, *([_PAGE] if exports else []))
+    left |= dict.fromkeys(promised, f"not finished after {options.timeout:g} s")
     with _telling(left, "figures"), _staging(run):
         _log_figures(run, reports)
-    if exports and options.source and not run.offline:
+    if not exports:
+        return
+    if options.source and not run.offline:
         with _telling(left, options.source):
-            options = options.replaced(source=_use_checkpoint(options.source, run, report))
-    sent = {}
-    for what, (each, outcome) in todo.items():
-        with _telling(left, what, done=False):
-            sent[what] = _log_artifact(options, run, each, outcome, newest=each is report)
+            options = options.replaced(source=_use_checkpoint(options.source, run, newest))
+    sent = _log_artifacts(options, run, uploads, newest, left)
     page = None
-    if exports:
-        with _telling(left, _PAGE, done=False):
-            page = _log_page(options, run, report)
-    links = []
+    with _telling(left, _PAGE, done=False):
+        page = _log_page(options, run, newest)
+    links: list[Link] = []
     for what, artifact in sent.items():
-        each, outcome = todo[what]
-        target = _link(options, run, outcome, artifact) if each is report else None
+        report, outcome = uploads[what]
         with _telling(left, what):
-            if not run.offline:
-                # a version is known, and a failure told, only to who waits
-                artifact.wait(timeout=max(1, int(deadline - time.monotonic())))
-                if each is report and options.old_ttl_days is not None:
-                    _expire_predecessor(artifact, options.old_ttl_days)
-                if target:
-                    run.link_artifact(artifact, target.target, aliases=list(target.aliases))
-            elif target:
-                links.append(target)
+            links += _arrived(options, run, outcome, artifact, deadline, newest=report is newest)
     if page is not None:
         with _telling(left, _PAGE):
             if not run.offline:
-                page.wait(timeout=max(1, int(deadline - time.monotonic())))
+                _wait(page, deadline)
     if links:
         with _telling(left, LINKS):
-            write_json(report.folder / LINKS, links)
+            write_json(newest.folder / LINKS, links)
+
+
+def _uploads(exports: Sequence[Report]) -> Uploads:
+    return {
+        f"{report.folder.name}/{outcome.format}": (report, outcome)
+        for report in exports
+        for outcome in report.outcomes
+        if outcome.publishable
+    }
+
+
+def _log_artifacts(options: Wandb, run: Any, uploads: Uploads, newest: Report, left: dict[str, str]) -> dict[str, Any]:
+    """Begin every upload; the artifacts that W&B took, by name."""
+    sent = {}
+    for what, (report, outcome) in uploads.items():
+        with _telling(left, what, done=False):
+            sent[what] = _log_artifact(options, run, report, outcome, newest=report is newest)
+    return sent
+
+
+def _arrived(
+    options: Wandb, run: Any, outcome: Outcome, artifact: Any, deadline: float, *, newest: bool
+) -> Iterator[Link]:
+    """Wait for an artifact and link it; offline, the link that has to be remembered."""
+    target = _link(options, run, outcome, artifact) if newest else None
+    if run.offline:
+        yield from [target] if target else []
+        return
+    _wait(artifact, deadline)
+    if newest and options.old_ttl_days is not None:
+        _expire_predecessor(artifact, options.old_ttl_days)
+    if target:
+        run.link_artifact(artifact, target.target, aliases=list(target.aliases))
+
+
+def _wait(artifact: Any, deadline: float) -> None:
+    """Wait for an upload: its version is known, and its failure told, to nobody else."""
+    artifact.wait(timeout=max(1, int(deadline - time.monotonic())))
 
 
 @contextmanager
@@ -239,7 +264,7 @@ def _telling(left: dict[str, str], what: str, *, done: bool = True) -> Iterator[
     try:
         yield
     except Exception as error:  # W&B's client raises its own, its server's and its parsers' exceptions
-        left[what] = f"{type(error).__name__}: {error}"
+        left[what] = line(error)
     else:
         if done:
             left.pop(what, None)

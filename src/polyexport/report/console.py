@@ -17,6 +17,7 @@ from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElaps
 from rich.table import Table
 from rich.text import Text
 
+from polyexport import errors
 from polyexport.report import escape
 from polyexport.report.report import Report, metrics, rows
 from polyexport.report.tables import COLUMNS, NUMBERS
@@ -93,7 +94,7 @@ def wait(
     try:
         _follow(work, doing, deque() if told is None else told, console)
     except (Exception, SystemExit) as error:  # rich leaves the program where its pipe is closed
-        warnings.warn(f"the progress cannot be shown: {type(error).__name__}: {error}", stacklevel=2)
+        warnings.warn(f"the progress cannot be shown: {errors.line(error)}", stacklevel=2)
     return work.result()
 
 

@@ -219,9 +219,9 @@ def finished(parent: Path) -> list[Path]:
 
 def followed(path: Path) -> Path:
     """`path`, where a `best` on the way to it that is a file is taken as the link that it stands for."""
-    for place in (path, *path.parents):
-        if place.name == BEST and place.is_file():
-            return place.parent / place.read_text(encoding="utf-8").strip() / path.relative_to(place)
+    for pointer in (path, *path.parents):
+        if pointer.name == BEST and pointer.is_file():
+            return pointer.parent / pointer.read_text(encoding="utf-8").strip() / path.relative_to(pointer)
     return path
 
 

@@ -36,19 +36,23 @@ HISTORY = 30
 
 def page(report: Report) -> str:
     """The whole page."""
-    return _environment().get_template("report.html.j2").render(
-        report=report,
-        title=title(report),
-        states=_tally(report),
-        columns=COLUMNS,
-        numbers=NUMBERS,
-        table=list(_table(report)),
-        metrics=metrics(report),
-        highlights=list(_highlights(report)),
-        pictures=list(_pictures(report)),
-        history=_history(report),
-        snippets=[(outcome, snippets(outcome)) for outcome in report.outcomes if outcome.artifact],
-    )  # fmt: skip  # the template's arguments, one a line
+    return (
+        _environment()
+        .get_template("report.html.j2")
+        .render(
+            report=report,
+            title=title(report),
+            states=_tally(report),
+            columns=COLUMNS,
+            numbers=NUMBERS,
+            table=list(_table(report)),
+            metrics=metrics(report),
+            highlights=list(_highlights(report)),
+            pictures=list(_pictures(report)),
+            history=_history(report),
+            snippets=[(outcome, snippets(outcome)) for outcome in report.outcomes if outcome.artifact],
+        )
+    )
 
 
 def _tally(report: Report) -> Mapping[str, int]:
@@ -61,9 +65,12 @@ def _environment() -> Environment:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     made = Environment(
-        loader=PackageLoader("polyexport.report", ""), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip  # one argument a line would bury the filters
+        loader=PackageLoader("polyexport.report", ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     made.filters |= {"ms": milliseconds, "error": error, "size": size, "title": title}
     return made
 
@@ -124,9 +131,10 @@ def _pictures(report: Report) -> Iterator[Picture]:
     if timed:
         samples = {o.format: o.latency.samples_ms for o in timed if o.latency}
         yield Picture(
-            "Latency", "Every timed call; box: quartiles, whiskers: 5 to 95 %. Logarithmic, less is better.",
+            "Latency",
+            "Every timed call; box: quartiles, whiskers: 5 to 95 %. Logarithmic, less is better.",
             svg.boxes(samples, _ms),
-        )  # fmt: skip
+        )
     judged = [outcome for outcome in report.outcomes if outcome.parity and _is_drawable(outcome.parity.max_abs_error)]
     if judged:
         errors = {o.format: (o.parity.max_abs_error or 0.0, o.parity.noise_floor) for o in judged if o.parity}

@@ -11,12 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from polyexport.errors import BadRequest
-from polyexport.format import Precision
 from polyexport.report.folders import inside
 from polyexport.report.outcome import Checkpoint, Outcome, Toolchain
 from polyexport.serialization import read_record, write_json
-from polyexport.spec import ExportSpec, TensorSpec
-from polyexport.workers.job import Batch
+from polyexport.spec import Batch, ExportSpec, Precision, TensorSpec
 
 MANIFEST = "manifest.json"
 VERSION = 1

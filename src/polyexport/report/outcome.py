@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from polyexport.format import Precision
 from polyexport.measure.latency import Latency
 from polyexport.measure.parity import Parity
-from polyexport.spec import TensorSpec
+from polyexport.spec import Precision, TensorSpec
 
 State = Literal["verified", "degraded", "unverified", "mismatch", "failed", "skipped"]
 """What may be said of a format.

@@ -129,18 +129,35 @@ def written_out() -> Iterator[None]:
 
 
 def embedding_bag(
-    input: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor | None = None, max_norm: float | None = None,
-    norm_type: float = 2, scale_grad_by_freq: bool = False, mode: str = "mean", sparse: bool = False,
-    per_sample_weights: torch.Tensor | None = None, include_last_offset: bool = False, padding_idx: int | None = None,
-) -> torch.Tensor:  # fmt: skip  # PyTorch's own parameters, on few lines
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    offsets: torch.Tensor | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2,
+    scale_grad_by_freq: bool = False,
+    mode: str = "mean",
+    sparse: bool = False,
+    per_sample_weights: torch.Tensor | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
+) -> torch.Tensor:
     """`torch.nn.functional.embedding_bag` by lookup and reduction; bags lie in rows, or begin at `offsets`."""
     import torch
 
     if max_norm is not None:  # it writes into the weights
         return torch.nn.functional.embedding_bag(
-            input, weight, offsets, max_norm, norm_type, scale_grad_by_freq, mode, sparse, per_sample_weights,
-            include_last_offset, padding_idx,
-        )  # fmt: skip  # as above
+            input,
+            weight,
+            offsets,
+            max_norm,
+            norm_type,
+            scale_grad_by_freq,
+            mode,
+            sparse,
+            per_sample_weights,
+            include_last_offset,
+            padding_idx,
+        )
     rows = torch.nn.functional.embedding(input, weight)
     if per_sample_weights is not None:
         rows = rows * per_sample_weights.unsqueeze(-1)
@@ -232,16 +249,19 @@ def bucketize(
 
 
 def searchsorted(
-    sorted_sequence: torch.Tensor, input: Any, *, out_int32: bool = False, right: bool = False,
-    side: str | None = None, sorter: torch.Tensor | None = None,
-) -> torch.Tensor:  # fmt: skip  # PyTorch's own parameters, on few lines
+    sorted_sequence: torch.Tensor,
+    input: Any,
+    *,
+    out_int32: bool = False,
+    right: bool = False,
+    side: str | None = None,
+    sorter: torch.Tensor | None = None,
+) -> torch.Tensor:
     """`torch.searchsorted` by counting the entries below, or for `right` those that are not above."""
     import torch
 
     if sorter is not None or not isinstance(input, torch.Tensor):
-        return torch.searchsorted(
-            sorted_sequence, input, out_int32=out_int32, right=right, side=side, sorter=sorter
-        )  # fmt: skip  # as above
+        return torch.searchsorted(sorted_sequence, input, out_int32=out_int32, right=right, side=side, sorter=sorter)
     entries = sorted_sequence if sorted_sequence.dim() == 1 else sorted_sequence.unsqueeze(-2)
     value = input.unsqueeze(-1)
     below = entries <= value if right or side == "right" else entries < value
@@ -375,9 +395,15 @@ def pad(x: torch.Tensor, pad: Any, mode: str = "constant", value: float | None =
 
 
 def conv_transpose3d(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, stride: Any = 1, padding: Any = 0,
-    output_padding: Any = 0, groups: int = 1, dilation: Any = 1,
-) -> torch.Tensor:  # fmt: skip  # PyTorch's own parameters, on few lines
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    output_padding: Any = 0,
+    groups: int = 1,
+    dilation: Any = 1,
+) -> torch.Tensor:
     """`torch.conv_transpose3d` with its output cut to size by slices, where Core ML's converter knows no other way."""
     import torch
 

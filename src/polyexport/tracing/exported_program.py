@@ -32,7 +32,24 @@ def export_program(
     shapes = tuple(dict.fromkeys(axes, free) for axes in dynamic)
     copies = tuple(tensor.clone() for tensor in inputs)  # what is traced is marked with its free axes, and stays so
     with torch.no_grad(), _grad_mode_left_alone(module):
-        return torch.export.export(module, copies, dynamic_shapes=shapes or None, strict=False)
+        try:
+            return torch.export.export(module, copies, dynamic_shapes=shapes or None, strict=False)
+        except Exception as error:
+            if scripted := _scripted(module):
+                raise RuntimeError(
+                    f"torch.export takes no part that torch.jit.script made ({scripted}); a trace does, and so does "
+                    "what is made from TorchScript; for the rest leave that part as it is in Python"
+                ) from error
+            raise
+
+
+def _scripted(module: torch.nn.Module) -> str:
+    """The names of the outermost scripted parts."""
+    import torch
+
+    parts = module.named_modules()
+    names = [name.removeprefix("inner.") for name, part in parts if isinstance(part, torch.jit.ScriptModule)]
+    return ", ".join(name for name in names if not any(name.startswith(f"{other}.") for other in names))
 
 
 @contextlib.contextmanager
@@ -74,6 +91,28 @@ def load_program(path: Path) -> torch.export.ExportedProgram:
         return program
     taken_apart: torch.export.ExportedProgram = program.run_decompositions(dict.fromkeys(pools, _adaptive_maxima))
     return taken_apart
+
+
+def in_float32(module: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """The module of a program with float32 in the place of float64, which small devices have not; changed in place."""
+    import torch
+    from torch.fx.node import map_aggregate
+
+    def narrowed(value: Any) -> Any:
+        return torch.float32 if value is torch.float64 else value
+
+    for tensors in (module.named_parameters(), module.named_buffers()):
+        for _, tensor in tensors:
+            tensor.data = tensor.data.float() if tensor.dtype is torch.float64 else tensor.data
+    for node in module.graph.nodes:
+        if node.op == "get_attr":
+            held = getattr(module, str(node.target), None)
+            if isinstance(held, torch.Tensor) and held.dtype is torch.float64:
+                held.data = held.data.float()
+        node.args = map_aggregate(node.args, narrowed)
+        node.kwargs = map_aggregate(node.kwargs, narrowed)
+    module.recompile()
+    return module
 
 
 def _adaptive_maxima(x: torch.Tensor, sizes: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:

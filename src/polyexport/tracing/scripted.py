@@ -9,8 +9,8 @@ import inspect
 from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
-from polyexport.measure.reads import FailedAt, reads
 from polyexport.spec import Arrays
+from polyexport.tracing.reads import FailedAt, reads
 
 if TYPE_CHECKING:
     from torch import nn

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from polyexport.serialization import decode, encode, read_json, write_json
-from polyexport.spec import ExportSpec
+from polyexport.spec import Batch, ExportSpec
 
 TEMPORARY = "POLYEXPORT_TEMPORARY"
 """The variable that tells a worker its own folder for temporary files, which it may remove."""
@@ -99,23 +99,6 @@ class Bench(FormatJob):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Serve(FormatJob):
     """Run an artifact on whatever is asked."""
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """A file of named arrays, inputs and reference outputs together, and the sizes of its dynamic axes.
-
-    Attributes:
-        path: Relative to the export's folder.
-        sizes: Size of each dynamic axis.
-        label: What its values are, where they are others than those of the validation batch: `rows negated`.
-        real: Whether the values are data as it came, and not made from it.
-    """
-
-    path: str
-    sizes: Mapping[str, int] = field(default_factory=dict)
-    label: str = ""
-    real: bool = True
 
 
 def proofs(batches: Sequence[Batch], *, dynamic: bool, made_up: bool) -> tuple[Batch, ...]:

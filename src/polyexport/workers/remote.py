@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from polyexport.capture.snapshot import SHARDS, module_files
+from polyexport.errors import line
 from polyexport.workers.job import Job, Prepare, files_named_by, reproduce
 from polyexport.workers.process import JobResult, Workers, environment
 from polyexport.workers.toolchain import Toolchain
@@ -64,7 +65,7 @@ class Task:
 
 def run(elsewhere: Elsewhere, root: Path, job: Job, task: Task, cancelled: Callable[[], bool]) -> JobResult:
     """Have a job done by the executor."""
-    error: Exception | None = None
+    why = ""
     for _ in range(_TRIES):
         try:
             with _archive(_pack(root, _read_by(root, job, task), elsewhere.staging)) as archive:
@@ -80,8 +81,8 @@ def run(elsewhere: Elsewhere, root: Path, job: Job, task: Task, cancelled: Calla
                 _unpack(made, root, log=task.log)
             return ended
         except Exception as lost:  # an executor's own word for a worker that is gone, whatever its class
-            error = lost
-    return JobResult(error=f"lost {_TRIES} times by the executor: {type(error).__name__}: {error}", kind="crashed")
+            why = line(lost)
+    return JobResult(error=f"lost {_TRIES} times by the executor: {why}", kind="crashed")
 
 
 def work(archive: Archive, task: Task, staging: str | None) -> tuple[JobResult, Archive]:

@@ -37,6 +37,7 @@ from platformdirs import user_cache_path
 
 from polyexport.errors import ToolMissing
 from polyexport.versions import versions
+from polyexport.workers import disk
 from polyexport.workers.process import Workers
 
 _WORKER = Path(__file__).parents[1] / "worker.py"
@@ -113,6 +114,7 @@ class Toolchain:
                     damaged = "what is there is damaged; " if (folder / _COMPLETE).exists() else ""
                     say(f"{self.name}: {damaged}installing {', '.join(self.requirements)} into {folder}")
                     _provision(self, folder, workers)
+        disk.use(folder / _COMPLETE)
         return _python(folder)
 
     def imports(self, *, converts: bool) -> tuple[str, ...]:
@@ -263,6 +265,11 @@ def parse(name: str, text: str) -> Toolchain:
 def _listed(what: str, directives: Sequence[str]) -> tuple[str, ...]:
     """The words of the directive that begins with `what`."""
     return tuple(word for line in directives if line.split()[0] == what for word in line.split()[1:])
+
+
+def environments() -> tuple[disk.Environment, ...]:
+    """The environments in the cache folder, those of other pins and other training environments included."""
+    return tuple(disk.environments(cache_folder(), _COMPLETE))
 
 
 def cache_folder() -> Path:

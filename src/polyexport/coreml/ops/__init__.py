@@ -27,8 +27,18 @@ from polyexport.coreml.ops import (
 )
 
 _FILES = (
-    *(activation, compression, convolution, elementwise, image, indexing, linear, normalization, recurrent),
-    *(reduction, shape, sorting),
+    activation,
+    compression,
+    convolution,
+    elementwise,
+    image,
+    indexing,
+    linear,
+    normalization,
+    recurrent,
+    reduction,
+    shape,
+    sorting,
 )
 
 OPS: Mapping[str, Callable[..., Any]] = {name: function for file in _FILES for name, function in file.OPS.items()}

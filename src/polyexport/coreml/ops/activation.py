@@ -78,8 +78,21 @@ OPS = {
     **{
         each.__name__: each
         for each in (
-            *(clamped_relu, elu, gelu, leaky_relu, linear_activation, prelu, relu6, scaled_tanh, sigmoid_hard, silu),
-            *(softmax, softplus, softplus_parametric, softsign, thresholded_relu),
+            clamped_relu,
+            elu,
+            gelu,
+            leaky_relu,
+            linear_activation,
+            prelu,
+            relu6,
+            scaled_tanh,
+            sigmoid_hard,
+            silu,
+            softmax,
+            softplus,
+            softplus_parametric,
+            softsign,
+            thresholded_relu,
         )
     },
 }

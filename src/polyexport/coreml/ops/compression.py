@@ -97,7 +97,12 @@ def constexpr_sparse_to_dense(nonzero_data: Tensor, mask: Tensor, shape: Tensor 
 OPS = {
     each.__name__: each
     for each in (
-        *(constexpr_affine_dequantize, constexpr_blockwise_shift_scale, constexpr_cast, constexpr_lut_to_dense),
-        *(constexpr_sparse_to_dense, dequantize, quantize),
+        constexpr_affine_dequantize,
+        constexpr_blockwise_shift_scale,
+        constexpr_cast,
+        constexpr_lut_to_dense,
+        constexpr_sparse_to_dense,
+        dequantize,
+        quantize,
     )
 }

@@ -84,8 +84,26 @@ OPS = {
     **{
         name: _unary(getattr(torch, name))
         for name in (
-            *("abs", "acos", "asin", "atan", "atanh", "ceil", "cos", "cosh", "erf", "exp", "exp2", "floor", "round"),
-            *("sign", "sin", "sinh", "sqrt", "square", "tan", "logical_not"),
+            "abs",
+            "acos",
+            "asin",
+            "atan",
+            "atanh",
+            "ceil",
+            "cos",
+            "cosh",
+            "erf",
+            "exp",
+            "exp2",
+            "floor",
+            "round",
+            "sign",
+            "sin",
+            "sinh",
+            "sqrt",
+            "square",
+            "tan",
+            "logical_not",
         )
     },
     **{

@@ -146,7 +146,12 @@ def resample(
 OPS = {
     each.__name__: each
     for each in (
-        *(crop, resample, resize, resize_bilinear, resize_nearest_neighbor),
-        *(upsample_bilinear, upsample_nearest_neighbor),
+        crop,
+        resample,
+        resize,
+        resize_bilinear,
+        resize_nearest_neighbor,
+        upsample_bilinear,
+        upsample_nearest_neighbor,
     )
 }

@@ -173,7 +173,14 @@ def slice_update(
 OPS = {
     each.__name__: each
     for each in (
-        *(gather, gather_along_axis, gather_nd, scatter, scatter_along_axis, scatter_nd),
-        *(slice_by_index, slice_by_size, slice_update),
+        gather,
+        gather_along_axis,
+        gather_nd,
+        scatter,
+        scatter_along_axis,
+        scatter_nd,
+        slice_by_index,
+        slice_by_size,
+        slice_update,
     )
 }

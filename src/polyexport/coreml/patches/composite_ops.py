@@ -134,9 +134,14 @@ def unfold(context: Any, node: Any) -> None:
     kernel, dilations, padding, strides = (_pair(each) for each in blocks)
     channels = int(x.shape[1])
     made = mb.conv(
-        x=x, weight=_picking(channels, kernel), strides=strides, dilations=dilations, groups=channels,
-        pad_type="custom", pad=[padding[0], padding[0], padding[1], padding[1]],
-    )  # fmt: skip  # the blocks on one line
+        x=x,
+        weight=_picking(channels, kernel),
+        strides=strides,
+        dilations=dilations,
+        groups=channels,
+        pad_type="custom",
+        pad=[padding[0], padding[0], padding[1], padding[1]],
+    )
     count = int(made.shape[2] * made.shape[3])
     context.add(mb.reshape(x=made, shape=[-1, channels * kernel[0] * kernel[1], count], name=node.name))
 
@@ -150,13 +155,15 @@ def fold(context: Any, node: Any) -> None:
     sizes, kernel, dilations, padding, strides = (_pair(each) for each in blocks)
     depth = int(x.shape[1])
     channels = depth // (kernel[0] * kernel[1])
-    counts = [
-        (sizes[i] + 2 * padding[i] - dilations[i] * (kernel[i] - 1) - 1) // strides[i] + 1 for i in (0, 1)
-    ]  # fmt: skip  # as PyTorch's manual has it
+    counts = [(sizes[i] + 2 * padding[i] - dilations[i] * (kernel[i] - 1) - 1) // strides[i] + 1 for i in (0, 1)]
     image = mb.conv_transpose(
-        x=mb.reshape(x=x, shape=[-1, depth, *counts]), weight=_picking(channels, kernel), strides=strides,
-        dilations=dilations, groups=channels, pad_type="valid",
-    )  # fmt: skip  # as above
+        x=mb.reshape(x=x, shape=[-1, depth, *counts]),
+        weight=_picking(channels, kernel),
+        strides=strides,
+        dilations=dilations,
+        groups=channels,
+        pad_type="valid",
+    )
     wide = [(counts[i] - 1) * strides[i] + dilations[i] * (kernel[i] - 1) + 1 for i in (0, 1)]
     missing = [max(sizes[i] + padding[i] - wide[i], 0) for i in (0, 1)]
     if any(missing):  # what no block reaches

@@ -44,8 +44,14 @@ def _atan2(mb: Any, y: Any, x: Any) -> Any:
 
 
 _LANCZOS = (
-    *(676.5203681218851, -1259.1392167224028, 771.32342877765313, -176.61502916214059, 12.507343278686905),
-    *(-0.13857109526572012, 9.9843695780195716e-6, 1.5056327351493116e-7),
+    676.5203681218851,
+    -1259.1392167224028,
+    771.32342877765313,
+    -176.61502916214059,
+    12.507343278686905,
+    -0.13857109526572012,
+    9.9843695780195716e-6,
+    1.5056327351493116e-7,
 )
 """Coefficients of the approximation with g = 7: https://en.wikipedia.org/wiki/Lanczos_approximation."""
 
@@ -67,8 +73,22 @@ def _lgamma(mb: Any, x: Any) -> Any:
 
 
 _FLOATS = (
-    *("acos", "asin", "atan", "atanh", "cos", "cosh", "erf", "exp", "exp2", "log", "sigmoid", "sin", "sinh", "sqrt"),
-    *("tan", "tanh"),
+    "acos",
+    "asin",
+    "atan",
+    "atanh",
+    "cos",
+    "cosh",
+    "erf",
+    "exp",
+    "exp2",
+    "log",
+    "sigmoid",
+    "sin",
+    "sinh",
+    "sqrt",
+    "tan",
+    "tanh",
 )
 """Functions that MIL has by PyTorch's name, but of floats only."""
 

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from polyexport.errors import line
+
 
 def register() -> None:
     """Let coremltools' translation of a single operator say so, in this process."""
@@ -21,7 +23,7 @@ def register() -> None:
         except _WORDLESS as error:
             given = ", ".join(_constants(context, node))
             where = f"{node.kind}({given})" if given else node.kind
-            why = f"{type(error).__name__}: {error}"
+            why = line(error)
             raise RuntimeError(f"coremltools does not translate PyTorch's {where}: {why}") from error
 
     ops.convert_single_node = convert_single_node

@@ -14,35 +14,32 @@ from typing import TYPE_CHECKING, Any
 import paddle
 from paddle.static import InputSpec, Program
 
+from polyexport.lowering.backend import Tensor
 from polyexport.lowering.graph import Lowering, read
 from polyexport.lowering.paddle import (  # each writes its operators into the table
-    control,
-    convolution,
-    index,
-    inference,
-    linear,
-    math,
-    normalise,
-    quantise,
-    random,
-    recurrent,
-    reduce,
-    resize,
-    shape,
-    signal,
-    vision,
+    convolution as convolution,
 )
-from polyexport.lowering.paddle.target import OPS, Weights, framework
-from polyexport.lowering.value import Tensor, Value
+from polyexport.lowering.paddle import (
+    index as index,
+)
+from polyexport.lowering.paddle import (
+    inference,
+)
+from polyexport.lowering.paddle import (
+    math as math,
+)
+from polyexport.lowering.paddle import (
+    shape as shape,
+)
+from polyexport.lowering.paddle import (
+    vision as vision,
+)
+from polyexport.lowering.paddle.backend import OPS, backend
+from polyexport.lowering.paddle.weights import Weights
+from polyexport.lowering.value import Value
 
 if TYPE_CHECKING:
     import onnx
-
-FILES = (
-    control, convolution, index, linear, math, normalise, quantise, random, recurrent, reduce, resize, shape, signal,
-    vision,
-)  # fmt: skip  # one after another
-"""Where the operators are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +70,7 @@ def lower(path: Path, inputs: list[InputSpec]) -> Lowered:
 
     Args:
         path: The ONNX file.
-        inputs: Name, type and shape of forward's inputs; one that the graph does not read is taken and left.
+        inputs: Name, type and shape of forward's inputs; one that the graph does not read is accepted and ignored.
 
     Raises:
         UnsupportedOp: the graph has an operator, or a use of one, that the table does not carry.
@@ -88,15 +85,16 @@ def lower_model(model: onnx.ModelProto, inputs: list[InputSpec]) -> Lowered:
     names = [output.name for output in model.graph.output]
     with paddle.static.program_guard(program, Program()):
         given = {spec.name: paddle.static.data(spec.name, spec.shape, spec.dtype) for spec in inputs}
-        found = Lowering(framework(weights), OPS, model).outputs(given)
-        outputs = {name: _named(name, each) for name, each in zip(names, found, strict=True)}
+        found = Lowering(backend(weights), OPS, model).outputs(given)
+        tensors = {name: _tensor(name, each) for name, each in zip(names, found, strict=True)}
+        outputs = inference.distinct(tensors, program)
         inference.guard(program)
     for name, array in weights.arrays.items():
         scope.var(name).get_tensor().set(array, paddle.CPUPlace())
     return Lowered(program, scope, given, outputs)
 
 
-def _named(name: str, content: Any) -> Tensor:
+def _tensor(name: str, content: Any) -> Tensor:
     if not isinstance(content, Value):
         raise NotImplementedError(f"the output {name!r} is a sequence, and Paddle's programs answer with tensors only")
-    return paddle.assign(content.tensor)
+    return content.tensor

@@ -13,24 +13,26 @@ A copy by `tile`, which oneDNN does not know, no operator overwrites and no pass
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import paddle
 from paddle.static import Program
 
-from polyexport.lowering.value import Tensor
+from polyexport.lowering.backend import Tensor
 
 _OVERWRITING = {
-    "abs", "add", "add_n", "cast", "clip", "divide", "elu", "exp", "multiply", "relu", "reshape", "round", "scale",
-    "sigmoid", "softmax", "sqrt", "subtract", "tanh", "transpose",
-}  # fmt: skip  # words, not lines
+    *("abs", "add", "add_n", "cast", "clip", "divide", "elu", "exp", "multiply", "relu", "reshape", "round", "scale"),
+    *("sigmoid", "softmax", "sqrt", "subtract", "tanh", "transpose"),
+}
 """Operators that may overwrite their input and that oneDNN has kernels for, so that the pass knows what they read."""
 
-_FUSED = _OVERWRITING | {
-    "concat", "conv2d", "conv2d_transpose", "conv3d", "conv3d_transpose", "depthwise_conv2d", "gelu", "hardsigmoid",
-    "hardswish", "leaky_relu", "matmul", "mish", "relu6", "silu", "softplus", "squeeze", "swish", "unsqueeze",
-}  # fmt: skip  # the same
+_FUSED = {
+    *_OVERWRITING,
+    *("concat", "conv2d", "conv2d_transpose", "conv3d", "conv3d_transpose", "depthwise_conv2d", "gelu", "hardsigmoid"),
+    *("hardswish", "leaky_relu", "matmul", "mish", "relu6", "silu", "softplus", "squeeze", "swish", "unsqueeze"),
+}
 """Operators that a pass may make one of with the one before or behind."""
 
 
@@ -38,11 +40,41 @@ def guard(program: Program) -> None:
     """Copy what an operator would overwrite or be made one of wrongly."""
     pir = paddle.base.libpaddle.pir
     for op in list(_operations(program.global_block())):
-        for place, tensor in enumerate(op.operands_source()):
+        for index, tensor in enumerate(op.operands_source()):
             if _is_copied(tensor) and _is_in_danger(tensor, op):
                 pir.set_insertion_point(op)
-                op.operand(place).set_source(paddle.tile(tensor, [1] * len(tensor.shape)))
+                op.operand(index).set_source(paddle.tile(tensor, [1] * len(tensor.shape)))
     pir.set_insertion_point_to_block_end(program.global_block())
+
+
+def distinct(outputs: Mapping[str, Tensor], program: Program) -> dict[str, Tensor]:
+    """The outputs as tensors of their own.
+
+    A pass of the runtime computes only once what a program computes twice, and of two outputs that it makes one of, one
+    name is lost: what may be equal to an output before it is copied once more than that one.
+    """
+    keys, seen = _keys(program), Counter[int]()
+    found = {}
+    for name, tensor in outputs.items():
+        key = keys[tensor]
+        seen[key] += 1
+        for _ in range(seen[key]):
+            tensor = paddle.assign(tensor)
+        found[name] = tensor
+    return found
+
+
+def _keys(program: Program) -> Any:
+    """A number for each tensor; those that a program computes twice have the same, and a few others too."""
+    from paddle.autograd.backward_utils import ValueDict
+
+    keys = ValueDict()
+    for number, op in enumerate(program.global_block().ops):
+        inputs = sorted(keys[tensor] for tensor in op.operands_source() if tensor.initialized())
+        itself = number if list(op.blocks()) else "" if inputs else repr(op.attrs())
+        for index, tensor in enumerate(op.results()):
+            keys[tensor] = hash((op.name(), itself, index, *inputs))
+    return keys
 
 
 def _operations(block: Any) -> Iterator[Any]:

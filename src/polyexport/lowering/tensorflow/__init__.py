@@ -12,32 +12,26 @@ import tensorflow as tf
 
 from polyexport.lowering.graph import Lowering
 from polyexport.lowering.tensorflow import (  # each writes its operators into the table
-    control,
-    convolution,
-    index,
-    linear,
-    math,
-    normalise,
-    quantise,
-    random,
-    recurrent,
-    reduce,
-    resize,
-    shape,
-    signal,
-    vision,
+    convolution as convolution,
 )
-from polyexport.lowering.tensorflow.target import OPS, Weights, framework
+from polyexport.lowering.tensorflow import (
+    index as index,
+)
+from polyexport.lowering.tensorflow import (
+    math as math,
+)
+from polyexport.lowering.tensorflow import (
+    shape as shape,
+)
+from polyexport.lowering.tensorflow import (
+    vision as vision,
+)
+from polyexport.lowering.tensorflow.backend import OPS, backend
+from polyexport.lowering.tensorflow.weights import Weights
 from polyexport.lowering.value import Value
 
 if TYPE_CHECKING:
     import onnx
-
-FILES = (
-    control, convolution, index, linear, math, normalise, quantise, random, recurrent, reduce, resize, shape, signal,
-    vision,
-)  # fmt: skip  # one after another
-"""Where the operators are."""
 
 
 def lower_model(model: onnx.ModelProto, inputs: list[tf.TensorSpec]) -> tf.Module:
@@ -46,14 +40,14 @@ def lower_model(model: onnx.ModelProto, inputs: list[tf.TensorSpec]) -> tf.Modul
     Args:
         model: As `polyexport.lowering.graph.read` gives it, its functions inlined.
         inputs: Name, type and shape of forward's inputs, in the order of its arguments; one that the graph does not
-            read is taken and left.
+            read is accepted and ignored.
 
     Raises:
         UnsupportedOp: the graph has an operator, or a use of one, that the table does not carry.
     """
     weights = Weights()
     names = [output.name for output in model.graph.output]
-    lowering = Lowering(framework(weights), OPS, model)
+    lowering = Lowering(backend(weights), OPS, model)
 
     def forward(*tensors: Any) -> dict[str, Any]:
         given = {spec.name: tensor for spec, tensor in zip(inputs, tensors, strict=True)}

@@ -7,37 +7,27 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
+from polyexport.lowering.backend import Tensor
 from polyexport.lowering.graph import Node
-from polyexport.lowering.tensorflow.shape import padded
-from polyexport.lowering.tensorflow.target import OPS, sizes_of
-from polyexport.lowering.value import Tensor, Value
-from polyexport.lowering.windows import Sides, are_known, cuts, spans, windows
-
-
-def last(rank: int) -> tuple[int, ...]:
-    """The order that has the channels last: `(0, 2, 3, 1)`."""
-    return (0, *range(2, rank), 1)
-
+from polyexport.lowering.tensorflow.backend import OPS
+from polyexport.lowering.tensorflow.primitives import last, pad, sizes_of
+from polyexport.lowering.value import Value
+from polyexport.lowering.windows import Sides, Windows, are_known, kernel_of, spans, transposed_windows, windows
 
 # --- padding ----------------------------------------------------------------------------------------------------------
-
-
-def not_negative(amount: Tensor) -> Tensor:
-    """A scalar's maximum with zero."""
-    return tf.maximum(amount, 0)
 
 
 def _pad(x: Tensor, sides: Sides, fill: float = 0.0) -> Tensor:
     """Pad the spatial axes of a tensor that has its channels last."""
     amounts = [(0, 0), *sides, (0, 0)]
     if are_known(sides):
-        return padded(x, amounts, tf.constant(fill, x.dtype))
+        return pad(x, amounts, fill)
     return tf.pad(x, tf.convert_to_tensor(amounts), constant_values=tf.constant(fill, x.dtype))
 
 
@@ -46,27 +36,22 @@ def _pad(x: Tensor, sides: Sides, fill: float = 0.0) -> Tensor:
 
 @OPS.op("Conv")
 def convolve(
-    x: Value, weight: Value, bias: Value | None = None,
-    *, auto_pad: str = "NOTSET", dilations: list[int] | None = None, group: int = 1,
-    kernel_shape: list[int] | None = None, pads: list[int] | None = None, strides: list[int] | None = None, node: Node,
-) -> Value:  # fmt: skip  # the inputs on one line, the attributes on the next two
+    x: Value, weight: Value, bias: Value | None = None, *, group: int = 1, node: Node, **attributes: Any
+) -> Value:
     """Kernels are `(out, in / group, *spatial)`."""
     rank = x.rank or 0
-    kernel = kernel_shape or [int(each) for each in (weight.shape or ())[2:]]  # type: ignore[arg-type]  # static
     if not 3 <= rank <= 5:
         raise node.unsupported(f"a convolution over {rank - 2} axes")
-    where = windows(
-        sizes_of(x)[2:], kernel, strides=strides, dilations=dilations, pads=pads, auto_pad=auto_pad,
-        not_negative=not_negative,
-    )  # fmt: skip  # the attributes on one line
-    data, strides, dilations = x.in_order(last(rank)), list(where.strides), list(where.dilations)
-    reach = spans(kernel, dilations)
+    where = windows(node.ops, sizes_of(x)[2:], **kernel_of(weight, attributes))
+    reach = spans(where.kernel, where.dilations)
     same = all(
-        s == 1 and side == ((n - 1) // 2, n // 2) for s, side, n in zip(strides, where.sides, reach, strict=True)
+        stride == 1 and side == ((span - 1) // 2, span // 2)
+        for stride, side, span in zip(where.strides, where.sides, reach, strict=True)
     )
+    data = x.in_order(last(rank))
     data = data if same else _pad(data, where.sides)
     kernels = weight.permuted((*range(2, rank), 1, 0))
-    made = _grouped(data, kernels, group, strides, dilations, "SAME" if same else "VALID")
+    made = _grouped(data, kernels, group, where.strides, where.dilations, "SAME" if same else "VALID")
     if bias is not None:
         made = tf.nn.bias_add(made, bias.tensor)
     return node.value(made, last(rank))
@@ -121,43 +106,35 @@ def _dilated(kernel: Tensor, dilations: list[int]) -> Tensor:
 
 @OPS.op("ConvTranspose")
 def convolve_transposed(
-    x: Value, weight: Value, bias: Value | None = None,
-    *, auto_pad: str = "NOTSET", dilations: list[int] | None = None, group: int = 1,
-    kernel_shape: list[int] | None = None, output_padding: list[int] | None = None,
-    output_shape: list[int] | None = None, pads: list[int] | None = None, strides: list[int] | None = None, node: Node,
-) -> Value:  # fmt: skip  # the inputs on one line, the attributes on the next three
+    x: Value, weight: Value, bias: Value | None = None, *, group: int = 1, node: Node, **attributes: Any
+) -> Value:
     """Kernels are `(in, out / group, *spatial)`; the whole result is made, and its sides are cut by the pads."""
     rank = x.rank or 0
-    count = rank - 2
-    if not 1 <= count <= 3:
-        raise node.unsupported(f"a transposed convolution over {count} axes")
-    kernel = kernel_shape or [int(each) for each in (weight.shape or ())[2:]]  # type: ignore[arg-type]  # static
-    dilations, strides = dilations or [1] * count, strides or [1] * count
-    extra = output_padding or [0] * count
-    sizes = sizes_of(x)[2:]
-    whole = [(n - 1) * stride + span for n, stride, span in zip(sizes, strides, spans(kernel, dilations), strict=True)]
-    sides = cuts(sizes, whole, strides, extra, pads, output_shape, auto_pad)
+    if not 3 <= rank <= 5:
+        raise node.unsupported(f"a transposed convolution over {rank - 2} axes")
+    batch, _, *sizes = sizes_of(x)
+    where, whole = transposed_windows(sizes, **kernel_of(weight, attributes))
     kernels = weight.permuted((*range(2, rank), 1, 0))
-    data = x.in_order(last(rank))
-    made = _transposed(data, kernels.tensor, group, strides, dilations, [sizes_of(x)[0], *whole])
-    made = (
-        _pad(made, [(-before, more - after) for (before, after), more in zip(sides, extra, strict=True)])
-        if are_known(sides)
-        else _cut(made, sides, extra)
-    )
+    made = _transposed(x.in_order(last(rank)), kernels.tensor, group, where.strides, where.dilations, [batch, *whole])
+    if are_known(where.sides):
+        made = _pad(
+            made, [(-before, more - after) for (before, after), more in zip(where.sides, where.tails, strict=True)]
+        )
+    else:
+        made = _cut(made, where)
     if bias is not None:
         made = tf.nn.bias_add(made, bias.tensor)
     return node.value(made, last(rank))
 
 
-def _cut(made: Tensor, sides: Sides, extra: list[int]) -> Tensor:
+def _cut(made: Tensor, where: Windows) -> Tensor:
     """By amounts that only the run knows."""
-    made = _pad(made, [(0, more) for more in extra])
-    for axis, (before, after) in enumerate(sides, 1):
+    made = _pad(made, [(0, more) for more in where.tails])
+    for axis, (before, after) in enumerate(where.sides, 1):
         size = tf.shape(made)[axis]
-        place = tf.range(before, size - after)
-        inside = tf.reshape(tf.logical_and(place >= 0, place < size), [-1] + [1] * (made.shape.rank - axis - 1))
-        kept = tf.gather(made, tf.clip_by_value(place, 0, size - 1), axis=axis)
+        position = tf.range(before, size - after)
+        inside = tf.reshape(tf.logical_and(position >= 0, position < size), [-1] + [1] * (made.shape.rank - axis - 1))
+        kept = tf.gather(made, tf.clip_by_value(position, 0, size - 1), axis=axis)
         made = tf.where(inside, kept, tf.zeros([], made.dtype))
     return made
 
@@ -179,48 +156,31 @@ def _transposed(
     return whole
 
 
-@OPS.op("ConvInteger", since=10)
-def convolve_integer(
-    x: Value, weight: Value, x_zero: Value | None = None, w_zero: Value | None = None, *, node: Node, **attributes: Any
-) -> Any:
-    """Each side less its zero point; in float64, which holds every sum exactly, since no CPU kernel takes integers."""
-
-    def less(value: Value, zero: Value | None) -> Tensor:
-        tensor = tf.cast(value.tensor, tf.float64)
-        if zero is None:
-            return tensor
-        point = tf.cast(zero.tensor, tf.float64)
-        return tensor - (tf.reshape(point, [-1] + [1] * ((value.rank or 1) - 1)) if zero.rank else point)
-
-    made = convolve(node.value(less(x, x_zero)), node.value(less(weight, w_zero)), None, node=node, **attributes)
-    return tf.cast(made.tensor, tf.int32)
-
-
 # --- pools ------------------------------------------------------------------------------------------------------------
 
 
-def _taken(data: Tensor, kernel: Sequence[int], strides: Sequence[int], dilations: Sequence[int]) -> list[Tensor]:
-    """For every place of the kernel what lies there in all windows; for what TensorFlow's own pools do not take."""
-    reach = spans(kernel, dilations)
-    counts = [(size - n) // stride for size, n, stride in zip(_sizes(data)[1:-1], reach, strides, strict=True)]
+def _entries(data: Tensor, where: Windows) -> list[Tensor]:
+    """For every entry of the kernel what it meets in all windows; for what TensorFlow's own pools do not take."""
+    reach = spans(where.kernel, where.dilations)
+    counts = [(size - n) // stride for size, n, stride in zip(_sizes(data)[1:-1], reach, where.strides, strict=True)]
     found = []
-    for place in itertools.product(*map(range, kernel)):
-        starts = [i * d for i, d in zip(place, dilations, strict=True)]
-        cuts = [slice(at, at + n * s + 1, s) for at, n, s in zip(starts, counts, strides, strict=True)]
+    for entry in itertools.product(*map(range, where.kernel)):
+        starts = [i * d for i, d in zip(entry, where.dilations, strict=True)]
+        cuts = [slice(at, at + n * s + 1, s) for at, n, s in zip(starts, counts, where.strides, strict=True)]
         found.append(data[(slice(None), *cuts, slice(None))])
     return found
 
 
 def _pool(
-    data: Tensor, kernel: list[int], strides: list[int], dilations: list[int], native: Callable[..., Tensor],
-    combine: Callable[[Tensor, Tensor], Tensor],
-) -> Tensor:  # fmt: skip  # the window on one line, the functions on the next
-    """By TensorFlow's own pool, else window place by window place."""
-    if set(dilations) == {1} and len(kernel) <= 3 and data.dtype in (tf.float32, tf.float64, tf.float16):
-        if len(kernel) == 1:
-            return tf.squeeze(native(data[:, None], [1, *kernel], [1, *strides], "VALID"), 1)
-        return native(data, kernel, strides, "VALID") if len(kernel) == 2 else _in_turn(data, kernel, strides, native)
-    return functools.reduce(combine, _taken(data, kernel, strides, dilations))
+    data: Tensor, where: Windows, native: Callable[..., Tensor], combine: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
+    """By TensorFlow's own pool, else entry by entry of the kernel."""
+    kernel, strides = where.kernel, where.strides
+    if set(where.dilations) != {1} or len(kernel) > 3 or data.dtype not in (tf.float32, tf.float64, tf.float16):
+        return functools.reduce(combine, _entries(data, where))
+    if len(kernel) == 1:
+        return tf.squeeze(native(data[:, None], [1, *kernel], [1, *strides], "VALID"), 1)
+    return native(data, kernel, strides, "VALID") if len(kernel) == 2 else _in_turn(data, kernel, strides, native)
 
 
 def _in_turn(data: Tensor, kernel: list[int], strides: list[int], native: Callable[..., Tensor]) -> Tensor:
@@ -248,32 +208,23 @@ def _average_native(data: Tensor, kernel: list[int], strides: list[int], padding
 
 
 @OPS.op("MaxPool")
-def max_pool(
-    x: Value,
-    *, kernel_shape: list[int], auto_pad: str = "NOTSET", ceil_mode: int = 0, dilations: list[int] | None = None,
-    pads: list[int] | None = None, storage_order: int = 0, strides: list[int] | None = None, node: Node,
-) -> Any:  # fmt: skip  # the attributes on two lines
+def max_pool(x: Value, *, storage_order: int = 0, node: Node, **attributes: Any) -> Any:
     """And, if asked for, where in the flat tensor each maximum was."""
     rank = x.rank or 0
-    where = windows(
-        sizes_of(x)[2:], kernel_shape, strides=strides, dilations=dilations, pads=pads, auto_pad=auto_pad,
-        ceil_mode=ceil_mode, not_negative=not_negative,
-    )  # fmt: skip  # the attributes on two lines
-    strides, dilations = list(where.strides), list(where.dilations)
+    where = windows(node.ops, sizes_of(x)[2:], **attributes)
     data = x.in_order(last(rank))
-    lowest = data.dtype.min if data.dtype.is_integer else -np.inf
-    wide = _pad(data, where.whole, lowest)
-    made = node.value(_pool(wide, kernel_shape, strides, dilations, _max_native, tf.maximum), last(rank))
+    wide = _pad(data, where.whole, data.dtype.min if data.dtype.is_integer else -np.inf)
+    made = node.value(_pool(wide, where, _max_native, tf.maximum), last(rank))
     if not node.wants(1):
         return made
-    places = _pad(_places(x, storage_order), where.whole, -1)
-    best = tf.argmax(tf.stack(_taken(wide, kernel_shape, strides, dilations)), 0)
-    found = tf.stack(_taken(places, kernel_shape, strides, dilations), -1)
+    indices = _pad(_flat_indices(x, storage_order), where.whole, -1)
+    best = tf.argmax(tf.stack(_entries(wide, where)), 0)
+    found = tf.stack(_entries(indices, where), -1)
     found = tf.broadcast_to(found, tf.concat([tf.shape(best), [found.shape[-1]]], 0))
     return made, node.value(tf.gather(found, best, batch_dims=rank), last(rank))
 
 
-def _places(x: Value, storage_order: int) -> Tensor:
+def _flat_indices(x: Value, storage_order: int) -> Tensor:
     """The flat index of every entry, channels last; with `storage_order` 1 the last two axes count the other way."""
     sizes = tf.shape(x.tensor, out_type=tf.int64)
     total = tf.reduce_prod(sizes)
@@ -286,90 +237,30 @@ def _places(x: Value, storage_order: int) -> Tensor:
 
 
 @OPS.op("AveragePool")
-def average_pool(
-    x: Value,
-    *, kernel_shape: list[int], auto_pad: str = "NOTSET", ceil_mode: int = 0, count_include_pad: int = 0,
-    dilations: list[int] | None = None, pads: list[int] | None = None, strides: list[int] | None = None, node: Node,
-) -> Value:  # fmt: skip  # the attributes on two lines
+def average_pool(x: Value, *, count_include_pad: int = 0, node: Node, **attributes: Any) -> Value:
     """The sum of each window, by the number of its entries that count."""
-    rank = x.rank or 0
-    where = windows(
-        sizes_of(x)[2:], kernel_shape, strides=strides, dilations=dilations, pads=pads, auto_pad=auto_pad,
-        ceil_mode=ceil_mode, not_negative=not_negative,
-    )  # fmt: skip  # the attributes on two lines
-    strides, dilations = list(where.strides), list(where.dilations)
-    data = x.in_order(last(rank))
-    sides, sizes = where.sides, sizes_of(x)[2:]
-    beyond: Sides = [(0, tail) for tail in where.tails]
+    sizes, order = sizes_of(x)[2:], last(x.rank or 0)
+    where = windows(node.ops, sizes, **attributes)
+    data, beyond = x.in_order(order), [(0, tail) for tail in where.tails]
 
     def total(tensor: Tensor) -> Tensor:
-        return _pool(tensor, kernel_shape, strides, dilations, _average_native, tf.add)
+        return _pool(tensor, where, _average_native, tf.add)
 
-    made = total(_pad(_pad(data, sides), beyond))
-    plain = all(isinstance(each, int) and each == 0 for side in (*sides, *beyond) for each in side)
-    if plain or (count_include_pad and all(isinstance(tail, int) and tail == 0 for tail in where.tails)):
-        return node.value(made / tf.cast(int(np.prod(kernel_shape)), made.dtype), last(rank))
-    ones = tf.ones(tf.stack([1, *sizes, 1]), data.dtype)
-    ones.set_shape([1, *(size if isinstance(size, int) else None for size in sizes), 1])
-    counted = _pad(_pad(ones, sides, float(bool(count_include_pad))), beyond)
-    return node.value(made / total(counted), last(rank))
+    made = total(_pad(_pad(data, where.sides), beyond))
+    if _are_zero(beyond) and (count_include_pad or _are_zero(where.sides)):
+        return node.value(made / tf.cast(int(np.prod(where.kernel)), made.dtype), order)
+    ones = node.ops.full([1, *sizes, 1], 1, x.dtype)
+    counted = _pad(_pad(ones, where.sides, float(bool(count_include_pad))), beyond)
+    return node.value(made / total(counted), order)
+
+
+def _are_zero(sides: Sides) -> bool:
+    return are_known(sides) and not any(map(any, sides))
 
 
 @OPS.op("LpPool", since=2)
-def norm_pool(
-    x: Value,
-    *, kernel_shape: list[int], auto_pad: str = "NOTSET", ceil_mode: int = 0, dilations: list[int] | None = None,
-    p: int = 2, pads: list[int] | None = None, strides: list[int] | None = None, node: Node,
-) -> Value:  # fmt: skip  # the attributes on two lines
+def norm_pool(x: Value, *, p: int = 2, node: Node, **attributes: Any) -> Value:
     """The p-norm of each window."""
-    rank = x.rank or 0
-    where = windows(
-        sizes_of(x)[2:], kernel_shape, strides=strides, dilations=dilations, pads=pads, auto_pad=auto_pad,
-        ceil_mode=ceil_mode, not_negative=not_negative,
-    )  # fmt: skip  # the attributes on two lines
-    strides, dilations = list(where.strides), list(where.dilations)
-    powers = tf.abs(_pad(x.in_order(last(rank)), where.whole)) ** p
-    total = _pool(powers, kernel_shape, strides, dilations, _average_native, tf.add)
-    return node.value(total ** (1 / p), last(rank))
-
-
-def _global(reduce: Callable[[Tensor, list[int]], Tensor]) -> Callable[..., Value]:
-    def apply(x: Value, *, node: Node) -> Value:
-        axes = [x.placed(axis) for axis in range(2, x.rank or 0)]
-        return node.value(reduce(x.stored, axes), x.order)
-
-    return apply
-
-
-OPS.op("GlobalAveragePool")(_global(lambda x, axes: tf.reduce_mean(x, axes, keepdims=True)))
-OPS.op("GlobalMaxPool")(_global(lambda x, axes: tf.reduce_max(x, axes, keepdims=True)))
-
-
-@OPS.op("GlobalLpPool", since=2)
-def global_norm_pool(x: Value, *, p: int = 2) -> Tensor:
-    """The p-norm of each channel."""
-    axes = list(range(2, x.rank or 0))
-    return tf.reduce_sum(tf.abs(x.tensor) ** p, axes, keepdims=True) ** (1 / p)
-
-
-@OPS.op("MaxUnpool", since=9)
-def max_unpool(
-    x: Value, places: Value, output_shape: Value | None = None,
-    *, kernel_shape: list[int], pads: list[int] | None = None, strides: list[int] | None = None,
-) -> Tensor:  # fmt: skip  # the inputs on one line, the attributes on the next
-    """Each entry back to the flat place that MaxPool gave; the places are those of the unpadded result."""
-    count = len(kernel_shape)
-    strides, pads = strides or [1] * count, pads or [0] * (2 * count)
-    batch, channels, *sizes = sizes_of(x)
-    own = [
-        (size - 1) * stride + k - pads[i] - pads[i + count]
-        for i, (size, stride, k) in enumerate(zip(sizes, strides, kernel_shape, strict=True))
-    ]
-    shape = tf.stack([batch, channels, *own])
-    total = tf.reduce_prod(tf.cast(shape, tf.int64))
-    flat = tf.scatter_nd(tf.reshape(places.tensor, [-1, 1]), tf.reshape(x.tensor, [-1]), total[None])
-    made = tf.reshape(flat, shape)
-    if output_shape is None:
-        return made
-    wanted = tf.cast(output_shape.tensor, tf.int32)
-    return tf.pad(made, tf.stack([tf.zeros_like(wanted), wanted - shape], 1))
+    where, order = windows(node.ops, sizes_of(x)[2:], **attributes), last(x.rank or 0)
+    powers = tf.abs(_pad(x.in_order(order), where.whole)) ** p
+    return node.value(_pool(powers, where, _average_native, tf.add) ** (1 / p), order)

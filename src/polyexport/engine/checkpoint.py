@@ -1,0 +1,200 @@
+"""A checkpoint on disk to a module and its inputs, for whoever exports without the process that trained it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from zipfile import BadZipFile, ZipFile, is_zipfile
+
+import numpy as np
+
+from polyexport.errors import BadRequest, line
+from polyexport.formats import known
+from polyexport.report.outcome import Checkpoint
+from polyexport.spec import Arrays
+
+if TYPE_CHECKING:
+    import torch
+
+
+def read(path: Path, *, trust: bool = False) -> Mapping[str, Any]:
+    """A Lightning checkpoint or a state dict.
+
+    Args:
+        path: What `torch.save` wrote.
+        trust: Whether its pickles may run code.
+
+    Raises:
+        BadRequest: there is none, or it is something else.
+    """
+    import torch
+
+    if not path.is_file():
+        raise BadRequest(f"there is no checkpoint {path}")
+    if what := _something_else(path):
+        raise BadRequest(f"{path} is {what}; an export starts from a Lightning checkpoint or a state dict (torch.save)")
+    try:
+        blob = torch.load(path, map_location="cpu", weights_only=not trust)
+    except pickle.UnpicklingError as error:
+        if trust:
+            raise BadRequest(f"{path} cannot be read: {line(error, 300)}") from None
+        raise BadRequest(f"{path} holds more than tensors; if you trust who made it, give --trust") from None
+    except Exception as error:  # torch says what it pleases of a file that is no checkpoint
+        raise BadRequest(f"{path} cannot be read: {line(error, 300)}") from None
+    if not isinstance(blob, Mapping):
+        raise BadRequest(f"{path} holds a {type(blob).__name__}, neither a checkpoint nor a state dict")
+    return blob
+
+
+def _something_else(path: Path) -> str:
+    """What a file is that is no checkpoint, in words; empty where it may be one."""
+    if is_zipfile(path):
+        with ZipFile(path) as archive:
+            files = {name.partition("/")[2] for name in archive.namelist()}
+        if "constants.pkl" in files:
+            return "a TorchScript archive, with a program of its own: `polyexport run` takes one that was exported"
+        if "archive_format" in files or "serialized_exported_program.json" in files:
+            return "a torch.export program (.pt2): `polyexport run` takes one that was exported"
+        return ""
+    made = {Path(each.artifact).suffix: each for each in known().values() if Path(each.artifact).suffix}
+    if path.suffix == ".safetensors":
+        return "in safetensors: torch.save(safetensors.torch.load_file(path), 'weights.pt') makes a state dict of it"
+    if each := made.get(path.suffix):
+        return f"an artifact of {each.name}: `polyexport run` takes one that was exported"
+    with path.open("rb") as file:
+        return "" if file.read(1) == b"\x80" else "neither a zip archive nor a pickle"
+
+
+def record(path: Path, blob: Mapping[str, Any]) -> Checkpoint:
+    """What a report says of a checkpoint: where it lies, when it was made, and how good `ModelCheckpoint` found it."""
+    with path.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    at = {key: blob[key] for key in ("epoch", "global_step") if isinstance(blob.get(key), int)}
+    states = blob.get("callbacks", {})
+    monitors = [state for state in states.values() if isinstance(state, Mapping) and state.get("monitor")]
+    for state in monitors:
+        scores = {Path(kept).name: score for kept, score in state.get("best_k_models", {}).items()}
+        score = scores.get(path.name, state.get("current_score"))
+        if score is not None:
+            at |= {"monitor": state["monitor"], "score": float(score)}
+            break
+    return Checkpoint(path.absolute().as_posix(), sha256, **at)
+
+
+def model(path: Path, blob: Mapping[str, Any], name: str, arguments: Mapping[str, Any]) -> torch.nn.Module:
+    """Make the module that `name` names and give it the checkpoint's weights.
+
+    Args:
+        path: Where the checkpoint lies, for messages.
+        blob: A Lightning checkpoint, whose hyperparameters are the first keyword arguments, or a state dict.
+        name: `package.module:Name` or `file.py:Name`, of a class or of a function that returns the module; the working
+            folder counts.
+        arguments: Further keyword arguments; they win over the hyperparameters.
+
+    Raises:
+        BadRequest: the checkpoint does not fit.
+    """
+    import torch
+
+    make = _named(name)
+    given = {**blob.get("hyper_parameters", {}), **arguments}
+    try:
+        made = make(**given)
+        if isinstance(made, torch.nn.Module):
+            made.load_state_dict(blob.get("state_dict", blob))
+            return made
+    except Exception as error:  # the user's own constructor; or weights that do not fit
+        raise BadRequest(f"{name}({', '.join(given)}) does not fit {path}: {line(error, 300)}") from None
+    raise BadRequest(f"{name} made a {type(made).__name__}, which is no torch.nn.Module")
+
+
+def arguments(text: str) -> dict[str, Any]:
+    """Keyword arguments from JSON.
+
+    Raises:
+        BadRequest: it is no JSON object.
+    """
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise BadRequest(f"{text!r} is no JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise BadRequest(f"{text!r} is no JSON object of keyword arguments")
+    return found
+
+
+def inputs(path: Path) -> Arrays:
+    """Named arrays from an `.npz`.
+
+    Raises:
+        BadRequest: there is none, or it is something else.
+    """
+    try:
+        arrays = np.load(path)
+        if isinstance(arrays, np.ndarray):
+            raise BadRequest(f"{path} holds one array without a name; np.savez('inputs.npz', NAME=array) names it")
+        with arrays:
+            return {name: arrays[name] for name in arrays.files}
+    except BadRequest:
+        raise
+    except (OSError, ValueError, AttributeError, BadZipFile) as error:
+        raise BadRequest(f"{path} is no .npz of named arrays: {line(error, 300)}") from None
+
+
+def dynamic(texts: Sequence[str]) -> dict[str, dict[int, str]]:
+    """Dynamic axes from `input:axis=name`: `["ids:0=batch", "ids:1=length"]`.
+
+    Raises:
+        BadRequest: one is written in another way.
+    """
+    found: dict[str, dict[int, str]] = {}
+    for text in texts:
+        match = re.fullmatch(r"(.+):(-?\d+)=(\w+)", text)
+        if match is None:
+            raise BadRequest(f"{text!r} names no dynamic axis; write INPUT:AXIS=NAME, such as ids:1=length")
+        name, axis, called = match.groups()
+        found.setdefault(name, {})[int(axis)] = called
+    return found
+
+
+def _named(name: str) -> Any:
+    home, colon, attribute = name.rpartition(":")
+    if not (home and colon and attribute):
+        raise BadRequest(f"{name!r} is no package.module:Name, nor a file.py:Name")
+    try:
+        return getattr(_of_file(Path(home)) if home.endswith(".py") else _of_path(home), attribute)
+    except Exception as error:  # an import runs the user's code
+        raise BadRequest(f"{name!r} cannot be imported: {line(error, 300)}") from None
+
+
+def _of_path(module: str) -> Any:
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    return import_module(module)
+
+
+def _of_file(file: Path) -> Any:
+    """A module by its file, under its own name where that leads to it: workers import it too, or take it along."""
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no {file}")
+    file = file.resolve()
+    if str(file.parent) not in sys.path:
+        sys.path.insert(0, str(file.parent))  # for what it imports itself
+    found = find_spec(file.stem) if file.stem.isidentifier() else None
+    if found is not None and found.origin and Path(found.origin).resolve() == file:
+        return import_module(file.stem)
+    spec = spec_from_file_location(f"polyexport_model_{file.stem}", file)
+    assert spec is not None, "the name ends with .py"
+    assert spec.loader is not None, "the name ends with .py"
+    module = sys.modules[spec.name] = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,238 @@
+"""What the operators need of a framework: the primitives that all others are composed of.
+
+An operator is written once, in `polyexport.lowering.operators`, where it is a composition of these; each framework's
+folder builds its `Backend`, and has the operators that the frameworks really do differently.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+Value = Any
+"""A `polyexport.lowering.value.Value`, which stands on this module."""
+
+Tensor = Any
+"""A tensor of the target framework; Python's arithmetic and comparisons work on it, and so do slices."""
+
+Size = Any
+"""The size of an axis: an `int` where it is known before the run, else a scalar tensor of the type `Backend.index`."""
+
+Order = tuple[int, ...]
+"""Which logical axis lies at each stored position: `(0, 2, 3, 1)` is NCHW stored as NHWC."""
+
+State = list[Tensor]
+
+_ELEMENTS = (
+    *("undefined", "float32", "uint8", "int8", "uint16", "int16", "int32", "int64", "string", "bool", "float16"),
+    *("float64", "uint32", "uint64", "complex64", "complex128", "bfloat16"),
+)
+
+ELEMENT_TYPES = {number: name for number, name in enumerate(_ELEMENTS) if name not in ("undefined", "string")}
+"""The names of element types by ONNX's numbers."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Backend:
+    """The primitives of one framework; types are numpy's, axes of tensors are counted from the first.
+
+    Attributes:
+        name: Of the framework, for messages.
+        types: The types that it computes with, by ONNX's numbers of element types.
+        index: The type of its sizes and indices.
+
+        constant: numpy array to tensor.
+        shape: A tensor's static shape: None for unknown sizes, None altogether for unknown rank.
+        dtype: A tensor's type.
+        evaluate: Runs a function of constants now; its tensors come back as numpy arrays.
+        set_shape: Tells the framework sizes that it could not infer; returns the tensor.
+        scope: The graph under construction; a tensor of a branch must not be used outside of it.
+        computed_in: The type that a value is cast to for an operator without kernels for its own; None for its own.
+        sizes: The sizes of a value's axes.
+
+        full: A tensor of some sizes that is a number everywhere, of a type.
+        zeros_like: Of a tensor's shape, of a type.
+        range: The integers from a size up to another one, of the type `index`.
+        normal: Drawn normally: sizes, mean, deviation, seed or None, type.
+        uniform: Drawn evenly: sizes, lower and upper bound, seed or None, type.
+
+        transpose: Tensor and permutation to tensor.
+        reshape: To sizes of which one may be -1.
+        broadcast: To sizes.
+        squeeze: Without axes of size 1.
+        unsqueeze: With new axes of size 1, ascending and counted in the result.
+        concat: Tensors along an axis.
+        stack: Tensors along a new axis.
+        split: Into parts of some sizes along an axis.
+        tile: Each axis so many times.
+        repeat: Each entry of an axis n times.
+        flip: Turned round along axes.
+        pad: By known amounts before and after each axis, negative ones cut, filled with a number or a scalar tensor.
+
+        gather: Entries along an axis, in the shape of the indices; these may be a numpy array.
+        gather_nd: Entries, or slices, by the last axis of the indices.
+        take_along: One entry along an axis for each index, whose tensor has the result's shape.
+        from_end: A value's indices, negative ones counted from a size, or from sizes; as the gathers take them.
+        scatter_add: Zeros of a first size, with rows `(n, ...)` added at positions `(n,)`.
+        nonzero: The indices of what is not zero, `(count, axes)`, int64.
+        one_hot: Of indices from 0 up to a size, along a new axis: bool.
+        reverse_within: The first entries of each sequence turned round: tensor, lengths, time axis, batch axis, which
+            are the first two axes.
+
+        cast: To a type.
+        where: The second where the first is true, else the third, a tensor or a number.
+        equal: Entry by entry, as are all that follow.
+        add: As ONNX's Add has it; in compositions `+` is enough.
+        add_n: The sum of several tensors of one shape.
+        maximum: Of a tensor, and a tensor or a number.
+        minimum: See maximum.
+        clip: Between two numbers.
+        round: Halves to even numbers.
+        elu: With its alpha, as has leaky_relu; the other elementary functions are called as numpy and ONNX call them.
+        softmax: Along an axis.
+        log_softmax: Along an axis.
+        fourier: A transform: tensor `(..., n, ..., 1 or 2)`, its axis, whether it is the inverse, and how many
+            frequencies are kept; `(..., kept, ..., 2)`.
+
+        sum: Over axes; the last argument says whether they stay, of size 1.
+        mean: See sum.
+        prod: See sum.
+        max: See sum; of bools it is an or.
+        min: See sum.
+        peak: As max, over axes that are not empty.
+        log_sum_exp: See sum.
+        argmax: The first index along one axis; the last argument says whether it stays.
+        argmin: See argmax.
+        matmul: Of tensors of any rank, one included, and of integers.
+        einsum: Equation, with its output, and tensors.
+
+        cond: A scalar bool, and what is built for each branch: a list of tensors.
+        loop: The most turns; the first flag, None for turns without one; states; a step from turn and states to a list
+            of the next flag, the next states and the scan outputs; how many these are. The last states and the
+            stacked scan outputs.
+        steps: A step, from turn and row and states to output and states, along the first axis of a tensor.
+        resize: Of a value, its resized axes and the mode, by the framework's own operator where that computes the same;
+            else None.
+        grid_sample: The same for GridSample: value, grid, mode, padding mode, whether corners are aligned.
+    """
+
+    name: str
+    types: Mapping[int, np.dtype[Any]]
+    index: np.dtype[Any]
+
+    constant: Callable[[np.ndarray], Tensor]
+    shape: Callable[[Tensor], tuple[int | None, ...] | None]
+    dtype: Callable[[Tensor], np.dtype[Any]]
+    evaluate: Callable[[Callable[[], Any]], Any]
+    set_shape: Callable[[Tensor, Sequence[int | None]], Tensor]
+    scope: Callable[[], Any]
+    computed_in: Callable[[Value], np.dtype[Any] | None]
+    sizes: Callable[[Value], list[Size]]
+
+    full: Callable[[Sequence[Size], Any, np.dtype[Any]], Tensor]
+    zeros_like: Callable[[Tensor, np.dtype[Any]], Tensor]
+    range: Callable[[Size, Size], Tensor]
+    normal: Callable[[Sequence[Size], float, float, float | None, np.dtype[Any]], Tensor]
+    uniform: Callable[[Sequence[Size], float, float, float | None, np.dtype[Any]], Tensor]
+
+    transpose: Callable[[Tensor, Sequence[int]], Tensor]
+    reshape: Callable[[Tensor, Sequence[Size]], Tensor]
+    broadcast: Callable[[Tensor, Sequence[Size]], Tensor]
+    squeeze: Callable[[Tensor, Sequence[int]], Tensor]
+    unsqueeze: Callable[[Tensor, Sequence[int]], Tensor]
+    concat: Callable[[Sequence[Tensor], int], Tensor]
+    stack: Callable[[Sequence[Tensor], int], Tensor]
+    split: Callable[[Tensor, Sequence[Size], int], Sequence[Tensor]]
+    tile: Callable[[Tensor, Sequence[Size]], Tensor]
+    repeat: Callable[[Tensor, int, int], Tensor]
+    flip: Callable[[Tensor, Sequence[int]], Tensor]
+    pad: Callable[[Tensor, Sequence[tuple[int, int]], Any], Tensor]
+
+    gather: Callable[[Tensor, Any, int], Tensor]
+    gather_nd: Callable[[Tensor, Tensor], Tensor]
+    take_along: Callable[[Tensor, Tensor, int], Tensor]
+    from_end: Callable[[Value, Any], Any]
+    scatter_add: Callable[[Size, Tensor, Tensor], Tensor]
+    nonzero: Callable[[Tensor], Tensor]
+    one_hot: Callable[[Tensor, Size, int], Tensor]
+    reverse_within: Callable[[Tensor, Tensor, int, int], Tensor]
+
+    cast: Callable[[Tensor, np.dtype[Any]], Tensor]
+    where: Callable[[Tensor, Tensor, Any], Tensor]
+    equal: Callable[[Tensor, Tensor], Tensor]
+    add: Callable[[Tensor, Tensor], Tensor]
+    add_n: Callable[[Sequence[Tensor]], Tensor]
+    maximum: Callable[[Tensor, Any], Tensor]
+    minimum: Callable[[Tensor, Any], Tensor]
+    clip: Callable[[Tensor, float, float], Tensor]
+    abs: Callable[[Tensor], Tensor]
+    ceil: Callable[[Tensor], Tensor]
+    elu: Callable[[Tensor, float], Tensor]
+    exp: Callable[[Tensor], Tensor]
+    expm1: Callable[[Tensor], Tensor]
+    floor: Callable[[Tensor], Tensor]
+    leaky_relu: Callable[[Tensor, float], Tensor]
+    log: Callable[[Tensor], Tensor]
+    relu: Callable[[Tensor], Tensor]
+    round: Callable[[Tensor], Tensor]
+    rsqrt: Callable[[Tensor], Tensor]
+    sigmoid: Callable[[Tensor], Tensor]
+    softplus: Callable[[Tensor], Tensor]
+    softsign: Callable[[Tensor], Tensor]
+    sqrt: Callable[[Tensor], Tensor]
+    tanh: Callable[[Tensor], Tensor]
+    softmax: Callable[[Tensor, int], Tensor]
+    log_softmax: Callable[[Tensor, int], Tensor]
+    fourier: Callable[[Tensor, int, bool, Size], Tensor]
+
+    sum: Callable[[Tensor, Sequence[int], bool], Tensor]
+    mean: Callable[[Tensor, Sequence[int], bool], Tensor]
+    prod: Callable[[Tensor, Sequence[int], bool], Tensor]
+    max: Callable[[Tensor, Sequence[int], bool], Tensor]
+    min: Callable[[Tensor, Sequence[int], bool], Tensor]
+    peak: Callable[[Tensor, Sequence[int], bool], Tensor]
+    log_sum_exp: Callable[[Tensor, Sequence[int], bool], Tensor]
+    argmax: Callable[[Tensor, int, bool], Tensor]
+    argmin: Callable[[Tensor, int, bool], Tensor]
+    matmul: Callable[[Tensor, Tensor], Tensor]
+    einsum: Callable[[str, Sequence[Tensor]], Tensor]
+
+    cond: Callable[[Tensor, Callable[[], list[Tensor]], Callable[[], list[Tensor]]], Sequence[Tensor]]
+    loop: Callable[
+        [Tensor, Tensor | None, State, Callable[[Tensor, State], list[Tensor]], int], tuple[State, list[Tensor]]
+    ]
+    steps: Callable[[Tensor, State, Callable[[Any, Tensor, State], tuple[Tensor, State]]], tuple[Tensor, State]]
+    resize: Callable[[Value, Any, Any], Value | None]
+    grid_sample: Callable[[Value, Value, str, str, bool], Tensor | None]
+
+    def type_of(self, number: int) -> np.dtype[Any]:
+        """The type that ONNX gives a number.
+
+        Raises:
+            NotImplementedError: the framework computes with no such type.
+        """
+        if number not in self.types:
+            raise NotImplementedError(f"{self.name} has no arithmetic for ONNX's element type {number}")
+        return self.types[number]
+
+    def scalar(self, size: Size, dtype: Any) -> Tensor:
+        """A size, or a scalar tensor, as a scalar tensor of a type."""
+        kind = np.dtype(dtype)
+        return self.full([], size, kind) if isinstance(size, int | float) else self.cast(size, kind)
+
+    def column(self, line: Tensor, axis: int, rank: int) -> Tensor:
+        """A tensor of one axis, which lies along one axis of tensors of a rank."""
+        return self.reshape(line, [1] * axis + [-1] + [1] * (rank - axis - 1))
+
+
+def is_known(size: Size) -> bool:
+    """Whether a size is known before the run."""
+    return isinstance(size, int | float | np.integer)
+
+
+def is_float(dtype: np.dtype[Any]) -> bool:
+    """Whether a type is real or complex, and no integer or bool; bfloat16 is of no kind of numpy's own."""
+    return dtype.kind not in "biu"

@@ -1,0 +1,58 @@
+"""Operators that look entries up and count them.
+
+Scatters, sorts and Unique differ too much: each framework's folder has its own.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from polyexport.lowering.backend import Backend, Tensor
+from polyexport.lowering.table import SHARED
+from polyexport.lowering.value import Value, static
+
+
+@SHARED.op("Gather")
+def gather(ops: Backend, x: Value, indices: Value, *, axis: int = 0) -> Tensor:
+    """Slices of one axis, in the shape of the indices."""
+    axis = axis % (x.rank or 1)
+    return ops.gather(x.tensor, ops.from_end(indices, ops.sizes(x)[axis]), axis)
+
+
+@SHARED.op("GatherElements")
+def gather_elements(ops: Backend, x: Value, indices: Value, *, axis: int = 0) -> Tensor:
+    """One index for each entry of the result."""
+    axis = axis % (x.rank or 1)
+    return ops.take_along(x.tensor, ops.from_end(indices, ops.sizes(x)[axis]), axis)
+
+
+@SHARED.op("ReverseSequence")
+def reverse_sequence(ops: Backend, x: Value, lengths: Value, *, batch_axis: int = 1, time_axis: int = 0) -> Tensor:
+    """The first entries of each sequence turned round, the rest as it is."""
+    return ops.reverse_within(x.tensor, lengths.tensor, time_axis, batch_axis)
+
+
+@SHARED.op("OneHot")
+def one_hot(ops: Backend, indices: Value, depth: Value, values: Value, *, axis: int = -1) -> Tensor:
+    """Indices from -depth to depth - 1 are lit, others are not."""
+    known = static(depth)
+    count = known[0] if known else ops.cast(ops.reshape(depth.tensor, []), ops.index)
+    positions = ops.cast(indices.tensor, np.dtype(np.int64))
+    positions = ops.where(positions < 0, positions + ops.scalar(count, np.int64), positions)
+    lit = ops.one_hot(positions, count, axis % ((indices.rank or 0) + 1))
+    return ops.where(lit, values.tensor[1], values.tensor[0])
+
+
+@SHARED.op("NonZero")
+def non_zero(ops: Backend, x: Value) -> Tensor:
+    """The indices of what is not zero, one row per axis."""
+    return ops.transpose(ops.nonzero(ops.reshape(x.tensor, [1]) if x.rank == 0 else x.tensor), (1, 0))
+
+
+@SHARED.op("Compress")
+def compress(ops: Backend, x: Value, condition: Value, *, axis: int | None = None) -> Tensor:
+    """The slices whose condition holds; a short condition is false beyond its end."""
+    kept = ops.reshape(ops.nonzero(condition.tensor), [-1])
+    if axis is None:
+        return ops.gather(ops.reshape(x.tensor, [-1]), kept, 0)
+    return ops.gather(x.tensor, kept, axis % (x.rank or 1))

@@ -1,0 +1,115 @@
+"""Operators that normalize."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from polyexport.lowering.backend import Backend, Tensor
+from polyexport.lowering.graph import Node
+from polyexport.lowering.table import SHARED
+from polyexport.lowering.value import Value, align
+
+
+def _normal(ops: Backend, x: Tensor, axes: Sequence[int], epsilon: float) -> tuple[Tensor, Tensor, Tensor]:
+    """To mean 0 and variance 1 over axes; and the mean, and 1 / deviation."""
+    mean = ops.mean(x, axes, True)
+    centered = x - mean
+    inverse = ops.rsqrt(ops.mean(centered * centered, axes, True) + epsilon)
+    return centered * inverse, mean, inverse
+
+
+@SHARED.op("LayerNormalization")
+def layer_norm(
+    ops: Backend,
+    x: Value,
+    scale: Value,
+    bias: Value | None = None,
+    *,
+    axis: int = -1,
+    epsilon: float = 1e-5,
+    stash_type: int = 1,
+    node: Node,
+) -> Any:
+    """Over the axes from `axis` on, in the type that `stash_type` names; and the mean and 1 / deviation."""
+    rank = x.rank or 0
+    normal, mean, inverse = _normal(ops, _stashed(ops, x.tensor, stash_type), range(axis % rank, rank), epsilon)
+    made = ops.cast(normal, x.dtype) * scale.tensor
+    made = made if bias is None else made + bias.tensor
+    return (made, mean, inverse) if node.wants(1) or node.wants(2) else made
+
+
+def _stashed(ops: Backend, tensor: Tensor, stash_type: int) -> Tensor:
+    """In the type that the operator computes in, which is never a narrower one than the tensor's."""
+    own, wanted = ops.dtype(tensor), ops.type_of(stash_type)
+    return tensor if own.itemsize >= wanted.itemsize else ops.cast(tensor, wanted)
+
+
+@SHARED.op("RMSNormalization")
+def rms_norm(
+    ops: Backend, x: Value, scale: Value, *, axis: int = -1, epsilon: float = 1e-5, stash_type: int = 1
+) -> Tensor:
+    """By the root of the mean square over the axes from `axis` on."""
+    rank = x.rank or 0
+    data = _stashed(ops, x.tensor, stash_type)
+    square = ops.mean(data * data, range(axis % rank, rank), True)
+    return ops.cast(data * ops.rsqrt(square + epsilon), x.dtype) * scale.tensor
+
+
+@SHARED.op("InstanceNormalization")
+def instance_norm(ops: Backend, x: Value, scale: Value, bias: Value, *, epsilon: float = 1e-5, node: Node) -> Value:
+    """Each channel of each sample by its own mean and variance."""
+    rank = x.rank or 0
+    normal, _, _ = _normal(ops, x.stored, [x.placed(axis) for axis in range(2, rank)], epsilon)
+    parts = [_per_channel(ops, each, rank, node) for each in (scale, bias)]
+    (made, times, plus), order = align([node.value(normal, x.order), *parts])
+    return node.value(made * times + plus, order)
+
+
+def _per_channel(ops: Backend, value: Value, rank: int, node: Node) -> Value:
+    """One entry per channel, so that it can be combined with a tensor of `rank` axes."""
+    sizes = [-1] + [1] * (rank - 2)
+    return node.value(ops.reshape(value.tensor, sizes) if value.known is None else value.known.reshape(sizes))
+
+
+@SHARED.op("GroupNormalization")
+def group_norm(
+    ops: Backend,
+    x: Value,
+    scale: Value,
+    bias: Value,
+    *,
+    num_groups: int,
+    epsilon: float = 1e-5,
+    stash_type: int = 1,
+    node: Node,
+) -> Tensor:
+    """Groups of channels by their mean and variance; before opset 21 scale and bias are per group, then per channel."""
+    batch, channels, *spatial = ops.sizes(x)
+    rank = x.rank or 0
+    grouped = ops.reshape(x.tensor, [batch, num_groups, channels // num_groups, *spatial])
+    normal, _, _ = _normal(ops, _stashed(ops, grouped, stash_type), range(2, rank + 1), epsilon)
+    per = [num_groups, 1] if node.version < 21 else [num_groups, -1]
+    times, plus = (ops.reshape(each.tensor, per + [1] * (rank - 2)) for each in (scale, bias))
+    return ops.reshape(ops.cast(normal, x.dtype) * times + plus, ops.sizes(x))
+
+
+@SHARED.op("LRN")
+def local_response(
+    ops: Backend, x: Value, *, size: int, alpha: float = 1e-4, beta: float = 0.75, bias: float = 1.0, node: Node
+) -> Value:
+    """By the squares of the neighboring channels."""
+    axis, tensor = x.placed(1), x.stored
+    sides = [(0, 0)] * (x.rank or 0)
+    sides[axis] = ((size - 1) // 2, size // 2)
+    wide, count = ops.pad(tensor * tensor, sides, 0), ops.sizes(x)[1]
+    total = ops.add_n([wide[(slice(None),) * axis + (slice(i, i + count),)] for i in range(size)])
+    return node.value(tensor / (bias + alpha / size * total) ** beta, x.order)
+
+
+@SHARED.op("MeanVarianceNormalization")
+def mean_variance(ops: Backend, x: Value, *, axes: list[int] | None = None) -> Tensor:
+    """To mean 0 and variance 1."""
+    chosen = [axis % (x.rank or 1) for axis in axes or [0, 2, 3]]
+    centered = x.tensor - ops.mean(x.tensor, chosen, True)
+    return centered / (ops.sqrt(ops.mean(centered * centered, chosen, True)) + 1e-9)

@@ -1,0 +1,161 @@
+"""Operators that go to integers and back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from polyexport.lowering.backend import Backend, Tensor
+from polyexport.lowering.graph import Node
+from polyexport.lowering.table import SHARED
+from polyexport.lowering.value import Value
+
+_INT32, _SINGLE, _DOUBLE = np.dtype(np.int32), np.dtype(np.float32), np.dtype(np.float64)
+
+
+def _spread(ops: Backend, value: Value, x: Value, axis: int, block: int, dtype: np.dtype[Any] = _SINGLE) -> Tensor:
+    """A scale or zero point, so that it combines with the tensor: one for all, per axis, or per block of an axis."""
+    rank = x.rank or 0
+    scale = ops.cast(value.tensor, dtype)
+    if value.rank == 0:
+        return scale
+    axis = axis % rank
+    if block:
+        return ops.repeat(scale, block, axis)
+    if value.shape == (1,) and rank:
+        return ops.reshape(scale, [])
+    return ops.column(scale, axis, rank)
+
+
+def _levels(ops: Backend, data: Tensor, zero: Tensor | float, dtype: np.dtype[Any]) -> Tensor:
+    """Rounded half to even, and kept within the type."""
+    limits = np.iinfo(dtype)
+    return ops.cast(ops.clip(ops.round(data) + zero, float(limits.min), float(limits.max)), dtype)
+
+
+@SHARED.op("QuantizeLinear", narrow=True)
+def quantize(
+    ops: Backend,
+    x: Value,
+    scale: Value,
+    zero: Value | None = None,
+    *,
+    axis: int = 1,
+    saturate: int = 1,
+    block_size: int = 0,
+    output_dtype: int = 0,
+    precision: int = 0,
+) -> Tensor:
+    """To the type of the zero point, or the one that is named."""
+    dtype = zero.dtype if zero is not None else ops.type_of(output_dtype or 2)
+    point = 0.0 if zero is None else _spread(ops, zero, x, axis, block_size)
+    return _levels(ops, ops.cast(x.tensor, _SINGLE) / _spread(ops, scale, x, axis, block_size), point, dtype)
+
+
+@SHARED.op("DequantizeLinear", narrow=True)
+def dequantize(
+    ops: Backend,
+    x: Value,
+    scale: Value,
+    zero: Value | None = None,
+    *,
+    axis: int = 1,
+    block_size: int = 0,
+    output_dtype: int = 0,
+) -> Tensor:
+    """Of the scale's type."""
+    data = ops.cast(x.tensor, _SINGLE)
+    if zero is not None:
+        data = data - _spread(ops, zero, x, axis, block_size)
+    made = data * _spread(ops, scale, x, axis, block_size)
+    return ops.cast(made, ops.type_of(output_dtype) if output_dtype else scale.dtype)
+
+
+@SHARED.op("QLinearMatMul", narrow=True)
+def quantized_matmul(
+    ops: Backend,
+    a: Value,
+    a_scale: Value,
+    a_zero: Value,
+    b: Value,
+    b_scale: Value,
+    b_zero: Value,
+    y_scale: Value,
+    y_zero: Value,
+) -> Tensor:
+    """Back to floats, multiplied, and to integers again."""
+
+    def column(value: Value, dtype: np.dtype[Any]) -> Tensor:
+        tensor = ops.cast(value.tensor, dtype)
+        return tensor if value.rank != 1 or value.shape == (1,) else ops.unsqueeze(tensor, [1])
+
+    left = ops.cast(a.tensor, _INT32) - column(a_zero, _INT32)
+    right = ops.cast(b.tensor, _INT32) - ops.cast(b_zero.tensor, _INT32)
+    product = ops.cast(ops.matmul(left, right), _SINGLE)
+    given, (weight, made) = column(a_scale, _SINGLE), (ops.cast(each.tensor, _SINGLE) for each in (b_scale, y_scale))
+    return _levels(ops, product * (given * weight / made), ops.cast(y_zero.tensor, _SINGLE), y_zero.dtype)
+
+
+@SHARED.op("QLinearConv", narrow=True)
+def quantized_convolution(
+    ops: Backend,
+    x: Value,
+    x_scale: Value,
+    x_zero: Value,
+    w: Value,
+    w_scale: Value,
+    w_zero: Value,
+    y_scale: Value,
+    y_zero: Value,
+    bias: Value | None = None,
+    *,
+    node: Node,
+    **attributes: Any,
+) -> Tensor:
+    """Sums of integers, which float64 holds exactly."""
+    data = ops.cast(x.tensor, _DOUBLE) - ops.cast(x_zero.tensor, _DOUBLE)
+    kernel = ops.cast(w.tensor, _DOUBLE) - _spread(ops, w_zero, w, 0, 0, _DOUBLE)
+    made = _convolved(data, ops.set_shape(kernel, w.shape or ()), node, attributes)
+    if bias is not None:
+        made = made + ops.column(ops.cast(bias.tensor, _DOUBLE), 1, x.rank or 2)
+    factor = ops.cast(x_scale.tensor, _DOUBLE) * _spread(ops, w_scale, x, 1, 0, _DOUBLE)
+    data = ops.cast(made * factor / ops.cast(y_scale.tensor, _DOUBLE), _SINGLE)
+    return _levels(ops, data, ops.cast(y_zero.tensor, _SINGLE), y_zero.dtype)
+
+
+def _convolved(data: Tensor, kernel: Tensor, node: Node, attributes: dict[str, Any]) -> Tensor:
+    made = node.lower("Conv", node.value(data), node.value(kernel), **attributes)
+    return made.tensor if isinstance(made, Value) else made
+
+
+@SHARED.op("ConvInteger")
+def convolve_integer(
+    ops: Backend,
+    x: Value,
+    weight: Value,
+    x_zero: Value | None = None,
+    w_zero: Value | None = None,
+    *,
+    node: Node,
+    **attributes: Any,
+) -> Tensor:
+    """Each side less its zero point; in float64, which holds every sum exactly, since no CPU kernel takes integers."""
+
+    def less(value: Value, zero: Value | None) -> Tensor:
+        tensor = ops.cast(value.tensor, _DOUBLE)
+        return tensor if zero is None else tensor - _spread(ops, zero, value, 0, 0, _DOUBLE)
+
+    return ops.cast(_convolved(less(x, x_zero), less(weight, w_zero), node, attributes), _INT32)
+
+
+@SHARED.op("DynamicQuantizeLinear")
+def dynamic_quantize(ops: Backend, x: Value) -> tuple[Tensor, Tensor, Tensor]:
+    """To bytes, by the tensor's own range, zero included."""
+    every = list(range(x.rank or 0))
+    low = -ops.maximum(ops.peak(-x.tensor, every, False), 0.0)
+    high = ops.maximum(ops.peak(x.tensor, every, False), 0.0)
+    scale = (high - low) / 255
+    zero = ops.clip(ops.round(-low / scale), 0.0, 255.0)
+    byte = np.dtype(np.uint8)
+    return _levels(ops, x.tensor / scale, zero, byte), scale, ops.cast(zero, byte)

@@ -1,0 +1,287 @@
+"""LSTM, GRU and RNN: a loop over time for each direction, whatever framework runs the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from polyexport.lowering.backend import Backend, Size, State, Tensor, is_known
+from polyexport.lowering.table import SHARED
+from polyexport.lowering.value import Value
+
+Step = Callable[[Tensor, State], State]
+Function = Callable[[Tensor], Tensor]
+Ahead = Callable[[Tensor], Tensor]
+"""What is done for all steps at once."""
+
+Cell = Callable[["_Layer", int], tuple[Ahead, Step]]
+"""Of a layer and a direction: what is done for all steps at once, and the step."""
+
+UNROLLED = 32
+"""Steps up to which a sequence of known length is unrolled, which every runtime runs and runs faster."""
+
+_DEFAULTS: Mapping[str, tuple[float, float]] = {
+    "affine": (1.0, 0.0),
+    "leakyrelu": (0.01, 0.0),
+    "thresholdedrelu": (1.0, 0.0),
+    "scaledtanh": (1.0, 1.0),
+    "hardsigmoid": (0.2, 0.5),
+    "elu": (1.0, 0.0),
+}
+"""Alpha and beta of the activation functions that have an alpha."""
+
+_WITH_BETA = {"affine", "scaledtanh", "hardsigmoid"}
+
+
+def _activation(ops: Backend, name: str, alpha: float, beta: float) -> Function:
+    found: dict[str, Function] = {
+        "relu": ops.relu,
+        "tanh": ops.tanh,
+        "sigmoid": ops.sigmoid,
+        "softsign": ops.softsign,
+        "softplus": ops.softplus,
+        "affine": lambda x: alpha * x + beta,
+        "leakyrelu": lambda x: ops.leaky_relu(x, alpha),
+        "thresholdedrelu": lambda x: ops.where(x > alpha, x, 0),
+        "scaledtanh": lambda x: alpha * ops.tanh(beta * x),
+        "hardsigmoid": lambda x: ops.clip(alpha * x + beta, 0, 1),
+        "elu": lambda x: ops.elu(x, alpha),
+    }
+    return found[name]
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """Inputs and attributes that the three layers share, as ONNX names them."""
+
+    ops: Backend
+    x: Value
+    r: Value
+    lengths: Value | None
+    states: Sequence[Value | None]
+    functions: Sequence[str]
+    activation_alpha: list[float] | None = None
+    activation_beta: list[float] | None = None
+    activations: list[str] | None = None
+    clip: float | None = None
+    direction: str = "forward"
+    hidden_size: int | None = None
+    layout: int = 0
+
+    @property
+    def width(self) -> int:
+        """Entries of the state."""
+        return self.hidden_size or int((self.r.shape or ())[-1])  # type: ignore[arg-type]  # static
+
+    def chosen(self, index: int) -> list[Function]:
+        """One direction's activation functions; ONNX lists parameters only for those that have them, in order."""
+        count = len(self.functions)
+        given = self.activations or list(self.functions) * 2
+        names = [name.lower() for name in given[index * count : (index + 1) * count] or self.functions]
+        alphas, betas = self._share(self.activation_alpha, index), self._share(self.activation_beta, index)
+        found = []
+        for name in names:
+            alpha, beta = _DEFAULTS.get(name, (0.0, 0.0))
+            alpha = alphas.pop(0) if alphas and name in _DEFAULTS else alpha
+            beta = betas.pop(0) if betas and name in _WITH_BETA else beta
+            found.append(_activation(self.ops, name, alpha, beta))
+        return found
+
+    def _share(self, values: Sequence[float] | None, index: int) -> list[float]:
+        if not values or self.direction != "bidirectional" or len(values) < 2:
+            return list(values or ())
+        half = len(values) // 2
+        return list(values[index * half : (index + 1) * half])
+
+    def clipped(self, x: Tensor) -> Tensor:
+        """Within the layer's limit, if it has one."""
+        return x if self.clip is None else self.ops.clip(x, -self.clip, self.clip)
+
+    def split(self, x: Tensor, count: int) -> Sequence[Tensor]:
+        """The gates `(batch, width)` that lie side by side."""
+        return self.ops.split(x, [self.width] * count, 1)
+
+    def run(self, cell: Cell) -> tuple[Tensor, ...]:
+        """Each direction by itself.
+
+        Returns:
+            `(time, directions, batch, width)` and for each state `(directions, batch, width)`, or with `layout` 1
+            `(batch, time, directions, width)` and `(batch, directions, width)`.
+        """
+        ops = self.ops
+        data = self.x.permuted((1, 0, 2)).tensor if self.layout else self.x.tensor
+        batch = ops.sizes(self.x)[0 if self.layout else 1]
+        lengths = None if self.lengths is None else ops.cast(self.lengths.tensor, ops.index)
+        outputs, ends = [], []
+        for index in range(2 if self.direction == "bidirectional" else 1):
+            backward = self.direction == "reverse" or index == 1
+            ahead, step = cell(self, index)
+            rows = ahead(_turned(ops, data, lengths) if backward else data)
+            output, state = _scanned(
+                ops, rows, [self._first(each, index, batch) for each in self.states], step, lengths
+            )
+            outputs.append(_turned(ops, output, lengths) if backward else output)
+            ends.append(state)
+        axis = 1 if self.layout else 0
+        made = ops.transpose(ops.stack(outputs, 0), (2, 1, 0, 3) if self.layout else (1, 0, 2, 3))
+        return made, *(ops.stack(each, axis) for each in zip(*ends, strict=True))
+
+    def _first(self, value: Value | None, index: int, batch: Size) -> Tensor:
+        """One direction's first state `(batch, width)`, zeros where it is not given."""
+        if value is None:
+            return self.ops.full([batch, self.width], 0, self.x.dtype)
+        tensor = value.tensor[:, index] if self.layout else value.tensor[index]
+        return self.ops.set_shape(tensor, [batch if is_known(batch) else None, self.width])
+
+
+def _turned(ops: Backend, x: Tensor, lengths: Tensor | None) -> Tensor:
+    """A sequence `(time, batch, width)` turned round, each within its length where lengths are given."""
+    return ops.flip(x, [0]) if lengths is None else ops.reverse_within(x, lengths, 0, 1)
+
+
+def _scanned(ops: Backend, x: Tensor, state: State, step: Step, lengths: Tensor | None) -> tuple[Tensor, State]:
+    """The first state after each step along the first axis, and the last states.
+
+    Beyond its length a sequence keeps its state, and its output is zero.
+    """
+
+    def masked(i: Any, row: Tensor, old: State) -> tuple[Tensor, State]:
+        new = step(row, old)
+        if lengths is None:
+            return new[0], new
+        alive = ops.unsqueeze(lengths > i, [1])
+        kept = [ops.where(alive, each, before) for each, before in zip(new, old, strict=True)]
+        return ops.where(alive, new[0], 0), kept
+
+    count = (ops.shape(x) or (None,))[0]
+    if count is None or count > UNROLLED:
+        return ops.steps(x, state, masked)
+    outputs = []
+    for i in range(count):
+        output, state = masked(i, x[i], state)
+        outputs.append(output)
+    return ops.stack(outputs, 0), state
+
+
+def _part(value: Value | None, index: int, transposed: bool = False) -> Any:
+    """One direction's share of a weight; of a known one it is cut now."""
+    if value is None:
+        return None
+    if value.known is not None:
+        part = value.known[index]
+        return value.backend.constant(part.T if transposed else part)
+    part = value.tensor[index]
+    return value.backend.transpose(part, (1, 0)) if transposed else part
+
+
+def _ahead(weight: Tensor, bias: Tensor | None) -> Ahead:
+    """The inputs' share of the gates, for all steps in one product."""
+    return lambda x: x @ weight if bias is None else x @ weight + bias
+
+
+@SHARED.op("LSTM", since=7)
+def lstm(
+    ops: Backend,
+    x: Value,
+    w: Value,
+    r: Value,
+    b: Value | None = None,
+    lengths: Value | None = None,
+    initial_h: Value | None = None,
+    initial_c: Value | None = None,
+    p: Value | None = None,
+    *,
+    input_forget: int = 0,
+    **attributes: Any,
+) -> tuple[Tensor, ...]:
+    """Gates lie in the order input, output, forget, cell."""
+
+    def cell(layer: _Layer, index: int) -> tuple[Ahead, Step]:
+        width = layer.width
+        f, g, h = layer.chosen(index)
+        recurrent, bias, peep = _part(r, index, True), _part(b, index), _part(p, index)
+        both = None if bias is None else bias[: 4 * width] + bias[4 * width :]
+
+        def step(row: Tensor, state: State) -> State:
+            hidden, cell = state
+            i, o, forget, c = layer.split(row + hidden @ recurrent, 4)
+            if peep is not None:
+                i, forget = i + peep[:width] * cell, forget + peep[2 * width :] * cell
+            i = f(layer.clipped(i))
+            forget = 1 - i if input_forget else f(layer.clipped(forget))
+            cell = forget * cell + i * g(layer.clipped(c))
+            o = o if peep is None else o + peep[width : 2 * width] * cell
+            return [f(layer.clipped(o)) * h(cell), cell]
+
+        return _ahead(_part(w, index, True), both), step
+
+    states, functions = [initial_h, initial_c], ("Sigmoid", "Tanh", "Tanh")
+    return _Layer(ops, x, r, lengths, states, functions, **attributes).run(cell)
+
+
+@SHARED.op("GRU", since=7)
+def gru(
+    ops: Backend,
+    x: Value,
+    w: Value,
+    r: Value,
+    b: Value | None = None,
+    lengths: Value | None = None,
+    initial_h: Value | None = None,
+    *,
+    linear_before_reset: int = 0,
+    **attributes: Any,
+) -> tuple[Tensor, ...]:
+    """Gates lie in the order update, reset, hidden."""
+
+    def cell(layer: _Layer, index: int) -> tuple[Ahead, Step]:
+        width = layer.width
+        f, g = layer.chosen(index)
+        recurrent, bias = _part(r, index, True), _part(b, index)
+        gates, candidate = recurrent[:, : 2 * width], recurrent[:, 2 * width :]
+        given, own = (None, None) if bias is None else (bias[: 3 * width], bias[3 * width :])
+
+        def plus(x: Tensor, start: int, end: int) -> Tensor:
+            return x if own is None else x + own[start:end]
+
+        def step(row: Tensor, state: State) -> State:
+            (hidden,) = state
+            z, reset = layer.split(row[:, : 2 * width] + plus(hidden @ gates, 0, 2 * width), 2)
+            z, reset = f(layer.clipped(z)), f(layer.clipped(reset))
+            if linear_before_reset:
+                proposed = reset * plus(hidden @ candidate, 2 * width, 3 * width)
+            else:
+                proposed = plus((reset * hidden) @ candidate, 2 * width, 3 * width)
+            proposed = g(layer.clipped(row[:, 2 * width :] + proposed))
+            return [(1 - z) * proposed + z * hidden]
+
+        return _ahead(_part(w, index, True), given), step
+
+    return _Layer(ops, x, r, lengths, [initial_h], ("Sigmoid", "Tanh"), **attributes).run(cell)
+
+
+@SHARED.op("RNN", since=7)
+def rnn(
+    ops: Backend,
+    x: Value,
+    w: Value,
+    r: Value,
+    b: Value | None = None,
+    lengths: Value | None = None,
+    initial_h: Value | None = None,
+    **attributes: Any,
+) -> tuple[Tensor, ...]:
+    """The plain recurrent layer."""
+
+    def cell(layer: _Layer, index: int) -> tuple[Ahead, Step]:
+        (f,) = layer.chosen(index)
+        recurrent, bias = _part(r, index, True), _part(b, index)
+        both = None if bias is None else bias[: layer.width] + bias[layer.width :]
+
+        def step(row: Tensor, state: State) -> State:
+            return [f(layer.clipped(row + state[0] @ recurrent))]
+
+        return _ahead(_part(w, index, True), both), step
+
+    return _Layer(ops, x, r, lengths, [initial_h], ("Tanh",), **attributes).run(cell)

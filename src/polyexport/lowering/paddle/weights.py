@@ -1,0 +1,129 @@
+"""Paddle's types and weights, and what is computed of constants while a program is made.
+
+What Paddle's CPU kernels leave open is settled here once: a type that has hardly a kernel is widened around an
+operator, and a constant that a saved program would change is kept beside it as a parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import paddle
+
+from polyexport.lowering.backend import ELEMENT_TYPES, Tensor
+from polyexport.lowering.value import Value
+
+_WIDE = {
+    np.dtype(np.float16): np.dtype(np.float32),
+    np.dtype(np.int8): np.dtype(np.int32),
+    np.dtype(np.uint8): np.dtype(np.int32),
+    np.dtype(np.int16): np.dtype(np.int32),
+}
+"""Types that Paddle stores and casts but has hardly a CPU kernel for, and the type that is computed in instead."""
+
+ONEDNN_AXES = 6  # more than that it does not take; its kernels are of float32, so that float64 goes past it
+
+_PARAMETER_FROM = 64  # entries; smaller constants are written into the program, where the runtime can fold them
+
+_EXACT = 2**53  # a program's constants are saved as doubles
+
+
+class Weights:
+    """The parameters of one program: each is made once, however often its array is used."""
+
+    def __init__(self) -> None:
+        self.arrays: dict[str, np.ndarray] = {}
+        self._made: dict[int, tuple[Any, Tensor]] = {}
+
+    def tensor(self, array: np.ndarray) -> Tensor:
+        """A constant: written into the program where that keeps it as it is, else a parameter."""
+        dtype = paddle_dtype(array.dtype)
+        if paddle.in_dynamic_mode():
+            return paddle.to_tensor(array)
+        if array.dtype.kind == "c":  # no parameter is complex
+            return paddle.assign(array)
+        if array.size and array.size < _PARAMETER_FROM and _is_kept(array):
+            plain = array if array.dtype not in _WIDE else array.astype(_WIDE[array.dtype])
+            return paddle.cast(paddle.assign(np.ascontiguousarray(plain).reshape(plain.shape)), dtype)
+        base = array if array.base is None else array.base
+        program = paddle.static.default_main_program()  # the body of a loop is built once beside the one that is kept
+        key = hash((id(program), id(base), array.shape, array.strides, array.__array_interface__["data"][0]))
+        if key not in self._made:
+            name = paddle.utils.unique_name.generate("weight")
+            pir = paddle.base.libpaddle.pir
+            place = pir.get_current_insertion_point()
+            pir.set_insertion_point_to_block_end(program.global_block())  # only what lies there is saved
+            made = paddle.create_parameter(
+                array.shape, dtype, name=name, default_initializer=paddle.nn.initializer.Constant(0)
+            )
+            pir.set_insertion_point(place)
+            made.stop_gradient = True
+            self.arrays[name] = array
+            self._made[key] = ((program, array), made)  # they are kept, so that their addresses stay their own
+        return self._made[key][1]
+
+
+def _is_kept(array: np.ndarray) -> bool:
+    """Whether a program that is saved and loaded has the same constant: it holds finite doubles only."""
+    return bool(np.isfinite(array).all()) and (
+        array.dtype.kind == "f" or bool((abs(array.astype("f8")) < _EXACT).all())
+    )
+
+
+def evaluate(function: Callable[[], list[Any]]) -> list[Any]:
+    """Run a function of constants in dynamic mode."""
+    if paddle.in_dynamic_mode():
+        return [_array(each) for each in function()]
+    paddle.disable_static()
+    try:
+        return [_array(each) for each in function()]
+    finally:
+        paddle.enable_static()
+
+
+def _array(content: Any) -> Any:
+    if isinstance(content, list):
+        return [_array(each) for each in content]
+    if isinstance(content, Value):
+        return content if content.known is not None else Value(content.backend, known=_array(content.tensor))
+    return np.asarray(content.numpy()) if isinstance(content, paddle.Tensor) else content
+
+
+def set_shape(tensor: Tensor, sizes: Sequence[int | None] | None) -> Tensor:
+    """The tensor, with sizes that Paddle could not infer."""
+    if sizes is not None and not paddle.in_dynamic_mode():
+        shape = [-1 if size is None else int(size) for size in sizes]
+        tensor.set_type(paddle.base.libpaddle.pir.create_shaped_type(tensor.type(), shape))
+    return tensor
+
+
+def computed_in(value: Value) -> np.dtype[Any] | None:
+    """float32 for halves, int32 for short integers, float64 where oneDNN has no kernel for so many axes."""
+    if value.dtype == np.float32 and (value.rank or 0) > ONEDNN_AXES:
+        return np.dtype(np.float64)
+    return _WIDE.get(value.dtype)
+
+
+_LACKING = {"uint16", "uint32", "uint64", "bfloat16"}  # its CPU kernels do not know the last
+
+TYPES = {number: np.dtype(name) for number, name in ELEMENT_TYPES.items() if name not in _LACKING}
+"""What Paddle computes with, by ONNX's numbers of element types."""
+
+
+def paddle_dtype(dtype: Any) -> Any:
+    """Paddle's name for a numpy type.
+
+    Raises:
+        NotImplementedError: Paddle has no such type.
+    """
+    given = np.dtype(dtype)
+    if given not in TYPES.values():
+        raise NotImplementedError(f"Paddle has no arithmetic for elements of type {given.name}")
+    return getattr(paddle, given.name)
+
+
+def numpy_dtype(dtype: Any) -> np.dtype[Any]:
+    """Numpy's name for a type of Paddle's."""
+    return np.dtype(str(dtype).removeprefix("paddle."))

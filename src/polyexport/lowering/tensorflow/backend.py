@@ -1,0 +1,137 @@
+"""TensorFlow's `Backend`, and the table that the operators of this folder write themselves into."""
+
+from __future__ import annotations
+
+import numpy as np
+import tensorflow as tf
+
+from polyexport.lowering.backend import ELEMENT_TYPES, Backend
+from polyexport.lowering.operators import SHARED
+from polyexport.lowering.operators.resize import Axis, Mode, native_kind
+from polyexport.lowering.table import Operators
+from polyexport.lowering.tensorflow.loops import loop, steps
+from polyexport.lowering.tensorflow.primitives import (
+    broadcast,
+    drawn,
+    elu,
+    extreme,
+    fourier,
+    from_end,
+    full,
+    grid,
+    last,
+    matmul,
+    nonzero,
+    pad,
+    reduction,
+    reshape,
+    reverse_within,
+    scatter_add,
+    sizes_of,
+    split,
+    unsqueeze,
+    vector,
+    where,
+    wide,
+)
+from polyexport.lowering.tensorflow.weights import Weights, evaluate, set_shape
+from polyexport.lowering.value import Value
+
+OPS = Operators(SHARED)
+
+
+def resize(x: Value, plan: list[Axis], how: Mode) -> Value | None:
+    """By the image operators, channels last."""
+    found = native_kind(x, plan, how)
+    if found is None:
+        return None
+    images, (size, kind) = x.in_order(last(4)), found
+    if kind == "nearest":
+        return Value(x.backend, tf.raw_ops.ResizeNearestNeighbor(images=images, size=size), last(4))
+    flags = {"half_pixel_centers": kind == "half_pixel", "align_corners": kind == "align_corners"}
+    return Value(x.backend, tf.raw_ops.ResizeBilinear(images=images, size=size, **flags), last(4))
+
+
+def backend(weights: Weights) -> Backend:
+    """TensorFlow, with its weights in `weights`."""
+    return Backend(
+        name="TensorFlow",
+        types={number: np.dtype(tf.as_dtype(name).as_numpy_dtype) for number, name in ELEMENT_TYPES.items()},
+        index=np.dtype(np.int32),
+        constant=weights.tensor,
+        shape=lambda tensor: None if tensor.shape.rank is None else tuple(tensor.shape.as_list()),
+        dtype=lambda tensor: np.dtype(tensor.dtype.as_numpy_dtype),
+        evaluate=evaluate,
+        set_shape=set_shape,
+        scope=lambda: None if tf.executing_eagerly() else tf.compat.v1.get_default_graph(),
+        computed_in=lambda value: None,
+        sizes=sizes_of,
+        full=full,
+        zeros_like=lambda x, dtype: tf.zeros_like(x, tf.as_dtype(dtype)),
+        range=lambda start, end: tf.range(start, end),
+        normal=drawn(lambda shape, mean, deviation, dtype, seed: tf.random.normal(shape, mean, deviation, dtype, seed)),
+        uniform=drawn(lambda shape, low, high, dtype, seed: tf.random.uniform(shape, low, high, dtype, seed)),
+        transpose=lambda x, order: tf.transpose(x, list(order)),
+        reshape=reshape,
+        broadcast=broadcast,
+        squeeze=lambda x, axes: tf.squeeze(x, list(axes)),
+        unsqueeze=unsqueeze,
+        concat=lambda tensors, axis: tf.concat(list(tensors), axis),
+        stack=lambda tensors, axis: tf.stack(list(tensors), axis),
+        split=split,
+        tile=lambda x, counts: tf.tile(x, vector(counts)),
+        repeat=lambda x, count, axis: tf.repeat(x, count, axis),
+        flip=lambda x, axes: tf.reverse(x, list(axes)),
+        pad=pad,
+        gather=lambda x, indices, axis: tf.gather(x, indices, axis=axis),
+        gather_nd=lambda x, indices: tf.gather_nd(x, indices),
+        take_along=lambda x, indices, axis: tf.gather_nd(x, grid(indices, axis)),
+        from_end=from_end,
+        scatter_add=scatter_add,
+        nonzero=nonzero,
+        one_hot=lambda indices, count, axis: tf.one_hot(indices, count, True, False, axis),
+        reverse_within=reverse_within,
+        cast=lambda x, dtype: tf.cast(x, tf.as_dtype(dtype)),
+        where=where,
+        equal=tf.equal,
+        add=tf.add,
+        add_n=lambda tensors: tf.add_n(list(tensors)),
+        maximum=tf.maximum,
+        minimum=tf.minimum,
+        clip=tf.clip_by_value,
+        abs=tf.abs,
+        ceil=tf.math.ceil,
+        elu=elu,
+        exp=tf.exp,
+        expm1=tf.math.expm1,
+        floor=tf.floor,
+        leaky_relu=lambda x, alpha: tf.nn.leaky_relu(x, alpha),
+        log=tf.math.log,
+        relu=tf.nn.relu,
+        round=tf.round,
+        rsqrt=tf.math.rsqrt,
+        sigmoid=tf.sigmoid,
+        softplus=tf.math.softplus,
+        softsign=tf.nn.softsign,
+        sqrt=tf.sqrt,
+        tanh=tf.tanh,
+        softmax=tf.nn.softmax,
+        log_softmax=tf.nn.log_softmax,
+        fourier=fourier,
+        sum=reduction(tf.reduce_sum),
+        mean=reduction(tf.reduce_mean),
+        prod=reduction(tf.reduce_prod),
+        max=wide(tf.reduce_max),
+        min=wide(tf.reduce_min),
+        peak=wide(tf.reduce_max),
+        log_sum_exp=reduction(tf.reduce_logsumexp),
+        argmax=extreme(tf.argmax),
+        argmin=extreme(tf.argmin),
+        matmul=matmul,
+        einsum=lambda equation, tensors: tf.einsum(equation, *tensors),
+        cond=tf.cond,
+        loop=loop,
+        steps=steps,
+        resize=resize,
+        grid_sample=lambda *_: None,
+    )

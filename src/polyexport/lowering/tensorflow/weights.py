@@ -1,0 +1,59 @@
+"""TensorFlow's weights, and what is computed of constants while a graph is made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+from tensorflow.python.ops.resource_variable_ops import ResourceVariable
+
+from polyexport.lowering.backend import Tensor
+from polyexport.lowering.value import Value
+
+VARIABLE_FROM = 1024  # entries; smaller weights are written into the graph, where the runtime can fold them
+
+
+class Weights:
+    """The variables of one module, each made once however often its array is used.
+
+    They are made while the graph is traced; `tf.Variable` would have `tf.function` trace it all a second time.
+    """
+
+    def __init__(self) -> None:
+        self.variables: list[tf.Variable] = []
+        self._by_array: dict[int, tuple[np.ndarray, tf.Variable]] = {}
+
+    def tensor(self, array: np.ndarray) -> Tensor:
+        """A constant, or for floats of some size a variable's value."""
+        if array.size < VARIABLE_FROM or array.dtype.kind != "f" or tf.executing_eagerly():
+            return tf.constant(array)
+        base = array if array.base is None else array.base
+        key = hash((id(base), array.shape, array.strides, array.__array_interface__["data"][0]))
+        if key not in self._by_array:
+            with tf.init_scope():
+                variable = ResourceVariable(np.ascontiguousarray(array), trainable=False)
+            self._by_array[key] = (array, variable)  # the array is kept, so that its address stays its own
+            self.variables.append(variable)
+        return self._by_array[key][1].read_value()
+
+
+def evaluate(function: Callable[[], list[Any]]) -> list[Any]:
+    """Run a function of constants outside of the graph."""
+    with tf.init_scope():
+        return [_array(each) for each in function()]
+
+
+def _array(content: Any) -> Any:
+    if isinstance(content, list):
+        return [_array(each) for each in content]
+    if isinstance(content, Value):
+        return content if content.known is not None else Value(content.backend, known=content.tensor.numpy())
+    return np.asarray(content.numpy()) if isinstance(content, tf.Tensor) else content
+
+
+def set_shape(tensor: Tensor, sizes: Sequence[int | None] | None) -> Tensor:
+    """The tensor, with sizes that TensorFlow could not infer; no `ensure_shape`, which TensorFlow.js cannot run."""
+    tensor.set_shape(sizes)
+    return tensor

@@ -1,0 +1,160 @@
+"""What forward reads from its inputs into Python: the branches, loops and numbers that a trace freezes.
+
+Requirements:
+* Sizes are no data: what depends on the shape of an input alone is not listed.
+* A site is `file:line` of the caller, the same one for a read in PyTorch and for the tracer's warning of it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from polyexport.spec import Arrays
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Reads:
+    """What one call of forward read, and the way that it took.
+
+    Attributes:
+        values: Site -> what was read there, in order.
+        path: A number that is another one where other functions were called, or from other lines.
+    """
+
+    values: Mapping[str, tuple[str, ...]]
+    path: int
+
+
+_READERS = {
+    "__bool__",
+    "__int__",
+    "__float__",
+    "__complex__",
+    "__index__",
+    "__array__",
+    "__contains__",
+    "item",
+    "tolist",
+    "numpy",
+    "equal",
+    "allclose",
+    "is_nonzero",
+}
+_SIZED_BY_DATA = {"nonzero", "argwhere", "masked_select", "unique", "unique_consecutive"}
+"""What they return has a size that depends on values, which is then read without a call."""
+_WARNING = "Converting a tensor to a "
+
+
+class FailedAt(Exception):
+    """Forward raised; `site` is the last one that it read at, and None where it had read nothing."""
+
+    def __init__(self, site: str | None) -> None:
+        super().__init__(site)
+        self.site = site
+
+
+def reads(model: Any, inputs: Arrays) -> Reads:
+    """Run a flat module once and list what its forward reads of values that depend on `inputs`.
+
+    Raises:
+        FailedAt: forward raised.
+    """
+    import torch
+
+    tensors = [torch.from_numpy(inputs[name].copy()) for name in model.input_names]
+    watch = _watch(tensors)
+    try:
+        with torch.inference_mode(), watch:
+            model(*tensors)
+    except Exception as error:  # forward is the user's, and may raise anything
+        raise FailedAt(next(reversed(watch.found), None)) from error
+    return Reads({site: tuple(values) for site, values in watch.found.items()}, watch.path)
+
+
+def _watch(inputs: list[torch.Tensor]) -> Any:
+    """A mode in which values that depend on `inputs` are followed through every function of torch."""
+    import torch
+    from torch.overrides import TorchFunctionMode
+    from torch.utils import _pytree as pytree
+    from torch.utils.weak import WeakIdKeyDictionary
+
+    dependent: Any = WeakIdKeyDictionary()
+
+    def tensors(value: Any) -> Iterator[torch.Tensor]:
+        return (leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor))
+
+    def mark(value: Any) -> None:
+        for tensor in tensors(value):
+            dependent[tensor] = True
+
+    class Watch(TorchFunctionMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.path = 0
+            self.found: dict[str, list[str]] = {}
+
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            name, site = getattr(function, "__name__", ""), _site()
+            self.path = hash((self.path, name, site))
+            answer = function(*args, **(kwargs or {}))
+            if any(tensor in dependent for tensor in tensors((args, kwargs))):
+                if name in _READERS:
+                    self.found.setdefault(site, []).append(_plain(answer))
+                elif name in _SIZED_BY_DATA:
+                    self.found.setdefault(site, []).append(str([tuple(tensor.shape) for tensor in tensors(answer)]))
+                mark(answer)
+                if name.endswith("_") or name == "__setitem__":  # in place
+                    mark(args[0])
+            return answer
+
+    mark(inputs)
+    return Watch()
+
+
+def _plain(value: Any) -> str:
+    return repr(value.tolist() if isinstance(value, np.ndarray) else value)
+
+
+def _site() -> str:
+    """Where the code that is neither torch's nor ours is."""
+    import torch
+
+    passed, frame = (
+        (os.path.dirname(torch.__file__), os.path.dirname(os.path.dirname(__file__)), warnings.__file__),
+        sys._getframe(1),
+    )
+    while frame.f_back and frame.f_code.co_filename.startswith(passed):
+        frame = frame.f_back
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+
+
+@contextmanager
+def frozen_sites() -> Iterator[set[str]]:
+    """The sites at which `torch.jit` warns, meanwhile, that it writes a value into a trace as a constant."""
+    found: set[str] = set()
+
+    def show(message: Any, *rest: Any, **more: Any) -> None:
+        if str(message).startswith(_WARNING):
+            found.add(_site())
+        shown(message, *rest, **more)
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("always", message=_WARNING)
+        shown, warnings.showwarning = warnings.showwarning, show
+        yield found
+
+
+def named(sites: set[str]) -> str:
+    """Sites for a reader: file names without folders, in order."""
+    return ", ".join(sorted(os.path.basename(site) for site in sites))

@@ -1,0 +1,63 @@
+"""In the toolchain of LiteRT: what becomes of files that must not pass, as JSON.
+
+python edgetpu_cases.py EXPORT FOLDER
+"""
+
+import json
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+import bare  # noqa: F401  # before our package
+from polyexport import worker
+from polyexport.formats import edgetpu, tflite
+from polyexport.serialization import decode, encode, read_json
+from polyexport.spec import ExportSpec
+from polyexport.workers.job import read_job
+
+answers = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)  # what runtimes print is no answer
+root, elsewhere = map(Path, sys.argv[1:])
+
+
+def job(name):
+    return read_job(next((root / "source" / "jobs").glob(f"{name}.*.verify.json")))
+
+
+jobs = {name: job(name) for name in ("tflite", "tflite-int8", "edgetpu")}
+
+
+def verify(name, source):
+    try:
+        return encode(worker.verify(root, replace(jobs[name], source=str(source))))
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+found = {}
+
+about = read_json(root / "manifest.json")["artifacts"]["edgetpu"]
+run = edgetpu.load(root / about["path"], decode(ExportSpec, about), threads=1)
+answer = run({"image": np.zeros((3, 3, 16, 16), np.float32)})
+found["loaded"] = {name: [str(array.dtype), array.shape] for name, array in answer.items()}
+
+spec = replace(jobs["tflite-int8"].spec, calibration=(elsewhere / "tiny.npz",))
+tflite.quantize(root / "tflite" / "model.tflite", elsewhere / "tiny.tflite", spec)
+found["wrong ranges"] = verify("tflite-int8", elsewhere / "tiny.tflite")
+found["not in int8"] = verify("tflite-int8", root / "tflite" / "model.tflite")
+found["unlike"] = verify("tflite", root / "edgetpu" / "model.tflite")
+found["refused"] = verify("edgetpu", elsewhere / "refused" / "model_edgetpu.tflite")
+
+os.environ["PATH"] = ""
+try:
+    edgetpu.compile_int8(root / "edgetpu" / "model.tflite", elsewhere / "x.tflite", spec)
+except Exception as error:
+    found["no compiler"] = f"{type(error).__name__}: {error}"
+files = [root / name / "model.tflite" for name in ("edgetpu", "tflite-int8", "tflite")]
+found["predicted"] = [str(edgetpu.predict(file)) for file in files]
+json.dump(found, answers)
+answers.close()
+os._exit(0)

@@ -1,0 +1,43 @@
+"""In the toolchain of ExecuTorch: a permuted tensor that several operators read. Prints whether XNNPACK refused it.
+
+python executorch_portable.py FOLDER
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import bare  # noqa: F401  # before our package
+from polyexport.formats import executorch
+from polyexport.spec import ExportSpec, TensorSpec
+
+
+class Readers(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv1d(3, 8, 3, padding=1)
+
+    def forward(self, x):
+        y = self.conv(x).permute(0, 2, 1)
+        return y.reshape(x.shape[0], -1), y.sum(1), y.softmax(-1).transpose(1, 2)
+
+
+torch.manual_seed(0)
+module, folder, free = Readers().eval(), Path(sys.argv[1]), torch.export.Dim.DYNAMIC
+program = torch.export.export(module, (torch.rand(4, 3, 10),), dynamic_shapes=({0: free},))
+torch.export.save(program, folder / "m.pt2")
+outputs = tuple(TensorSpec(f"output_{i}", "float32", ("batch",)) for i in range(3))
+spec = ExportSpec((TensorSpec("x", "float32", ("batch", 3, 10)),), outputs, {"batch": 4})
+refused = False
+try:
+    executorch.convert(folder / "m.pt2", folder / "m.pte", spec)
+except Exception:
+    refused = True
+executorch.convert_portable(folder / "m.pt2", folder / "m.pte", spec)
+x = torch.rand(7, 3, 10)
+found = executorch.load(folder / "m.pte", spec, threads=1)({"x": x.numpy()})
+for array, tensor in zip(found.values(), module(x), strict=True):
+    np.testing.assert_allclose(array, tensor.detach().numpy(), atol=1e-5)
+print("refused" if refused else "taken")

@@ -1,0 +1,40 @@
+"""In the toolchain of MNN: convolutions over one axis answer with three. `python mnn_axes.py FOLDER`."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+
+import bare  # noqa: F401  # before our package
+from polyexport.formats.mnn import convert, load
+from polyexport.spec import ExportSpec, TensorSpec
+
+MODEL = """
+<ir_version: 10, opset_import: ["": 20]>
+graph (float[n, 3, 10] x) => (float[n, 5, 8] last, float[n, 5, 8] lifted, float[n, 8, 5] turned, float[n, 3, 12] up)
+{
+    last = Conv(x, w)
+    lifted = Relu(last)
+    turned = Transpose<perm = [0, 2, 1]>(lifted)
+    up = ConvTranspose(x, v)
+}
+"""
+
+folder = Path(sys.argv[1])
+model = onnx.parser.parse_model(MODEL)
+random = np.random.default_rng(0)
+weights = {"w": random.random((5, 3, 3), np.float32), "v": random.random((3, 3, 3), np.float32)}
+model.graph.initializer.extend(onnx.numpy_helper.from_array(array, name) for name, array in weights.items())
+onnx.save(model, folder / "m.onnx")
+shapes = {"last": (4, 5, 8), "lifted": (4, 5, 8), "turned": (4, 8, 5), "up": (4, 3, 12)}
+outputs = tuple(TensorSpec(name, "float32", ("n", *shape[1:])) for name, shape in shapes.items())
+spec = ExportSpec((TensorSpec("x", "float32", ("n", 3, 10)),), outputs, {"n": 4})
+convert(folder / "m.onnx", folder / "m.mnn", spec)
+x = random.random((4, 3, 10), np.float32)
+found = load(folder / "m.mnn", spec, threads=1)({"x": x})
+windows = np.lib.stride_tricks.sliding_window_view(x, 3, axis=2)
+expected = np.einsum("ncdk,ock->nod", windows, weights["w"])
+assert {name: array.shape for name, array in found.items()} == shapes
+np.testing.assert_allclose(found["last"], expected, rtol=1e-4)
+np.testing.assert_allclose(found["turned"], expected.transpose(0, 2, 1), rtol=1e-4)
