@@ -239,8 +239,9 @@ class Engine:
 
     def close(self) -> Path | None:
         """End every worker; of unfinished folders only the newest stays, which is returned. Can be called twice."""
+        self._queue.shutdown(wait=False, cancel_futures=True)  # what waits does not begin once what runs is ended
         self._workers.end_all()
-        self._queue.shutdown(wait=True, cancel_futures=True)
+        self._queue.shutdown(wait=True)
         self._slots.shutdown(wait=True, cancel_futures=True)
         self._aside.shutdown(wait=True)
         for folder in self._unfinished[:-1]:
