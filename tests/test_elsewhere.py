@@ -170,12 +170,12 @@ def test_a_job_whose_sender_is_gone_leaves_no_answer(tmp_path, monkeypatch):
     assert list(staging.iterdir()) == []
 
 
-def test_a_parcel_writes_nothing_outside_of_the_export(tmp_path):
+def test_an_archive_writes_nothing_outside_of_the_export(tmp_path):
     (tmp_path / "theirs").write_text("as it was")
     (tmp_path / "export").mkdir()
     archive = io.BytesIO()
-    with zipfile.ZipFile(archive, "w") as archive:
-        archive.writestr("../theirs", "another")
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr("../theirs", "another")
     with pytest.raises(ValueError, match=r"'\.\./theirs', which lies outside of the export"):
         remote._unpack(archive.getvalue(), tmp_path / "export")
     assert (tmp_path / "theirs").read_text() == "as it was"

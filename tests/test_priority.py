@@ -28,20 +28,20 @@ def priority(process: int) -> tuple[int, int | None]:
 
 def test_a_worker_beside_training_steps_back_until_training_is_over():
     workers = Workers(background=True)
-    with workers._started(WAITS, subprocess.DEVNULL, subprocess.DEVNULL, os.environ) as process:
+    with workers._spawned(WAITS, subprocess.DEVNULL, subprocess.DEVNULL, os.environ) as process:
         assert priority(process.pid) in ((19, 19), (19, None))
         workers.hurry()
         own, of_session = priority(process.pid)
         assert (of_session or 0) == (priority(os.getpid())[1] or 0)
         assert own == os.getpriority(os.PRIO_PROCESS, 0) or os.geteuid() != 0, "only root may take it back"
-    with workers._started(WAITS, subprocess.DEVNULL, subprocess.DEVNULL, os.environ) as process:
+    with workers._spawned(WAITS, subprocess.DEVNULL, subprocess.DEVNULL, os.environ) as process:
         assert priority(process.pid)[0] == os.getpriority(os.PRIO_PROCESS, 0)
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/oom_score_adj"), reason="only Linux lets one choose who goes")
 def test_a_worker_goes_before_any_other_process_when_memory_runs_out():
     own = Path("/proc/self/oom_score_adj").read_text()
-    with Workers()._started(WAITS, subprocess.DEVNULL, subprocess.DEVNULL, os.environ) as process:
+    with Workers()._spawned(WAITS, subprocess.DEVNULL, subprocess.DEVNULL, os.environ) as process:
         assert Path(f"/proc/{process.pid}/oom_score_adj").read_text() == "1000\n"
     assert Path("/proc/self/oom_score_adj").read_text() == own
 

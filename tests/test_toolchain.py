@@ -158,8 +158,9 @@ def command_line(process: Path) -> str:
 
 
 def test_the_directives_of_a_requirement_file_are_read():
-    directives = "# polyexport: layered\n# polyexport: reuse\n# polyexport: python >=3.11,<3.13\n"
-    expected = Toolchain("x", ("a==1", "b>=2"), layered=True, python=">=3.11,<3.13", reuse=True)
+    directives = "# polyexport: layered\n# polyexport: convert-imports c d.e?\n# polyexport: python >=3.11,<3.13\n"
+    given = {"layered": True, "python": ">=3.11,<3.13", "convert_imports": ("c", "d.e?")}
+    expected = Toolchain("x", ("a==1", "b>=2"), **given)
     assert parse("x", f"# a comment\n{directives}a==1 # why\n\nb>=2\n") == expected
 
 

@@ -4,8 +4,7 @@
 
 The job is a JSON file; its paths are relative to the export's folder. The result is written beside it, everything that
 is printed goes to the caller. `--scratch` is for people: the artifact goes to a new temporary folder instead, and the
-export stays as it is. With `-` for a job, jobs come one after another on standard input, each line a JSON list of the
-job's file and the log that it prints to, until one fails.
+export stays as it is. With `--server` it does no job itself; see `polyexport.workers.server`.
 
 In an isolated toolchain this file is run by path, and only the standard library and numpy are there beside the
 toolchain's own packages; hence the imports inside the functions.
@@ -25,7 +24,6 @@ if not __package__:  # run by path: make the package known without its __init__,
     sys.modules["polyexport"] = _package
 
 import argparse
-import gc
 import hashlib
 import json
 import queue
@@ -47,6 +45,7 @@ from polyexport.report.escape import printable
 from polyexport.report.folders import DESCRIPTION
 from polyexport.serialization import write_json
 from polyexport.spec import Arrays, Batch, read_arrays, write_arrays
+from polyexport.workers import server
 from polyexport.workers.job import (
     PARENT,
     TEMPORARY,
@@ -68,20 +67,27 @@ if TYPE_CHECKING:
 def main() -> int:
     """Do the job that the command line names; the exit code is 0 when its result says so."""
     parser = argparse.ArgumentParser(prog="python -m polyexport.worker", description="Run one export job.")
-    parser.add_argument("job", type=Path, help="the job's JSON file")
+    parser.add_argument("job", type=Path, nargs="?", help="the job's JSON file")
     parser.add_argument("--scratch", action="store_true", help="write into a new temporary folder, print everything")
+    parser.add_argument("--server", nargs="*", metavar="MODULE", help="import these, and fork a child for each job")
     given = parser.parse_args()
-    if given.job == Path("-"):
-        return one_after_another()
-    path = given.job.resolve()
-    if not path.is_file():
+    if given.server is not None:
+        return server.run(given.server, work)
+    if given.job is None or not given.job.is_file():
         parser.error(f"no job file {given.job}")
-    root, job = _opened(path)
+    path = given.job.resolve()
     if given.scratch:
+        root, job = _opened(path)
         if isinstance(job, Convert):
             job = replace(job, target=str(Path(tempfile.mkdtemp(prefix="polyexport-"), Path(job.target).name)))
         print(json.dumps(_value(root, job), indent=2, default=str))
         return 0
+    return work(path)
+
+
+def work(path: Path) -> int:
+    """Do the job in this file, for the process that started this one; the exit code is 0 when its result says so."""
+    root, job = _opened(path)
     answers, lines = _keep_stdout(), _end_with_parent()
     if isinstance(job, Bench):
         return bench(root, job, lines, answers)
@@ -90,29 +96,13 @@ def main() -> int:
     return 0 if _done(path, root, job) else 1
 
 
-def one_after_another() -> int:
-    """Do the jobs that standard input names; the one that fails is the last."""
-    home = Path.cwd()
-    for line in _end_with_parent():
-        path, log = map(Path, json.loads(line))
-        with log.open("ab") as stream:
-            for output in (1, 2):
-                os.dup2(stream.fileno(), output)
-        root, job = _opened(path)
-        if not _done(path, root, job):
-            return 1
-        os.chdir(home)
-        gc.collect()
-    return 0
-
-
 def _opened(path: Path) -> tuple[Path, Job]:
     """The export's folder and the job, whose import path is ours from now on."""
     job = read_job(path)
     if not job.trusted:
         sys.addaudithook(_refuse_pickles)
     sys.path += [entry for entry in job.sys_path if entry not in sys.path]
-    if job.script and not any(isinstance(finder, _NotAgain) for finder in sys.meta_path):
+    if job.script:
         sys.meta_path.insert(0, _NotAgain(job.script))
     return path.parent.parent.parent, job
 

@@ -27,7 +27,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -45,6 +45,7 @@ from planted import GOOD
 from planted import planted as plant
 from polyexport import Format, Report, Toolchain
 from polyexport.report.folders import finished
+from polyexport.workers.servers import SWITCH
 
 TIMEOUT = 15.0  # of the hang; the other jobs take a few seconds each
 MARK = "FAULT_FOLDER"  # in the environment of every worker that a run starts
@@ -295,6 +296,7 @@ class Fault:
         export: Further arguments of the export callback.
         resumable: Whether an export is left that `polyexport resume` finishes.
         runs: How many trainings go at once and write to the same folder.
+        servers: Whether jobs are forked by servers where that can be, or each has a process that is spawned.
         cannot: Tells why this machine cannot make the fault; an empty string where it can.
     """
 
@@ -310,6 +312,7 @@ class Fault:
     export: Mapping[str, Any] = field(default_factory=dict)
     resumable: bool = False
     runs: int = 1
+    servers: bool = True
     cannot: Callable[[], str] = str
 
 
@@ -517,6 +520,7 @@ def train(fault_name: str, folder: str, name: str) -> None:
     here.mkdir()
     os.chdir(here)
     os.environ[MARK] = folder
+    os.environ[SWITCH] = str(int(fault.servers))
     log = os.open("log.txt", os.O_WRONLY | os.O_CREAT)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -579,6 +583,16 @@ def unfinished_in(folder: Path) -> tuple[str, ...]:
     lying = sorted(exports.iterdir()) if exports.is_dir() else []
     return tuple(str(each) for each in lying if not (each / "report.json").exists())
 
+
+# What a job's own process has to bear, where no server forked it.
+FAULTS |= {
+    name: replace(FAULTS[of], name=name, made=f"the same, with {SWITCH}=0", servers=False)
+    for name, of in (
+        ("converter crashes, spawned", "converter crashes"),
+        ("converter hangs, spawned", "converter hangs"),
+        ("training raises, spawned", "training raises"),
+    )
+}
 
 # What the harness itself must notice: none of these may pass for harmless.
 SHADOWS = {

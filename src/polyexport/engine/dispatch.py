@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-import threading
 from collections.abc import Iterator
 from concurrent.futures import Executor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from polyexport.capture.pickling import by_value, script
 from polyexport.format import Format
 from polyexport.formats import known
 from polyexport.workers import toolchain
-from polyexport.workers.job import Convert, FormatJob, Job, Prepare, reproduce, write_job
-from polyexport.workers.process import Conversation, JobResult, Kept, Workers, environment
+from polyexport.workers.job import Bench, Convert, FormatJob, Job, Prepare, reproduce, write_job
+from polyexport.workers.process import Conversation, JobResult, Workers, environment
 from polyexport.workers.remote import Elsewhere, Task, run
 from polyexport.workers.toolchain import Toolchain
 
@@ -41,7 +40,6 @@ class Dispatcher:
         sys_path: The training process's import path.
         elsewhere: Where jobs run; None for this machine.
         trusted: Whether what lies in the folder may be unpickled.
-        kept: Workers that do one job after another, by the words that start them.
     """
 
     root: Path
@@ -52,17 +50,9 @@ class Dispatcher:
     sys_path: tuple[str, ...]
     elsewhere: Elsewhere | None = None
     trusted: bool = True
-    kept: dict[tuple[str, ...], Kept] = field(default_factory=dict)
-    _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def run(
-        self, job: Job, chain: Toolchain, name: str, log: str, *, gpu: bool = False, fresh: bool = False
-    ) -> JobResult:
-        """Have a job done when a slot is free.
-
-        A conversion of ours goes to a worker that has done others, where its toolchain allows it and `fresh` does not
-        forbid it.
-        """
+    def run(self, job: Job, chain: Toolchain, name: str, log: str, *, gpu: bool = False) -> JobResult:
+        """Have a job done when a slot is free."""
         if self.elsewhere is not None:
             return self._run_elsewhere(self.elsewhere, job, chain, name, log, gpu=gpu)
         try:
@@ -72,22 +62,16 @@ class Dispatcher:
         path = self._place(job, chain, name)
         around = environment(threads=self.limits.threads, gpu=gpu, host=chain.in_host)
         again = reproduce(command, self.final / path.relative_to(self.root))
-        own = isinstance(job, FormatJob) and job.declared
-        if chain.reuse and isinstance(job, Prepare | Convert) and not (own or gpu or fresh):
-            with self._lock:
-                kept = self.kept.setdefault(command, Kept(self.workers, command, around))
-            with kept.turn:  # before the slot, which others may use meanwhile
-                done = self.slots.submit(kept.run, path, self.root / log, timeout=self.limits.timeout)
-                return replace(done.result(), command=again)
         done = self.slots.submit(
-            self.workers.run, command, path, self.root / log, timeout=self.limits.timeout, environment=around
+            self.workers.run,
+            command,
+            path,
+            self.root / log,
+            timeout=self.limits.timeout,
+            environment=around,
+            imports=imports(chain, job, gpu=gpu),
         )
         return replace(done.result(), command=again)
-
-    def close(self) -> None:
-        """End the workers that were kept."""
-        for kept in self.kept.values():
-            kept.end()
 
     def _run_elsewhere(
         self, elsewhere: Elsewhere, job: Job, chain: Toolchain, name: str, log: str, *, gpu: bool
@@ -104,7 +88,12 @@ class Dispatcher:
         path = self._place(job, chain, name)
         around = environment(threads=self.limits.threads, gpu=gpu, host=chain.in_host)
         with self.workers.conversation(
-            chain.command(self.workers), path, self.root / log, timeout=self.limits.timeout, environment=around
+            chain.command(self.workers),
+            path,
+            self.root / log,
+            timeout=self.limits.timeout,
+            environment=around,
+            imports=imports(chain, job, gpu=gpu),
         ) as talk:
             yield talk
 
@@ -120,6 +109,18 @@ class Dispatcher:
         own = self.sys_path if chain.in_host or chain.layered else ()
         write_job(path, replace(job, threads=self.limits.threads, sys_path=own, script=script()))
         return path
+
+
+def imports(chain: Toolchain, job: Job, *, gpu: bool) -> tuple[str, ...]:
+    """What a server may import before it forks for a job: nothing where that may initialize the GPU's driver.
+
+    What a format of the user's own needs of its toolchain nobody knows, so nothing is imported where that would be
+    measured as its memory.
+    """
+    own = isinstance(job, FormatJob) and job.declared is not None
+    if gpu or (own and isinstance(job, Bench)):
+        return ()
+    return chain.imports(converts=own or isinstance(job, Prepare | Convert))
 
 
 def declared(root: Path, each: Format) -> Path | None:

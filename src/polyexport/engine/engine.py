@@ -29,12 +29,13 @@ from typing import Any
 
 from polyexport.capture.pickling import import_path
 from polyexport.capture.snapshot import SHARDS, WEIGHTS, further_calls
+from polyexport.engine import plan
 from polyexport.engine.bench import bench, sweep
 from polyexport.engine.dispatch import Dispatcher, Limits, declared, declared_file
 from polyexport.engine.ownership import is_ours, seal
 from polyexport.engine.rerun import Runnable, runnables, runner, verify
 from polyexport.engine.routes import Build
-from polyexport.errors import BadRequest
+from polyexport.errors import BadRequest, ToolMissing
 from polyexport.format import Format
 from polyexport.formats import known, resolve
 from polyexport.load import Description, described
@@ -68,8 +69,9 @@ from polyexport.spec import Runner
 from polyexport.versions import git_commit
 from polyexport.workers import gpu, toolchain
 from polyexport.workers.job import Prepare
-from polyexport.workers.process import Workers
+from polyexport.workers.process import Workers, environment
 from polyexport.workers.remote import Elsewhere
+from polyexport.workers.servers import Server
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +166,7 @@ class Engine:
     def submit(self, request: Request) -> Future[Report]:
         """Queue a request; a waiting one is cancelled and its folder removed."""
         self.supersede()
+        self.warm(request.formats)
         try:
             if request.held and "://" not in request.held:
                 lies_elsewhere(request.work, Path(request.held))
@@ -177,6 +180,34 @@ class Engine:
             future = self._queue.submit(self._export, request)
             self._waiting = (future, request)
         return future
+
+    def warm(self, formats: Iterable[Format]) -> threading.Thread:
+        """Have servers ready for the jobs of these formats, started one after another behind the caller's back.
+
+        A toolchain that is not installed yet is left out. `submit` does it too, so this is for who knows earlier.
+        Returns the thread that does it, for who wants to wait.
+        """
+        thread = threading.Thread(target=self._warm, args=(tuple(formats),), name="polyexport-warm", daemon=True)
+        thread.start()
+        return thread
+
+    @property
+    def servers(self) -> tuple[Server, ...]:
+        """The servers that are ready now."""
+        return self._workers.servers
+
+    def _warm(self, formats: tuple[Format, ...]) -> None:
+        if self._elsewhere is not None:
+            return
+        chains = dict.fromkeys(chain for chains in plan.toolchains(formats).values() for chain in chains)
+        for chain in (toolchain.HOST, *chains):
+            if not chain.ready or self._workers.closed:
+                continue
+            around = environment(threads=self._limits.threads, gpu=False, host=chain.in_host)
+            with contextlib.suppress(ToolMissing):  # who needs it is told
+                self._workers.warm(chain.command(self._workers), chain.imports(converts=True), around)
+                if chain.imports(converts=False) != chain.imports(converts=True):
+                    self._workers.warm(chain.command(self._workers), chain.imports(converts=False), around)
 
     def supersede(self) -> bool:
         """Drop the request that waits, since a newer one is coming; whether nothing is left of any that was dropped.
@@ -208,8 +239,9 @@ class Engine:
 
     def close(self) -> Path | None:
         """End every worker; of unfinished folders only the newest stays, which is returned. Can be called twice."""
+        self._queue.shutdown(wait=False, cancel_futures=True)  # what waits does not begin once what runs is ended
         self._workers.end_all()
-        self._queue.shutdown(wait=True, cancel_futures=True)
+        self._queue.shutdown(wait=True)
         self._slots.shutdown(wait=True, cancel_futures=True)
         self._aside.shutdown(wait=True)
         for folder in self._unfinished[:-1]:
@@ -228,12 +260,8 @@ class Engine:
 
     def _export(self, request: Request) -> Report:
         request = _beside_what_is_there(request)
-        with contextlib.closing(
-            replace(
-                self._dispatcher(request.work, request.final, self._limits, self._elsewhere), sys_path=request.sys_path
-            )
-        ) as dispatcher:
-            return self._exported(request, dispatcher)
+        dispatcher = self._dispatcher(request.work, request.final, self._limits, self._elsewhere)
+        return self._exported(request, replace(dispatcher, sys_path=request.sys_path))
 
     def _exported(self, request: Request, dispatcher: Dispatcher) -> Report:
         start = time.perf_counter()

@@ -43,7 +43,6 @@ class Built:
     """A format's artifact as it lies in the export's folder, and what is known of it.
 
     `retry` tells whether static shapes may do what this did not: not where a tool is missing, nor where it hung.
-    `warm` tells that it was converted by a worker that had done other jobs before.
     `shortfall` is what the verified artifact lacks of what was asked for. `narrow` is that part of it which all that is
     made from the artifact lacks too: that it is right for some data only. `frozen` are the sites in forward where a
     trace wrote a value down. `detour` is why preferred
@@ -53,7 +52,6 @@ class Built:
     outcome: Outcome
     path: str
     retry: bool = False
-    warm: bool = False
     shortfall: str = ""
     narrow: str = ""
     frozen: tuple[str, ...] = ()
@@ -141,8 +139,6 @@ class Build:
             if route.static and dynamic:
                 continue
             built = self._by_route(each, route, dynamic=dynamic)
-            if built.warm and built.retry:  # was it what the worker had done before?
-                built = self._by_route(each, route, dynamic=dynamic, fresh=True)
             tried.append(built)
             if built.outcome.state == "verified" and not built.shortfall:
                 break
@@ -157,7 +153,7 @@ class Build:
         outcome = replace(best.outcome, reason=_reason(best, tried))
         return replace(best, outcome=outcome, retry=retry, detour=_detour(best, tried))
 
-    def _by_route(self, each: Format, route: Route, *, dynamic: bool, fresh: bool = False) -> Built:
+    def _by_route(self, each: Format, route: Route, *, dynamic: bool) -> Built:
         """Upstream, conversion, verification: the first that fails decides."""
         spec = self._reference.spec if dynamic else self._reference.spec.static()
         outcome = Outcome(
@@ -174,12 +170,12 @@ class Build:
             source = upstream.path
         static = [] if spec.is_dynamic == self._reference.spec.is_dynamic else ["static"]
         label = ".".join([each.name, route.name, *static])
-        made = self._converted(each, route, source, spec, label, outcome, fresh=fresh)
+        made = self._converted(each, route, source, spec, label, outcome)
         made = replace(made, narrow=upstream.narrow, frozen=(*upstream.frozen, *made.frozen))
         return self._verified(each, route, spec, label, made) if made.path else made
 
     def _converted(
-        self, each: Format, route: Route, source: str, spec: ExportSpec, label: str, outcome: Outcome, *, fresh: bool
+        self, each: Format, route: Route, source: str, spec: ExportSpec, label: str, outcome: Outcome
     ) -> Built:
         """Write the artifact among the intermediates; without a path where that failed."""
         chain, log = toolchain.find(route.toolchain), f"logs/{each.name}.log"
@@ -197,15 +193,15 @@ class Build:
             target=target,
             packages=chain.requirements,
         )
-        ended = self._dispatcher.run(job, chain, f"{label}.convert", log, gpu=each.needs_gpu, fresh=fresh)
+        ended = self._dispatcher.run(job, chain, f"{label}.convert", log, gpu=each.needs_gpu)
         outcome = replace(outcome, log=log, seconds={"convert": ended.seconds}, reproduce=ended.command or None)
         if ended.ok:
             outcome = replace(outcome, toolchain=Toolchain(chain.name, ended.value["packages"]))
-            return Built(outcome, target, warm=ended.warm, frozen=tuple(ended.value["frozen"]))
+            return Built(outcome, target, frozen=tuple(ended.value["frozen"]))
         self._discard(target)  # half an artifact is none, and may have filled the disk
         state = _STATE_OF.get(ended.kind, "failed")
         retry = state == "failed" and ended.kind != "timed out"
-        return Built(replace(outcome, state=state, reason=ended.error), "", retry, warm=ended.warm)
+        return Built(replace(outcome, state=state, reason=ended.error), "", retry)
 
     def _verified(self, each: Format, route: Route, spec: ExportSpec, label: str, made: Built) -> Built:
         """Run what was converted in a process of its own, and say whether it agrees."""

@@ -179,6 +179,7 @@ class Session:
                 self._say(f"{error}; training goes on, and what needs it waits")
             except ToolMissing as error:
                 self._warn(f"what needs {chain.name} will be skipped: {error}")
+        self._engine.warm(self.options.formats)
 
     def clear(self) -> None:
         """Remove what killed runs left where exports will lie, but for one that can be resumed, which is told."""

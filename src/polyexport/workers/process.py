@@ -13,17 +13,21 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import IO, Any, TypeVar
 
 from polyexport.errors import ToolMissing
 from polyexport.serialization import read_json
 from polyexport.workers import oom
 from polyexport.workers.job import PARENT, TEMPORARY, result_path
 from polyexport.workers.priority import restore_priority, step_back, waited_seconds
+from polyexport.workers.servers import Child, Process, Server, Servers
+
+P = TypeVar("P", bound=Process)
 
 _DISTRIBUTED = (
     "RANK",
@@ -49,7 +53,7 @@ class JobResult:
 
     `value` is its result. Without one, `error` says why in a line, and `kind` is `raised`, `missing` (a tool),
     `bad request`, `cannot run`, `crashed`, `timed out` or `cancelled`. `command` runs the job again in a shell; empty
-    where it never had one. `warm` tells that its worker had done another job before.
+    where it never had one.
     """
 
     value: Any = None
@@ -57,7 +61,6 @@ class JobResult:
     kind: str = ""
     seconds: float = 0.0
     command: str = ""
-    warm: bool = False
 
     @property
     def ok(self) -> bool:
@@ -74,9 +77,10 @@ class Workers:
 
     def __init__(self, *, background: bool = False) -> None:
         self._background = background
-        self._running: set[subprocess.Popen[Any]] = set()
+        self._running: set[Process] = set()
         self._lock = threading.Lock()
         self._closed = False
+        self._servers = Servers(self._server)
 
     @property
     def closed(self) -> bool:
@@ -84,37 +88,64 @@ class Workers:
         return self._closed
 
     def run(
-        self, command: Sequence[str], job: Path, log: Path, *, timeout: float, environment: Mapping[str, str]
+        self,
+        command: Sequence[str],
+        job: Path,
+        log: Path,
+        *,
+        timeout: float,
+        environment: Mapping[str, str],
+        imports: Sequence[str] = (),
     ) -> JobResult:
-        """Run one job to its end; nothing it does raises here."""
+        """Run one job to its end; nothing it does raises here.
+
+        With `imports` its process is forked by a server that has imported them, where there can be one.
+        """
         log.parent.mkdir(parents=True, exist_ok=True)
         result_path(job).unlink(missing_ok=True)
         ran_out = oom.oom_kill_count()
-        with log.open("ab") as stream, self._started([*command, str(job)], stream, stream, environment) as process:
+        with (
+            log.open("ab") as stream,
+            self._working(command, job, stream, stream, environment, imports) as process,
+        ):
             if process is None:
                 return JobResult(error="cancelled", kind="cancelled")
             if not _ends_within(process, timeout):
                 return JobResult(error=f"timed out after {timeout:g} s", kind="timed out", seconds=timeout)
             if self._closed:
                 return JobResult(error="cancelled", kind="cancelled")
-        return _read(result_path(job), process.returncode, ran_out)
+        if isinstance(process, Child) and process.lost and not result_path(job).exists():
+            with log.open("ab") as stream:
+                stream.write(b"[its server ended before it did, so it is done again]\n")
+            return self.run(command, job, log, timeout=timeout, environment=environment)
+        return _read(result_path(job), process.wait(), ran_out)
 
     @contextlib.contextmanager
     def conversation(
-        self, command: Sequence[str], job: Path, log: Path, *, timeout: float, environment: Mapping[str, str]
+        self,
+        command: Sequence[str],
+        job: Path,
+        log: Path,
+        *,
+        timeout: float,
+        environment: Mapping[str, str],
+        imports: Sequence[str] = (),
     ) -> Iterator[Conversation]:
-        """A job that is asked for its answers one by one."""
+        """A job that is asked for its answers one by one; the rest as in `run`."""
         with (
             log.open("ab") as stream,
-            self._started([*command, str(job)], subprocess.PIPE, stream, environment) as process,
+            self._working(command, job, subprocess.PIPE, stream, environment, imports) as process,
         ):
             yield Conversation(process, timeout)
 
-    @contextlib.contextmanager
-    def kept(self, command: Sequence[str], log: Path, environment: Mapping[str, str]) -> Iterator[Any]:
-        """A worker that takes jobs from its standard input."""
-        with log.open("ab") as stream, self._started([*command, "-"], stream, stream, environment) as process:
-            yield process
+    def warm(self, command: Sequence[str], imports: Sequence[str], environment: Mapping[str, str]) -> None:
+        """Have a server ready that jobs will ask for; this waits for it."""
+        self._servers.warm(command, imports, environment)
+
+    @property
+    def servers(self) -> tuple[Server, ...]:
+        """The servers that are ready now."""
+        return self._servers.ready
 
     def output(self, *command: str, environment: Mapping[str, str] = MappingProxyType({})) -> str:
         """Run a program to its end, with `environment` added to ours, and return what it printed.
@@ -124,7 +155,7 @@ class Workers:
         """
         with (
             tempfile.TemporaryFile() as errors,
-            self._started(command, subprocess.PIPE, errors, {**os.environ, **environment}) as process,
+            self._spawned(command, subprocess.PIPE, errors, {**os.environ, **environment}) as process,
         ):
             if process is None or process.stdin is None or process.stdout is None:
                 raise ToolMissing("cancelled")
@@ -151,11 +182,48 @@ class Workers:
             running = tuple(self._running)
         for process in running:
             _kill(process)
+        self._servers.close()
 
     @contextlib.contextmanager
-    def _started(
-        self, command: Sequence[str], stdout: Any, stderr: Any, environment: Mapping[str, str]
-    ) -> Iterator[subprocess.Popen[bytes] | None]:
+    def _working(
+        self,
+        command: Sequence[str],
+        job: Path,
+        stdout: Any,
+        stderr: IO[bytes],
+        environment: Mapping[str, str],
+        imports: Sequence[str],
+    ) -> Iterator[Process | None]:
+        """The process of a job, forked where there is a server for it; which way it is made stands in its log."""
+        with self._servers.lent(command, imports, environment) as (server, how):
+
+            def start(around: Mapping[str, str]) -> Process:
+                stderr.write(f"[{how}]\n".encode())
+                stderr.flush()
+                if server is not None:
+                    try:
+                        return server.fork(job, stdout, stderr, around)
+                    except OSError as error:
+                        stderr.write(f"[spawned, since {error}]\n".encode())
+                        stderr.flush()
+                return _spawn([*command, str(job)], subprocess.PIPE, stdout, stderr, around)
+
+            with self._started(start, environment) as process:
+                yield process
+
+    def _spawned(
+        self, command: Sequence[str], stdout: Any, stderr: Any, environment: Mapping[str, str], stdin: int | None = None
+    ) -> AbstractContextManager[subprocess.Popen[bytes] | None]:
+        given = subprocess.PIPE if stdin is None else stdin
+        return self._started(lambda around: _spawn(command, given, stdout, stderr, around), environment)
+
+    def _server(
+        self, words: Sequence[str], stdin: int, environment: Mapping[str, str]
+    ) -> AbstractContextManager[subprocess.Popen[bytes] | None]:
+        return self._spawned(words, subprocess.DEVNULL, subprocess.DEVNULL, environment, stdin)
+
+    @contextlib.contextmanager
+    def _started(self, start: Callable[[Mapping[str, str]], P], environment: Mapping[str, str]) -> Iterator[P | None]:
         """A process in a session of its own, killed with its children on leaving; None once all were ended.
 
         It has a folder of its own for temporary files: converters leave gigabytes, and one that is killed all of them.
@@ -165,15 +233,10 @@ class Workers:
                 if self._closed:
                     process = None
                 else:
-                    process = subprocess.Popen(
-                        command,
-                        stdin=subprocess.PIPE,
-                        stdout=stdout,
-                        stderr=stderr,
-                        env=dict(environment)
+                    process = start(
+                        dict(environment)
                         | dict.fromkeys(("TMPDIR", "TEMP", "TMP", TEMPORARY), temporary)
-                        | {PARENT: str(os.getpid()), "PYTHONSAFEPATH": "1"},
-                        start_new_session=True,
+                        | {PARENT: str(os.getpid()), "PYTHONSAFEPATH": "1"}
                     )
                     oom.set_oom_score(process.pid)
                     if self._background:
@@ -192,63 +255,18 @@ class Workers:
                         self._running.discard(process)
 
 
-class Kept:
-    """A worker that does one job after another, so that they share its imports; one that failed a job is replaced.
-
-    Attributes:
-        turn: To be held by whoever runs a job.
-    """
-
-    def __init__(self, workers: Workers, command: Sequence[str], environment: Mapping[str, str]) -> None:
-        self.turn = threading.Lock()
-        self._workers = workers
-        self._command = command
-        self._environment = environment
-        self._process: subprocess.Popen[bytes] | None = None
-        self._opened = contextlib.ExitStack()
-
-    def run(self, job: Path, log: Path, *, timeout: float) -> JobResult:
-        """Run one job to its end, as `Workers.run` does."""
-        log.parent.mkdir(parents=True, exist_ok=True)
-        result_path(job).unlink(missing_ok=True)
-        warm = self._process is not None
-        if not warm:
-            self._process = self._opened.enter_context(self._workers.kept(self._command, log, self._environment))
-        ended = replace(self._done(job, log, timeout), warm=warm)
-        if not ended.ok:
-            self.end()
-        return ended
-
-    def _done(self, job: Path, log: Path, timeout: float) -> JobResult:
-        process = self._process
-        if process is None or process.stdin is None:
-            return JobResult(error="cancelled", kind="cancelled")
-        with contextlib.suppress(OSError):  # a dead worker shows below
-            process.stdin.write(json.dumps([str(job), str(log)]).encode() + b"\n")
-            process.stdin.flush()
-        start, before, ran_out = time.monotonic(), waited_seconds(process.pid), oom.oom_kill_count()
-        while process.poll() is None and not result_path(job).exists():
-            spent = time.monotonic() - start
-            if spent > timeout and spent > timeout + waited_seconds(process.pid) - before:
-                return JobResult(error=f"timed out after {timeout:g} s", kind="timed out", seconds=timeout)
-            time.sleep(_POLL_SECONDS)
-        if self._workers.closed:
-            return JobResult(error="cancelled", kind="cancelled")
-        return _read(result_path(job), process.returncode or 0, ran_out)
-
-    def end(self) -> None:
-        """End the worker, if there is one; the next job gets a new one."""
-        self._process = None
-        self._opened.close()
-
-
-_POLL_SECONDS = 0.02  # a pipe would not do: children that a crashed worker left behind keep it open
+def _spawn(
+    command: Sequence[str], stdin: int, stdout: Any, stderr: Any, environment: Mapping[str, str]
+) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        command, stdin=stdin, stdout=stdout, stderr=stderr, env=dict(environment), start_new_session=True
+    )
 
 
 class Conversation:
     """Asks a worker for one answer at a time; a worker that does not answer in time is killed."""
 
-    def __init__(self, process: subprocess.Popen[bytes] | None, timeout: float) -> None:
+    def __init__(self, process: Process | None, timeout: float) -> None:
         self._process = process
         self._timeout = timeout
 
@@ -287,7 +305,7 @@ def environment(*, threads: int, gpu: bool, host: bool) -> dict[str, str]:
     return kept | {"PYTHONUNBUFFERED": "1", "TF_CPP_MIN_LOG_LEVEL": "2", "TOKENIZERS_PARALLELISM": "false"}
 
 
-def _ends_within(process: subprocess.Popen[Any], timeout: float) -> bool:
+def _ends_within(process: Process, timeout: float) -> bool:
     """Wait for the end of a process; seconds in which others had its processor do not count."""
     start, left = time.monotonic(), timeout
     while left > 0:
@@ -317,7 +335,7 @@ def _signal(number: int) -> str:
         return f"signal {number}"
 
 
-def _kill(process: subprocess.Popen[Any]) -> None:
+def _kill(process: Process) -> None:
     """End a worker and all that it started; one that has ended already leaves only its children to end."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         if hasattr(os, "killpg"):

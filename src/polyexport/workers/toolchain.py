@@ -4,12 +4,14 @@ A toolchain is a requirement file in `toolchains/`. If the training environment 
 If not, an environment of its own is made with uv under the user's cache folder, once per set of pins. The training
 environment is never changed.
 
-Four lines in the file's comments are read by us:
+Five lines in the file's comments are read by us:
 
     # polyexport: layered              over the training environment's packages, so that torch is the same one
     # polyexport: python >=3.11,<3.13  the interpreter it needs, where that differs from the training environment's
     # polyexport: npm                  npm packages too, by toolchains/NAME/package-lock.json
-    # polyexport: reuse                one worker may do several conversions, one after another
+    # polyexport: convert-imports a b? what its conversions import, so that a server may have it ready (see
+                                       `polyexport.workers.server`); with ? only if this process has imported it
+    # polyexport: run-imports a        likewise what its runtime needs, and nothing else, since its memory is measured
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import socket
 import sys
 import sysconfig
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import metadata, resources
@@ -56,7 +58,9 @@ class Toolchain:
         layered: Whether an environment made for it sees the training environment's packages below its own.
         python: A PEP 440 specifier of the interpreter, or None for the training environment's own.
         npm: Content of the npm lock file, empty where no npm packages are needed.
-        reuse: Whether one worker may do several conversions, so that they share its imports.
+        convert_imports: Modules that a server has imported when it forks for a conversion; with `?` at its end only
+            where this process has imported it.
+        run_imports: Likewise for what runs an artifact.
     """
 
     name: str
@@ -64,7 +68,8 @@ class Toolchain:
     layered: bool = False
     python: str | None = None
     npm: str = ""
-    reuse: bool = False
+    convert_imports: tuple[str, ...] = ()
+    run_imports: tuple[str, ...] = ()
 
     def unmet(self) -> tuple[str, ...]:
         """The requirements that the training environment does not satisfy."""
@@ -112,6 +117,11 @@ class Toolchain:
         disk.use(folder / _COMPLETE)
         return _python(folder)
 
+    def imports(self, *, converts: bool) -> tuple[str, ...]:
+        """What a server imports before it forks for a job that converts, or that runs."""
+        listed = self.convert_imports if converts else self.run_imports
+        return tuple(name.rstrip("?") for name in listed if not name.endswith("?") or name.rstrip("?") in sys.modules)
+
     def command(self, workers: Workers | None = None) -> tuple[str, ...]:
         """The words that start a worker in it; the job file follows.
 
@@ -129,7 +139,14 @@ class Toolchain:
         return (str(self.interpreter(workers=workers)), "-P", str(_WORKER))
 
 
-HOST = Toolchain("host", (), reuse=True)
+_LIGHTNING = ("lightning.pytorch?", "pytorch_lightning?")  # what the module of a training is made of
+
+HOST = Toolchain(
+    "host",
+    (),
+    convert_imports=("torch", "torch._dynamo", "torch.onnx", *_LIGHTNING),
+    run_imports=("torch", "torch._dynamo?", "torch.onnx?", *_LIGHTNING),
+)
 """The training environment itself."""
 
 _COMPLETE = ".complete"
@@ -234,8 +251,20 @@ def parse(name: str, text: str) -> Toolchain:
     python = next((each.removeprefix("python").strip() for each in directives if each.startswith("python")), None)
     pins = tuple(line for line in lines if line and not line.startswith("#"))
     npm = "npm" if "npm" in directives else ""
-    flags = {flag: flag in directives for flag in ("layered", "reuse")}
-    return Toolchain(name, pins, python=python, npm=npm, **flags)
+    return Toolchain(
+        name,
+        pins,
+        layered="layered" in directives,
+        python=python,
+        npm=npm,
+        convert_imports=_listed("convert-imports", directives),
+        run_imports=_listed("run-imports", directives),
+    )
+
+
+def _listed(what: str, directives: Sequence[str]) -> tuple[str, ...]:
+    """The words of the directive that begins with `what`."""
+    return tuple(word for line in directives if line.split()[0] == what for word in line.split()[1:])
 
 
 def environments() -> tuple[disk.Environment, ...]:

@@ -1,0 +1,209 @@
+"""A server, as it runs in a toolchain: imports what the toolchain's jobs need, then forks a child for each job.
+
+    python -m polyexport.worker --server torch onnx
+
+Requirements:
+* Nothing is ever converted or run here, so that a child is as fresh as a new process. What is imported here is named on
+  the command line; a module of the user's is imported in the child.
+* A child has its own session, standard streams, environment and temporary folder; it ends with this process, and this
+  process ends with the one that started it.
+* Only the thread that forks goes on in a child: the server says which threads it has, and the engine forks nothing
+  where there are others.
+
+Only the standard library is imported, as in `polyexport.worker`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib
+import json
+import os
+import select
+import shutil
+import signal
+import socket
+import struct
+import sys
+import tempfile
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from polyexport.workers.job import PARENT, TEMPORARY
+
+_LENGTH = struct.Struct("<I")
+_STREAMS = 3
+_LOOK_SECONDS = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """One job: its file, the working folder, and the whole environment of its process."""
+
+    job: str
+    folder: str
+    environment: Mapping[str, str]
+
+
+def send(connection: socket.socket, order: Order, streams: Sequence[int], told: int) -> None:
+    """Ask for a child.
+
+    Args:
+        connection: To the server.
+        order: The job.
+        streams: What becomes its standard input, output and error.
+        told: The end of a pipe that gets two lines: the child's process id, and then its exit code as that of
+            `subprocess.Popen`; it is closed with nothing more where the server ends first.
+    """
+    content = json.dumps([order.job, order.folder, dict(order.environment)]).encode()
+    socket.send_fds(connection, [_LENGTH.pack(len(content))], [*streams, told])
+    connection.sendall(content)
+
+
+def _receive(connection: socket.socket) -> tuple[Order, list[int]] | None:
+    """The next order and its four files; None where nobody is there to send one."""
+    head, files, _, _ = socket.recv_fds(connection, _LENGTH.size, _STREAMS + 1)
+    if len(head) < _LENGTH.size:
+        return None
+    content = bytearray()
+    while len(content) < _LENGTH.unpack(head)[0]:
+        part = connection.recv(1 << 16)
+        if not part:
+            return None
+        content += part
+    return Order(*json.loads(content)), files
+
+
+def run(imports: Sequence[str], work: Callable[[Path], int]) -> int:
+    """Be the server whose connection is standard input; `work` does a job in a child and returns its exit code.
+
+    The first line that is sent tells the names of the threads beside this one, and the bytes of memory.
+    """
+    parent = int(os.environ.get(PARENT, 0)) or os.getppid()
+    with _ends_with(parent):
+        for name in imports:
+            try:
+                importlib.import_module(name)
+            except Exception:  # whoever needs it meets the same error, and tells it as his own
+                traceback.print_exc()
+    gc.collect()
+    gc.freeze()  # a child's collections leave the pages alone that it shares with this process
+    sys.stdout.flush()
+    sys.stderr.flush()
+    with socket.socket(fileno=os.dup(0)) as connection:
+        hello = json.dumps({"threads": _further_threads(), "bytes": _resident_bytes()})
+        connection.sendall(hello.encode() + b"\n")
+        return _serve(connection, parent, work)
+
+
+@contextlib.contextmanager
+def _ends_with(parent: int) -> Iterator[None]:
+    """This process ends with its parent, watched by a thread that is gone on leaving."""
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(_LOOK_SECONDS):
+            if os.getppid() != parent:
+                _leave_nothing()
+                os._exit(1)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def _leave_nothing() -> None:
+    if folder := os.environ.get(TEMPORARY):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _serve(connection: socket.socket, parent: int, work: Callable[[Path], int]) -> int:
+    children: dict[int, _Forked] = {}
+    woken, wakes = os.pipe()
+    for end in (woken, wakes):
+        os.set_blocking(end, False)
+    signal.set_wakeup_fd(wakes, warn_on_full_buffer=False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    while os.getppid() == parent:
+        ready, _, _ = select.select([connection.fileno(), woken], [], [], _LOOK_SECONDS)
+        if woken in ready:
+            os.read(woken, 4096)
+        _reap(children)
+        if connection.fileno() not in ready:
+            continue
+        received = _receive(connection)
+        if received is None:
+            break
+        order, files = received
+        pid = os.fork()
+        if pid == 0:
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            for file in (connection.detach(), woken, wakes, *(child.told for child in children.values())):
+                os.close(file)
+            _become(order, files)
+            return work(Path(order.job))
+        children[pid] = _Forked(files.pop(), order.environment[TEMPORARY])
+        for file in files:
+            os.close(file)
+    for pid, child in children.items():
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(pid, signal.SIGKILL)
+        shutil.rmtree(child.temporary, ignore_errors=True)
+    _leave_nothing()
+    return 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Forked:
+    """A child that runs: the pipe that is told its end, and its folder for temporary files."""
+
+    told: int
+    temporary: str
+
+
+def _become(order: Order, files: Sequence[int]) -> None:
+    """Make this process, just forked, what a new one would be."""
+    os.setsid()
+    os.write(files[-1], f"{os.getpid()}\n".encode())
+    for number, file in enumerate(files[:-1]):
+        os.dup2(file, number)
+    for file in files:
+        os.close(file)
+    os.environ.clear()
+    os.environ.update({**order.environment, PARENT: str(os.getppid())})
+    sys.argv[1:] = [order.job]
+    tempfile.tempdir = None
+    with contextlib.suppress(OSError):  # it is gone, as it may be for the one who asks
+        os.chdir(order.folder)
+
+
+def _reap(children: dict[int, _Forked]) -> None:
+    """Tell the end of every child that has ended."""
+    for pid in tuple(children):
+        found, status = os.waitpid(pid, os.WNOHANG)
+        if found:
+            told = children.pop(pid).told
+            with contextlib.suppress(OSError):  # nobody waits for it any more
+                os.write(told, f"{os.waitstatus_to_exitcode(status)}\n".encode())
+            os.close(told)
+
+
+def _further_threads() -> list[str]:
+    """The names of this process's threads beside the first."""
+    own = str(os.getpid())
+    threads = (thread for thread in Path("/proc/self/task").iterdir() if thread.name != own)
+    return sorted((thread / "comm").read_text().strip() for thread in threads)
+
+
+def _resident_bytes() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * int(os.sysconf("SC_PAGE_SIZE"))

@@ -1,0 +1,278 @@
+"""The servers of an engine: which there are, what memory they may hold, and children of theirs as processes.
+
+A server (see `polyexport.workers.server`) is kept for each set of imports. It is there only to save time: where there
+is none, for whatever reason, a job's process is spawned.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from polyexport.workers import oom
+from polyexport.workers.server import Order, send
+
+SWITCH = "POLYEXPORT_SERVERS"
+"""The variable that turns servers off: 0."""
+
+_SHARE = 0.25
+"""Of the memory that is free with no server running, what all servers together may hold."""
+
+_STARTS_WITHIN_SECONDS = 300.0
+
+_NO_THREADS = {"OPENBLAS_NUM_THREADS": "1"}
+"""What would start threads when it is imported."""
+
+
+class Child:
+    """A job's process that a server forked, with what `subprocess.Popen` has of it.
+
+    Attributes:
+        pid: Its id, that of its session and of its process group.
+        stdin: Its standard input.
+        stdout: Its standard output, where that is a pipe.
+        returncode: Its exit code, or minus the signal that ended it; None while it runs.
+        lost: Whether its server ended before it.
+    """
+
+    def __init__(self, told: IO[bytes], stdin: IO[bytes], stdout: IO[bytes] | None) -> None:
+        self.stdin, self.stdout = stdin, stdout
+        self.returncode: int | None = None
+        self.lost = False
+        self._told, self._lines = told, bytearray()
+        self._lock = threading.Lock()
+        pid = self._line(None)
+        if pid is None:
+            raise OSError("its server has ended")
+        self.pid = pid
+
+    def poll(self) -> int | None:
+        """The exit code, if it has ended."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return self.wait(0)
+        return None
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait for its end.
+
+        Raises:
+            subprocess.TimeoutExpired: it takes longer.
+        """
+        with self._lock:
+            if self.returncode is None:
+                code = self._line(timeout)
+                self.lost = code is None
+                self.returncode = -signal.SIGKILL if code is None else code
+                self._told.close()
+            return self.returncode
+
+    def kill(self) -> None:
+        """End it alone."""
+        os.kill(self.pid, signal.SIGKILL)
+
+    def _line(self, timeout: float | None) -> int | None:
+        """The next number that is told of it; None where the server ended first."""
+        end = None if timeout is None else time.monotonic() + timeout
+        poll = select.poll()
+        poll.register(self._told, select.POLLIN)
+        while b"\n" not in self._lines:
+            left = None if end is None else max(0.0, end - time.monotonic())
+            if not poll.poll(None if left is None else left * 1e3):
+                raise subprocess.TimeoutExpired("a child of a server", timeout or 0.0)
+            part = os.read(self._told.fileno(), 64)
+            if not part:
+                return None
+            self._lines += part
+        line, _, self._lines = self._lines.partition(b"\n")
+        return int(line)
+
+
+Process = subprocess.Popen[bytes] | Child
+
+Start = Callable[[Sequence[str], int, Mapping[str, str]], AbstractContextManager[subprocess.Popen[bytes] | None]]
+"""Starts a process of these words, standard input and environment, ended on leaving; None where all were ended."""
+
+
+@dataclass(slots=True)
+class Server:
+    """One server, as the engine sees it.
+
+    Attributes:
+        words: What starts it.
+        why_not: Why it forks nothing; empty where it does, None before it was started.
+        held_bytes: The memory that it holds.
+        users: How many jobs have or will have a child of it.
+        used: When a job last asked for it, on the monotonic clock.
+    """
+
+    words: tuple[str, ...]
+    why_not: str | None = None
+    held_bytes: int = 0
+    users: int = 0
+    used: float = 0.0
+    _connection: socket.socket | None = None
+    _opened: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def start(self, start: Start, environment: Mapping[str, str]) -> str:
+        """Start it, if it never was, and wait until it is ready; returns `why_not`."""
+        with self._lock:
+            if self.why_not is None:
+                self.why_not = self._started(start, environment)
+                if self.why_not:
+                    self._opened.close()
+            return self.why_not
+
+    def _started(self, start: Start, environment: Mapping[str, str]) -> str:
+        ours, its = socket.socketpair()
+        self._opened.callback(ours.close)
+        with its:
+            process = self._opened.enter_context(start(self.words, its.fileno(), {**environment, **_NO_THREADS}))
+        if process is None:
+            return "all were ended"
+        ours.settimeout(_STARTS_WITHIN_SECONDS)
+        try:
+            with ours.makefile("rb") as stream:
+                line = stream.readline()
+        except OSError:
+            return f"its server was not ready after {_STARTS_WITHIN_SECONDS:g} s"
+        if not line:
+            return "its server ended"
+        ours.settimeout(None)
+        about = json.loads(line)
+        if about["threads"]:
+            return f"its server has further threads ({', '.join(about['threads'])}), beside which no fork is safe"
+        self.held_bytes, self._connection = about["bytes"], ours
+        return ""
+
+    def fork(self, job: Path, stdout: Any, stderr: IO[bytes], environment: Mapping[str, str]) -> Child:
+        """A child that does a job.
+
+        Raises:
+            OSError: the server has ended.
+        """
+        with self._lock:
+            if self._connection is None:
+                raise OSError("its server has ended")
+            order = Order(str(job), str(Path.cwd()), environment)
+            its_input, stdin = _pipe()
+            answers, its_output = _pipe() if stdout == subprocess.PIPE else (None, stderr)
+            told, tells = _pipe()
+            try:
+                streams = (its_input.fileno(), its_output.fileno(), stderr.fileno())
+                with its_input, tells, contextlib.nullcontext() if answers is None else its_output:
+                    send(self._connection, order, streams, tells.fileno())
+                return Child(told, stdin, answers)
+            except OSError:
+                self.why_not, self.held_bytes = "its server has ended", 0
+                for file in (stdin, told, *([answers] if answers else [])):
+                    file.close()
+                raise
+
+    def end(self, why: str) -> None:
+        """End it, and fork nothing from now on; its children end with it."""
+        with self._lock:
+            self.why_not, self.held_bytes, self._connection = why, 0, None
+            self._opened.close()
+
+
+def _pipe() -> tuple[IO[bytes], IO[bytes]]:
+    """Where to read, and where to write."""
+    read, write = os.pipe()
+    return os.fdopen(read, "rb"), os.fdopen(write, "wb")
+
+
+class Servers:
+    """The servers of an engine, by command and imports.
+
+    Args:
+        start: Starts a process; see `Start`.
+        on: Whether there are any; by default as the environment says.
+    """
+
+    def __init__(self, start: Start, *, on: bool | None = None) -> None:
+        self._start = start
+        self._on = os.environ.get(SWITCH) != "0" if on is None else on
+        self._servers: dict[tuple[str, ...], Server] = {}
+        self._lock = threading.Lock()
+
+    @contextlib.contextmanager
+    def lent(
+        self, command: Sequence[str], imports: Sequence[str], environment: Mapping[str, str]
+    ) -> Iterator[tuple[Server | None, str]]:
+        """A server for one job, started now if there is none yet; and how the job's process is made, in a line."""
+        if why_not := self._cannot(imports):
+            yield None, f"spawned, since {why_not}"
+            return
+        server = self._of(command, imports)
+        with self._lock:
+            server.users, server.used = server.users + 1, time.monotonic()
+        try:
+            why_not = server.start(self._start, environment) or self._without_memory(server, users=1)
+            if why_not:
+                yield None, f"spawned, since {why_not}"
+            else:
+                yield server, f"forked by a server that has imported {', '.join(imports)}"
+        finally:
+            with self._lock:
+                server.users -= 1
+
+    def warm(self, command: Sequence[str], imports: Sequence[str], environment: Mapping[str, str]) -> None:
+        """Start a server that will be asked for, and wait until it is ready."""
+        if not self._cannot(imports):
+            server = self._of(command, imports)
+            if not server.start(self._start, environment):
+                self._without_memory(server, users=0)
+
+    @property
+    def ready(self) -> tuple[Server, ...]:
+        """Those that can fork."""
+        with self._lock:
+            return tuple(each for each in self._servers.values() if each.held_bytes)
+
+    def close(self) -> None:
+        """End all of them."""
+        with self._lock:
+            servers = tuple(self._servers.values())
+        for server in servers:
+            server.end("all were ended")
+
+    def _of(self, command: Sequence[str], imports: Sequence[str]) -> Server:
+        words = (*command, "--server", *imports)
+        with self._lock:
+            return self._servers.setdefault(words, Server(words))
+
+    def _cannot(self, imports: Sequence[str]) -> str:
+        if not self._on:
+            return f"servers are off ({SWITCH}=0)"
+        if sys.platform != "linux":
+            return f"a fork is not safe on {sys.platform}"
+        return "" if imports else "no imports are declared for it"
+
+    def _without_memory(self, server: Server, *, users: int) -> str:
+        """Why this one ended, where all together hold more than their share: the least lately used ends first.
+
+        None ends that a job runs on; of those of `server` so many have no child yet.
+        """
+        with self._lock:
+            running = [each for each in reversed(self._servers.values()) if each.held_bytes]
+            held = sum(each.held_bytes for each in running)
+            most = int(_SHARE * (oom.free_bytes() + held))
+            for each in sorted(running, key=lambda each: each.used):
+                if held > most and each.users == (users if each is server else 0):
+                    held -= each.held_bytes
+                    each.end(f"servers may hold {most / 1e9:.2f} GB of memory here")
+            return server.why_not or ""
