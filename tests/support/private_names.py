@@ -106,8 +106,6 @@ NAMES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     },
     "tensorflow": {
         "formats/graphdef.py": ("tensorflow.python.framework.convert_to_constants:convert_variables_to_constants_v2",),
-    },
-    "tfjs": {
         "formats/tfjs.py": ("tensorflowjs.converters.tf_saved_model_conversion_v2:_run_grappler",),
     },
     "tflite": {
