@@ -32,7 +32,7 @@ from polyexport.capture import snapshot as modules
 from polyexport.capture.pickling import importable, script
 from polyexport.engine import engine as engines
 from polyexport.engine.dispatch import _by_value
-from polyexport.engine.engine import interrupted, interruption
+from polyexport.engine.request import interrupted, interruption
 from polyexport.measure.latency import QUIET
 from polyexport.report.folders import finished, followed, point_best, take_place, unfinished
 from polyexport.report.outcome import Checkpoint, Note

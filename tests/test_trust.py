@@ -15,10 +15,9 @@ from typer.testing import CliRunner
 
 from polyexport import BadRequest, Engine, Report, Request
 from polyexport.cli import app
-from polyexport.engine.engine import _asked, interrupted
+from polyexport.engine.request import interrupted, write
 from polyexport.formats import known
-from polyexport.report.folders import REQUEST, let_go, unfinished
-from polyexport.serialization import write_json
+from polyexport.report.folders import let_go, unfinished
 
 
 class Touch:
@@ -96,7 +95,7 @@ def test_an_interrupted_export_of_somebody_else_is_resumed_with_trust_only(tmp_p
     """A copy is another's as far as anybody can tell: what is sealed is the place where it was begun."""
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
     work = unfinished(ours)
-    write_json(work / REQUEST, _asked(Request(work, "best", (known()["onnx"],))))
+    write(Request(work, "best", (known()["onnx"],)))
     let_go(work)
     shutil.copytree(ours, theirs)
     with pytest.raises(BadRequest, match="was not begun by you, or not there"):

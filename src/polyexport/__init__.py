@@ -3,7 +3,9 @@
 Importing this package imports no framework; each is imported by the function that uses it.
 """
 
-from polyexport.engine.engine import Engine, Request, export
+from polyexport.engine.engine import Engine
+from polyexport.engine.export import export
+from polyexport.engine.request import Request
 from polyexport.engine.session import Options, Session
 from polyexport.errors import BadRequest, CannotRun, ExportFailed, PolyexportError, ToolMissing, UnknownFormat
 from polyexport.format import Format, Loaded, Observed, Route, Snippet

@@ -25,7 +25,9 @@ from rich.text import Text
 
 from polyexport.capture.snapshot import selected
 from polyexport.engine import checkpoint, plan
-from polyexport.engine.engine import Engine, export, interrupted
+from polyexport.engine.engine import Engine
+from polyexport.engine.export import export
+from polyexport.engine.request import interrupted
 from polyexport.errors import BadRequest, PolyexportError
 from polyexport.format import Format
 from polyexport.formats import known, resolve

@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import os
-import shlex
 import shutil
 import tempfile
 import threading
@@ -23,23 +21,22 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from polyexport.capture.pickling import import_path
-from polyexport.capture.snapshot import SHARDS, WEIGHTS, further_calls
+from polyexport.capture.snapshot import SHARDS, WEIGHTS
 from polyexport.engine import plan
 from polyexport.engine.bench import bench, sweep
-from polyexport.engine.dispatch import Dispatcher, Limits, declared, declared_file
-from polyexport.engine.ownership import is_ours, seal
+from polyexport.engine.dispatch import Dispatcher, Limits
+from polyexport.engine.request import Request, declare, write
 from polyexport.engine.rerun import Runnable, runnables, runner, verify
 from polyexport.engine.routes import Build
 from polyexport.errors import BadRequest, ToolMissing
 from polyexport.format import Format
-from polyexport.formats import known, resolve
+from polyexport.formats import known
 from polyexport.load import Description, described
-from polyexport.measure.dynamic_axes import Dynamic
 from polyexport.measure.latency import Latency
 from polyexport.measure.reference import Reference
 from polyexport.report import manifest
@@ -47,77 +44,29 @@ from polyexport.report.files import save
 from polyexport.report.folders import (
     BEST,
     DESCRIPTION,
-    REQUEST,
     clear,
     discard,
     free_name,
     let_go,
     lies_elsewhere,
-    may_become_export,
     may_point_best,
     point_best,
-    take,
     take_place,
-    unfinished,
 )
 from polyexport.report.manifest import Made, Manifest
-from polyexport.report.outcome import Checkpoint, Model, Outcome, State, notes
+from polyexport.report.outcome import Model, Outcome, State, notes
 from polyexport.report.report import Report, history
 from polyexport.report.tables import sentence
-from polyexport.serialization import decode, encode, read_json, write_json
+from polyexport.serialization import decode, encode, write_json
 from polyexport.spec import Runner
 from polyexport.versions import git_commit
 from polyexport.workers import gpu, toolchain
 from polyexport.workers.job import Prepare
-from polyexport.workers.process import Workers, environment
+from polyexport.workers.process import JobResult, Workers, environment
 from polyexport.workers.remote import Elsewhere
 from polyexport.workers.servers import Server
 
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """One checkpoint to export.
-
-    Attributes:
-        work: The unfinished folder, from `unfinished`; its `source` has the module (see `capture.snapshot`).
-        name: What the finished folder is called.
-        formats: What to make of it.
-        dynamic: Which input axes are free.
-        checkpoint: Where the weights come from, as far as it is known yet.
-        notes: What the report has to say about how it came to be.
-        held: Where the weights still are, if not in the folder: a path, which is the engine's to move or remove, or an
-            fsspec URL, to be copied.
-        best: Whether `best` beside the finished folder is to point to it.
-        keep: How many finished folders may stay in the parent folder; None for all.
-        former: Further parent folders where this may have been exported under the same name, by a run that this one
-            resumes.
-        sys_path: The import path of the process that trained the module.
-        commit: The git commit of its code; None where that is this process's.
-    """
-
-    work: Path
-    name: str
-    formats: tuple[Format, ...]
-    dynamic: Dynamic = True
-    checkpoint: Checkpoint = field(default_factory=lambda: Checkpoint(""))
-    notes: tuple[str, ...] = ()
-    held: str | None = None
-    best: bool = True
-    keep: int | None = None
-    former: tuple[Path, ...] = ()
-    sys_path: tuple[str, ...] = field(default_factory=import_path)
-    commit: str | None = None
-
-    @property
-    def final(self) -> Path:
-        """Where the finished folder will lie."""
-        return self.work.parent / self.name
-
-    @property
-    def question(self) -> dict[str, Any]:
-        """What makes another export of the same weights a different one."""
-        further = len(further_calls(self.work / "source"))
-        return {"formats": sorted(each.name for each in self.formats), "dynamic": self.dynamic, "calibration": further}
+_LOG = "logs/model.log"
 
 
 class Engine:
@@ -170,13 +119,13 @@ class Engine:
         try:
             if request.held and "://" not in request.held:
                 lies_elsewhere(request.work, Path(request.held))
-            write_json(request.work / REQUEST, _asked(request))
+            write(request)
         except OSError:
             discard(request.work)
             raise
         with self._lock:
             self._unfinished.append(request.work)
-            self._aside.submit(_declare, request)
+            self._aside.submit(declare, request)
             future = self._queue.submit(self._export, request)
             self._waiting = (future, request)
         return future
@@ -265,57 +214,35 @@ class Engine:
 
     def _exported(self, request: Request, dispatcher: Dispatcher) -> Report:
         start = time.perf_counter()
+        ended = self._prepared(request, dispatcher)
+        if not ended.ok:
+            return self._finish(request, _not_rebuilt(request, ended), start)
+        reference = decode(Reference, ended.value)
+        shutil.rmtree(request.work / "source" / SHARDS, ignore_errors=True)  # joined by now, here or elsewhere
+        if (earlier := _earlier(request, reference.checkpoint_sha256)) is not None:
+            return self._in_place_of(request, earlier)
+        build = Build(dispatcher, request.formats, reference, functools.partial(self._watch, of=f"{request.name} "))
+        report = _reported(request, reference, build.outcomes(), build.notes)
+        _describe(request, report, reference)
+        return self._finish(request, report, start)
+
+    def _prepared(self, request: Request, dispatcher: Dispatcher) -> JobResult:
+        """Run PyTorch on the request's weights; the value is a `Reference`."""
         self._watch("model", "running PyTorch")
         if request.held and not (request.work / "source" / WEIGHTS).exists():  # one that is resumed may have it
             _fetch(request.held, request.work / "source")
         commit = git_commit() if request.commit is None else request.commit
         job = Prepare(dynamic=request.dynamic, git_commit=commit, sha256=request.checkpoint.sha256)
-        ended = dispatcher.run(job, toolchain.HOST, "prepare", "logs/model.log")
+        ended = dispatcher.run(job, toolchain.HOST, "prepare", _LOG)
         self._watch("model", None)
-        if not ended.ok:
-            state: State = "skipped" if ended.kind == "missing" else "failed"
-            told = ended.kind in ("missing", "bad request")  # in words for the user
-            why = ended.error if told else f"the module cannot be rebuilt: {ended.error}"
-            outcomes = tuple(
-                Outcome(each.name, each.precision, state, why, log="logs/model.log", reproduce=ended.command or None)
-                for each in request.formats
-            )
-            report = Report(request.checkpoint, None, outcomes, notes=notes("capture", *request.notes))
-            return self._finish(request, report, start)
-        reference = decode(Reference, ended.value)
-        shutil.rmtree(request.work / "source" / SHARDS, ignore_errors=True)  # joined by now, here or elsewhere
-        earlier = _earlier(request, reference.checkpoint_sha256)
-        if earlier is not None:
-            self._remove(request.work)
-            if earlier.folder == request.final.resolve():
-                self._point(request)
-            return earlier
-        watch = functools.partial(self._watch, of=f"{request.name} ")
-        build = Build(dispatcher, request.formats, reference, watch)
-        outcomes = build.outcomes()
-        spec = reference.spec
-        report = Report(
-            checkpoint=replace(
-                request.checkpoint,
-                sha256=reference.checkpoint_sha256,
-                epoch=reference.checkpoint_at.get("epoch", request.checkpoint.epoch),
-                global_step=reference.checkpoint_at.get("global_step", request.checkpoint.global_step),
-            ),
-            model=Model(reference.class_name, reference.parameters, spec.inputs, spec.outputs),
-            outcomes=outcomes,
-            environment=reference.environment,
-            notes=(
-                *notes("capture", *request.notes),
-                *notes("batch", *reference.notes),
-                *notes("route", *build.notes),
-            ),
-        )
-        manifest.save(request.work, _manifest(request, report, reference))
-        for outcome in report.outcomes:
-            if outcome.artifact and outcome.format in known():
-                about = Description.of(outcome, report.checkpoint, spec)
-                write_json(request.work / outcome.format / DESCRIPTION, about)
-        return self._finish(request, report, start)
+        return ended
+
+    def _in_place_of(self, request: Request, earlier: Report) -> Report:
+        """Leave it at an export that was made before."""
+        self._remove(request.work)
+        if earlier.folder == request.final.resolve():
+            self._point(request)
+        return earlier
 
     def _finish(self, request: Request, report: Report, start: float) -> Report:
         """Write the report, give the folder its name, point `best` to it, remove what is too old."""
@@ -430,6 +357,60 @@ def check_limits(workers: int | None, timeout: float, executor: Any, staging: st
         raise BadRequest(f"staging={staging!r} is for an executor; give executor= too")
 
 
+def _not_rebuilt(request: Request, ended: JobResult) -> Report:
+    """The report where PyTorch could not be run: every format has the same reason."""
+    state: State = "skipped" if ended.kind == "missing" else "failed"
+    in_words = ended.kind in ("missing", "bad request")  # for the user
+    why = ended.error if in_words else f"the module cannot be rebuilt: {ended.error}"
+
+    def outcome(each: Format) -> Outcome:
+        return Outcome(each.name, each.precision, state, why, log=_LOG, reproduce=ended.command or None)
+
+    outcomes = tuple(map(outcome, request.formats))
+    return Report(request.checkpoint, None, outcomes, notes=notes("capture", *request.notes))
+
+
+def _reported(
+    request: Request, reference: Reference, outcomes: tuple[Outcome, ...], of_routes: Iterable[str]
+) -> Report:
+    """The report of what was made."""
+    at, spec = reference.checkpoint_at, reference.spec
+    return Report(
+        checkpoint=replace(
+            request.checkpoint,
+            sha256=reference.checkpoint_sha256,
+            epoch=at.get("epoch", request.checkpoint.epoch),
+            global_step=at.get("global_step", request.checkpoint.global_step),
+        ),
+        model=Model(reference.class_name, reference.parameters, spec.inputs, spec.outputs),
+        outcomes=outcomes,
+        environment=reference.environment,
+        notes=(
+            *notes("capture", *request.notes),
+            *notes("batch", *reference.notes),
+            *notes("route", *of_routes),
+        ),
+    )
+
+
+def _describe(request: Request, report: Report, reference: Reference) -> None:
+    """Write what the export and each artifact in it are, for who finds them."""
+    made = Manifest(
+        report.checkpoint,
+        request.question,
+        reference.spec,
+        reference.batches,
+        reference.noise,
+        reference.environment,
+        Made.of(report.outcomes),
+    )
+    manifest.save(request.work, made)
+    for outcome in report.outcomes:
+        if outcome.artifact and outcome.format in known():
+            about = Description.of(outcome, report.checkpoint, reference.spec)
+            write_json(request.work / outcome.format / DESCRIPTION, about)
+
+
 def _prune(newest: Report, keep: int | None) -> None:
     """Remove the oldest exports of the run beyond `keep`; the newest, the best, always stays, and so do other runs'."""
     older = history(newest)[:-1] if keep is not None else []
@@ -465,18 +446,6 @@ def _fetch(held: str, source: Path) -> None:
         shutil.move(held, target)
 
 
-def _manifest(request: Request, report: Report, reference: Reference) -> Manifest:
-    return Manifest(
-        report.checkpoint,
-        request.question,
-        reference.spec,
-        reference.batches,
-        reference.noise,
-        reference.environment,
-        Made.of(report.outcomes),
-    )
-
-
 def _earlier(request: Request, sha256: str) -> Report | None:
     """The finished export of the same weights under the same name, if the same was asked of it and all agreed."""
     if not all(known().get(each.name) is each for each in request.formats):
@@ -492,185 +461,7 @@ def _earlier(request: Request, sha256: str) -> Report | None:
     return None
 
 
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """A request as it lies on disk: what `resume` needs; see `Request`."""
-
-    name: str
-    formats: tuple[str, ...]
-    dynamic: Any
-    checkpoint: Checkpoint
-    notes: tuple[str, ...]
-    held: str | None
-    best: bool
-    keep: int | None
-    sys_path: tuple[str, ...]
-    seal: str = ""
-
-
-def _asked(request: Request) -> Asked:
-    names = tuple(each.name for each in request.formats)
-    taken = (request.dynamic, request.checkpoint, request.notes, request.held, request.best, request.keep)
-    return Asked(request.name, names, *taken, request.sys_path, seal(request.work))
-
-
-def _declare(request: Request) -> None:
-    """Write down the formats of the user's own, for whoever resumes the export; what does not pickle is told then."""
-    for each in request.formats:
-        with contextlib.suppress(Exception):  # the user's own code
-            declared(request.work, each)
-
-
-def interruption(work: Path) -> str:
-    """What to tell of an export that was interrupted: which one, what `best` is meanwhile, and what finishes it."""
-    parent = work.parent
-    try:
-        best = f"best is {Report.load(parent / BEST).folder.name} until then"
-    except (OSError, BadRequest):
-        best = "there is no best until then"
-    command = f"polyexport resume {shlex.quote(str(parent))}"
-    return f"the export of {_read(work).name} was interrupted; {best}; to finish it: {command}"
-
-
-def _read(work: Path) -> Asked:
-    file = work / REQUEST
-    try:
-        return decode(Asked, read_json(file))
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise BadRequest(f"{file} cannot be read; another version may have written it: {error}") from None
-
-
-def interrupted(parent: Path, *, trust: bool = True) -> Request:
-    """The export in `parent` that a run left unfinished, which is this process's from now on.
-
-    Without `trust` it has to be one that this user began, there: to finish it is to run what was pickled.
-
-    Raises:
-        BadRequest: there is none; or it is another process's or user's; or a format of the user's own is gone.
-    """
-    work = clear(parent)
-    if work is None or not take(work):
-        raise BadRequest(f"{parent} has no interrupted export; what lies there is complete, or still under way")
-    asked = _read(work)
-    if not (trust or is_ours(work, asked.seal)):
-        let_go(work)
-        raise BadRequest(
-            f"the export in {parent} was not begun by you, or not there, and to finish it runs code that was pickled "
-            "when it began; if you trust who made it, give --trust"
-        )
-    formats = tuple(_format(work, name) for name in asked.formats)
-    dynamic = asked.dynamic
-    if isinstance(dynamic, Mapping):  # JSON has no numbers for keys
-        dynamic = {name: {int(axis): called for axis, called in axes.items()} for name, axes in dynamic.items()}
-    told = (*asked.notes, "training was interrupted; polyexport resume has finished this export")
-    return Request(
-        work,
-        asked.name,
-        formats,
-        dynamic,
-        asked.checkpoint,
-        told,
-        asked.held,
-        asked.best,
-        asked.keep,
-        sys_path=asked.sys_path,
-        commit="",
-    )
-
-
-def _format(work: Path, name: str) -> Format:
-    file = declared_file(work, name)
-    if not file.is_file() and name in known():
-        return known()[name]
-    try:
-        import cloudpickle
-
-        found: Format = cloudpickle.loads(file.read_bytes())
-        for route in found.routes:
-            toolchain.find(route.toolchain)
-    except Exception as error:  # the user's own code
-        why = f"{type(error).__name__}: {error}"
-        raise BadRequest(
-            f"the format {name!r} is your own: fit(ckpt_path=…) makes it, this command cannot: {why}"
-        ) from None
-    return found
-
-
 def _is_still_out_of_reach(outcome: Outcome) -> bool:
     """Whether a format was skipped for hardware or a program that this machine lacks now as it did then."""
     each = known()[outcome.format]
     return outcome.state == "skipped" and bool((each.needs_gpu and gpu.missing()) or each.lacks())
-
-
-# --- without Lightning ------------------------------------------------------------------------------------------------
-
-
-def export(
-    module: Any,
-    inputs: Any,
-    formats: Iterable[str | Format],
-    into: str | Path,
-    *,
-    dynamic: Dynamic = True,
-    calibration: Iterable[Any] = (),
-    bench: bool = True,
-    timeout: float = 600.0,
-    workers: int | None = None,
-    executor: Any = None,
-    staging: str | None = None,
-    progress: Callable[[str], object] | None = None,
-    checkpoint: Checkpoint | None = None,
-) -> Report:
-    """Export a PyTorch module: convert it, prove each artifact against it, time them.
-
-    Args:
-        module: A `torch.nn.Module` with its weights; it is not changed. It is exported in eval mode, as float32.
-        inputs: What forward takes: a tensor, a tuple of positional arguments, or a dict of keyword arguments. Parity is
-            judged on it, so give real data.
-        formats: Names, aliases or `Format` values.
-        into: Folder that becomes the export: a new or empty one, or an earlier export, which is replaced.
-        dynamic: True frees the batch axis and every axis whose size differs between `inputs` and `calibration`, False
-            none; or input name -> {axis: name}.
-        calibration: Further inputs, each like `inputs`; int8 formats take their number ranges from all of them, and
-            every artifact has to answer some of them.
-        bench: Whether to time the artifacts.
-        timeout: Seconds that one conversion or verification may take.
-        workers: How many jobs run side by side; by default half the cores, at least two.
-        executor: Has the jobs done on other machines; see `Engine`.
-        staging: Through which URL their files travel; see `Engine`.
-        progress: Takes one line about each format as it comes to its end: `print`, say.
-        checkpoint: Where the module's weights were read from, for the report.
-
-    Returns:
-        The report, which also lies in `into` as `report.json`, `report.md` and `report.html`.
-
-    Raises:
-        UnknownFormat: a name that is none.
-        BadRequest: the module or the inputs cannot be taken apart, forward takes other arguments, or `into` is there
-            and is no export.
-    """
-    import torch
-
-    from polyexport.capture.answer import ask
-    from polyexport.capture.snapshot import as_call, check_call, save_call, save_module
-
-    chosen = resolve(formats)
-    final = Path(into).resolve()
-    if not may_become_export(final):
-        raise BadRequest(f"{final} is there and is no export; give a new or empty folder, or an export to replace")
-    final.parent.mkdir(parents=True, exist_ok=True)
-    work = unfinished(final.parent)
-    try:
-        for index, call in enumerate(map(as_call, itertools.chain([inputs], calibration))):
-            check_call(module, *call)
-            save_call(*call, work / "source", index)
-        note = save_module(module, None, *as_call(inputs), work / "source")
-        ask(module, as_call(inputs), work / "source")
-        torch.save(module.state_dict(), work / "source" / WEIGHTS)
-        told = (note,) if note else ()
-        request = Request(work, final.name, chosen, dynamic, checkpoint or Checkpoint(""), told, best=False)
-        with Engine(workers=workers, timeout=timeout, executor=executor, staging=staging, tell=progress) as engine:
-            report = engine.submit(request).result()
-            return engine.bench(report, chosen) if bench else report
-    finally:
-        discard(work)

@@ -27,7 +27,8 @@ from polyexport.capture import answer as answers
 from polyexport.capture.changes import beside_weights, retake
 from polyexport.capture.snapshot import UNAVAILABLE, WEIGHTS, Select, save_call, save_module
 from polyexport.engine import plan
-from polyexport.engine.engine import Engine, Request, check_limits, interruption
+from polyexport.engine.engine import Engine, check_limits
+from polyexport.engine.request import Request, interruption
 from polyexport.engine.weights import hold, save_lacking
 from polyexport.errors import BadRequest, ToolMissing, line
 from polyexport.format import Format

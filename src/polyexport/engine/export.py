@@ -1,0 +1,90 @@
+"""The engine without a trainer: one module, exported here and now."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from polyexport.capture.snapshot import WEIGHTS
+from polyexport.engine.engine import Engine
+from polyexport.engine.request import Request
+from polyexport.errors import BadRequest
+from polyexport.format import Format
+from polyexport.formats import resolve
+from polyexport.measure.dynamic_axes import Dynamic
+from polyexport.report.folders import discard, may_become_export, unfinished
+from polyexport.report.outcome import Checkpoint
+from polyexport.report.report import Report
+
+
+def export(
+    module: Any,
+    inputs: Any,
+    formats: Iterable[str | Format],
+    into: str | Path,
+    *,
+    dynamic: Dynamic = True,
+    calibration: Iterable[Any] = (),
+    bench: bool = True,
+    timeout: float = 600.0,
+    workers: int | None = None,
+    executor: Any = None,
+    staging: str | None = None,
+    progress: Callable[[str], object] | None = None,
+    checkpoint: Checkpoint | None = None,
+) -> Report:
+    """Export a PyTorch module: convert it, prove each artifact against it, time them.
+
+    Args:
+        module: A `torch.nn.Module` with its weights; it is not changed. It is exported in eval mode, as float32.
+        inputs: What forward takes: a tensor, a tuple of positional arguments, or a dict of keyword arguments. Parity is
+            judged on it, so give real data.
+        formats: Names, aliases or `Format` values.
+        into: Folder that becomes the export: a new or empty one, or an earlier export, which is replaced.
+        dynamic: True frees the batch axis and every axis whose size differs between `inputs` and `calibration`, False
+            none; or input name -> {axis: name}.
+        calibration: Further inputs, each like `inputs`; int8 formats take their number ranges from all of them, and
+            every artifact has to answer some of them.
+        bench: Whether to time the artifacts.
+        timeout: Seconds that one conversion or verification may take.
+        workers: How many jobs run side by side; by default half the cores, at least two.
+        executor: Has the jobs done on other machines; see `Engine`.
+        staging: Through which URL their files travel; see `Engine`.
+        progress: Takes one line about each format as it comes to its end: `print`, say.
+        checkpoint: Where the module's weights were read from, for the report.
+
+    Returns:
+        The report, which also lies in `into` as `report.json`, `report.md` and `report.html`.
+
+    Raises:
+        UnknownFormat: a name that is none.
+        BadRequest: the module or the inputs cannot be taken apart, forward takes other arguments, or `into` is there
+            and is no export.
+    """
+    import torch
+
+    from polyexport.capture.answer import ask
+    from polyexport.capture.snapshot import as_call, check_call, save_call, save_module
+
+    chosen = resolve(formats)
+    final = Path(into).resolve()
+    if not may_become_export(final):
+        raise BadRequest(f"{final} is there and is no export; give a new or empty folder, or an export to replace")
+    final.parent.mkdir(parents=True, exist_ok=True)
+    work = unfinished(final.parent)
+    try:
+        for index, call in enumerate(map(as_call, itertools.chain([inputs], calibration))):
+            check_call(module, *call)
+            save_call(*call, work / "source", index)
+        note = save_module(module, None, *as_call(inputs), work / "source")
+        ask(module, as_call(inputs), work / "source")
+        torch.save(module.state_dict(), work / "source" / WEIGHTS)
+        told = (note,) if note else ()
+        request = Request(work, final.name, chosen, dynamic, checkpoint or Checkpoint(""), told, best=False)
+        with Engine(workers=workers, timeout=timeout, executor=executor, staging=staging, tell=progress) as engine:
+            report = engine.submit(request).result()
+            return engine.bench(report, chosen) if bench else report
+    finally:
+        discard(work)

@@ -1,0 +1,176 @@
+"""One checkpoint to export, as it is asked for, and as it lies on disk until it is done."""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from polyexport.capture.pickling import import_path
+from polyexport.capture.snapshot import further_calls
+from polyexport.engine.dispatch import declared, declared_file
+from polyexport.engine.ownership import is_ours, seal
+from polyexport.errors import BadRequest
+from polyexport.format import Format
+from polyexport.formats import known
+from polyexport.measure.dynamic_axes import Dynamic
+from polyexport.report.folders import BEST, REQUEST, clear, let_go, take
+from polyexport.report.outcome import Checkpoint
+from polyexport.report.report import Report
+from polyexport.serialization import decode, read_json, write_json
+from polyexport.workers import toolchain
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One checkpoint to export.
+
+    Attributes:
+        work: The unfinished folder, from `unfinished`; its `source` has the module (see `capture.snapshot`).
+        name: What the finished folder is called.
+        formats: What to make of it.
+        dynamic: Which input axes are free.
+        checkpoint: Where the weights come from, as far as it is known yet.
+        notes: What the report has to say about how it came to be.
+        held: Where the weights still are, if not in the folder: a path, which is the engine's to move or remove, or an
+            fsspec URL, to be copied.
+        best: Whether `best` beside the finished folder is to point to it.
+        keep: How many finished folders may stay in the parent folder; None for all.
+        former: Further parent folders where this may have been exported under the same name, by a run that this one
+            resumes.
+        sys_path: The import path of the process that trained the module.
+        commit: The git commit of its code; None where that is this process's.
+    """
+
+    work: Path
+    name: str
+    formats: tuple[Format, ...]
+    dynamic: Dynamic = True
+    checkpoint: Checkpoint = field(default_factory=lambda: Checkpoint(""))
+    notes: tuple[str, ...] = ()
+    held: str | None = None
+    best: bool = True
+    keep: int | None = None
+    former: tuple[Path, ...] = ()
+    sys_path: tuple[str, ...] = field(default_factory=import_path)
+    commit: str | None = None
+
+    @property
+    def final(self) -> Path:
+        """Where the finished folder will lie."""
+        return self.work.parent / self.name
+
+    @property
+    def question(self) -> dict[str, Any]:
+        """What makes another export of the same weights a different one."""
+        further = len(further_calls(self.work / "source"))
+        return {"formats": sorted(each.name for each in self.formats), "dynamic": self.dynamic, "calibration": further}
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A request as it lies on disk: what `resume` needs; see `Request`."""
+
+    name: str
+    formats: tuple[str, ...]
+    dynamic: Any
+    checkpoint: Checkpoint
+    notes: tuple[str, ...]
+    held: str | None
+    best: bool
+    keep: int | None
+    sys_path: tuple[str, ...]
+    seal: str = ""
+
+
+def write(request: Request) -> None:
+    """Write down what was asked for, for whoever resumes the export."""
+    names = tuple(each.name for each in request.formats)
+    taken = (request.dynamic, request.checkpoint, request.notes, request.held, request.best, request.keep)
+    asked = Asked(request.name, names, *taken, request.sys_path, seal(request.work))
+    write_json(request.work / REQUEST, asked)
+
+
+def declare(request: Request) -> None:
+    """Write down the formats of the user's own, for whoever resumes the export; what does not pickle is told then."""
+    for each in request.formats:
+        with contextlib.suppress(Exception):  # the user's own code
+            declared(request.work, each)
+
+
+def interruption(work: Path) -> str:
+    """What to tell of an export that was interrupted: which one, what `best` is meanwhile, and what finishes it."""
+    parent = work.parent
+    try:
+        best = f"best is {Report.load(parent / BEST).folder.name} until then"
+    except (OSError, BadRequest):
+        best = "there is no best until then"
+    command = f"polyexport resume {shlex.quote(str(parent))}"
+    return f"the export of {_read(work).name} was interrupted; {best}; to finish it: {command}"
+
+
+def _read(work: Path) -> Asked:
+    file = work / REQUEST
+    try:
+        return decode(Asked, read_json(file))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise BadRequest(f"{file} cannot be read; another version may have written it: {error}") from None
+
+
+def interrupted(parent: Path, *, trust: bool = True) -> Request:
+    """The export in `parent` that a run left unfinished, which is this process's from now on.
+
+    Without `trust` it has to be one that this user began, there: to finish it is to run what was pickled.
+
+    Raises:
+        BadRequest: there is none; or it is another process's or user's; or a format of the user's own is gone.
+    """
+    work = clear(parent)
+    if work is None or not take(work):
+        raise BadRequest(f"{parent} has no interrupted export; what lies there is complete, or still under way")
+    asked = _read(work)
+    if not (trust or is_ours(work, asked.seal)):
+        let_go(work)
+        raise BadRequest(
+            f"the export in {parent} was not begun by you, or not there, and to finish it runs code that was pickled "
+            "when it began; if you trust who made it, give --trust"
+        )
+    formats = tuple(_format(work, name) for name in asked.formats)
+    dynamic = asked.dynamic
+    if isinstance(dynamic, Mapping):  # JSON has no numbers for keys
+        dynamic = {name: {int(axis): called for axis, called in axes.items()} for name, axes in dynamic.items()}
+    told = (*asked.notes, "training was interrupted; polyexport resume has finished this export")
+    return Request(
+        work,
+        asked.name,
+        formats,
+        dynamic,
+        asked.checkpoint,
+        told,
+        asked.held,
+        asked.best,
+        asked.keep,
+        sys_path=asked.sys_path,
+        commit="",
+    )
+
+
+def _format(work: Path, name: str) -> Format:
+    file = declared_file(work, name)
+    if not file.is_file() and name in known():
+        return known()[name]
+    try:
+        import cloudpickle
+
+        found: Format = cloudpickle.loads(file.read_bytes())
+        for route in found.routes:
+            toolchain.find(route.toolchain)
+    except Exception as error:  # the user's own code
+        why = f"{type(error).__name__}: {error}"
+        raise BadRequest(
+            f"the format {name!r} is your own: fit(ckpt_path=…) makes it, this command cannot: {why}"
+        ) from None
+    return found
