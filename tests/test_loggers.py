@@ -106,5 +106,5 @@ def test_a_hydra_configuration_makes_the_callback_with_its_sinks(mode):
     (made,) = callback.publish
     assert isinstance(made, Wandb)
     assert (made.registry, made.tags, made.upload) == ("model/digits", ["a"], "all")
-    assert json.loads(json.dumps(callback.dynamic)) == {"x": {"0": "batch"}}
+    assert json.loads(json.dumps(callback.options.dynamic)) == {"x": {"0": "batch"}}
     assert list(sinks(callback.publish, [])) == [made]

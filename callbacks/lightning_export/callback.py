@@ -148,7 +148,7 @@ class ExportCallback(Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._folders = [Path(folder) for folder in state_dict.get("folders", ())]
+        self._folders[:] = map(Path, state_dict.get("folders", ()))  # the session has the same list
 
     # --- before training ----------------------------------------------------------------------------------------------
 
