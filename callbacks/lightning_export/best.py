@@ -22,15 +22,25 @@ class Best:
 
     Attributes:
         path: Where it lies.
-        name: What it is called below the folder of checkpoints.
+        folder: The folder of checkpoints.
         monitor: The metric; None where nothing is monitored.
         score: Its value; where nothing is monitored, what changes with each checkpoint.
     """
 
     path: str
-    name: str
+    folder: str
     monitor: str | None
     score: Any
+
+    @property
+    def name(self) -> str:
+        """What it is called below the folder of checkpoints.
+
+        That is more than the file's name where a metric is: `epoch=1-val/loss=0.5.ckpt` lies in a folder of its own.
+        """
+        path = Path(self.path)
+        inside = path.relative_to(self.folder) if path.is_relative_to(self.folder) else Path(path.name)
+        return "-".join(inside.with_suffix("").parts)
 
     def is_same(self, other: Best | None) -> bool:
         """Whether nothing was written in between; by identity of the score, since comparing would wait for a GPU."""
@@ -58,16 +68,7 @@ def best_of(trainer: Any, monitor: str | None) -> Best | None:
         return None
     # without a monitor the newest is the best, and one under the same name differs in nothing but its step
     score = model_checkpoint.best_model_score if model_checkpoint.monitor else model_checkpoint._last_global_step_saved
-    return Best(str(path), _name(str(path), str(model_checkpoint.dirpath)), model_checkpoint.monitor, score)
-
-
-def _name(path: str, folder: str) -> str:
-    """What a checkpoint is called below the folder of checkpoints.
-
-    That is more than the file's name where a metric is: `epoch=1-val/loss=0.5.ckpt` lies in a folder of its own.
-    """
-    inside = Path(path).relative_to(folder) if Path(path).is_relative_to(folder) else Path(Path(path).name)
-    return "-".join(inside.with_suffix("").parts)
+    return Best(str(path), str(model_checkpoint.dirpath), model_checkpoint.monitor, score)
 
 
 def follow(

@@ -224,8 +224,10 @@ class ExportCallback(Callback):
 
     def _export_best(self, trainer: Trainer, *, wait: bool = False) -> bool:
         """Offer the best checkpoint if it is a new one; False where there is none on disk."""
-        session, best = self.session, best_of(trainer, self.monitor)
-        if session is None or session.closed or not session.captured or trainer.sanity_checking or best is None:
+        session = self.session
+        if session is None or session.closed or not session.captured or trainer.sanity_checking:
+            return False
+        if (best := best_of(trainer, self.monitor)) is None:
             return False
         if best.is_same(self._seen) or not (wait or session.is_free()):  # then it comes with the next hook
             return True

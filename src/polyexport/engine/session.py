@@ -151,6 +151,7 @@ class Session:
             tell=self.told.append,
         )
         self._captured: Path | None = None
+        self._wanted = options.batches
         self._exports: dict[Future[Report], str] = {}  # and the names of what they export
         self._notes: tuple[str, ...] = ()
         self._answer: answers.Answer | None = None
@@ -200,7 +201,7 @@ class Session:
     @property
     def wants_more(self) -> bool:
         """Whether the inputs of a further batch are of use."""
-        return self.taken < self.options.batches
+        return self.taken < self._wanted
 
     def take(self, root: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Take what forward received; with the first batch also the structure of `root`.
@@ -419,9 +420,9 @@ class Session:
         if not self.closed:
             self.closed = True
             left = self._engine.close()
-            self._interrupted = interruption(left) if left is not None else ""
             if self._captured is not None:
                 discard(self._captured)
+            self._interrupted = interruption(left) if left is not None else ""
         return self._interrupted
 
     def __enter__(self) -> Session:
