@@ -90,7 +90,7 @@ def test_an_unknown_format_names_the_known_ones():
 
 
 def test_a_precision_that_is_none_is_refused_where_the_format_is_declared():
-    reason = "onnx has the precision 'fp16'; known precisions: float32, float16, bfloat16, int8"
+    reason = "onnx has the precision 'fp16'; known precisions: float32, float16, bfloat16, int8, w8, w4"
     with pytest.raises(BadRequest, match=re.escape(reason)):
         replace(FORMATS["onnx"], precision="fp16")
 

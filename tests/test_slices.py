@@ -14,8 +14,7 @@ from polyexport.capture.flatten import as_runner, flat, to_arrays
 from polyexport.capture.snapshot import as_call
 from polyexport.measure.noise import rounding
 from polyexport.measure.parity import TIES, Parity, compare
-
-PRECISIONS = ("float32", "float16", "bfloat16", "int8")
+from polyexport.spec import PRECISIONS
 
 
 def detector(rows: int, classes: int = 5) -> np.ndarray:
@@ -59,11 +58,11 @@ def rounded(reference: np.ndarray, precision: str, axis: int) -> np.ndarray:
     rng = np.random.default_rng(1)
     if precision == "float16":
         return reference.astype(np.float16).astype(np.float32)
-    if precision == "int8":
+    if precision in ("int8", "w8"):
         rest = tuple(other for other in range(reference.ndim) if other != axis % reference.ndim)
         step = np.abs(reference).max(axis=rest, keepdims=True) / 127
         return (np.round(reference / step) * step).astype(np.float32)
-    relative = {"float32": 1e-6, "bfloat16": 2.0**-8}[precision]
+    relative = {"float32": 1e-6, "bfloat16": 2.0**-8, "w4": 1 / 30}[precision]
     return (reference * (1 + relative * rng.uniform(-1, 1, reference.shape))).astype(np.float32)
 
 

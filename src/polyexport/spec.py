@@ -18,8 +18,11 @@ Arrays = dict[str, np.ndarray]
 Runner = Callable[[Arrays], Arrays]
 """A model that can be run: named arrays in, named arrays out. The only interface to a runtime."""
 
-Precision = Literal["float32", "float16", "bfloat16", "int8"]
-"""What an artifact computes in, by its name in numpy and PyTorch."""
+Precision = Literal["float32", "float16", "bfloat16", "int8", "w8", "w4"]
+"""What an artifact computes in, by its name in numpy and PyTorch.
+
+`w8` and `w4` have the weights alone in 8 and 4 bits; activations are float, or quantized while it runs.
+"""
 
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 

@@ -53,7 +53,7 @@ def _ties(model: torch.nn.Module, inputs: Arrays, outputs: Arrays) -> Arrays:
     integers = {name: array for name, array in outputs.items() if array.dtype.kind in "biu"}
     ties = {name: np.full(array.shape, np.inf) for name, array in integers.items()}
     rng = np.random.default_rng(0)
-    low: tuple[Precision, ...] = ("float16", "bfloat16", "int8")
+    low: tuple[Precision, ...] = ("float16", "bfloat16", "int8", "w4")
     for precision in low if integers else ():
         move = functools.partial(_rounded, rng, precision)
         for _ in range(_DRAWS):
@@ -69,10 +69,10 @@ _DRAWS = 2
 
 
 def _rounded(rng: np.random.Generator, precision: Precision, array: np.ndarray) -> np.ndarray:
-    """Float32 numbers as rounding to a precision may leave them; steps of int8 are relative to the greatest number."""
+    """Float32 numbers as rounding to a precision may leave them; steps of integers are relative to the greatest."""
     if array.dtype != np.float32:
         return array
-    most = np.abs(array).max(initial=0.0) if precision == "int8" else np.abs(array)
+    most = np.abs(array).max(initial=0.0) if precision in ("int8", "w4") else np.abs(array)
     by = Tolerance.for_precision(precision).roundoff * rng.uniform(-1, 1, array.shape)
     return np.asarray(array + by * most, np.float32)
 

@@ -58,11 +58,15 @@ class Tolerance:
 _STEP = 1 / 127
 """One step of int8, relative to the greatest number."""
 
+_INT8 = Tolerance(rtol=0.1, atol=0.1, misses=0.02, cosine=0.99, top1=0.95, roundoff=_STEP / 2, tie=_STEP)
+
 _TOLERANCES: Mapping[Precision, Tolerance] = {
     "float32": Tolerance(rtol=1e-3, atol=1e-4, misses=0.0, cosine=0.99999, top1=1.0),
     "float16": Tolerance(
         rtol=1e-2, atol=5e-3, misses=1e-3, cosine=0.9999, top1=0.99, roundoff=2.0**-11, smallest=2.0**-24
     ),
     "bfloat16": Tolerance(rtol=5e-2, atol=2e-2, misses=1e-2, cosine=0.999, top1=0.98, roundoff=2.0**-8),
-    "int8": Tolerance(rtol=0.1, atol=0.1, misses=0.02, cosine=0.99, top1=0.95, roundoff=_STEP / 2, tie=_STEP),
+    "int8": _INT8,
+    "w8": _INT8,  # a runtime may quantize the activations while it runs, and then computes as in int8
+    "w4": Tolerance(rtol=0.15, atol=0.15, misses=0.02, cosine=0.97, top1=0.9, roundoff=_STEP, tie=2 * _STEP),
 }
