@@ -120,6 +120,7 @@ def _record(each: Format) -> dict[str, Any]:
         "artifact": each.artifact,
         "precision": each.precision,
         "needs_gpu": each.needs_gpu,
+        "kit": each.on_device is not None,
         "routes": [
             {"name": route.name, "upstream": route.upstream, "toolchain": toolchain.find(route.toolchain).name}
             for route in each.routes
@@ -346,6 +347,45 @@ def run(
         _print_json({name: array.tolist() for name, array in found.items()})
         return
     _show([{"output": name, "dtype": str(a.dtype), "shape": str(list(a.shape))} for name, a in found.items()], False)
+
+
+@app.command()
+def kit(
+    artifact: Annotated[
+        Path, typer.Argument(metavar="ARTIFACT", help="A format's folder in an export, or the artifact in it.")
+    ],
+    into: Annotated[Path | None, typer.Option(help="What to make; by default EXPORT-FORMAT-kit, here.")] = None,
+    archive: Annotated[bool, typer.Option("--zip", help="Make a .zip of it.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Make a folder that proves and times an artifact on a machine that has only its runtime: a Mac, a Jetson, a Pi.
+
+    What comes back from there is `proof.json`, for `accept`.
+    """
+    from polyexport.kit.make import make
+
+    with _told():
+        made = make(artifact, into, archive=archive)
+    if as_json:
+        _print_json({"kit": str(made)})
+    else:
+        typer.echo(str(made))
+
+
+@app.command()
+def accept(
+    proof: Annotated[Path, typer.Argument(metavar="PROOF", help="The proof.json that a kit wrote.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="The export, or a folder that it lies in; by default this one.")
+    ] = Path(),
+    as_json: Json = False,
+) -> None:
+    """Take what a kit found on another machine into the report; exit code 1 if it does not agree there."""
+    from polyexport.kit.accept import accept
+
+    with _told():
+        report, name = accept(proof, folder)
+    _conclude(report, [report[name]], as_json)
 
 
 @app.command("wandb-link")

@@ -108,6 +108,19 @@ class Snippet:
     code: str
 
 
+@dataclass(frozen=True, slots=True)
+class OnDevice:
+    """How an artifact is run on the machine that it is made for, which has only its runtime (see `polyexport kit`).
+
+    Attributes:
+        packages: What `pip` installs there beside numpy; of the first, the runtime, the version stands in the report.
+        load: Opens it there; by default the format's `load`.
+    """
+
+    packages: tuple[str, ...]
+    load: Load | None = None
+
+
 _TAKEN = ("source", "logs", MODULE, "eager", "pytorch")
 """What the export's own folders, the upstream of root routes and the baseline are called."""
 
@@ -136,6 +149,7 @@ class Format:
             to get it, in a line; empty where nothing is missing.
         snippets: How applications open it, the language that it is mostly used from first.
         calibrated: Whether its routes take number ranges from real batches (`ExportSpec.calibration`).
+        on_device: How it is run on a machine that has only its runtime; None where it has no kit.
 
     Raises:
         BadRequest: its name cannot be that of a folder in the export, or its precision is none of `PRECISIONS`.
@@ -155,6 +169,7 @@ class Format:
     lacks: Callable[[], str] = _nothing
     snippets: tuple[Snippet, ...] = ()
     calibrated: bool = False
+    on_device: OnDevice | None = None
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"\w[\w.-]*", self.name) or self.name in _TAKEN:
@@ -178,7 +193,18 @@ class Format:
         Raises:
             CannotRun: nothing on this machine can run it.
         """
-        if self.load is None:
+        return self._opened(self.load, path, spec, threads)
+
+    def open_on_device(self, path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
+        """Open the artifact at `path` on the machine that it is made for.
+
+        Raises:
+            CannotRun: this is not one.
+        """
+        return self._opened((self.on_device and self.on_device.load) or self.load, path, spec, threads)
+
+    def _opened(self, load: Load | None, path: Path, spec: ExportSpec, threads: int) -> Loaded:
+        if load is None:
             raise CannotRun(f"no machine can run {self.name} directly")
-        opened = self.load(path, spec, threads=threads)
+        opened = load(path, spec, threads=threads)
         return opened if isinstance(opened, Loaded) else Loaded(opened)

@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from polyexport.format import Convert, Format, Loaded, Observed, Route, Snippet
+from polyexport.errors import CannotRun
+from polyexport.format import Convert, Format, Loaded, Observed, OnDevice, Route, Snippet
 from polyexport.spec import Arrays, ExportSpec, Precision, Runner, TensorSpec, example
 
 if TYPE_CHECKING:
@@ -181,12 +182,23 @@ def _translated(model: Any, spec: ExportSpec, precision: str, oldest: Any) -> An
 def load(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
     """Run it with Core ML on macOS, and by evaluating its program elsewhere."""
     if sys.platform == "darwin":
-        return package(_predicted(path), spec)
+        return load_on_mac(path, spec, threads=threads)
     return replace(
         package(_evaluated(path, threads), spec),
         stand_in="its program is evaluated op by op, which says nothing of Core ML's speed",
         observed=lambda: Observed(verified_by="MIL program evaluated off-device"),
     )
+
+
+def load_on_mac(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
+    """Run it with Core ML.
+
+    Raises:
+        CannotRun: this is no macOS.
+    """
+    if sys.platform != "darwin":
+        raise CannotRun("Core ML is part of macOS, so run this on a Mac")
+    return package(_predicted(path), spec)
 
 
 def package(run: Runner, spec: ExportSpec) -> Loaded:
@@ -271,6 +283,7 @@ def _format(name: str, precision: Precision, description: str) -> Format:
         ),
         load=load,
         snippets=_SNIPPETS,
+        on_device=OnDevice(("coremltools",), load_on_mac),
     )
 
 

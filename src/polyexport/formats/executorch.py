@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from polyexport.format import Format, Route, Snippet
+from polyexport.format import Format, OnDevice, Route, Snippet
 from polyexport.spec import Arrays, ExportSpec, Runner
 from polyexport.tracing.exported_program import load_program
 
@@ -132,4 +132,5 @@ FORMAT = Format(
     ),
     load=load,
     snippets=_SNIPPETS,
+    on_device=OnDevice(("executorch",)),
 )

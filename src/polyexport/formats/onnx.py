@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from polyexport.errors import line
-from polyexport.format import MODULE, Format, Route, Snippet
+from polyexport.format import MODULE, Format, OnDevice, Route, Snippet
 from polyexport.lowering.ports import inner, rename_ports
 from polyexport.spec import Arrays, ExportSpec, Runner, example
 from polyexport.tracing.exported_program import load_program
@@ -168,6 +168,7 @@ outputs = session.run({{ outputs | tojson }}, inputs)
     ),
 )
 
+ON_DEVICE = OnDevice(("onnxruntime",))
 
 FORMAT = Format(
     name="onnx",
@@ -181,4 +182,5 @@ FORMAT = Format(
     ),
     load=load,
     snippets=SNIPPETS,
+    on_device=ON_DEVICE,
 )

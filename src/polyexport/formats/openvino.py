@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from polyexport.format import Format, Route, Snippet
+from polyexport.format import Format, OnDevice, Route, Snippet
 from polyexport.spec import Arrays, ExportSpec, Runner
 
 if TYPE_CHECKING:
@@ -156,6 +156,7 @@ int main() {
     ),
 )
 
+ON_DEVICE = OnDevice(("openvino",))
 
 FORMAT = Format(
     name="openvino",
@@ -169,4 +170,5 @@ FORMAT = Format(
     ),
     load=load,
     snippets=_SNIPPETS,
+    on_device=ON_DEVICE,
 )

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from polyexport.errors import CannotRun, ToolMissing
-from polyexport.format import Convert, Format, Route, Snippet
+from polyexport.format import Convert, Format, OnDevice, Route, Snippet
 from polyexport.spec import Arrays, ExportSpec, Precision, Runner
 from polyexport.workers import gpu
 
@@ -266,6 +266,7 @@ def _format(
         needs_gpu=True,
         lacks=lacks,
         snippets=_SNIPPETS,
+        on_device=OnDevice(("tensorrt", "torch")),
     )
 
 

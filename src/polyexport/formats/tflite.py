@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from polyexport.format import Format, Loaded, Route, Snippet
+from polyexport.format import Format, Loaded, OnDevice, Route, Snippet
 from polyexport.formats.saved_model import SIGNATURE
 from polyexport.spec import Arrays, ExportSpec, Precision, TensorSpec, calibration
 from polyexport.tracing.exported_program import in_float32, load_program
@@ -371,6 +371,7 @@ def _format(name: str, precision: Precision, description: str, *routes: Route, *
         routes=routes,
         runtime="tflite",
         snippets=SNIPPETS,
+        on_device=OnDevice(("ai-edge-litert",)),
         **({"load": load} | more),
     )
 

@@ -23,7 +23,7 @@ from polyexport.format import Snippet
 from polyexport.formats import known
 from polyexport.report import svg
 from polyexport.report.outcome import STATES, Outcome
-from polyexport.report.report import Report, eager, history, metrics, rows
+from polyexport.report.report import Report, eager, history, metrics, proofs, rows
 from polyexport.report.svg import Point
 from polyexport.report.tables import COLUMNS, NUMBERS, error, milliseconds, size
 
@@ -47,6 +47,7 @@ def page(report: Report) -> str:
             numbers=NUMBERS,
             table=list(_table(report)),
             metrics=metrics(report),
+            proofs=proofs(report),
             highlights=list(_highlights(report)),
             pictures=list(_pictures(report)),
             history=_history(report),

@@ -194,6 +194,23 @@ def metrics(report: Report) -> list[dict[str, str]]:
     return table
 
 
+def proofs(report: Report) -> list[dict[str, str]]:
+    """What each artifact did on other machines, one row for each proof that came from there."""
+    return [
+        {
+            "format": outcome.format,
+            "verified by": escape.printable(proof.verified_by),
+            "state": "verified" if proof.parity.passed else "mismatch",
+            "max error": tables.error(proof.parity.max_abs_error),
+            "p50 ms": tables.milliseconds(proof.latency.p50_ms),
+            "p95 ms": tables.milliseconds(proof.latency.p95_ms),
+            "batch": str(proof.latency.batch),
+        }
+        for outcome in report.outcomes
+        for proof in outcome.proofs
+    ]
+
+
 def markdown(report: Report) -> str:
     """The report as Markdown: what was exported, the table, the notes, how to reproduce each step."""
     checkpoint, model = report.checkpoint, report.model
@@ -215,6 +232,8 @@ def markdown(report: Report) -> str:
             *tables.markdown(metrics(report)),
             "",
         ]
+    if elsewhere := proofs(report):
+        lines += ["On other machines, by `polyexport kit`:", "", *tables.markdown(elsewhere), ""]
     if report.baseline:
         measured = report.baseline
         lines += [
