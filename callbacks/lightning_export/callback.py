@@ -63,6 +63,9 @@ class ExportCallback(Callback):
             future, such as dask's `Client.get_executor()`. Timing stays on this one.
         staging: An fsspec URL that this machine and those reach, through which files travel; else they travel through
             the executor.
+        labels: Names of the classes in the last axis of an output, in their order: `["cat", "dog"]`. They travel inside
+            each artifact, and `polyexport.load(…).labels` gives them back.
+        metadata: Texts by name that travel likewise.
 
     Attributes:
         reports: The finished exports of this run, the oldest first; on rank zero, and not outside a spawned process.
@@ -93,6 +96,8 @@ class ExportCallback(Callback):
         metric_batches: int = 0,
         executor: Any = None,
         staging: str | None = None,
+        labels: Sequence[str] = (),
+        metadata: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__()
         self.options = Options(
@@ -106,6 +111,8 @@ class ExportCallback(Callback):
             workers=workers,
             executor=executor,
             staging=staging,
+            labels=labels if isinstance(labels, str) else tuple(labels),  # type: ignore[arg-type]  # refused with the rest
+            metadata=dict(metadata) if isinstance(metadata, Mapping) else metadata or {},
         )
         check(when=when, fail_on=fail_on, publish=publish, metric_batches=metric_batches)
         self.into = into

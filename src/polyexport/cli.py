@@ -219,6 +219,12 @@ def export_checkpoint(
     static: Annotated[bool, typer.Option("--static", help="Fix the batch size.")] = False,
     trust: Annotated[bool, typer.Option("--trust", help="Unpickle what the checkpoint holds beside tensors.")] = False,
     timeout: Annotated[float, typer.Option(help="Seconds that one conversion or verification may take.")] = 600.0,
+    labels: Annotated[
+        Path | None, typer.Option(help="A file with the names of an output's classes, one a line, to be embedded.")
+    ] = None,
+    metadata: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=TEXT", help="What else to embed; repeat it for each.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Export a checkpoint without a trainer, prove each artifact and time it; exit code 1 if any does not agree."""
@@ -240,6 +246,8 @@ def export_checkpoint(
             timeout=timeout,
             progress=_say,
             checkpoint=checkpoint.record(path, blob),
+            labels=labels.read_text(encoding="utf-8").splitlines() if labels else (),
+            metadata=checkpoint.metadata(metadata or ()),
         )
     _conclude(report, report.outcomes, as_json)
 

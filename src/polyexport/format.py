@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -43,6 +43,8 @@ class Loaded:
         shortfall: What it lacks of what was asked for, in a line; empty where nothing.
         stand_in: Why this is not what will serve the artifact, and is not timed; empty where it is.
         observed: Tells what is known once `run` was called.
+        labels: Names of the classes that travel with it.
+        metadata: What else does: the user's, the checkpoint's hash, versions.
     """
 
     run: Runner
@@ -50,6 +52,8 @@ class Loaded:
     shortfall: str = ""
     stand_in: str = ""
     observed: Callable[[], Observed] = Observed
+    labels: tuple[str, ...] = ()
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
     def __call__(self, inputs: Arrays) -> Arrays:
         """Run the artifact."""

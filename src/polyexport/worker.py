@@ -41,7 +41,7 @@ from polyexport.format import Format, Loaded
 from polyexport.report.escape import printable
 from polyexport.report.folders import DESCRIPTION
 from polyexport.serialization import write_json
-from polyexport.spec import Arrays, read_arrays, write_arrays
+from polyexport.spec import LABELS, Arrays, read_arrays, write_arrays
 from polyexport.workers import server
 from polyexport.workers.job import (
     PARENT,
@@ -188,6 +188,9 @@ def convert(root: Path, job: Convert) -> Any:
         raise
     if not target.exists():
         raise RuntimeError(f"the converter ended without an error, but wrote no {each.artifact}")
+    if job.spec.labels:
+        folder = target if each.artifact == "." else target.parent
+        (folder / LABELS).write_text(spec.label_lines, encoding="utf-8")
     from polyexport.versions import versions
 
     return {"packages": versions(job.packages), "frozen": sorted(frozen)}

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from polyexport.capture.snapshot import WEIGHTS
 from polyexport.engine.engine import Engine
+from polyexport.engine.labels import check
 from polyexport.engine.request import Request
 from polyexport.errors import BadRequest
 from polyexport.format import Format
@@ -34,6 +35,8 @@ def export(
     staging: str | None = None,
     progress: Callable[[str], object] | None = None,
     checkpoint: Checkpoint | None = None,
+    labels: Sequence[str] = (),
+    metadata: Mapping[str, str] | None = None,
 ) -> Report:
     """Export a PyTorch module: convert it, prove each artifact against it, time them.
 
@@ -54,14 +57,16 @@ def export(
         staging: Through which URL their files travel; see `Engine`.
         progress: Takes one line about each format as it comes to its end: `print`, say.
         checkpoint: Where the module's weights were read from, for the report.
+        labels: Names of the classes in the last axis of an output, in their order, to be embedded in each artifact.
+        metadata: What else is to be embedded, by name.
 
     Returns:
         The report, which also lies in `into` as `report.json`, `report.md` and `report.html`.
 
     Raises:
         UnknownFormat: a name that is none.
-        BadRequest: the module or the inputs cannot be taken apart, forward takes other arguments, or `into` is there
-            and is no export.
+        BadRequest: the module or the inputs cannot be taken apart, forward takes other arguments, labels or metadata
+            are no texts, or `into` is there and is no export.
     """
     import torch
 
@@ -69,6 +74,7 @@ def export(
     from polyexport.capture.snapshot import as_call, check_call, save_call, save_module
 
     chosen = resolve(formats)
+    check(labels, metadata or {})
     final = Path(into).resolve()
     if not may_become_export(final):
         raise BadRequest(f"{final} is there and is no export; give a new or empty folder, or an export to replace")
@@ -82,7 +88,9 @@ def export(
         ask(module, as_call(inputs), work / "source")
         torch.save(module.state_dict(), work / "source" / WEIGHTS)
         told = (note,) if note else ()
-        request = Request(work, final.name, chosen, dynamic, checkpoint or Checkpoint(""), told, best=False)
+        embedded: dict[str, Any] = {"labels": tuple(labels), "metadata": dict(metadata or {})}
+        about = checkpoint or Checkpoint("")
+        request = Request(work, final.name, chosen, dynamic, about, told, best=False, **embedded)
         with Engine(workers=workers, timeout=timeout, executor=executor, staging=staging, tell=progress) as engine:
             report = engine.submit(request).result()
             return engine.bench(report, chosen) if bench else report

@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -28,6 +28,7 @@ from polyexport.capture.changes import beside_weights, retake
 from polyexport.capture.snapshot import UNAVAILABLE, WEIGHTS, Select, save_call, save_module
 from polyexport.engine import plan
 from polyexport.engine.engine import Engine, check_limits
+from polyexport.engine.labels import check
 from polyexport.engine.request import Request, interruption
 from polyexport.engine.weights import hold, save_lacking
 from polyexport.errors import BadRequest, ToolMissing, line
@@ -64,6 +65,8 @@ class Options:
         workers: How many jobs run side by side; by default half the cores, at least two.
         executor: Has the jobs done on other machines; see `Engine`.
         staging: Through which URL their files travel; see `Engine`.
+        labels: Names of an output's classes, to be embedded in each artifact.
+        metadata: What else is to be embedded.
 
     Raises:
         BadRequest: a value is impossible.
@@ -79,8 +82,11 @@ class Options:
     workers: int | None = None
     executor: Any = None
     staging: str | None = None
+    labels: tuple[str, ...] = ()
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        check(self.labels, self.metadata)
         plan.steps(self.formats)
         check_limits(self.workers, self.timeout, self.executor, self.staging)
         if self.calibration_batches < 1:
@@ -329,6 +335,8 @@ class Session:
             held,
             keep=options.keep,
             former=tuple(self._folders),
+            labels=options.labels,
+            metadata=options.metadata,
         )
         self._exports[self._engine.submit(request)] = name
 

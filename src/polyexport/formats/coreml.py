@@ -15,6 +15,7 @@ Requirements:
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -149,7 +150,10 @@ def _convert(model: Any, target: Path, spec: ExportSpec, precision: str) -> None
             raise
         print(f"for iOS 18 and macOS 15 only, since: {error}")
         package = _translated(model, spec, precision, ct.target.iOS18)
-    package.user_defined_metadata.update(spec.metadata)
+    package.user_defined_metadata.update(spec.embedded)
+    if spec.labels:  # where Xcode's preview looks for them
+        preview = json.dumps({"labels": spec.labels}, ensure_ascii=False)
+        package.user_defined_metadata["com.apple.coreml.model.preview.params"] = preview
     package.save(str(target))
 
 

@@ -122,7 +122,7 @@ def _finish(path: Path, spec: ExportSpec) -> None:
     named = {tensor.name: tensor for tensor in (*spec.inputs, *spec.outputs)}
     for value in (*model.graph.input, *model.graph.output):
         _name_axes(value, named[value.name].dynamic)
-    onnx.helper.set_model_props(model, dict(spec.metadata))
+    onnx.helper.set_model_props(model, spec.embedded)
     onnx.save(model, path)
 
 

@@ -5,6 +5,7 @@ https://docs.openvino.ai/
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -97,6 +98,8 @@ def _save(model: Any, target: Path, spec: ExportSpec) -> None:
                 port.get_tensor().set_names({tensor.name})
     for key, value in spec.metadata.items():
         model.set_rt_info(value, ["polyexport", key])
+    if spec.labels:  # as OpenVINO's Model API reads them: blanks between, none within
+        model.set_rt_info(" ".join(re.sub(r"\s", "_", label) for label in spec.labels), ["model_info", "labels"])
     openvino.save_model(model, str(target), compress_to_fp16=False)
 
 

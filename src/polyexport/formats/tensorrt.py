@@ -115,7 +115,7 @@ def _build(source: Path, target: Path, spec: ExportSpec, trt: Any) -> None:
     target.write_bytes(bytes(plan))
     cache.parent.mkdir(parents=True, exist_ok=True)
     cache.write_bytes(bytes(config.get_timing_cache().serialize()))
-    about = {"tensorrt": trt.__version__, "gpu": asdict(device), "metadata": dict(spec.metadata)}
+    about = {"tensorrt": trt.__version__, "gpu": asdict(device), "metadata": spec.embedded}
     target.with_suffix(".json").write_text(json.dumps(about, indent=2), encoding="utf-8")
 
 

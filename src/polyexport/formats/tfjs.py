@@ -50,7 +50,7 @@ def _converted(source: Path, target: Path, spec: ExportSpec) -> dict[str, Any]:
         str(target.parent),
         signature_def=SIGNATURE,
         control_flow_v2=True,
-        metadata={"polyexport": dict(spec.metadata)},
+        metadata={"polyexport": dict(spec.metadata), **({"labels": spec.labels} if spec.labels else {})},
     )
     model: dict[str, Any] = json.loads(target.read_text(encoding="utf-8"))
     return model

@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zipfile import ZipFile, ZipInfo
 
 import numpy as np
 
@@ -360,6 +361,21 @@ val output{{ loop.index0 }} = outputs[{{ loop.index0 }}].read
 )
 
 
+def packed(route: Route) -> Route:
+    """The route, with labels and metadata as files in an archive behind the model, where TensorFlow's tools look.
+
+    https://ai.google.dev/edge/litert/conversion/tensorflow/metadata (associated files)
+    """
+
+    def convert(source: Path, target: Path, spec: ExportSpec) -> None:
+        route.convert(source, target, spec)
+        with ZipFile(target, "a") as archive:
+            for name, text in spec.extra_files.items():
+                archive.writestr(ZipInfo(name), text)
+
+    return replace(route, convert=convert)
+
+
 def _format(name: str, precision: Precision, description: str, *routes: Route, **more: Any) -> Format:
     return Format(
         name=name,
@@ -368,7 +384,7 @@ def _format(name: str, precision: Precision, description: str, *routes: Route, *
         url=URL,
         artifact=ARTIFACT,
         precision=precision,
-        routes=routes,
+        routes=tuple(map(packed, routes)),
         runtime="tflite",
         snippets=SNIPPETS,
         on_device=OnDevice(("ai-edge-litert",)),

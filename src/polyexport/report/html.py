@@ -25,7 +25,7 @@ from polyexport.report import svg
 from polyexport.report.outcome import STATES, Outcome
 from polyexport.report.report import Report, eager, history, metrics, proofs, rows
 from polyexport.report.svg import Point
-from polyexport.report.tables import COLUMNS, NUMBERS, error, milliseconds, size
+from polyexport.report.tables import COLUMNS, NUMBERS, embedded, error, milliseconds, size
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -47,6 +47,7 @@ def page(report: Report) -> str:
             numbers=NUMBERS,
             table=list(_table(report)),
             metrics=metrics(report),
+            embedded=embedded(report.model) if report.model else "",
             proofs=proofs(report),
             highlights=list(_highlights(report)),
             pictures=list(_pictures(report)),

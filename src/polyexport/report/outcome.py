@@ -144,12 +144,14 @@ class Checkpoint:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """The exported module: its class, its parameter count, its signature."""
+    """The exported module: its class, its parameter count, its signature, and what its user had embedded."""
 
     class_name: str = field(metadata={"json": "class"})
     parameters: int
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    labels: tuple[str, ...] = ()
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
 
 NoteKind = Literal["capture", "batch", "route", "latency", "metrics"]
