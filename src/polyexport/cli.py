@@ -336,6 +336,32 @@ def show_report(
 
 
 @app.command()
+def compare(
+    before: Annotated[Path, typer.Argument(metavar="BEFORE", help="An export, or a folder with a best one in it.")],
+    now: Annotated[Path, typer.Argument(metavar="NOW", help="The one to judge.")],
+    slower: Annotated[float | None, typer.Option(help="How many times its median latency may be: 1.2.")] = None,
+    larger: Annotated[float | None, typer.Option(help="How many times its size may be.")] = None,
+    off: Annotated[float | None, typer.Option(help="How many times its max error may be.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Compare two exports, or the best ones of two runs; exit code 1 if a state is worse, or a figure beyond a bound.
+
+    Latencies are judged only if both were measured on a quiet machine, and mean something on the same one only.
+    """
+    from polyexport.report.compare import Bounds, compare, rows
+
+    with _told():
+        one, other = _report(before), _report(now)
+    found = compare(one, other, Bounds(slower, larger, off))
+    _show(rows(found), as_json)
+    if slower is not None and not (one.is_quiet and other.is_quiet):
+        _say("latency is not judged: it was measured on a busy machine")
+    for line in (f"{each.format}: {why}" for each in found for why in each.worse):
+        _say(line)
+    raise typer.Exit(1 if any(each.worse for each in found) else 0)
+
+
+@app.command()
 def run(
     artifact: Annotated[
         Path, typer.Argument(metavar="ARTIFACT", help="A format's folder in an export, or the artifact in it.")

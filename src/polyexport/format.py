@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from polyexport.errors import BadRequest, CannotRun
 from polyexport.measure.tolerance import Tolerance
@@ -129,6 +129,10 @@ _TAKEN = ("source", "logs", MODULE, "eager", "pytorch")
 """What the export's own folders, the upstream of root routes and the baseline are called."""
 
 
+Target = Literal["server CPU", "GPU", "phone", "browser", "microcontroller"]
+"""What an artifact is shipped to."""
+
+
 def _nothing() -> str:
     return ""
 
@@ -153,6 +157,7 @@ class Format:
             to get it, in a line; empty where nothing is missing.
         snippets: How applications open it, the language that it is mostly used from first.
         calibrated: Whether its routes take number ranges from real batches (`ExportSpec.calibration`).
+        targets: What it is shipped to; the report names one artifact for each.
         on_device: How it is run on a machine that has only its runtime; None where it has no kit.
 
     Raises:
@@ -174,6 +179,7 @@ class Format:
     snippets: tuple[Snippet, ...] = ()
     calibrated: bool = False
     on_device: OnDevice | None = None
+    targets: tuple[Target, ...] = ()
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"\w[\w.-]*", self.name) or self.name in _TAKEN:

@@ -286,6 +286,7 @@ def _format(name: str, precision: Precision, description: str) -> Format:
             Route("torch.export", "pt2", "coreml", _in(precision, convert_program)),
         ),
         load=load,
+        targets=("phone",),
         snippets=_SNIPPETS,
         on_device=OnDevice(("coremltools",), load_on_mac),
     )

@@ -131,6 +131,7 @@ FORMAT = Format(
         Route("portable", upstream="pt2", toolchain="executorch", convert=convert_portable),
     ),
     load=load,
+    targets=("phone", "microcontroller"),
     snippets=_SNIPPETS,
     on_device=OnDevice(("executorch",)),
 )

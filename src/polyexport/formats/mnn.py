@@ -190,5 +190,6 @@ FORMAT = Format(
         Route("opset15", upstream="onnx-opset15", toolchain="mnn", convert=convert),
     ),
     load=load,
+    targets=("phone",),
     snippets=_SNIPPETS,
 )

@@ -181,6 +181,7 @@ FORMAT = Format(
         Route("script", upstream="torchscript", toolchain="onnx", convert=convert_script),
     ),
     load=load,
+    targets=("server CPU",),
     snippets=SNIPPETS,
     on_device=ON_DEVICE,
 )

@@ -26,6 +26,7 @@ FORMAT = Format(
     artifact="model.onnx",
     routes=(Route("torchscript", upstream=MODULE, toolchain="onnx", convert=convert),),
     load=load,
+    targets=("server CPU",),
     snippets=SNIPPETS,
     on_device=ON_DEVICE,
 )

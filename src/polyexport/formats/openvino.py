@@ -172,6 +172,7 @@ FORMAT = Format(
         Route("torchscript", upstream="torchscript", toolchain="openvino", convert=convert_torchscript),
     ),
     load=load,
+    targets=("server CPU",),
     snippets=_SNIPPETS,
     on_device=ON_DEVICE,
 )

@@ -62,5 +62,6 @@ FORMAT = Format(
     artifact="model.pt2",
     routes=(Route("export", upstream=MODULE, toolchain="torch", convert=convert),),
     load=load,
+    targets=("server CPU",),
     snippets=_SNIPPETS,
 )

@@ -151,5 +151,6 @@ FORMAT = Format(
     artifact="saved_model",
     routes=(Route("lowering", upstream="onnx", toolchain="tensorflow", convert=convert),),
     load=load,
+    targets=("server CPU",),
     snippets=_SNIPPETS,
 )

@@ -263,6 +263,7 @@ def _format(
         # the training environment's own library is seen by the layer
         routes=(Route("onnx", upstream="onnx", toolchain="onnx", convert=convert),),
         load=load,
+        targets=("GPU",),
         needs_gpu=True,
         lacks=lacks,
         snippets=_SNIPPETS,

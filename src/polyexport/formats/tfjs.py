@@ -294,6 +294,7 @@ FORMAT = Format(
     artifact="model.json",
     routes=(Route("tensorflowjs", upstream="saved_model", toolchain="tensorflow", convert=convert),),
     load=load,
+    targets=("browser",),
     runtime="tfjs",
     snippets=_SNIPPETS,
 )

@@ -388,7 +388,7 @@ def _format(name: str, precision: Precision, description: str, *routes: Route, *
         runtime="tflite",
         snippets=SNIPPETS,
         on_device=OnDevice(("ai-edge-litert",)),
-        **({"load": load} | more),
+        **({"load": load, "targets": ("phone",)} | more),
     )
 
 
@@ -415,5 +415,6 @@ FORMATS = (
         Route("tensorflow", "saved_model", "tensorflow", quantize_saved_model),
         load=load_int8,
         calibrated=True,
+        targets=("phone", "microcontroller"),
     ),
 )

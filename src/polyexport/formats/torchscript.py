@@ -143,5 +143,6 @@ FORMAT = Format(
         Route("pt2", upstream="pt2", toolchain="torch", convert=convert_program),
     ),
     load=load,
+    targets=("server CPU",),
     snippets=_SNIPPETS,
 )

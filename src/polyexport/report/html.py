@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from polyexport.format import Snippet
 from polyexport.formats import known
 from polyexport.report import svg
+from polyexport.report.choice import choices
 from polyexport.report.outcome import STATES, Outcome
 from polyexport.report.report import Report, eager, history, metrics, proofs, rows
 from polyexport.report.svg import Point
@@ -47,6 +48,7 @@ def page(report: Report) -> str:
             numbers=NUMBERS,
             table=list(_table(report)),
             metrics=metrics(report),
+            choices=list(choices(report)),
             embedded=embedded(report.model) if report.model else "",
             proofs=proofs(report),
             highlights=list(_highlights(report)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -52,6 +53,14 @@ class Report:
         return markdown(self)
 
     _repr_markdown_ = __str__  # a notebook draws it
+
+    def _repr_html_(self) -> str | None:
+        """The page, as a notebook shows it; None where it was not written, and Markdown is shown."""
+        try:
+            page = (self.folder / "report.html").read_text(encoding="utf-8")
+        except OSError:
+            return None
+        return f'<iframe srcdoc="{html.escape(page)}" title="export report" width="100%" height="700"></iframe>'
 
     @property
     def is_quiet(self) -> bool:
