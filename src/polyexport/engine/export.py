@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from polyexport.measure.dynamic_axes import Dynamic
 from polyexport.report.folders import discard, may_become_export, unfinished
 from polyexport.report.outcome import Checkpoint
 from polyexport.report.report import Report
+
+_NONE = Checkpoint("")
 
 
 def export(
@@ -33,7 +36,7 @@ def export(
     executor: Any = None,
     staging: str | None = None,
     progress: Callable[[str], object] | None = None,
-    checkpoint: Checkpoint | None = None,
+    checkpoint: Checkpoint = _NONE,
 ) -> Report:
     """Export a PyTorch module: convert it, prove each artifact against it, time them.
 
@@ -63,12 +66,30 @@ def export(
         BadRequest: the module or the inputs cannot be taken apart, forward takes other arguments, or `into` is there
             and is no export.
     """
+    with (
+        requested(module, inputs, resolve(formats), into, dynamic, calibration, checkpoint) as request,
+        Engine(workers=workers, timeout=timeout, executor=executor, staging=staging, tell=progress) as engine,
+    ):
+        report = engine.submit(request).result()
+        return engine.bench(report, request.formats) if bench else report
+
+
+@contextlib.contextmanager
+def requested(
+    module: Any,
+    inputs: Any,
+    formats: tuple[Format, ...],
+    into: str | Path,
+    dynamic: Dynamic = True,
+    calibration: Iterable[Any] = (),
+    checkpoint: Checkpoint = _NONE,
+) -> Iterator[Request]:
+    """Files for an engine, of what `export` takes and with its errors; what an engine leaves of them is removed."""
     import torch
 
     from polyexport.capture.answer import ask
     from polyexport.capture.snapshot import as_call, check_call, save_call, save_module
 
-    chosen = resolve(formats)
     final = Path(into).resolve()
     if not may_become_export(final):
         raise BadRequest(f"{final} is there and is no export; give a new or empty folder, or an export to replace")
@@ -81,10 +102,6 @@ def export(
         note = save_module(module, None, *as_call(inputs), work / "source")
         ask(module, as_call(inputs), work / "source")
         torch.save(module.state_dict(), work / "source" / WEIGHTS)
-        told = (note,) if note else ()
-        request = Request(work, final.name, chosen, dynamic, checkpoint or Checkpoint(""), told, best=False)
-        with Engine(workers=workers, timeout=timeout, executor=executor, staging=staging, tell=progress) as engine:
-            report = engine.submit(request).result()
-            return engine.bench(report, chosen) if bench else report
+        yield Request(work, final.name, formats, dynamic, checkpoint, (note,) if note else (), best=False)
     finally:
         discard(work)
