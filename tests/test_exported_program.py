@@ -170,6 +170,14 @@ def test_float64_within_a_program_becomes_float32():
     assert not [value for value in values if value.dtype is torch.float64]
 
 
+def test_a_program_with_a_constant_made_in_forward_can_be_exported_again(tmp_path):
+    x = torch.rand(4, 3)
+    program = export_program(Written(lambda layer, x: x * torch.tensor([1.0, 2.0, 3.0])), (x,), [(0,)])
+    torch.export.save(program, tmp_path / "m.pt2")
+    again = torch.export.export(load_program(tmp_path / "m.pt2").module(), (x,), strict=False).module()
+    assert torch.equal(again(x), x * torch.tensor([1.0, 2.0, 3.0]))
+
+
 def test_a_scripted_part_that_no_program_takes_is_named():
     net = nn.Sequential(torch.jit.script(nn.Sequential(nn.Linear(4, 4), nn.ReLU())), nn.Linear(4, 2)).eval()
     with pytest.raises(RuntimeError, match=r"no part that torch.jit.script made \(0\); a trace does"):

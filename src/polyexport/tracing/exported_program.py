@@ -97,11 +97,17 @@ def _grad_mode_left_alone(module: torch.nn.Module) -> Iterator[None]:
 
 
 def load_program(path: Path) -> torch.export.ExportedProgram:
-    """The program of a `.pt2`, with adaptive max pools as maxima of slices, where nobody asks for their places."""
+    """The program of a `.pt2`, with adaptive max pools as maxima of slices, where nobody asks for their places.
+
+    Constants that forward made (`torch.tensor([…])`) are no longer detached in place, which cannot be exported again.
+    """
     import torch
 
     program = torch.export.load(path)
     aten = torch.ops.aten
+    for node in program.graph.find_nodes(op="call_function", target=aten.detach_.default):
+        node.replace_all_uses_with(node.args[0])
+        program.graph.erase_node(node)
     pools = {aten.adaptive_max_pool1d.default, aten.adaptive_max_pool2d.default, aten.adaptive_max_pool3d.default}
     nodes = [node for node in program.graph.nodes if node.target in pools]
     if not nodes or any(user.args[1] and user.users for node in nodes for user in node.users):
