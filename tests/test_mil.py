@@ -164,6 +164,7 @@ FUNCTIONS = {
     "local_response_norm": (nn.LocalResponseNorm(3), IMAGE),
     "normalize": (functional.normalize, ROWS),
     "nearest": (resized(scale_factor=2, mode="nearest"), IMAGE),
+    "counts": (lambda x: x.gather(1, (x[:, :7] > 0).sum(1, keepdim=True)), ROWS),
     "nearest to a size": (resized(size=(18, 30), mode="nearest"), IMAGE),
     "nearest to a size that no whole factor divides": (resized(size=(13, 7), mode="nearest"), IMAGE),
     "nearest by a scale that divides nothing": (resized(scale_factor=1.3, mode="nearest"), IMAGE),
