@@ -22,8 +22,8 @@ def functions() -> Mapping[Any, Callable[..., Any]]:
     import torch
 
     return {
-        torch._VF._pack_padded_sequence: pack,  # type: ignore[attr-defined]  # filled at run time
-        torch._VF._pad_packed_sequence: pad,  # type: ignore[attr-defined]
+        torch._VF._pack_padded_sequence: pack,
+        torch._VF._pad_packed_sequence: pad,
         torch.Tensor.__getitem__: lambda x, at: x.rows if hasattr(x, "rows") and at == 0 else x[at],
         **{layer: _over_packed(layer) for layer in (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)},
     }
@@ -50,7 +50,7 @@ def pack(input: torch.Tensor, lengths: torch.Tensor, batch_first: bool) -> tuple
 
     x = input.transpose(0, 1) if batch_first else input
     sizes = (torch.arange(x.shape[0])[:, None] < lengths).sum(1)
-    if torch.jit.is_tracing():  # type: ignore[no-untyped-call]  # public, but untyped
+    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]  # public, but untyped
         sizes = sizes[: lengths[0]]  # as PyTorch has it; `torch.export` follows no size that data decides
     sizes.rows = x.shape[1]  # type: ignore[attr-defined]
     return x, sizes
