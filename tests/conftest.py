@@ -52,6 +52,12 @@ def servers_are_shared() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def own_servers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines have their own, which start with the test's environment and end with the engine, as outside of tests."""
+    monkeypatch.setattr(process, "_shared", None)
+
+
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Report]:
     """`exported(model)`: the report of that model in `zoo.FORMATS`."""

@@ -15,7 +15,6 @@ import zoo
 from polyexport import FORMATS, ExportSpec, Report, TensorSpec
 from polyexport.formats import onnx
 from polyexport.formats.graphdef import check_size
-from polyexport.workers import process
 
 GROUND_FORMATS = ("torchscript", "pt2", "onnx", "openvino")
 
@@ -95,10 +94,10 @@ def test_pytorchs_own_formats_carry_the_metadata(dictionary):
         assert dictionary.checkpoint.sha256 in (text if isinstance(text, str) else text.decode())
 
 
+@pytest.mark.usefixtures("own_servers")
 def test_nothing_is_written_into_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     (tmp_path / "home").mkdir()
-    monkeypatch.setattr(process, "_shared", None)  # servers that were started before have another home
     polyexport.export(torch.nn.Linear(3, 2), torch.rand(2, 3), GROUND_FORMATS, tmp_path / "x", bench=False)
     assert [path.name for path in (tmp_path / "home").iterdir() if path.name != ".cache"] == []
 
