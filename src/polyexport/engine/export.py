@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ from polyexport.measure.dynamic_axes import Dynamic
 from polyexport.report.folders import discard, may_become_export, unfinished
 from polyexport.report.outcome import Checkpoint
 from polyexport.report.report import Report
+
+_NONE = Checkpoint("")
 
 
 def export(
@@ -34,7 +38,7 @@ def export(
     executor: Any = None,
     staging: str | None = None,
     progress: Callable[[str], object] | None = None,
-    checkpoint: Checkpoint | None = None,
+    checkpoint: Checkpoint = _NONE,
     labels: Sequence[str] = (),
     metadata: Mapping[str, str] | None = None,
 ) -> Report:
@@ -68,13 +72,32 @@ def export(
         BadRequest: the module or the inputs cannot be taken apart, forward takes other arguments, labels or metadata
             are no texts, or `into` is there and is no export.
     """
+    check(labels, metadata or {})
+    with (
+        requested(module, inputs, resolve(formats), into, dynamic, calibration, checkpoint) as request,
+        Engine(workers=workers, timeout=timeout, executor=executor, staging=staging, tell=progress) as engine,
+    ):
+        request = replace(request, labels=tuple(labels), metadata=dict(metadata or {}))
+        report = engine.submit(request).result()
+        return engine.bench(report, request.formats) if bench else report
+
+
+@contextlib.contextmanager
+def requested(
+    module: Any,
+    inputs: Any,
+    formats: tuple[Format, ...],
+    into: str | Path,
+    dynamic: Dynamic = True,
+    calibration: Iterable[Any] = (),
+    checkpoint: Checkpoint = _NONE,
+) -> Iterator[Request]:
+    """Files for an engine, of what `export` takes and with its errors; what an engine leaves of them is removed."""
     import torch
 
     from polyexport.capture.answer import ask
     from polyexport.capture.snapshot import as_call, check_call, save_call, save_module
 
-    chosen = resolve(formats)
-    check(labels, metadata or {})
     final = Path(into).resolve()
     if not may_become_export(final):
         raise BadRequest(f"{final} is there and is no export; give a new or empty folder, or an export to replace")
@@ -87,12 +110,6 @@ def export(
         note = save_module(module, None, *as_call(inputs), work / "source")
         ask(module, as_call(inputs), work / "source")
         torch.save(module.state_dict(), work / "source" / WEIGHTS)
-        told = (note,) if note else ()
-        embedded: dict[str, Any] = {"labels": tuple(labels), "metadata": dict(metadata or {})}
-        about = checkpoint or Checkpoint("")
-        request = Request(work, final.name, chosen, dynamic, about, told, best=False, **embedded)
-        with Engine(workers=workers, timeout=timeout, executor=executor, staging=staging, tell=progress) as engine:
-            report = engine.submit(request).result()
-            return engine.bench(report, chosen) if bench else report
+        yield Request(work, final.name, formats, dynamic, checkpoint, (note,) if note else (), best=False)
     finally:
         discard(work)
