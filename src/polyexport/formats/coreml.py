@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from polyexport.coreml.settle import settle
 from polyexport.errors import CannotRun
 from polyexport.format import Convert, Format, Loaded, Observed, OnDevice, Route, Snippet
 from polyexport.spec import Arrays, ExportSpec, Precision, Runner, TensorSpec, example
@@ -155,6 +156,7 @@ def _convert(model: Any, target: Path, spec: ExportSpec, precision: str) -> None
         preview = json.dumps({"labels": spec.labels}, ensure_ascii=False)
         package.user_defined_metadata["com.apple.coreml.model.preview.params"] = preview
     package.save(str(target))
+    settle(target)
 
 
 def _translated(model: Any, spec: ExportSpec, precision: str, oldest: Any) -> Any:

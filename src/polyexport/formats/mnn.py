@@ -14,6 +14,7 @@ import re
 import signal
 import subprocess
 import sys
+import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +51,17 @@ def convert(source: Path, target: Path, spec: ExportSpec) -> None:
     print(done.stdout, done.stderr)
     if not target.exists():
         raise RuntimeError(f"MNN's converter wrote no model: {_why(done)}")
+    settle_id(target)
+
+
+def settle_id(path: Path) -> None:
+    """Give the file an id of its content; the converter draws one each time."""
+    content = path.read_bytes()
+    form = rb"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
+    for drawn in {*re.findall(form, content)}:
+        own = uuid.uuid5(uuid.NAMESPACE_OID, content.replace(drawn, b"").hex())
+        content = content.replace(drawn, str(own).encode())
+    path.write_bytes(content)
 
 
 _MODES = {("GridSample", "mode"): {b"linear", b"bilinear", b"nearest"}}
