@@ -1,4 +1,4 @@
-"""MNN: a model for Alibaba's engine for phones and small devices, run here by its own runtime.
+"""MNN: a model for Alibaba's engine for phones and small devices, run here by its own runtime; in several precisions.
 
 https://mnn-docs.readthedocs.io/en/latest/
 
@@ -6,6 +6,8 @@ Converted by the compiled converter alone: the Python command around it installs
 
 What MNN lacks or computes otherwise is decomposed into other operations first. The second route is an older opset,
 whose operations it knows better: of some LSTMs in the newer one it crashes.
+
+What is smaller is made from the float32 file by the same converter: weights of convolutions, products and LSTMs alone.
 """
 
 from __future__ import annotations
@@ -19,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from polyexport.format import Format, Route, Snippet
-from polyexport.spec import Arrays, ExportSpec, Runner
+from polyexport.format import Convert, Format, Route, Snippet
+from polyexport.spec import Arrays, ExportSpec, Precision, Runner
 
 if TYPE_CHECKING:
     import onnx
@@ -32,8 +34,7 @@ def convert(source: Path, target: Path, spec: ExportSpec) -> None:
     """Translate the ONNX graph.
 
     Raises:
-        RuntimeError: MNN lacks a mode of an operator; or the converter crashed, or wrote nothing, which it says itself
-            only in what it prints.
+        RuntimeError: MNN lacks a mode of an operator; or see `_run_converter`.
     """
     import onnx
 
@@ -43,13 +44,31 @@ def convert(source: Path, target: Path, spec: ExportSpec) -> None:
     _keep_three_axes(model)
     prepared = target.with_name("prepared.onnx")
     onnx.save(model, prepared)
-    words = ("--framework", "ONNX", "--modelFile", prepared, "--MNNModel", target, "--bizCode", "polyexport")
+    _run_converter("ONNX", prepared, target)
+    prepared.unlink()
+
+
+def _run_converter(framework: str, source: Path, target: Path, *options: str) -> None:
+    """Run MNN's converter in a process of its own.
+
+    Raises:
+        RuntimeError: it crashed, or wrote nothing, which it says itself only in what it prints.
+    """
+    words = ("--framework", framework, "--modelFile", source, "--MNNModel", target, "--bizCode", "polyexport", *options)
     command = [sys.executable, "-c", _CONVERTER, *map(str, words)]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
-    prepared.unlink()
     print(done.stdout, done.stderr)
     if not target.exists():
         raise RuntimeError(f"MNN's converter wrote no model: {_why(done)}")
+
+
+def _with(*options: str) -> Convert:
+    """A conversion of the float32 file with these options of MNN's converter."""
+
+    def convert_weights(source: Path, target: Path, spec: ExportSpec) -> None:
+        _run_converter("MNN", source, target, *options)
+
+    return convert_weights
 
 
 _MODES = {("GridSample", "mode"): {b"linear", b"bilinear", b"nearest"}}
@@ -180,15 +199,43 @@ outputs = [np.array(answer.read()) for answer in answers]
 )
 
 
-FORMAT = Format(
-    name="mnn",
-    description="MNN model, for phones and small devices",
-    url="https://mnn-docs.readthedocs.io/en/latest/",
-    artifact="model.mnn",
-    routes=(
-        Route("onnx", upstream="onnx", toolchain="mnn", convert=convert),
-        Route("opset15", upstream="onnx-opset15", toolchain="mnn", convert=convert),
+def _format(name: str, precision: Precision, description: str, *routes: Route) -> Format:
+    return Format(
+        name=name,
+        description=description,
+        url="https://mnn-docs.readthedocs.io/en/latest/",
+        artifact="model.mnn",
+        precision=precision,
+        routes=routes,
+        load=load,
+        snippets=_SNIPPETS,
+    )
+
+
+FORMATS = (
+    _format(
+        "mnn",
+        "float32",
+        "MNN model, for phones and small devices",
+        Route("onnx", "onnx", "mnn", convert),
+        Route("opset15", "onnx-opset15", "mnn", convert),
     ),
-    load=load,
-    snippets=_SNIPPETS,
+    _format(
+        "mnn-fp16",
+        "float16",
+        "MNN model with its weights in float16, half the size",
+        Route("converter", "mnn", "mnn", _with("--fp16")),
+    ),
+    _format(
+        "mnn-w8",
+        "w8",
+        "MNN model with int8 weights, a quarter of the size",
+        Route("converter", "mnn", "mnn", _with("--weightQuantBits", "8")),
+    ),
+    _format(
+        "mnn-w4",
+        "w4",
+        "MNN model with weights in four bits, an eighth of the size",
+        Route("converter", "mnn", "mnn", _with("--weightQuantBits", "4", "--weightQuantBlock", "32")),
+    ),
 )
