@@ -175,7 +175,7 @@ def test_small_weights_agree_and_two_channels_that_are_swapped_do_not(shadows, n
 @pytest.mark.slow
 def test_weights_left_in_float_are_told(shadows):
     assert shadows["not tflite-w8"]["shortfall"] == (
-        "100% of its weights in float32, since there is no int8 for them: 2 × CONV_2D, 1 × FULLY_CONNECTED"
+        "100% of its weights in float, since there is no int8 for them: 2 × CONV_2D, 1 × FULLY_CONNECTED"
     )
 
 

@@ -23,6 +23,7 @@ import numpy as np
 
 from polyexport.format import Format, Loaded, Route, Snippet
 from polyexport.formats.saved_model import SIGNATURE
+from polyexport.measure.weights import left_in_float
 from polyexport.spec import Arrays, ExportSpec, Precision, TensorSpec, calibration
 from polyexport.tracing.exported_program import in_float32, load_program
 
@@ -346,9 +347,6 @@ def float_operations(path: Path) -> str:
     return f"in float32, since there is no int8 for it: {_counted(found)}" if found else ""
 
 
-_FLOAT_AT_MOST = 0.1
-
-
 def float_weights(path: Path) -> str:
     """Which operators' weights are in float32, in words; empty where that is a tenth of all or less."""
     weights = [
@@ -357,11 +355,10 @@ def float_weights(path: Path) -> str:
         for weight in each.constants
         if len(weight["shape"]) > 1
     ]
-    share = sum(size for _, size, is_float in weights if is_float) / max(1, sum(size for _, size, _ in weights))
-    if share <= _FLOAT_AT_MOST:
-        return ""
+    in_float = sum(size for _, size, is_float in weights if is_float)
+    much = left_in_float(in_float, sum(size for _, size, _ in weights))
     found = Counter(kind for kind, _, is_float in weights if is_float)
-    return f"{share:.0%} of its weights in float32, since there is no int8 for them: {_counted(found)}"
+    return f"{much}, since there is no int8 for them: {_counted(found)}" if much else ""
 
 
 def _counted(found: Counter[str]) -> str:
