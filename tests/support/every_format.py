@@ -30,7 +30,8 @@ def traced(trace: Path) -> list[str]:
 def main(folder: str, *formats: str) -> None:
     torch.manual_seed(0)
     module = torch.nn.Sequential(
-        torch.nn.Conv2d(3, 4, 3, 2, 1), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(4 * 4 * 4, 5)
+        *(torch.nn.Conv2d(3, 32, 3, 2, 1), torch.nn.ReLU(), torch.nn.Flatten()),
+        torch.nn.Linear(32 * 4 * 4, 64),  # large enough for what surrounds the weights not to matter
     )
     x = torch.rand(4, 3, 8, 8)
     report = polyexport.export(module, x, formats, folder, dynamic=False, bench=False)
