@@ -11,15 +11,18 @@ from typing import Any
 
 from polyexport.capture.snapshot import WEIGHTS
 from polyexport.engine.engine import Engine
+from polyexport.engine.judge import measured
 from polyexport.engine.labels import check
 from polyexport.engine.request import Request
 from polyexport.errors import BadRequest
 from polyexport.format import Format
 from polyexport.formats import resolve
+from polyexport.measure.budget import Budget, budgets, directed
 from polyexport.measure.dynamic_axes import Dynamic
 from polyexport.report.folders import discard, may_become_export, unfinished
 from polyexport.report.outcome import Checkpoint
 from polyexport.report.report import Report
+from polyexport.spec import Runner
 
 _NONE = Checkpoint("")
 
@@ -41,6 +44,8 @@ def export(
     checkpoint: Checkpoint = _NONE,
     labels: Sequence[str] = (),
     metadata: Mapping[str, str] | None = None,
+    metric: Callable[[Runner], Mapping[str, float]] | None = None,
+    budget: Mapping[str, Budget | float | str] | None = None,
 ) -> Report:
     """Export a PyTorch module: convert it, prove each artifact against it, time them.
 
@@ -63,6 +68,10 @@ def export(
         checkpoint: Where the module's weights were read from, for the report.
         labels: Names of the classes in the last axis of an output, in their order, to be embedded in each artifact.
         metadata: What else is to be embedded, by name.
+        metric: Your own metrics of what a function of named arrays answers, for PyTorch and for each artifact:
+            `lambda run: {"accuracy": float((run({"x": x})["output_0"].argmax(-1) == y).mean())}`.
+        budget: How much worse each of them may be than PyTorch's: `{"accuracy": Budget(0.01, mode="max")}`. What loses
+            more is a `mismatch`; in int8, w8 and w4 what loses less is `verified`, whatever single elements do.
 
     Returns:
         The report, which also lies in `into` as `report.json`, `report.md` and `report.html`.
@@ -70,16 +79,29 @@ def export(
     Raises:
         UnknownFormat: a name that is none.
         BadRequest: the module or the inputs cannot be taken apart, forward takes other arguments, labels or metadata
-            are no texts, or `into` is there and is no export.
+            are no texts, `into` is there and is no export, or a budget has no metric, or does not say
+            which way it is better.
     """
+    from polyexport.capture.flatten import as_runner
+    from polyexport.capture.snapshot import load
+
     check(labels, metadata or {})
+    chosen, limits = resolve(formats), directed(budgets(budget), {})
+    if limits and metric is None:
+        raise BadRequest(f"budget for {', '.join(limits)}, but no metric=<a function of a runner> that measures it")
     with (
-        requested(module, inputs, resolve(formats), into, dynamic, calibration, checkpoint) as request,
+        requested(module, inputs, chosen, into, dynamic, calibration, checkpoint) as request,
         Engine(workers=workers, timeout=timeout, executor=executor, staging=staging, tell=progress) as engine,
     ):
         request = replace(request, labels=tuple(labels), metadata=dict(metadata or {}))
         report = engine.submit(request).result()
-        return engine.bench(report, request.formats) if bench else report
+        report = engine.bench(report, chosen) if bench else report
+        if metric is None or report.model is None:
+            return report
+        eager = as_runner(load(report.folder / "source"))
+        return measured(
+            report, lambda run: metric(run or eager), lambda made, name: engine.runner(made, name, chosen), limits
+        )
 
 
 @contextlib.contextmanager

@@ -84,7 +84,7 @@ def _rename_inputs(path: Path, names: Mapping[str, str]) -> None:
             _rename_words(bare.function_spec.fullargspec, names)
     for function in graph.object_graph_def.concrete_functions.values():
         _rename_words(function.canonicalized_input_signature, names)
-    path.write_bytes(file.SerializeToString())
+    path.write_bytes(file.SerializeToString(deterministic=True))
 
 
 def _rename_words(value: Any, names: Mapping[str, str]) -> None:

@@ -24,9 +24,9 @@ from polyexport.formats import known
 from polyexport.report import svg
 from polyexport.report.choice import choices
 from polyexport.report.outcome import STATES, Outcome
-from polyexport.report.report import Report, eager, history, metrics, proofs, rows
+from polyexport.report.report import Report, columns, eager, history, metrics, proofs, rows
 from polyexport.report.svg import Point
-from polyexport.report.tables import COLUMNS, NUMBERS, embedded, error, milliseconds, size
+from polyexport.report.tables import NUMBERS, embedded, error, milliseconds, size
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -44,7 +44,7 @@ def page(report: Report) -> str:
             report=report,
             title=title(report),
             states=_tally(report),
-            columns=COLUMNS,
+            columns=columns(report),
             numbers=NUMBERS,
             table=list(_table(report)),
             metrics=metrics(report),
