@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from polyexport.errors import line
-from polyexport.format import MODULE, Format, Loaded, OnDevice, Route, Snippet
+from polyexport.format import MODULE, Format, Loaded, OnDevice, Route, Snippet, Triton
 from polyexport.lowering.ports import inner, rename_ports
 from polyexport.spec import Arrays, ExportSpec, Runner, example
 from polyexport.tracing.exported_program import load_program
@@ -197,6 +197,7 @@ outputs = session.run({{ outputs | tojson }}, inputs)
 )
 
 ON_DEVICE = OnDevice(("onnxruntime",))
+TRITON = Triton("onnxruntime", "model.onnx")
 
 FORMAT = Format(
     name="onnx",
@@ -212,4 +213,5 @@ FORMAT = Format(
     targets=("server CPU",),
     snippets=SNIPPETS,
     on_device=ON_DEVICE,
+    triton=TRITON,
 )

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from polyexport.format import Format, Route
-from polyexport.formats.onnx import ON_DEVICE, REMARK, SNIPPETS, load, save
+from polyexport.formats.onnx import ON_DEVICE, REMARK, SNIPPETS, TRITON, load, save
 from polyexport.formats.onnx_quantized import beyond, ranges
 from polyexport.spec import ExportSpec
 
@@ -72,5 +72,6 @@ FORMAT = Format(
     snippets=SNIPPETS,
     targets=("server CPU",),
     on_device=ON_DEVICE,
+    triton=TRITON,
     calibrated=True,
 )

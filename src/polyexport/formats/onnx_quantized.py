@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from polyexport.format import Format, Route
-from polyexport.formats.onnx import ON_DEVICE, REMARK, SNIPPETS, load, opened, save
+from polyexport.formats.onnx import ON_DEVICE, REMARK, SNIPPETS, TRITON, load, opened, save
 from polyexport.spec import Arrays, ExportSpec, Precision, calibration
 
 if TYPE_CHECKING:
@@ -353,6 +353,7 @@ def _format(name: str, precision: Precision, description: str, *routes: Route, c
         snippets=SNIPPETS,
         targets=("server CPU",),
         on_device=ON_DEVICE,
+        triton=TRITON,
         calibrated=calibrated,
     )
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from polyexport.format import Format, Loaded, OnDevice, Route, Snippet
+from polyexport.format import Format, Loaded, OnDevice, Route, Snippet, Triton
 from polyexport.spec import Arrays, ExportSpec, Runner
 
 if TYPE_CHECKING:
@@ -175,6 +175,7 @@ int main() {
 )
 
 ON_DEVICE = OnDevice(("openvino",))
+TRITON = Triton("openvino", "model.xml")
 
 FORMATS = (
     Format(
@@ -191,6 +192,7 @@ FORMATS = (
         snippets=SNIPPETS,
         targets=("server CPU",),
         on_device=ON_DEVICE,
+        triton=TRITON,
     ),
     Format(
         name="openvino-fp16",
@@ -204,5 +206,6 @@ FORMATS = (
         snippets=SNIPPETS,
         targets=("server CPU",),
         on_device=ON_DEVICE,
+        triton=TRITON,
     ),
 )

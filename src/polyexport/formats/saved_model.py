@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from polyexport.format import Format, Route, Snippet
+from polyexport.format import Format, Route, Snippet, Triton
 from polyexport.lowering.ports import inner, rename_ports
 from polyexport.spec import Arrays, ExportSpec, Runner
 
@@ -165,5 +165,6 @@ FORMAT = Format(
     routes=(Route("lowering", upstream="onnx", toolchain="tensorflow", convert=convert),),
     load=load,
     targets=("server CPU",),
+    triton=Triton("tensorflow_savedmodel", "model.savedmodel", is_platform=True),
     snippets=_SNIPPETS,
 )
