@@ -118,9 +118,9 @@ class ExportCallback(Callback):
             workers=workers,
             executor=executor,
             staging=staging,
+            budget=budgets(budget),
             labels=labels if isinstance(labels, str) else tuple(labels),  # type: ignore[arg-type]  # refused with the rest
             metadata=dict(metadata) if isinstance(metadata, Mapping) else metadata or {},
-            budget=budgets(budget),
         )
         check(when=when, fail_on=fail_on, publish=publish, metric_batches=metric_batches)
         self.into = into

@@ -42,10 +42,10 @@ def export(
     staging: str | None = None,
     progress: Callable[[str], object] | None = None,
     checkpoint: Checkpoint = _NONE,
-    labels: Sequence[str] = (),
-    metadata: Mapping[str, str] | None = None,
     metric: Callable[[Runner], Mapping[str, float]] | None = None,
     budget: Mapping[str, Budget | float | str] | None = None,
+    labels: Sequence[str] = (),
+    metadata: Mapping[str, str] | None = None,
 ) -> Report:
     """Export a PyTorch module: convert it, prove each artifact against it, time them.
 
@@ -66,12 +66,12 @@ def export(
         staging: Through which URL their files travel; see `Engine`.
         progress: Takes one line about each format as it comes to its end: `print`, say.
         checkpoint: Where the module's weights were read from, for the report.
-        labels: Names of the classes in the last axis of an output, in their order, to be embedded in each artifact.
-        metadata: What else is to be embedded, by name.
         metric: Your own metrics of what a function of named arrays answers, for PyTorch and for each artifact:
             `lambda run: {"accuracy": float((run({"x": x})["output_0"].argmax(-1) == y).mean())}`.
         budget: How much worse each of them may be than PyTorch's: `{"accuracy": Budget(0.01, mode="max")}`. What loses
             more is a `mismatch`; in int8, w8 and w4 what loses less is `verified`, whatever single elements do.
+        labels: Names of the classes in the last axis of an output, in their order, to be embedded in each artifact.
+        metadata: What else is to be embedded, by name.
 
     Returns:
         The report, which also lies in `into` as `report.json`, `report.md` and `report.html`.
@@ -79,8 +79,8 @@ def export(
     Raises:
         UnknownFormat: a name that is none.
         BadRequest: the module or the inputs cannot be taken apart, forward takes other arguments, labels or metadata
-            are no texts, `into` is there and is no export, or a budget has no metric, or does not say
-            which way it is better.
+            are no texts, `into` is there and is no export, or a budget has no metric, or does not say which way it is
+            better.
     """
     from polyexport.capture.flatten import as_runner
     from polyexport.capture.snapshot import load

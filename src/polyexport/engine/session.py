@@ -67,9 +67,9 @@ class Options:
         workers: How many jobs run side by side; by default half the cores, at least two.
         executor: Has the jobs done on other machines; see `Engine`.
         staging: Through which URL their files travel; see `Engine`.
+        budget: How much worse each metric of the user's own may be; see `Session.judge`.
         labels: Names of an output's classes, to be embedded in each artifact.
         metadata: What else is to be embedded.
-        budget: How much worse each metric of the user's own may be; see `Session.judge`.
 
     Raises:
         BadRequest: a value is impossible.
@@ -85,9 +85,9 @@ class Options:
     workers: int | None = None
     executor: Any = None
     staging: str | None = None
+    budget: Mapping[str, Budget] = field(default_factory=dict)
     labels: tuple[str, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
-    budget: Mapping[str, Budget] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check(self.labels, self.metadata)

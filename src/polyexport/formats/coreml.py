@@ -159,6 +159,10 @@ def _convert(model: Any, target: Path, spec: ExportSpec, precision: str) -> None
     if spec.labels:  # where Xcode's preview looks for them
         preview = json.dumps({"labels": spec.labels}, ensure_ascii=False)
         package.user_defined_metadata["com.apple.coreml.model.preview.params"] = preview
+    _save(package, target)
+
+
+def _save(package: Any, target: Path) -> None:
     package.save(str(target))
     settle(target)
 
@@ -194,7 +198,7 @@ _FEWEST_WEIGHTS = 512
 
 def quantize_weights(source: Path, target: Path, spec: ExportSpec) -> None:
     """Store weights in int8, one scale a channel."""
-    _quantized_weights(_opened(source)).save(str(target))
+    _save(_quantized_weights(_opened(source)), target)
 
 
 def palettize_weights(source: Path, target: Path, spec: ExportSpec) -> None:
@@ -203,7 +207,7 @@ def palettize_weights(source: Path, target: Path, spec: ExportSpec) -> None:
 
     config = optimize.OpPalettizerConfig("custom", lut_function=palette, weight_threshold=_FEWEST_WEIGHTS)
     package = optimize.palettize_weights(_opened(source), optimize.OptimizationConfig(config))
-    package.save(str(target))
+    _save(package, target)
 
 
 def quantize(source: Path, target: Path, spec: ExportSpec) -> None:
@@ -217,7 +221,7 @@ def quantize(source: Path, target: Path, spec: ExportSpec) -> None:
     with _known_ranges(found):
         config = optimize.OptimizationConfig(optimize.OpLinearQuantizerConfig("linear"))
         model = optimize.linear_quantize_activations(model, config, [])
-    _quantized_weights(model).save(str(target))
+    _save(_quantized_weights(model), target)
 
 
 def _opened(package: Path) -> Any:
@@ -291,6 +295,16 @@ def load(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
     )
 
 
+def load_compressed(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
+    """The same, and tell how many of its weights are as they were."""
+    from polyexport.coreml.program import float_weights, read
+
+    opened = load(path, spec, threads=threads)
+    much = left_in_float(*float_weights(read(path)))
+    told = f"{much}: small ones, and those that coremltools leaves" if much else ""
+    return replace(opened, shortfall="; ".join(filter(None, (opened.shortfall, told))))
+
+
 def load_on_mac(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
     """Run it with Core ML.
 
@@ -300,16 +314,6 @@ def load_on_mac(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
     if sys.platform != "darwin":
         raise CannotRun("Core ML is part of macOS, so run this on a Mac")
     return package(_predicted(path), spec)
-
-
-def load_compressed(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
-    """The same, and tell how many of its weights are as they were."""
-    from polyexport.coreml.program import float_weights, read
-
-    opened = load(path, spec, threads=threads)
-    much = left_in_float(*float_weights(read(path)))
-    told = f"{much}: small ones, and those that coremltools leaves" if much else ""
-    return replace(opened, shortfall="; ".join(filter(None, (opened.shortfall, told))))
 
 
 def package(run: Runner, spec: ExportSpec) -> Loaded:
@@ -395,8 +399,8 @@ def _format(name: str, precision: Precision, description: str, *routes: Route, *
         artifact="model.mlpackage",
         precision=precision,
         routes=routes,
-        snippets=_SNIPPETS,
         targets=("phone",),
+        snippets=_SNIPPETS,
         on_device=OnDevice(("coremltools",), load_on_mac),
         **({"load": load} | more),
     )

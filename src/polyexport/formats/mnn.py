@@ -264,8 +264,8 @@ def _format(name: str, precision: Precision, description: str, *routes: Route, *
         precision=precision,
         routes=routes,
         load=load,
-        snippets=_SNIPPETS,
         targets=("phone",),
+        snippets=_SNIPPETS,
         **more,
     )
 

@@ -38,7 +38,7 @@ def convert(source: Path, target: Path, spec: ExportSpec) -> None:
     found = Counter(node.op_type for node in wide)
     listed = ", ".join(f"{count} × {name}" for name, count in sorted(found.items()))
     remark = {REMARK: f"in float32, since beyond the range of float16: {listed}"} if listed else {}
-    save(half, target, {**spec.metadata, **remark})
+    save(half, target, {**spec.embedded, **remark})
 
 
 def _keep_wide(model: onnx.ModelProto) -> None:
@@ -69,8 +69,8 @@ FORMAT = Format(
     precision="float16",
     routes=(Route("onnxruntime", "onnx", "onnx", convert),),
     load=load,
+    targets=("GPU",),
     snippets=SNIPPETS,
-    targets=("server CPU",),
     on_device=ON_DEVICE,
     triton=TRITON,
     calibrated=True,

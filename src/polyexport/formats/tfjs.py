@@ -324,8 +324,8 @@ def _format(name: str, precision: Precision, description: str, route: Route) -> 
         precision=precision,
         routes=(route,),
         load=load,
-        runtime="tfjs",
         targets=("browser",),
+        runtime="tfjs",
         snippets=_SNIPPETS,
     )
 

@@ -44,6 +44,31 @@ class Toolchain:
 
 
 @dataclass(frozen=True, slots=True)
+class Calibration:
+    """Which batches the number ranges were taken from.
+
+    Attributes:
+        batches: The files, relative to the export's folder.
+        rows: How many rows they have together.
+        left_out: Files that were not taken, since they hold NaN or infinity.
+    """
+
+    batches: tuple[str, ...]
+    rows: int
+    left_out: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """In words, as a note has it."""
+        taken = f"{_counted(len(self.batches), 'batch', 'batches')} of {_counted(self.rows, 'row', 'rows')} in all"
+        without = f"; {', '.join(self.left_out)} left out, which has NaN or infinity" if self.left_out else ""
+        return f"number ranges from {taken} ({', '.join(self.batches)}){without}"
+
+
+def _counted(count: int, one: str, many: str) -> str:
+    return f"{count} {one if count == 1 else many}"
+
+
+@dataclass(frozen=True, slots=True)
 class Proof:
     """What an artifact did on another machine: `proof.json`, which `polyexport accept` takes (see `polyexport.kit`).
 
@@ -88,31 +113,6 @@ class Judgement:
     state: State
     reason: str
     parity: Parity | None
-
-
-@dataclass(frozen=True, slots=True)
-class Calibration:
-    """Which batches the number ranges were taken from.
-
-    Attributes:
-        batches: The files, relative to the export's folder.
-        rows: How many rows they have together.
-        left_out: Files that were not taken, since they hold NaN or infinity.
-    """
-
-    batches: tuple[str, ...]
-    rows: int
-    left_out: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        """In words, as a note has it."""
-        taken = f"{_counted(len(self.batches), 'batch', 'batches')} of {_counted(self.rows, 'row', 'rows')} in all"
-        without = f"; {', '.join(self.left_out)} left out, which has NaN or infinity" if self.left_out else ""
-        return f"number ranges from {taken} ({', '.join(self.batches)}){without}"
-
-
-def _counted(count: int, one: str, many: str) -> str:
-    return f"{count} {one if count == 1 else many}"
 
 
 @dataclass(frozen=True, slots=True)
