@@ -128,11 +128,12 @@ def _finish(path: Path, spec: ExportSpec) -> None:
     onnx.save(model, path)
 
 
-def save(model: onnx.ModelProto, path: Path, metadata: Mapping[str, str]) -> None:
-    """Write a model that holds its weights, beside it where they are too many for one file."""
+def save(model: onnx.ModelProto, path: Path, metadata: Mapping[str, str], *remarks: str) -> None:
+    """Write a model with its weights, beside it where they are too many for one file, and what is to be said of it."""
     import onnx
 
-    onnx.helper.set_model_props(model, dict(metadata))
+    told = "; ".join(filter(None, remarks))
+    onnx.helper.set_model_props(model, {**metadata, **({REMARK: told} if told else {})})
     apart = model.ByteSize() > _PROTOBUF_LIMIT
     onnx.save(model, path, save_as_external_data=apart, location=f"{path.name}.data" if apart else None)
 
