@@ -58,7 +58,7 @@ def test_python_answers_as_pytorch_does(everything: Everything, tmp_path: Path, 
     )
     assert done.returncode == 0, done.stderr
     with np.load(tmp_path / "answers.npz") as answers, np.load(tmp_path / "validation_batch.npz") as batch:
-        answer, expected = answers["arr_0"], batch["output_0"]
+        answer, expected = answers["arr_0"], batch["linear"]
     expected = expected[: len(answer)]  # an Edge TPU takes one row at a time
     assert answer.shape == expected.shape
     agreed = compare({"y": answer}, {"y": expected}, each.limits)
@@ -90,7 +90,7 @@ def test_javascript_answers_as_pytorch_does(everything: Everything, tmp_path: Pa
     assert done.returncode == 0, done.stderr
     (tensor,) = outcome.inputs
     zeros = np.zeros(tensor.sized(lambda _: 1), np.float32)
-    expected = polyexport.load(everything.report.folder / "torchscript")({"input": zeros})["output_0"]
+    expected = polyexport.load(everything.report.folder / "torchscript")({"relu": zeros})["linear"]
     assert np.allclose(json.loads(done.stdout.splitlines()[-1]), expected.ravel(), atol=1e-4)
 
 

@@ -261,8 +261,9 @@ def bench(root: Path, job: Bench, lines: Iterator[bytes], answers: TextIO) -> in
     """Time an artifact in rounds: each line on standard input asks for one, each line of output answers it.
 
     The first answer comes unasked, once the artifact is loaded and warm. What only stands in for the artifact's own
-    runtime is not timed: the one answer says why.
+    runtime is not timed: the one answer says why. One row gets a part of the time that is left to a round.
     """
+    from polyexport.measure.dynamic_axes import one_row
     from polyexport.measure.latency import ROUNDS, SECONDS, sample_ms, timed_ms, warm_up
     from polyexport.workers.priority import first_waited_seconds
 
@@ -277,6 +278,7 @@ def bench(root: Path, job: Bench, lines: Iterator[bytes], answers: TextIO) -> in
     def call() -> Arrays:
         return loaded(inputs)
 
+    row = one_row(inputs, job.spec) if job.one_row else None
     first_ms = timed_ms(call)
     start = time.perf_counter()
     warm_up(call, at_most=SECONDS - first_ms / 1e3)
@@ -291,11 +293,24 @@ def bench(root: Path, job: Bench, lines: Iterator[bytes], answers: TextIO) -> in
         before = first_waited_seconds()
         samples_ms = sample_ms(call, seconds=min(left, SECONDS / ROUNDS)) if left > 0 or not spent else []
         waited, spent = waited + first_waited_seconds() - before, spent + sum(samples_ms) / 1e3
+        one_row_ms = _one_row_ms(loaded, row, seconds=min(left, SECONDS / ROUNDS) / 5) if row and left > 0 else []
         left -= time.perf_counter() - start
         peak_memory_bytes = loaded.observed().peak_memory_bytes or _peak_memory()
         costs = {"peak_memory_bytes": peak_memory_bytes, "waited": min(waited / spent, 1.0)}
-        _answer(answers, {"samples_ms": samples_ms, **costs})
+        _answer(answers, {"samples_ms": samples_ms, "one_row_ms": one_row_ms, **costs})
     return 0
+
+
+def _one_row_ms(loaded: Loaded, row: Arrays, *, seconds: float) -> list[float]:
+    """Milliseconds of calls with one row; empty where the artifact does not take one."""
+    from polyexport.measure.latency import sample_ms, warm_up
+
+    try:
+        warm_up(lambda: loaded(row), count=2, seconds=0.0, at_most=seconds)
+        return sample_ms(lambda: loaded(row), seconds=seconds)
+    except Exception:  # a runtime refuses sizes with any exception
+        traceback.print_exc()
+        return []
 
 
 def serve(root: Path, job: Serve, lines: Iterator[bytes], answers: TextIO) -> int:

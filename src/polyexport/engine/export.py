@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from polyexport.report.outcome import Checkpoint
 from polyexport.report.report import Report
 from polyexport.spec import Runner
 
+_NONE = Checkpoint("")
+
 
 def export(
     module: Any,
@@ -36,7 +39,7 @@ def export(
     executor: Any = None,
     staging: str | None = None,
     progress: Callable[[str], object] | None = None,
-    checkpoint: Checkpoint | None = None,
+    checkpoint: Checkpoint = _NONE,
     metric: Callable[[Runner], Mapping[str, float]] | None = None,
     budget: Mapping[str, Budget | float | str] | None = None,
 ) -> Report:
@@ -72,15 +75,42 @@ def export(
         BadRequest: the module or the inputs cannot be taken apart, forward takes other arguments, `into` is there and
             is no export, or a budget has no metric, or does not say which way it is better.
     """
-    import torch
-
-    from polyexport.capture.answer import ask
     from polyexport.capture.flatten import as_runner
-    from polyexport.capture.snapshot import as_call, check_call, load, save_call, save_module
+    from polyexport.capture.snapshot import load
 
     chosen, limits = resolve(formats), directed(budgets(budget), {})
     if limits and metric is None:
         raise BadRequest(f"budget for {', '.join(limits)}, but no metric=<a function of a runner> that measures it")
+    with (
+        requested(module, inputs, chosen, into, dynamic, calibration, checkpoint) as request,
+        Engine(workers=workers, timeout=timeout, executor=executor, staging=staging, tell=progress) as engine,
+    ):
+        report = engine.submit(request).result()
+        report = engine.bench(report, chosen) if bench else report
+        if metric is None or report.model is None:
+            return report
+        eager = as_runner(load(report.folder / "source"))
+        return measured(
+            report, lambda run: metric(run or eager), lambda made, name: engine.runner(made, name, chosen), limits
+        )
+
+
+@contextlib.contextmanager
+def requested(
+    module: Any,
+    inputs: Any,
+    formats: tuple[Format, ...],
+    into: str | Path,
+    dynamic: Dynamic = True,
+    calibration: Iterable[Any] = (),
+    checkpoint: Checkpoint = _NONE,
+) -> Iterator[Request]:
+    """Files for an engine, of what `export` takes and with its errors; what an engine leaves of them is removed."""
+    import torch
+
+    from polyexport.capture.answer import ask
+    from polyexport.capture.snapshot import as_call, check_call, save_call, save_module
+
     final = Path(into).resolve()
     if not may_become_export(final):
         raise BadRequest(f"{final} is there and is no export; give a new or empty folder, or an export to replace")
@@ -93,16 +123,6 @@ def export(
         note = save_module(module, None, *as_call(inputs), work / "source")
         ask(module, as_call(inputs), work / "source")
         torch.save(module.state_dict(), work / "source" / WEIGHTS)
-        told = (note,) if note else ()
-        request = Request(work, final.name, chosen, dynamic, checkpoint or Checkpoint(""), told, best=False)
-        with Engine(workers=workers, timeout=timeout, executor=executor, staging=staging, tell=progress) as engine:
-            report = engine.submit(request).result()
-            report = engine.bench(report, chosen) if bench else report
-            if metric is None or report.model is None:
-                return report
-            eager = as_runner(load(report.folder / "source"))
-            return measured(
-                report, lambda run: metric(run or eager), lambda made, name: engine.runner(made, name, chosen), limits
-            )
+        yield Request(work, final.name, formats, dynamic, checkpoint, (note,) if note else (), best=False)
     finally:
         discard(work)

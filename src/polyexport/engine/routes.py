@@ -310,8 +310,10 @@ def _detour(best: Built, tried: Sequence[Built]) -> str:
 
 
 def _told(tried: Sequence[Built]) -> str:
+    """What became of routes; of one that verified and was not taken, what its artifact lacks."""
     return "; ".join(
-        f"{built.outcome.route}: {built.outcome.state}: {built.outcome.reason or built.shortfall}"
+        f"{built.outcome.route}: "
+        + (built.shortfall if built.outcome.state == "verified" else f"{built.outcome.state}: {built.outcome.reason}")
         for built in tried
         if built.outcome.state != "skipped"
     )

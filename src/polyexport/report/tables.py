@@ -57,6 +57,7 @@ def figures(outcome: Outcome) -> dict[str, Figure]:
         "p90_ms": latency.p90_ms if latency else None,
         "p95_ms": latency.p95_ms if latency else None,
         "p99_ms": latency.p99_ms if latency else None,
+        "batch_1_p50_ms": latency.batch_1_p50_ms if latency else None,
         "throughput_per_second": latency.throughput_per_second if latency else None,
         "speedup": latency.speedup if latency else None,
         "reason": outcome.reason,
@@ -79,6 +80,7 @@ COLUMNS: Mapping[str, Column] = {
     CHANGE: ("metric_change", lambda change: change or ""),
     "p50 ms": ("p50_ms", milliseconds),
     "p95 ms": ("p95_ms", milliseconds),
+    "batch-1 ms": ("batch_1_p50_ms", milliseconds),
     "speed-up": ("speedup", lambda factor: f"{factor:.2f}×" if factor else ""),
     "reason": ("reason", str),
 }
