@@ -261,6 +261,30 @@ def test_without_a_round_it_stays_far(outlier, tmp_path, monkeypatch):
     assert off(source, tmp_path / "y.onnx", spec) > 0.2
 
 
+@pytest.mark.parametrize(
+    ("kind", "gates", "lacking"), [("LSTM", 4, ["onnx-int8"]), ("GRU", 3, ["onnx-int8", "onnx-w8"])]
+)
+def test_weights_for_which_there_is_no_int8_are_a_shortfall(tmp_path, kind, gates, lacking):
+    import onnx
+    from onnx import helper, numpy_helper
+
+    random = np.random.default_rng(0)
+    weights = [random.normal(size=(1, gates * 8, 8)).astype(np.float32) for _ in "WR"]
+    node = helper.make_node(kind, ["x", "W", "R"], ["y"], hidden_size=8)
+    x, y = (helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["time", *size, 8]) for name, size in SIZES)
+    graph = helper.make_graph([node], "net", [x], [y], list(map(numpy_helper.from_array, weights, "WR")))
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), tmp_path / "x.onnx")
+    write_arrays(tmp_path / "x.npz", {"x": random.normal(size=(5, 2, 8)).astype(np.float32)})
+    spec = ExportSpec((TensorSpec("x", "float32", ("time", 2, 8)),), (), calibration=(tmp_path / "x.npz",))
+    for name in ("onnx-int8", "onnx-w8"):
+        FORMATS[name].routes[-1].convert(tmp_path / "x.onnx", tmp_path / f"{name}.onnx", spec)
+        opened = FORMATS[name].open(tmp_path / f"{name}.onnx", spec, threads=1)
+        assert opened.shortfall == ("100% of its weights in float" if name in lacking else "")
+
+
+SIZES = (("x", [2]), ("y", [1, 2]))
+
+
 class Outlier(torch.nn.Module):
     """Between its first two matrices one column is 1,000 times as large as the others."""
 

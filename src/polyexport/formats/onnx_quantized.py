@@ -11,15 +11,16 @@ Requirements:
 * Weights have seven bits where this machine's processor adds products of int8 in 16 bits, which eight would overflow.
 * w8 multiplies matrices in int8 with ranges taken while it runs; weights of convolutions are stored in int8, and the
   convolution is float.
-* The file tells what in it stays float, in its metadata.
+* The file tells what in it stays float, in its metadata. That is no fault as long as most weights are in int8.
 """
 
 from __future__ import annotations
 
+import math
 import platform
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -30,6 +31,7 @@ import numpy as np
 from polyexport.format import Format, Route
 from polyexport.formats.onnx import SNIPPETS, load, opened, save
 from polyexport.measure.drafts import NEAR, Draft, best, distance, mended
+from polyexport.measure.weights import left_in_float
 from polyexport.spec import Arrays, ExportSpec, Precision, calibration
 
 if TYPE_CHECKING:
@@ -62,10 +64,11 @@ def quantize(source: Path, target: Path, spec: ExportSpec, *, methods: Iterable[
             drafts += [make(how, _MATRICES) for how in found]
         for each in drafts:
             print(f"ranges by {each.how}: relative error {each.error:.3g}")
-        layers = _layers(onnx.load(prepared))
+        whole = onnx.load(prepared)
+        layers, lacks = _layers(whole), _without(whole, _every_operator())
         chosen, mending = mended(drafts, layers, partial(make, best(drafts).how, _MATRICES))
     remarks = (f"ranges by {chosen.how.lower()}", seven_bits(), mending, in_float(chosen.model))
-    save(chosen.model, target, spec.metadata, *remarks)
+    save(chosen.model, target, spec.metadata, *remarks, lacks=lacks)
 
 
 def _layers(prepared: onnx.ModelProto) -> dict[str, str]:
@@ -73,6 +76,16 @@ def _layers(prepared: onnx.ModelProto) -> dict[str, str]:
     constants = {tensor.name for tensor in prepared.graph.initializer}
     nodes = [node for node in prepared.graph.node if node.op_type in _MATRICES]
     return {node.name: node.input[1] for node in nodes if node.input[1] in constants}
+
+
+def _without(model: onnx.ModelProto, operators: Collection[str]) -> str:
+    """How many of the weights are read by other operators only, for which there is no int8; empty where few are."""
+    sizes = {each.name: math.prod(each.dims) for each in model.graph.initializer if each.data_type == _FLOAT}
+    read = {name for node in model.graph.node if node.op_type in operators for name in node.input}
+    return left_in_float(sum(size for name, size in sizes.items() if name not in read), sum(sizes.values()))
+
+
+_FLOAT = 1  # onnx.TensorProto.FLOAT
 
 
 def quantize_min_max(source: Path, target: Path, spec: ExportSpec) -> None:
@@ -225,6 +238,9 @@ def in_float(model: onnx.ModelProto) -> str:
 
 # --- weights alone ----------------------------------------------------------------------------------------------------
 
+_DYNAMIC = ("MatMul", "LSTM", "Attention", "Gather", "EmbedLayerNormalization")
+"""Those whose weights are quantized."""
+
 _CONVOLUTIONS = {"Conv": 0, "ConvTranspose": 1}
 """Those whose weights are stored in int8, and the axis of the weight that the channels of the output lie on."""
 
@@ -242,14 +258,15 @@ def quantize_weights(source: Path, target: Path, spec: ExportSpec) -> None:
         quantize_dynamic(
             prepared,
             draft,
-            op_types_to_quantize=["MatMul", "LSTM", "Attention", "Gather", "EmbedLayerNormalization"],
+            op_types_to_quantize=list(_DYNAMIC),
             per_channel=True,
             reduce_range=overflows(),
         )
         model = onnx.load(draft)
+        lacks = _without(onnx.load(prepared), {*_DYNAMIC, *_CONVOLUTIONS, "Gemm"})  # which becomes a MatMul
     stored = _store_convolutions(model)
     kept = f"convolutions compute in float32, by {stored} weights that are stored in int8" if stored else ""
-    save(model, target, spec.metadata, seven_bits(), kept)
+    save(model, target, spec.metadata, seven_bits(), kept, lacks=lacks)
 
 
 def _store_convolutions(model: onnx.ModelProto) -> int:
