@@ -4,10 +4,9 @@ https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html
 
 Requirements:
 * int8 is written as QuantizeLinear and DequantizeLinear around float operators (Q/DQ), with weights per channel, which
-  every runtime of ONNX reads. Number ranges come from real batches; of three ways to take them that one is
-  kept whose outputs are the nearest to the float model's on those batches. Where all are far, as for most transformers,
-  matrices alone are quantized, and of those the costliest go back
-  to float.
+  every runtime of ONNX reads. Number ranges come from real batches; of three ways to take them that one is kept whose
+  outputs are the nearest to the float model's on those batches. Where all are far, as for most transformers, matrices
+  alone are quantized, and of those the costliest go back to float.
 * Weights have seven bits where this machine's processor adds products of int8 in 16 bits, which eight would overflow.
 * w8 multiplies matrices in int8 with ranges taken while it runs; weights of convolutions are stored in int8, and the
   convolution is float.
@@ -74,7 +73,7 @@ def quantize(source: Path, target: Path, spec: ExportSpec, *, methods: Iterable[
 def _layers(prepared: onnx.ModelProto) -> dict[str, str]:
     """The nodes that multiply by weights, and the names of those."""
     constants = {tensor.name for tensor in prepared.graph.initializer}
-    nodes = [node for node in prepared.graph.node if node.op_type in _MATRICES]
+    nodes = [node for node in named(prepared).graph.node if node.op_type in _MATRICES]
     return {node.name: node.input[1] for node in nodes if node.input[1] in constants}
 
 
@@ -175,11 +174,15 @@ def _with_ranges(
     return made
 
 
-def beyond(model: onnx.ModelProto, found: Any, greatest: float) -> list[onnx.NodeProto]:
-    """The nodes that read or write a number above `greatest`, on the batches of `ranges` or among their weights.
+def named(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model, each of whose nodes has a name from now on, the same ones each time."""
+    for index, node in enumerate(model.graph.node):
+        node.name = node.name or f"node_{index}"
+    return model
 
-    Each node has a name from now on.
-    """
+
+def beyond(model: onnx.ModelProto, found: Any, greatest: float) -> list[onnx.NodeProto]:
+    """The nodes that read or write a number above `greatest`, on the batches of `ranges` or among their weights."""
     from onnx import numpy_helper
 
     magnitude = {name: float(np.abs(tensor.range_value).max()) for name, tensor in found.items()}
@@ -187,11 +190,9 @@ def beyond(model: onnx.ModelProto, found: Any, greatest: float) -> list[onnx.Nod
         array = numpy_helper.to_array(tensor)
         if array.dtype == np.float32 and array.size:
             magnitude[tensor.name] = float(np.abs(array).max())
-    for index, node in enumerate(model.graph.node):
-        node.name = node.name or f"node_{index}"
     return [
         node
-        for node in model.graph.node
+        for node in named(model).graph.node
         if any(magnitude.get(name, 0.0) > greatest for name in (*node.input, *node.output))
     ]
 

@@ -21,6 +21,10 @@ _SECONDS = 120.0
 """How long the cost of single layers is looked for; a large model has more than fit."""
 
 
+_WRAPPER = "inner."
+"""What the names of a module's own parts begin with in what is exported, see `capture.flatten`."""
+
+
 @dataclass(frozen=True, slots=True)
 class Draft:
     """A quantized model.
@@ -83,7 +87,9 @@ def mended(
     chosen = best([*drafts, *rounds])
     if not chosen.kept:
         return chosen, ""
-    kept = ", ".join(f"{each.called} ({each.error:.1%})" for each in costs if each.layer in chosen.kept)
+    kept = ", ".join(
+        f"{each.called.removeprefix(_WRAPPER)} ({each.error:.1%})" for each in costs if each.layer in chosen.kept
+    )
     errors = ", then ".join(f"{each.error:.1%}" for each in (best(drafts), *rounds))
     return chosen, f"back to float32, by the error that each makes alone: {kept} (error of the outputs {errors})"
 
