@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from polyexport.format import Format, Route
-from polyexport.formats.onnx import SNIPPETS, load, opened, save
+from polyexport.formats.onnx import ON_DEVICE, SNIPPETS, load, opened, save
 from polyexport.measure.drafts import NEAR, Draft, best, distance, mended
 from polyexport.measure.weights import left_in_float
 from polyexport.spec import Arrays, ExportSpec, Precision, calibration
@@ -67,7 +67,7 @@ def quantize(source: Path, target: Path, spec: ExportSpec, *, methods: Iterable[
         layers, lacks = _layers(whole), _without(whole, _every_operator())
         chosen, mending = mended(drafts, layers, partial(make, best(drafts).how, _MATRICES))
     remarks = (f"ranges by {chosen.how.lower()}", seven_bits(), mending, in_float(chosen.model))
-    save(chosen.model, target, spec.metadata, *remarks, lacks=lacks)
+    save(chosen.model, target, spec.embedded, *remarks, lacks=lacks)
 
 
 def _layers(prepared: onnx.ModelProto) -> dict[str, str]:
@@ -267,7 +267,7 @@ def quantize_weights(source: Path, target: Path, spec: ExportSpec) -> None:
         lacks = _without(onnx.load(prepared), {*_DYNAMIC, *_CONVOLUTIONS, "Gemm"})  # which becomes a MatMul
     stored = _store_convolutions(model)
     kept = f"convolutions compute in float32, by {stored} weights that are stored in int8" if stored else ""
-    save(model, target, spec.metadata, seven_bits(), kept, lacks=lacks)
+    save(model, target, spec.embedded, seven_bits(), kept, lacks=lacks)
 
 
 def _store_convolutions(model: onnx.ModelProto) -> int:
@@ -298,7 +298,9 @@ def _format(name: str, precision: Precision, description: str, *routes: Route, c
         precision=precision,
         routes=routes,
         load=load,
+        targets=("server CPU",),
         snippets=SNIPPETS,
+        on_device=ON_DEVICE,
         calibrated=calibrated,
     )
 

@@ -5,13 +5,14 @@ https://docs.openvino.ai/
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from polyexport.format import Format, Loaded, Route, Snippet
+from polyexport.format import Format, Loaded, OnDevice, Route, Snippet
 from polyexport.formats.onnx import REMARK
 from polyexport.spec import Arrays, ExportSpec, Runner
 
@@ -107,6 +108,8 @@ def save(model: Any, target: Path, spec: ExportSpec, *remarks: str, half: bool =
     told = "; ".join(filter(None, remarks))
     for key, value in (*spec.metadata.items(), *([(REMARK, told)] if told else [])):
         model.set_rt_info(value, ["polyexport", key])
+    if spec.labels:  # as OpenVINO's Model API reads them: blanks between, none within
+        model.set_rt_info(" ".join(re.sub(r"\s", "_", label) for label in spec.labels), ["model_info", "labels"])
     openvino.save_model(model, str(target), compress_to_fp16=half)
 
 
@@ -173,6 +176,7 @@ int main() {
     ),
 )
 
+ON_DEVICE = OnDevice(("openvino",))
 
 FORMATS = (
     Format(
@@ -186,7 +190,9 @@ FORMATS = (
             Route("torchscript", upstream="torchscript", toolchain="openvino", convert=convert_torchscript),
         ),
         load=load,
+        targets=("server CPU",),
         snippets=SNIPPETS,
+        on_device=ON_DEVICE,
     ),
     Format(
         name="openvino-fp16",
@@ -197,6 +203,8 @@ FORMATS = (
         precision="float16",
         routes=(Route("openvino", upstream="openvino", toolchain="openvino", convert=halve),),
         load=load,
+        targets=("server CPU",),
         snippets=SNIPPETS,
+        on_device=ON_DEVICE,
     ),
 )

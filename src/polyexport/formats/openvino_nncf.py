@@ -24,7 +24,7 @@ from typing import Any
 
 from polyexport.format import Format, Load, Loaded, Route
 from polyexport.formats.onnx_quantized import overflows, seven_bits
-from polyexport.formats.openvino import SNIPPETS, compiled, load, save, without_telemetry
+from polyexport.formats.openvino import ON_DEVICE, SNIPPETS, compiled, load, save, without_telemetry
 from polyexport.measure.drafts import Draft, best, distance, mended
 from polyexport.spec import Arrays, ExportSpec, Precision, calibration
 
@@ -167,8 +167,10 @@ def _format(
         precision=precision,
         routes=(route,),
         load=load,
+        targets=("server CPU",),
         runtime="openvino",
         snippets=SNIPPETS,
+        on_device=ON_DEVICE,
         calibrated=calibrated,
     )
 
