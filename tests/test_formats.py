@@ -94,6 +94,7 @@ def test_pytorchs_own_formats_carry_the_metadata(dictionary):
         assert dictionary.checkpoint.sha256 in (text if isinstance(text, str) else text.decode())
 
 
+@pytest.mark.usefixtures("own_servers")
 def test_nothing_is_written_into_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     (tmp_path / "home").mkdir()

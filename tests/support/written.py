@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 from polyexport.engine.bench import EAGER, _recorded
 from polyexport.measure.latency import Latency, summarize
@@ -38,7 +39,8 @@ def export(folder: Path, *, step: int, p50_ms: float = 0.5, score: float = 2.0) 
         outcome(folder, "static", "degraded", 1e-6, p50_ms - 0.1),
         Outcome("lost", "float32", "skipped", "a tool is missing"),
     )
-    checkpoint = Checkpoint(f"/run/checkpoints/{folder.name}.ckpt", "abc", 0, step, "val_loss", score)
+    at: dict[str, Any] = {"epoch": 0, "global_step": step, "monitor": "val_loss", "score": score}
+    checkpoint = Checkpoint(f"/run/checkpoints/{folder.name}.ckpt", sha256="abc", **at)
     report = Report(checkpoint, None, outcomes, baseline=outcomes[0].latency, folder=folder.resolve())
     save(report)
     return report

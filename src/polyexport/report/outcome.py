@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Literal, get_args
 
 from polyexport.measure.latency import Latency
@@ -84,6 +84,7 @@ class Checkpoint:
     """The weights that were exported. `score` is the value of `monitor`; None where nothing was monitored."""
 
     path: str
+    _: KW_ONLY
     sha256: str = ""
     epoch: int | None = None
     global_step: int | None = None
