@@ -98,14 +98,19 @@ def _spread(values: Any, like: Any, kind: str) -> Any:
 
 
 def _beside(x: Any, index: Any, along: int) -> Any:
-    """The index with the free sizes of `x` under one name with it, but `along`: coremltools compares them by name."""
+    """The index with the sizes of `x` beside `along`, where a free one has another name: names are what is compared."""
     from coremltools.converters.mil import Builder as mb
 
-    others = [axis for axis, size in enumerate(_sizes(x)) if size == -1 and axis != along % x.rank]
-    if all(index.shape[axis] == x.shape[axis] for axis in others):
+    def size(axis: int) -> Any:
+        own, its = _sizes(index)[axis], _sizes(x)[axis]
+        if axis == along % x.rank:
+            return own
+        return mb.gather(x=mb.shape(x=x), indices=axis, axis=0) if its == -1 else its if own == -1 else own
+
+    free = [axis for axis in range(x.rank) if -1 in (_sizes(x)[axis], _sizes(index)[axis]) and axis != along % x.rank]
+    if all(index.shape[axis] == x.shape[axis] for axis in free):
         return index
-    sizes = [mb.gather(x=mb.shape(x=x), indices=a, axis=0) if a in others else s for a, s in enumerate(_sizes(index))]
-    return mb.reshape(x=index, shape=mb.concat(values=sizes, axis=0))
+    return mb.reshape(x=index, shape=mb.concat(values=[size(axis) for axis in range(x.rank)], axis=0))
 
 
 def _like(updates: Any, index: Any) -> Any:
