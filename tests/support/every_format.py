@@ -22,12 +22,12 @@ class Everything:
 
 
 class Small(torch.nn.Module):
-    """Its input and its output are called as two of its operators are."""
+    """Its input and its output are called as two of its operators are; large enough for weights to outweigh the rest."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv = torch.nn.Conv2d(3, 4, 3, 2, 1)
-        self.head = torch.nn.Linear(4 * 4 * 4, 5)
+        self.conv = torch.nn.Conv2d(3, 32, 3, 2, 1)
+        self.head = torch.nn.Linear(32 * 4 * 4, 64)
 
     def forward(self, relu: torch.Tensor) -> dict[str, torch.Tensor]:
         return {"linear": self.head(self.conv(relu).relu().flatten(1))}
