@@ -560,6 +560,8 @@ def test_latency_is_measured_beside_eager_pytorch(tmp_path, monkeypatch):
     latency = timed["good"].latency
     assert latency.samples == timed.baseline.samples == 100
     assert latency.batch == 4
+    assert latency.batch_1_p50_ms > 0
+    assert timed.baseline.batch_1_p50_ms > 0
     if max(latency.waited, timed.baseline.waited, 0.0 if timed.is_quiet else 1.0) <= QUIET:
         assert latency.speedup == pytest.approx(timed.baseline.p50_ms / latency.p50_ms)
     else:  # the tests have not the machine to themselves
