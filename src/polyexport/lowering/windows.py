@@ -44,7 +44,7 @@ Along = Callable[[Any, int, Windows], list[Any]]
 """Of a tensor, for every entry of the kernel along one spatial axis, what it meets in all windows."""
 
 
-def met(data: Any, where: Windows, along: Along) -> list[Any]:
+def window_entries(data: Any, where: Windows, along: Along) -> list[Any]:
     """For every entry of the kernel what it meets in all windows."""
     found = [data]
     for axis in range(len(where.kernel)):
@@ -52,7 +52,7 @@ def met(data: Any, where: Windows, along: Along) -> list[Any]:
     return found
 
 
-def combined(data: Any, where: Windows, along: Along, combine: Callable[[Any, Any], Any]) -> Any:
+def reduce_windows(data: Any, where: Windows, along: Along, combine: Callable[[Any, Any], Any]) -> Any:
     """One value a window, one axis after the other: by a maximum or a sum, which take entries in any order."""
     for axis in range(len(where.kernel)):
         data = functools.reduce(combine, along(data, axis, where))

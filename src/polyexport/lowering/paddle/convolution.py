@@ -23,11 +23,11 @@ from polyexport.lowering.windows import (
     Sides,
     Windows,
     are_known,
-    combined,
     kernel_of,
-    met,
+    reduce_windows,
     spans,
     transposed_windows,
+    window_entries,
     windows,
 )
 
@@ -154,11 +154,13 @@ def max_pool(x: Value, *, storage_order: int = 0, node: Node, **attributes: Any)
         return _pool(_MAX_POOL, x.tensor, where)
     data = _lowest_around(x, where.whole, node)
     # with gaps and of integers, which Paddle's pools do not take
-    greatest = combined(data, where, _along, paddle.maximum)
+    greatest = reduce_windows(data, where, _along, paddle.maximum)
     if not node.wants(1):
         return greatest
-    indices = paddle.stack(met(pad(node.ops, _flat_indices(x, storage_order), where.whole, -1), where, _along))
-    best = paddle.unsqueeze(paddle.argmax(paddle.stack(met(data, where, _along)), 0), 0)
+    indices = paddle.stack(
+        window_entries(pad(node.ops, _flat_indices(x, storage_order), where.whole, -1), where, _along)
+    )
+    best = paddle.unsqueeze(paddle.argmax(paddle.stack(window_entries(data, where, _along)), 0), 0)
     found = paddle.squeeze(paddle.take_along_axis(indices, best, 0, broadcast=False), 0)
     return greatest, found
 

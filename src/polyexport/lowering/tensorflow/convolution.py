@@ -20,11 +20,11 @@ from polyexport.lowering.windows import (
     Sides,
     Windows,
     are_known,
-    combined,
     kernel_of,
-    met,
+    reduce_windows,
     spans,
     transposed_windows,
+    window_entries,
     windows,
 )
 
@@ -183,7 +183,7 @@ def _pool(
     """By TensorFlow's own pool; what that does not take, one axis after the other."""
     kernel, strides = where.kernel, where.strides
     if set(where.dilations) != {1} or len(kernel) > 3 or data.dtype not in (tf.float32, tf.float64, tf.float16):
-        return combined(data, where, _along, combine)
+        return reduce_windows(data, where, _along, combine)
     if len(kernel) == 1:
         return tf.squeeze(native(data[:, None], [1, *kernel], [1, *strides], "VALID"), 1)
     return native(data, kernel, strides, "VALID") if len(kernel) == 2 else _in_turn(data, kernel, strides, native)
@@ -226,8 +226,8 @@ def max_pool(x: Value, *, storage_order: int = 0, node: Node, **attributes: Any)
     if not node.wants(1):
         return made
     indices = _pad(_flat_indices(x, storage_order), where.whole, -1)
-    best = tf.argmax(tf.stack(met(wide, where, _along)), 0)
-    found = tf.stack(met(indices, where, _along), -1)
+    best = tf.argmax(tf.stack(window_entries(wide, where, _along)), 0)
+    found = tf.stack(window_entries(indices, where, _along), -1)
     found = tf.broadcast_to(found, tf.concat([tf.shape(best), [found.shape[-1]]], 0))
     return made, node.value(tf.gather(found, best, batch_dims=rank), last(rank))
 
