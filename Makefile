@@ -14,22 +14,20 @@ BIN := $(VENV)/bin
 NEWEST := .venv-newest
 WATCHED := torch lightning onnx onnxscript onnxruntime openvino coremltools wandb
 
-.PHONY: demo test test-one-half test-other-half test-fast test-newest lint docs bench test-zoo test-real clean
+.PHONY: demo test test-one-session test-another-session test-fast test-newest lint docs bench test-zoo test-real clean
 
 demo: $(VENV)/demo
 	$(BIN)/python examples/digits.py
 
-# the toolchains first, since the halves would wait for each other's; then side by side, since most of a test is one
+# the toolchains first, since the sessions would wait for each other's; then two side by side, since most of a test is one
 # process that imports or converts
 test: $(VENV)/test
 	$(BIN)/polyexport toolchain install executorch litert mnn paddle tensorflow tfjs tflite
-	$(MAKE) --jobs=2 --output-sync=target test-one-half test-other-half
+	shared=$$(mktemp -d) && trap "rm -rf $$shared" EXIT && \
+		$(MAKE) --jobs=2 --output-sync=target SHARED=$$shared test-one-session test-another-session
 
-test-one-half:
-	$(BIN)/python -m pytest tests/test_[a-el]*.py
-
-test-other-half:
-	$(BIN)/python -m pytest tests/test_[f-km-z]*.py
+test-one-session test-another-session:
+	$(BIN)/python -m pytest tests --share $(SHARED)
 
 FAST := architecture devices escape folders latency module outcome_table parity pickling records slices
 

@@ -357,7 +357,7 @@ def recalls(path: Path, spec: ExportSpec, *, threads: int) -> Runner:
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> polyexport.Report:
+def crashed(tmp_path_factory: pytest.TempPathFactory) -> polyexport.Report:
     """By servers that import PyTorch."""
     into = tmp_path_factory.mktemp("crashed") / "x"
     formats = ["torchscript", "pt2", plant("here-only", remembers, load=recalls), plant("tells", tells)]
@@ -365,21 +365,21 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> polyexport.Report:
 
 
 def test_an_artifact_that_works_only_in_the_process_that_converted_it_is_not_verified(
-    exported: polyexport.Report, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    crashed: polyexport.Report, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    outcome = exported["here-only"]
+    outcome = crashed["here-only"]
     assert outcome.state == "failed"
     assert outcome.reason.endswith("RuntimeError: this is not the process that converted it")
     monkeypatch.setenv("REMEMBERED", "")
     monkeypatch.setitem(sys.modules, "remembered", json)
-    made = exported.folder / "here-only" / "model.json"
+    made = crashed.folder / "here-only" / "model.json"
     assert recalls(made, ExportSpec((), ()), threads=1), "there it would have passed"
 
 
-def test_a_crash_of_a_conversion_leaves_the_others_their_server(exported: polyexport.Report) -> None:
-    assert (exported["pt2"].state, exported["pt2"].reason) == ("failed", "killed by SIGSEGV")
-    assert [exported[name].state for name in ("torchscript", "tells")] == ["verified"] * 2
-    logs = [(exported.folder / "logs" / f"{name}.log").read_text() for name in ("model", "torchscript", "pt2", "tells")]
+def test_a_crash_of_a_conversion_leaves_the_others_their_server(crashed: polyexport.Report) -> None:
+    assert (crashed["pt2"].state, crashed["pt2"].reason) == ("failed", "killed by SIGSEGV")
+    assert [crashed[name].state for name in ("torchscript", "tells")] == ["verified"] * 2
+    logs = [(crashed.folder / "logs" / f"{name}.log").read_text() for name in ("model", "torchscript", "pt2", "tells")]
     assert all("[forked by a server that has imported torch, " in log for log in logs)
     assert not any(SPAWNED in log for log in logs)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,12 +16,6 @@ from polyexport.workers import toolchain
 
 HERE = Path(__file__).parent
 PACKAGE = Path(polyexport.__file__).parent
-AS_PACKAGE = f"""
-import sys, types
-module = types.ModuleType("polyexport"); module.__path__ = [{str(PACKAGE)!r}]; sys.modules["polyexport"] = module
-sys.path.insert(0, {str(HERE)!r})
-"""
-"""How a script in an isolated toolchain begins, which has our package and the tests' modules by their files only."""
 
 
 def in_toolchain(name: str, *words: str) -> str:
@@ -30,6 +26,21 @@ def in_toolchain(name: str, *words: str) -> str:
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=HERE, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
+
+
+@functools.cache
+def _answers(toolchain: str) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        printed = in_toolchain(toolchain, f"scripts/{toolchain}_programs.py", folder)
+    found: dict[str, Any] = json.loads(printed.splitlines()[-1])
+    return found
+
+
+def answer(toolchain: str, program: str) -> Any:
+    """What a function of `scripts/TOOLCHAIN_programs.py` returns there; all of them run at once (see `programs`)."""
+    found = _answers(toolchain)[program]
+    assert "error" not in found, found["error"]
+    return found["answer"]
 
 
 def many(toolchain: str, kind: str, formats: Sequence[str], roots: Sequence[str]) -> dict[str, dict[str, Any]]:

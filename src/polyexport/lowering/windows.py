@@ -5,7 +5,8 @@ A size is an `int` where it is known, else a scalar tensor of the target framewo
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +38,25 @@ class Windows:
     def whole(self) -> Sides:
         """The padding, tails included."""
         return [(before, after + tail) for (before, after), tail in zip(self.sides, self.tails, strict=True)]
+
+
+Along = Callable[[Any, int, Windows], list[Any]]
+"""Of a tensor, for every entry of the kernel along one spatial axis, what it meets in all windows."""
+
+
+def window_entries(data: Any, where: Windows, along: Along) -> list[Any]:
+    """For every entry of the kernel what it meets in all windows."""
+    found = [data]
+    for axis in range(len(where.kernel)):
+        found = [each for part in found for each in along(part, axis, where)]
+    return found
+
+
+def reduce_windows(data: Any, where: Windows, along: Along, combine: Callable[[Any, Any], Any]) -> Any:
+    """One value a window, one axis after the other: by a maximum or a sum, which take entries in any order."""
+    for axis in range(len(where.kernel)):
+        data = functools.reduce(combine, along(data, axis, where))
+    return data
 
 
 def windows(

@@ -101,65 +101,66 @@ def make(root: Path, source: Path, dynamic: Dynamic, commit: str = "", *, sha256
     import torch
 
     model, hashed, at = _loaded(source)
-    sha256 = sha256 or hashed
-    unlike_trained, note = _as_trained(source, model)
+    sha256, about = sha256 or hashed, environment()
+    unlike_trained, as_trained = _as_trained(source, model)
     own = _on_copies(as_runner(model))
     run = plain_attention()(own)
     inputs = to_arrays(model.input_names, model.example)
-    outputs = run(inputs)
-    again = run(inputs)
-    notes = [*note]
-    if any(isinstance(each, torch.nn.TransformerEncoder) for each in model.modules()):
-        notes += _fused_apart(own(inputs), outputs)
-    notes += [f"output {name} is left out: no tensor, dict, tuple or dataclass" for name in model.dropped]
-    others, note = _other_batches(source, model.input_names, inputs)
-    notes += note
-    axes, sizes, batches, why_not = _sized(run, inputs, outputs, others, dynamic)
-    notes += _fixed_though_varying(inputs, others, axes, dynamic)
-    real = [each.arrays for each in batches if each.label]
-    values, tried = _with_other_values(model, run, inputs, outputs, real)
-    batches += [replace(each, sizes=sizes) for each in values]
-    described, own_sizes = dynamic_axes.describe_outputs(outputs, sizes, [(b.sizes, b.arrays) for b in batches])
-    about = environment()
-    spec = ExportSpec(
-        inputs=tuple(dynamic_axes.describe(name, array, axes.get(name, {})) for name, array in inputs.items()),
-        outputs=described,
-        sizes=sizes | own_sizes,
-        calibration=(Path(VALIDATION_BATCH), *(_written(root, _call_arrays(index), others[index]) for index in others)),
-    )
-    example = resized(inputs, axes, {name: max(2, size) for name, size in sizes.items()})
-    write_arrays(source / "example.npz", example)
+    outputs, again = run(inputs), run(inputs)
+    of_model = _of_the_model(model, own, inputs, outputs)
+    others, of_batches = _other_batches(source, model.input_names, inputs)
+    asked = _asked(model, run, inputs, outputs, others, dynamic)
+    spec = _spec(root, inputs, outputs, others, asked)
+    write_arrays(source / "example.npz", _example(inputs, asked))
     undecidable = unlike_trained or _undecidable(outputs, (again, *_in_between(run, inputs)))
-    notes += [*_as_in_training(model.input_names, model.output_names), *says_little(outputs)]
     narrow = frozen(source, model, outputs, lambda run: plain_attention()(_on_copies(run)))
-    notes += narrow.notes
-    notes += [
-        f"output {name} is float32 in artifacts: numpy lacks the dtype it has in PyTorch" for name in model.widened
-    ]
-    noise, how = rounding(model, inputs, outputs)
-    noise |= {name + NARROW: np.ones(()) for name in model.widened}
+    noise, how = _noise(model, inputs, outputs)
     write_arrays(root / NOISE, noise)
-    batches.insert(0, Answered(inputs | outputs, sizes))
-    paths = [VALIDATION_BATCH, *(f"source/batch_{index}.npz" for index in range(1, len(batches)))]
     return Reference(
         spec=_with_metadata(spec, sha256, commit, about),
         class_name=_class_name(model),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         checkpoint_sha256=sha256,
         checkpoint_at=at,
-        batches=tuple(
-            Batch(_written(root, path, each.arrays).as_posix(), each.sizes, each.label, each.real)
-            for path, each in zip(paths, batches, strict=True)
-        ),
+        batches=_written_batches(root, asked.batches),
         noise=NOISE,
         environment=about | {"git_commit": commit, "threads": str(torch.get_num_threads())},
-        static_because=why_not,
+        static_because=asked.static_because,
         undecidable=undecidable,
-        read_at=tuple(tried.values),
-        one_side=tried.one_side(),
+        read_at=tuple(asked.tried.values),
+        one_side=asked.tried.one_side(),
         narrow=narrow.narrow,
-        notes=(*notes, *([how] if how else [])),
+        notes=(
+            *as_trained,
+            *of_model,
+            *of_batches,
+            *_fixed_though_varying(inputs, others, asked.axes, dynamic),
+            *_as_in_training(model.input_names, model.output_names),
+            *says_little(outputs),
+            *narrow.notes,
+            *(
+                f"output {name} is float32 in artifacts: numpy lacks the dtype it has in PyTorch"
+                for name in model.widened
+            ),
+            *([how] if how else []),
+        ),
     )
+
+
+def _of_the_model(model: Any, own: Runner, inputs: Arrays, outputs: Arrays) -> list[str]:
+    """Notes on what is in the model; `own` may take PyTorch's fused paths, `outputs` are without them."""
+    import torch
+
+    notes: list[str] = []
+    if any(isinstance(each, torch.nn.TransformerEncoder) for each in model.modules()):
+        notes += _fused_apart(own(inputs), outputs)
+    return [*notes, *(f"output {name} is left out: no tensor, dict, tuple or dataclass" for name in model.dropped)]
+
+
+def _noise(model: Any, inputs: Arrays, outputs: Arrays) -> tuple[Arrays, str]:
+    """The noise floor of the outputs, as it lies on disk; and a note on how it was found, or an empty text."""
+    noise, how = rounding(model, inputs, outputs)
+    return {**noise, **{name + NARROW: np.ones(()) for name in model.widened}}, how
 
 
 def _loaded(source: Path) -> tuple[Any, str, Mapping[str, int]]:
@@ -226,6 +227,14 @@ def _in_between(run: Runner, inputs: Arrays) -> Iterator[Arrays]:
         yield run(inputs)
 
 
+def _written_batches(root: Path, batches: Sequence[Answered]) -> tuple[Batch, ...]:
+    paths = [VALIDATION_BATCH, *(f"source/batch_{index}.npz" for index in range(1, len(batches)))]
+    return tuple(
+        Batch(_written(root, path, each.arrays).as_posix(), each.sizes, each.label, each.real)
+        for path, each in zip(paths, batches, strict=True)
+    )
+
+
 def _written(root: Path, path: str, arrays: Arrays) -> Path:
     """Write a batch to `path`, relative to `root`, which is returned."""
     write_arrays(root / path, arrays)
@@ -238,6 +247,51 @@ def _call_arrays(index: int) -> str:
 
 
 # --- sizes and values -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What artifacts will be asked.
+
+    Attributes:
+        axes: The dynamic axes.
+        sizes: Their sizes in the validation batch.
+        batches: The validation batch, batches of other sizes, of the data, and of other values.
+        static_because: Why no axis is dynamic though one was to be; else empty.
+        tried: What forward read of their data.
+    """
+
+    axes: Axes
+    sizes: Mapping[str, int]
+    batches: tuple[Answered, ...]
+    static_because: str
+    tried: _Tried
+
+
+def _asked(
+    model: Any, run: Runner, inputs: Arrays, outputs: Arrays, others: Mapping[int, Arrays], dynamic: Dynamic
+) -> _Asked:
+    axes, sizes, sized, why_not = _sized(run, inputs, outputs, others, dynamic)
+    values, tried = _with_other_values(model, run, inputs, outputs, [each.arrays for each in sized if each.label])
+    valued = [replace(each, sizes=sizes) for each in values]
+    return _Asked(axes, sizes, (Answered(inputs | outputs, sizes), *sized, *valued), why_not, tried)
+
+
+def _spec(root: Path, inputs: Arrays, outputs: Arrays, others: Mapping[int, Arrays], asked: _Asked) -> ExportSpec:
+    """The signature; the batches that int8 is calibrated with are written."""
+    further = [(each.sizes, each.arrays) for each in asked.batches[1:]]
+    described, own_sizes = dynamic_axes.describe_outputs(outputs, asked.sizes, further)
+    return ExportSpec(
+        inputs=tuple(dynamic_axes.describe(name, array, asked.axes.get(name, {})) for name, array in inputs.items()),
+        outputs=described,
+        sizes={**asked.sizes, **own_sizes},
+        calibration=(Path(VALIDATION_BATCH), *(_written(root, _call_arrays(index), others[index]) for index in others)),
+    )
+
+
+def _example(inputs: Arrays, asked: _Asked) -> Arrays:
+    """What is traced with: two of each dynamic axis at least, since a tracer takes a size of one for a constant."""
+    return resized(inputs, asked.axes, {name: max(2, size) for name, size in asked.sizes.items()})
 
 
 def _other_batches(source: Path, names: Sequence[str], inputs: Arrays) -> tuple[dict[int, Arrays], tuple[str, ...]]:

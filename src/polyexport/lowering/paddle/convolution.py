@@ -5,7 +5,6 @@ A convolution of one axis runs as one of two, the first of size 1: Paddle has no
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,17 @@ from polyexport.lowering.paddle.primitives import cast, line, sizes_of, vector
 from polyexport.lowering.paddle.primitives import pad as pad_known
 from polyexport.lowering.paddle.weights import set_shape
 from polyexport.lowering.value import Value
-from polyexport.lowering.windows import Sides, Windows, are_known, kernel_of, spans, transposed_windows, windows
+from polyexport.lowering.windows import (
+    Sides,
+    Windows,
+    are_known,
+    kernel_of,
+    reduce_windows,
+    spans,
+    transposed_windows,
+    window_entries,
+    windows,
+)
 
 _CONVOLVE = {2: F.conv2d, 3: F.conv3d}
 _TRANSPOSE = {2: F.conv2d_transpose, 3: F.conv3d_transpose}
@@ -109,21 +118,6 @@ def _along(data: Tensor, axis: int, where: Windows) -> list[Tensor]:
     return [data[(slice(None),) * position + (slice(at, at + end, stride),)] for at in starts]
 
 
-def _entries(data: Tensor, where: Windows) -> list[Tensor]:
-    """For every entry of the kernel what it meets in all windows."""
-    found = [data]
-    for axis in range(len(where.kernel)):
-        found = [each for part in found for each in _along(part, axis, where)]
-    return found
-
-
-def _greatest(data: Tensor, where: Windows) -> Tensor:
-    """Each window's maximum, one axis after the other, with gaps and of integers, which Paddle's pools do not take."""
-    for axis in range(len(where.kernel)):
-        data = functools.reduce(paddle.maximum, _along(data, axis, where))
-    return data
-
-
 def _summed(data: Tensor, where: Windows) -> Tensor:
     """Each window's sum, as a convolution by ones of every channel by itself."""
     sizes, kernel, count = paddle.shape(data), where.kernel, len(where.kernel)
@@ -159,11 +153,14 @@ def max_pool(x: Value, *, storage_order: int = 0, node: Node, **attributes: Any)
     if not node.wants(1) and _is_native(x, where):
         return _pool(_MAX_POOL, x.tensor, where)
     data = _lowest_around(x, where.whole, node)
-    greatest = _greatest(data, where)
+    # with gaps and of integers, which Paddle's pools do not take
+    greatest = reduce_windows(data, where, _along, paddle.maximum)
     if not node.wants(1):
         return greatest
-    indices = paddle.stack(_entries(pad(node.ops, _flat_indices(x, storage_order), where.whole, -1), where))
-    best = paddle.unsqueeze(paddle.argmax(paddle.stack(_entries(data, where)), 0), 0)
+    indices = paddle.stack(
+        window_entries(pad(node.ops, _flat_indices(x, storage_order), where.whole, -1), where, _along)
+    )
+    best = paddle.unsqueeze(paddle.argmax(paddle.stack(window_entries(data, where, _along)), 0), 0)
     found = paddle.squeeze(paddle.take_along_axis(indices, best, 0, broadcast=False), 0)
     return greatest, found
 

@@ -5,7 +5,6 @@ A convolution of one axis runs as one of two, the first of size 1: TensorFlow an
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +16,17 @@ from polyexport.lowering.graph import Node
 from polyexport.lowering.tensorflow.backend import OPS
 from polyexport.lowering.tensorflow.primitives import last, pad, sizes_of
 from polyexport.lowering.value import Value
-from polyexport.lowering.windows import Sides, Windows, are_known, kernel_of, spans, transposed_windows, windows
+from polyexport.lowering.windows import (
+    Sides,
+    Windows,
+    are_known,
+    kernel_of,
+    reduce_windows,
+    spans,
+    transposed_windows,
+    window_entries,
+    windows,
+)
 
 # --- padding ----------------------------------------------------------------------------------------------------------
 
@@ -168,23 +177,13 @@ def _along(data: Tensor, axis: int, where: Windows) -> list[Tensor]:
     return [data[(*before, slice(at, at + end, stride))] for at in range(0, kernel * dilation, dilation)]
 
 
-def _entries(data: Tensor, where: Windows) -> list[Tensor]:
-    """For every entry of the kernel what it meets in all windows."""
-    found = [data]
-    for axis in range(len(where.kernel)):
-        found = [each for part in found for each in _along(part, axis, where)]
-    return found
-
-
 def _pool(
     data: Tensor, where: Windows, native: Callable[..., Tensor], combine: Callable[[Tensor, Tensor], Tensor]
 ) -> Tensor:
     """By TensorFlow's own pool; what that does not take, one axis after the other."""
     kernel, strides = where.kernel, where.strides
     if set(where.dilations) != {1} or len(kernel) > 3 or data.dtype not in (tf.float32, tf.float64, tf.float16):
-        for axis in range(len(kernel)):
-            data = functools.reduce(combine, _along(data, axis, where))
-        return data
+        return reduce_windows(data, where, _along, combine)
     if len(kernel) == 1:
         return tf.squeeze(native(data[:, None], [1, *kernel], [1, *strides], "VALID"), 1)
     return native(data, kernel, strides, "VALID") if len(kernel) == 2 else _in_turn(data, kernel, strides, native)
@@ -227,8 +226,8 @@ def max_pool(x: Value, *, storage_order: int = 0, node: Node, **attributes: Any)
     if not node.wants(1):
         return made
     indices = _pad(_flat_indices(x, storage_order), where.whole, -1)
-    best = tf.argmax(tf.stack(_entries(wide, where)), 0)
-    found = tf.stack(_entries(indices, where), -1)
+    best = tf.argmax(tf.stack(window_entries(wide, where, _along)), 0)
+    found = tf.stack(window_entries(indices, where, _along), -1)
     found = tf.broadcast_to(found, tf.concat([tf.shape(best), [found.shape[-1]]], 0))
     return made, node.value(tf.gather(found, best, batch_dims=rank), last(rank))
 

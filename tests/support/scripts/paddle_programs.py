@@ -1,0 +1,95 @@
+"""In the toolchain of Paddle: programs about the lowering, whose answers the tests look at.
+
+python scripts/paddle_programs.py FOLDER
+"""
+
+import numpy as np
+from onnx import helper, numpy_helper
+from paddle import inference
+from paddle.static import InputSpec
+
+import backend_suite
+import bare  # noqa: F401  # before our package
+import programs
+from polyexport.lowering.paddle import lower_model
+
+
+def unknown_input(folder):
+    return programs.refusal("paddle")
+
+
+def weight_in_a_loop(folder):
+    weight = np.random.rand(12, 12).astype("f4")
+
+    def port(name, *sizes):
+        return helper.make_tensor_value_info(name, 1, [*sizes, 12])
+
+    nodes = [
+        helper.make_node("MatMul", ["s", "w"], ["t"]),
+        helper.make_node("Add", ["t", "row"], ["new"]),
+        helper.make_node("Tanh", ["new"], ["out"]),
+    ]
+    body = helper.make_graph(nodes, "b", [port("s", "N"), port("row", "N")], [port("new", "N"), port("out", "N")])
+    scan = helper.make_node("Scan", ["start", "x"], ["end", "y"], body=body, num_scan_inputs=1)
+    ports = [port("start", "N"), port("x", "T", "N")], [port("end", "N"), port("y", "T", "N")]
+    graph = helper.make_graph([scan], "g", *ports, [numpy_helper.from_array(weight, "w")])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
+    specs = [InputSpec([-1, 12], "float32", "start"), InputSpec([-1, -1, 12], "float32", "x")]
+    prefix = folder / "model"
+    lower_model(model, specs).save(prefix)
+    config = inference.Config(f"{prefix}.json", f"{prefix}.pdiparams")
+    config.disable_glog_info()
+    predictor = inference.create_predictor(config)
+    given = {"start": np.random.rand(2, 12).astype("f4"), "x": np.random.rand(5, 2, 12).astype("f4")}
+    for name, array in given.items():
+        predictor.get_input_handle(name).copy_from_cpu(array)
+    predictor.run()
+    state, rows = given["start"], []
+    for row in given["x"]:
+        state = state @ weight + row
+        rows.append(np.tanh(state))
+    for name, expected in (("end", state), ("y", np.stack(rows))):
+        np.testing.assert_allclose(predictor.get_output_handle(name).copy_to_cpu(), expected, rtol=1e-4)
+
+
+def sum_of_nothing(folder):
+    def ports(name):
+        return [helper.make_tensor_value_info(name, 1, None)]
+
+    node = helper.make_node("ReduceLogSumExp", ["x", "last"], ["y"], keepdims=0)
+    given = helper.make_tensor_value_info("x", 1, [None, 3])
+    graph = helper.make_graph([node], "g", [given], ports("y"), [numpy_helper.from_array(np.array([1]), "last")])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)])
+    x = np.array([[-np.inf] * 3, [-np.inf, 1, 2], [0, np.inf, 1]], "f4")
+    y = backend_suite.paddle(model, {"x": x}, {"x": [-1, 3]})["y"]
+    np.testing.assert_allclose(y, np.log(np.exp(x).sum(1)), rtol=1e-6)
+
+
+def outputs_of_one_value(folder):
+    def port(name):
+        return helper.make_tensor_value_info(name, 1, None)
+
+    pairs = {
+        "Neg": ["x"],
+        "Identity": ["x"],
+        "Add": ["x", "w"],
+        "Mul": ["x", "x"],
+        "Abs": ["w"],
+        "Reciprocal": ["a_Neg"],
+    }
+    nodes = [helper.make_node(op, inputs, [f"{which}_{op}"]) for op, inputs in pairs.items() for which in "ab"]
+    nodes.append(helper.make_node("Add", ["w", "x"], ["c_Add"]))
+    names = [node.output[0] for node in nodes]
+    weights = [numpy_helper.from_array(np.array([2, 4], "f4"), "w")]
+    given = [helper.make_tensor_value_info("x", 1, [None, 2])]
+    graph = helper.make_graph(nodes, "g", given, list(map(port, names)), weights)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)])
+    x, w = np.array([[-1, 2], [4, -8]], "f4"), np.array([2, 4], "f4")
+    found = backend_suite.paddle(model, {"x": x}, {"x": [-1, 2]})
+    right = {"Neg": -x, "Identity": x, "Add": x + w, "Mul": x * x, "Abs": w, "Reciprocal": -1 / x}
+    assert list(found) == names
+    for name, array in found.items():
+        np.testing.assert_array_equal(array, right[name.split("_")[1]], name)
+
+
+programs.run(unknown_input, weight_in_a_loop, sum_of_nothing, outputs_of_one_value)

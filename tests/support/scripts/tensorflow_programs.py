@@ -1,0 +1,183 @@
+"""In the toolchain of TensorFlow: programs about the lowering, whose answers the tests look at.
+
+python scripts/tensorflow_programs.py FOLDER
+"""
+
+import math
+
+import numpy as np
+import onnx
+import tensorflow as tf
+from onnx import helper, numpy_helper
+
+import bare  # noqa: F401  # before our package
+import programs
+from polyexport.formats import saved_model, tflite
+from polyexport.lowering.tensorflow import lower_model
+from polyexport.spec import ExportSpec, TensorSpec
+
+
+def unknown_input(folder):
+    return programs.refusal("tensorflow")
+
+
+def names(folder):
+    inputs = ("ä", "日本", "x", "X", "_0", "serving_default_x", "StatefulPartitionedCall")
+    outputs = ("ö", "Y", "y", "_1", "Identity", "Identity_1", "PartitionedCall")
+    nodes = [helper.make_node("Neg", [one], [other]) for one, other in zip(inputs, outputs, strict=True)]
+    ports = [[helper.make_tensor_value_info(name, 1, ["n", 2]) for name in names] for names in (inputs, outputs)]
+    model = helper.make_model(helper.make_graph(nodes, "g", *ports), opset_imports=[helper.make_opsetid("", 20)])
+    onnx.save(model, folder / "m.onnx")
+    tensors = [tuple(TensorSpec(name, "float32", ("n", 2)) for name in names) for names in (inputs, outputs)]
+    spec = ExportSpec(*tensors, {"n": 3})
+    saved_model.convert(folder / "m.onnx", folder / "saved", spec)
+    tflite.convert_saved_model(folder / "saved", folder / "m.tflite", spec)
+    given = {name: np.full((3, 2), index, np.float32) for index, name in enumerate(inputs)}
+    found = [saved_model.load(folder / "saved", spec, threads=1)(given)]
+    found.append(tf.lite.Interpreter(str(folder / "m.tflite")).get_signature_runner()(**given))
+    for answer in found:
+        for index, name in enumerate(outputs):
+            np.testing.assert_array_equal(answer[name], np.full((3, 2), -index, np.float32), name)
+    signature = tf.saved_model.load(str(folder / "saved")).signatures["serving_default"]
+    assert set(signature.structured_input_signature[1]) == set(inputs)
+
+
+def transposes(folder):
+    weight = numpy_helper.from_array(np.random.rand(4, 4, 3, 3).astype(np.float32), "w")
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["a"], pads=[1] * 4),
+        helper.make_node("Relu", ["a"], ["b"]),
+        helper.make_node("Conv", ["b", "w"], ["c"], pads=[1] * 4),
+        helper.make_node("Add", ["b", "c"], ["d"]),
+        helper.make_node("MaxPool", ["d"], ["e"], kernel_shape=[2, 2], strides=[2, 2]),
+        helper.make_node("Concat", ["e", "e"], ["y"], axis=1),
+    ]
+
+    def port(name):
+        return helper.make_tensor_value_info(name, 1, [None] * 4)
+
+    model = helper.make_model(helper.make_graph(nodes, "g", [port("x")], [port("y")], [weight]))
+    lowered = lower_model(model, [tf.TensorSpec([None, 4, 8, 8], tf.float32, "x")])
+    return [node.op for node in lowered.forward.graph.as_graph_def().node].count("Transpose")
+
+
+def plain(folder):
+    constants = {"step": 4, "window": np.hanning(16).astype("f4"), "last": -1}
+    constants |= {"places": [[0], [0]], "rows": np.ones((2, 64), "f4")}
+    weights = [numpy_helper.from_array(np.asarray(each), name) for name, each in constants.items()]
+    nodes = [
+        helper.make_node("STFT", ["x", "step", "window"], ["spectrum"]),
+        helper.make_node("CumSum", ["x", "last"], ["sums"]),
+        helper.make_node("ScatterND", ["x", "places", "rows"], ["added"], reduction="add"),
+    ]
+
+    def port(name, *sizes):
+        return helper.make_tensor_value_info(name, 1, sizes or None)
+
+    outputs = [port(name) for name in ("spectrum", "sums", "added")]
+    graph = helper.make_graph(nodes, "g", [port("x", None, 64)], outputs, weights)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)])
+    lowered = lower_model(model, [tf.TensorSpec([None, 64], tf.float32, "x")])
+    nodes = lowered.forward.graph.as_graph_def().node
+    lacking = sorted({node.op for node in nodes} & {"Complex", "FFT", "TensorScatterAdd"})
+    axis = next(node for node in nodes if node.op == "Cumsum").input[1]
+    axes = [tf.make_ndarray(node.attr["value"].tensor).item() for node in nodes if node.name == axis]
+    return [lacking, axes]
+
+
+def elementary(folder):
+    functions = {
+        "Acos": np.arccos,
+        "Asin": np.arcsin,
+        "Atan": np.arctan,
+        "Atanh": np.arctanh,
+        "Asinh": np.arcsinh,
+        "Cosh": np.cosh,
+        "Sinh": np.sinh,
+        "Tan": np.tan,
+        "Cos": np.cos,
+        "Sin": np.sin,
+        "Tanh": np.tanh,
+        "Erf": np.vectorize(math.erf),
+        "Exp": np.exp,
+        "Abs": np.abs,
+        "Sign": np.sign,
+        "Ceil": np.ceil,
+        "Floor": np.floor,
+        "Round": np.round,
+        "Neg": np.negative,
+        "Reciprocal": np.reciprocal,
+        "Softplus": lambda x: np.log1p(np.exp(x)),
+        "Acosh": lambda x: np.full_like(x, np.nan),
+        "Sqrt": np.sqrt,
+        "Log": np.log,
+        "IsNaN": np.isnan,
+        "IsInf": np.isinf,
+    }
+    weights = {
+        "regions": np.float32([[0, 0, 5, 4], [1, 1, 8, 5], [0, 2, 3, 5]]),
+        "owner": np.array([0, 1, 2]),
+        "kernel": np.random.default_rng(1).random((18, 2, 3, 3), np.float32) / 9,
+        "lengths": np.array([3, 1]),
+        "parts": np.array([2, 3]),
+        "fourth": np.array([4]),
+        "fifth": np.array([5]),
+        "new": np.array([2, 3]),
+        "seventh": np.array([7]),
+        "divisor": np.float32(-0.3),
+        "size": np.array([2, 3]),
+    }
+    nodes = [helper.make_node(op, ["x"], [op]) for op in functions] + [
+        helper.make_node("Mod", ["x", "divisor"], ["Mod"], fmod=1),
+        helper.make_node("ReverseSequence", ["rows", "lengths"], ["ReverseSequence"], batch_axis=1, time_axis=0),
+        helper.make_node("Cast", ["Ceil"], ["integers"], to=7),
+        helper.make_node("Split", ["integers", "parts"], ["rest", "Split"], axis=1),
+        helper.make_node("Unsqueeze", ["image", "new"], ["six axes"]),
+        helper.make_node("Slice", ["six axes", "fourth", "seventh", "fifth"], ["Slice"]),
+        helper.make_node("Shape", ["image"], ["kept"], end=2),
+        helper.make_node("Concat", ["kept", "size"], ["sizes"], axis=0),
+        helper.make_node("Resize", ["image", "", "", "sizes"], ["Resize"], mode="cubic", antialias=1),
+        helper.make_node(
+            "RoiAlign", ["image", "regions", "owner"], ["RoiAlign"], output_height=2, output_width=3, sampling_ratio=2
+        ),
+        helper.make_node("Conv", ["image", "kernel"], ["moves"]),
+        helper.make_node("DeformConv", ["image", "kernel", "moves"], ["DeformConv"]),
+    ]
+    dtypes = {"IsNaN": 9, "IsInf": 9, "Split": 7}
+    names = [*functions, "Mod", "Split", "Slice", "ReverseSequence", "Resize", "RoiAlign", "DeformConv"]
+
+    def port(name):
+        return helper.make_tensor_value_info(name, dtypes.get(name, 1), None)
+
+    constants = [numpy_helper.from_array(np.asarray(each), name) for name, each in weights.items()]
+    inputs = {"x": (None, 5), "rows": (4, 2, None), "image": (None, 2, 6, 9)}
+    graph = helper.make_graph(nodes, "g", [port(name) for name in inputs], [port(name) for name in names], constants)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)])
+    lowered = lower_model(model, [tf.TensorSpec(shape, tf.float32, name) for name, shape in inputs.items()])
+    tf.saved_model.save(lowered, str(folder / "made"), signatures={"serving_default": lowered.forward})
+    converter = tf.lite.TFLiteConverter.from_saved_model(str(folder / "made"))
+    converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]
+    call = tf.lite.Interpreter(model_content=converter.convert()).get_signature_runner()
+    random = np.random.default_rng(0)
+    x = np.float32([[-0.9, -0.4, 0.0, 0.3, 0.99], [0.5, -0.5, 0.7, 0.1, -0.1]])
+    rows, image = (random.random(shape, np.float32) for shape in ((4, 2, 3), (3, 2, 6, 9)))
+    found = call(x=x, rows=rows, image=image)
+    turned = rows.copy()
+    turned[:3, 0] = rows[2::-1, 0]
+    with np.errstate(all="ignore"):
+        right = {name: function(x) for name, function in functions.items()}
+        right |= {"Mod": np.fmod(x, np.float32(-0.3)), "ReverseSequence": turned}
+        right["Split"], right["Slice"] = np.ceil(x).astype("i8")[:, 2:], image[:, :, None, None, :, 4:7]
+    for name, expected in right.items():
+        np.testing.assert_allclose(found[name], expected, atol=2e-6, rtol=2e-6, err_msg=name)
+    answer = lowered.forward(*map(tf.constant, (x, rows, image)))
+    for name in ("RoiAlign", "DeformConv"):
+        np.testing.assert_allclose(found[name], answer[name], atol=1e-5, err_msg=name)
+    arrays = dict(zip(inputs, (x, rows, image), strict=True))
+    whole = lower_model(model, [tf.TensorSpec(array.shape, tf.float32, name) for name, array in arrays.items()])
+    static = whole.forward(*map(tf.constant, (x, rows, image)))["Resize"]
+    np.testing.assert_allclose(found["Resize"], static, atol=1e-5)
+    assert found["Resize"].shape == (3, 2, 2, 3)
+
+
+programs.run(unknown_input, names, transposes, plain, elementary)
