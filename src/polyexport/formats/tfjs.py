@@ -76,7 +76,7 @@ def _converted(source: Path, target: Path, spec: ExportSpec) -> dict[str, Any]:
         str(target.parent),
         signature_def=SIGNATURE,
         control_flow_v2=True,
-        metadata={"polyexport": dict(spec.metadata)},
+        metadata={"polyexport": dict(spec.metadata), **({"labels": spec.labels} if spec.labels else {})},
     )
     model: dict[str, Any] = json.loads(target.read_text(encoding="utf-8"))
     return model
@@ -322,6 +322,7 @@ def _format(name: str, precision: Precision, description: str, route: Route) -> 
         precision=precision,
         routes=(route,),
         load=load,
+        targets=("browser",),
         runtime="tfjs",
         snippets=_SNIPPETS,
     )
