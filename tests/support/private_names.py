@@ -33,6 +33,8 @@ NAMES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
             "torch.nn:Module._modules",
             "torch.nn:Module._parameters",
             "torch.nn:Module._backward_hooks",
+            "torch.nn:Conv2d._conv_forward",
+            "torch.ao.nn.intrinsic.qat:ConvBn2d._forward",
             "torch.nn:Module._backward_pre_hooks",
             "torch.nn:Module._compiled_call_impl",
             "lightning.pytorch.utilities.compile:_compiler_ctx",
@@ -74,6 +76,7 @@ NAMES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "measure/noise.py": ("torch.utils._python_dispatch:TorchDispatchMode",),
         "tracing/decompositions.py": ("torch.nn.modules.transformer:_detect_is_causal_mask",),
         "tracing/exportable.py": ("transformers.configuration_utils:PretrainedConfig._experts_implementation",),
+        "tracing/fake_quantization.py": ("torch.ao.quantization.fx._decomposed:quantize_per_tensor",),
         "tracing/exported_program.py": (
             "torch:_C._set_grad_enabled",
             "torch.fx.experimental.symbolic_shapes:GuardOnDataDependentSymNode",

@@ -295,6 +295,20 @@ def settle(module: torch.nn.Module) -> None:
         for name, child in each.named_children():
             if hasattr(child, "fake_quant_enabled"):
                 setattr(each, name, _rounding(child))
+        if all(hasattr(each, name) for name in ("weight_fake_quant", "bn", "_conv_forward")):
+            each._forward = functools.partial(_with_batch_norm, each)  # type: ignore[assignment]  # torch.ao calls it
+
+
+def _with_batch_norm(conv: Any, x: torch.Tensor) -> torch.Tensor:
+    """What a convolution of torch.ao computes with the batch norm in it in eval mode, as one convolution.
+
+    Its own forward divides by what it has multiplied the weights with, which leaves nothing to compute in integers.
+    """
+    norm = conv.bn
+    factor = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    weight = conv.weight_fake_quant(conv.weight * factor.reshape(-1, *[1] * (conv.weight.dim() - 1)))
+    mean = norm.running_mean if conv.bias is None else norm.running_mean - conv.bias
+    return conv._conv_forward(x, weight, norm.bias - mean * factor)  # type: ignore[no-any-return]
 
 
 def _rounding(fake: Any) -> torch.nn.Module:

@@ -17,6 +17,7 @@ import numpy as np
 from polyexport.format import Convert, Format, OnDevice, Route, Snippet
 from polyexport.spec import Arrays, ExportSpec, Precision, Runner, calibration
 from polyexport.tracing.exported_program import load_program
+from polyexport.tracing.fake_quantization import with_integers
 
 if TYPE_CHECKING:
     import torch
@@ -35,23 +36,34 @@ def convert_portable(source: Path, target: Path, spec: ExportSpec) -> None:
 
 
 def quantize(source: Path, target: Path, spec: ExportSpec) -> None:
-    """Lower the program with weights and activations in int8, with number ranges from `spec.calibration`."""
-    _quantize(source, target, spec, dynamic=False)
+    """Lower the program with weights and activations in int8.
+
+    The scales are those of fake quantization that it was trained with; without any they come from `spec.calibration`.
+    """
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+
+    module = load_program(source).module()
+    if with_integers(module):
+        print("in int8 with the scales that the module was trained with")
+    else:
+        module = _calibrated(module, spec, dynamic=False)
+    _lower(module, target, spec, [XnnpackPartitioner()])
 
 
 def quantize_weights(source: Path, target: Path, spec: ExportSpec) -> None:
     """Lower the program with weights in int8; XNNPACK quantizes activations while it runs."""
-    _quantize(source, target, spec, dynamic=True)
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+
+    _lower(_calibrated(load_program(source).module(), spec, dynamic=True), target, spec, [XnnpackPartitioner()])
 
 
-def _quantize(source: Path, target: Path, spec: ExportSpec, *, dynamic: bool) -> None:
-    """Quantize what XNNPACK has int8 kernels for, and lower it.
+def _calibrated(module: torch.fx.GraphModule, spec: ExportSpec, *, dynamic: bool) -> torch.fx.GraphModule:
+    """The module with what XNNPACK has int8 kernels for in int8.
 
     Raises:
-        RuntimeError: the model has nothing of that.
+        RuntimeError: it has nothing of that.
     """
     import torch
-    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
         XNNPACKQuantizer,
         get_symmetric_quantization_config,
@@ -59,17 +71,15 @@ def _quantize(source: Path, target: Path, spec: ExportSpec, *, dynamic: bool) ->
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
     rules = get_symmetric_quantization_config(is_per_channel=True, is_dynamic=dynamic)
-    observed = prepare_pt2e(
-        _exported(load_program(source).module(), spec).module(), XNNPACKQuantizer().set_global(rules)
-    )
+    observed = prepare_pt2e(_exported(module, spec).module(), XNNPACKQuantizer().set_global(rules))
     for arrays in calibration(spec):
         observed(*(torch.from_numpy(arrays[name]) for name in spec.input_names))
-    module = convert_pt2e(observed)
-    if not any("quantize" in str(node.target) for node in module.graph.nodes):
+    quantized: torch.fx.GraphModule = convert_pt2e(observed)
+    if not any("quantize" in str(node.target) for node in quantized.graph.nodes):
         raise RuntimeError(
             "XNNPACK has int8 for products, convolutions and sums, and the model has none; take executorch"
         )
-    _lower(module, target, spec, [XnnpackPartitioner()])
+    return quantized
 
 
 def _lower(module: torch.nn.Module, target: Path, spec: ExportSpec, partitioners: list[Any]) -> None:

@@ -474,7 +474,7 @@ def packed(route: Route) -> Route:
 
 
 def _format(name: str, precision: Precision, description: str, *routes: Route, **more: Any) -> Format:
-    own: dict[str, Any] = {"load": load, "targets": ("phone",)}
+    defaults: dict[str, Any] = {"load": load, "targets": ("phone",)}
     return Format(
         name=name,
         aliases=(name.replace("tflite", "litert"),),
@@ -486,7 +486,7 @@ def _format(name: str, precision: Precision, description: str, *routes: Route, *
         runtime="tflite",
         snippets=SNIPPETS,
         on_device=OnDevice(("ai-edge-litert",)),
-        **(own | more),
+        **(defaults | more),
     )
 
 

@@ -1,0 +1,121 @@
+"""What trained with fake quantization becomes integers with the scales that it has, in a traced module."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.ao import quantization
+from torch.ao.quantization.quantize_fx import prepare_qat_fx
+
+import polyexport
+from polyexport.capture.unwrap import settle
+from polyexport.tracing.exported_program import export_program
+from polyexport.tracing.fake_quantization import with_integers
+
+IMAGES = torch.randn(4, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+
+
+def layers() -> nn.Sequential:
+    torch.manual_seed(0)
+    body = (nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 6, 3, bias=False), nn.BatchNorm2d(6))
+    return nn.Sequential(*body, nn.Flatten(), nn.Linear(54, 16), nn.ReLU(), nn.Linear(16, 5)).train()
+
+
+def eager(engine: str) -> nn.Module:
+    fused = quantization.fuse_modules_qat(layers(), [["0", "1", "2"], ["3", "4"], ["6", "7"]])
+    net = nn.Sequential(quantization.QuantStub(), fused, quantization.DeQuantStub())
+    net.qconfig = quantization.get_default_qat_qconfig(engine)
+    return quantization.prepare_qat(net)
+
+
+def by_fx(engine: str) -> nn.Module:
+    return prepare_qat_fx(layers(), quantization.get_default_qat_qconfig_mapping(engine), (IMAGES,))
+
+
+def trained(prepare: Callable[[str], nn.Module], engine: str) -> tuple[nn.Module, torch.Tensor]:
+    """A module that has seen data, with batch norms that do something, and its answer in eval mode."""
+    module = prepare(engine)
+    for _ in range(3):
+        module(2 * IMAGES + 0.5)
+    module.eval().apply(quantization.disable_observer)  # which would go on moving the scales
+    with torch.no_grad():
+        return module, copy.deepcopy(module)(IMAGES)
+
+
+def traced(module: nn.Module) -> torch.fx.GraphModule:
+    settle(module)
+    return export_program(module, (IMAGES,), [[0]]).module()
+
+
+@pytest.mark.parametrize("prepare", [eager, by_fx])
+def test_integers_answer_exactly_as_the_module_that_was_trained(prepare):
+    module, expected = trained(prepare, "qnnpack")
+    graph = traced(module)
+    assert with_integers(graph)
+    assert torch.allclose(graph(IMAGES), expected, atol=1e-6)
+    assert graph(IMAGES[:1]).shape == (1, 5)
+
+
+@pytest.mark.parametrize("prepare", [eager, by_fx])
+def test_steps_of_half_the_range_are_the_same_steps(prepare):
+    """x86's activations have seven bits; within their range the steps are the same."""
+    module, expected = trained(prepare, "fbgemm")
+    graph = traced(module)
+    assert with_integers(graph)
+    assert (graph(IMAGES) - expected).abs().max() <= 0.05 * expected.abs().max()
+
+
+def test_weights_are_stored_as_integers_and_nothing_of_batch_norms_is_left():
+    graph = traced(trained(eager, "qnnpack")[0])
+    with_integers(graph)
+    left = {str(node.target).split(".")[1] for node in graph.graph.nodes if node.op == "call_function"}
+    assert left == {"quantize_per_tensor", "dequantize_per_tensor", "conv2d", "relu", "flatten", "linear"}
+    used = {node.target for node in graph.graph.nodes if node.op == "get_attr"}
+    stored = [tensor for name, tensor in graph.named_buffers() if name in used and tensor.dim() > 1]
+    assert [tensor.shape[0] for tensor in stored] == [8, 6, 16, 5]
+    assert {tensor.dtype for tensor in stored} == {torch.int8}
+
+
+def test_each_layer_has_integers_right_before_it():
+    graph = traced(trained(eager, "qnnpack")[0])
+    with_integers(graph)
+    layers = [node for node in graph.graph.nodes if str(node.target) in ("aten.conv2d.default", "aten.linear.default")]
+    assert len(layers) == 4
+    assert {str(node.args[0].target) for node in layers} == {"quantized_decomposed.dequantize_per_tensor.default"}
+
+
+def test_a_weight_has_a_scale_for_each_channel_where_it_was_trained_with_them():
+    graph = traced(trained(eager, "fbgemm")[0])
+    with_integers(graph)
+    targets = [node.target for node in graph.graph.nodes]
+    assert targets.count(torch.ops.quantized_decomposed.dequantize_per_channel.default) == 4
+
+
+def test_a_module_without_fake_quantization_stays_as_it_is():
+    module = layers().eval()
+    graph = traced(module)
+    before = [str(node.target) for node in graph.graph.nodes]
+    assert not with_integers(graph)
+    assert [str(node.target) for node in graph.graph.nodes] == before
+
+
+def test_a_convolution_with_its_batch_norm_answers_as_before():
+    module, expected = trained(eager, "qnnpack")
+    settle(module)
+    with torch.no_grad():
+        assert torch.allclose(module(IMAGES), expected, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_executorch_computes_in_integers_with_the_scales_that_were_trained(tmp_path: Path):
+    module, _ = trained(eager, "qnnpack")
+    far = [100 * IMAGES]  # ranges of these would leave next to nothing of the validation batch
+    report = polyexport.export(module, IMAGES, ["executorch-int8"], tmp_path / "x", calibration=far, bench=False)
+    assert (report["executorch-int8"].state, report["executorch-int8"].reason) == ("verified", "")
+    log = (report.folder / "logs" / "executorch-int8.log").read_text()
+    assert "in int8 with the scales that the module was trained with" in log
