@@ -42,6 +42,22 @@ def convert(source: Path, target: Path, spec: ExportSpec) -> None:
     target.write_text(json.dumps(model), encoding="utf-8")
 
 
+_UNUSED = ("tensorflow_decision_forests", "tensorflow_hub", "jax", "jax.experimental", "jax.experimental.jax2tf")
+"""What tensorflowjs imports at once for sources that are no SavedModel; its toolchain is half the size without them."""
+
+
+def import_tensorflowjs() -> None:
+    """Import tensorflowjs with empty modules for what its SavedModel conversion has no use for."""
+    empty = {name: ModuleType(name) for name in _UNUSED}
+    vars(empty["jax.experimental"])["jax2tf"] = empty["jax.experimental.jax2tf"]
+    sys.modules.update(empty)
+    try:
+        importlib.import_module("tensorflowjs")
+    finally:
+        for name in empty:
+            del sys.modules[name]
+
+
 def _converted(source: Path, target: Path, spec: ExportSpec) -> dict[str, Any]:
     from tensorflowjs.converters import tf_saved_model_conversion_v2 as conversion
 
@@ -295,5 +311,6 @@ FORMAT = Format(
     routes=(Route("tensorflowjs", upstream="saved_model", toolchain="tensorflow", convert=convert),),
     load=load,
     runtime="tfjs",
+    slow_because="in Node its WebAssembly backend has one thread (https://github.com/tensorflow/tfjs/issues/3830)",
     snippets=_SNIPPETS,
 )
