@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import importlib
 import json
 import os
 import struct
@@ -16,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import IO, Any
 
 import numpy as np
@@ -33,6 +35,7 @@ _PROGRAM = Path(__file__).parents[1] / "toolchains" / "tfjs" / "run.cjs"
 def convert(source: Path, target: Path, spec: ExportSpec) -> None:
     """Let tensorflowjs freeze and optimise the SavedModel; weights go into shards of 4 MB."""
     check_size(source)
+    import_tensorflowjs()
     model = _converted(source, target, spec)
     if _activations(model) - _FUSED:
         with _fusing_nothing():
