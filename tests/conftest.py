@@ -21,6 +21,7 @@ from every_format import Everything, traced
 from isolated import many
 from polyexport import FORMATS, Report
 from polyexport.engine import plan
+from polyexport.workers import process
 from polyexport.workers.toolchain import cache_folder
 
 
@@ -42,6 +43,19 @@ def logs_stay_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def import_path_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder that a test puts there, with a `queue.py` in it, would be what other tests' processes import."""
     monkeypatch.setattr(sys, "path", sys.path.copy())
+
+
+@pytest.fixture(scope="session", autouse=True)
+def servers_are_shared() -> Iterator[None]:
+    """Each toolchain imports its framework once a session, whatever test asks; a job is a process of its own still."""
+    with process.shared_servers():
+        yield
+
+
+@pytest.fixture
+def own_servers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines have their own, which start with the test's environment and end with the engine, as outside of tests."""
+    monkeypatch.setattr(process, "_shared", None)
 
 
 @pytest.fixture(scope="session")

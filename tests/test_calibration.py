@@ -31,7 +31,7 @@ def test_the_first_validation_batches_reach_the_converter(tmp_path, wanted, sani
     trainer = runs.trainer(tmp_path, [callback], max_epochs=1, num_sanity_val_steps=sanity)
     trainer.fit(runs.Scripted(), runs.loader(), runs.loader())
     (report,) = callback.reports
-    assert (report["ranges"].state, report.notes) == ("verified", ())
+    assert (report["ranges"].state, [note.kind for note in report.notes]) == ("verified", ["precision"])
     expected = [batch[0].tolist() for batch in runs.loader()][:wanted]
     assert seen(report.folder) == expected
 
@@ -68,7 +68,11 @@ def test_without_lightning_they_are_given_and_the_odd_one_is_left_out(tmp_path):
         module, inputs, [RANGES], tmp_path / "out", calibration=[inputs * 2, torch.rand(3), inputs[:1]], bench=False
     )
     assert seen(report.folder) == [inputs.tolist(), (inputs * 2).tolist(), inputs[:1].tolist()]
-    assert [note.text for note in report.notes] == ["1 of 3 further batches are not like the first and are left out"]
+    assert [note.text for note in report.notes] == [
+        "1 of 3 further batches are not like the first and are left out",
+        "ranges: number ranges from 3 batches of 9 rows in all (validation_batch.npz, source/call_001.npz, "
+        "source/call_003.npz)",
+    ]
 
 
 def test_by_default_they_are_the_batch_that_parity_is_judged_on(tmp_path):

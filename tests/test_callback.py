@@ -363,6 +363,23 @@ def test_averaged_weights_are_exported_where_they_are_averaged(tmp_path):
     exported = load_module(callback.reports[0].folder / "source").state_dict()["inner.clock"]
     assert torch.equal(exported, checkpoint["state_dict"]["clock"])
     assert float(exported) != float(checkpoint["current_model_state"]["clock"])
+    assert not [note for note in callback.reports[0].notes if "not compared" in note.text], "it validates the average"
+
+
+class AveragesOnSave(Callback):
+    """Writes other weights than validation had, as an average that is kept aside is written."""
+
+    def on_save_checkpoint(self, trainer, pl_module, checkpoint):
+        checkpoint["state_dict"] = {name: each / 2 for name, each in checkpoint["state_dict"].items()}
+
+
+def test_weights_that_only_the_checkpoint_has_are_exported_and_told_of(tmp_path):
+    callback = ExportCallback([GOOD], bench=False, when="fit_end")
+    callbacks = [ModelCheckpoint(monitor="val_loss"), AveragesOnSave(), callback]
+    runs.trainer(tmp_path, callbacks, max_epochs=2).fit(runs.Scripted([3.0, 2.0]), runs.loader(), runs.loader())
+    (report,) = callback.reports
+    assert report["good"].state == "verified"
+    assert [note.kind for note in report.notes if "the checkpoint has other weights than the module had" in note.text]
 
 
 # --- where it goes ----------------------------------------------------------------------------------------------------

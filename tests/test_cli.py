@@ -90,7 +90,7 @@ def test_what_the_command_exports_agrees_with_the_checkpoint(shop: Path) -> None
     }
     sha256 = hashlib.sha256((shop / "best.ckpt").read_bytes()).hexdigest()
     path = (shop / "best.ckpt").as_posix()
-    assert report.checkpoint == Checkpoint(path, sha256, epoch=2, global_step=30, monitor="val_acc", score=0.75)
+    assert report.checkpoint == Checkpoint(path, sha256=sha256, epoch=2, global_step=30, monitor="val_acc", score=0.75)
     batch = np.load(shop / "batch.npz")["x"]
     weights = torch.load(shop / "best.ckpt")["state_dict"]
     hidden = np.tanh(batch @ weights["net.0.weight"].numpy().T + weights["net.0.bias"].numpy())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 import shutil
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +13,13 @@ import torch
 from torch import nn
 
 import polyexport
+from polyexport import FORMATS
+from polyexport.coreml import evaluate
 from polyexport.coreml.evaluate import evaluator
+from polyexport.coreml.program import Name, Operation, Program, read
 from polyexport.errors import CannotRun
 from polyexport.formats import coreml
-from polyexport.measure.parity import compare
+from polyexport.measure.parity import Parity, compare
 from polyexport.measure.tolerance import Tolerance
 from polyexport.spec import ExportSpec, TensorSpec, write_arrays
 
@@ -230,3 +235,120 @@ def test_names_types_and_metadata_are_in_the_package(exported):
 def test_what_core_ml_lacks_is_int32_at_the_border(dtype, there):
     spec = ExportSpec((TensorSpec("x", dtype, ("batch", 2)),), ())
     assert coreml.as_core_ml(spec).inputs == (TensorSpec("x", there, ("batch", 2)),)
+
+
+# --- lower precisions -------------------------------------------------------------------------------------------------
+
+COMPRESS = {"coreml-w8": coreml.quantize_weights, "coreml-w4": coreml.palettize_weights, "coreml-int8": coreml.quantize}
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """A small network as packages of every precision, by format, and what PyTorch answers to five rows."""
+
+    packages: dict[str, Path]
+    spec: ExportSpec
+    inputs: dict[str, np.ndarray]
+    expected: np.ndarray
+
+    def judged(self, name: str) -> Parity:
+        run = coreml.load_compressed(self.packages[name], self.spec, threads=1)
+        return compare(run(self.inputs), {"y": self.expected}, FORMATS[name].limits)
+
+
+@pytest.fixture(scope="module")
+def compressed(tmp_path_factory) -> Compressed:
+    torch.manual_seed(0)
+    folder, images = tmp_path_factory.mktemp("compressed"), torch.randn(5, 3, 12, 12)
+    layers = (nn.Conv2d(3, 24, 3, 2), nn.ReLU(), nn.Conv2d(24, 32, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 20))
+    module = nn.Sequential(*layers).eval()
+    write_arrays(folder / "one.npz", {"x": images[:2].numpy()})
+    write_arrays(folder / "other.npz", {"x": images[2:].numpy()})
+    spec = ExportSpec(
+        (TensorSpec("x", "float32", ("batch", 3, 12, 12)),),
+        (TensorSpec("y", "float32", ("batch", 20)),),
+        {"batch": 2},
+        calibration=(folder / "one.npz", folder / "other.npz"),
+    )
+    torch.jit.trace(module, images[:2]).save(folder / "m.pt")
+    packages = {name: folder / f"{name}.mlpackage" for name in ("coreml-fp16", *COMPRESS)}
+    coreml.convert_trace(folder / "m.pt", packages["coreml-fp16"], spec, precision="float16")
+    for name, compress in COMPRESS.items():
+        compress(packages["coreml-fp16"], packages[name], spec)
+    with torch.no_grad():
+        return Compressed(packages, spec, {"x": images.numpy()}, module(images).numpy())
+
+
+@pytest.mark.parametrize("name", COMPRESS)
+def test_a_lower_precision_agrees_at_another_batch_size(compressed, name):
+    assert compressed.judged(name).reason == ""
+    assert coreml.load_compressed(compressed.packages[name], compressed.spec, threads=1).shortfall == ""
+
+
+def shifted(argument: np.ndarray) -> np.ndarray:
+    return np.clip(argument.astype(np.int32) + 40, -128, 127).astype(argument.dtype)
+
+
+def reversed_channels(argument: np.ndarray) -> np.ndarray:
+    return argument[::-1].copy()
+
+
+def an_eighth(argument: np.ndarray) -> np.ndarray:
+    return argument / 8
+
+
+ERRORS = [
+    ("coreml-w8", "constexpr_affine_dequantize", "zero_point", shifted),
+    ("coreml-w8", "constexpr_affine_dequantize", "quantized_data", reversed_channels),
+    ("coreml-w4", "constexpr_lut_to_dense", "lut", reversed_channels),
+    ("coreml-w4", "constexpr_lut_to_dense", "indices", reversed_channels),
+    ("coreml-int8", "quantize", "zero_point", shifted),
+    ("coreml-int8", "quantize", "scale", an_eighth),
+]
+"""A format, and the argument of an operation of its package that is wrong, and how."""
+
+
+@pytest.mark.parametrize(("name", "kind", "argument", "wrong"), ERRORS)
+def test_a_wrong_number_in_a_compressed_package_is_a_mismatch(compressed, name, kind, argument, wrong, monkeypatch):
+    def read_spoiled(package: Path) -> Program:
+        found = read(package)
+        constants = {
+            each.outputs[0].name: each.arguments["val"] for each in found.main.operations if each.kind == "const"
+        }
+
+        def spoiled(operation: Operation) -> Operation:
+            given = operation.arguments.get(argument)
+            value = constants[given.name] if isinstance(given, Name) else given
+            if operation.kind != kind or value is None:
+                return operation
+            return replace(operation, arguments={**operation.arguments, argument: np.asarray(wrong(value))})
+
+        operations = tuple(map(spoiled, found.main.operations))
+        assert any(map(operator.is_not, operations, found.main.operations))
+        return replace(found, main=replace(found.main, operations=operations))
+
+    monkeypatch.setattr(evaluate, "read", read_spoiled)
+    assert not compressed.judged(name).passed
+
+
+def test_ranges_are_those_of_all_batches(compressed):
+    found = coreml.ranges(compressed.packages["coreml-fp16"], compressed.spec)
+    x = compressed.inputs["x"]
+    assert found["x"] == {"rmin": float(x.min()), "rmax": float(x.max())}
+
+
+def test_weights_left_in_float_are_told(compressed, tmp_path):
+    opened = coreml.load_compressed(compressed.packages["coreml-fp16"], compressed.spec, threads=1)
+    assert opened.shortfall == "100% of its weights in float: small ones, and those that coremltools leaves"
+
+
+def test_a_palette_is_as_near_as_sixteen_numbers_can_be():
+    weights = np.repeat(np.arange(16.0), 40).astype(np.float32).reshape(32, 20)
+    table, indices = coreml.palette(weights)
+    assert np.array_equal(table[indices], weights)
+    spread = np.random.default_rng(0).normal(size=(64, 64)).astype(np.float32)
+    table, indices = coreml.palette(spread)
+    assert indices.max() == 15
+    distances = np.abs(spread[..., None] - table)
+    assert np.array_equal(distances.argmin(-1), indices)
+    assert np.square(table[indices] - spread).mean() < 0.011  # the best sixteen numbers for a Gaussian leave 0.0095

@@ -32,9 +32,9 @@ from polyexport.capture import snapshot as modules
 from polyexport.capture.pickling import importable, script
 from polyexport.engine import engine as engines
 from polyexport.engine.dispatch import _by_value
-from polyexport.engine.request import interrupted, interruption
+from polyexport.engine.request import _read, interrupted, interruption
 from polyexport.measure.latency import QUIET
-from polyexport.report.folders import finished, followed, point_best, take_place, unfinished
+from polyexport.report.folders import REQUEST, finished, followed, point_best, take_place, unfinished
 from polyexport.report.outcome import Checkpoint, Note
 from polyexport.worker import _NotAgain
 from polyexport.workers import gpu
@@ -411,6 +411,7 @@ def children() -> set[int]:
     }
 
 
+@pytest.mark.usefixtures("own_servers")
 def test_closing_ends_every_worker_and_leaves_one_export_to_be_resumed(tmp_path):
     before = children()
     engine = Engine(timeout=TIMEOUT)
@@ -438,6 +439,15 @@ def test_closing_ends_every_worker_and_leaves_one_export_to_be_resumed(tmp_path)
         report = second.submit(asked).result()
     assert (report.folder, report["good"].state) == (tmp_path / "newer", "verified")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "newer"]
+
+
+def test_an_interrupted_export_that_cannot_be_read_is_told_of_and_nothing_is_raised(tmp_path):
+    work = request(tmp_path).work
+    why = interruption(work)
+    assert why.startswith(f"an export was interrupted, and cannot be finished: {work / REQUEST} cannot be read")
+    assert why.endswith("; there is no best until then")
+    with pytest.raises(BadRequest, match="cannot be read"):
+        _read(work)
 
 
 def test_at_most_two_checkpoints_are_kept_however_many_bests_there_are(tmp_path):
@@ -550,6 +560,8 @@ def test_latency_is_measured_beside_eager_pytorch(tmp_path, monkeypatch):
     latency = timed["good"].latency
     assert latency.samples == timed.baseline.samples == 100
     assert latency.batch == 4
+    assert latency.batch_1_p50_ms > 0
+    assert timed.baseline.batch_1_p50_ms > 0
     if max(latency.waited, timed.baseline.waited, 0.0 if timed.is_quiet else 1.0) <= QUIET:
         assert latency.speedup == pytest.approx(timed.baseline.p50_ms / latency.p50_ms)
     else:  # the tests have not the machine to themselves

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -168,7 +170,41 @@ def test_float64_within_a_program_becomes_float32():
     assert not [value for value in values if value.dtype is torch.float64]
 
 
+def test_a_program_with_a_constant_made_in_forward_can_be_exported_again(tmp_path):
+    x = torch.rand(4, 3)
+    program = export_program(Written(lambda layer, x: x * torch.tensor([1.0, 2.0, 3.0])), (x,), [(0,)])
+    torch.export.save(program, tmp_path / "m.pt2")
+    again = torch.export.export(load_program(tmp_path / "m.pt2").module(), (x,), strict=False).module()
+    assert torch.equal(again(x), x * torch.tensor([1.0, 2.0, 3.0]))
+
+
 def test_a_scripted_part_that_no_program_takes_is_named():
     net = nn.Sequential(torch.jit.script(nn.Sequential(nn.Linear(4, 4), nn.ReLU())), nn.Linear(4, 2)).eval()
     with pytest.raises(RuntimeError, match=r"no part that torch.jit.script made \(0\); a trace does"):
         export_program(net, (torch.rand(2, 4),), [()])
+
+
+class Reading(nn.Module):
+    """Hands what it is given to a function that reads it."""
+
+    def __init__(self, read) -> None:
+        super().__init__()
+        self.read = read
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.read(x)
+
+
+@pytest.mark.parametrize(
+    ("read", "why"),
+    [
+        (lambda x: 2 if x.abs().max() > 1 else 3, "forward reads a value of its data into Python (SITE)"),
+        (lambda x: sum(range(int(x.sum()))), "forward reads a value of its data into Python (SITE)"),
+        (lambda x: float(x.numpy().max()), "torch.export refuses SITE: RuntimeError: .numpy() is not supported"),
+    ],
+    ids=["a branch", "a count", "an array"],
+)
+def test_what_no_program_takes_is_told_with_its_line(read, why):
+    with pytest.raises(RuntimeError) as raised:
+        export_program(nn.Sequential(nn.Linear(4, 4), Reading(read)).eval(), (torch.rand(2, 4),), [(0,)])
+    assert str(raised.value).startswith(why.replace("SITE", f"{Path(__file__).name}:{read.__code__.co_firstlineno}"))

@@ -1,15 +1,20 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 import written
 from polyexport.engine.bench import EAGER, _recorded
+from polyexport.format import Loaded
+from polyexport.measure.dynamic_axes import one_row
 from polyexport.measure.latency import sample_ms, summarize, warm_up
 from polyexport.report.html import page
 from polyexport.report.report import figures, markdown
+from polyexport.spec import ExportSpec, TensorSpec
+from polyexport.worker import _one_row_ms
 
 
 def measured(samples, **changes):
@@ -28,6 +33,33 @@ def test_percentiles_are_numpys():
 def test_p99_is_not_given_below_a_hundred_samples():
     assert measured([1.0] * 99).p99_ms is None
     assert measured([1.0] * 100).p99_ms == 1.0
+
+
+def test_one_row_has_a_median_of_its_own_where_it_was_timed():
+    assert measured([4.0] * 9, one_row_ms=[1.0, 9.0, 2.0]).batch_1_p50_ms == 2.0
+    assert measured([4.0] * 9).batch_1_p50_ms is None
+
+
+def spec(**shapes):
+    return ExportSpec(tuple(TensorSpec(name, "float32", shape) for name, shape in shapes.items()), (), {"n": 4, "m": 6})
+
+
+def test_one_row_is_the_first_of_each_input_where_there_is_one_batch():
+    inputs = {"x": np.arange(12.0).reshape(4, 3), "y": np.arange(4.0)}
+    row = one_row(inputs, spec(x=("n", 3), y=("n",)))
+    assert {name: array.tolist() for name, array in row.items()} == {"x": [[0, 1, 2]], "y": [0]}
+    assert one_row(inputs, spec(x=(4, 3), y=(4,))) is None, "its size is fixed"
+    assert one_row(inputs, spec(x=("n", 3), y=("m",))) is None, "nodes and edges, say"
+    assert one_row(row, replace(spec(x=("n", 3), y=("n",)), sizes={"n": 1})) is None, "it is what is timed already"
+
+
+def test_one_row_that_a_runtime_refuses_is_not_timed(capsys):
+    def run(inputs):
+        raise ValueError("four rows, please")
+
+    assert _one_row_ms(Loaded(run), {}, seconds=1.0) == []
+    assert "four rows, please" in capsys.readouterr().err
+    assert _one_row_ms(Loaded(dict), {}, seconds=0.01) != []
 
 
 def test_throughput_counts_rows_not_calls():

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 from polyexport.coreml.ops import OPS
+from polyexport.errors import CannotRun
 from polyexport.formats import coreml
 from polyexport.measure.parity import compare
 from polyexport.measure.tolerance import Tolerance
@@ -163,7 +164,13 @@ FUNCTIONS = {
     "local_response_norm": (nn.LocalResponseNorm(3), IMAGE),
     "normalize": (functional.normalize, ROWS),
     "nearest": (resized(scale_factor=2, mode="nearest"), IMAGE),
+    "counts": (lambda x: x.gather(1, (x[:, :7] > 0).sum(1, keepdim=True)), ROWS),
     "nearest to a size": (resized(size=(18, 30), mode="nearest"), IMAGE),
+    "nearest to a size that no whole factor divides": (resized(size=(13, 7), mode="nearest"), IMAGE),
+    "nearest by a scale that divides nothing": (resized(scale_factor=1.3, mode="nearest"), IMAGE),
+    "nearest, exact": (resized(size=(13, 5), mode="nearest-exact"), IMAGE),
+    "nearest of a signal": (resized(scale_factor=1.5, mode="nearest"), SIGNAL),
+    "nearest of a volume": (resized(scale_factor=2, mode="nearest"), (2, 3, 2, 3, 4)),
     "bilinear": (resized(scale_factor=2, mode="bilinear"), IMAGE),
     "bilinear to a size": (resized(size=(14, 7), mode="bilinear"), IMAGE),
     "bilinear, corners": (resized(scale_factor=3, mode="bilinear", align_corners=True), IMAGE),
@@ -448,6 +455,27 @@ def test_a_floor_of_a_quotient_is_not_corrected_by_the_remainder():
     assert OPS["floor_div"](one, tenth) == 10
     assert torch.floor_divide(one, tenth) == 9
     assert OPS["floor_div"](torch.tensor(-7), torch.tensor(2)) == -4
+
+
+STATE, WEIGHTS = torch.zeros(1, 3), torch.ones(12, 3)
+
+
+@pytest.mark.parametrize(
+    ("call", "what"),
+    [
+        (lambda: OPS["lstm"](ROW[None], STATE, STATE, WEIGHTS, WEIGHTS, clip=torch.tensor(1.0)), "lstm with clip"),
+        (lambda: OPS["rnn"](ROW[None], STATE, WEIGHTS[:3], WEIGHTS[:3], activation="scaled_tanh"), "scaled_tanh"),
+        (lambda: OPS["resize_nearest_neighbor"](ROW[None], torch.tensor(1), torch.tensor(4)), "resize of 3 to 4"),
+        (
+            lambda: OPS["resize"](ROW, torch.tensor([6]), torch.tensor(1), "NEAREST_NEIGHBOR", "ALIGN_CORNERS"),
+            "sampling mode ALIGN_CORNERS",
+        ),
+    ],
+)
+def test_what_the_reference_leaves_open_is_not_guessed(call, what):
+    with pytest.raises(CannotRun, match=what):
+        call()
+    assert "gru" not in OPS, "of its reset Apple's documents say two things"
 
 
 def test_a_linear_layer_of_integers_does_not_run():

@@ -11,6 +11,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
+from every_format import Everything
 from polyexport.capture.flatten import flat
 from polyexport.formats.onnx import convert_program, convert_trace, load
 from polyexport.lowering.ports import rename_ports
@@ -89,6 +90,14 @@ def test_an_output_may_be_called_as_an_operator_is(route: str, tmp_path: Path) -
     assert tuple(answer) == OPERATORS
     for found, right in zip(answer.values(), expected, strict=True):
         np.testing.assert_allclose(found, right.detach().numpy(), atol=1e-5)
+
+
+def test_every_format_keeps_a_name_that_an_operator_has_and_takes_no_detour_for_it(everything: Everything) -> None:
+    found = {each.format: each for each in everything.report.outcomes}
+    assert {name: (each.state, each.reason) for name, each in found.items()} == dict.fromkeys(found, ("verified", ""))
+    assert [note.text for note in everything.report.notes if note.kind == "route"] == []
+    names = {tuple(tensor.name for tensor in (*each.inputs, *each.outputs)) for each in found.values()}
+    assert names == {("relu", "linear")}
 
 
 def test_what_has_several_names_gets_them_all_and_a_branch_sees_the_new_ones() -> None:

@@ -53,7 +53,7 @@ def report(folder: Path) -> Report:
     )
     model = Model("pkg.Net", 12, (spec,), (spec,))
     return Report(
-        Checkpoint("a.ckpt", "ff", 1, 10, "val_loss", 0.5),
+        Checkpoint("a.ckpt", sha256="ff", epoch=1, global_step=10, monitor="val_loss", score=0.5),
         model,
         outcomes,
         folder=folder,

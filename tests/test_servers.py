@@ -24,11 +24,19 @@ import polyexport
 from planted import planted as plant
 from polyexport import ExportSpec, Format, Runner
 from polyexport.engine.dispatch import Dispatcher, Limits, imports
-from polyexport.workers import oom, toolchain
+from polyexport.workers import oom, process, servers, toolchain
 from polyexport.workers.job import Bench, Convert, Serve, write_job
-from polyexport.workers.process import JobResult, Workers, environment
+from polyexport.workers.process import JobResult, Workers, environment, shared_servers
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="a fork is safe on Linux only")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def servers_are_each_engines_own() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(process, "_shared", None)
+        yield
+
 
 IMPORTS = ("numpy",)
 FORKED, SPAWNED = "[forked by a server that has imported numpy]", "[spawned, since "
@@ -248,6 +256,40 @@ def test_nothing_is_forked_beside_threads_that_an_import_has_started(run: Run, t
     assert re.fullmatch(r"its server has further threads \(.+\), beside which no fork is safe",
                         why_spawned(tmp_path / "one.log"))  # fmt: skip  # a text, and what it is of
     assert told(tmp_path / "one.log")["parent"] == os.getpid()
+
+
+def test_a_server_that_stands_still_while_it_imports_holds_no_job_up(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sleeps.py").write_text("import time\ntime.sleep(600)\n")
+    monkeypatch.setattr(servers, "_STANDS_STILL_SECONDS", 1)
+    assert run("one", tells, imports=("sleeps",), PYTHONPATH=str(tmp_path)).ok
+    assert why_spawned(tmp_path / "one.log") == "its server stood still while it started"
+
+
+def test_a_server_that_is_busy_importing_is_waited_for(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    busy = "import time\nwhile time.process_time() < 3: pass\n"
+    (tmp_path / "busy.py").write_text(busy)
+    monkeypatch.setattr(servers, "_STANDS_STILL_SECONDS", 2)
+    monkeypatch.setattr(servers, "_LOOK_SECONDS", 0.5)
+    assert run("one", tells, imports=("busy",), PYTHONPATH=str(tmp_path)).ok
+    assert told(tmp_path / "one.log")["parent"] != os.getpid()
+
+
+def test_engines_may_share_servers_which_end_with_the_block(tmp_path: Path) -> None:
+    path = job(tmp_path, plant("one", tells))
+    with shared_servers():
+        for log in (tmp_path / "one.log", tmp_path / "two.log"):
+            workers = Workers()
+            words = toolchain.HOST.command()
+            assert workers.run(words, path, log, timeout=60, environment=around(), imports=IMPORTS).ok
+            workers.end_all()
+        one, two = (told(tmp_path / f"{name}.log") for name in ("one", "two"))
+        assert one["parent"] == two["parent"] != os.getpid()
+        assert is_running(one["parent"])
+    assert ends(one["parent"])
 
 
 def test_a_server_that_dies_while_it_imports_costs_no_job(run: Run, tmp_path: Path) -> None:

@@ -148,6 +148,18 @@ def test_a_column_of_rounding_noise_is_held_to_its_noise_floor():
     assert not judged(reference + np.array([0, 1e-5], np.float32), reference, "float32", noise).passed
 
 
+def test_the_noise_floor_grows_with_the_numbers_of_another_batch():
+    whole = np.random.default_rng(0).uniform(3, 5, (4, 1, 6, 6)).astype(np.float32)
+    whole[:, 0, 2, 3] = 1e-4  # next to nothing in every row, as where large numbers cancel
+    noise, limits = {"y": np.full(whole.shape, 1e-6)}, Tolerance.for_precision("float32")
+    wrong = np.zeros_like(whole)
+    wrong[:, 0, 2, 3] = 1e-4
+    for factor, error, passes in ((1, 1, False), (100, 1, True), (100, 100, False)):
+        batch = {"y": whole * np.float32(factor)}
+        found = compare({"y": batch["y"] + wrong * np.float32(error)}, batch, limits, noise, {"y": whole})
+        assert found.passed == passes, (factor, error)
+
+
 def test_a_column_of_zeros_is_judged_by_the_scale_of_the_output():
     """What a ReLU cuts off here may be just above zero there."""
     reference = np.array([[1, 0], [2, 0]], np.float32)

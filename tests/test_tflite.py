@@ -21,7 +21,7 @@ from polyexport.formats import edgetpu
 from polyexport.spec import write_arrays
 from polyexport.workers import toolchain
 
-TFLITE = ("tflite", "tflite-fp16", "tflite-int8")
+TFLITE = ("tflite", "tflite-fp16", "tflite-w8", "tflite-int8")
 
 NOT_IN_INT8 = {"gpt2": "cosine similarity 0.98"}
 """What eight bits cost it with random weights; it agrees by TensorFlow's quantizer, the second route."""
@@ -166,6 +166,20 @@ def test_a_file_with_another_layout_does_not_pass_for_the_right_one(shadows):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["tflite-w8", "tflite-w4"])
+def test_small_weights_agree_and_two_channels_that_are_swapped_do_not(shadows, name):
+    assert (shadows[name]["parity"]["reason"], shadows[name]["shortfall"]) == ("", "")
+    assert not shadows[f"swapped {name}"]["parity"]["passed"]
+
+
+@pytest.mark.slow
+def test_weights_left_in_float_are_told(shadows):
+    assert shadows["not tflite-w8"]["shortfall"] == (
+        "100% of its weights in float, since there is no int8 for them: 2 × CONV_2D, 1 × FULLY_CONNECTED"
+    )
+
+
+@pytest.mark.slow
 def test_operators_left_in_float_are_told(shadows):
     assert shadows["not in int8"]["shortfall"].startswith("in float32, since there is no int8 for it: ")
     assert "CONV_2D" in shadows["not in int8"]["shortfall"]
@@ -202,7 +216,8 @@ def test_corals_table_refuses_what_it_does_not_list_and_what_has_too_many_axes(t
     def tensor(*shape: int) -> dict[str, Any]:
         return {"dtype": np.int8, "shape": shape, "shape_signature": shape}
 
-    listed = [("CONV_2D", [tensor(1, 8, 8, 3)]), ("CONV_2D", [tensor(4, 8, 8, 3)]), ("GELU", [tensor(1, 5)])]
+    shapes = [("CONV_2D", (1, 8, 8, 3)), ("CONV_2D", (4, 8, 8, 3)), ("GELU", (1, 5))]
+    listed = [edgetpu.tflite.Operation(kind, [tensor(*shape)], []) for kind, shape in shapes]
     monkeypatch.setattr(edgetpu.tflite, "operations", lambda path: listed)
     words = "1 of 3 operations on the Edge TPU, on the CPU 1 × CONV_2D (more than three axes), 1 × GELU (not supported)"
     assert str(edgetpu.predict(tmp_path / "model.tflite")) == words

@@ -418,11 +418,13 @@ def test_a_module_that_does_not_answer_what_was_trained_proves_nothing(tmp_path,
     assert same or "does not answer what it did in the process that trained it (output_0 is off by" in found.undecidable
 
 
-def test_an_answer_that_was_given_with_other_weights_tells_nothing(tmp_path):
+def test_an_answer_that_was_given_with_other_weights_tells_nothing_and_is_noted(tmp_path):
     later = Cooled(5.0)
     with torch.no_grad():
         later.head.weight *= 1.001
-    assert prepared(tmp_path, Cooled(), X, trained=later).undecidable == ""
+    found = prepared(tmp_path, Cooled(), X, trained=later)
+    assert found.undecidable == ""
+    assert [note for note in found.notes if "the checkpoint has other weights than the module had" in note]
 
 
 def test_low_precision_in_training_is_rounding_and_a_temperature_is_not(tmp_path):
@@ -449,7 +451,9 @@ def test_a_forward_that_changes_its_inputs_is_not_compared(tmp_path):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return super().forward(x.mul_(2))
 
-    assert prepared(tmp_path, InPlace(), X, trained=InPlace()).undecidable == ""
+    found = prepared(tmp_path, InPlace(), X, trained=InPlace())
+    assert found.undecidable == ""
+    assert "not compared with the training process's own answer: forward changes its own inputs" in found.notes
 
 
 def test_asking_a_module_leaves_it_as_it_was(tmp_path):

@@ -22,7 +22,7 @@ def why_unrecorded(*, sharded: bool, compiled: bool) -> str:
         why = "each process has a part of the weights only"
     else:
         return ""
-    return f"not compared with the training process's own answer, since {why}"
+    return f"not compared with the training process's own answer: {why}"
 
 
 class Recorder:

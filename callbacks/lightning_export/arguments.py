@@ -9,9 +9,10 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_export.best import bases, checkpointer
-from lightning_export.trainer import callbacks, example, overrides, validates
+from lightning_export.trainer import callbacks, example, modes, overrides, validates
 from polyexport import BadRequest
 from polyexport.capture.snapshot import Select, selected
+from polyexport.measure.budget import directed
 from polyexport.report.outcome import STATES
 
 
@@ -44,6 +45,7 @@ def refuse(callback: Any, siblings: Sequence[Any], trainer: Trainer, pl_module: 
     if callback.monitor is not None and checkpointer(callbacks(trainer), callback.monitor) is None:
         monitors = [each.monitor for each in callbacks(trainer) if "ModelCheckpoint" in bases(each)]
         raise BadRequest(f"monitor={callback.monitor!r}: no ModelCheckpoint has it; they monitor {monitors}")
+    directed(callback.options.budget, modes(trainer))
     model_checkpoint = checkpointer(callbacks(trainer), callback.monitor)
     if model_checkpoint is not None and model_checkpoint.monitor is None:
         rank_zero_warn(

@@ -19,7 +19,7 @@ from lightning_export.best import Best, best_of, follow, take_out
 from lightning_export.harmless import harmless
 from lightning_export.inputs import Inputs
 from lightning_export.loggers import sinks
-from lightning_export.metrics import measured
+from lightning_export.metrics import measured, told
 from lightning_export.trainer import (
     KEPT_BY_LIGHTNING,
     attached,
@@ -30,9 +30,10 @@ from lightning_export.trainer import (
     say,
     shards,
 )
-from polyexport import ExportFailed, Format, Report
+from polyexport import Budget, ExportFailed, Format, Report
 from polyexport.engine.session import Options, Session, complaint
 from polyexport.formats import resolve
+from polyexport.measure.budget import budgets
 from polyexport.publish import Sink
 from polyexport.report import console
 from polyexport.report.outcome import State
@@ -67,7 +68,12 @@ class ExportCallback(Callback):
         keep: How many exports stay on disk; the newest always does. By default all.
         bench: Whether to time the artifacts when `fit` ends; `"all"` times those of every export, not of the best only.
         metric_batches: On how many validation batches your own `validation_step` is run with each artifact in place of
-            `forward` when `fit` ends, so that the metrics that it logs stand beside PyTorch's; 0 for none.
+            `forward` when `fit` ends, so that the metrics that it logs stand beside PyTorch's; 0 for none, or with a
+            budget for all.
+        budget: How much worse a metric that `validation_step` logs may be than PyTorch's: `{"val_acc": 0.01}`, as a
+            share of it `{"val_loss": "2%"}`. What loses more is a `mismatch`; in int8, w8 and w4 what loses less is
+            `verified`, whatever single elements do. Which way is better tells the `ModelCheckpoint` that monitors it,
+            or `Budget(0.01, mode="max")`.
         executor: Has the work done on other machines: anything with `submit(function, *arguments)` that returns a
             future, such as dask's `Client.get_executor()`. Timing stays on this one.
         staging: An fsspec URL that this machine and those reach, through which files travel; else they travel through
@@ -100,6 +106,7 @@ class ExportCallback(Callback):
         keep: int | None = None,
         bench: bool | Literal["all"] = True,
         metric_batches: int = 0,
+        budget: Mapping[str, Budget | float | str] | None = None,
         executor: Any = None,
         staging: str | None = None,
     ) -> None:
@@ -115,6 +122,7 @@ class ExportCallback(Callback):
             workers=workers,
             executor=executor,
             staging=staging,
+            budget=budgets(budget),
         )
         check(when=when, fail_on=fail_on, publish=publish, metric_batches=metric_batches)
         self.into = into
@@ -135,6 +143,7 @@ class ExportCallback(Callback):
         self._tail: Callback | None = None
         self._seen: Best | None = None
         self._turn = self._complaint = ""
+        self._is_budget_new = True
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ExportCallback:
         """A callback with the same arguments, for another trainer; what it exports stands in `reports` of both."""
@@ -221,6 +230,13 @@ class ExportCallback(Callback):
         if self._inputs is not None:
             self._inputs.of_training(trainer, pl_module, batch)
 
+    @override
+    @harmless
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.session is not None and self._is_budget_new:
+            self._is_budget_new = False
+            told(trainer, self.options.budget)
+
     # --- a new best ---------------------------------------------------------------------------------------------------
 
     @harmless
@@ -270,8 +286,9 @@ class ExportCallback(Callback):
         session.finish()
         if not self.reports:
             return
-        if self.metric_batches:
-            self.reports[-1] = measured(self.reports[-1], trainer, pl_module, session, batches=self.metric_batches)
+        batches = self.metric_batches or (trainer.limit_val_batches if self.options.budget else 0)
+        if batches:
+            self.reports[-1] = measured(self.reports[-1], trainer, pl_module, session, batches=batches)
         session.publish(self.reports[-1], sinks(self.publish, trainer.loggers, self.into))
         console.show(self.reports[-1])
 

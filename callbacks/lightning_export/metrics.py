@@ -15,22 +15,21 @@ import functools
 import logging
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from lightning_export.trainer import validates
-from polyexport import Report, Runner
+from lightning_export.trainer import modes, validates
+from polyexport import BadRequest, Budget, Report, Runner
 from polyexport.capture.flatten import flat, named_tensors, to_arrays
 from polyexport.capture.snapshot import WEIGHTS, Select, selected
 from polyexport.capture.unwrap import is_data
+from polyexport.engine import judge
 from polyexport.engine.session import Session
 from polyexport.errors import line
-from polyexport.report import files
-from polyexport.report.outcome import Note
+from polyexport.measure.budget import unknown
 
 _OF_THE_BATCH = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 
@@ -41,32 +40,36 @@ def measured(
     pl_module: Any,
     session: Session,
     *,
-    batches: int,
+    batches: int | float,
 ) -> Report:
-    """The report with what `validation_step` logs on the first `batches` batches, for PyTorch and for each artifact."""
+    """The report with what `validation_step` logs, for PyTorch and for each artifact, judged by the budget.
+
+    `batches` is what a trainer's `limit_val_batches` may be: how many batches, or which share of them.
+    """
+    budget = session.options.budget
     if trainer.world_size > 1 or not validates(trainer, pl_module):
         why = "there is no validation" if trainer.world_size == 1 else "several processes trained together"
-        return _noted(report, f"no metrics: {why}")
+        return judge.unmeasured(report, why, budget)
     rank_zero_info(f"ExportCallback: validating {report.folder.name} in each runtime")
     select = session.options.select
     try:
-        validate = functools.partial(_validated, trainer, _copied(pl_module, report, trainer), select, batches)
-        report = replace(report, metrics=validate(None))
-    except Exception as error:  # the user's own code, on another device and without the rest of the run
-        return _noted(report, f"no metrics: {line(error, 200)}")
-    for outcome in report.outcomes:
-        if not outcome.publishable:
-            continue
-        try:
-            with session.runner(report, outcome.format) as run:
-                found = replace(outcome, metrics=validate(run))
-        except Exception as error:  # such as a last batch that is smaller than an artifact of static shapes takes
-            report = _noted(report, f"no metrics of {outcome.format}: {line(error, 200)}")
-            continue
-        outcomes = tuple(found if each is outcome else each for each in report.outcomes)
-        report = replace(report, outcomes=outcomes)
-    files.save(report)
-    return report
+        module = _copied(pl_module, report, trainer)
+    except Exception as error:  # the user's own module may hold anything
+        return judge.unmeasured(report, line(error, 200), budget)
+    return session.judge(report, functools.partial(_validated, trainer, module, select, batches), modes(trainer))
+
+
+def told(trainer: Any, budget: Mapping[str, Budget]) -> None:
+    """After the first validation, tell of a budget for a metric that it does not log.
+
+    Raises:
+        BadRequest: so it is, and this is the sanity check, where nothing is lost yet.
+    """
+    why = unknown(budget, {name: None for name in trainer.callback_metrics})
+    if why and trainer.sanity_checking and trainer.world_size == 1:
+        raise BadRequest(why)
+    if why:
+        rank_zero_warn(f"ExportCallback: {why}")
 
 
 def _copied(pl_module: Any, report: Report, trainer: Any) -> Any:
@@ -88,7 +91,9 @@ def _base(data: Any) -> Any:
     return next(each for each in type(data).__mro__ if each.__name__ == "LightningDataModule")
 
 
-def _validated(trainer: Any, module: Any, select: Select, batches: int, run: Runner | None) -> Mapping[str, float]:
+def _validated(
+    trainer: Any, module: Any, select: Select, batches: int | float, run: Runner | None
+) -> Mapping[str, float]:
     part = selected(module, select)
     before = part.__dict__.get("forward")
     if run is not None:
@@ -140,9 +145,3 @@ def _through(part: Any, run: Runner) -> Any:
         return answer
 
     return forward
-
-
-def _noted(report: Report, note: str) -> Report:
-    report = replace(report, notes=(*report.notes, Note("metrics", note)))
-    files.save(report)
-    return report

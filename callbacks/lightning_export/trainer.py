@@ -50,6 +50,13 @@ def shards(trainer: Trainer) -> bool:
     return not bases(trainer.strategy).isdisjoint({"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"})
 
 
+def modes(trainer: Trainer) -> dict[str, Any]:
+    """Which way each metric is better that a callback of the trainer watches, by the names of its arguments."""
+    watching = [each for each in callbacks(trainer) if isinstance(getattr(each, "monitor", None), str)]
+    found = {each.monitor: getattr(each, "mode", None) for each in watching}
+    return {name: mode for name, mode in found.items() if mode in ("min", "max")}
+
+
 def example(pl_module: LightningModule) -> Any:
     """What the module has as `example_input_array`; None where it has none."""
     return getattr(pl_module, "example_input_array", None)

@@ -11,6 +11,7 @@ from polyexport.errors import BadRequest, CannotRun, ExportFailed, PolyexportErr
 from polyexport.format import Format, Loaded, Observed, Route, Snippet
 from polyexport.formats import known as _known
 from polyexport.load import load
+from polyexport.measure.budget import Budget
 from polyexport.measure.tolerance import Tolerance
 from polyexport.report.outcome import Checkpoint, Outcome
 from polyexport.report.report import Report
@@ -21,6 +22,7 @@ __all__ = [
     "FORMATS",
     "Arrays",
     "BadRequest",
+    "Budget",
     "CannotRun",
     "Checkpoint",
     "Engine",

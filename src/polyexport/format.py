@@ -41,6 +41,7 @@ class Loaded:
         run: Runs it on PyTorch's named inputs; answers under PyTorch's names of the outputs.
         signature: The artifact's own; None where it is PyTorch's.
         shortfall: What it lacks of what was asked for, in a line; empty where nothing.
+        remark: What a reader is to know of it beside that, such as which operators stay in float; empty where nothing.
         stand_in: Why this is not what will serve the artifact, and is not timed; empty where it is.
         observed: Tells what is known once `run` was called.
     """
@@ -48,6 +49,7 @@ class Loaded:
     run: Runner
     signature: ExportSpec | None = None
     shortfall: str = ""
+    remark: str = ""
     stand_in: str = ""
     observed: Callable[[], Observed] = Observed
 

@@ -43,8 +43,9 @@ from polyexport.errors import BadRequest, CannotRun, ToolMissing
 from polyexport.format import Format, Loaded
 from polyexport.report.escape import printable
 from polyexport.report.folders import DESCRIPTION
-from polyexport.serialization import write_json
-from polyexport.spec import Arrays, Batch, read_arrays, write_arrays
+from polyexport.report.outcome import Calibration
+from polyexport.serialization import encode, write_json
+from polyexport.spec import Arrays, Batch, ExportSpec, read_arrays, write_arrays
 from polyexport.workers import server
 from polyexport.workers.job import (
     PARENT,
@@ -182,7 +183,9 @@ def convert(root: Path, job: Convert) -> Any:
     route = next(route for route in each.routes if route.name == job.route)
     target = root / job.target  # an absolute target stays as it is
     target.parent.mkdir(parents=True, exist_ok=True)
-    spec = replace(job.spec, calibration=tuple(root / path for path in job.spec.calibration))
+    made_from = _calibration(root, job.spec) if each.calibrated else None
+    taken = job.spec.calibration if made_from is None else map(Path, made_from.batches)
+    spec = replace(job.spec, calibration=tuple(root / path for path in taken))
     from polyexport.tracing.reads import frozen_sites
 
     try:
@@ -196,7 +199,29 @@ def convert(root: Path, job: Convert) -> Any:
         raise RuntimeError(f"the converter ended without an error, but wrote no {each.artifact}")
     from polyexport.versions import versions
 
-    return {"packages": versions(job.packages), "frozen": sorted(frozen)}
+    calibrated = None if made_from is None else encode(made_from)
+    return {"packages": versions(job.packages), "frozen": sorted(frozen), "calibration": calibrated}
+
+
+def _calibration(root: Path, spec: ExportSpec) -> Calibration:
+    """Which batches can be calibrated with: those without NaN or infinity, which have no place in a range.
+
+    Raises:
+        BadRequest: none can.
+    """
+    taken, left_out, rows = [], [], 0
+    for path in spec.calibration:
+        arrays = read_arrays(root / path, spec.input_names).values()
+        if all(np.isfinite(array).all() for array in arrays if array.dtype.kind == "f"):
+            taken.append(path.as_posix())
+            rows += max((len(array) for array in arrays if array.ndim), default=1)
+        else:
+            left_out.append(path.as_posix())
+    if not taken:
+        raise BadRequest(
+            f"number ranges cannot be taken: {', '.join(left_out)} has NaN or infinity; give validation data without"
+        )
+    return Calibration(tuple(taken), rows, tuple(left_out))
 
 
 def verify(root: Path, job: Verify) -> Any:
@@ -228,7 +253,7 @@ def verify(root: Path, job: Verify) -> Any:
         verified_by=loaded.observed().verified_by,
         off_device=bool(loaded.stand_in),
     )
-    own = {"signature": loaded.signature, "shortfall": loaded.shortfall}
+    own = {"signature": loaded.signature, "shortfall": loaded.shortfall, "remark": loaded.remark}
     return {"parity": parity, "elsewhere": elsewhere, **own, **_fingerprint(folder)}
 
 
@@ -236,8 +261,9 @@ def bench(root: Path, job: Bench, lines: Iterator[bytes], answers: TextIO) -> in
     """Time an artifact in rounds: each line on standard input asks for one, each line of output answers it.
 
     The first answer comes unasked, once the artifact is loaded and warm. What only stands in for the artifact's own
-    runtime is not timed: the one answer says why.
+    runtime is not timed: the one answer says why. One row gets a part of the time that is left to a round.
     """
+    from polyexport.measure.dynamic_axes import one_row
     from polyexport.measure.latency import ROUNDS, SECONDS, sample_ms, timed_ms, warm_up
     from polyexport.workers.priority import first_waited_seconds
 
@@ -252,6 +278,7 @@ def bench(root: Path, job: Bench, lines: Iterator[bytes], answers: TextIO) -> in
     def call() -> Arrays:
         return loaded(inputs)
 
+    row = one_row(inputs, job.spec) if job.one_row else None
     first_ms = timed_ms(call)
     start = time.perf_counter()
     warm_up(call, at_most=SECONDS - first_ms / 1e3)
@@ -266,11 +293,24 @@ def bench(root: Path, job: Bench, lines: Iterator[bytes], answers: TextIO) -> in
         before = first_waited_seconds()
         samples_ms = sample_ms(call, seconds=min(left, SECONDS / ROUNDS)) if left > 0 or not spent else []
         waited, spent = waited + first_waited_seconds() - before, spent + sum(samples_ms) / 1e3
+        one_row_ms = _one_row_ms(loaded, row, seconds=min(left, SECONDS / ROUNDS) / 5) if row and left > 0 else []
         left -= time.perf_counter() - start
         peak_memory_bytes = loaded.observed().peak_memory_bytes or _peak_memory()
         costs = {"peak_memory_bytes": peak_memory_bytes, "waited": min(waited / spent, 1.0)}
-        _answer(answers, {"samples_ms": samples_ms, **costs})
+        _answer(answers, {"samples_ms": samples_ms, "one_row_ms": one_row_ms, **costs})
     return 0
+
+
+def _one_row_ms(loaded: Loaded, row: Arrays, *, seconds: float) -> list[float]:
+    """Milliseconds of calls with one row; empty where the artifact does not take one."""
+    from polyexport.measure.latency import sample_ms, warm_up
+
+    try:
+        warm_up(lambda: loaded(row), count=2, seconds=0.0, at_most=seconds)
+        return sample_ms(lambda: loaded(row), seconds=seconds)
+    except Exception:  # a runtime refuses sizes with any exception
+        traceback.print_exc()
+        return []
 
 
 def serve(root: Path, job: Serve, lines: Iterator[bytes], answers: TextIO) -> int:

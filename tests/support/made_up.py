@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -103,7 +104,8 @@ def report(folder: Path) -> Report:
     for epoch, score in ((1, 0.91), (4, 0.62), (7, 0.4375)):
         step = (epoch + 1) * 100
         name = f"epoch={epoch}-step={step}"
-        checkpoint = Checkpoint(f"runs/x/checkpoints/{name}.ckpt", "cd" * 32, epoch, step, "val_loss", score)
+        at: dict[str, Any] = {"epoch": epoch, "global_step": step, "monitor": "val_loss", "score": score}
+        checkpoint = Checkpoint(f"runs/x/checkpoints/{name}.ckpt", sha256="cd" * 32, **at)
         last = epoch == 7
         made = tuple(each if last else replace(each, latency=None) for each in outcomes())
         noted = notes("batch", f"note of {HOSTILE}")

@@ -23,6 +23,7 @@ ARTIFACTS = {
     "tfjs": ("tensorflowjs", "many/saved_model/saved_model", "many/tfjs/model.json"),
     "tflite": ("tensorflow", "many/saved_model/saved_model", "many/tflite/model.tflite"),
     "tflite-fp16": ("quantizer", "many/tflite/model.tflite", "many/tflite-fp16/model.tflite"),
+    "tflite-w8": ("quantizer", "many/tflite/model.tflite", "many/tflite-w8/model.tflite"),
     "tflite-int8": ("quantizer", "many/tflite/model.tflite", "many/tflite-int8/model.tflite"),
 }
 """Route, source and target."""

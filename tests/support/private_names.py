@@ -68,6 +68,7 @@ NAMES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
             "torch._decomp:decomposition_table",
             f"{MIL}.frontend.torch.torch_op_registry:is_torch_fx_node_supported",
             f"{MIL}.mil.passes.defs.preprocess:NameSanitizer",
+            "coremltools.optimize.coreml._post_training_quantization:_get_activation_calibration_stats",
         ),
         "formats/torchscript.py": ("torch._ops:OpOverload._schema",),
         "measure/noise.py": ("torch.utils._python_dispatch:TorchDispatchMode",),

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from polyexport.engine.bench import EAGER, _recorded
 from polyexport.measure.latency import Latency, summarize
@@ -39,7 +39,8 @@ def export(folder: Path, *, step: int, p50_ms: float = 0.5, score: float = 2.0) 
         outcome(folder, "static", "degraded", 1e-6, p50_ms - 0.1),
         Outcome("lost", "float32", "skipped", "a tool is missing"),
     )
-    checkpoint = Checkpoint(f"/run/checkpoints/{folder.name}.ckpt", "abc", 0, step, "val_loss", score)
+    at: dict[str, Any] = {"epoch": 0, "global_step": step, "monitor": "val_loss", "score": score}
+    checkpoint = Checkpoint(f"/run/checkpoints/{folder.name}.ckpt", sha256="abc", **at)
     report = Report(checkpoint, None, outcomes, baseline=outcomes[0].latency, folder=folder.resolve())
     save(report)
     return report
@@ -47,10 +48,8 @@ def export(folder: Path, *, step: int, p50_ms: float = 0.5, score: float = 2.0) 
 
 def busy(report: Report) -> Report:
     """The same, timed on a busy machine."""
-    spent = replace(
-        summarize([9.0] * 10, batch=1, threads=1, device="cpu", load_seconds=0, first_ms=9, peak_memory_bytes=1),
-        waited=0.6,
-    )
+    costs = {"threads": 1, "device": "cpu", "load_seconds": 0, "first_ms": 9, "peak_memory_bytes": 1, "waited": 0.6}
+    spent = summarize([9.0] * 10, batch=4, one_row_ms=[2.0], **costs)
     return _recorded(report, dict.fromkeys((EAGER, "good", "static"), spent), {})
 
 

@@ -12,11 +12,15 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from platformdirs import user_cache_path
 
 import environments
 from outcome_table import Cell, Cells, cell, page, record, recorded
+
+if TYPE_CHECKING:
+    from polyexport.engine.engine import Engine
 
 FORMATS = ("onnx", "openvino", "coreml", "saved_model", "tflite", "paddle")
 SHARE = 0.97
@@ -31,31 +35,35 @@ def missing(found: dict[str, Cell], formats: tuple[str, ...], again: bool) -> li
     return [name for name in formats if name not in found or (again and found[name]["state"] != "verified")]
 
 
-def outcomes(model: str, formats: list[str], folder: Path) -> dict[str, Cell]:
+def outcomes(model: str, formats: list[str], folder: Path, engine: Engine) -> dict[str, Cell]:
     """Export one model; what cannot even be built is `failed` in every format."""
-    import polyexport
     from architectures import build
+    from polyexport.engine.export import requested
+    from polyexport.formats import resolve
 
     try:
-        module, inputs = build(model)
-        report = polyexport.export(module, inputs, formats, folder, bench=False)
+        with requested(*build(model), resolve(formats), folder) as request:
+            report = engine.submit(request).result()
     except Exception as error:  # any library's model may raise anything; the page names it
         return dict.fromkeys(formats, cell("failed", f"{type(error).__name__}: {error}", None))
     return {each.format: cell(each.state, each.reason, each.route) for each in report.outcomes}
 
 
 def run(models: list[str], formats: tuple[str, ...], again: bool) -> None:
-    """Export what is missing, model after model, and record each as it ends."""
-    for model in models:
-        asked = missing(recorded(RECORD).get(model, {}), formats, again)
-        if not asked:
-            continue
-        start = time.perf_counter()
-        with tempfile.TemporaryDirectory(prefix="zoo-") as folder:
-            cells = outcomes(model, asked, Path(folder, "export"))
-        record(RECORD, model, cells)
-        states = " ".join(f"{name}={each['state']}" for name, each in cells.items())
-        print(f"{model}: {states} ({time.perf_counter() - start:.0f} s)", flush=True)
+    """Export what is missing, model after model by one engine, and record each as it ends."""
+    from polyexport.engine.engine import Engine
+
+    with Engine() as engine:
+        for model in models:
+            asked = missing(recorded(RECORD).get(model, {}), formats, again)
+            if not asked:
+                continue
+            start = time.perf_counter()
+            with tempfile.TemporaryDirectory(prefix="zoo-") as folder:
+                cells = outcomes(model, asked, Path(folder, "export"), engine)
+            record(RECORD, model, cells)
+            states = " ".join(f"{name}={each['state']}" for name, each in cells.items())
+            print(f"{model}: {states} ({time.perf_counter() - start:.0f} s)", flush=True)
 
 
 def enough(cells: Cells, models: list[str], formats: tuple[str, ...]) -> bool:

@@ -17,6 +17,7 @@ import numpy as np
 from polyexport.capture import snapshot
 from polyexport.capture.flatten import as_runner, flat, named_tensors, to_arrays
 from polyexport.capture.pytree import closed, opened
+from polyexport.errors import line
 from polyexport.spec import Arrays
 
 if TYPE_CHECKING:
@@ -132,25 +133,32 @@ def _left_as_it_is(root: nn.Module) -> Iterator[None]:
             buffer.copy_(value)
 
 
+class NotCompared(Exception):
+    """There is an answer, and nothing can be told from it; the message says why."""
+
+
 def disagreement(folder: Path, model: Any) -> str:
     """How the flat `model` of `folder` answers otherwise than the training process did; empty where it does not.
 
-    It is empty too where nothing can be told: no answer was recorded, the checkpoint has other weights than the module
-    had then, or forward changes its own inputs.
+    It is empty too where no answer was recorded.
+
+    Raises:
+        NotCompared: the checkpoint has other weights than the module had then, or the call cannot be repeated.
     """
     if not (folder / ANSWER).exists():
         return ""
     recorded: Answer = snapshot.restore(folder / ANSWER)
     if not _same_weights(recorded.weights, snapshot.load_weights(folder / snapshot.WEIGHTS)):
-        return ""
+        raise NotCompared(
+            "the checkpoint has other weights than the module had when it answered: an average of them, say, or those "
+            "of another step"
+        )
     try:
         found = _asked_again(model, recorded.call)
-    except (
-        Exception
-    ):  # forward is the user's: a trace has one batch size, a forward without eval mode another signature
-        return ""
+    except Exception as error:  # forward is the user's: a trace has one batch size, one without eval mode other inputs
+        raise NotCompared(f"that call cannot be repeated here ({line(error, 200)})") from error
     if found is None:
-        return ""
+        raise NotCompared("forward changes its own inputs")
     if len(found) != len(recorded.outputs):
         return f"{len(found)} outputs in place of {len(recorded.outputs)}"
     pairs = zip(found.items(), recorded.outputs, strict=True)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from polyexport.coreml.ops import OPS
-from polyexport.coreml.program import Block, Name, Operation, Port, Value, read
+from polyexport.coreml.program import Block, Name, Operation, Port, Program, Value, read
 from polyexport.errors import CannotRun
 from polyexport.spec import Arrays
 
@@ -43,6 +43,32 @@ def evaluator(package: Path) -> Callable[[Arrays], Arrays]:
     Raises:
         CannotRun: it has ops that are not known here; the message names them.
     """
+    program, run = _opened(package)
+
+    def outputs(inputs: Arrays) -> Arrays:
+        values = run(inputs)
+        return {name: _as_array(values[name]) for name in program.outputs}
+
+    return outputs
+
+
+def intermediates(package: Path) -> Callable[[Arrays], Arrays]:
+    """Open a package as a function that answers with every float tensor of its main block, inputs and outputs too.
+
+    Raises:
+        CannotRun: see `evaluator`.
+    """
+    _, run = _opened(package)
+
+    def floats(inputs: Arrays) -> Arrays:
+        tensors = {name: value for name, value in run(inputs).items() if isinstance(value, torch.Tensor)}
+        return {name: _as_array(each) for name, each in tensors.items() if each.is_floating_point() and each.numel()}
+
+    return floats
+
+
+def _opened(package: Path) -> tuple[Program, Callable[[Arrays], Values]]:
+    """The program, and a function that computes what all the names in its main block are."""
     program = read(package)
     unknown = sorted(kinds(program.main) - OPS.keys() - _CONTROL.keys() - {"const"})
     if unknown:
@@ -50,16 +76,15 @@ def evaluator(package: Path) -> Callable[[Arrays], Arrays]:
     constants: Values = {}
     main = _without_constants(program.main, constants)
 
-    def run(inputs: Arrays) -> Arrays:
+    def run(inputs: Arrays) -> Values:
         values = dict(constants)
         for port in program.inputs:
             values[port.name] = _fed(port, inputs)
         with torch.inference_mode():
-            outputs = evaluate(main, values)
-        named = dict(zip(main.outputs, outputs, strict=True))
-        return {name: _as_array(named[name]) for name in program.outputs}
+            evaluate(main, values)
+        return values
 
-    return run
+    return program, run
 
 
 def kinds(block: Block) -> set[str]:

@@ -8,6 +8,7 @@ https://github.com/apple/coremltools/blob/main/mlmodel/format/MIL.proto
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,6 +111,18 @@ def read(package: Path) -> Program:
         outputs=tuple(feature.name for feature in model.description.output),
         main=reader.block(block, tuple(named.name for named in function.inputs)),
     )
+
+
+def float_weights(program: Program) -> tuple[int, int]:
+    """How many weights of the main function are floats as they are, and how many there are in all."""
+    in_float = sum(
+        operation.arguments["val"].size
+        for operation in program.main.operations
+        if operation.kind == "const" and operation.outputs[0].dtype in ("FLOAT16", "FLOAT32")
+        if operation.arguments["val"].ndim > 1
+    )
+    compressed = (o.outputs[0] for o in program.main.operations if o.kind.startswith("constexpr_"))
+    return in_float, in_float + sum(math.prod(size or 0 for size in value.shape) for value in compressed)
 
 
 def _port(feature: Any) -> Port:

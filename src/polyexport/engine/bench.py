@@ -48,7 +48,7 @@ def bench(report: Report, formats: Mapping[str, Format], dispatcher: Dispatcher,
     spec = signature(report)
     batch = next((int(tensor.shape[0]) for tensor in spec.static().inputs if tensor.shape), 1)
     try:
-        measured, why_not = _measured(runnable, spec, VALIDATION_BATCH, batch, dispatcher, watch)
+        measured, why_not = _measured(runnable, spec, VALIDATION_BATCH, batch, dispatcher, watch, one_row=True)
     except KeyboardInterrupt:
         _noted(report, _INTERRUPTED)
         raise
@@ -97,14 +97,24 @@ Start = Callable[[], AbstractContextManager[Conversation]]
 
 
 def _measured(
-    runnable: Sequence[Runnable], spec: ExportSpec, batch_path: str, batch: int, dispatcher: Dispatcher, watch: Watch
+    runnable: Sequence[Runnable],
+    spec: ExportSpec,
+    batch_path: str,
+    batch: int,
+    dispatcher: Dispatcher,
+    watch: Watch,
+    *,
+    one_row: bool = False,
 ) -> tuple[dict[str, Latency], dict[str, str]]:
-    """Latency of eager PyTorch and of each artifact on one batch, and why there is none of the others."""
+    """Latency of eager PyTorch and of each artifact on one batch, and why there is none of the others.
+
+    With `one_row` that of the batch's first row alone stands beside it.
+    """
     found: dict[str, dict[str, Any]] = {}
     why_not: dict[str, str] = {}
     with contextlib.ExitStack() as stack:
         talks: dict[str, Conversation] = {}
-        for name, start in _starts(runnable, spec, batch_path, dispatcher):
+        for name, start in _starts(runnable, spec, batch_path, dispatcher, one_row):
             watch(name, "measuring")
             try:
                 talks[name] = stack.enter_context(start())
@@ -128,14 +138,14 @@ def _measured(
 
 
 def _starts(
-    runnable: Sequence[Runnable], spec: ExportSpec, batch_path: str, dispatcher: Dispatcher
+    runnable: Sequence[Runnable], spec: ExportSpec, batch_path: str, dispatcher: Dispatcher, one_row: bool
 ) -> Iterator[tuple[str, Start]]:
     """What is timed, by name, and how its worker is started."""
-    eager = Bench(format=None, spec=spec, batch=batch_path)
+    eager = Bench(format=None, spec=spec, batch=batch_path, one_row=one_row)
     if dispatcher.trusted:  # its module is a pickle
         yield EAGER, partial(dispatcher.converse, eager, toolchain.HOST, f"{EAGER}.bench", f"logs/{EAGER}.log")
     for each in runnable:
-        job = Bench(**each.of_job(dispatcher), batch=batch_path)
+        job = Bench(**each.of_job(dispatcher), batch=batch_path, one_row=one_row)
         yield (
             each.name,
             partial(dispatcher.converse, job, each.runtime, f"{each.name}.bench", each.log, gpu=each.format.needs_gpu),
@@ -150,8 +160,8 @@ def _take_turns(talks: Mapping[str, Conversation], found: dict[str, dict[str, An
             if answer is None:
                 found[name] = {}
             else:
-                answer["samples_ms"] = [*found[name].get("samples_ms", ()), *answer["samples_ms"]]
-                found[name] |= answer
+                samples = {each: [*found[name].get(each, ()), *answer[each]] for each in ("samples_ms", "one_row_ms")}
+                found[name] |= answer | samples
 
 
 def _recorded(

@@ -87,7 +87,7 @@ def record(path: Path, blob: Mapping[str, Any]) -> Checkpoint:
         if score is not None:
             at |= {"monitor": state["monitor"], "score": float(score)}
             break
-    return Checkpoint(path.absolute().as_posix(), sha256, **at)
+    return Checkpoint(path.absolute().as_posix(), sha256=sha256, **at)
 
 
 def model(path: Path, blob: Mapping[str, Any], name: str, arguments: Mapping[str, Any]) -> torch.nn.Module:

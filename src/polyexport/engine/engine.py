@@ -54,7 +54,7 @@ from polyexport.report.folders import (
     take_place,
 )
 from polyexport.report.manifest import Made, Manifest
-from polyexport.report.outcome import Model, Outcome, State, notes
+from polyexport.report.outcome import Model, Outcome, State, notes, of_precisions
 from polyexport.report.report import Report, history
 from polyexport.report.tables import sentence
 from polyexport.serialization import decode, encode, write_json
@@ -394,6 +394,7 @@ def _reported(
             *notes("capture", *request.notes),
             *notes("batch", *reference.notes),
             *notes("route", *of_routes),
+            *notes("precision", *of_precisions(outcomes)),
         ),
     )
 

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from polyexport.capture.snapshot import WEIGHTS
 from polyexport.engine.engine import Engine
+from polyexport.engine.judge import measured
 from polyexport.engine.request import Request
 from polyexport.errors import BadRequest
 from polyexport.format import Format
 from polyexport.formats import resolve
+from polyexport.measure.budget import Budget, budgets, directed
 from polyexport.measure.dynamic_axes import Dynamic
 from polyexport.report.folders import discard, may_become_export, unfinished
 from polyexport.report.outcome import Checkpoint
 from polyexport.report.report import Report
+from polyexport.spec import Runner
+
+_NONE = Checkpoint("")
 
 
 def export(
@@ -33,7 +39,9 @@ def export(
     executor: Any = None,
     staging: str | None = None,
     progress: Callable[[str], object] | None = None,
-    checkpoint: Checkpoint | None = None,
+    checkpoint: Checkpoint = _NONE,
+    metric: Callable[[Runner], Mapping[str, float]] | None = None,
+    budget: Mapping[str, Budget | float | str] | None = None,
 ) -> Report:
     """Export a PyTorch module: convert it, prove each artifact against it, time them.
 
@@ -54,21 +62,55 @@ def export(
         staging: Through which URL their files travel; see `Engine`.
         progress: Takes one line about each format as it comes to its end: `print`, say.
         checkpoint: Where the module's weights were read from, for the report.
+        metric: Your own metrics of what a function of named arrays answers, for PyTorch and for each artifact:
+            `lambda run: {"accuracy": float((run({"x": x})["output_0"].argmax(-1) == y).mean())}`.
+        budget: How much worse each of them may be than PyTorch's: `{"accuracy": Budget(0.01, mode="max")}`. What loses
+            more is a `mismatch`; in int8, w8 and w4 what loses less is `verified`, whatever single elements do.
 
     Returns:
         The report, which also lies in `into` as `report.json`, `report.md` and `report.html`.
 
     Raises:
         UnknownFormat: a name that is none.
-        BadRequest: the module or the inputs cannot be taken apart, forward takes other arguments, or `into` is there
-            and is no export.
+        BadRequest: the module or the inputs cannot be taken apart, forward takes other arguments, `into` is there and
+            is no export, or a budget has no metric, or does not say which way it is better.
     """
+    from polyexport.capture.flatten import as_runner
+    from polyexport.capture.snapshot import load
+
+    chosen, limits = resolve(formats), directed(budgets(budget), {})
+    if limits and metric is None:
+        raise BadRequest(f"budget for {', '.join(limits)}, but no metric=<a function of a runner> that measures it")
+    with (
+        requested(module, inputs, chosen, into, dynamic, calibration, checkpoint) as request,
+        Engine(workers=workers, timeout=timeout, executor=executor, staging=staging, tell=progress) as engine,
+    ):
+        report = engine.submit(request).result()
+        report = engine.bench(report, chosen) if bench else report
+        if metric is None or report.model is None:
+            return report
+        eager = as_runner(load(report.folder / "source"))
+        return measured(
+            report, lambda run: metric(run or eager), lambda made, name: engine.runner(made, name, chosen), limits
+        )
+
+
+@contextlib.contextmanager
+def requested(
+    module: Any,
+    inputs: Any,
+    formats: tuple[Format, ...],
+    into: str | Path,
+    dynamic: Dynamic = True,
+    calibration: Iterable[Any] = (),
+    checkpoint: Checkpoint = _NONE,
+) -> Iterator[Request]:
+    """Files for an engine, of what `export` takes and with its errors; what an engine leaves of them is removed."""
     import torch
 
     from polyexport.capture.answer import ask
     from polyexport.capture.snapshot import as_call, check_call, save_call, save_module
 
-    chosen = resolve(formats)
     final = Path(into).resolve()
     if not may_become_export(final):
         raise BadRequest(f"{final} is there and is no export; give a new or empty folder, or an export to replace")
@@ -81,10 +123,6 @@ def export(
         note = save_module(module, None, *as_call(inputs), work / "source")
         ask(module, as_call(inputs), work / "source")
         torch.save(module.state_dict(), work / "source" / WEIGHTS)
-        told = (note,) if note else ()
-        request = Request(work, final.name, chosen, dynamic, checkpoint or Checkpoint(""), told, best=False)
-        with Engine(workers=workers, timeout=timeout, executor=executor, staging=staging, tell=progress) as engine:
-            report = engine.submit(request).result()
-            return engine.bench(report, chosen) if bench else report
+        yield Request(work, final.name, formats, dynamic, checkpoint, (note,) if note else (), best=False)
     finally:
         discard(work)

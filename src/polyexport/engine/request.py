@@ -108,8 +108,11 @@ def interruption(work: Path) -> str:
         best = f"best is {Report.load(parent / BEST).folder.name} until then"
     except (OSError, BadRequest):
         best = "there is no best until then"
-    command = f"polyexport resume {shlex.quote(str(parent))}"
-    return f"the export of {_read(work).name} was interrupted; {best}; to finish it: {command}"
+    try:
+        name = _read(work).name
+    except BadRequest as error:  # told where a run ends, which nothing may keep from ending
+        return f"an export was interrupted, and cannot be finished: {error}; {best}"
+    return f"the export of {name} was interrupted; {best}; to finish it: polyexport resume {shlex.quote(str(parent))}"
 
 
 def _read(work: Path) -> Asked:

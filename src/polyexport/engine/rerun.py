@@ -143,6 +143,8 @@ def _beside(before: Outcome, now: Outcome) -> Outcome:
         changed = "the artifact is not the one that was exported: its SHA-256 has changed"
         state: State = "unverified" if now.state == "verified" else now.state
         return replace(now, state=state, reason=f"{changed}; {now.reason}" if state == now.state else changed)
+    if before.by_budget and before.state == "verified" and now.state == "mismatch":
+        return replace(now, state=before.state, reason="")  # its single elements were off at the export too
     if now.state == "verified" and (before.publishable or (before.state == "unverified" and before.parity)):
         return replace(now, state=before.state)  # what was said of it then holds today
     return replace(now, reason="") if now.state == "verified" else now

@@ -24,7 +24,7 @@ from polyexport.measure.dynamic_axes import BATCH
 from polyexport.measure.parity import Parity
 from polyexport.measure.reference import Reference
 from polyexport.report.folders import link
-from polyexport.report.outcome import STATES, Artifact, Outcome, State, Toolchain
+from polyexport.report.outcome import STATES, Artifact, Calibration, Outcome, State, Toolchain
 from polyexport.serialization import decode
 from polyexport.spec import ExportSpec
 from polyexport.tracing.reads import named
@@ -196,7 +196,12 @@ class Build:
         ended = self._dispatcher.run(job, chain, f"{label}.convert", log, gpu=each.needs_gpu)
         outcome = replace(outcome, log=log, seconds={"convert": ended.seconds}, reproduce=ended.command or None)
         if ended.ok:
-            outcome = replace(outcome, toolchain=Toolchain(chain.name, ended.value["packages"]))
+            calibrated = ended.value["calibration"]
+            outcome = replace(
+                outcome,
+                toolchain=Toolchain(chain.name, ended.value["packages"]),
+                calibration=None if calibrated is None else decode(Calibration, calibrated),
+            )
             return Built(outcome, target, frozen=tuple(ended.value["frozen"]))
         self._discard(target)  # half an artifact is none, and may have filled the disk
         state = _STATE_OF.get(ended.kind, "failed")
@@ -257,7 +262,7 @@ def judged(outcome: Outcome, ended: JobResult, target: str) -> Outcome:
         return replace(outcome, artifact=Artifact(target, 0, ""))
     parity = decode(Parity, ended.value["parity"])
     artifact = Artifact(target, ended.value["bytes"], ended.value["sha256"])
-    outcome = replace(outcome, artifact=artifact, parity=parity)
+    outcome = replace(outcome, artifact=artifact, parity=parity, remark=ended.value["remark"])
     if ended.value["signature"] is not None:
         own = decode(ExportSpec, ended.value["signature"])
         outcome = replace(outcome, inputs=own.inputs, outputs=own.outputs)
@@ -305,8 +310,10 @@ def _detour(best: Built, tried: Sequence[Built]) -> str:
 
 
 def _told(tried: Sequence[Built]) -> str:
+    """What became of routes; of one that verified and was not taken, what its artifact lacks."""
     return "; ".join(
-        f"{built.outcome.route}: {built.outcome.state}: {built.outcome.reason or built.shortfall}"
+        f"{built.outcome.route}: "
+        + (built.shortfall if built.outcome.state == "verified" else f"{built.outcome.state}: {built.outcome.reason}")
         for built in tried
         if built.outcome.state != "skipped"
     )

@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -29,10 +29,12 @@ from polyexport.capture.changes import beside_weights, retake
 from polyexport.capture.snapshot import UNAVAILABLE, WEIGHTS, Select, save_call, save_module
 from polyexport.engine import plan
 from polyexport.engine.engine import Engine, check_limits
+from polyexport.engine.judge import Metric, measured
 from polyexport.engine.request import Request, interruption
 from polyexport.engine.weights import hold, save_lacking
 from polyexport.errors import BadRequest, ToolMissing, line
 from polyexport.format import Format
+from polyexport.measure.budget import Budget, Mode, directed
 from polyexport.measure.dynamic_axes import Dynamic
 from polyexport.publish import Sink
 from polyexport.report.folders import BEST, CAPTURE, discard, link, locked, unfinished
@@ -65,6 +67,7 @@ class Options:
         workers: How many jobs run side by side; by default half the cores, at least two.
         executor: Has the jobs done on other machines; see `Engine`.
         staging: Through which URL their files travel; see `Engine`.
+        budget: How much worse each metric of the user's own may be; see `Session.judge`.
 
     Raises:
         BadRequest: a value is impossible.
@@ -80,6 +83,7 @@ class Options:
     workers: int | None = None
     executor: Any = None
     staging: str | None = None
+    budget: Mapping[str, Budget] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         plan.steps(self.formats)
@@ -413,6 +417,19 @@ class Session:
     def runner(self, report: Report, name: str) -> AbstractContextManager[Runner]:
         """One artifact of a finished export as a function; see `Engine.runner`."""
         return self._engine.runner(report, name, self.options.formats)
+
+    def judge(self, report: Report, metric: Metric, modes: Mapping[str, Mode] | None = None) -> Report:
+        """Measure the user's metric of PyTorch and of each artifact, and judge them by the budget; saves the report.
+
+        Args:
+            report: A finished export.
+            metric: The metrics of what a runner answers to the validation data, or of PyTorch where it is given None.
+            modes: Which way a metric is better, for budgets that do not say.
+
+        Raises:
+            BadRequest: nothing tells which way a metric with a budget is better.
+        """
+        return measured(report, metric, self.runner, directed(self.options.budget, modes or {}))
 
     def publish(self, report: Report, sinks: Iterable[Sink]) -> None:
         """Give a report to each sink; one that fails is told, and the others go on."""

@@ -1,4 +1,4 @@
-"""Core ML: an ML Program for Apple's devices, in float32 and in float16.
+"""Core ML: an ML Program for Apple's devices, in float32, in float16 and in what is made smaller from that.
 
 https://apple.github.io/coremltools/docs-guides/
 
@@ -9,14 +9,17 @@ Requirements:
 * Names are kept, but for words of MIL's own, such as `state`, and characters that MIL has not in names: the report then
   gives the package's own signature, and says so in a line.
 * A dynamic axis needs an upper bound in an ML Program; it gets a generous one.
+* Smaller packages compute in float16, which the Neural Engine asks for; where that disagrees, `w8` and `w4` in float32.
+* Quantized ranges come from real batches, `spec.calibration`, on which the program is evaluated.
 * On macOS the package is run by Core ML. Elsewhere it is read back and evaluated (see `polyexport.coreml`): nothing of
   the conversion but the file takes part in that.
 """
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +27,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from polyexport.format import Convert, Format, Loaded, Observed, Route, Snippet
-from polyexport.spec import Arrays, ExportSpec, Precision, Runner, TensorSpec, example
+from polyexport.measure.weights import left_in_float
+from polyexport.spec import Arrays, ExportSpec, Precision, Runner, TensorSpec, calibration, example
 
 if TYPE_CHECKING:
     import torch
@@ -175,6 +179,97 @@ def _translated(model: Any, spec: ExportSpec, precision: str, oldest: Any) -> An
     )
 
 
+# --- compression ------------------------------------------------------------------------------------------------------
+
+_FEWEST_WEIGHTS = 512
+"""Constants of fewer numbers stay as they are: it would save nothing."""
+
+
+def quantize_weights(source: Path, target: Path, spec: ExportSpec) -> None:
+    """Store weights in int8, one scale a channel."""
+    _quantized_weights(_opened(source)).save(str(target))
+
+
+def palettize_weights(source: Path, target: Path, spec: ExportSpec) -> None:
+    """Store weights as indices of four bits into a table of sixteen numbers for each tensor."""
+    from coremltools.optimize import coreml as optimize
+
+    config = optimize.OpPalettizerConfig("custom", lut_function=palette, weight_threshold=_FEWEST_WEIGHTS)
+    package = optimize.palettize_weights(_opened(source), optimize.OptimizationConfig(config))
+    package.save(str(target))
+
+
+def quantize(source: Path, target: Path, spec: ExportSpec) -> None:
+    """Quantize what goes into and comes out of convolutions, products, sums and pools to int8, and weights too.
+
+    Of a package in float32 coremltools cannot: it gives some of the scales in float16.
+    """
+    from coremltools.optimize import coreml as optimize
+
+    model, found = _opened(source), ranges(source, spec)
+    with _known_ranges(found):
+        config = optimize.OptimizationConfig(optimize.OpLinearQuantizerConfig("linear"))
+        model = optimize.linear_quantize_activations(model, config, [])
+    _quantized_weights(model).save(str(target))
+
+
+def _opened(package: Path) -> Any:
+    import coremltools as ct
+
+    return ct.models.MLModel(str(package), skip_model_load=True)
+
+
+def _quantized_weights(model: Any) -> Any:
+    from coremltools.optimize import coreml as optimize
+
+    config = optimize.OpLinearQuantizerConfig("linear_symmetric", weight_threshold=_FEWEST_WEIGHTS)
+    return optimize.linear_quantize_weights(model, optimize.OptimizationConfig(config))
+
+
+_PALETTE = 16
+_ROUNDS = 25
+
+
+def palette(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Sixteen numbers and, for each weight, the index of the one nearest to it, by k-means from equal shares."""
+    flat = np.sort(weights, axis=None).astype(np.float64)
+    sums = np.concatenate([[0], np.cumsum(flat)])
+    table = flat[(np.arange(_PALETTE) * 2 + 1) * flat.size // (2 * _PALETTE)]
+    for _ in range(_ROUNDS):
+        ends = np.searchsorted(flat, (table[1:] + table[:-1]) / 2)
+        first, last = np.concatenate([[0], ends]), np.concatenate([ends, [flat.size]])
+        table = np.where(last > first, (sums[last] - sums[first]) / np.maximum(last - first, 1), table)
+    indices = np.searchsorted((table[1:] + table[:-1]) / 2, weights)
+    return table.astype(weights.dtype), indices.astype(np.uint8)
+
+
+def ranges(package: Path, spec: ExportSpec) -> dict[str, dict[str, float]]:
+    """Least and greatest number of each float tensor, over all batches of `spec.calibration`: `rmin` and `rmax`."""
+    from polyexport.coreml.evaluate import intermediates
+
+    observe, own = intermediates(package), as_core_ml(spec)
+    found: dict[str, dict[str, float]] = {}
+    for arrays in calibration(spec):
+        for name, array in observe(_as_given(arrays, spec, own)).items():
+            known = found.setdefault(name, {"rmin": np.inf, "rmax": -np.inf})
+            known["rmin"] = min(known["rmin"], float(array.min()))
+            known["rmax"] = max(known["rmax"], float(array.max()))
+    return found
+
+
+@contextlib.contextmanager
+def _known_ranges(found: dict[str, dict[str, float]]) -> Iterator[None]:
+    """Give coremltools these ranges, where it would run the model, which only macOS can, and keep the last batch's."""
+    from coremltools.optimize.coreml import _post_training_quantization as quantization
+
+    measure = quantization._get_activation_calibration_stats
+    quantization._get_activation_calibration_stats = lambda *_: found
+    try:
+        yield
+    finally:  # another model may be converted in this process
+        quantization._get_activation_calibration_stats = measure
+
+
 # --- running ----------------------------------------------------------------------------------------------------------
 
 
@@ -189,21 +284,37 @@ def load(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
     )
 
 
+def load_compressed(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
+    """The same, and tell how many of its weights are as they were."""
+    from polyexport.coreml.program import float_weights, read
+
+    opened = load(path, spec, threads=threads)
+    much = left_in_float(*float_weights(read(path)))
+    told = f"{much}: small ones, and those that coremltools leaves" if much else ""
+    return replace(opened, shortfall="; ".join(filter(None, (opened.shortfall, told))))
+
+
 def package(run: Runner, spec: ExportSpec) -> Loaded:
     """A package that `run` runs under its own names and in its own dtypes, under PyTorch's names and in its dtypes.
 
     What it returns of another kind than PyTorch stays as it is, for parity to see.
     """
     own = as_core_ml(spec)
-    inputs = tuple(zip(spec.inputs, own.inputs, strict=True))
     outputs = tuple(zip(spec.outputs, own.outputs, strict=True))
-    renamed = ", ".join(f"{our.name} is {its.name}" for our, its in (*inputs, *outputs) if our.name != its.name)
+    pairs = (*zip(spec.inputs, own.inputs, strict=True), *outputs)
+    renamed = ", ".join(f"{our.name} is {its.name}" for our, its in pairs if our.name != its.name)
 
     def renaming(arrays: Arrays) -> Arrays:
-        answer = run({its.name: np.atleast_1d(arrays[our.name].astype(its.dtype)) for our, its in inputs})
+        answer = run(_as_given(arrays, spec, own))
         return {our.name: _returned(answer[its.name], its.dtype, our.dtype) for our, its in outputs}
 
     return Loaded(renaming, own, shortfall=f"names that Core ML cannot have: {renamed}" if renamed else "")
+
+
+def _as_given(arrays: Arrays, spec: ExportSpec, own: ExportSpec) -> Arrays:
+    """PyTorch's inputs as the package takes them."""
+    pairs = zip(spec.inputs, own.inputs, strict=True)
+    return {its.name: np.atleast_1d(arrays[our.name].astype(its.dtype)) for our, its in pairs}
 
 
 def _returned(array: np.ndarray, there: str, own: str) -> np.ndarray:
@@ -258,23 +369,61 @@ let output{{ loop.index0 }} = outputs.featureValue(for: {{ name | tojson }})?.mu
 )
 
 
-def _format(name: str, precision: Precision, description: str) -> Format:
+def _format(name: str, precision: Precision, description: str, *routes: Route, **more: Any) -> Format:
     return Format(
         name=name,
         description=description,
         url="https://apple.github.io/coremltools/docs-guides/",
         artifact="model.mlpackage",
         precision=precision,
-        routes=(
-            Route("trace", "torchscript", "coreml", _in(precision, convert_trace)),
-            Route("torch.export", "pt2", "coreml", _in(precision, convert_program)),
-        ),
-        load=load,
+        routes=routes,
         snippets=_SNIPPETS,
+        **({"load": load} | more),
+    )
+
+
+def _translations(precision: str) -> tuple[Route, ...]:
+    return (
+        Route("trace", "torchscript", "coreml", _in(precision, convert_trace)),
+        Route("torch.export", "pt2", "coreml", _in(precision, convert_program)),
+    )
+
+
+def _compressions(compress: Convert) -> tuple[Route, ...]:
+    return (
+        Route("from float16", "coreml-fp16", "coreml", compress),
+        Route("from float32", "coreml", "coreml", compress),
     )
 
 
 FORMATS = (
-    _format("coreml", "float32", "Core ML program, for Apple's CPUs and GPUs"),
-    _format("coreml-fp16", "float16", "Core ML program in half precision, for Apple's Neural Engine"),
+    _format("coreml", "float32", "Core ML program, for Apple's CPUs and GPUs", *_translations("float32")),
+    _format(
+        "coreml-fp16",
+        "float16",
+        "Core ML program in half precision, for Apple's Neural Engine",
+        *_translations("float16"),
+    ),
+    _format(
+        "coreml-w8",
+        "w8",
+        "Core ML program in half precision with int8 weights, half its size",
+        *_compressions(quantize_weights),
+        load=load_compressed,
+    ),
+    _format(
+        "coreml-w4",
+        "w4",
+        "Core ML program in half precision with weights from a palette of sixteen, a quarter of its size",
+        *_compressions(palettize_weights),
+        load=load_compressed,
+    ),
+    _format(
+        "coreml-int8",
+        "int8",
+        "Core ML program with int8 weights and activations, for the Neural Engine from A17 Pro and M4 on",
+        Route("from float16", "coreml-fp16", "coreml", quantize),
+        load=load_compressed,
+        calibrated=True,
+    ),
 )

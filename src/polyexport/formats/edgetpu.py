@@ -178,7 +178,7 @@ def predict(path: Path) -> Placement:
     """
     on_cpu: Counter[str] = Counter()
     operations = tflite.operations(path)
-    for name, tensors in operations:
+    for name, tensors, _ in operations:
         if name not in SUPPORTED:
             on_cpu[f"{name} (not supported)"] += 1
         elif any(tensor["dtype"] not in (np.int8, np.uint8, np.int32) for tensor in tensors):

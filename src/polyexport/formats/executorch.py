@@ -1,41 +1,91 @@
-"""ExecuTorch: a program for phones and microcontrollers, with XNNPACK for the CPU, run here by its own runtime.
+"""ExecuTorch: a program for phones and microcontrollers, with XNNPACK for the CPU, in float32 and with int8.
 
 https://docs.pytorch.org/executorch/stable/
 
 What XNNPACK does not take stays with ExecuTorch's portable kernels, inside the same file; where its partitioner fails
-on a program as a whole, they take all of it.
+on a program as a whole, they take all of it. int8 is torchao's quantization of the exported program, by the rules of
+XNNPACK's quantizer, since it is XNNPACK that has the kernels.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from polyexport.format import Format, Route, Snippet
-from polyexport.spec import Arrays, ExportSpec, Runner
+from polyexport.format import Convert, Format, Route, Snippet
+from polyexport.spec import Arrays, ExportSpec, Precision, Runner, calibration
 from polyexport.tracing.exported_program import load_program
+
+if TYPE_CHECKING:
+    import torch
 
 
 def convert(source: Path, target: Path, spec: ExportSpec) -> None:
     """Lower the program with XNNPACK's kernels as far as they reach."""
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 
-    _lower(source, target, spec, [XnnpackPartitioner()])
+    _lower(load_program(source).module(), target, spec, [XnnpackPartitioner()])
 
 
 def convert_portable(source: Path, target: Path, spec: ExportSpec) -> None:
     """Lower the program with ExecuTorch's portable kernels alone."""
-    _lower(source, target, spec, [])
+    _lower(load_program(source).module(), target, spec, [])
 
 
-def _lower(source: Path, target: Path, spec: ExportSpec, partitioners: list[Any]) -> None:
-    """Lower the program of `torch.export`, exported once more with an upper bound for each dynamic axis."""
+def quantize(source: Path, target: Path, spec: ExportSpec) -> None:
+    """Lower the program with weights and activations in int8, with number ranges from `spec.calibration`."""
+    _quantize(source, target, spec, dynamic=False)
+
+
+def quantize_weights(source: Path, target: Path, spec: ExportSpec) -> None:
+    """Lower the program with weights in int8; XNNPACK quantizes activations while it runs."""
+    _quantize(source, target, spec, dynamic=True)
+
+
+def _quantize(source: Path, target: Path, spec: ExportSpec, *, dynamic: bool) -> None:
+    """Quantize what XNNPACK has int8 kernels for, and lower it.
+
+    Raises:
+        RuntimeError: the model has nothing of that.
+    """
     import torch
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
+        XNNPACKQuantizer,
+        get_symmetric_quantization_config,
+    )
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+
+    rules = get_symmetric_quantization_config(is_per_channel=True, is_dynamic=dynamic)
+    observed = prepare_pt2e(
+        _exported(load_program(source).module(), spec).module(), XNNPACKQuantizer().set_global(rules)
+    )
+    for arrays in calibration(spec):
+        observed(*(torch.from_numpy(arrays[name]) for name in spec.input_names))
+    module = convert_pt2e(observed)
+    if not any("quantize" in str(node.target) for node in module.graph.nodes):
+        raise RuntimeError(
+            "XNNPACK has int8 for products, convolutions and sums, and the model has none; take executorch"
+        )
+    _lower(module, target, spec, [XnnpackPartitioner()])
+
+
+def _lower(module: torch.nn.Module, target: Path, spec: ExportSpec, partitioners: list[Any]) -> None:
     from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
 
-    module = load_program(source).module()
+    # its check of data types takes the first of several results for their list and asks how long it is: a free batch is
+    # free no more
+    config = EdgeCompileConfig(_check_ir_validity=False)
+    edge = to_edge_transform_and_lower(_exported(module, spec), partitioner=partitioners, compile_config=config)
+    target.write_bytes(edge.to_executorch().buffer)
+
+
+def _exported(module: torch.nn.Module, spec: ExportSpec) -> torch.export.ExportedProgram:
+    """The program of a module, with an upper bound for each dynamic axis."""
+    import torch
+
     bounds = spec.upper_bounds(64)  # memory is planned for them
     free = {called: torch.export.Dim(called, min=1, max=most) for called, most in bounds.items()}
     shapes = tuple({axis: free[called] for axis, called in tensor.dynamic.items()} for tensor in spec.inputs)
@@ -43,13 +93,7 @@ def _lower(source: Path, target: Path, spec: ExportSpec, partitioners: list[Any]
         torch.zeros(tensor.sized(lambda called: max(2, spec.sizes[called])), dtype=getattr(torch, tensor.dtype))
         for tensor in spec.inputs
     )
-    program = torch.export.export(module, inputs, dynamic_shapes=shapes if spec.is_dynamic else None, strict=False)
-    # its check of data types takes the first of several results for their list and asks how long it is: a free batch is
-    # free no more
-    config = EdgeCompileConfig(_check_ir_validity=False)
-    edge = to_edge_transform_and_lower(program, partitioner=partitioners, compile_config=config)
-    lowered = edge.to_executorch()
-    target.write_bytes(lowered.buffer)
+    return torch.export.export(module, inputs, dynamic_shapes=shapes if spec.is_dynamic else None, strict=False)
 
 
 def load(path: Path, spec: ExportSpec, *, threads: int) -> Runner:
@@ -120,16 +164,40 @@ outputs = program.load_method("forward").execute(inputs)
 )
 
 
-FORMAT = Format(
-    name="executorch",
-    aliases=("pte",),
-    description="ExecuTorch program with XNNPACK, for phones and small devices",
-    url="https://docs.pytorch.org/executorch/stable/",
-    artifact="model.pte",
-    routes=(
-        Route("xnnpack", upstream="pt2", toolchain="executorch", convert=convert),
-        Route("portable", upstream="pt2", toolchain="executorch", convert=convert_portable),
+def _format(name: str, precision: Precision, description: str, *ways: tuple[str, Convert], **more: Any) -> Format:
+    return Format(
+        name=name,
+        aliases=(name.replace("executorch", "pte"),),
+        description=description,
+        url="https://docs.pytorch.org/executorch/stable/",
+        artifact="model.pte",
+        precision=precision,
+        routes=tuple(Route(way, "pt2", "executorch", convert) for way, convert in ways),
+        load=load,
+        snippets=_SNIPPETS,
+        **more,
+    )
+
+
+FORMATS = (
+    _format(
+        "executorch",
+        "float32",
+        "ExecuTorch program with XNNPACK, for phones and small devices",
+        ("xnnpack", convert),
+        ("portable", convert_portable),
     ),
-    load=load,
-    snippets=_SNIPPETS,
+    _format(
+        "executorch-w8",
+        "w8",
+        "ExecuTorch program with int8 weights, for phones' CPUs",
+        ("xnnpack", quantize_weights),
+    ),
+    _format(
+        "executorch-int8",
+        "int8",
+        "ExecuTorch program in int8, calibrated with validation batches, for phones' CPUs",
+        ("xnnpack", quantize),
+        calibrated=True,
+    ),
 )

@@ -1,4 +1,4 @@
-"""MNN: a model for Alibaba's engine for phones and small devices, run here by its own runtime.
+"""MNN: a model for Alibaba's engine for phones and small devices, run here by its own runtime; in several precisions.
 
 https://mnn-docs.readthedocs.io/en/latest/
 
@@ -6,34 +6,38 @@ Converted by the compiled converter alone: the Python command around it installs
 
 What MNN lacks or computes otherwise is decomposed into other operations first. The second route is an older opset,
 whose operations it knows better: of some LSTMs in the newer one it crashes.
+
+What is smaller is made from the float32 file by the same converter: weights of convolutions, products and LSTMs alone.
+int8 comes from its quantizer, which has three methods; each fails, or is far off, on some models.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from polyexport.format import Format, Route, Snippet
-from polyexport.spec import Arrays, ExportSpec, Runner
+from polyexport.format import Convert, Format, Route, Snippet
+from polyexport.spec import Arrays, ExportSpec, Precision, Runner, calibration
 
 if TYPE_CHECKING:
     import onnx
 
-_CONVERTER = "import sys, _tools; _tools.mnnconvert(['mnnconvert', *sys.argv[1:]])"  # the wheel's own name for it
+_TOOL = "import sys, _tools; getattr(_tools, sys.argv[1])(sys.argv[1:])"  # the wheel's own name for its programs
 
 
 def convert(source: Path, target: Path, spec: ExportSpec) -> None:
     """Translate the ONNX graph.
 
     Raises:
-        RuntimeError: MNN lacks a mode of an operator; or the converter crashed, or wrote nothing, which it says itself
-            only in what it prints.
+        RuntimeError: MNN lacks a mode of an operator; or see `_run_converter`.
     """
     import onnx
 
@@ -43,13 +47,70 @@ def convert(source: Path, target: Path, spec: ExportSpec) -> None:
     _keep_three_axes(model)
     prepared = target.with_name("prepared.onnx")
     onnx.save(model, prepared)
-    words = ("--framework", "ONNX", "--modelFile", prepared, "--MNNModel", target, "--bizCode", "polyexport")
-    command = [sys.executable, "-c", _CONVERTER, *map(str, words)]
+    try:
+        _run_converter("ONNX", prepared, target)
+    finally:
+        prepared.unlink()
+
+
+def _run_converter(framework: str, source: Path, target: Path, *options: str) -> None:
+    words = ("--framework", framework, "--modelFile", source, "--MNNModel", target, "--bizCode", "polyexport", *options)
+    _run("mnnconvert", *map(str, words), writes=target)
+
+
+def _run(tool: str, *words: str, writes: Path) -> None:
+    """Run a program of MNN's in a process of its own.
+
+    Raises:
+        RuntimeError: it crashed, or wrote nothing, which it says itself only in what it prints.
+    """
+    command = [sys.executable, "-c", _TOOL, tool, *words]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
-    prepared.unlink()
     print(done.stdout, done.stderr)
-    if not target.exists():
-        raise RuntimeError(f"MNN's converter wrote no model: {_why(done)}")
+    if not writes.exists():
+        raise RuntimeError(f"MNN's {tool} wrote no model: {_why(done)}")
+
+
+def _with(*options: str) -> Convert:
+    """A conversion of the float32 file with these options of MNN's converter."""
+
+    def convert_weights(source: Path, target: Path, spec: ExportSpec) -> None:
+        _run_converter("MNN", source, target, *options)
+
+    return convert_weights
+
+
+def _quantized(method: str) -> Convert:
+    """A quantization of the float32 file to int8, with ranges from `spec.calibration` by one of MNN's methods."""
+
+    def quantize(source: Path, target: Path, spec: ExportSpec) -> None:
+        with TemporaryDirectory() as folder:
+            samples, config = Path(folder, "samples"), Path(folder, "config.json")
+            count = _write_samples(samples, spec)
+            about = {
+                **{"path": f"{samples}/", "input_type": "sequence", "used_sample_num": count, "batch_size": 1},
+                **{"feature_quantize_method": method, "weight_quantize_method": "MAX_ABS", "quant_bits": 8},
+                **{"feature_clamp_value": 127, "weight_clamp_value": 127, "model": target.name},
+            }
+            config.write_text(json.dumps(about), encoding="utf-8")
+            _run("mnnquant", str(source), str(target), str(config), writes=target)
+        target.with_name(f"{target.name}.json").unlink(missing_ok=True)  # its own notes
+
+    return quantize
+
+
+def _write_samples(folder: Path, spec: ExportSpec) -> int:
+    """Write each batch of `spec.calibration` as MNN's tool reads it, numbers as text; returns how many there are."""
+    count = 0
+    for count, arrays in enumerate(calibration(spec), 1):
+        sample = folder / str(count)
+        sample.mkdir(parents=True)
+        shapes = [{"name": name, "shape": array.shape} for name, array in arrays.items()]
+        text = json.dumps({"inputs": shapes, "outputs": spec.output_names})
+        (sample / "input.json").write_text(text, encoding="utf-8")
+        for name, array in arrays.items():
+            np.savetxt(sample / f"{name}.txt", array.reshape(-1), fmt="%.9g" if array.dtype.kind == "f" else "%d")
+    return count
 
 
 _MODES = {("GridSample", "mode"): {b"linear", b"bilinear", b"nearest"}}
@@ -152,6 +213,8 @@ def load(path: Path, spec: ExportSpec, *, threads: int) -> Runner:
 
     def run(inputs: Arrays) -> Arrays:
         answers = module.forward([given(inputs[name]) for name in names])
+        if len(answers) != len(spec.outputs):
+            raise RuntimeError(f"MNN gives {len(answers)} of the {len(spec.outputs)} outputs")
         return {
             tensor.name: np.array(MNN.expr.convert(answer, MNN.expr.NCHW).read(), tensor.dtype)
             for tensor, answer in zip(spec.outputs, answers, strict=True)
@@ -180,15 +243,51 @@ outputs = [np.array(answer.read()) for answer in answers]
 )
 
 
-FORMAT = Format(
-    name="mnn",
-    description="MNN model, for phones and small devices",
-    url="https://mnn-docs.readthedocs.io/en/latest/",
-    artifact="model.mnn",
-    routes=(
-        Route("onnx", upstream="onnx", toolchain="mnn", convert=convert),
-        Route("opset15", upstream="onnx-opset15", toolchain="mnn", convert=convert),
+def _format(name: str, precision: Precision, description: str, *routes: Route, **more: Any) -> Format:
+    return Format(
+        name=name,
+        description=description,
+        url="https://mnn-docs.readthedocs.io/en/latest/",
+        artifact="model.mnn",
+        precision=precision,
+        routes=routes,
+        load=load,
+        snippets=_SNIPPETS,
+        **more,
+    )
+
+
+FORMATS = (
+    _format(
+        "mnn",
+        "float32",
+        "MNN model, for phones and small devices",
+        Route("onnx", "onnx", "mnn", convert),
+        Route("opset15", "onnx-opset15", "mnn", convert),
     ),
-    load=load,
-    snippets=_SNIPPETS,
+    _format(
+        "mnn-fp16",
+        "float16",
+        "MNN model with its weights in float16, half the size",
+        Route("converter", "mnn", "mnn", _with("--fp16")),
+    ),
+    _format(
+        "mnn-w8",
+        "w8",
+        "MNN model with int8 weights, a quarter of the size",
+        Route("converter", "mnn", "mnn", _with("--weightQuantBits", "8")),
+    ),
+    _format(
+        "mnn-w4",
+        "w4",
+        "MNN model with weights in four bits, an eighth of the size",
+        Route("converter", "mnn", "mnn", _with("--weightQuantBits", "4", "--weightQuantBlock", "32")),
+    ),
+    _format(
+        "mnn-int8",
+        "int8",
+        "MNN model in int8, calibrated with validation batches",
+        *(Route(method, "mnn", "mnn", _quantized(method)) for method in ("EMA", "ADMM", "KL")),
+        calibrated=True,
+    ),
 )

@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from polyexport.errors import line
-from polyexport.format import MODULE, Format, Route, Snippet
+from polyexport.format import MODULE, Format, Loaded, Route, Snippet
 from polyexport.lowering.ports import inner, rename_ports
 from polyexport.spec import Arrays, ExportSpec, Runner, example
 from polyexport.tracing.exported_program import load_program
 
 if TYPE_CHECKING:
     import onnx
+    import onnxruntime
     import torch
 
 _PROTOBUF_LIMIT = 2_000_000_000  # one ONNX file is one protobuf message, and that may have 2 GiB
@@ -126,14 +128,37 @@ def _finish(path: Path, spec: ExportSpec) -> None:
     onnx.save(model, path)
 
 
+def save(model: onnx.ModelProto, path: Path, metadata: Mapping[str, str]) -> None:
+    """Write a model that holds its weights, beside it where they are too many for one file."""
+    import onnx
+
+    onnx.helper.set_model_props(model, dict(metadata))
+    apart = model.ByteSize() > _PROTOBUF_LIMIT
+    onnx.save(model, path, save_as_external_data=apart, location=f"{path.name}.data" if apart else None)
+
+
 def _name_axes(value: onnx.ValueInfoProto, names: dict[int, str]) -> None:
     for axis, dimension in enumerate(value.type.tensor_type.shape.dim):
         if axis in names and not dimension.HasField("dim_value"):
             dimension.dim_param = names[axis]
 
 
-def load(path: Path, spec: ExportSpec, *, threads: int) -> Runner:
+REMARK = "remark"
+"""The metadata that tells what a reader is to know of a file, such as which operators stay in float."""
+
+
+def load(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
     """Run it with ONNX Runtime on the CPU."""
+    session = _session(path, threads=threads)
+    return Loaded(_runner(session), remark=session.get_modelmeta().custom_metadata_map.get(REMARK, ""))
+
+
+def opened(path: Path, *, threads: int) -> Runner:
+    """The same for a converter, which wants the answers alone."""
+    return _runner(_session(path, threads=threads))
+
+
+def _session(path: Path, *, threads: int) -> onnxruntime.InferenceSession:
     # since 1.32 it otherwise looks up its vendor's host and writes a device id into the home folder
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     import onnxruntime
@@ -141,7 +166,10 @@ def load(path: Path, spec: ExportSpec, *, threads: int) -> Runner:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def _runner(session: onnxruntime.InferenceSession) -> Runner:
     outputs = [output.name for output in session.get_outputs()]
     wanted = {given.name for given in session.get_inputs()}
 

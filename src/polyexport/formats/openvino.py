@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from polyexport.format import Format, Route, Snippet
+from polyexport.format import Format, Loaded, Route, Snippet
 from polyexport.spec import Arrays, ExportSpec, Runner
 
 if TYPE_CHECKING:
@@ -22,13 +22,13 @@ def convert_onnx(source: Path, target: Path, spec: ExportSpec) -> None:
     """Read the ONNX graph."""
     import onnx
 
-    openvino = _without_telemetry()
+    openvino = without_telemetry()
     model = onnx.load(source, load_external_data=False)
     prepared = target.with_name("prepared.onnx")
     if changed := split_slices(model):
         onnx.save(model, prepared)
     try:
-        _save(openvino.convert_model(str(prepared if changed else source)), target, spec)
+        save(openvino.convert_model(str(prepared if changed else source)), target, spec)
     finally:
         prepared.unlink(missing_ok=True)
 
@@ -72,15 +72,15 @@ def convert_torchscript(source: Path, target: Path, spec: ExportSpec) -> None:
     """Read the TorchScript trace."""
     import torch
 
-    openvino = _without_telemetry()
+    openvino = without_telemetry()
     shapes = [
         (openvino.PartialShape(list(tensor.sized(lambda _: -1))), openvino.Type(np.dtype(tensor.dtype)))
         for tensor in spec.inputs
     ]
-    _save(openvino.convert_model(torch.jit.load(str(source)), input=shapes), target, spec)
+    save(openvino.convert_model(torch.jit.load(str(source)), input=shapes), target, spec)
 
 
-def _without_telemetry() -> Any:
+def without_telemetry() -> Any:
     """OpenVINO, which otherwise writes into the home folder on import, and reports each conversion to its vendor."""
     sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # the import system's own word for "not there"
     import openvino
@@ -88,34 +88,49 @@ def _without_telemetry() -> Any:
     return openvino
 
 
-def _save(model: Any, target: Path, spec: ExportSpec) -> None:
-    """Name the ports, embed the metadata, write `.xml` and `.bin` in full precision."""
-    openvino = _without_telemetry()
+def halve(source: Path, target: Path, spec: ExportSpec) -> None:
+    """Store the weights in float16."""
+    save(without_telemetry().Core().read_model(source), target, spec, half=True)
+
+
+def save(model: Any, target: Path, spec: ExportSpec, *, half: bool = False, remark: str = "") -> None:
+    """Name the ports, embed the metadata and what a reader is to know, write `.xml` and `.bin`.
+
+    `half` stores float32 weights in float16.
+    """
+    openvino = without_telemetry()
     for ports, tensors in ((model.inputs, spec.inputs), (model.outputs, spec.outputs)):
         if len(ports) == len(tensors):
             for port, tensor in zip(ports, tensors, strict=True):
                 port.get_tensor().set_names({tensor.name})
-    for key, value in spec.metadata.items():
+    for key, value in (*spec.metadata.items(), *([("remark", remark)] if remark else [])):
         model.set_rt_info(value, ["polyexport", key])
-    openvino.save_model(model, str(target), compress_to_fp16=False)
+    openvino.save_model(model, str(target), compress_to_fp16=half)
 
 
-def load(path: Path, spec: ExportSpec, *, threads: int) -> Runner:
-    """Run it on the CPU in float32, which some processors would otherwise round to bfloat16."""
-    openvino = _without_telemetry()
-    core = openvino.Core()
+def load(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
+    """Run it on the CPU; see `compiled`."""
+    model = without_telemetry().Core().read_model(str(path))
+    told = ["polyexport", "remark"]
+    remark = model.get_rt_info(told).astype(str) if model.has_rt_info(told) else ""
+    return Loaded(compiled(model, spec, threads=threads), remark=remark)
+
+
+def compiled(model: Any, spec: ExportSpec, *, threads: int) -> Runner:
+    """Run a model on the CPU; what is float in it in float32, which some processors would round to bfloat16."""
+    core = without_telemetry().Core()
     core.set_property("CPU", {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads})
-    compiled = core.compile_model(str(path), "CPU")
-    known = set().union(*(port.get_names() for port in compiled.inputs))
+    program = core.compile_model(model, "CPU")
+    known = set().union(*(port.get_names() for port in program.inputs))
 
     def run(inputs: Arrays) -> Arrays:
-        answer = compiled({name: array for name, array in inputs.items() if name in known}, share_inputs=True)
+        answer = program({name: array for name, array in inputs.items() if name in known}, share_inputs=True)
         return {tensor.name: answer[tensor.name] for tensor in spec.outputs}
 
     return run
 
 
-_SNIPPETS = (
+SNIPPETS = (
     Snippet(
         "Python",
         """\
@@ -157,16 +172,29 @@ int main() {
 )
 
 
-FORMAT = Format(
-    name="openvino",
-    aliases=("ov",),
-    description="OpenVINO IR, for Intel CPUs, GPUs and NPUs",
-    url="https://docs.openvino.ai/",
-    artifact="model.xml",
-    routes=(
-        Route("onnx", upstream="onnx", toolchain="openvino", convert=convert_onnx),
-        Route("torchscript", upstream="torchscript", toolchain="openvino", convert=convert_torchscript),
+FORMATS = (
+    Format(
+        name="openvino",
+        aliases=("ov",),
+        description="OpenVINO IR, for Intel CPUs, GPUs and NPUs",
+        url="https://docs.openvino.ai/",
+        artifact="model.xml",
+        routes=(
+            Route("onnx", upstream="onnx", toolchain="openvino", convert=convert_onnx),
+            Route("torchscript", upstream="torchscript", toolchain="openvino", convert=convert_torchscript),
+        ),
+        load=load,
+        snippets=SNIPPETS,
     ),
-    load=load,
-    snippets=_SNIPPETS,
+    Format(
+        name="openvino-fp16",
+        aliases=("ov-fp16",),
+        description="OpenVINO IR with its weights in float16, half the size",
+        url="https://docs.openvino.ai/2025/openvino-workflow/model-preparation/conversion-parameters.html",
+        artifact="model.xml",
+        precision="float16",
+        routes=(Route("openvino", upstream="openvino", toolchain="openvino", convert=halve),),
+        load=load,
+        snippets=SNIPPETS,
+    ),
 )

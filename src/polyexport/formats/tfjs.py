@@ -22,12 +22,13 @@ from typing import IO, Any
 
 import numpy as np
 
-from polyexport.format import Format, Loaded, Observed, Route, Snippet
+from polyexport.format import Convert, Format, Loaded, Observed, Route, Snippet
 from polyexport.formats.graphdef import check_size
 from polyexport.formats.saved_model import SIGNATURE, arguments
 from polyexport.measure.latency import timed_ms
 from polyexport.measure.parity import compare
-from polyexport.spec import Arrays, ExportSpec
+from polyexport.measure.tolerance import Tolerance
+from polyexport.spec import Arrays, ExportSpec, Precision
 
 _PROGRAM = Path(__file__).parents[1] / "toolchains" / "tfjs" / "run.cjs"
 
@@ -59,6 +60,32 @@ def import_tensorflowjs() -> None:
     finally:
         for name in empty:
             del sys.modules[name]
+
+
+def store_weights_as(dtype: str) -> Convert:
+    """A conversion of the float32 model that stores its weights, all but vectors and single numbers, in a smaller type.
+
+    `dtype` is `float16`, or `uint8`, which counts steps between the least and the greatest number of a tensor.
+    TensorFlow.js makes them float32 again when it loads them.
+    """
+
+    def convert_weights(source: Path, target: Path, spec: ExportSpec) -> None:
+        import_tensorflowjs()
+        from tensorflowjs import read_weights, write_weights
+
+        model = json.loads(source.read_text(encoding="utf-8"))
+        groups = read_weights.read_weights(model["weightsManifest"], str(source.parent))
+        names = [each["name"] for group in groups for each in group if _is_large(each["data"])]
+        model["weightsManifest"] = write_weights.write_weights(
+            groups, str(target.parent), write_manifest=False, quantization_dtype_map={dtype: names}
+        )
+        target.write_text(json.dumps(model), encoding="utf-8")
+
+    return convert_weights
+
+
+def _is_large(weight: np.ndarray) -> bool:
+    return weight.dtype == np.float32 and weight.ndim > 1
 
 
 def _converted(source: Path, target: Path, spec: ExportSpec) -> dict[str, Any]:
@@ -218,7 +245,7 @@ class _Faster:
             other = f"wasm cannot run it: {error}"
         else:
             other = f"cpu {cpu_ms:.3g} ms, wasm {wasm_ms:.3g} ms a call, and they agree"
-            agreed = compare(found, answer, FORMAT.limits)
+            agreed = compare(found, answer, Tolerance.for_precision("float32"))
             if not agreed.passed:
                 other = f"wasm differs: {agreed.reason}"
             elif wasm_ms < cpu_ms:
@@ -305,15 +332,39 @@ const outputs = await model.executeAsync(inputs, {{ outputs | tojson }});
 )
 
 
-FORMAT = Format(
-    name="tfjs",
-    aliases=("tensorflowjs",),
-    description="TensorFlow.js graph model, for browsers and Node",
-    url="https://www.tensorflow.org/js/guide/conversion",
-    artifact="model.json",
-    routes=(Route("tensorflowjs", upstream="saved_model", toolchain="tensorflow", convert=convert),),
-    load=load,
-    runtime="tfjs",
-    slow_because="in Node its WebAssembly backend has one thread (https://github.com/tensorflow/tfjs/issues/3830)",
-    snippets=_SNIPPETS,
+def _format(name: str, precision: Precision, description: str, route: Route) -> Format:
+    return Format(
+        name=name,
+        aliases=(name.replace("tfjs", "tensorflowjs"),),
+        description=description,
+        url="https://www.tensorflow.org/js/guide/conversion",
+        artifact="model.json",
+        precision=precision,
+        routes=(route,),
+        load=load,
+        runtime="tfjs",
+        slow_because="in Node its WebAssembly backend has one thread (https://github.com/tensorflow/tfjs/issues/3830)",
+        snippets=_SNIPPETS,
+    )
+
+
+FORMATS = (
+    _format(
+        "tfjs",
+        "float32",
+        "TensorFlow.js graph model, for browsers and Node",
+        Route("tensorflowjs", "saved_model", "tensorflow", convert),
+    ),
+    _format(
+        "tfjs-fp16",
+        "float16",
+        "TensorFlow.js graph model that loads half the bytes",
+        Route("weights", "tfjs", "tensorflow", store_weights_as("float16")),
+    ),
+    _format(
+        "tfjs-w8",
+        "w8",
+        "TensorFlow.js graph model that loads a quarter of the bytes",
+        Route("weights", "tfjs", "tensorflow", store_weights_as("uint8")),
+    ),
 )

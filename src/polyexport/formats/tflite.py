@@ -17,12 +17,13 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from polyexport.format import Format, Loaded, Route, Snippet
 from polyexport.formats.saved_model import SIGNATURE
+from polyexport.measure.weights import left_in_float
 from polyexport.spec import Arrays, ExportSpec, Precision, TensorSpec, calibration
 from polyexport.tracing.exported_program import in_float32, load_program
 
@@ -99,6 +100,15 @@ def halve_saved_model(source: Path, target: Path, spec: ExportSpec) -> None:
     target.write_bytes(_converted(converter))
 
 
+def quantize_weights_of_saved_model(source: Path, target: Path, spec: ExportSpec) -> None:
+    """The same with its weights in int8; the runtime quantizes activations while it runs."""
+    import tensorflow as tf
+
+    converter = _converter(source)
+    converter.optimizations = [tf.lite.Optimize.DEFAULT]
+    target.write_bytes(_converted(converter))
+
+
 def quantize_saved_model(source: Path, target: Path, spec: ExportSpec) -> None:
     """The same with weights and activations in int8, inputs and outputs too."""
     import tensorflow as tf
@@ -141,7 +151,7 @@ _LACKING = r"'tf\.(\w+)' op is neither a custom op nor a flex op"
 
 def halve(source: Path, target: Path, spec: ExportSpec) -> None:
     """Store the weights of a float32 file in float16."""
-    from ai_edge_quantizer import quantizer, recipe_manager
+    from ai_edge_quantizer import recipe_manager
     from ai_edge_quantizer.algorithm_manager import AlgorithmName
     from ai_edge_quantizer.qtyping import TFLOperationName
 
@@ -152,8 +162,59 @@ def halve(source: Path, target: Path, spec: ExportSpec) -> None:
         num_bits=16,
         algorithm_key=AlgorithmName.FLOAT_CASTING,
     )
-    work = quantizer.Quantizer(str(source), manager.get_quantization_recipe())
-    work.quantize().export_model(str(target), overwrite=True)
+    _apply(manager.get_quantization_recipe(), source, target)
+
+
+def quantize_weights(source: Path, target: Path, spec: ExportSpec) -> None:
+    """Store the weights of a float32 file in int8; the runtime quantizes activations while it runs."""
+    from ai_edge_quantizer import recipe
+
+    _apply(recipe.dynamic_wi8_afp32(), source, target)
+
+
+_BLOCK = 32
+"""How many weights in four bits share a scale."""
+
+
+def quantize_weights_to_four_bits(source: Path, target: Path, spec: ExportSpec) -> None:
+    """Store what fully connected layers and embeddings hold in four bits, all else as `quantize_weights` does.
+
+    So it is of those, too, whose rows do not divide into blocks.
+
+    Raises:
+        RuntimeError: no row does.
+    """
+    from ai_edge_quantizer import recipe
+    from ai_edge_quantizer.qtyping import TFLOperationName
+
+    rules = [
+        rule
+        for kind in (TFLOperationName.FULLY_CONNECTED, TFLOperationName.EMBEDDING_LOOKUP)
+        for name in _in_blocks(source, kind.value)
+        for rule in recipe.dynamic_wi4b32_afp32(operation_name=kind, regex=f"^{re.escape(name)};")
+    ]
+    if not rules:
+        raise RuntimeError(
+            f"LiteRT takes four bits in fully connected layers and embeddings whose rows are a multiple of {_BLOCK} "
+            "long, and the model has none; take tflite-w8"
+        )
+    _apply([*recipe.dynamic_wi8_afp32(), *rules], source, target)
+
+
+def _in_blocks(path: Path, kind: str) -> list[str]:
+    """The outputs of those operations of a kind whose weights are rows of whole blocks."""
+    return [
+        each.tensors[-1]["name"]
+        for each in operations(path)
+        if each.kind == kind and any(len(w["shape"]) == 2 and w["shape"][-1] % _BLOCK == 0 for w in each.constants)
+    ]
+
+
+def _apply(recipe: Any, source: Path, target: Path) -> None:
+    """Quantize a file by a recipe that needs no number ranges."""
+    from ai_edge_quantizer import quantizer
+
+    quantizer.Quantizer(str(source), recipe).quantize().export_model(str(target), overwrite=True)
 
 
 def quantize(
@@ -241,17 +302,36 @@ def load_int8(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
     return replace(load(path, spec, threads=threads), shortfall=float_operations(path))
 
 
-def operations(path: Path) -> list[tuple[str, list[Detail]]]:
-    """The operators of a file's main graph in order, each with its inputs and outputs, constants left out."""
+def load_weights(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
+    """The same, and tell which of its weights are not in integers."""
+    return replace(load(path, spec, threads=threads), shortfall=float_weights(path))
+
+
+class Operation(NamedTuple):
+    """One operation of a file's main graph: what it computes with and what it gives, and its constants."""
+
+    kind: str
+    tensors: list[Detail]
+    constants: list[Detail]
+
+
+def operations(path: Path) -> list[Operation]:
+    """The operations of a file's main graph in order."""
     interpreter = _interpreter(path, threads=1)
     tensors = {detail["index"]: detail for detail in interpreter.get_tensor_details()}
     listed = interpreter._get_ops_details()  # the interpreter tells it nowhere else
     computed = {detail["index"] for detail in interpreter.get_input_details()}
     computed |= {index for each in listed for index in each["outputs"]}
-    return [
-        (each["op_name"], [tensors[index] for index in (*each["inputs"], *each["outputs"]) if index in computed])
-        for each in listed
-    ]
+
+    def read(each: Mapping[str, Any]) -> Operation:
+        used = [index for index in (*each["inputs"], *each["outputs"]) if index in tensors]
+        return Operation(
+            each["op_name"],
+            [tensors[index] for index in used if index in computed],
+            [tensors[index] for index in used if index not in computed],
+        )
+
+    return [read(each) for each in listed]
 
 
 _COMPUTE_NOTHING = ("DEQUANTIZE", "QUANTIZE", "SHAPE")
@@ -260,12 +340,29 @@ _COMPUTE_NOTHING = ("DEQUANTIZE", "QUANTIZE", "SHAPE")
 def float_operations(path: Path) -> str:
     """Which operators compute in float32, in words; empty where none does."""
     found = Counter(
-        name
-        for name, tensors in operations(path)
-        if name not in _COMPUTE_NOTHING and any(tensor["dtype"] == np.float32 for tensor in tensors)
+        each.kind
+        for each in operations(path)
+        if each.kind not in _COMPUTE_NOTHING and any(tensor["dtype"] == np.float32 for tensor in each.tensors)
     )
-    listed = ", ".join(f"{count} × {name}" for name, count in sorted(found.items()))
-    return f"in float32, since there is no int8 for it: {listed}" if listed else ""
+    return f"in float32, since there is no int8 for it: {_counted(found)}" if found else ""
+
+
+def float_weights(path: Path) -> str:
+    """Which operators' weights are in float32, in words; empty where that is a tenth of all or less."""
+    weights = [
+        (each.kind, int(np.prod(weight["shape"])), weight["dtype"] == np.float32)
+        for each in operations(path)
+        for weight in each.constants
+        if len(weight["shape"]) > 1
+    ]
+    in_float = sum(size for _, size, is_float in weights if is_float)
+    much = left_in_float(in_float, sum(size for _, size, _ in weights))
+    found = Counter(kind for kind, _, is_float in weights if is_float)
+    return f"{much}, since there is no int8 for them: {_counted(found)}" if much else ""
+
+
+def _counted(found: Counter[str]) -> str:
+    return ", ".join(f"{count} × {name}" for name, count in sorted(found.items()))
 
 
 def _interpreter(path: Path, *, threads: int) -> Any:
@@ -389,6 +486,21 @@ FORMATS = (
         "TensorFlow Lite model with its weights in float16, half the size",
         Route("quantizer", "tflite", "tflite", halve),
         Route("tensorflow", "saved_model", "tensorflow", halve_saved_model),
+    ),
+    _format(
+        "tflite-w8",
+        "w8",
+        "TensorFlow Lite model with int8 weights, for phones' CPUs and GPUs",
+        Route("quantizer", "tflite", "tflite", quantize_weights),
+        Route("tensorflow", "saved_model", "tensorflow", quantize_weights_of_saved_model),
+        load=load_weights,
+    ),
+    _format(
+        "tflite-w4",
+        "w4",
+        "TensorFlow Lite model with fully connected layers in four bits, for large transformers on phones",
+        Route("quantizer", "tflite", "tflite", quantize_weights_to_four_bits),
+        load=load_weights,
     ),
     _format(
         "tflite-int8",

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 
 from polyexport.errors import BadRequest, line
-from polyexport.spec import Arrays, Runner, TensorSpec
+from polyexport.spec import Arrays, ExportSpec, Runner, TensorSpec
 
 Dynamic = bool | Mapping[str, Mapping[int, str]]
 """Which input axes are dynamic: True for the batch axis and all whose size differs between batches, False for none, or
@@ -97,6 +97,15 @@ def resized(inputs: Arrays, axes: Axes, sizes: Mapping[str, int]) -> Arrays:
             rows = np.arange(sizes[called]) % inputs[name].shape[axis]
             batch[name] = np.take(batch[name], rows, axis)
     return batch
+
+
+def one_row(inputs: Arrays, spec: ExportSpec) -> Arrays | None:
+    """A batch's first row; None where it has one only, its first axis is fixed, or first axes are of several kinds."""
+    axes = {tensor.name: tensor.dynamic for tensor in spec.inputs}
+    leading = {called for named in axes.values() for axis, called in named.items() if axis == 0}
+    if len(leading) != 1 or spec.sizes[called := leading.pop()] == 1:
+        return None
+    return resized(inputs, axes, {**spec.sizes, called: 1})
 
 
 def _candidates(axes: Axes, sizes: Mapping[str, int]) -> Iterator[dict[str, int]]:

@@ -31,7 +31,8 @@ class Latency:
     and `first_ms` are the cold start. `peak_memory_bytes` is the resident peak of the whole process that served the
     calls. `speedup` is eager PyTorch's median over this one's, from the same rounds; None where the machine was not
     quiet. `waited` is the share of the time in which its first thread was ready to run and others had the processor; 0
-    where the system does not tell.
+    where the system does not tell. `batch_1_p50_ms` is the median of calls with one row, from the same rounds; None
+    where `batch` is 1 already, and where the artifact does not take one row.
     """
 
     p50_ms: float
@@ -47,6 +48,7 @@ class Latency:
     peak_memory_bytes: int | None
     samples_ms: tuple[float, ...]
     speedup: float | None = None
+    batch_1_p50_ms: float | None = None
     waited: float = 0.0
 
     @property
@@ -112,8 +114,11 @@ def summarize(
     first_ms: float,
     peak_memory_bytes: int | None,
     waited: float = 0.0,
+    one_row_ms: Sequence[float] = (),
 ) -> Latency:
     """Percentiles (linear interpolation between the nearest ranks) and throughput of raw samples.
+
+    `one_row_ms` are samples of calls with one row.
 
     Raises:
         ValueError: there are no samples.
@@ -134,5 +139,6 @@ def summarize(
         first_ms=first_ms,
         peak_memory_bytes=peak_memory_bytes,
         samples_ms=tuple(samples_ms),
+        batch_1_p50_ms=statistics.median(one_row_ms) if one_row_ms else None,
         waited=waited,
     )

@@ -18,7 +18,7 @@ import numpy as np
 
 from polyexport.capture import sharded, surroundings
 from polyexport.capture import snapshot as modules
-from polyexport.capture.answer import disagreement
+from polyexport.capture.answer import NotCompared, disagreement
 from polyexport.capture.flatten import as_runner, to_arrays
 from polyexport.measure import dynamic_axes
 from polyexport.measure.constants import frozen
@@ -174,7 +174,10 @@ def _as_trained(source: Path, model: Any) -> tuple[str, tuple[str, ...]]:
 
     Where globals of the user's files are what makes the difference, they are set from now on.
     """
-    why = _disagreement(source, model)
+    try:
+        why = _disagreement(source, model)
+    except NotCompared as error:
+        return "", (f"not compared with the training process's own answer: {error}",)
     if not why:
         return "", ()
     names: list[str] = []

@@ -43,13 +43,16 @@ def limits(
         ref: The reference; what is not finite in it has no scale.
         tolerance: With `rtol` and `atol`.
         noise: What float32 alone does to each element of the validation batch, absolute. Where it is None, or less than
-            one rounding, it is one rounding of the slice's greatest element.
+            one rounding, it is one rounding of the slice's greatest element. Of a batch of greater numbers it is as
+            much greater.
         whole: The reference of the validation batch where `ref` is of another one; its slices are as large as these.
     """
     assert tolerance.atol is not None, "a check that is switched off has no limits"
     assert tolerance.rtol is not None, "as above"
     magnitude = _magnitude(ref)
     beside = magnitude if whole is None else _magnitude(whole)
+    if noise is not None and magnitude.max(initial=0.0) > beside.max(initial=0.0) > 0:
+        noise = noise * (magnitude.max() / beside.max())
     allowed = np.full(ref.shape, tolerance.atol * max(magnitude.max(initial=_TINY), beside.max(initial=0.0)))
     for along in _cuts(ref.shape):
         scale, floor = _slices(magnitude, beside, noise, along)

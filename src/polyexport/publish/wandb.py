@@ -40,8 +40,8 @@ LINKS = "wandb_links.json"
 """File in an export's folder with the registry links of an offline run."""
 
 _PAGE = "report.html"
-_SUMMARY = ("state", "bytes", "max_abs_error", "p50_ms", "p95_ms", "speedup")
-_BARS = ("p50_ms", "bytes")
+_SUMMARY = ("state", "bytes", "max_abs_error", "batch", "p50_ms", "p95_ms", "batch_1_p50_ms", "speedup")
+_BARS = ("p50_ms", "batch_1_p50_ms", "bytes")
 _LINES = ("p50_ms", "max_abs_error")
 
 
@@ -319,7 +319,8 @@ def _log_figures(run: Any, reports: Sequence[Report]) -> None:
                 lines.setdefault(str(row["format"]), []).append((row["global_step"], row[key]))
         if lines:
             xs, ys = ([[point[axis] for point in line] for line in lines.values()] for axis in (0, 1))
-            title = f"{key} over checkpoints"
+            batch = f" at batch {report.baseline.batch}" if key == "p50_ms" and report.baseline else ""
+            title = f"{key}{batch} over checkpoints"
             logged[f"export/{key}_by_step"] = sdk.plot.line_series(xs, ys, list(lines), title, "global_step")
     run.log(logged)
 

@@ -19,8 +19,8 @@ from rich.text import Text
 
 from polyexport import errors
 from polyexport.report import escape
-from polyexport.report.report import Report, metrics, rows
-from polyexport.report.tables import COLUMNS, NUMBERS
+from polyexport.report.report import Report, columns, metrics, rows
+from polyexport.report.tables import NUMBERS
 
 T = TypeVar("T")
 
@@ -45,7 +45,7 @@ def table(report: Report, width: int) -> Table:
     """
     found = rows(report)
     left_out = {"reason"} if width >= _WITH_ROUTES else {"reason", "route"}
-    shown = [column for column in COLUMNS if column not in left_out and any(row[column] for row in found)]
+    shown = [column for column in columns(report) if column not in left_out and any(row[column] for row in found)]
     at = f", latency at batch {report.baseline.batch}" if report.baseline else ""
     title = Text(escape.printable(report.folder.name) + at)
     drawn = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))

@@ -23,9 +23,9 @@ from polyexport.format import Snippet
 from polyexport.formats import known
 from polyexport.report import svg
 from polyexport.report.outcome import STATES, Outcome
-from polyexport.report.report import Report, eager, history, metrics, rows
+from polyexport.report.report import Report, columns, eager, history, metrics, rows
 from polyexport.report.svg import Point
-from polyexport.report.tables import COLUMNS, NUMBERS, error, milliseconds, size
+from polyexport.report.tables import NUMBERS, error, milliseconds, size
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -43,7 +43,7 @@ def page(report: Report) -> str:
             report=report,
             title=title(report),
             states=_tally(report),
-            columns=COLUMNS,
+            columns=columns(report),
             numbers=NUMBERS,
             table=list(_table(report)),
             metrics=metrics(report),

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Literal, get_args
 
 from polyexport.measure.latency import Latency
@@ -43,12 +43,39 @@ class Toolchain:
 
 
 @dataclass(frozen=True, slots=True)
+class Calibration:
+    """Which batches the number ranges were taken from.
+
+    Attributes:
+        batches: The files, relative to the export's folder.
+        rows: How many rows they have together.
+        left_out: Files that were not taken, since they hold NaN or infinity.
+    """
+
+    batches: tuple[str, ...]
+    rows: int
+    left_out: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """In words, as a note has it."""
+        taken = f"{_counted(len(self.batches), 'batch', 'batches')} of {_counted(self.rows, 'row', 'rows')} in all"
+        without = f"; {', '.join(self.left_out)} left out, which has NaN or infinity" if self.left_out else ""
+        return f"number ranges from {taken} ({', '.join(self.batches)}){without}"
+
+
+def _counted(count: int, one: str, many: str) -> str:
+    return f"{count} {one if count == 1 else many}"
+
+
+@dataclass(frozen=True, slots=True)
 class Outcome:
     """What became of one format.
 
     `seconds` has `convert`, `verify` and `bench`. `log` and `artifact.path` are relative to the report's folder;
     `reproduce` is a shell command that runs the deciding step again and prints what it says. `metrics` are what the
-    user's own validation found with the artifact in place of PyTorch, where that was asked for.
+    user's own validation found with the artifact in place of PyTorch, where that was asked for. `remark` is what a
+    reader is to know of the artifact that it does not lack, such as which operators stay in float. `by_budget` tells
+    whether a budget of the user's own metric decided on the state, and not parity.
     """
 
     format: str
@@ -66,6 +93,9 @@ class Outcome:
     inputs: tuple[TensorSpec, ...] = ()
     outputs: tuple[TensorSpec, ...] = ()
     metrics: Mapping[str, float | None] = field(default_factory=dict)
+    calibration: Calibration | None = None
+    remark: str = ""
+    by_budget: bool = False
 
     @property
     def publishable(self) -> bool:
@@ -84,6 +114,7 @@ class Checkpoint:
     """The weights that were exported. `score` is the value of `monitor`; None where nothing was monitored."""
 
     path: str
+    _: KW_ONLY
     sha256: str = ""
     epoch: int | None = None
     global_step: int | None = None
@@ -101,11 +132,12 @@ class Model:
     outputs: tuple[TensorSpec, ...]
 
 
-NoteKind = Literal["capture", "batch", "route", "latency", "metrics"]
+NoteKind = Literal["capture", "batch", "route", "precision", "latency", "metrics"]
 """What a note is about.
 
 `capture`: what was exported and how it was asked for. `batch`: the validation batch and PyTorch's own answer. `route`:
-what became of a route that was preferred. `latency`: how the formats were timed. `metrics`: the user's own validation.
+what became of a route that was preferred. `precision`: what a low precision was made with. `latency`: how the formats
+were timed. `metrics`: the user's own validation.
 """
 
 
@@ -124,3 +156,13 @@ class Note:
 def notes(kind: NoteKind, *texts: str) -> tuple[Note, ...]:
     """Notes of one kind."""
     return tuple(Note(kind, text) for text in texts)
+
+
+def of_precisions(outcomes: Iterable[Outcome]) -> Iterator[str]:
+    """What is to be said of how low precisions were made: formats that were calibrated alike stand in one line."""
+    alike: dict[str, list[str]] = {}
+    for outcome in (each for each in outcomes if each.artifact):
+        calibrated = [str(outcome.calibration)] if outcome.calibration else []
+        for said in (*calibrated, *([outcome.remark] if outcome.remark else [])):
+            alike.setdefault(said, []).append(outcome.format)
+    return (f"{', '.join(names)}: {said}" for said, names in alike.items())

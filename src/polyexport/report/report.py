@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from polyexport.errors import BadRequest
+from polyexport.measure.budget import Budget, losses
 from polyexport.measure.latency import Latency, is_quiet
 from polyexport.report import escape, tables
 from polyexport.report.folders import finished, followed, inside
@@ -22,7 +23,8 @@ VERSION = 2
 class Report:
     """Everything about one export.
 
-    `metrics` are PyTorch's own, beside which an outcome's stand. `folder` is where it lies and is not part of the file.
+    `metrics` are PyTorch's own, beside which an outcome's stand; `budget` is how much worse those may be. `folder` is
+    where it lies and is not part of the file.
     """
 
     checkpoint: Checkpoint
@@ -34,6 +36,7 @@ class Report:
     seconds: float = 0.0
     version: int = VERSION
     metrics: Mapping[str, float | None] = field(default_factory=dict)
+    budget: Mapping[str, Budget] = field(default_factory=dict)
     folder: Path = field(default=Path(), metadata={"json": False})
 
     def __getitem__(self, name: str) -> Outcome:
@@ -74,7 +77,12 @@ class Report:
         return best if best is not None and best.latency is not None and self.is_quiet else None
 
     def best(
-        self, *, max_error: float | None = None, max_ms: float | None = None, max_bytes: int | None = None
+        self,
+        *,
+        max_error: float | None = None,
+        max_ms: float | None = None,
+        max_bytes: int | None = None,
+        max_drop: float | None = None,
     ) -> Outcome | None:
         """The artifact to deploy: the fastest `verified` one within the limits, then the closest, then the smallest.
 
@@ -84,6 +92,7 @@ class Report:
             max_error: Greatest allowed `parity.max_abs_error`.
             max_ms: Greatest allowed median latency.
             max_bytes: Greatest allowed size.
+            max_drop: Most that each metric with a budget may be worse than PyTorch's, in its own unit.
 
         Returns:
             None where none keeps the limits; a figure that was not measured, or on a busy machine, keeps no limit.
@@ -92,9 +101,15 @@ class Report:
         fitting = [
             outcome
             for outcome in self.pareto()
-            if all(limit is None or cost <= limit for cost, limit in zip(self._costs(outcome), limits, strict=True))
+            if (max_drop is None or self._drop(outcome) <= max_drop)
+            and all(limit is None or cost <= limit for cost, limit in zip(self._costs(outcome), limits, strict=True))
         ]
         return min(fitting, key=self._costs, default=None)
+
+    def _drop(self, outcome: Outcome) -> float:
+        """How much worse the worst metric with a budget is than PyTorch's; infinite where it was not measured."""
+        lost = losses(self.budget, self.metrics, outcome.metrics).values()
+        return max((math.inf if each is None else each for each in lost), default=math.inf)
 
     def _costs(self, outcome: Outcome) -> tuple[float, float, float]:
         """Median latency, max error and size: less is better; infinite where it was not measured."""
@@ -168,16 +183,27 @@ def figures(report: Report) -> list[dict[str, tables.Figure]]:
     A figure that was not measured is None; errors and the noise floor are absolute, latencies in milliseconds for the
     rows of `batch`.
     """
-    table = [tables.figures(outcome) for outcome in report.outcomes]
+    table = [tables.figures(outcome) | {"metric_change": _change(report, outcome)} for outcome in report.outcomes]
     baseline = eager(report)
     if baseline:
-        table.insert(0, tables.figures(baseline) | {"state": "baseline"})
+        table.insert(0, tables.figures(baseline) | {"metric_change": None, "state": "baseline"})
     return table
+
+
+def _change(report: Report, outcome: Outcome) -> str | None:
+    """By how much each metric with a budget differs from PyTorch's; None where it was not measured."""
+    found = ((name, outcome.metrics.get(name), report.metrics.get(name)) for name in report.budget)
+    return ", ".join(f"{name} {tables.change(mine, ours)}" for name, mine, ours in found if mine is not None) or None
+
+
+def columns(report: Report) -> Mapping[str, tables.Column]:
+    """The columns of the report's table: a metric's change has one where there is a budget."""
+    return {name: column for name, column in tables.COLUMNS.items() if report.budget or name != tables.CHANGE}
 
 
 def rows(report: Report) -> list[dict[str, str]]:
     """The figures as they are written in a table."""
-    return [tables.written(row) for row in figures(report)]
+    return [tables.written(row, columns(report)) for row in figures(report)]
 
 
 def metrics(report: Report) -> list[dict[str, str]]:

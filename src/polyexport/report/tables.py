@@ -57,21 +57,30 @@ def figures(outcome: Outcome) -> dict[str, Figure]:
         "p90_ms": latency.p90_ms if latency else None,
         "p95_ms": latency.p95_ms if latency else None,
         "p99_ms": latency.p99_ms if latency else None,
+        "batch_1_p50_ms": latency.batch_1_p50_ms if latency else None,
         "throughput_per_second": latency.throughput_per_second if latency else None,
         "speedup": latency.speedup if latency else None,
         "reason": outcome.reason,
     }
 
 
-COLUMNS: Mapping[str, tuple[str, Callable[[Any], str]]] = {
+Column = tuple[str, Callable[[Any], str]]
+"""Which figure, and how it is written."""
+
+CHANGE = "metric change"
+"""The column that stands in the table of a report with a budget."""
+
+COLUMNS: Mapping[str, Column] = {
     "format": ("format", str),
     "state": ("state", str),
     "route": ("route", lambda route: route or ""),
     "size": ("bytes", size),
     "max error": ("max_abs_error", error),
     "noise floor": ("noise_floor", error),
+    CHANGE: ("metric_change", lambda change: change or ""),
     "p50 ms": ("p50_ms", milliseconds),
     "p95 ms": ("p95_ms", milliseconds),
+    "batch-1 ms": ("batch_1_p50_ms", milliseconds),
     "speed-up": ("speedup", lambda factor: f"{factor:.2f}×" if factor else ""),
     "reason": ("reason", str),
 }
@@ -85,14 +94,21 @@ def _number(figure: str) -> Callable[[Outcome], Any]:
 NUMBERS: Mapping[str, Callable[[Outcome], float | None]] = {
     column: _number(figure)
     for column, (figure, _) in COLUMNS.items()
-    if column not in ("format", "state", "route", "reason")
+    if column not in ("format", "state", "route", CHANGE, "reason")
 }
 """The figures behind the columns that hold numbers."""
 
 
-def written(row: Mapping[str, Figure]) -> dict[str, str]:
+def written(row: Mapping[str, Figure], columns: Mapping[str, Column] = COLUMNS) -> dict[str, str]:
     """A row of figures as it is written in a table."""
-    return {name: escape.printable(write(row[figure])) for name, (figure, write) in COLUMNS.items()}
+    return {name: escape.printable(write(row[figure])) for name, (figure, write) in columns.items()}
+
+
+def change(value: float | None, beside: float | None) -> str:
+    """A metric's difference from PyTorch's, with its sign; a question mark where one is no finite number."""
+    if value is None or beside is None or not math.isfinite(value - beside):
+        return "?"
+    return f"{value - beside:+.2g}" if value != beside else "0"
 
 
 def metric(value: float | None, beside: float | None = None) -> str:

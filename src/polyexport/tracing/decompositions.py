@@ -12,6 +12,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from polyexport.tracing import packed
 from polyexport.tracing.einsum import einsum
 
 if TYPE_CHECKING:
@@ -89,6 +90,7 @@ def written_out() -> Iterator[None]:
         torch.conv_transpose3d: conv_transpose3d,
         torch.hypot: lambda x, other: (x * x + other * other).sqrt(),
         torch.einsum: einsum,
+        **packed.functions(),
         torch.sum: total,
         torch.Tensor.sum: total,
         **{made: _of_long_sizes(made, 0, None) for made in (torch.zeros, torch.ones, torch.empty, torch.rand)},
@@ -121,7 +123,7 @@ def written_out() -> Iterator[None]:
                     return written(*args, **named)
             return function(*args, **given)
 
-    with plain_attention(), WrittenOut():
+    with plain_attention(), packed.sizes_unchecked(), WrittenOut():
         yield
 
 

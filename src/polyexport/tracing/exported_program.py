@@ -14,6 +14,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from polyexport.errors import line
+from polyexport.tracing.reads import named, site_of
+
 if TYPE_CHECKING:
     import torch
 
@@ -40,7 +43,21 @@ def export_program(
                     f"torch.export takes no part that torch.jit.script made ({scripted}); a trace does, and so does "
                     "what is made from TorchScript; for the rest leave that part as it is in Python"
                 ) from error
+            if site := site_of(error):
+                raise RuntimeError(_refused(error, named({site}))) from error
             raise
+
+
+def _refused(error: Exception, site: str) -> str:
+    """Why `torch.export` does not take what forward does at `site`."""
+    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
+    if isinstance(error, GuardOnDataDependentSymNode):
+        return (
+            f"forward reads a value of its data into Python ({site}), which torch.export refuses; torch.where and "
+            "torch.cond keep both sides of a branch"
+        )
+    return f"torch.export refuses {site}: {line(error)}"
 
 
 def _scripted(module: torch.nn.Module) -> str:
@@ -80,11 +97,17 @@ def _grad_mode_left_alone(module: torch.nn.Module) -> Iterator[None]:
 
 
 def load_program(path: Path) -> torch.export.ExportedProgram:
-    """The program of a `.pt2`, with adaptive max pools as maxima of slices, where nobody asks for their places."""
+    """The program of a `.pt2`, with adaptive max pools as maxima of slices, where nobody asks for their places.
+
+    Constants that forward made (`torch.tensor([…])`) are no longer detached in place, which cannot be exported again.
+    """
     import torch
 
     program = torch.export.load(path)
     aten = torch.ops.aten
+    for node in program.graph.find_nodes(op="call_function", target=aten.detach_.default):
+        node.replace_all_uses_with(node.args[0])
+        program.graph.erase_node(node)
     pools = {aten.adaptive_max_pool1d.default, aten.adaptive_max_pool2d.default, aten.adaptive_max_pool3d.default}
     nodes = [node for node in program.graph.nodes if node.target in pools]
     if not nodes or any(user.args[1] and user.users for node in nodes for user in node.users):

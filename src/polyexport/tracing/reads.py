@@ -7,12 +7,15 @@ Requirements:
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -128,18 +131,28 @@ def _plain(value: Any) -> str:
 
 def _site() -> str:
     """Where the code that is neither torch's nor ours is."""
-    import torch
-
-    passed, frame = (
-        (os.path.dirname(torch.__file__), os.path.dirname(os.path.dirname(__file__)), warnings.__file__),
-        sys._getframe(1),
-    )
+    passed, frame = _not_the_users(), sys._getframe(1)
     while frame.f_back and frame.f_code.co_filename.startswith(passed):
         frame = frame.f_back
     return f"{frame.f_code.co_filename}:{frame.f_lineno}"
 
 
-@contextmanager
+def site_of(error: BaseException) -> str:
+    """The innermost site that an error passed; empty where it passed none."""
+    passed = _not_the_users()
+    frames = traceback.walk_tb(error.__traceback__)
+    sites = [f"{code.co_filename}:{line}" for code, line in ((frame.f_code, line) for frame, line in frames)]
+    return next((site for site in reversed(sites) if not site.startswith(passed)), "")
+
+
+@functools.cache
+def _not_the_users() -> tuple[str, ...]:
+    """How the files begin that are torch's, what it computes sizes with, what it goes through, or ours."""
+    packages = (os.path.dirname(str(find.origin)) for find in map(find_spec, ("torch", "sympy")) if find)
+    return (*packages, os.path.dirname(os.path.dirname(__file__)), warnings.__file__, contextlib.__file__)
+
+
+@contextlib.contextmanager
 def frozen_sites() -> Iterator[set[str]]:
     """The sites at which `torch.jit` warns, meanwhile, that it writes a value into a trace as a constant."""
     found: set[str] = set()

@@ -91,9 +91,15 @@ class Verify(FormatJob):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bench(FormatJob):
-    """Time an artifact on the inputs in the file `batch`, in rounds that are asked for."""
+    """Time an artifact on the inputs in the file `batch`, in rounds that are asked for.
+
+    Attributes:
+        batch: The file.
+        one_row: Whether its first row alone is timed too, where the artifact takes that.
+    """
 
     batch: str
+    one_row: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -49,6 +49,15 @@ def waited_seconds(session: int) -> float:
     return waited
 
 
+def processor_seconds(process: int) -> float:
+    """How long a process has run; 0.0 where the system does not tell."""
+    try:
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")  # utime and stime of proc_pid_stat(5)
+    except OSError:
+        return 0.0
+
+
 def first_waited_seconds() -> float:
     """The same of this process's first thread alone, since those beside it wait for each other too."""
     try:

@@ -68,6 +68,25 @@ class JobResult:
         return not self.error
 
 
+_shared: Servers | None = None
+
+
+@contextlib.contextmanager
+def shared_servers() -> Iterator[None]:
+    """In here all engines of this process have their jobs forked by the same servers, which end on leaving.
+
+    For who exports one module after another: what each toolchain imports is paid for once.
+    """
+    global _shared
+    owner = Workers()
+    _shared = owner._servers
+    try:
+        yield
+    finally:
+        _shared = None
+        owner.end_all()
+
+
 class Workers:
     """The processes that are running, so that all can be ended at once.
 
@@ -80,7 +99,8 @@ class Workers:
         self._running: set[Process] = set()
         self._lock = threading.Lock()
         self._closed = False
-        self._servers = Servers(self._server)
+        self._own_servers = _shared is None
+        self._servers = _shared or Servers(self._server)
 
     @property
     def closed(self) -> bool:
@@ -182,7 +202,8 @@ class Workers:
             running = tuple(self._running)
         for process in running:
             _kill(process)
-        self._servers.close()
+        if self._own_servers:
+            self._servers.close()
 
     @contextlib.contextmanager
     def _working(

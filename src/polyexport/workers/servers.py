@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from polyexport.workers import oom
+from polyexport.workers.priority import processor_seconds
 from polyexport.workers.server import Order, send
 
 SWITCH = "POLYEXPORT_SERVERS"
@@ -31,7 +32,10 @@ SWITCH = "POLYEXPORT_SERVERS"
 _SHARE = 0.25
 """Of the memory that is free with no server running, what all servers together may hold."""
 
-_STARTS_WITHIN_SECONDS = 300.0
+_STANDS_STILL_SECONDS, _STARTS_WITHIN_SECONDS = 30.0, 300.0
+"""A server is waited for until it has used no processor for so long, or was started so long ago."""
+
+_LOOK_SECONDS = 1.0
 
 _NO_THREADS = {"OPENBLAS_NUM_THREADS": "1"}
 """What would start threads when it is imported."""
@@ -86,11 +90,8 @@ class Child:
     def _line(self, timeout: float | None) -> int | None:
         """The next number that is told of it; None where the server ended first."""
         end = None if timeout is None else time.monotonic() + timeout
-        poll = select.poll()
-        poll.register(self._told, select.POLLIN)
         while b"\n" not in self._lines:
-            left = None if end is None else max(0.0, end - time.monotonic())
-            if not poll.poll(None if left is None else left * 1e3):
+            if not _readable(self._told, None if end is None else end - time.monotonic()):
                 raise subprocess.TimeoutExpired("a child of a server", timeout or 0.0)
             part = os.read(self._told.fileno(), 64)
             if not part:
@@ -98,6 +99,13 @@ class Child:
             self._lines += part
         line, _, self._lines = self._lines.partition(b"\n")
         return int(line)
+
+
+def _readable(file: IO[bytes] | socket.socket, seconds: float | None) -> bool:
+    """Whether a read does not block, within so many seconds; None for any number."""
+    poll = select.poll()
+    poll.register(file, select.POLLIN)
+    return bool(poll.poll(None if seconds is None else max(0.0, seconds) * 1e3))
 
 
 Process = subprocess.Popen[bytes] | Child
@@ -112,7 +120,7 @@ class Server:
 
     Attributes:
         words: What starts it.
-        why_not: Why it forks nothing; empty where it does, None before it was started.
+        why_not: Why it forks nothing; empty where it does, None before it is ready.
         held_bytes: The memory that it holds.
         users: How many jobs have or will have a child of it.
         used: When a job last asked for it, on the monotonic clock.
@@ -124,38 +132,57 @@ class Server:
     users: int = 0
     used: float = 0.0
     _connection: socket.socket | None = None
+    _pid: int = 0
+    _began: float = 0.0
     _opened: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def start(self, start: Start, environment: Mapping[str, str]) -> str:
-        """Start it, if it never was, and wait until it is ready; returns `why_not`."""
+        """Start it, if it never was, and wait until it is ready, as long as it goes on; returns `why_not`."""
         with self._lock:
-            if self.why_not is None:
-                self.why_not = self._started(start, environment)
+            if self.why_not is None and self._connection is None:
+                self._begin(start, environment)
+            connection = self._connection if self.why_not is None else None
+        ready = connection is None or self._answers(connection)
+        with self._lock:
+            if self.why_not is None and connection is not None:
+                self.why_not = self._greeted(connection) if ready else "its server stood still while it started"
                 if self.why_not:
                     self._opened.close()
-            return self.why_not
+            return self.why_not or ""
 
-    def _started(self, start: Start, environment: Mapping[str, str]) -> str:
+    def _begin(self, start: Start, environment: Mapping[str, str]) -> None:
         ours, its = socket.socketpair()
         self._opened.callback(ours.close)
         with its:
             process = self._opened.enter_context(start(self.words, its.fileno(), {**environment, **_NO_THREADS}))
         if process is None:
-            return "all were ended"
-        ours.settimeout(_STARTS_WITHIN_SECONDS)
-        try:
-            with ours.makefile("rb") as stream:
-                line = stream.readline()
-        except OSError:
-            return f"its server was not ready after {_STARTS_WITHIN_SECONDS:g} s"
+            self.why_not = "all were ended"
+            self._opened.close()
+            return
+        self._connection, self._pid, self._began = ours, process.pid, time.monotonic()
+
+    def _answers(self, connection: socket.socket) -> bool:
+        """Whether it says something; a new process for the job would have the same to import, and nothing of it yet."""
+        used, since = 0.0, time.monotonic()
+        with contextlib.suppress(ValueError):  # it is closed: the server was ended meanwhile, which `why_not` tells
+            while not _readable(connection, min(_LOOK_SECONDS, _STANDS_STILL_SECONDS)):
+                before, used, now = used, processor_seconds(self._pid), time.monotonic()
+                since = now if used > before else since
+                if now > min(since + _STANDS_STILL_SECONDS, self._began + _STARTS_WITHIN_SECONDS):
+                    return False
+        return True
+
+    def _greeted(self, connection: socket.socket) -> str:
+        """Read its first line, which is there; returns why it cannot fork."""
+        with connection.makefile("rb") as stream:
+            line = stream.readline()
         if not line:
             return "its server ended"
-        ours.settimeout(None)
         about = json.loads(line)
         if about["threads"]:
             return f"its server has further threads ({', '.join(about['threads'])}), beside which no fork is safe"
-        self.held_bytes, self._connection = about["bytes"], ours
+        self.held_bytes = about["bytes"]
         return ""
 
     def fork(self, job: Path, stdout: Any, stderr: IO[bytes], environment: Mapping[str, str]) -> Child:
@@ -165,8 +192,8 @@ class Server:
             OSError: the server has ended.
         """
         with self._lock:
-            if self._connection is None:
-                raise OSError("its server has ended")
+            if self._connection is None or self.why_not:
+                raise OSError(self.why_not or "its server has ended")
             order = Order(str(job), str(Path.cwd()), environment)
             its_input, stdin = _pipe()
             answers, its_output = _pipe() if stdout == subprocess.PIPE else (None, stderr)
@@ -196,7 +223,7 @@ def _pipe() -> tuple[IO[bytes], IO[bytes]]:
 
 
 class Servers:
-    """The servers of an engine, by command and imports.
+    """The servers of an engine, by import path, command and imports.
 
     Args:
         start: Starts a process; see `Start`.
@@ -217,7 +244,7 @@ class Servers:
         if why_not := self._cannot(imports):
             yield None, f"spawned, since {why_not}"
             return
-        server = self._of(command, imports)
+        server = self._of(command, imports, environment)
         with self._lock:
             server.users, server.used = server.users + 1, time.monotonic()
         try:
@@ -233,7 +260,7 @@ class Servers:
     def warm(self, command: Sequence[str], imports: Sequence[str], environment: Mapping[str, str]) -> None:
         """Start a server that will be asked for, and wait until it is ready."""
         if not self._cannot(imports):
-            server = self._of(command, imports)
+            server = self._of(command, imports, environment)
             if not server.start(self._start, environment):
                 self._without_memory(server, users=0)
 
@@ -250,10 +277,11 @@ class Servers:
         for server in servers:
             server.end("all were ended")
 
-    def _of(self, command: Sequence[str], imports: Sequence[str]) -> Server:
+    def _of(self, command: Sequence[str], imports: Sequence[str], environment: Mapping[str, str]) -> Server:
+        """The server of a command and its imports, which are found by the import path of the environment."""
         words = (*command, "--server", *imports)
         with self._lock:
-            return self._servers.setdefault(words, Server(words))
+            return self._servers.setdefault((environment.get("PYTHONPATH", ""), *words), Server(words))
 
     def _cannot(self, imports: Sequence[str]) -> str:
         if not self._on:

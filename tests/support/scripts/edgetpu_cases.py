@@ -10,6 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from ai_edge_litert.schema_py_generated import TensorType
+from ai_edge_quantizer.utils import tfl_flatbuffer_utils as flatbuffers
 
 import bare  # noqa: F401  # before our package
 from polyexport import worker
@@ -31,13 +33,34 @@ jobs = {name: job(name) for name in ("tflite", "tflite-int8", "edgetpu")}
 
 
 def verify(name, source):
+    job = jobs.get(name) or replace(jobs["tflite"], format=name)
     try:
-        return encode(worker.verify(root, replace(jobs[name], source=str(source))))
+        return encode(worker.verify(root, replace(job, source=str(source))))
     except Exception as error:
         return f"{type(error).__name__}: {error}"
 
 
+def with_two_channels_swapped(source):
+    """A copy in which the first and the last output channel of each quantized layer have each other's weights."""
+    model = flatbuffers.read_model(str(source))
+    (graph,) = model.subgraphs
+    for tensor in graph.tensors:
+        weights = model.buffers[tensor.buffer].data
+        if tensor.type in (TensorType.INT8, TensorType.INT4) and weights is not None:
+            rows = np.array(weights).reshape(tensor.shape[0], -1)
+            model.buffers[tensor.buffer].data = rows[[-1, *range(1, len(rows) - 1), 0]].reshape(-1)
+    flatbuffers.write_model(model, str(elsewhere / "swapped.tflite"))
+    return elsewhere / "swapped.tflite"
+
+
 found = {}
+
+for name, convert in (("tflite-w8", tflite.quantize_weights), ("tflite-w4", tflite.quantize_weights_to_four_bits)):
+    small, spec = elsewhere / f"{name}.tflite", jobs["tflite"].spec
+    convert(root / "tflite" / "model.tflite", small, spec)
+    found[name] = verify(name, small)
+    found[f"swapped {name}"] = verify(name, with_two_channels_swapped(small))
+    found[f"not {name}"] = verify(name, root / "tflite" / "model.tflite")
 
 about = read_json(root / "manifest.json")["artifacts"]["edgetpu"]
 run = edgetpu.load(root / about["path"], decode(ExportSpec, about), threads=1)

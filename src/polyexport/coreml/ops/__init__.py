@@ -8,38 +8,22 @@ checks the result, so an index may be int64 here. What samples at random has no 
 
 from __future__ import annotations
 
+import pkgutil
 from collections.abc import Callable, Mapping
+from importlib import import_module
+from types import MappingProxyType
 from typing import Any
 
-from polyexport.coreml.ops import (
-    activation,
-    compression,
-    convolution,
-    elementwise,
-    image,
-    indexing,
-    linear,
-    normalization,
-    recurrent,
-    reduction,
-    shape,
-    sorting,
-)
 
-_FILES = (
-    activation,
-    compression,
-    convolution,
-    elementwise,
-    image,
-    indexing,
-    linear,
-    normalization,
-    recurrent,
-    reduction,
-    shape,
-    sorting,
-)
+def _of_all_files() -> Mapping[str, Callable[..., Any]]:
+    found: dict[str, Callable[..., Any]] = {}
+    for info in pkgutil.iter_modules(__path__):
+        own = getattr(import_module(f"{__name__}.{info.name}"), "OPS", {})
+        if twice := found.keys() & own:
+            raise ValueError(f"{info.name}.py has {', '.join(sorted(twice))}, and so has another file")
+        found |= own
+    return MappingProxyType(found)
 
-OPS: Mapping[str, Callable[..., Any]] = {name: function for file in _FILES for name, function in file.OPS.items()}
-"""By MIL's name."""
+
+OPS = _of_all_files()
+"""By MIL's name: what each file in this folder has under `OPS`."""

@@ -46,10 +46,12 @@ def _bilinear(x: Tensor, height: int, width: int, mode: str) -> Tensor:
     return _linear(across, -2, _points(x.shape[-2], height, mode))
 
 
-def _nearest(x: Tensor, height: int, width: int) -> Tensor:
-    for axis, wanted in ((-2, height), (-1, width)):
-        x = x.index_select(axis, torch.arange(wanted) * x.shape[axis] // wanted)
-    return x
+def _nearest(x: Tensor, axis: int, wanted: int) -> Tensor:
+    """By a whole factor up or down: for any other the reference does not say which pixel is the nearest."""
+    size = x.shape[axis]
+    if wanted % size and size % wanted:
+        raise CannotRun(f"the MIL evaluator has no nearest resize of {size} to {wanted}, which no whole factor divides")
+    return x.index_select(axis, torch.arange(wanted) * size // wanted)
 
 
 def _scaled(x: Tensor, height: Tensor | float, width: Tensor | float) -> tuple[int, int]:
@@ -59,7 +61,8 @@ def _scaled(x: Tensor, height: Tensor | float, width: Tensor | float) -> tuple[i
 def upsample_nearest_neighbor(
     x: Tensor, scale_factor_height: Tensor | float = 1, scale_factor_width: Tensor | float = 1
 ) -> Tensor:
-    return _nearest(x, *_scaled(x, scale_factor_height, scale_factor_width))
+    height, width = _scaled(x, scale_factor_height, scale_factor_width)
+    return _nearest(_nearest(x, -2, height), -1, width)
 
 
 def upsample_bilinear(
@@ -75,7 +78,7 @@ def upsample_bilinear(
 
 
 def resize_nearest_neighbor(x: Tensor, target_size_height: Tensor, target_size_width: Tensor) -> Tensor:
-    return _nearest(x, int(target_size_height), int(target_size_width))
+    return _nearest(_nearest(x, -2, int(target_size_height)), -1, int(target_size_width))
 
 
 def resize_bilinear(
@@ -100,13 +103,12 @@ def resize(
         size = x.shape[axis]
         if wanted in (0, size):
             continue
-        points = _points(size, wanted, sampling_mode)
         if interpolation_mode == "LINEAR":
-            x = _linear(x, axis, points)
+            x = _linear(x, axis, _points(size, wanted, sampling_mode))
         elif sampling_mode == "DEFAULT":
-            x = x.index_select(axis, torch.arange(wanted) * size // wanted)
+            x = _nearest(x, axis, wanted)
         else:
-            x = x.index_select(axis, points.round().long())
+            raise CannotRun(f"the MIL evaluator has no nearest resize in sampling mode {sampling_mode}")
     return x
 
 

@@ -1,4 +1,9 @@
-"""Recurrent layers, step by step: `x` is `(S, N, I)`, a state `(N, H)`."""
+"""Recurrent layers, step by step: `x` is `(S, N, I)`, a state `(N, H)`.
+
+Where documents of Apple's do not agree, nothing is computed: `clip` bounds the new cell values of an LSTM in the
+reference of MIL, and what goes into each activation in NeuralNetwork.proto; a GRU's reset comes before or behind the
+product with the weights. The converter writes neither. `scaled_tanh` has no formula at all.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +25,13 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
     "hard_sigmoid": lambda x: (0.2 * x + 0.5).clamp(0, 1),
     "sigmoid_hard": lambda x: (0.2 * x + 0.5).clamp(0, 1),
-    "scaled_tanh": lambda x: 1.7159 * torch.tanh(x * 2 / 3),
 }
+
+
+def _activation(name: str) -> Callable[[Tensor], Tensor]:
+    if name not in _ACTIVATIONS:
+        raise CannotRun(f"the MIL evaluator has no recurrent layer with {name}")
+    return _ACTIVATIONS[name]
 
 
 def _run(x: Tensor, state: State, step: Step, *, backwards: bool) -> tuple[Tensor, State]:
@@ -51,40 +61,10 @@ def rnn(
     output_sequence: Tensor | bool = False,
     activation: str = "tanh",
 ) -> tuple[Tensor, ...]:
-    def step(each: Tensor, state: State) -> State:
-        return (_ACTIVATIONS[activation](_biased(each, weight_ih, bias) + state[0] @ weight_hh.T),)
-
-    outputs, (last,) = _run(x, (initial_h,), step, backwards=direction == "reverse")
-    return _shown(outputs, last, output_sequence), last
-
-
-def gru(
-    x: Tensor,
-    initial_h: Tensor,
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-    bias: Tensor | None = None,
-    direction: str = "forward",
-    output_sequence: Tensor | bool = False,
-    recurrent_activation: str = "sigmoid",
-    activation: str = "tanh",
-    reset_after: Tensor | bool = False,
-    input_bias: Tensor | None = None,
-) -> tuple[Tensor, ...]:
-    """Gates in the order reset, output, update."""
-    size = initial_h.shape[-1]
-    gate, out = _ACTIVATIONS[recurrent_activation], _ACTIVATIONS[activation]
-    to_reset, to_out, to_update = torch.split(weight_hh, size)
-    zero = torch.zeros(3 * size)
-    own_reset, own_out, own_update = torch.split(zero if bias is None else bias, size)
+    activate = _activation(activation)
 
     def step(each: Tensor, state: State) -> State:
-        (h,) = state
-        in_reset, in_out, in_update = torch.split(_biased(each, weight_ih, input_bias), size, -1)
-        reset = gate(in_reset + h @ to_reset.T + own_reset)
-        update = gate(in_update + h @ to_update.T + own_update)
-        kept = reset * (h @ to_out.T + own_out) if reset_after else (reset * h) @ to_out.T + own_out
-        return ((1 - update) * out(in_out + kept) + update * h,)
+        return (activate(_biased(each, weight_ih, bias) + state[0] @ weight_hh.T),)
 
     outputs, (last,) = _run(x, (initial_h,), step, backwards=direction == "reverse")
     return _shown(outputs, last, output_sequence), last
@@ -112,15 +92,15 @@ def lstm(
     """Gates in the order input, forget, output, cell; both directions lie side by side in the states."""
     if peephole is not None or peephole_back is not None:
         raise CannotRun("the MIL evaluator has no lstm with peepholes")
-    gate, cell, out = (_ACTIVATIONS[name] for name in (recurrent_activation, cell_activation, activation))
+    if clip is not None:
+        raise CannotRun("the MIL evaluator has no lstm with clip")
+    gate, cell, out = (_activation(name) for name in (recurrent_activation, cell_activation, activation))
 
     def stepper(ih: Tensor, hh: Tensor, own: Tensor | None) -> Step:
         def step(each: Tensor, state: State) -> State:
             h, c = state
             to_input, to_forget, to_output, to_cell = (_biased(each, ih, own) + h @ hh.T).chunk(4, -1)
-            new = cell(to_cell)
-            new = new if clip is None else new.clamp(-float(clip), float(clip))
-            c = gate(to_forget) * c + gate(to_input) * new
+            c = gate(to_forget) * c + gate(to_input) * cell(to_cell)
             return gate(to_output) * out(c), c
 
         return step
@@ -135,4 +115,4 @@ def lstm(
     return _shown(outputs, last, output_sequence), last, memory
 
 
-OPS = {each.__name__: each for each in (gru, lstm, rnn)}
+OPS = {each.__name__: each for each in (lstm, rnn)}

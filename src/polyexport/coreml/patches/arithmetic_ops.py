@@ -209,21 +209,19 @@ def outer(context: Any, node: Any) -> None:
 def mean(context: Any, node: Any) -> None:
     """A mean, over one or all axes, of what may be cast first."""
     from coremltools.converters.mil import Builder as mb
-    from coremltools.converters.mil.frontend.torch import ops
 
-    _reduced(context, node, ops.mean, mb.reduce_mean)
+    _reduced(context, node, mb.reduce_mean)
 
 
 def total(context: Any, node: Any) -> None:
-    """Likewise a sum."""
+    """Likewise a sum, which of truth values is an integer."""
     from coremltools.converters.mil import Builder as mb
-    from coremltools.converters.mil.frontend.torch import ops
 
-    _reduced(context, node, ops.mean, mb.reduce_sum)
+    _reduced(context, node, mb.reduce_sum, of_truth="int32")
 
 
-def _reduced(context: Any, node: Any, plain: Any, reduce: Any) -> None:
-    """By coremltools, but for a `dtype`, which it takes for an axis or drops."""
+def _reduced(context: Any, node: Any, reduce: Any, of_truth: str | None = None) -> None:
+    """By coremltools, but for a `dtype`, which it takes for an axis or drops, and for that of a reduced truth value."""
     from coremltools.converters.mil import Builder as mb
     from coremltools.converters.mil.frontend.torch import ops
 
@@ -231,12 +229,14 @@ def _reduced(context: Any, node: Any, plain: Any, reduce: Any) -> None:
     (dtype,) = ops._get_kwinputs(context, node, "dtype", default=[None])
     if context.frontend == ops.TorchFrontend.TORCHSCRIPT:  # (x, dtype) or (x, dim, keepdim, dtype)
         *more, dtype = more or [None]
-    if dtype is None:
-        plain(context, node)
+    into = ops.NUM_TO_DTYPE_STRING[getattr(dtype, "val", dtype)] if dtype is not None else None
+    into = into or (of_truth if _kind(x) == "bool" else None)
+    if into is None:
+        ops.mean(context, node)
         return
     (keep,) = ops._get_kwinputs(context, node, "keepdim", default=[more[1] if len(more) > 1 else None])
     axes = None if not more or more[0] is None else [int(axis) for axis in np.ravel(more[0].val)] or None
-    cast = mb.cast(x=x, dtype=ops.NUM_TO_DTYPE_STRING[getattr(dtype, "val", dtype)])
+    cast = mb.cast(x=x, dtype=into)
     context.add(reduce(x=cast, axes=axes, keep_dims=bool(getattr(keep, "val", keep)), name=node.name))
 
 

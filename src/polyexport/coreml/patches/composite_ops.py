@@ -289,6 +289,29 @@ def resampled(context: Any, node: Any) -> None:
     context.add(mb.matmul(x=tall, y=columns.numpy(), transpose_y=True, name=node.name))
 
 
+def nearest(context: Any, node: Any) -> None:
+    """By coremltools where factors are whole; else by PyTorch's indices along each axis, since MIL tells none."""
+    import torch
+    from coremltools.converters.mil import Builder as mb
+    from coremltools.converters.mil.frontend.torch import ops
+
+    x, size, *scales = ops._get_inputs(context, node)
+    kind, counts = node.kind.split(".")[0], x.shape[2:]
+    scales = _numbers(scales[0] if len(scales) == 1 else scales) or [None] * len(counts)
+    wanted = _numbers(size) or [count * (scale or math.nan) for count, scale in zip(counts, scales, strict=True)]
+    known = all(isinstance(each, int | np.integer | float) for each in (*counts, *wanted))
+    if hasattr(ops, kind) and not (known and any(many % count for many, count in zip(wanted, counts, strict=True))):
+        getattr(ops, kind)(context, node)
+        return
+    if not known:
+        raise NotImplementedError(f"{node.kind} of an image of free size")
+    along = getattr(torch.ops.aten, f"{kind[:-2]}1d")
+    for axis, (count, many, scale) in enumerate(zip(counts, wanted, scales, strict=True), 2):
+        index = along(torch.arange(float(count))[None, None], [math.floor(many)], scale)[0, 0]
+        x = mb.gather(x=x, indices=index.numpy().astype(np.int32), axis=axis)
+    context.add(mb.identity(x=x, name=node.name))
+
+
 def _numbers(values: Any) -> list[Any]:
     """Of a constant or a list of constants; empty where there is none, and as written where float32 was rounded."""
     listed = values if isinstance(values, list) else getattr(values, "val", None)
@@ -372,6 +395,7 @@ def _parts(x: Any, axis: int, count: int, reduce: Any) -> Any:
 # --- their table ------------------------------------------------------------------------------------------------------
 
 _SEPARABLE = ("_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa", "upsample_bicubic2d")
+_NEAREST = ("upsample_nearest", "_upsample_nearest_exact")
 
 _COMPOSITES = {
     "new_ones": new_ones,
@@ -393,6 +417,7 @@ _COMPOSITES = {
     **pooling_ops.COMPOSITES,
     "max_pool2d_with_indices": max_pool_with_places,
     **dict.fromkeys(("upsample_bilinear2d", "upsample_bilinear2d.vec"), bilinear),
+    **{f"{name}{rank}d{of}": nearest for name in _NEAREST for rank in (1, 2, 3) for of in ("", ".vec")},
     **{f"{name}{of}": resampled for name in _SEPARABLE for of in ("", ".vec")},
     **{f"adaptive_avg_pool{rank}d": adaptive_avg_pool for rank in (1, 2, 3)},
     **{f"_adaptive_avg_pool{rank}d": adaptive_avg_pool for rank in (2, 3)},

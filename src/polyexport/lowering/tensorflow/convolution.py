@@ -6,7 +6,6 @@ A convolution of one axis runs as one of two, the first of size 1: TensorFlow an
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -159,25 +158,33 @@ def _transposed(
 # --- pools ------------------------------------------------------------------------------------------------------------
 
 
+def _along(data: Tensor, axis: int, where: Windows) -> list[Tensor]:
+    """For every entry of the kernel along one spatial axis what it meets in all windows."""
+    kernel, stride, dilation = where.kernel[axis], where.strides[axis], where.dilations[axis]
+    if kernel == stride == 1:
+        return [data]
+    end = (_sizes(data)[axis + 1] - spans([kernel], [dilation])[0]) // stride * stride + 1
+    before = (slice(None),) * (axis + 1)
+    return [data[(*before, slice(at, at + end, stride))] for at in range(0, kernel * dilation, dilation)]
+
+
 def _entries(data: Tensor, where: Windows) -> list[Tensor]:
-    """For every entry of the kernel what it meets in all windows; for what TensorFlow's own pools do not take."""
-    reach = spans(where.kernel, where.dilations)
-    counts = [(size - n) // stride for size, n, stride in zip(_sizes(data)[1:-1], reach, where.strides, strict=True)]
-    found = []
-    for entry in itertools.product(*map(range, where.kernel)):
-        starts = [i * d for i, d in zip(entry, where.dilations, strict=True)]
-        cuts = [slice(at, at + n * s + 1, s) for at, n, s in zip(starts, counts, where.strides, strict=True)]
-        found.append(data[(slice(None), *cuts, slice(None))])
+    """For every entry of the kernel what it meets in all windows."""
+    found = [data]
+    for axis in range(len(where.kernel)):
+        found = [each for part in found for each in _along(part, axis, where)]
     return found
 
 
 def _pool(
     data: Tensor, where: Windows, native: Callable[..., Tensor], combine: Callable[[Tensor, Tensor], Tensor]
 ) -> Tensor:
-    """By TensorFlow's own pool, else entry by entry of the kernel."""
+    """By TensorFlow's own pool; what that does not take, one axis after the other."""
     kernel, strides = where.kernel, where.strides
     if set(where.dilations) != {1} or len(kernel) > 3 or data.dtype not in (tf.float32, tf.float64, tf.float16):
-        return functools.reduce(combine, _entries(data, where))
+        for axis in range(len(kernel)):
+            data = functools.reduce(combine, _along(data, axis, where))
+        return data
     if len(kernel) == 1:
         return tf.squeeze(native(data[:, None], [1, *kernel], [1, *strides], "VALID"), 1)
     return native(data, kernel, strides, "VALID") if len(kernel) == 2 else _in_turn(data, kernel, strides, native)
@@ -195,6 +202,8 @@ def _in_turn(data: Tensor, kernel: list[int], strides: list[int], native: Callab
 
 def _sizes(data: Tensor) -> list[Any]:
     """Of each axis: static where that is known."""
+    if data.shape.is_fully_defined():
+        return list(data.shape)
     dynamic = tf.unstack(tf.shape(data))
     return [known if known is not None else size for known, size in zip(data.shape, dynamic, strict=True)]
 

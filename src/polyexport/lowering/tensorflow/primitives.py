@@ -6,6 +6,7 @@ TensorFlow.js and TFLite run what is made of them: an operator that one of the t
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -74,7 +75,11 @@ def unsqueeze(tensor: Tensor, axes: Sequence[int]) -> Tensor:
 
 
 def split(tensor: Tensor, sizes: Sequence[Size], axis: int) -> list[Tensor]:
-    """Into parts of some sizes; even ones by the operator that TFLite runs fastest."""
+    """Into parts of some sizes; even ones by the operator that TFLite runs fastest, which takes few dtypes."""
+    if tensor.dtype in (tf.int64, tf.bool) and all(map(is_known, sizes)):
+        before = (slice(None),) * (axis % tensor.shape.rank)
+        ends = zip(sizes, itertools.accumulate(sizes), strict=True)
+        return [tensor[(*before, slice(end - size, end))] for size, end in ends]
     even = all(map(is_known, sizes)) and len(set(sizes)) == 1
     return list(tf.split(tensor, len(sizes) if even else vector(sizes), axis, num=len(sizes)))
 

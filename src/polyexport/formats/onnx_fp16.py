@@ -1,0 +1,74 @@
+"""ONNX in half precision, for GPUs, NPUs and processors that compute in it; inputs and outputs stay float32.
+
+https://onnxruntime.ai/docs/performance/model-optimizations/float16.html
+
+Operators whose numbers leave float16's range on real batches, and those that it has no operator for, stay in float32;
+the file tells which, in its metadata. ONNX Runtime on x86 has hardly any operator in float16 and casts around each.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from polyexport.format import Format, Route
+from polyexport.formats.onnx import REMARK, SNIPPETS, load, save
+from polyexport.formats.onnx_quantized import beyond, ranges
+from polyexport.spec import ExportSpec
+
+if TYPE_CHECKING:
+    import onnx
+
+_GREATEST = float(np.finfo(np.float16).max) / 2
+"""Numbers beyond half of what float16 holds stay float32: other batches have greater ones."""
+
+
+def convert(source: Path, target: Path, spec: ExportSpec) -> None:
+    """Store and compute in float16 what stays within its range."""
+    import onnx
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    model = onnx.load(source)
+    wide = beyond(model, ranges(source, spec), _GREATEST)
+    half = convert_float_to_float16(model, keep_io_types=True, node_block_list=[node.name for node in wide])
+    _keep_wide(half)
+    found = Counter(node.op_type for node in wide)
+    listed = ", ".join(f"{count} × {name}" for name, count in sorted(found.items()))
+    remark = {REMARK: f"in float32, since beyond the range of float16: {listed}"} if listed else {}
+    save(half, target, {**spec.metadata, **remark})
+
+
+def _keep_wide(model: onnx.ModelProto) -> None:
+    """Take out what casts a number to float16 and back, as the converter does between two nodes that stay float32."""
+    from onnx import TensorProto
+    from onnxruntime.transformers.onnx_model import OnnxModel
+
+    float32 = {each.name for each in model.graph.value_info if each.type.tensor_type.elem_type == TensorProto.FLOAT}
+    casts = {node.output[0]: node for node in model.graph.node if node.op_type == "Cast"}
+    narrow = {name: node.input[0] for name, node in casts.items() if node.attribute[0].i == TensorProto.FLOAT16}
+    wide = {
+        name: narrow[node.input[0]]
+        for name, node in casts.items()
+        if node.attribute[0].i == TensorProto.FLOAT and narrow.get(node.input[0]) in float32
+    }
+    for node in model.graph.node:
+        node.input[:] = [wide.get(name, name) for name in node.input]
+    whole = OnnxModel(model)
+    whole.prune_graph()
+    whole.topological_sort()
+
+
+FORMAT = Format(
+    name="onnx-fp16",
+    description="ONNX graph in half precision, for GPUs and NPUs",
+    url="https://onnxruntime.ai/docs/performance/model-optimizations/float16.html",
+    artifact="model.onnx",
+    precision="float16",
+    routes=(Route("onnxruntime", "onnx", "onnx", convert),),
+    load=load,
+    snippets=SNIPPETS,
+    calibrated=True,
+)

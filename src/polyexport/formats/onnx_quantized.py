@@ -1,0 +1,373 @@
+"""ONNX in eight bits, by ONNX Runtime's quantizer: `onnx-int8`, for CPUs that convolve, and `onnx-w8`, for the others.
+
+https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html
+
+Requirements:
+* int8 is written as QuantizeLinear and DequantizeLinear around float operators (Q/DQ), with weights per channel, which
+  every runtime of ONNX reads. Number ranges come from real batches; of three ways to take them that one is
+  kept whose outputs are the nearest to the float model's on those batches. Where all are far, as for most transformers,
+  matrices alone are quantized, and of those the costliest go back
+  to float.
+* Weights have seven bits where this machine's processor adds products of int8 in 16 bits, which eight would overflow.
+* w8 multiplies matrices in int8 with ranges taken while it runs; weights of convolutions are stored in int8, and the
+  convolution is float.
+* The file tells what in it stays float, in its metadata.
+"""
+
+from __future__ import annotations
+
+import platform
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from polyexport.format import Format, Route
+from polyexport.formats.onnx import REMARK, SNIPPETS, load, opened, save
+from polyexport.spec import Arrays, ExportSpec, Precision, calibration
+
+if TYPE_CHECKING:
+    import onnx
+
+METHODS = ("MinMax", "Percentile", "Entropy")
+"""How a range is taken, by ONNX Runtime's names: all values, all but the rarest, or those that lose the least."""
+
+_NEAR = 0.05
+"""Relative error of the outputs up to which every operator is quantized that can be; beyond it, matrices alone."""
+
+_SHARES = (8, 4, 2)
+"""The costliest eighth of the matrices is put back to float, then the costliest quarter, then half of them."""
+
+_SECONDS = 120.0
+"""How long the cost of single matrices is looked for; a greater model has more than fit."""
+
+_MASK = 1e9
+"""Numbers as great stand for infinity, as attention masks have them; a range with one has no steps left for others."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Draft:
+    """A quantized model, how it was made, and how far its outputs are from the float model's."""
+
+    model: onnx.ModelProto
+    method: str
+    error: float
+    kept: tuple[str, ...] = ()
+
+
+Make = Callable[..., _Draft]
+"""`make(method, operators, kept=…, alone=…)`: a draft without the nodes `kept`, or of the nodes `alone`."""
+
+
+def quantize(source: Path, target: Path, spec: ExportSpec, *, methods: Iterable[str] = METHODS) -> None:
+    """Quantize weights and activations, in the way whose outputs are the nearest to the float model's."""
+    import onnx
+
+    expected = list(map(opened(source, threads=1), calibration(spec)))
+    with tempfile.TemporaryDirectory() as folder:
+        prepared = _prepared(source, Path(folder))
+        found = dict(_all_ranges(prepared, spec, methods))
+
+        def make(
+            method: str, operators: Sequence[str], kept: Sequence[str] = (), alone: Sequence[str] = (), most: int = 9999
+        ) -> _Draft:
+            model = _with_ranges(prepared, found[method], operators, kept, alone)
+            save(model, Path(folder, "draft.onnx"), {})
+            answers = map(opened(Path(folder, "draft.onnx"), threads=1), islice(calibration(spec), most))
+            return _Draft(model, method, distance(expected[:most], answers), tuple(kept))
+
+        drafts = [make(method, _every_operator()) for method in found]
+        if _best(drafts).error > _NEAR:
+            drafts += [make(method, _MATRICES) for method in found]
+        remarks = []
+        if _best(drafts).error > _NEAR:
+            costs = _costs(onnx.load(prepared), partial(make, _best(drafts).method, _MATRICES, most=1))
+            drafts += _rounds(list(costs), partial(make, _best(drafts).method, _MATRICES))
+            remarks = _told(drafts, costs)
+    best = _best(drafts)
+    for each in drafts:
+        print(f"ranges by {each.method}, {len(each.kept)} matrices kept: relative error {each.error:.3g}")
+    remarks = [f"ranges by {best.method.lower()}", *_seven_bits(), *remarks, *filter(None, [in_float(best.model)])]
+    save(best.model, target, {**spec.metadata, REMARK: "; ".join(remarks)})
+
+
+def _best(drafts: Iterable[_Draft]) -> _Draft:
+    return min(drafts, key=lambda each: each.error)
+
+
+def _costs(prepared: onnx.ModelProto, make: Make) -> dict[str, tuple[str, float]]:
+    """The error that each matrix makes which is quantized alone, the costliest first: node -> its weight, the error.
+
+    On the first batch, and of as many as fit in `_SECONDS`.
+    """
+    constants = {tensor.name for tensor in prepared.graph.initializer}
+    start, found = time.monotonic(), {}
+    for node in (each for each in prepared.graph.node if each.op_type in _MATRICES):
+        if time.monotonic() - start > _SECONDS:
+            break
+        weight = next((name for name in node.input[1:2] if name in constants), node.name)
+        found[node.name] = weight, make(alone=[node.name]).error
+    return dict(sorted(found.items(), key=lambda each: -each[1][1]))
+
+
+def _rounds(costliest: Sequence[str], make: Make) -> Iterator[_Draft]:
+    """Drafts with more and more of the costliest matrices in float, until one is near."""
+    for count in sorted({-(-len(costliest) // share) for share in _SHARES} - {0}):
+        draft = make(kept=costliest[:count])
+        yield draft
+        if draft.error <= _NEAR:
+            return
+
+
+def _told(drafts: Sequence[_Draft], costs: Mapping[str, tuple[str, float]]) -> list[str]:
+    """What became of the rounds, in words."""
+    kept = [f"{weight} ({error:.1%})" for weight, error in (costs[name] for name in _best(drafts).kept)]
+    rounds = ", ".join(f"{each.error:.1%}" for each in drafts if each.kept)
+    errors = f"error of the outputs {_best(each for each in drafts if not each.kept).error:.1%}, then {rounds}"
+    return [f"back to float32, by the error that each makes alone: {', '.join(kept)} ({errors})"] if kept else []
+
+
+def quantize_min_max(source: Path, target: Path, spec: ExportSpec) -> None:
+    """The same by the least and the greatest values alone, which takes a fraction of the time and memory."""
+    quantize(source, target, spec, methods=METHODS[:1])
+
+
+def _prepared(source: Path, folder: Path) -> Path:
+    """The model with constants folded and every shape inferred, as the quantizer wants it."""
+    from onnxruntime.quantization import quant_pre_process
+
+    prepared = folder / "prepared.onnx"
+    try:
+        quant_pre_process(str(source), str(prepared))
+    except Exception as error:  # symbolic inference lacks some operators, and raises whatever comes to its mind
+        print(f"symbolic shapes are left out: {error}")
+        quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
+    return prepared
+
+
+def ranges(source: Path, spec: ExportSpec, method: str = "MinMax") -> Any:
+    """The `TensorsData` of ONNX Runtime: least and greatest value of each float tensor over all batches."""
+    from onnxruntime.quantization import CalibrationMethod
+    from onnxruntime.quantization.calibrate import create_calibrator
+
+    with tempfile.TemporaryDirectory() as folder:
+        beside = Path(folder, "augmented.onnx")
+        calibrator = create_calibrator(source, None, str(beside), CalibrationMethod[method])
+        wanted = {given.name for given in calibrator.infer_session.get_inputs()}
+        for arrays in calibration(spec):
+            # one after another: batches of different sizes make no array
+            calibrator.collect_data(_Once({name: array for name, array in arrays.items() if name in wanted}))
+        return calibrator.compute_data()
+
+
+def _all_ranges(prepared: Path, spec: ExportSpec, methods: Iterable[str]) -> Iterator[tuple[str, Any]]:
+    """By each method that can: a histogram cannot have the infinities of an attention mask."""
+    for method in methods:
+        try:
+            yield method, ranges(prepared, spec, method)
+        except ValueError as error:
+            if method == METHODS[0]:
+                raise
+            print(f"no ranges by {method}: {error}")
+
+
+class _Once:
+    """A batch in the shape of a `CalibrationDataReader`."""
+
+    def __init__(self, batch: Arrays) -> None:
+        self._left: list[Arrays] = [batch]
+
+    def get_next(self) -> Arrays | None:
+        return self._left.pop() if self._left else None
+
+
+_MATRICES = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+
+
+def _every_operator() -> list[str]:
+    from onnxruntime.quantization.registry import QDQRegistry, QLinearOpsRegistry
+
+    return sorted({*QDQRegistry, *QLinearOpsRegistry})
+
+
+def _with_ranges(
+    prepared: Path, found: Any, operators: Sequence[str], kept: Sequence[str], alone: Sequence[str]
+) -> onnx.ModelProto:
+    import onnx
+    from onnxruntime.quantization import QDQQuantizer, QuantType
+
+    model = onnx.load(prepared)
+    quantizer = QDQQuantizer(
+        model,
+        per_channel=True,
+        reduce_range=overflows(),
+        weight_qType=QuantType.QInt8,
+        activation_qType=QuantType.QUInt8,  # what processors have instructions for
+        tensors_range=found,
+        nodes_to_quantize=list(alone),
+        nodes_to_exclude=[*kept, *(node.name for node in beyond(model, found, _MASK))],
+        op_types_to_quantize=operators,
+        extra_options={},
+    )
+    quantizer.quantize_model()
+    made: onnx.ModelProto = quantizer.model.model
+    return made
+
+
+def beyond(model: onnx.ModelProto, found: Any, greatest: float) -> list[onnx.NodeProto]:
+    """The nodes that read or write a number above `greatest`, on the batches of `ranges` or among their weights.
+
+    Each node has a name from now on.
+    """
+    from onnx import numpy_helper
+
+    magnitude = {name: float(np.abs(tensor.range_value).max()) for name, tensor in found.items()}
+    for tensor in model.graph.initializer:
+        array = numpy_helper.to_array(tensor)
+        if array.dtype == np.float32 and array.size:
+            magnitude[tensor.name] = float(np.abs(array).max())
+    for index, node in enumerate(model.graph.node):
+        node.name = node.name or f"node_{index}"
+    return [
+        node
+        for node in model.graph.node
+        if any(magnitude.get(name, 0.0) > greatest for name in (*node.input, *node.output))
+    ]
+
+
+def overflows() -> bool:
+    """Whether this processor adds products of int8 in 16 bits: x86 without VNNI, or x86 that does not tell."""
+    if platform.machine().lower() not in ("x86_64", "amd64", "i386", "i686"):
+        return False
+    told = Path("/proc/cpuinfo")
+    return not (told.exists() and "vnni" in told.read_text(encoding="utf-8"))
+
+
+def _seven_bits() -> list[str]:
+    return ["weights in 7 bits, since this processor has no VNNI"] if overflows() else []
+
+
+def distance(expected: Iterable[Arrays], found: Iterable[Arrays]) -> float:
+    """Norm of the error of all float outputs, each relative to that of the output; infinite where it is NaN."""
+    least = float(np.finfo(np.float32).tiny)
+    errors = [
+        float(np.linalg.norm(mine[name] - array)) / max(float(np.linalg.norm(array)), least)
+        for ours, mine in zip(expected, found, strict=True)
+        for name, array in ours.items()
+        if array.dtype.kind == "f"
+    ]
+    return float(np.nan_to_num(np.linalg.norm(errors), nan=np.inf))
+
+
+_COMPUTE_NOTHING = (
+    *("QuantizeLinear", "DequantizeLinear", "Cast", "Identity", "Shape", "Gather", "Slice", "Split", "Concat"),
+    *("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Expand", "Pad", "Where"),
+)
+
+
+def in_float(model: onnx.ModelProto) -> str:
+    """Which operators of a Q/DQ graph compute in float32, in words; empty where none does."""
+    import onnx
+
+    graph = onnx.shape_inference.infer_shapes(model).graph
+    float32 = {
+        value.name
+        for value in (*graph.input, *graph.output, *graph.value_info)
+        if value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT
+    }
+    quantized = {node.output[0] for node in graph.node if node.op_type == "DequantizeLinear"}
+    found = Counter(
+        node.op_type
+        for node in graph.node
+        if node.op_type not in _COMPUTE_NOTHING
+        and any(name in float32 and name not in quantized for name in node.input)
+    )
+    listed = ", ".join(f"{count} × {name}" for name, count in sorted(found.items()))
+    return f"in float32: {listed}" if listed else ""
+
+
+# --- weights alone ----------------------------------------------------------------------------------------------------
+
+_CONVOLUTIONS = {"Conv": 0, "ConvTranspose": 1}
+"""Those whose weights are stored in int8, and the axis of the weight that the channels of the output lie on."""
+
+_FEW = 256
+"""Elements below which a weight stays float: scales and what computes with them cost more."""
+
+
+def quantize_weights(source: Path, target: Path, spec: ExportSpec) -> None:
+    """Quantize the weights; matrices are multiplied in int8, with the ranges of what comes in taken while it runs."""
+    import onnx
+    from onnxruntime.quantization import quantize_dynamic
+
+    with tempfile.TemporaryDirectory() as folder:
+        prepared, draft = _prepared(source, Path(folder)), Path(folder, "draft.onnx")
+        quantize_dynamic(
+            prepared,
+            draft,
+            op_types_to_quantize=["MatMul", "LSTM", "Attention", "Gather", "EmbedLayerNormalization"],
+            per_channel=True,
+            reduce_range=overflows(),
+        )
+        model = onnx.load(draft)
+    stored = _store_convolutions(model)
+    kept = [f"convolutions compute in float32, by {stored} weights that are stored in int8"] if stored else []
+    save(model, target, {**spec.metadata, REMARK: "; ".join([*_seven_bits(), *kept])})
+
+
+def _store_convolutions(model: onnx.ModelProto) -> int:
+    """Store the weights of convolutions in int8, per channel, under the names that they have; tells how many."""
+    from onnx import helper, numpy_helper
+
+    graph = model.graph
+    axes = {node.input[1]: _CONVOLUTIONS[node.op_type] for node in graph.node if node.op_type in _CONVOLUTIONS}
+    weights = [each for each in graph.initializer if each.name in axes and np.prod(each.dims) >= _FEW]
+    for tensor in weights:
+        array, axis = numpy_helper.to_array(tensor), axes[tensor.name]
+        others = tuple(index for index in range(array.ndim) if index != axis)
+        scale = np.maximum(np.abs(array).max(others), np.finfo(np.float32).tiny) / np.float32(127)
+        steps = np.round(array / np.expand_dims(scale, others)).astype(np.int8)
+        parts = [f"{tensor.name}_int8", f"{tensor.name}_scale"]
+        graph.initializer.remove(tensor)
+        graph.initializer.extend(map(numpy_helper.from_array, (steps, scale), parts))
+        graph.node.insert(0, helper.make_node("DequantizeLinear", parts, [tensor.name], axis=axis))
+    return len(weights)
+
+
+def _format(name: str, precision: Precision, description: str, *routes: Route, calibrated: bool = False) -> Format:
+    return Format(
+        name=name,
+        description=description,
+        url="https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html",
+        artifact="model.onnx",
+        precision=precision,
+        routes=routes,
+        load=load,
+        snippets=SNIPPETS,
+        calibrated=calibrated,
+    )
+
+
+FORMATS = (
+    _format(
+        "onnx-int8",
+        "int8",
+        "ONNX graph in int8 (Q/DQ), calibrated with validation batches",
+        Route("onnxruntime", "onnx", "onnx", quantize),
+        Route("onnxruntime-minmax", "onnx", "onnx", quantize_min_max),
+        calibrated=True,
+    ),
+    _format(
+        "onnx-w8",
+        "w8",
+        "ONNX graph with its weights in int8, for transformers and recurrent networks on CPUs",
+        Route("onnxruntime", "onnx", "onnx", quantize_weights),
+    ),
+)

@@ -1,0 +1,181 @@
+"""OpenVINO in eight and in four bits, by Intel's NNCF.
+
+https://docs.openvino.ai/2025/openvino-workflow/model-optimization.html
+
+`openvino-int8` has weights and activations in int8, for processors and NPUs; `openvino-w8` and `openvino-w4` have the
+weights alone in 8 and in 4 bits, for transformers, which wait for memory more than they compute.
+
+Requirements:
+* Number ranges come from real batches. Of NNCF's two schemes, the general one and the one for transformers, that one is
+  kept whose outputs are the nearest to the float model's on those batches.
+* Nothing is reported to the vendor.
+* The file tells what in it stays float, in its metadata.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from polyexport.format import Format, Load, Loaded, Route
+from polyexport.formats.onnx_quantized import distance, overflows
+from polyexport.formats.openvino import SNIPPETS, compiled, load, save, without_telemetry
+from polyexport.spec import Arrays, ExportSpec, Precision, calibration
+
+URL = "https://docs.openvino.ai/2025/openvino-workflow/model-optimization.html"
+
+# --- weights and activations ------------------------------------------------------------------------------------------
+
+
+def quantize(source: Path, target: Path, spec: ExportSpec) -> None:
+    """Quantize weights and activations to int8, by the scheme whose outputs are the nearest to the float model's."""
+    core = without_telemetry().Core()
+    expected = list(_answers(core.read_model(source), spec))
+    found: list[tuple[float, str, Any]] = []
+    for scheme in ("general", "transformer"):
+        model = _quantized(core.read_model(source), spec, transformer=scheme == "transformer")
+        off = distance(expected, _answers(model, spec))
+        print(f"{scheme} scheme: relative error {off:.3g}")
+        found.append((off, scheme, model))
+    _, scheme, model = min(found, key=lambda each: each[0])
+    seven = ["weights in 7 bits, since this processor has no VNNI"] if overflows() else []
+    remarks = [f"{scheme} scheme", *seven, *filter(None, [in_float(model)])]
+    save(model, target, spec, remark="; ".join(remarks))
+
+
+def _answers(model: Any, spec: ExportSpec) -> Iterator[Arrays]:
+    return map(compiled(model, spec, threads=1), calibration(spec))
+
+
+def _quantized(model: Any, spec: ExportSpec, *, transformer: bool) -> Any:
+    nncf = _nncf()
+    batches = _batches(model, spec)
+    fix = nncf.OverflowFix.ENABLE if overflows() else nncf.OverflowFix.DISABLE
+    return nncf.quantize(
+        model,
+        nncf.Dataset(batches),
+        subset_size=len(batches),
+        model_type=nncf.ModelType.TRANSFORMER if transformer else None,
+        advanced_parameters=nncf.AdvancedQuantizationParameters(overflow_fix=fix),
+    )
+
+
+def _batches(model: Any, spec: ExportSpec) -> list[Arrays]:
+    """The batches, without inputs that the model does not read."""
+    known = set().union(*(port.get_names() for port in model.inputs))
+    return [{name: array for name, array in arrays.items() if name in known} for arrays in calibration(spec)]
+
+
+def _nncf() -> Any:
+    """NNCF, which reports each call to its vendor where it finds what does so."""
+    without_telemetry()
+    import nncf
+
+    return nncf
+
+
+_COMPUTE_NOTHING = ("Input", "Output", "Const", "Reorder", "Reshape", "Convert", "ShapeOf", "FakeQuantize", "Subgraph")
+
+
+def in_float(model: Any) -> str:
+    """Which operators the processor computes in float32, in words; empty where none does."""
+    nodes = without_telemetry().Core().compile_model(model, "CPU").get_runtime_model().get_ops()
+    about = [{key: value.astype(str) for key, value in node.get_rt_info().items()} for node in nodes]
+    found = Counter(
+        each["layerType"]
+        for each in about
+        if each["layerType"] not in _COMPUTE_NOTHING and each["runtimePrecision"] in ("f32", "f16", "bf16")
+    )
+    listed = ", ".join(f"{count} × {name}" for name, count in sorted(found.items()))
+    return f"in float32: {listed}" if listed else ""
+
+
+# --- weights alone ----------------------------------------------------------------------------------------------------
+
+
+def store_in_8_bits(source: Path, target: Path, spec: ExportSpec) -> None:
+    """Store the weights in int8, per channel."""
+    save(_stored(source, "INT8_ASYM"), target, spec)
+
+
+def store_in_4_bits(source: Path, target: Path, spec: ExportSpec) -> None:
+    """Store the weights of matrices in 4 bits, by groups along a channel, and the others in int8.
+
+    Scales are fitted to what the layers answer on the calibration batches.
+    """
+    nncf = _nncf()
+    batches = nncf.Dataset(_batches(without_telemetry().Core().read_model(source), spec))
+    fallback = nncf.AdvancedCompressionParameters(group_size_fallback_mode=nncf.GroupSizeFallbackMode.ADJUST)
+    options = {"group_size": _GROUP, "dataset": batches, "scale_estimation": True, "advanced_parameters": fallback}
+    save(_stored(source, "INT4_ASYM", **options), target, spec)
+
+
+_GROUP = 64
+"""Weights that share a scale; fewer where a channel's do not divide."""
+
+
+def _stored(source: Path, mode: str, **options: Any) -> Any:
+    nncf = _nncf()
+    model = without_telemetry().Core().read_model(source)
+    return nncf.compress_weights(model, mode=nncf.CompressWeightsMode[mode], **options)
+
+
+def load_w4(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
+    """Run it on the CPU, and tell how many of its weights are in 4 bits."""
+    model = without_telemetry().Core().read_model(str(path))
+    found = Counter(node.get_element_type().to_string() for node in model.get_ops() if _is_weight(node))
+    four, eight = (found[f"i{bits}"] + found[f"u{bits}"] for bits in (4, 8))
+    if not four:
+        why = "no weight is in 4 bits: convolutions, embeddings and the last layer are stored in 8"
+        return replace(load(path, spec, threads=threads), shortfall=why)
+    return replace(load(path, spec, threads=threads), remark=f"{four} weights in 4 bits, {eight} in 8")
+
+
+def _is_weight(node: Any) -> bool:
+    is_constant = node.get_type_name() == "Constant" and len(node.get_output_shape(0)) > 1
+    return is_constant and "zero_point" not in str(node.get_friendly_name())
+
+
+def _format(
+    name: str, precision: Precision, description: str, route: Route, *, load: Load = load, calibrated: bool = True
+) -> Format:
+    return Format(
+        name=name,
+        aliases=(name.replace("openvino", "ov"),),
+        description=description,
+        url=URL,
+        artifact="model.xml",
+        precision=precision,
+        routes=(route,),
+        load=load,
+        runtime="openvino",
+        snippets=SNIPPETS,
+        calibrated=calibrated,
+    )
+
+
+FORMATS = (
+    _format(
+        "openvino-int8",
+        "int8",
+        "OpenVINO IR in int8, calibrated with validation batches, for Intel CPUs and NPUs",
+        Route("nncf", "openvino", "nncf", quantize),
+    ),
+    _format(
+        "openvino-w8",
+        "w8",
+        "OpenVINO IR with its weights in 8 bits, for transformers",
+        Route("nncf", "openvino", "nncf", store_in_8_bits),
+        calibrated=False,
+    ),
+    _format(
+        "openvino-w4",
+        "w4",
+        "OpenVINO IR with its weights in 4 bits, for language models",
+        Route("nncf", "openvino", "nncf", store_in_4_bits),
+        load=load_w4,
+    ),
+)

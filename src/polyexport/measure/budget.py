@@ -1,0 +1,124 @@
+"""The budget: how much of the user's own metric an artifact may lose against PyTorch on the same data."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from polyexport.errors import BadRequest
+
+Mode = Literal["min", "max"]
+"""Whether less of a metric is better, or more; the words of Lightning's `ModelCheckpoint`."""
+
+Metrics = Mapping[str, float | None]
+"""What was measured, by name; None where it was no finite number."""
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """How much worse a metric may be than PyTorch's, and which way is worse.
+
+    Attributes:
+        most: The difference that is allowed, or as a text a share of PyTorch's value: `"2%"`.
+        mode: Whether a better value is smaller or greater; None where whoever is asked has to know.
+
+    Raises:
+        BadRequest: it is no such number.
+    """
+
+    most: float | str
+    mode: Mode | None = None
+
+    def __post_init__(self) -> None:
+        share = isinstance(self.most, str)
+        number = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*%\s*", self.most) if isinstance(self.most, str) else self.most
+        if not number if share else not (_is_number(self.most) and float(self.most) >= 0):
+            raise BadRequest(f"budget {self.most!r}; give how much worse it may be, as 0.01, or a share of it, as '2%'")
+        if self.mode not in (None, "min", "max"):
+            raise BadRequest(f"budget mode={self.mode!r}; known: 'min' where less is better, 'max' where more is")
+
+    def allowed(self, beside: float) -> float:
+        """The difference that is allowed from PyTorch's value."""
+        return abs(beside) * float(self.most.strip(" %")) / 100 if isinstance(self.most, str) else self.most
+
+    def __str__(self) -> str:
+        return self.most.strip() if isinstance(self.most, str) else f"{self.most:g}"
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+Given = Budget | float | str
+"""A budget as it is given: 0.01 and `"2%"` leave it open which way is better."""
+
+
+def budgets(given: Mapping[str, Given] | None) -> dict[str, Budget]:
+    """The budgets by metric.
+
+    Raises:
+        BadRequest: one is no number, or no mapping was given.
+    """
+    if not isinstance(given or {}, Mapping):
+        raise BadRequest(f"budget={given!r}; give a metric's name and how much worse it may be: {{'val_acc': 0.01}}")
+    return {name: each if isinstance(each, Budget) else Budget(each) for name, each in (given or {}).items()}
+
+
+def directed(budgets: Mapping[str, Budget], known: Mapping[str, Mode]) -> dict[str, Budget]:
+    """The budgets with the mode that is `known` of a metric, where they have none.
+
+    Raises:
+        BadRequest: nothing tells which way a metric is better.
+    """
+    made = {name: replace(each, mode=each.mode or known.get(name)) for name, each in budgets.items()}
+    for name, each in made.items():
+        if each.mode is None:
+            raise BadRequest(
+                f"nothing tells which way {name} is better; give "
+                f"budget={{{name!r}: Budget({each.most!r}, mode='max')}} where more is, mode='min' where less is"
+            )
+    return made
+
+
+def unknown(budgets: Mapping[str, Budget], measured: Metrics) -> str:
+    """What to say where a budget is for a metric that was not measured; empty where each was."""
+    lacking = [name for name in budgets if name not in measured]
+    if not lacking:
+        return ""
+    return f"budget for {', '.join(lacking)}, which validation does not log; it logs {', '.join(measured) or 'nothing'}"
+
+
+def losses(budgets: Mapping[str, Budget], reference: Metrics, found: Metrics) -> dict[str, float | None]:
+    """How much worse each metric is than PyTorch's: negative where it is better, None where one is no number."""
+    return {name: _loss(each, reference.get(name), found.get(name)) for name, each in budgets.items()}
+
+
+def _loss(budget: Budget, reference: float | None, found: float | None) -> float | None:
+    if reference is None or found is None or not math.isfinite(found - reference):
+        return None
+    return reference - found if budget.mode == "max" else found - reference
+
+
+def overdrawn(budgets: Mapping[str, Budget], reference: Metrics, found: Metrics) -> str:
+    """Which metrics are outside of their budget, with both values; empty where none is."""
+    lost = losses(budgets, reference, found)
+    return "; ".join(
+        f"{name} is {_shown(found.get(name))}, PyTorch has {_shown(reference.get(name))}, the budget is {each}"
+        for name, each in budgets.items()
+        if not _is_within(each, lost[name], reference.get(name))
+    )
+
+
+_ROUNDOFF = 1e-6
+"""Share of the metric's value by which a sum of float32 may differ though nothing was lost."""
+
+
+def _is_within(budget: Budget, lost: float | None, beside: float | None) -> bool:
+    return lost is not None and beside is not None and lost <= budget.allowed(beside) + _ROUNDOFF * abs(beside)
+
+
+def _shown(value: float | None) -> str:
+    return "not a number" if value is None or not math.isfinite(value) else f"{value:.6g}"

@@ -1,0 +1,213 @@
+"""The budget of the user's own metric: what is in it, what is not, what cannot be told, and what may not be given."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import jsonargparse
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+import polyexport
+import runs
+from lightning_export import ExportCallback
+from planted import GOOD, planted, replay, wrong
+from polyexport import BadRequest, Budget, Engine, Outcome, Report
+from polyexport.engine.judge import judged
+from polyexport.measure.budget import budgets, directed, overdrawn
+
+TURNED, TURNED_INT8 = planted("turned", wrong), planted("turned-int8", wrong, precision="int8")
+"""Answer the negative of what PyTorch does, which parity finds in both."""
+
+
+# --- the number -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("budget", "ours", "theirs", "is_within"),
+    [
+        (Budget(0.01, "max"), 0.90, 0.89, True),
+        (Budget(0.01, "max"), 0.90, 0.889, False),
+        (Budget(0.01, "max"), 0.90, 0.99, True),
+        (Budget(0.01, "min"), 0.90, 0.99, False),
+        (Budget("2%", "min"), 0.50, 0.51, True),
+        (Budget("2%", "min"), 0.50, 0.511, False),
+        (Budget("2%", "min"), -2.0, -1.97, True),
+        (Budget(0.0, "max"), 0.90, 0.90, True),
+        (Budget(0.01, "max"), 0.90, float("nan"), False),
+        (Budget(0.01, "max"), None, 0.90, False),
+    ],
+)
+def test_what_is_worse_by_more_is_outside(budget, ours, theirs, is_within):
+    assert (overdrawn({"m": budget}, {"m": ours}, {"m": theirs}) == "") == is_within
+
+
+def test_it_tells_the_metric_both_values_and_the_budget():
+    said = overdrawn({"val_acc": Budget(0.01, "max")}, {"val_acc": 0.9}, {"val_acc": 0.5})
+    assert said == "val_acc is 0.5, PyTorch has 0.9, the budget is 0.01"
+
+
+@pytest.mark.parametrize("most", ["2", "-1%", "a bit", -0.1, float("nan"), True, None])
+def test_what_is_no_budget_is_told_at_once(most):
+    with pytest.raises(BadRequest, match=r"give how much worse it may be, as 0\.01, or a share of it, as '2%'"):
+        ExportCallback(["onnx"], budget={"val_acc": most})
+
+
+def test_which_way_is_better_is_not_guessed():
+    with pytest.raises(BadRequest, match=r"nothing tells which way val_acc is better; .*mode='max'"):
+        directed(budgets({"val_acc": 0.01}), {"val_loss": "min"})
+    assert directed(budgets({"val_loss": "2%"}), {"val_loss": "min"}) == {"val_loss": Budget("2%", "min")}
+    with pytest.raises(BadRequest, match="known: 'min' where less is better, 'max' where more is"):
+        Budget(0.1, mode="up")
+
+
+def test_a_configuration_file_can_say_it():
+    parser = jsonargparse.ArgumentParser()
+    parser.add_class_arguments(ExportCallback, "export")
+    given = parser.parse_object(
+        {"export": {"formats": ["onnx"], "budget": {"a": 0.01, "b": "2%", "c": {"most": 0.1, "mode": "max"}}}}
+    )
+    made = parser.instantiate_classes(given).export.options.budget
+    assert made == {"a": Budget(0.01), "b": Budget("2%"), "c": Budget(0.1, "max")}
+
+
+# --- the verdict ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory) -> Report:
+    """Three artifacts, two of which are turned, by a metric that no sign changes."""
+    x = torch.rand(4, 3)
+
+    def size(run) -> dict[str, float]:
+        return {"size": float(np.abs(run({"input": x.numpy()})["output_0"]).mean())}
+
+    return polyexport.export(
+        torch.nn.Linear(3, 2),
+        x,
+        [GOOD, TURNED, TURNED_INT8],
+        tmp_path_factory.mktemp("budget") / "out",
+        bench=False,
+        metric=size,
+        budget={"size": Budget("1%", mode="min")},
+    )
+
+
+def test_within_the_budget_a_low_precision_is_verified_whatever_single_elements_do(report):
+    outcome = report["turned-int8"]
+    assert (outcome.state, outcome.reason, outcome.by_budget) == ("verified", "", True)
+    assert outcome.remark.startswith("within the budget, though by single elements output_0: 100.000% of the elements")
+
+
+def test_a_float_format_has_to_agree_element_by_element_as_well(report):
+    assert (report["turned"].state, report["turned"].metrics) == ("mismatch", {})
+    assert (report["good"].state, report["good"].by_budget) == ("verified", False)
+
+
+def test_the_table_has_a_column_with_what_the_metric_changed_by(report):
+    assert "| metric change |" in (report.folder / "report.md").read_text()
+    assert {row["format"]: row["metric change"] for row in polyexport.report.report.rows(report)} == {
+        "good": "size 0",
+        "turned": "",
+        "turned-int8": "size 0",
+    }
+    assert Report.load(report.folder) == report
+
+
+def test_it_stands_when_it_is_verified_again(report):
+    with Engine() as engine:
+        again = engine.verify(report, [GOOD, TURNED, TURNED_INT8])
+    assert [each.state for each in again.outcomes] == ["verified", "mismatch", "verified"]
+
+
+def test_outside_of_the_budget_is_a_mismatch_in_every_precision(tmp_path):
+    x, formats = torch.rand(4, 3), [planted("low", wrong, precision="int8"), GOOD]
+    loose = replace(planted("loose", wrong), tolerance=polyexport.Tolerance(None, None, 1.0, -1.0, 0.0))
+    made = polyexport.export(
+        torch.nn.Linear(3, 2),
+        x,
+        [*formats, loose],
+        tmp_path / "out",
+        bench=False,
+        metric=lambda run: {"mean": float(run({"input": x.numpy()})["output_0"][0, 0])},
+        budget={"mean": Budget(0.0, mode="max"), "gone": Budget(1.0, mode="max")},
+    )
+    assert [each.state for each in made.outcomes] == ["mismatch", "degraded", "degraded"]
+    assert "budget for gone, which validation does not log; it logs mean" in made["good"].reason
+    sign = 1 if made.metrics["mean"] > 0 else -1
+    budget = {"mean": Budget(0.0, mode="max" if sign > 0 else "min")}
+    for each in made.outcomes:
+        worse = judged(replace(each, metrics={"mean": -made.metrics["mean"]}), made.metrics, budget)
+        assert worse.state == "mismatch"
+        assert worse.reason.startswith("outside the budget: mean is ")
+
+
+def test_a_metric_that_fails_leaves_it_open_whether_the_budget_is_kept(tmp_path):
+    x, times = torch.rand(4, 3), iter([0])
+
+    def once(run) -> dict[str, float]:
+        return {"m": float(next(times))}
+
+    budget = {"m": Budget(1.0, mode="max")}
+    module, formats = torch.nn.Linear(3, 2), [planted("one", replay)]
+    made = polyexport.export(module, x, formats, tmp_path / "out", bench=False, metric=once, budget=budget)
+    assert made["one"].state == "degraded"
+    assert made["one"].reason.startswith("it is not known whether it keeps the budget: StopIteration")
+
+
+def test_a_budget_without_a_metric_is_told_at_once(tmp_path):
+    with pytest.raises(BadRequest, match="budget for m, but no metric=<a function of a runner> that measures it"):
+        polyexport.export(
+            torch.nn.Linear(3, 2), torch.rand(2, 3), [GOOD], tmp_path / "x", budget={"m": Budget(1, "max")}
+        )
+
+
+def test_the_best_is_the_one_that_loses_the_least(report):
+    lost = replace(report["good"], format="worse", metrics={"size": report.metrics["size"] + 1.0})
+    both = replace(report, outcomes=(report["good"], lost))
+    assert both.best(max_drop=0.0).format == "good"
+    assert replace(both, outcomes=(lost,)).best(max_drop=0.5) is None
+    assert replace(both, outcomes=(lost,)).best(max_drop=1.5).format == "worse"
+    assert replace(both, budget={}).best(max_drop=1.0) is None
+
+
+# --- in a training run ------------------------------------------------------------------------------------------------
+
+
+def fit(folder: Path, **settings) -> list[Report]:
+    export = ExportCallback([GOOD], into=folder / "exports", bench=False, publish=(), **settings)
+    callbacks = [ModelCheckpoint(folder, monitor="val_loss"), export]
+    trainer = runs.trainer(folder, callbacks, max_epochs=1, num_sanity_val_steps=1)
+    trainer.fit(runs.Noisy(), runs.loader(), runs.loader())
+    return export.reports
+
+
+def test_the_way_that_is_better_comes_from_the_checkpoint_that_monitors_it(tmp_path):
+    (made,) = fit(tmp_path, budget={"val_loss": "1%"}, metric_batches=1)
+    assert (made["good"].state, made["good"].metrics) == ("verified", made.metrics)
+    assert made.budget == {"val_loss": Budget("1%", mode="min")}
+
+
+def test_a_metric_that_nothing_monitors_needs_a_mode_when_fit_starts(tmp_path):
+    with pytest.raises(BadRequest, match="nothing tells which way val_acc is better"):
+        fit(tmp_path, budget={"val_acc": 0.01})
+
+
+def test_a_metric_that_is_not_logged_is_told_in_the_sanity_check(tmp_path):
+    with pytest.raises(BadRequest, match="budget for val_acc, which validation does not log; it logs val_loss"):
+        fit(tmp_path, budget={"val_acc": Budget(0.01, mode="max")})
+
+
+def test_without_a_number_of_batches_all_of_the_validation_set_counts(tmp_path):
+    """The planted runtime knows the first two batches only, so the third fails."""
+    (made,) = fit(tmp_path, budget={"val_loss": "1%"})
+    assert made["good"].state == "degraded"
+    assert "inputs that were never run" in made["good"].reason
+
+
+def test_outcomes_that_ran_nowhere_are_not_judged():
+    skipped = Outcome("a", "int8", "skipped", reason="no tool")
+    assert judged(skipped, {"m": 1.0}, {}) == skipped

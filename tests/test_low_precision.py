@@ -1,0 +1,259 @@
+"""ONNX and OpenVINO in lower precisions: made, smaller, right on every batch size, and refuted when they are wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import polyexport
+from polyexport import FORMATS, ExportSpec, Report, TensorSpec
+from polyexport.formats import onnx_quantized
+from polyexport.formats.onnx import opened
+from polyexport.measure.parity import Parity, compare
+from polyexport.report import manifest
+from polyexport.spec import calibration, read_arrays, write_arrays
+
+ONNX = ("onnx-fp16", "onnx-int8", "onnx-w8")
+OPENVINO = ("openvino-fp16", "openvino-int8", "openvino-w8", "openvino-w4")
+EIGHT_BITS = ("onnx-int8", "onnx-w8", "openvino-int8", "openvino-w8")
+
+
+class Classifier(torch.nn.Module):
+    """Convolutions and matrices, of which one number is beyond what half precision holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = torch.nn.Sequential(
+            *(torch.nn.Conv2d(3, 16, 3, 2, 1), torch.nn.ReLU(), torch.nn.Conv2d(16, 32, 3, 2, 1), torch.nn.ReLU()),
+            *(torch.nn.Flatten(), torch.nn.Linear(512, 128), torch.nn.ReLU(), torch.nn.Linear(128, 128)),
+            *(torch.nn.ReLU(), torch.nn.Linear(128, 10)),
+        )
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return self.body(image) * (1.0 + image.mean((1, 2, 3)).unsqueeze(1) * 1e6) / 1e6
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Report:
+    torch.manual_seed(0)
+    unclean = torch.rand(4, 3, 16, 16)
+    unclean[1, 2, 3, 4] = torch.nan
+    return polyexport.export(
+        Classifier(),
+        torch.rand(16, 3, 16, 16),
+        ["onnx", "openvino", *ONNX, *OPENVINO],
+        tmp_path_factory.mktemp("low") / "out",
+        calibration=[torch.rand(5, 3, 16, 16), unclean],
+        bench=False,
+    )
+
+
+def judged(report: Report, name: str, path: Path | None = None) -> Parity:
+    """What parity says of the artifact, or of another file in its place, on the validation batch."""
+    spec, each = manifest.load(report.folder).spec, FORMATS[name]
+    batch = read_arrays(report.folder / "validation_batch.npz")
+    run = each.open(path or report.folder / name / each.artifact, spec, threads=1)
+    reference = {name: batch[name] for name in spec.output_names}
+    return compare(run({name: batch[name] for name in spec.input_names}), reference, each.limits)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*ONNX, *OPENVINO])
+def test_a_lower_precision_agrees_at_every_batch_size(report, name):
+    outcome = report[name]
+    assert outcome.publishable, outcome.reason
+    assert [str(tensor) for tensor in outcome.inputs] == ["image: float32[batch, 3, 16, 16]"]
+    assert {sizes["batch"] for sizes in outcome.parity.batches} >= {16, 1, 3}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*ONNX, *OPENVINO])
+def test_a_lower_precision_is_smaller(report, name):
+    bits = {"float16": 16, "int8": 8, "w8": 8, "w4": 4}[report[name].precision]
+    whole = report[name.split("-")[0]].artifact.bytes
+    assert report[name].artifact.bytes < whole * (bits / 32 + 0.12)
+
+
+@pytest.mark.slow
+def test_the_report_tells_what_was_calibrated_with(report):
+    found = report["onnx-int8"].calibration
+    assert (found.batches, found.rows) == (("validation_batch.npz", "source/call_001.npz"), 21)
+    assert found.left_out == ("source/call_002.npz",)
+    assert report["onnx-w8"].calibration is None
+    (note,) = (note.text for note in report.notes if "number ranges" in note.text)
+    assert note.startswith("onnx-fp16, onnx-int8, openvino-int8, openvino-w4: number ranges from 2 batches of 21 rows")
+
+
+@pytest.mark.slow
+def test_what_half_precision_cannot_hold_stays_float(report):
+    assert "beyond the range of float16: 1 × Add, 1 × Div, 2 × Mul" in report["onnx-fp16"].remark
+
+
+@pytest.mark.slow
+def test_the_report_tells_how_many_weights_are_in_four_bits(report):
+    assert report["openvino-w4"].remark == "2 weights in 4 bits, 3 in 8"
+
+
+@pytest.mark.slow
+def test_a_model_without_matrices_has_no_weights_in_four_bits(tmp_path):
+    module = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 3), torch.nn.ReLU(), torch.nn.Conv2d(16, 8, 3))
+    report = polyexport.export(module, torch.rand(4, 3, 8, 8), ["openvino-w4"], tmp_path / "out", bench=False)
+    assert report["openvino-w4"].state == "degraded"
+    assert "no weight is in 4 bits" in report["openvino-w4"].reason
+
+
+# --- shadows: what must not pass --------------------------------------------------------------------------------------
+
+
+def edited(report: Report, name: str, folder: Path, edit: Callable[[Any], None]) -> Path:
+    """A copy of the artifact with its first large weight in int8, or that weight's and its input's numbers, edited."""
+    import onnx
+
+    model = onnx.load(report.folder / name / "model.onnx")
+    edit(model)
+    onnx.save(model, folder / "model.onnx")
+    return folder / "model.onnx"
+
+
+def change(model: Any, wanted: Callable[[str, np.ndarray], bool], by: Callable[[np.ndarray], np.ndarray]) -> None:
+    from onnx import numpy_helper
+
+    tensors = [each for each in model.graph.initializer if wanted(each.name, numpy_helper.to_array(each))]
+    assert tensors
+    for tensor in tensors[:1]:
+        tensor.CopyFrom(numpy_helper.from_array(by(numpy_helper.to_array(tensor)), tensor.name))
+
+
+def is_weight(name: str, array: np.ndarray) -> bool:
+    return array.dtype == np.int8 and array.ndim > 1
+
+
+def swapped(array: np.ndarray) -> np.ndarray:
+    """With the output channels of a weight in reverse, whichever axis they lie on."""
+    return np.ascontiguousarray(array[::-1, ::-1])
+
+
+def is_zero_point(name: str, array: np.ndarray) -> bool:
+    return array.dtype == np.uint8 and array.ndim == 0 and array > 0
+
+
+def is_activation_scale(name: str, array: np.ndarray) -> bool:
+    return array.dtype == np.float32 and array.ndim == 0 and name.endswith("_scale") and "relu" in name
+
+
+PLANTED = {
+    "a swapped channel": ("onnx-int8", is_weight, swapped),
+    "swapped weights": ("onnx-w8", is_weight, swapped),
+    "a wrong zero point": ("onnx-int8", is_zero_point, lambda zero: zero // 2),
+    "a saturated layer": ("onnx-int8", is_activation_scale, lambda scale: scale / 8),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", PLANTED)
+def test_a_planted_error_is_a_mismatch(report, tmp_path, fault):
+    name, wanted, by = PLANTED[fault]
+    assert judged(report, name).passed
+    assert not judged(report, name, edited(report, name, tmp_path, lambda model: change(model, wanted, by))).passed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OPENVINO)
+def test_a_weight_of_openvino_with_its_channels_in_reverse_is_a_mismatch(report, tmp_path, name):
+    import openvino
+
+    assert judged(report, name).passed
+    folder = report.folder / name
+    (tmp_path / "model.xml").write_bytes((folder / "model.xml").read_bytes())
+    constants = [
+        node
+        for node in openvino.Core().read_model(folder / "model.xml").get_ordered_ops()
+        if node.get_type_name() == "Constant" and len(node.get_output_shape(0)) == 4
+    ]
+    data, whole = constants[0].data, (folder / "model.bin").read_bytes()
+    assert whole.count(data.tobytes()) == 1
+    wrong = whole.replace(data.tobytes(), np.ascontiguousarray(data[::-1]).tobytes())
+    (tmp_path / "model.bin").write_bytes(wrong)
+    assert not judged(report, name, tmp_path / "model.xml").passed
+
+
+# --- batches that cannot be calibrated with ---------------------------------------------------------------------------
+
+
+def test_where_every_batch_has_a_nan_there_are_no_ranges(tmp_path):
+    from planted import calibrates, planted
+
+    x = torch.rand(4, 3)
+    x[1, 2] = torch.nan
+    made = polyexport.export(
+        torch.nn.Linear(3, 2), x, [planted("ranges", calibrates, calibrated=True)], tmp_path / "out", bench=False
+    )
+    assert made["ranges"].state == "failed"
+    assert made["ranges"].reason.startswith("number ranges cannot be taken: validation_batch.npz has NaN or infinity")
+
+
+def test_formats_that_were_calibrated_alike_stand_in_one_note():
+    from polyexport import Outcome
+    from polyexport.report.outcome import Artifact, Calibration, of_precisions
+
+    made = Outcome("a-int8", "int8", "verified", artifact=Artifact("a", 1, ""), calibration=Calibration(("x.npz",), 1))
+    other = replace(made, format="b-int8", remark="in float32: 1 × Softmax")
+    assert list(of_precisions([made, other, Outcome("c", "int8", "failed", calibration=made.calibration)])) == [
+        "a-int8, b-int8: number ranges from 1 batch of 1 row in all (x.npz)",
+        "b-int8: in float32: 1 × Softmax",
+    ]
+
+
+# --- matrices that cost too much --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def outlier(tmp_path: Path) -> tuple[Path, ExportSpec]:
+    """An ONNX graph of three matrices; a column between the first two is 1,000 times as large as the others."""
+    import onnx
+    from onnx import helper, numpy_helper
+
+    random = np.random.default_rng(0)
+    weights = {name: random.normal(size=(16, 16)).astype(np.float32) / 4 for name in ("first", "second", "third")}
+    weights["first"][:, 0] *= 1000
+    weights["second"][0] /= 1000
+    nodes = [
+        helper.make_node("MatMul", [source, name], [target], name=f"node_{name}")
+        for source, name, target in (("x", "first", "a"), ("b", "second", "c"), ("d", "third", "y"))
+    ]
+    nodes[1:1] = [helper.make_node("Relu", ["a"], ["b"])]
+    nodes[3:3] = [helper.make_node("Relu", ["c"], ["d"])]
+    ports = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["batch", 16]) for name in ("x", "y")]
+    constants = [numpy_helper.from_array(array, name) for name, array in weights.items()]
+    graph = helper.make_graph(nodes, "net", ports[:1], ports[1:], constants)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), tmp_path / "x.onnx")
+    write_arrays(tmp_path / "x.npz", {"x": random.normal(size=(64, 16)).astype(np.float32)})
+    x, y = (TensorSpec(name, "float32", ("batch", 16)) for name in ("x", "y"))
+    return tmp_path / "x.onnx", ExportSpec((x,), (y,), calibration=(tmp_path / "x.npz",))
+
+
+def off(source: Path, target: Path, spec: ExportSpec) -> float:
+    """How far the quantized model is from the float one."""
+    onnx_quantized.quantize(source, target, spec, methods=["MinMax"])
+    batches = list(calibration(spec))
+    return onnx_quantized.distance(*([opened(path, threads=1)(each) for each in batches] for path in (source, target)))
+
+
+def test_the_costliest_matrix_goes_back_to_float(outlier, tmp_path):
+    source, spec = outlier
+    assert off(source, tmp_path / "y.onnx", spec) < 0.05
+    remark = FORMATS["onnx-int8"].open(tmp_path / "y.onnx", spec, threads=1).remark
+    assert "back to float32, by the error that each makes alone: second (" in remark
+    assert "in float32: 2 × MatMul" in remark
+
+
+def test_without_a_round_it_stays_far(outlier, tmp_path, monkeypatch):
+    source, spec = outlier
+    monkeypatch.setattr(onnx_quantized, "_SHARES", ())
+    assert off(source, tmp_path / "y.onnx", spec) > 0.2
