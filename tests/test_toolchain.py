@@ -22,7 +22,7 @@ from packaging.requirements import Requirement
 from polyexport import ToolMissing
 from polyexport.workers import locks, toolchain
 from polyexport.workers.locks import Lock, provided
-from polyexport.workers.process import Workers
+from polyexport.workers.process import Workers, environment
 from polyexport.workers.toolchain import HOST, Busy, Toolchain, find, parse
 
 PIN = "six==1.16.0"
@@ -227,6 +227,16 @@ def test_a_lock_for_another_torch_is_not_used(wheels):
     chain = Toolchain("older", ("tinyone",), layered=True, lock=Lock(pin, needs=(("torch", "<2"), ("tinyone", ""))))
     assert answer(chain.interpreter(said.append), "import tinyone; print(tinyone.version)") == "2.0"
     assert "it needs torch <2, and this is torch 2." in said[1]
+
+
+def test_what_routes_import_is_compiled_whatever_the_image_says_of_bytecode(wheels, monkeypatch):
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    wheel(wheels, "tinyone", "1.0")
+    wheel(wheels, "tinytwo", "1.0")
+    chain = Toolchain("compiled", ("tinyone", "tinytwo"), convert_imports=("tinyone", "nowhere"))
+    chain.interpreter()
+    assert [file.name.split(".")[0] for file in chain.folder.rglob("tiny*.pyc")] == ["tinyone"]
+    assert "PYTHONDONTWRITEBYTECODE" not in environment(threads=1, gpu=False, host=False), "the rest is kept too"
 
 
 def test_what_others_ask_for_and_no_route_imports_is_left_out(wheels):

@@ -135,7 +135,6 @@ class Toolchain:
                     damaged = "what is there is damaged; " if (folder / _COMPLETE).exists() else ""
                     say(f"{self.name}: {damaged}installing {self._what} into {folder}")
                     provision(self, folder, workers, say)
-                    _compile_rest(folder, workers)
         disk.use(folder / _COMPLETE)
         return _python(folder)
 
@@ -185,8 +184,6 @@ _COMPLETE = ".complete"
 """An environment's marker: what `_WHOLE` found in it when it was made."""
 
 _LOCK = "package-lock.json"
-
-_LIBRARY = "Lib" if os.name == "nt" else "lib"
 
 _WHOLE = """
 import glob, os, sys, sysconfig
@@ -393,20 +390,14 @@ for module in tuple(sys.modules.values()):
     if file.startswith(sys.prefix) and file.endswith(".py"):
         py_compile.compile(file, quiet=2)
 """
-"""Compiles what the modules of these names import; with PYTHONDONTWRITEBYTECODE each worker would do that anew."""
+"""Compiles what the modules of these names import, of what lies in the environment itself."""
 
 
 def _compile_imports(toolchain: Toolchain, folder: Path, workers: Workers) -> None:
-    """Compile what routes import first, so that a toolchain is ready early."""
+    """Compile what routes import first, so that a toolchain is ready early; a worker compiles what else it needs."""
     names = sorted({*toolchain.imports(converts=True), *toolchain.imports(converts=False)})
     if names:
         workers.output(str(_python(folder)), "-I", "-c", _COMPILE, *names)
-
-
-def _compile_rest(folder: Path, workers: Workers) -> None:
-    """Compile all that is not; jobs run meanwhile. A file that is none for this Python stays as it is."""
-    with contextlib.suppress(ToolMissing):
-        workers.output(str(_python(folder)), "-I", "-m", "compileall", "-qq", str(folder / _LIBRARY))
 
 
 def _no_cover(toolchain: Toolchain, locked: Sequence[str], workers: Workers) -> str:
