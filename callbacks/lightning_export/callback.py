@@ -78,6 +78,9 @@ class ExportCallback(Callback):
             future, such as dask's `Client.get_executor()`. Timing stays on this one.
         staging: An fsspec URL that this machine and those reach, through which files travel; else they travel through
             the executor.
+        labels: Names of the classes in the last axis of an output, in their order: `["cat", "dog"]`. They travel inside
+            each artifact, and `polyexport.load(…).labels` gives them back.
+        metadata: Texts by name that travel likewise.
 
     Attributes:
         reports: The finished exports of this run, the oldest first; on rank zero, and not outside a spawned process.
@@ -109,6 +112,8 @@ class ExportCallback(Callback):
         budget: Mapping[str, Budget | float | str] | None = None,
         executor: Any = None,
         staging: str | None = None,
+        labels: Sequence[str] = (),
+        metadata: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__()
         self.options = Options(
@@ -123,6 +128,8 @@ class ExportCallback(Callback):
             executor=executor,
             staging=staging,
             budget=budgets(budget),
+            labels=labels if isinstance(labels, str) else tuple(labels),  # type: ignore[arg-type]  # refused with the rest
+            metadata=dict(metadata) if isinstance(metadata, Mapping) else metadata or {},
         )
         check(when=when, fail_on=fail_on, publish=publish, metric_batches=metric_batches)
         self.into = into

@@ -120,6 +120,7 @@ def _record(each: Format) -> dict[str, Any]:
         "artifact": each.artifact,
         "precision": each.precision,
         "needs_gpu": each.needs_gpu,
+        "kit": each.on_device is not None,
         "routes": [
             {"name": route.name, "upstream": route.upstream, "toolchain": toolchain.find(route.toolchain).name}
             for route in each.routes
@@ -221,6 +222,12 @@ def export_checkpoint(
     static: Annotated[bool, typer.Option("--static", help="Fix the batch size.")] = False,
     trust: Annotated[bool, typer.Option("--trust", help="Unpickle what the checkpoint holds beside tensors.")] = False,
     timeout: Annotated[float, typer.Option(help="Seconds that one conversion or verification may take.")] = 600.0,
+    labels: Annotated[
+        Path | None, typer.Option(help="A file with the names of an output's classes, one a line, to be embedded.")
+    ] = None,
+    metadata: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=TEXT", help="What else to embed; repeat it for each.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Export a checkpoint without a trainer, prove each artifact and time it; exit code 1 if any does not agree."""
@@ -242,6 +249,8 @@ def export_checkpoint(
             timeout=timeout,
             progress=_say,
             checkpoint=checkpoint.record(path, blob),
+            labels=labels.read_text(encoding="utf-8").splitlines() if labels else (),
+            metadata=checkpoint.metadata(metadata or ()),
         )
     _conclude(report, report.outcomes, as_json)
 
@@ -330,6 +339,32 @@ def show_report(
 
 
 @app.command()
+def compare(
+    before: Annotated[Path, typer.Argument(metavar="BEFORE", help="An export, or a folder with a best one in it.")],
+    now: Annotated[Path, typer.Argument(metavar="NOW", help="The one to judge.")],
+    slower: Annotated[float | None, typer.Option(help="How many times its median latency may be: 1.2.")] = None,
+    larger: Annotated[float | None, typer.Option(help="How many times its size may be.")] = None,
+    off: Annotated[float | None, typer.Option(help="How many times its max error may be.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Compare two exports, or the best ones of two runs; exit code 1 if a state is worse, or a figure beyond a bound.
+
+    Latencies are judged only if both were measured on a quiet machine, and mean something on the same one only.
+    """
+    from polyexport.report.compare import Bounds, compare, rows
+
+    with _told():
+        one, other = _report(before), _report(now)
+    found = compare(one, other, Bounds(slower, larger, off))
+    _show(rows(found), as_json)
+    if slower is not None and not (one.is_quiet and other.is_quiet):
+        _say("latency is not judged: it was measured on a busy machine")
+    for line in (f"{each.format}: {why}" for each in found for why in each.worse):
+        _say(line)
+    raise typer.Exit(1 if any(each.worse for each in found) else 0)
+
+
+@app.command()
 def run(
     artifact: Annotated[
         Path, typer.Argument(metavar="ARTIFACT", help="A format's folder in an export, or the artifact in it.")
@@ -349,6 +384,45 @@ def run(
         _print_json({name: array.tolist() for name, array in found.items()})
         return
     _show([{"output": name, "dtype": str(a.dtype), "shape": str(list(a.shape))} for name, a in found.items()], False)
+
+
+@app.command()
+def kit(
+    artifact: Annotated[
+        Path, typer.Argument(metavar="ARTIFACT", help="A format's folder in an export, or the artifact in it.")
+    ],
+    into: Annotated[Path | None, typer.Option(help="What to make; by default EXPORT-FORMAT-kit, here.")] = None,
+    archive: Annotated[bool, typer.Option("--zip", help="Make a .zip of it.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Make a folder that proves and times an artifact on a machine that has only its runtime: a Mac, a Jetson, a Pi.
+
+    What comes back from there is `proof.json`, for `accept`.
+    """
+    from polyexport.kit.make import make
+
+    with _told():
+        made = make(artifact, into, archive=archive)
+    if as_json:
+        _print_json({"kit": str(made)})
+    else:
+        typer.echo(str(made))
+
+
+@app.command()
+def accept(
+    proof: Annotated[Path, typer.Argument(metavar="PROOF", help="The proof.json that a kit wrote.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="The export, or a folder that it lies in; by default this one.")
+    ] = Path(),
+    as_json: Json = False,
+) -> None:
+    """Take what a kit found on another machine into the report; exit code 1 if it does not agree there."""
+    from polyexport.kit.accept import accept
+
+    with _told():
+        report, name = accept(proof, folder)
+    _conclude(report, [report[name]], as_json)
 
 
 @app.command("wandb-link")

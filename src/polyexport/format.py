@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from polyexport.errors import BadRequest, CannotRun
 from polyexport.measure.tolerance import Tolerance
@@ -44,6 +44,8 @@ class Loaded:
         remark: What a reader is to know of it beside that, such as which operators stay in float; empty where nothing.
         stand_in: Why this is not what will serve the artifact, and is not timed; empty where it is.
         observed: Tells what is known once `run` was called.
+        labels: Names of the classes that travel with it.
+        metadata: What else does: the user's, the checkpoint's hash, versions.
     """
 
     run: Runner
@@ -52,6 +54,8 @@ class Loaded:
     remark: str = ""
     stand_in: str = ""
     observed: Callable[[], Observed] = Observed
+    labels: tuple[str, ...] = ()
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
     def __call__(self, inputs: Arrays) -> Arrays:
         """Run the artifact."""
@@ -110,8 +114,25 @@ class Snippet:
     code: str
 
 
+@dataclass(frozen=True, slots=True)
+class OnDevice:
+    """How an artifact is run on the machine that it is made for, which has only its runtime (see `polyexport kit`).
+
+    Attributes:
+        packages: What `pip` installs there beside numpy; of the first, the runtime, the version stands in the report.
+        load: Opens it there; by default the format's `load`.
+    """
+
+    packages: tuple[str, ...]
+    load: Load | None = None
+
+
 _TAKEN = ("source", "logs", MODULE, "eager", "pytorch")
 """What the export's own folders, the upstream of root routes and the baseline are called."""
+
+
+Target = Literal["server CPU", "GPU", "phone", "browser", "microcontroller"]
+"""What an artifact is shipped to."""
 
 
 def _nothing() -> str:
@@ -139,6 +160,8 @@ class Format:
         snippets: How applications open it, the language that it is mostly used from first.
         slow_because: Why its runtime may be slower than PyTorch on the same threads, as far as is known.
         calibrated: Whether its routes take number ranges from real batches (`ExportSpec.calibration`).
+        targets: What it is shipped to; the report names one artifact for each.
+        on_device: How it is run on a machine that has only its runtime; None where it has no kit.
 
     Raises:
         BadRequest: its name cannot be that of a folder in the export, or its precision is none of `PRECISIONS`.
@@ -159,6 +182,8 @@ class Format:
     snippets: tuple[Snippet, ...] = ()
     calibrated: bool = False
     slow_because: str = ""
+    on_device: OnDevice | None = None
+    targets: tuple[Target, ...] = ()
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"\w[\w.-]*", self.name) or self.name in _TAKEN:
@@ -182,7 +207,18 @@ class Format:
         Raises:
             CannotRun: nothing on this machine can run it.
         """
-        if self.load is None:
+        return self._opened(self.load, path, spec, threads)
+
+    def open_on_device(self, path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
+        """Open the artifact at `path` on the machine that it is made for.
+
+        Raises:
+            CannotRun: this is not one.
+        """
+        return self._opened((self.on_device and self.on_device.load) or self.load, path, spec, threads)
+
+    def _opened(self, load: Load | None, path: Path, spec: ExportSpec, threads: int) -> Loaded:
+        if load is None:
             raise CannotRun(f"no machine can run {self.name} directly")
-        opened = self.load(path, spec, threads=threads)
+        opened = load(path, spec, threads=threads)
         return opened if isinstance(opened, Loaded) else Loaded(opened)

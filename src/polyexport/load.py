@@ -61,6 +61,7 @@ def load(path: str | Path, *, threads: int = 1) -> Loaded:
 
     Returns:
         It is called with named input arrays and answers named output arrays; the names stand in `polyexport.json`.
+        `labels` and `metadata` are what was embedded.
 
     Raises:
         BadRequest: there is no exported format at `path`.
@@ -69,10 +70,11 @@ def load(path: str | Path, *, threads: int = 1) -> Loaded:
     """
     folder, about, each = described(Path(path))
     try:
-        return each.open(folder / each.artifact, about.runner_spec, threads=threads)
+        opened = each.open(folder / each.artifact, about.runner_spec, threads=threads)
     except ModuleNotFoundError as error:
         needed = ", ".join(find(each.runtime or each.routes[0].toolchain).requirements)
         raise ToolMissing(f"{each.name} runs in an environment with {needed}; here is no {error.name}") from error
+    return replace(opened, labels=about.spec.labels, metadata=about.spec.metadata)
 
 
 def described(path: Path) -> tuple[Path, Description, Format]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,6 +24,9 @@ Precision = Literal["float32", "float16", "bfloat16", "int8", "w8", "w4"]
 
 `w8` and `w4` have the weights alone in 8 and 4 bits; activations are float, or quantized while it runs.
 """
+
+LABELS = "labels.txt"
+"""File with the labels, one a line, inside an artifact and beside it."""
 
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
@@ -57,7 +61,8 @@ class ExportSpec:
     """The signature of the model that is exported, and what is to be written into the artifact beside it.
 
     `sizes` gives the size that each named axis has in the validation batch.
-    `metadata` is embedded where the format has a place for it. `calibration` names `.npz` files with real inputs, for a
+    `metadata` is embedded where the format has a place for it, and so are `labels`, the names of an output's classes in
+    their order; these also lie beside the artifact. `calibration` names `.npz` files with real inputs, for a
     format that takes its number ranges from them (see the function of that name).
     """
 
@@ -66,6 +71,23 @@ class ExportSpec:
     sizes: Mapping[str, int] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
     calibration: tuple[Path, ...] = ()
+    labels: tuple[str, ...] = ()
+
+    @property
+    def embedded(self) -> dict[str, str]:
+        """Metadata for a place that takes texts by name: the labels are among them, as a list in JSON."""
+        return {**self.metadata, **({"labels": json.dumps(self.labels, ensure_ascii=False)} if self.labels else {})}
+
+    @property
+    def extra_files(self) -> dict[str, str]:
+        """Metadata for a place that takes files by name: JSON, and the labels, one a line."""
+        files = {"polyexport.json": json.dumps(dict(self.metadata))}
+        return files | ({LABELS: self.label_lines} if self.labels else {})
+
+    @property
+    def label_lines(self) -> str:
+        """The labels, one a line."""
+        return "".join(f"{label}\n" for label in self.labels)
 
     @property
     def is_dynamic(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import re
 import subprocess
+import sys
 from collections.abc import Iterable
 from importlib import metadata
 
@@ -25,6 +26,27 @@ def environment() -> dict[str, str]:
     """What a reader of a report has to know about this machine."""
     about = {"python": platform.python_version(), "platform": platform.platform(), "processor": _processor()}
     return about | versions(("lightning-export", "torch", "lightning", "numpy"))
+
+
+def machine() -> str:
+    """System and processor, in a few words: `macOS 15.2, Apple M3`."""
+    if sys.platform == "darwin":
+        system = f"macOS {platform.mac_ver()[0]}"
+    else:
+        try:
+            system = platform.freedesktop_os_release()["PRETTY_NAME"]
+        except (OSError, KeyError):
+            system = f"{platform.system()} {platform.release()}"
+    return f"{system}, {_board() or _processor()}"
+
+
+def _board() -> str:
+    """What a single-board computer is called: `Raspberry Pi 5 Model B Rev 1.0`; empty elsewhere."""
+    try:
+        with open("/proc/device-tree/model", encoding="utf-8") as file:
+            return file.read().strip("\0\n ")
+    except OSError:
+        return ""
 
 
 def git_commit() -> str:
@@ -49,4 +71,13 @@ def _processor() -> str:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
     except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+        return _apple() or platform.processor() or platform.machine()
+
+
+def _apple() -> str:
+    """The chip of a Mac: `Apple M3`; empty elsewhere."""
+    command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+    try:
+        return subprocess.run(command, capture_output=True, encoding="utf-8", timeout=10, check=False).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""

@@ -24,7 +24,6 @@ if not __package__:  # run by path: make the package known without its __init__,
     sys.modules["polyexport"] = _package
 
 import argparse
-import hashlib
 import json
 import queue
 import shutil
@@ -32,10 +31,10 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from importlib.machinery import PathFinder
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 import numpy as np
 
@@ -45,7 +44,7 @@ from polyexport.report.escape import printable
 from polyexport.report.folders import DESCRIPTION
 from polyexport.report.outcome import Calibration
 from polyexport.serialization import encode, write_json
-from polyexport.spec import Arrays, Batch, ExportSpec, read_arrays, write_arrays
+from polyexport.spec import LABELS, Arrays, ExportSpec, read_arrays, write_arrays
 from polyexport.workers import server
 from polyexport.workers.job import (
     PARENT,
@@ -60,9 +59,6 @@ from polyexport.workers.job import (
     read_job,
     result_path,
 )
-
-if TYPE_CHECKING:
-    from polyexport.measure.parity import Parity
 
 
 def main() -> int:
@@ -197,6 +193,9 @@ def convert(root: Path, job: Convert) -> Any:
         raise
     if not target.exists():
         raise RuntimeError(f"the converter ended without an error, but wrote no {each.artifact}")
+    if job.spec.labels:
+        folder = target if each.artifact == "." else target.parent
+        (folder / LABELS).write_text(spec.label_lines, encoding="utf-8")
     from polyexport.versions import versions
 
     calibrated = None if made_from is None else encode(made_from)
@@ -229,32 +228,15 @@ def verify(root: Path, job: Verify) -> Any:
 
     Where it disagrees on batches of other values only, that is told as `elsewhere`: which, and how.
     """
-    from polyexport.measure.parity import compare, merge
+    from polyexport.measure.verification import fingerprint, verified
 
     limits, artifact, loaded = _format(root, job).limits, root / job.source, _load(root, job)
-    noise = read_arrays(root / job.noise) if job.noise else {}
-    whole = read_arrays(root / job.batches[0].path, job.spec.output_names)
-
-    def compared(batch: Batch) -> Parity:
-        inputs, reference = _inputs(root / batch.path, job), read_arrays(root / batch.path, whole)
-        if not any(_says_something(array) for array in reference.values()):
-            raise CannotRun("PyTorch itself answers nothing but NaN or infinity, which proves nothing")
-        return compare(loaded(inputs), reference, limits, noise, None if batch is job.batches[0] else whole)
-
-    sized = [batch for batch in job.batches if not batch.label]
-    parity = merge([compared(batch) for batch in sized], [batch.sizes for batch in sized])
-    others = [batch for batch in job.batches if batch.label and parity.passed]
-    elsewhere = next(filter(None, (_apart(compared, batch) for batch in others)), "")
-    folder = artifact if artifact.is_dir() else artifact.parent
-    sizes = tuple(dict(pairs) for pairs in dict.fromkeys(tuple(batch.sizes.items()) for batch in job.batches))
-    parity = replace(
-        parity,
-        batches=sizes,
-        verified_by=loaded.observed().verified_by,
-        off_device=bool(loaded.stand_in),
-    )
+    parity, elsewhere = verified(loaded, root, job.batches, job.spec, limits, job.noise)
+    observed = loaded.observed().verified_by
+    parity = replace(parity, verified_by=observed, off_device=bool(loaded.stand_in))
+    count, sha256 = fingerprint(artifact if artifact.is_dir() else artifact.parent, DESCRIPTION)
     own = {"signature": loaded.signature, "shortfall": loaded.shortfall, "remark": loaded.remark}
-    return {"parity": parity, "elsewhere": elsewhere, **own, **_fingerprint(folder)}
+    return {"parity": parity, "elsewhere": elsewhere, **own, "bytes": count, "sha256": sha256}
 
 
 def bench(root: Path, job: Bench, lines: Iterator[bytes], answers: TextIO) -> int:
@@ -360,32 +342,6 @@ def _load(root: Path, job: FormatJob) -> Loaded:
 
 def _inputs(path: Path, job: FormatJob) -> Arrays:
     return read_arrays(path, job.spec.input_names)
-
-
-def _apart(compared: Callable[[Batch], Parity], batch: Batch) -> str:
-    """How an artifact disagrees with PyTorch on a batch of other values; empty where it agrees."""
-    try:
-        why = compared(batch).reason
-    except Exception as error:  # a runtime refuses sizes with any exception
-        traceback.print_exc()
-        why = _one_line(error)
-    where = ", ".join([batch.label, *(f"{name}={size}" for name, size in batch.sizes.items())])
-    return f"on {where}: {why}" if why else ""
-
-
-def _says_something(array: np.ndarray) -> bool:
-    return not np.issubdtype(array.dtype, np.inexact) or not array.size or bool(np.isfinite(array).any())
-
-
-def _fingerprint(folder: Path) -> dict[str, Any]:
-    """Bytes and SHA-256 of all files of a folder, names included, without what describes the artifact."""
-    digest, count = hashlib.sha256(), 0
-    for file in sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / DESCRIPTION):
-        digest.update(file.relative_to(folder).as_posix().encode())
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-        count += file.stat().st_size
-    return {"bytes": count, "sha256": digest.hexdigest()}
 
 
 def _peak_memory() -> int | None:

@@ -150,6 +150,17 @@ def inputs(path: Path) -> Arrays:
         raise BadRequest(f"{path} is no .npz of named arrays: {line(error, 300)}") from None
 
 
+def metadata(texts: Sequence[str]) -> dict[str, str]:
+    """Entries from `name=text`.
+
+    Raises:
+        BadRequest: one is written in another way.
+    """
+    if wrong := [text for text in texts if not text.partition("=")[0] or "=" not in text]:
+        raise BadRequest(f"{wrong[0]!r} is no entry of metadata; write NAME=TEXT, such as license=MIT")
+    return {name: value for name, _, value in (text.partition("=") for text in texts)}
+
+
 def dynamic(texts: Sequence[str]) -> dict[str, dict[int, str]]:
     """Dynamic axes from `input:axis=name`: `["ids:0=batch", "ids:1=length"]`.
 

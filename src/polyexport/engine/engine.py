@@ -30,6 +30,7 @@ from polyexport.capture.snapshot import SHARDS, WEIGHTS
 from polyexport.engine import plan
 from polyexport.engine.bench import bench, sweep
 from polyexport.engine.dispatch import Dispatcher, Limits
+from polyexport.engine.labels import labeled
 from polyexport.engine.request import Request, declare, write
 from polyexport.engine.rerun import Runnable, runnables, runner, verify
 from polyexport.engine.routes import Build
@@ -226,6 +227,8 @@ class Engine:
         shutil.rmtree(request.work / "source" / SHARDS, ignore_errors=True)  # joined by now, here or elsewhere
         if (earlier := _earlier(request, reference.checkpoint_sha256)) is not None:
             return self._in_place_of(request, earlier)
+        spec, unlabeled = labeled(reference.spec, request.labels, request.metadata)
+        reference = replace(reference, spec=spec, unlabeled=unlabeled)
         build = Build(dispatcher, request.formats, reference, functools.partial(self._watch, of=f"{request.name} "))
         report = _reported(request, reference, build.outcomes(), build.notes)
         _describe(request, report, reference)
@@ -387,7 +390,9 @@ def _reported(
             epoch=at.get("epoch", request.checkpoint.epoch),
             global_step=at.get("global_step", request.checkpoint.global_step),
         ),
-        model=Model(reference.class_name, reference.parameters, spec.inputs, spec.outputs),
+        model=Model(
+            reference.class_name, reference.parameters, spec.inputs, spec.outputs, spec.labels, request.metadata
+        ),
         outcomes=outcomes,
         environment=reference.environment,
         notes=(

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from polyexport.capture.snapshot import WEIGHTS
 from polyexport.engine.engine import Engine
 from polyexport.engine.judge import measured
+from polyexport.engine.labels import check
 from polyexport.engine.request import Request
 from polyexport.errors import BadRequest
 from polyexport.format import Format
@@ -42,6 +44,8 @@ def export(
     checkpoint: Checkpoint = _NONE,
     metric: Callable[[Runner], Mapping[str, float]] | None = None,
     budget: Mapping[str, Budget | float | str] | None = None,
+    labels: Sequence[str] = (),
+    metadata: Mapping[str, str] | None = None,
 ) -> Report:
     """Export a PyTorch module: convert it, prove each artifact against it, time them.
 
@@ -66,18 +70,22 @@ def export(
             `lambda run: {"accuracy": float((run({"x": x})["output_0"].argmax(-1) == y).mean())}`.
         budget: How much worse each of them may be than PyTorch's: `{"accuracy": Budget(0.01, mode="max")}`. What loses
             more is a `mismatch`; in int8, w8 and w4 what loses less is `verified`, whatever single elements do.
+        labels: Names of the classes in the last axis of an output, in their order, to be embedded in each artifact.
+        metadata: What else is to be embedded, by name.
 
     Returns:
         The report, which also lies in `into` as `report.json`, `report.md` and `report.html`.
 
     Raises:
         UnknownFormat: a name that is none.
-        BadRequest: the module or the inputs cannot be taken apart, forward takes other arguments, `into` is there and
-            is no export, or a budget has no metric, or does not say which way it is better.
+        BadRequest: the module or the inputs cannot be taken apart, forward takes other arguments, labels or metadata
+            are no texts, `into` is there and is no export, or a budget has no metric, or does not say which way it is
+            better.
     """
     from polyexport.capture.flatten import as_runner
     from polyexport.capture.snapshot import load
 
+    check(labels, metadata or {})
     chosen, limits = resolve(formats), directed(budgets(budget), {})
     if limits and metric is None:
         raise BadRequest(f"budget for {', '.join(limits)}, but no metric=<a function of a runner> that measures it")
@@ -85,6 +93,7 @@ def export(
         requested(module, inputs, chosen, into, dynamic, calibration, checkpoint) as request,
         Engine(workers=workers, timeout=timeout, executor=executor, staging=staging, tell=progress) as engine,
     ):
+        request = replace(request, labels=tuple(labels), metadata=dict(metadata or {}))
         report = engine.submit(request).result()
         report = engine.bench(report, chosen) if bench else report
         if metric is None or report.model is None:

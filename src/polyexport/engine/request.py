@@ -43,6 +43,8 @@ class Request:
             resumes.
         sys_path: The import path of the process that trained the module.
         commit: The git commit of its code; None where that is this process's.
+        labels: Names of an output's classes, for each artifact.
+        metadata: What else is to be embedded.
     """
 
     work: Path
@@ -57,6 +59,8 @@ class Request:
     former: tuple[Path, ...] = ()
     sys_path: tuple[str, ...] = field(default_factory=import_path)
     commit: str | None = None
+    labels: tuple[str, ...] = ()
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def final(self) -> Path:
@@ -67,7 +71,9 @@ class Request:
     def question(self) -> dict[str, Any]:
         """What makes another export of the same weights a different one."""
         further = len(further_calls(self.work / "source"))
-        return {"formats": sorted(each.name for each in self.formats), "dynamic": self.dynamic, "calibration": further}
+        names = sorted(each.name for each in self.formats)
+        embedded = {"labels": self.labels, "metadata": self.metadata}
+        return {"formats": names, "dynamic": self.dynamic, "calibration": further, **embedded}
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,13 +90,15 @@ class Asked:
     keep: int | None
     sys_path: tuple[str, ...]
     seal: str = ""
+    labels: tuple[str, ...] = ()
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
 
 def write(request: Request) -> None:
     """Write down what was asked for, for whoever resumes the export."""
     names = tuple(each.name for each in request.formats)
     taken = (request.dynamic, request.checkpoint, request.notes, request.held, request.best, request.keep)
-    asked = Asked(request.name, names, *taken, request.sys_path, seal(request.work))
+    asked = Asked(request.name, names, *taken, request.sys_path, seal(request.work), request.labels, request.metadata)
     write_json(request.work / REQUEST, asked)
 
 
@@ -158,6 +166,8 @@ def interrupted(parent: Path, *, trust: bool = True) -> Request:
         asked.keep,
         sys_path=asked.sys_path,
         commit="",
+        labels=asked.labels,
+        metadata=asked.metadata,
     )
 
 

@@ -112,7 +112,7 @@ class Build:
                 built = replace(built, outcome=replace(built.outcome, reason=why))
         fixed = _fixed(self._reference.spec)
         lost = [f"static shapes only{fixed}, since with dynamic axes: {because}"] if because else []
-        lost += [built.shortfall] if built.shortfall else []
+        lost += [each for each in (built.shortfall, self._reference.unlabeled) if each]
         if lost and built.outcome.state == "verified":
             built = replace(built, outcome=replace(built.outcome, state="degraded", reason="; ".join(lost)))
         return built

@@ -30,6 +30,7 @@ from polyexport.capture.snapshot import UNAVAILABLE, WEIGHTS, Select, save_call,
 from polyexport.engine import plan
 from polyexport.engine.engine import Engine, check_limits
 from polyexport.engine.judge import Metric, measured
+from polyexport.engine.labels import check
 from polyexport.engine.request import Request, interruption
 from polyexport.engine.weights import hold, save_lacking
 from polyexport.errors import BadRequest, ToolMissing, line
@@ -68,6 +69,8 @@ class Options:
         executor: Has the jobs done on other machines; see `Engine`.
         staging: Through which URL their files travel; see `Engine`.
         budget: How much worse each metric of the user's own may be; see `Session.judge`.
+        labels: Names of an output's classes, to be embedded in each artifact.
+        metadata: What else is to be embedded.
 
     Raises:
         BadRequest: a value is impossible.
@@ -84,8 +87,11 @@ class Options:
     executor: Any = None
     staging: str | None = None
     budget: Mapping[str, Budget] = field(default_factory=dict)
+    labels: tuple[str, ...] = ()
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        check(self.labels, self.metadata)
         plan.steps(self.formats)
         check_limits(self.workers, self.timeout, self.executor, self.staging)
         if self.calibration_batches < 1:
@@ -345,6 +351,8 @@ class Session:
             held,
             keep=options.keep,
             former=tuple(self._folders),
+            labels=options.labels,
+            metadata=options.metadata,
         )
         self._exports[self._engine.submit(request)] = name
 

@@ -18,6 +18,7 @@ Requirements:
 from __future__ import annotations
 
 import contextlib
+import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -26,7 +27,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from polyexport.format import Convert, Format, Loaded, Observed, Route, Snippet
+from polyexport.errors import CannotRun
+from polyexport.format import Convert, Format, Loaded, Observed, OnDevice, Route, Snippet
 from polyexport.measure.weights import left_in_float
 from polyexport.spec import Arrays, ExportSpec, Precision, Runner, TensorSpec, calibration, example
 
@@ -152,7 +154,10 @@ def _convert(model: Any, target: Path, spec: ExportSpec, precision: str) -> None
             raise
         print(f"for iOS 18 and macOS 15 only, since: {error}")
         package = _translated(model, spec, precision, ct.target.iOS18)
-    package.user_defined_metadata.update(spec.metadata)
+    package.user_defined_metadata.update(spec.embedded)
+    if spec.labels:  # where Xcode's preview looks for them
+        preview = json.dumps({"labels": spec.labels}, ensure_ascii=False)
+        package.user_defined_metadata["com.apple.coreml.model.preview.params"] = preview
     package.save(str(target))
 
 
@@ -276,7 +281,7 @@ def _known_ranges(found: dict[str, dict[str, float]]) -> Iterator[None]:
 def load(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
     """Run it with Core ML on macOS, and by evaluating its program elsewhere."""
     if sys.platform == "darwin":
-        return package(_predicted(path), spec)
+        return load_on_mac(path, spec, threads=threads)
     return replace(
         package(_evaluated(path, threads), spec),
         stand_in="its program is evaluated op by op, which says nothing of Core ML's speed",
@@ -292,6 +297,17 @@ def load_compressed(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
     much = left_in_float(*float_weights(read(path)))
     told = f"{much}: small ones, and those that coremltools leaves" if much else ""
     return replace(opened, shortfall="; ".join(filter(None, (opened.shortfall, told))))
+
+
+def load_on_mac(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
+    """Run it with Core ML.
+
+    Raises:
+        CannotRun: this is no macOS.
+    """
+    if sys.platform != "darwin":
+        raise CannotRun("Core ML is part of macOS, so run this on a Mac")
+    return package(_predicted(path), spec)
 
 
 def package(run: Runner, spec: ExportSpec) -> Loaded:
@@ -377,7 +393,9 @@ def _format(name: str, precision: Precision, description: str, *routes: Route, *
         artifact="model.mlpackage",
         precision=precision,
         routes=routes,
+        targets=("phone",),
         snippets=_SNIPPETS,
+        on_device=OnDevice(("coremltools",), load_on_mac),
         **({"load": load} | more),
     )
 

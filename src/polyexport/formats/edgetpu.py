@@ -301,7 +301,7 @@ FORMATS = (
         "tflite-int8-nhwc",
         "TensorFlow Lite model in int8, channels last, one row at a time: what an Edge TPU takes",
         _MODEL,
-        Route("litert-torch", "pt2", "litert", convert),
+        tflite.packed(Route("litert-torch", "pt2", "litert", convert)),
         load_int8,
         snippets=_snippets("ai_edge_litert.interpreter", "Interpreter"),
     ),

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from polyexport.format import Convert, Format, Route, Snippet
+from polyexport.format import Convert, Format, OnDevice, Route, Snippet
 from polyexport.spec import Arrays, ExportSpec, Precision, Runner, calibration
 from polyexport.tracing.exported_program import load_program
 
@@ -174,7 +174,9 @@ def _format(name: str, precision: Precision, description: str, *ways: tuple[str,
         precision=precision,
         routes=tuple(Route(way, "pt2", "executorch", convert) for way, convert in ways),
         load=load,
+        targets=("phone", "microcontroller"),
         snippets=_SNIPPETS,
+        on_device=OnDevice(("executorch",)),
         **more,
     )
 

@@ -252,6 +252,7 @@ def _format(name: str, precision: Precision, description: str, *routes: Route, *
         precision=precision,
         routes=routes,
         load=load,
+        targets=("phone",),
         snippets=_SNIPPETS,
         **more,
     )

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from polyexport.errors import line
-from polyexport.format import MODULE, Format, Loaded, Route, Snippet
+from polyexport.format import MODULE, Format, Loaded, OnDevice, Route, Snippet
 from polyexport.lowering.ports import inner, rename_ports
 from polyexport.spec import Arrays, ExportSpec, Runner, example
 from polyexport.tracing.exported_program import load_program
@@ -124,7 +124,7 @@ def _finish(path: Path, spec: ExportSpec) -> None:
     named = {tensor.name: tensor for tensor in (*spec.inputs, *spec.outputs)}
     for value in (*model.graph.input, *model.graph.output):
         _name_axes(value, named[value.name].dynamic)
-    onnx.helper.set_model_props(model, dict(spec.metadata))
+    onnx.helper.set_model_props(model, spec.embedded)
     onnx.save(model, path)
 
 
@@ -196,6 +196,7 @@ outputs = session.run({{ outputs | tojson }}, inputs)
     ),
 )
 
+ON_DEVICE = OnDevice(("onnxruntime",))
 
 FORMAT = Format(
     name="onnx",
@@ -208,5 +209,7 @@ FORMAT = Format(
         Route("script", upstream="torchscript", toolchain="onnx", convert=convert_script),
     ),
     load=load,
+    targets=("server CPU",),
     snippets=SNIPPETS,
+    on_device=ON_DEVICE,
 )

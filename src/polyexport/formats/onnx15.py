@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from polyexport.format import MODULE, Format, Route
-from polyexport.formats.onnx import SNIPPETS, convert_trace, load
+from polyexport.formats.onnx import ON_DEVICE, SNIPPETS, convert_trace, load
 from polyexport.spec import ExportSpec
 
 
@@ -26,5 +26,7 @@ FORMAT = Format(
     artifact="model.onnx",
     routes=(Route("torchscript", upstream=MODULE, toolchain="onnx", convert=convert),),
     load=load,
+    targets=("server CPU",),
     snippets=SNIPPETS,
+    on_device=ON_DEVICE,
 )

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from polyexport.format import Format, Route
-from polyexport.formats.onnx import REMARK, SNIPPETS, load, opened, save
+from polyexport.formats.onnx import ON_DEVICE, REMARK, SNIPPETS, load, opened, save
 from polyexport.spec import Arrays, ExportSpec, Precision, calibration
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def quantize(source: Path, target: Path, spec: ExportSpec, *, methods: Iterable[
     for each in drafts:
         print(f"ranges by {each.method}, {len(each.kept)} matrices kept: relative error {each.error:.3g}")
     remarks = [f"ranges by {best.method.lower()}", *_seven_bits(), *remarks, *filter(None, [in_float(best.model)])]
-    save(best.model, target, {**spec.metadata, REMARK: "; ".join(remarks)})
+    save(best.model, target, {**spec.embedded, REMARK: "; ".join(remarks)})
 
 
 def _best(drafts: Iterable[_Draft]) -> _Draft:
@@ -319,7 +319,7 @@ def quantize_weights(source: Path, target: Path, spec: ExportSpec) -> None:
         model = onnx.load(draft)
     stored = _store_convolutions(model)
     kept = [f"convolutions compute in float32, by {stored} weights that are stored in int8"] if stored else []
-    save(model, target, {**spec.metadata, REMARK: "; ".join([*_seven_bits(), *kept])})
+    save(model, target, {**spec.embedded, REMARK: "; ".join([*_seven_bits(), *kept])})
 
 
 def _store_convolutions(model: onnx.ModelProto) -> int:
@@ -350,7 +350,9 @@ def _format(name: str, precision: Precision, description: str, *routes: Route, c
         precision=precision,
         routes=routes,
         load=load,
+        targets=("server CPU",),
         snippets=SNIPPETS,
+        on_device=ON_DEVICE,
         calibrated=calibrated,
     )
 

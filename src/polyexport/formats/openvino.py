@@ -5,13 +5,14 @@ https://docs.openvino.ai/
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from polyexport.format import Format, Loaded, Route, Snippet
+from polyexport.format import Format, Loaded, OnDevice, Route, Snippet
 from polyexport.spec import Arrays, ExportSpec, Runner
 
 if TYPE_CHECKING:
@@ -105,6 +106,8 @@ def save(model: Any, target: Path, spec: ExportSpec, *, half: bool = False, rema
                 port.get_tensor().set_names({tensor.name})
     for key, value in (*spec.metadata.items(), *([("remark", remark)] if remark else [])):
         model.set_rt_info(value, ["polyexport", key])
+    if spec.labels:  # as OpenVINO's Model API reads them: blanks between, none within
+        model.set_rt_info(" ".join(re.sub(r"\s", "_", label) for label in spec.labels), ["model_info", "labels"])
     openvino.save_model(model, str(target), compress_to_fp16=half)
 
 
@@ -171,6 +174,7 @@ int main() {
     ),
 )
 
+ON_DEVICE = OnDevice(("openvino",))
 
 FORMATS = (
     Format(
@@ -184,7 +188,9 @@ FORMATS = (
             Route("torchscript", upstream="torchscript", toolchain="openvino", convert=convert_torchscript),
         ),
         load=load,
+        targets=("server CPU",),
         snippets=SNIPPETS,
+        on_device=ON_DEVICE,
     ),
     Format(
         name="openvino-fp16",
@@ -195,6 +201,8 @@ FORMATS = (
         precision="float16",
         routes=(Route("openvino", upstream="openvino", toolchain="openvino", convert=halve),),
         load=load,
+        targets=("server CPU",),
         snippets=SNIPPETS,
+        on_device=ON_DEVICE,
     ),
 )

@@ -22,7 +22,7 @@ from typing import Any
 
 from polyexport.format import Format, Load, Loaded, Route
 from polyexport.formats.onnx_quantized import distance, overflows
-from polyexport.formats.openvino import SNIPPETS, compiled, load, save, without_telemetry
+from polyexport.formats.openvino import ON_DEVICE, SNIPPETS, compiled, load, save, without_telemetry
 from polyexport.spec import Arrays, ExportSpec, Precision, calibration
 
 URL = "https://docs.openvino.ai/2025/openvino-workflow/model-optimization.html"
@@ -151,8 +151,10 @@ def _format(
         precision=precision,
         routes=(route,),
         load=load,
+        targets=("server CPU",),
         runtime="openvino",
         snippets=SNIPPETS,
+        on_device=ON_DEVICE,
         calibrated=calibrated,
     )
 

@@ -157,5 +157,6 @@ FORMAT = Format(
         Route("lowering", upstream="onnx", toolchain="paddle", convert=lower),
     ),
     load=load,
+    targets=("server CPU",),
     snippets=_SNIPPETS,
 )

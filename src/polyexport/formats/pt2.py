@@ -5,7 +5,6 @@ https://docs.pytorch.org/docs/stable/export.html
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from polyexport.format import MODULE, Format, Route, Snippet
@@ -26,7 +25,7 @@ def convert(source: Path, target: Path, spec: ExportSpec) -> None:
         traced.requires_grad_(False)  # else converters choose attention that can be differentiated, of other strides
         program = export_program(traced, inputs, [tensor.dynamic for tensor in spec.inputs])
     program.example_inputs = None  # real rows, in a pickle that whoever loads the program would run
-    torch.export.save(program, target, extra_files={"polyexport.json": json.dumps(dict(spec.metadata))})
+    torch.export.save(program, target, extra_files=spec.extra_files)
 
 
 def load(path: Path, spec: ExportSpec, *, threads: int) -> Runner:
@@ -63,5 +62,6 @@ FORMAT = Format(
     artifact="model.pt2",
     routes=(Route("export", upstream=MODULE, toolchain="torch", convert=convert),),
     load=load,
+    targets=("server CPU",),
     snippets=_SNIPPETS,
 )

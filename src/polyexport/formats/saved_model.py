@@ -6,7 +6,6 @@ https://www.tensorflow.org/guide/saved_model
 from __future__ import annotations
 
 import contextlib
-import json
 import keyword
 import re
 from collections.abc import Mapping
@@ -18,8 +17,6 @@ from polyexport.lowering.ports import inner, rename_ports
 from polyexport.spec import Arrays, ExportSpec, Runner
 
 SIGNATURE = "serving_default"
-
-_METADATA = "polyexport.json"
 
 
 def convert(source: Path, target: Path, spec: ExportSpec) -> None:
@@ -42,7 +39,8 @@ def convert(source: Path, target: Path, spec: ExportSpec) -> None:
         _rename_inputs(target / "saved_model.pb", names)
     extra = target / "assets.extra"  # a folder for files that TensorFlow leaves alone
     extra.mkdir(exist_ok=True)
-    (extra / _METADATA).write_text(json.dumps(dict(spec.metadata)), encoding="utf-8")
+    for name, text in spec.extra_files.items():
+        (extra / name).write_text(text, encoding="utf-8")
 
 
 def arguments(spec: ExportSpec) -> dict[str, str]:
@@ -153,5 +151,6 @@ FORMAT = Format(
     artifact="saved_model",
     routes=(Route("lowering", upstream="onnx", toolchain="tensorflow", convert=convert),),
     load=load,
+    targets=("server CPU",),
     snippets=_SNIPPETS,
 )

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from polyexport.errors import CannotRun, ToolMissing
-from polyexport.format import Convert, Format, Route, Snippet
+from polyexport.format import Convert, Format, OnDevice, Route, Snippet
 from polyexport.spec import Arrays, ExportSpec, Precision, Runner
 from polyexport.workers import gpu
 
@@ -115,7 +115,7 @@ def _build(source: Path, target: Path, spec: ExportSpec, trt: Any) -> None:
     target.write_bytes(bytes(plan))
     cache.parent.mkdir(parents=True, exist_ok=True)
     cache.write_bytes(bytes(config.get_timing_cache().serialize()))
-    about = {"tensorrt": trt.__version__, "gpu": asdict(device), "metadata": dict(spec.metadata)}
+    about = {"tensorrt": trt.__version__, "gpu": asdict(device), "metadata": spec.embedded}
     target.with_suffix(".json").write_text(json.dumps(about, indent=2), encoding="utf-8")
 
 
@@ -263,9 +263,11 @@ def _format(
         # the training environment's own library is seen by the layer
         routes=(Route("onnx", upstream="onnx", toolchain="onnx", convert=convert),),
         load=load,
+        targets=("GPU",),
         needs_gpu=True,
         lacks=lacks,
         snippets=_SNIPPETS,
+        on_device=OnDevice(("tensorrt", "torch")),
     )
 
 

@@ -96,7 +96,7 @@ def _converted(source: Path, target: Path, spec: ExportSpec) -> dict[str, Any]:
         str(target.parent),
         signature_def=SIGNATURE,
         control_flow_v2=True,
-        metadata={"polyexport": dict(spec.metadata)},
+        metadata={"polyexport": dict(spec.metadata), **({"labels": spec.labels} if spec.labels else {})},
     )
     model: dict[str, Any] = json.loads(target.read_text(encoding="utf-8"))
     return model
@@ -342,6 +342,7 @@ def _format(name: str, precision: Precision, description: str, route: Route) -> 
         precision=precision,
         routes=(route,),
         load=load,
+        targets=("browser",),
         runtime="tfjs",
         slow_because="in Node its WebAssembly backend has one thread (https://github.com/tensorflow/tfjs/issues/3830)",
         snippets=_SNIPPETS,

@@ -18,10 +18,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+from zipfile import ZipFile, ZipInfo
 
 import numpy as np
 
-from polyexport.format import Format, Loaded, Route, Snippet
+from polyexport.format import Format, Loaded, OnDevice, Route, Snippet
 from polyexport.formats.saved_model import SIGNATURE
 from polyexport.measure.weights import left_in_float
 from polyexport.spec import Arrays, ExportSpec, Precision, TensorSpec, calibration
@@ -457,6 +458,21 @@ val output{{ loop.index0 }} = outputs[{{ loop.index0 }}].read
 )
 
 
+def packed(route: Route) -> Route:
+    """The route, with labels and metadata as files in an archive behind the model, where TensorFlow's tools look.
+
+    https://ai.google.dev/edge/litert/conversion/tensorflow/metadata (associated files)
+    """
+
+    def convert(source: Path, target: Path, spec: ExportSpec) -> None:
+        route.convert(source, target, spec)
+        with ZipFile(target, "a") as archive:
+            for name, text in spec.extra_files.items():
+                archive.writestr(ZipInfo(name), text)
+
+    return replace(route, convert=convert)
+
+
 def _format(name: str, precision: Precision, description: str, *routes: Route, **more: Any) -> Format:
     return Format(
         name=name,
@@ -465,10 +481,11 @@ def _format(name: str, precision: Precision, description: str, *routes: Route, *
         url=URL,
         artifact=ARTIFACT,
         precision=precision,
-        routes=routes,
+        routes=tuple(map(packed, routes)),
         runtime="tflite",
         snippets=SNIPPETS,
-        **({"load": load} | more),
+        on_device=OnDevice(("ai-edge-litert",)),
+        **({"load": load, "targets": ("phone",)} | more),
     )
 
 
@@ -511,5 +528,6 @@ FORMATS = (
         load=load_int8,
         calibrated=True,
         slow_because="LiteRT advises static int8 for NPUs, and int8 weights alone for CPUs",
+        targets=("phone", "microcontroller"),
     ),
 )

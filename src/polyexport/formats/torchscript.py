@@ -5,7 +5,6 @@ https://docs.pytorch.org/docs/stable/jit.html
 
 from __future__ import annotations
 
-import json
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -87,7 +86,7 @@ def _trace(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], target: Pa
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore", DeprecationWarning)  # it is frozen, and still what mobile and C++ run
         traced = torch.jit.trace(module, inputs, strict=False, check_trace=False)
-        torch.jit.save(traced, str(target), _extra_files={"polyexport.json": json.dumps(dict(spec.metadata))})
+        torch.jit.save(traced, str(target), _extra_files=spec.extra_files)
 
 
 def load(path: Path, spec: ExportSpec, *, threads: int) -> Runner:
@@ -144,5 +143,6 @@ FORMAT = Format(
         Route("pt2", upstream="pt2", toolchain="torch", convert=convert_program),
     ),
     load=load,
+    targets=("server CPU",),
     snippets=_SNIPPETS,
 )

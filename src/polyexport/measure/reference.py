@@ -57,6 +57,7 @@ class Reference:
         read_at: The sites (`file:line`) at which forward reads numbers or truth values of its inputs into Python.
         one_side: Those of them of which every batch took the same side.
         narrow: Why artifacts are right for some data only, by what forward receives beside tensors.
+        unlabeled: Why the user's labels are in no artifact.
         notes: What the report has to say.
     """
 
@@ -73,6 +74,7 @@ class Reference:
     read_at: tuple[str, ...] = ()
     one_side: tuple[str, ...] = ()
     narrow: str = ""
+    unlabeled: str = ""
     notes: tuple[str, ...] = ()
 
 

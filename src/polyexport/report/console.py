@@ -19,7 +19,7 @@ from rich.text import Text
 
 from polyexport import errors
 from polyexport.report import escape
-from polyexport.report.report import Report, columns, metrics, rows
+from polyexport.report.report import Report, columns, metrics, proofs, rows
 from polyexport.report.tables import NUMBERS
 
 T = TypeVar("T")
@@ -59,8 +59,8 @@ def table(report: Report, width: int) -> Table:
     return drawn
 
 
-def _plain(found: Sequence[Mapping[str, str]]) -> Table:
-    drawn = Table(title="validation metrics", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+def _plain(title: str, found: Sequence[Mapping[str, str]]) -> Table:
+    drawn = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for column in found[0]:
         header = Text(escape.printable(column))
         drawn.add_column(header, justify="left" if column == "format" else "right", overflow="fold")
@@ -74,7 +74,9 @@ def show(report: Report, console: Console | None = None) -> None:
     console = console or Console()
     console.print(table(report, console.width))
     if report.metrics:
-        console.print(_plain(metrics(report)))
+        console.print(_plain("validation metrics", metrics(report)))
+    if elsewhere := proofs(report):
+        console.print(_plain("on other machines", elsewhere))
     lines = [f"{outcome.format}: {outcome.reason}" for outcome in report.outcomes if outcome.reason]
     lines += [f"note: {note}" for note in report.notes]
     for line in (*lines, f"export: {report.folder}", f"report: {report.folder / 'report.html'}"):

@@ -22,10 +22,11 @@ from typing import TYPE_CHECKING, Any
 from polyexport.format import Snippet
 from polyexport.formats import known
 from polyexport.report import svg
+from polyexport.report.choice import choices
 from polyexport.report.outcome import STATES, Outcome
-from polyexport.report.report import Report, columns, eager, history, metrics, rows
+from polyexport.report.report import Report, columns, eager, history, metrics, proofs, rows
 from polyexport.report.svg import Point
-from polyexport.report.tables import NUMBERS, error, milliseconds, size
+from polyexport.report.tables import NUMBERS, embedded, error, milliseconds, size
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -47,6 +48,9 @@ def page(report: Report) -> str:
             numbers=NUMBERS,
             table=list(_table(report)),
             metrics=metrics(report),
+            choices=list(choices(report)),
+            embedded=embedded(report.model) if report.model else "",
+            proofs=proofs(report),
             highlights=list(_highlights(report)),
             pictures=list(_pictures(report)),
             history=_history(report),

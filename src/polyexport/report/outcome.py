@@ -8,7 +8,8 @@ from typing import Literal, get_args
 
 from polyexport.measure.latency import Latency
 from polyexport.measure.parity import Parity
-from polyexport.spec import Precision, TensorSpec
+from polyexport.measure.tolerance import Tolerance
+from polyexport.spec import ExportSpec, Precision, TensorSpec
 
 State = Literal["verified", "degraded", "unverified", "mismatch", "failed", "skipped"]
 """What may be said of a format.
@@ -68,6 +69,53 @@ def _counted(count: int, one: str, many: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
+class Proof:
+    """What an artifact did on another machine: `proof.json`, which `polyexport accept` takes (see `polyexport.kit`).
+
+    Attributes:
+        format: The format's name.
+        sha256: Of the artifact's folder there, as `Artifact.sha256`.
+        data: SHA-256 of each file that it was compared with, by its path in the export.
+        tolerance: What it was judged by.
+        runtime: The package that ran it, with its version: `onnxruntime 1.23.2`.
+        machine: System and processor: `macOS 15.2, Apple M3`.
+        parity: Against PyTorch's answers.
+        elsewhere: Where it disagrees on batches of other values only, and how; empty where it does not.
+        shortfall: What it lacks there of what was asked for; empty where nothing.
+        latency: Of the validation batch, on that machine, which nothing here is compared with.
+        signature: The artifact's own, where it is not PyTorch's.
+        version: Of this record's form.
+    """
+
+    format: str
+    sha256: str
+    data: Mapping[str, str]
+    tolerance: Tolerance
+    runtime: str
+    machine: str
+    parity: Parity
+    elsewhere: str
+    shortfall: str
+    latency: Latency
+    signature: ExportSpec | None = None
+    version: int = 1
+
+    @property
+    def verified_by(self) -> str:
+        """What ran it, and where: `onnxruntime 1.23.2, macOS 15.2, Apple M3`."""
+        return f"{self.runtime}, {self.machine}"
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """What is said of a format: its state with the reason, and how it agrees with PyTorch if it was run."""
+
+    state: State
+    reason: str
+    parity: Parity | None
+
+
+@dataclass(frozen=True, slots=True)
 class Outcome:
     """What became of one format.
 
@@ -75,7 +123,8 @@ class Outcome:
     `reproduce` is a shell command that runs the deciding step again and prints what it says. `metrics` are what the
     user's own validation found with the artifact in place of PyTorch, where that was asked for. `remark` is what a
     reader is to know of the artifact that it does not lack, such as which operators stay in float. `by_budget` tells
-    whether a budget of the user's own metric decided on the state, and not parity.
+    whether a budget of the user's own metric decided on the state, and not parity. `proofs` are those of other
+    machines, one for each, the oldest first; `here` is what was said before the first of them.
     """
 
     format: str
@@ -96,6 +145,8 @@ class Outcome:
     calibration: Calibration | None = None
     remark: str = ""
     by_budget: bool = False
+    proofs: tuple[Proof, ...] = ()
+    here: Judgement | None = None
 
     @property
     def publishable(self) -> bool:
@@ -105,7 +156,7 @@ class Outcome:
     @property
     def shown_state(self) -> str:
         """The state as every table, page, tag and line shows it: `verified off-device` where a stand-in agreed."""
-        off_device = self.publishable and self.parity is not None and self.parity.off_device
+        off_device = self.publishable and not self.proofs and self.parity is not None and self.parity.off_device
         return f"{self.state} off-device" if off_device else self.state
 
 
@@ -124,12 +175,14 @@ class Checkpoint:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """The exported module: its class, its parameter count, its signature."""
+    """The exported module: its class, its parameter count, its signature, and what its user had embedded."""
 
     class_name: str = field(metadata={"json": "class"})
     parameters: int
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    labels: tuple[str, ...] = ()
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
 
 NoteKind = Literal["capture", "batch", "route", "precision", "latency", "metrics"]

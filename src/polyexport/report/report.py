@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -55,6 +56,14 @@ class Report:
         return markdown(self)
 
     _repr_markdown_ = __str__  # a notebook draws it
+
+    def _repr_html_(self) -> str | None:
+        """The page, as a notebook shows it; None where it was not written, and Markdown is shown."""
+        try:
+            page = (self.folder / "report.html").read_text(encoding="utf-8")
+        except OSError:
+            return None
+        return f'<iframe srcdoc="{html.escape(page)}" title="export report" width="100%" height="700"></iframe>'
 
     @property
     def is_quiet(self) -> bool:
@@ -220,6 +229,23 @@ def metrics(report: Report) -> list[dict[str, str]]:
     return table
 
 
+def proofs(report: Report) -> list[dict[str, str]]:
+    """What each artifact did on other machines, one row for each proof that came from there."""
+    return [
+        {
+            "format": outcome.format,
+            "verified by": escape.printable(proof.verified_by),
+            "state": "verified" if proof.parity.passed else "mismatch",
+            "max error": tables.error(proof.parity.max_abs_error),
+            "p50 ms": tables.milliseconds(proof.latency.p50_ms),
+            "p95 ms": tables.milliseconds(proof.latency.p95_ms),
+            "batch": str(proof.latency.batch),
+        }
+        for outcome in report.outcomes
+        for proof in outcome.proofs
+    ]
+
+
 def markdown(report: Report) -> str:
     """The report as Markdown: what was exported, the table, the notes, how to reproduce each step."""
     checkpoint, model = report.checkpoint, report.model
@@ -233,6 +259,8 @@ def markdown(report: Report) -> str:
         signature = f"({', '.join(map(str, model.inputs))}) → ({', '.join(map(str, model.outputs))})"
         about_it = f"{escape.code(model.class_name)}, {model.parameters:,} parameters: {escape.code(signature)}"
         lines += [about_it, ""]
+        if embedded := tables.embedded(model):
+            lines += [f"In each artifact: {escape.markdown(embedded)}.", ""]
     lines += [*tables.markdown(rows(report)), ""]
     if report.metrics:
         lines += [
@@ -241,6 +269,8 @@ def markdown(report: Report) -> str:
             *tables.markdown(metrics(report)),
             "",
         ]
+    if elsewhere := proofs(report):
+        lines += ["On other machines, by `polyexport kit`:", "", *tables.markdown(elsewhere), ""]
     if report.baseline:
         measured = report.baseline
         lines += [

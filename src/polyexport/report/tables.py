@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from polyexport.report import escape
-from polyexport.report.outcome import Outcome
+from polyexport.report.outcome import Model, Outcome
 
 Figure = str | int | float | None
 
@@ -118,6 +118,17 @@ def metric(value: float | None, beside: float | None = None) -> str:
     if beside is None or not math.isfinite(beside):
         return f"{value:.6g}"
     return f"{value:.6g} ({value - beside:+.1e})"
+
+
+def embedded(model: Model) -> str:
+    """What the user had embedded in each artifact: `labels: cat, dog; license: MIT`; empty where nothing."""
+    shown = ", ".join(model.labels[:_LABELS]) + (f" … ({len(model.labels)})" if len(model.labels) > _LABELS else "")
+    parts = {**({"labels": shown} if model.labels else {}), **model.metadata}
+    return escape.printable("; ".join(f"{name}: {text}" for name, text in parts.items()))
+
+
+_LABELS = 10
+"""How many labels are shown."""
 
 
 def markdown(table: Sequence[Mapping[str, str]]) -> Iterator[str]:

@@ -1,0 +1,81 @@
+"""An artifact on every recorded batch, against what PyTorch answered: by a worker here, by a kit on another machine."""
+
+from __future__ import annotations
+
+import hashlib
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from polyexport.errors import CannotRun, line
+from polyexport.measure.parity import Parity, compare, merge
+from polyexport.measure.tolerance import Tolerance
+from polyexport.spec import Batch, ExportSpec, Runner, read_arrays
+
+
+def verified(
+    run: Runner, folder: Path, batches: Sequence[Batch], spec: ExportSpec, limits: Tolerance, noise: str
+) -> tuple[Parity, str]:
+    """Compare what `run` answers with the batches in `folder`, the validation batch first.
+
+    `noise` is the file with the noise floor of each element of the validation batch, empty where it is unknown.
+
+    Returns:
+        The verdict, and where the artifact disagrees on batches of other values only: which, and how.
+
+    Raises:
+        CannotRun: PyTorch's answers prove nothing.
+    """
+    floors = read_arrays(folder / noise) if noise else {}
+    whole = read_arrays(folder / batches[0].path, spec.output_names)
+
+    def compared(batch: Batch) -> Parity:
+        inputs = read_arrays(folder / batch.path, spec.input_names)
+        reference = read_arrays(folder / batch.path, whole)
+        if not any(_says_something(array) for array in reference.values()):
+            raise CannotRun("PyTorch itself answers nothing but NaN or infinity, which proves nothing")
+        return compare(run(inputs), reference, limits, floors, None if batch is batches[0] else whole)
+
+    sized = [batch for batch in batches if not batch.label]
+    parity = merge([compared(batch) for batch in sized], [batch.sizes for batch in sized])
+    others = [batch for batch in batches if batch.label and parity.passed]
+    elsewhere = next(filter(None, (_apart(compared, batch) for batch in others)), "")
+    sizes = tuple(dict(pairs) for pairs in dict.fromkeys(tuple(batch.sizes.items()) for batch in batches))
+    return replace(parity, batches=sizes), elsewhere
+
+
+def _apart(compared: Callable[[Batch], Parity], batch: Batch) -> str:
+    """How an artifact disagrees with PyTorch on a batch of other values; empty where it agrees."""
+    try:
+        why = compared(batch).reason
+    except Exception as error:  # a runtime refuses sizes with any exception
+        traceback.print_exc()
+        why = line(error, 500)
+    where = ", ".join([batch.label, *(f"{name}={size}" for name, size in batch.sizes.items())])
+    return f"on {where}: {why}" if why else ""
+
+
+def _says_something(array: np.ndarray) -> bool:
+    return not np.issubdtype(array.dtype, np.inexact) or not array.size or bool(np.isfinite(array).any())
+
+
+def fingerprint(folder: Path, without: str) -> tuple[int, str]:
+    """Bytes and SHA-256 of all files of a folder, names included, but for the file `without` in it."""
+    digest, count = hashlib.sha256(), 0
+    for file in sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / without):
+        digest.update(file.relative_to(folder).as_posix().encode())
+        digest.update(bytes.fromhex(sha256(file)))
+        count += file.stat().st_size
+    return count, digest.hexdigest()
+
+
+def sha256(file: Path) -> str:
+    """SHA-256 of a file; `hashlib.file_digest` is not in Python 3.10, which some devices have."""
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,78 @@
+"""Which artifact to ship for each target, and why: what a reader asks first."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import get_args
+
+from polyexport.format import Target
+from polyexport.formats import known
+from polyexport.report.outcome import STATES, Outcome
+from polyexport.report.report import Report
+from polyexport.report.tables import error, milliseconds, size
+
+_TIMED_HERE: tuple[Target, ...] = ("server CPU", "GPU")
+"""Targets that latency on this machine says something about; for the others the smallest artifact counts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The artifact for a target.
+
+    Attributes:
+        target: What it is to run on.
+        outcome: The format; None where no artifact for that target agrees with PyTorch.
+        why: Why this one, or why none, in a line.
+    """
+
+    target: Target
+    outcome: Outcome | None
+    why: str
+
+
+def choices(report: Report) -> Iterator[Choice]:
+    """The artifact for each target that a format was asked for, those that lack nothing preferred.
+
+    For a server it is the fastest, where latency was measured on a quiet machine, else the smallest.
+    """
+    for target in get_args(Target):
+        asked = [each for each in report.outcomes if each.format in known() and target in known()[each.format].targets]
+        agreed = [each for each in asked if each.publishable]
+        if not asked:
+            continue
+        if not agreed:
+            states = "; ".join(f"{each.format} is {each.shown_state}" for each in asked)
+            yield Choice(target, None, states)
+            continue
+        best = min((each.state for each in agreed), key=STATES.index)
+        fitting = [each for each in agreed if each.state == best]
+        by_time = target in _TIMED_HERE and report.is_quiet and all(each.latency for each in fitting)
+        chosen = min(fitting, key=_time if by_time else _bytes)
+        yield Choice(target, chosen, _why(chosen, len(fitting), by_time=by_time))
+
+
+def _time(outcome: Outcome) -> float:
+    return outcome.latency.p50_ms if outcome.latency else math.inf
+
+
+def _bytes(outcome: Outcome) -> float:
+    return outcome.artifact.bytes if outcome.artifact else math.inf
+
+
+def _why(chosen: Outcome, among: int, *, by_time: bool) -> str:
+    made = chosen.artifact.bytes if chosen.artifact else None
+    most = "fastest" if by_time else "smallest"
+    parts = [f"{most} of {among} {chosen.state}" if among > 1 else f"the only one {chosen.state}"]
+    if by_time and chosen.latency:
+        factor = f", {chosen.latency.speedup:.2f}× PyTorch" if chosen.latency.speedup else ""
+        parts.append(f"p50 {milliseconds(chosen.latency.p50_ms)} ms{factor}")
+    parts.append(size(made))
+    if chosen.parity and chosen.parity.max_abs_error is not None:
+        parts.append(f"max error {error(chosen.parity.max_abs_error)}")
+    if chosen.state != "verified":
+        parts.append(chosen.reason)
+    if chosen.shown_state != chosen.state:
+        parts.append("run off-device: prove it there with polyexport kit")
+    return "; ".join(parts)

@@ -1,0 +1,104 @@
+"""Two exports side by side: what got worse from one to the other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from polyexport.report.outcome import STATES, Outcome
+from polyexport.report.report import Report
+from polyexport.report.tables import error, milliseconds, size
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """How many times its earlier value a figure may be; None lets it be anything.
+
+    Attributes:
+        slower: Median latency. It is judged only where both were measured on quiet machines.
+        larger: Size.
+        off: Greatest absolute error.
+    """
+
+    slower: float | None = None
+    larger: float | None = None
+    off: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """One format in both; None where one has it not.
+
+    `worse` says what is beyond the bounds; empty where nothing is.
+    """
+
+    format: str
+    before: Outcome | None
+    now: Outcome | None
+    worse: tuple[str, ...]
+
+
+def compare(before: Report, now: Report, bounds: Bounds) -> list[Difference]:
+    """Every format of either, in the order of the later one. A worse state is beyond any bounds."""
+    names = dict.fromkeys([*(each.format for each in now.outcomes), *(each.format for each in before.outcomes)])
+    timed = before.is_quiet and now.is_quiet
+    return [_difference(name, _of(before, name), _of(now, name), bounds, timed=timed) for name in names]
+
+
+def _of(report: Report, name: str) -> Outcome | None:
+    return next((each for each in report.outcomes if each.format == name), None)
+
+
+def _difference(name: str, before: Outcome | None, now: Outcome | None, bounds: Bounds, *, timed: bool) -> Difference:
+    worse = tuple(_worse(before, now, bounds, timed=timed)) if before else ()
+    return Difference(name, before, now, worse)
+
+
+def _worse(before: Outcome, now: Outcome | None, bounds: Bounds, *, timed: bool) -> Iterator[str]:
+    if now is None:
+        yield f"it is gone, and was {before.shown_state}"
+        return
+    if STATES.index(now.state) > STATES.index(before.state):
+        yield f"{before.shown_state} became {now.shown_state}" + (f": {now.reason}" if now.reason else "")
+    for what, limit, then, after, written in (
+        ("slower", bounds.slower if timed else None, _p50(before), _p50(now), milliseconds),
+        ("larger", bounds.larger, _bytes(before), _bytes(now), lambda value: size(int(value))),
+        ("less exact", bounds.off, _error(before), _error(now), error),
+    ):
+        if limit is not None and then is not None and after is not None and after > limit * then:
+            yield f"{what}: {written(then)} became {written(after)}, more than {limit:g} times as much"
+
+
+def _p50(outcome: Outcome) -> float | None:
+    return outcome.latency.p50_ms if outcome.latency else None
+
+
+def _bytes(outcome: Outcome) -> float | None:
+    return outcome.artifact.bytes if outcome.artifact else None
+
+
+def _error(outcome: Outcome) -> float | None:
+    return outcome.parity.max_abs_error if outcome.parity else None
+
+
+def rows(differences: list[Difference]) -> list[dict[str, str]]:
+    """A table with both sides of each figure."""
+    return [
+        {
+            "format": each.format,
+            "state": _pair(*(outcome and outcome.shown_state for outcome in (each.before, each.now))),
+            "p50 ms": _pair(*(outcome and milliseconds(_p50(outcome)) for outcome in (each.before, each.now))),
+            "size": _pair(*(outcome and size(_whole(_bytes(outcome))) for outcome in (each.before, each.now))),
+            "max error": _pair(*(outcome and error(_error(outcome)) for outcome in (each.before, each.now))),
+            "worse": "; ".join(each.worse),
+        }
+        for each in differences
+    ]
+
+
+def _whole(value: float | None) -> int | None:
+    return None if value is None else int(value)
+
+
+def _pair(before: str | None, now: str | None) -> str:
+    return before or "" if before == now else f"{before or '–'} → {now or '–'}"

@@ -1,0 +1,130 @@
+"""What to ship, and what got worse: both are read from reports alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from made_up import outcome
+from polyexport import Outcome, Report
+from polyexport.cli import app
+from polyexport.report.choice import choices
+from polyexport.report.compare import Bounds, compare, rows
+from polyexport.report.files import save
+from polyexport.report.html import page
+from polyexport.report.outcome import Checkpoint
+
+
+def report(*outcomes: Outcome, folder: Path = Path()) -> Report:
+    return Report(Checkpoint("a.ckpt"), None, outcomes, folder=folder)
+
+
+FAST = outcome("openvino", "verified", megabytes=9.0, error=1e-6, ms=1.0)
+SMALL = outcome("onnx", "verified", megabytes=3.0, error=1e-6, ms=2.0)
+
+
+def shipped(*outcomes: Outcome) -> dict[str, str | None]:
+    return {each.target: each.outcome and each.outcome.format for each in choices(report(*outcomes))}
+
+
+def test_a_server_gets_the_fastest_and_a_phone_the_smallest():
+    tflite = outcome("tflite", "verified", megabytes=2.0, error=1e-6, ms=0.1)
+    coreml = outcome("coreml-fp16", "verified", megabytes=1.0, error=1e-3, ms=50.0)
+    assert shipped(FAST, SMALL, tflite, coreml) == {"server CPU": "openvino", "phone": "coreml-fp16"}
+
+
+def test_what_was_not_timed_is_chosen_by_size():
+    assert shipped(replace(FAST, latency=None), SMALL) == {"server CPU": "onnx"}
+
+
+def test_what_lacks_something_is_chosen_only_where_nothing_else_is():
+    lacking = outcome("onnx", "degraded", "static shapes only", megabytes=1.0, error=1e-6, ms=0.1)
+    assert shipped(FAST, lacking) == {"server CPU": "openvino"}
+    (choice,) = choices(report(lacking))
+    assert choice.outcome == lacking
+    assert choice.why.startswith("the only one degraded; ")
+    assert choice.why.endswith("static shapes only")
+
+
+def test_what_does_not_agree_is_never_shipped():
+    (choice,) = choices(report(outcome("tfjs", "mismatch", "off", megabytes=1.0, error=1.0, ms=0.1)))
+    assert (choice.target, choice.outcome, choice.why) == ("browser", None, "tfjs is mismatch")
+
+
+def test_what_a_stand_in_ran_says_how_to_prove_it():
+    coreml = outcome("coreml", "verified", megabytes=1.0, error=1e-6)
+    (choice,) = choices(report(replace(coreml, parity=replace(coreml.parity, off_device=True))))
+    assert choice.why.endswith("run off-device: prove it there with polyexport kit")
+
+
+def test_the_page_answers_first():
+    text = page(report(FAST, SMALL))
+    assert text.index("What to ship</h2>") < text.index('<h2 id="formats">')
+    assert "fastest of 2 verified; p50 " in text
+
+
+def test_a_notebook_shows_the_page(tmp_path: Path):
+    made = report(FAST, folder=tmp_path)
+    assert made._repr_html_() is None  # it draws Markdown then
+    save(made)
+    shown = made._repr_html_()
+    assert shown.startswith('<iframe srcdoc="&lt;!doctype html&gt;')
+    assert '"' not in shown[len('<iframe srcdoc="') : shown.index('" title=')]
+
+
+# --- comparing --------------------------------------------------------------------------------------------------------
+
+
+def worse(before: Outcome, *now: Outcome, **bounds: float) -> tuple[str, ...]:
+    return compare(report(before), report(*now), Bounds(**bounds))[-1].worse
+
+
+def test_nothing_is_worse_without_bounds_but_a_state():
+    assert worse(SMALL, outcome("onnx", "verified", megabytes=300.0, error=1e-2, ms=200.0)) == ()
+    assert worse(SMALL, outcome("onnx", "mismatch", "off")) == ("verified became mismatch: off",)
+    assert worse(SMALL, FAST) == ("it is gone, and was verified",)
+    assert worse(outcome("onnx", "mismatch", "off"), SMALL) == ()
+
+
+@pytest.mark.parametrize(
+    ("bounds", "message"),
+    [
+        ({"slower": 1.2}, "slower: 2"),
+        ({"larger": 1.05}, "larger: 3 MB became 6 MB, more than 1.05 times as much"),
+        ({"off": 2.0}, "less exact: 1.0e-06 became 1.0e-05, more than 2 times as much"),
+    ],
+)
+def test_a_figure_beyond_its_bound_is_worse(bounds: dict[str, float], message: str):
+    after = outcome("onnx", "verified", megabytes=6.0, error=1e-5, ms=4.0)
+    (why,) = worse(SMALL, after, **bounds)
+    assert why.startswith(message)
+    assert worse(SMALL, after, **dict.fromkeys(bounds, 100.0)) == ()
+    assert worse(SMALL, SMALL, **bounds) == ()
+
+
+def test_latency_of_a_busy_machine_is_not_judged():
+    after = outcome("onnx", "verified", megabytes=3.0, error=1e-6, ms=40.0)
+    busy = replace(after, latency=replace(after.latency, waited=0.9))
+    assert worse(SMALL, after, slower=2.0) != ()
+    assert worse(SMALL, busy, slower=2.0) == ()
+
+
+def test_the_table_shows_both_sides():
+    (row,) = rows(compare(report(SMALL), report(outcome("onnx", "mismatch", "off")), Bounds()))
+    assert (row["format"], row["state"], row["size"]) == ("onnx", "verified → mismatch", "3 MB → –")
+
+
+def test_the_command_tells_by_its_exit_code(tmp_path: Path):
+    for name, each in (("a", SMALL), ("b", outcome("onnx", "verified", megabytes=6.0, error=1e-6, ms=2.0))):
+        (tmp_path / name).mkdir()
+        save(report(each, folder=tmp_path / name))
+    paths = [str(tmp_path / "a"), str(tmp_path / "b")]
+    run = CliRunner().invoke
+    assert run(app, ["compare", *paths]).exit_code == 0
+    told = run(app, ["compare", *paths, "--larger", "1.5"])
+    assert told.exit_code == 1
+    assert "onnx: larger: 3 MB became 6 MB" in told.stderr
+    assert run(app, ["compare", *reversed(paths), "--larger", "1.5"]).exit_code == 0
