@@ -61,6 +61,7 @@ bench: $(VENV)/test
 	$(BIN)/python tests/benchmarks/overhead.py
 	$(BIN)/python tests/benchmarks/overlap.py
 	$(BIN)/python tests/benchmarks/servers.py
+	$(BIN)/python tests/benchmarks/runtimes.py
 	$(BIN)/python tests/benchmarks/onnx2tf.py
 
 test-zoo: $(VENV)/test

@@ -135,7 +135,8 @@ def doctor(names: Names = None, as_json: Json = False) -> None:
     chosen = _resolved(names)
     rows = [{"format": each.name, "ready": not (lacks := _lacks(each)), "missing": lacks} for each in chosen]
     _show(rows, as_json)
-    missing = dict.fromkeys(chain for each in chosen for chain in _needed(each) if not chain.ready)
+    runnable = (each for each in chosen if not each.lacks())
+    missing = dict.fromkeys(chain for each in runnable for chain in _needed(each) if not chain.ready)
     if room := _room(list(missing)):
         _say(f"all that is missing together{room}")
     if any(row["missing"] for row in rows):
