@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ import polyexport
 from polyexport import FORMATS, ExportSpec, Report, TensorSpec
 from polyexport.formats import onnx_quantized
 from polyexport.formats.onnx import opened
+from polyexport.measure import drafts
+from polyexport.measure.drafts import distance
 from polyexport.measure.parity import Parity, compare
 from polyexport.report import manifest
 from polyexport.spec import calibration, read_arrays, write_arrays
@@ -242,7 +244,7 @@ def off(source: Path, target: Path, spec: ExportSpec) -> float:
     """How far the quantized model is from the float one."""
     onnx_quantized.quantize(source, target, spec, methods=["MinMax"])
     batches = list(calibration(spec))
-    return onnx_quantized.distance(*([opened(path, threads=1)(each) for each in batches] for path in (source, target)))
+    return distance(*([opened(path, threads=1)(each) for each in batches] for path in (source, target)))
 
 
 def test_the_costliest_matrix_goes_back_to_float(outlier, tmp_path):
@@ -255,5 +257,81 @@ def test_the_costliest_matrix_goes_back_to_float(outlier, tmp_path):
 
 def test_without_a_round_it_stays_far(outlier, tmp_path, monkeypatch):
     source, spec = outlier
-    monkeypatch.setattr(onnx_quantized, "_SHARES", ())
+    monkeypatch.setattr(drafts, "_SHARES", ())
     assert off(source, tmp_path / "y.onnx", spec) > 0.2
+
+
+@pytest.mark.parametrize(
+    ("kind", "gates", "lacking"), [("LSTM", 4, ["onnx-int8"]), ("GRU", 3, ["onnx-int8", "onnx-w8"])]
+)
+def test_weights_for_which_there_is_no_int8_are_a_shortfall(tmp_path, kind, gates, lacking):
+    import onnx
+    from onnx import helper, numpy_helper
+
+    random = np.random.default_rng(0)
+    weights = [random.normal(size=(1, gates * 8, 8)).astype(np.float32) for _ in "WR"]
+    node = helper.make_node(kind, ["x", "W", "R"], ["y"], hidden_size=8)
+    x, y = (helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["time", *size, 8]) for name, size in SIZES)
+    graph = helper.make_graph([node], "net", [x], [y], list(map(numpy_helper.from_array, weights, "WR")))
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), tmp_path / "x.onnx")
+    write_arrays(tmp_path / "x.npz", {"x": random.normal(size=(5, 2, 8)).astype(np.float32)})
+    spec = ExportSpec((TensorSpec("x", "float32", ("time", 2, 8)),), (), calibration=(tmp_path / "x.npz",))
+    for name in ("onnx-int8", "onnx-w8"):
+        FORMATS[name].routes[-1].convert(tmp_path / "x.onnx", tmp_path / f"{name}.onnx", spec)
+        opened = FORMATS[name].open(tmp_path / f"{name}.onnx", spec, threads=1)
+        assert opened.shortfall == ("100% of its weights in float" if name in lacking else "")
+
+
+SIZES = (("x", [2]), ("y", [1, 2]))
+
+
+class Outlier(torch.nn.Module):
+    """Between its first two matrices one column is 1,000 times as large as the others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = (torch.nn.Linear(16, 16) for _ in range(3))
+        with torch.no_grad():
+            self.first.weight[0] *= 1000
+            self.second.weight[:, 0] /= 1000
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.third(self.second(self.first(x).relu()).relu())
+
+
+@pytest.mark.slow
+def test_openvinos_costliest_matrix_goes_back_to_float_too(tmp_path):
+    torch.manual_seed(0)
+    report = polyexport.export(Outlier(), torch.randn(64, 16), ["openvino-int8"], tmp_path / "out", bench=False)
+    outcome = report["openvino-int8"]
+    assert outcome.publishable, outcome.reason
+    assert "back to float32, by the error that each makes alone: " in outcome.remark
+
+
+def made(kept: Sequence[str], alone: Sequence[str]) -> drafts.Draft:
+    """Of three layers the second costs nearly all of it."""
+    costs = {"a": 0.02, "b": 0.5, "c": 0.01}
+    quantized = alone or [name for name in costs if name not in kept]
+    return drafts.Draft(None, "", sum(costs[name] for name in quantized), tuple(kept))
+
+
+def test_layers_go_back_until_it_is_near_and_no_further():
+    chosen, told = drafts.mended([made((), ())], {"a": "net.a", "b": "net.b", "c": "net.c"}, made)
+    assert chosen.kept == ("b",)
+    assert told == (
+        "back to float32, by the error that each makes alone: net.b (50.0%) (error of the outputs 53.0%, then 3.0%)"
+    )
+
+
+def test_what_is_near_stays_as_it_is_and_what_brings_nothing_is_not_kept():
+    near = drafts.Draft(None, "", 0.01)
+    assert drafts.mended([near], {"a": "a"}, made) == (near, "")
+    far = drafts.Draft(None, "", 0.2)
+    assert drafts.mended([far], {"a": "a"}, lambda kept, alone: drafts.Draft(None, "", 0.3, tuple(kept))) == (far, "")
+
+
+def test_the_distance_is_relative_to_each_output_and_infinite_where_one_is_nan():
+    x = np.full((2, 2), 100.0, np.float32)
+    assert distance([{"y": x}], [{"y": x * 1.1}]) == pytest.approx(0.1)
+    assert distance([{"y": x, "z": x}], [{"y": x * 1.1, "z": x * 1.1}]) == pytest.approx(0.1)
+    assert distance([{"y": x}], [{"y": x * np.nan}]) == np.inf

@@ -221,13 +221,16 @@ functions = {{
 weights = {{
     "regions": np.float32([[0, 0, 5, 4], [1, 1, 8, 5], [0, 2, 3, 5]]), "owner": np.array([0, 1, 2]),
     "kernel": np.random.default_rng(1).random((18, 2, 3, 3), np.float32) / 9,
-    "lengths": np.array([3, 1]), "parts": np.array([2, 3]), "divisor": np.float32(-0.3), "size": np.array([2, 3]),
+    "lengths": np.array([3, 1]), "parts": np.array([2, 3]), "fourth": np.array([4]), "fifth": np.array([5]),
+    "new": np.array([2, 3]), "seventh": np.array([7]), "divisor": np.float32(-0.3), "size": np.array([2, 3]),
 }}
 nodes = [helper.make_node(op, ["x"], [op]) for op in functions] + [
     helper.make_node("Mod", ["x", "divisor"], ["Mod"], fmod=1),
     helper.make_node("ReverseSequence", ["rows", "lengths"], ["ReverseSequence"], batch_axis=1, time_axis=0),
     helper.make_node("Cast", ["Ceil"], ["integers"], to=7),
     helper.make_node("Split", ["integers", "parts"], ["rest", "Split"], axis=1),
+    helper.make_node("Unsqueeze", ["image", "new"], ["six axes"]),
+    helper.make_node("Slice", ["six axes", "fourth", "seventh", "fifth"], ["Slice"]),
     helper.make_node("Shape", ["image"], ["kept"], end=2),
     helper.make_node("Concat", ["kept", "size"], ["sizes"], axis=0),
     helper.make_node("Resize", ["image", "", "", "sizes"], ["Resize"], mode="cubic", antialias=1),
@@ -238,7 +241,7 @@ nodes = [helper.make_node(op, ["x"], [op]) for op in functions] + [
     helper.make_node("DeformConv", ["image", "kernel", "moves"], ["DeformConv"]),
 ]
 dtypes = {{"IsNaN": 9, "IsInf": 9, "Split": 7}}
-names = [*functions, "Mod", "Split", "ReverseSequence", "Resize", "RoiAlign", "DeformConv"]
+names = [*functions, "Mod", "Split", "Slice", "ReverseSequence", "Resize", "RoiAlign", "DeformConv"]
 port = lambda name: helper.make_tensor_value_info(name, dtypes.get(name, 1), None)
 constants = [numpy_helper.from_array(np.asarray(each), name) for name, each in weights.items()]
 inputs = {{"x": (None, 5), "rows": (4, 2, None), "image": (None, 2, 6, 9)}}
@@ -258,7 +261,7 @@ turned[:3, 0] = rows[2::-1, 0]
 with np.errstate(all="ignore"):
     right = {{name: function(x) for name, function in functions.items()}}
     right |= {{"Mod": np.fmod(x, np.float32(-0.3)), "ReverseSequence": turned}}
-    right["Split"] = np.ceil(x).astype("i8")[:, 2:]
+    right["Split"], right["Slice"] = np.ceil(x).astype("i8")[:, 2:], image[:, :, None, None, :, 4:7]
 for name, expected in right.items():
     np.testing.assert_allclose(found[name], expected, atol=2e-6, rtol=2e-6, err_msg=name)
 answer = lowered.forward(*map(tf.constant, (x, rows, image)))

@@ -351,6 +351,14 @@ def hot(x):
     return torch.zeros(x.shape[0], 8).scatter_(1, x.argmax(1, keepdim=True), 1.0)
 
 
+def looped(x):
+    """As a graph network adds each node's own messages to those of its neighbors."""
+    rows = torch.arange(x.shape[0])
+    messages = x[torch.cat([rows, rows])] * 2
+    targets = torch.cat([rows.flip(0), rows]).view(-1, 1).expand_as(messages)
+    return torch.zeros_like(x).scatter_add_(0, targets, messages)
+
+
 def grouped(x):
     groups = torch.tensor([[0, 1, 1, 2, 0, 2, 2, 1]]).expand(x.shape[0], -1)
     return x.new_zeros(x.shape[0], 3).scatter_add(1, groups, x)
@@ -507,7 +515,7 @@ def test_a_function_that_a_trace_loses_comes_through_torch_export(function, tmp_
     proven(function, (2, 4, 6, 8), tmp_path, convert=coreml.convert_program, free=True)
 
 
-@pytest.mark.parametrize("function", [hot, grouped])
+@pytest.mark.parametrize("function", [hot, grouped, looped])
 def test_a_scatter_into_rows_of_a_free_batch(function, tmp_path):
     proven(function, ROWS, tmp_path, free=True)
 

@@ -14,6 +14,8 @@ def test_what_was_not_run_is_neither_verified_nor_counted_as_run():
     text = page("Title", "About.", {"net": {"onnx": GOOD}}, ["net"], FORMATS)
     assert "| net | verified | – |" in text
     assert "1 of 2 cells were run; 1/1 (100.0%) of them are `verified`" in text
+    assert "| **verified** | 1/1 (100.0%) | – |" in text
+    assert text.endswith("## What was not verified\n\nNothing of what was run.\n")
     assert not zoo_table.enough({"net": {"onnx": GOOD}}, ["net"], FORMATS)
 
 

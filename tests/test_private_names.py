@@ -17,7 +17,13 @@ from isolated import in_toolchain
 
 ENGINE, FACE = Path(polyexport.__file__).parent, Path(lightning_export.__file__).parent
 TREES = {file: ast.parse(file.read_text(encoding="utf-8")) for root in (ENGINE, FACE) for file in root.rglob("*.py")}
-OPERATORS = {"_adaptive_avg_pool", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa", "_log_softmax"}
+OPERATORS = {
+    "_adaptive_avg_pool",
+    "_upsample_bilinear2d_aa",
+    "_upsample_bicubic2d_aa",
+    "_upsample_nearest_exact",
+    "_log_softmax",
+}
 GRAPH_OPERATIONS = {"_FusedConv2D", "_FusedMatMul"}
 ENDINGS = {"_hooks", "_with_indices"}
 PYTHON = {"_exit", "_fields", "_getframe"}

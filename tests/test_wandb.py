@@ -94,6 +94,24 @@ def client(tmp_path: Path, exported: Path) -> Client:
     return Client(tmp_path, exported)
 
 
+def test_a_state_that_got_worse_is_an_alert_for_who_wants_one(client):
+    worse = """
+from dataclasses import replace
+def now(outcome):
+    return replace(outcome, state="mismatch", reason="off") if outcome.format == "good" else outcome
+bad = replace(reports[-1], outcomes=tuple(map(now, reports[-1].outcomes)))
+run()
+publish(reports[-1], alert=True, upload=False)
+publish(bad, upload=False)
+publish(bad, alert=True, upload=False)
+sdk.finish()
+"""
+    with FakeWandb() as server:
+        printed = client(server, worse)
+    assert (printed, server.errors, server.unknown) == ("", [], [])
+    assert server.alerts == [("WARN", "epoch=1-step=8: exports got worse", "good: verified became mismatch: off")]
+
+
 def test_what_agreed_is_uploaded_and_what_is_verified_is_linked(client, exported):
     with FakeWandb() as server:
         body = (

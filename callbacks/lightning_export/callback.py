@@ -240,7 +240,7 @@ class ExportCallback(Callback):
     @override
     @harmless
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.session is not None and self._is_budget_new:
+        if self.session is not None and self.options.budget and self._is_budget_new:
             self._is_budget_new = False
             told(trainer, self.options.budget)
 

@@ -127,6 +127,23 @@ class OnDevice:
     load: Load | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Triton:
+    """How NVIDIA's Triton Inference Server serves an artifact.
+
+    Attributes:
+        backend: What it calls the runtime.
+        file: The name that the runtime looks for in a version's folder.
+        is_platform: Whether `backend` is one of the older words, which a configuration calls `platform`.
+        indexed: Whether the runtime knows tensors by their index, which then stands behind the name: `x__0`.
+    """
+
+    backend: str
+    file: str
+    is_platform: bool = False
+    indexed: bool = False
+
+
 _TAKEN = ("source", "logs", MODULE, "eager", "pytorch")
 """What the export's own folders, the upstream of root routes and the baseline are called."""
 
@@ -160,6 +177,7 @@ class Format:
         snippets: How applications open it, the language that it is mostly used from first.
         slow_because: Why its runtime may be slower than PyTorch on the same threads, as far as is known.
         calibrated: Whether its routes take number ranges from real batches (`ExportSpec.calibration`).
+        triton: How Triton serves it; None where it does not.
         targets: What it is shipped to; the report names one artifact for each.
         on_device: How it is run on a machine that has only its runtime; None where it has no kit.
 
@@ -184,6 +202,7 @@ class Format:
     slow_because: str = ""
     on_device: OnDevice | None = None
     targets: tuple[Target, ...] = ()
+    triton: Triton | None = None
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"\w[\w.-]*", self.name) or self.name in _TAKEN:

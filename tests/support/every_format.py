@@ -22,7 +22,7 @@ class Everything:
 
 
 class Small(torch.nn.Module):
-    """Its input and its output are called as operators of its are; its weights outweigh what surrounds them."""
+    """Its input and output are called as two of its operators are; large enough for weights to outweigh the rest."""
 
     def __init__(self) -> None:
         super().__init__()

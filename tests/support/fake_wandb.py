@@ -58,6 +58,7 @@ class FakeWandb:
     def __init__(self, *, fail: Mapping[str, int] | None = None, put_status: int = 200, seconds: float = 0) -> None:
         self.fail, self.put_status, self.seconds = dict(fail or {}), put_status, seconds
         self.artifacts: list[Artifact] = []
+        self.alerts: list[tuple[str, str, str]] = []
         self.links: list[Link] = []
         self.uses: list[str] = []
         self.calls: list[str] = []
@@ -108,6 +109,10 @@ class FakeWandb:
 
     on_GetDefaultEntity = on_Viewer
 
+    def on_NotifyScriptableRunAlert(self, asked: Any) -> Any:
+        self.alerts.append((asked["severity"], asked["title"], asked["text"]))
+        return {"notifyScriptableRunAlert": {"success": True}}
+
     def on_ServerFeaturesQuery(self, asked: Any) -> Any:
         names = ("ARTIFACT_MEMBERSHIP_IN_LINK_ARTIFACT_RESPONSE", "ARTIFACT_TAGS")
         return {"serverInfo": {"features": [{"name": name, "isEnabled": True} for name in names]}}
@@ -124,7 +129,7 @@ class FakeWandb:
     def on_OrganizationCoreWeaveOrganizationID(self, asked: Any) -> Any:
         return {}
 
-    on_NotifyScriptableRunAlert = on_XXHashDigestsEnabled = on_OrganizationCoreWeaveOrganizationID
+    on_XXHashDigestsEnabled = on_OrganizationCoreWeaveOrganizationID
     on_FetchArtifactDigestAlgorithm = on_RunState = on_MarkRunFilesUploaded = on_OrganizationCoreWeaveOrganizationID
 
     def on_ArtifactType(self, asked: Any) -> Any:

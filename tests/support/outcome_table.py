@@ -52,19 +52,23 @@ def page(title: str, about: str, cells: Cells, models: Sequence[str], formats: S
         "",
         "## What was not verified",
         "",
-        *(
-            f"* {model}, {name}: {each['state']}: {_line(each['reason'])}"
-            for model, name, each in found
-            if each["state"] != "verified"
-        ),
+        *(_others(found) or ["Nothing of what was run."]),
     ]
     return "\n".join(lines) + "\n"
 
 
+def _others(found: Iterable[tuple[str, str, Cell]]) -> list[str]:
+    return [
+        f"* {model}, {name}: {each['state']}: {_line(each['reason'])}"
+        for model, name, each in found
+        if each["state"] != "verified"
+    ]
+
+
 def share(cells: Iterable[Cell]) -> str:
-    """How many are verified, of how many."""
+    """How many are verified, of how many that were run."""
     states = Counter(each["state"] for each in cells)
-    return f"{states['verified']}/{states.total()} ({states['verified'] / max(states.total(), 1):.1%})"
+    return f"{states['verified']}/{states.total()} ({states['verified'] / states.total():.1%})" if states else "–"
 
 
 def _state(cells: Cells, model: str, name: str) -> str:

@@ -74,7 +74,16 @@ NAMES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "measure/noise.py": ("torch.utils._python_dispatch:TorchDispatchMode",),
         "tracing/decompositions.py": ("torch.nn.modules.transformer:_detect_is_causal_mask",),
         "tracing/exportable.py": ("transformers.configuration_utils:PretrainedConfig._experts_implementation",),
-        "tracing/exported_program.py": ("torch:_C._set_grad_enabled",),
+        "tracing/exported_program.py": (
+            "torch:_C._set_grad_enabled",
+            "torch.fx.experimental.symbolic_shapes:GuardOnDataDependentSymNode",
+        ),
+        "tracing/packed.py": (
+            "torch:_VF._pack_padded_sequence",
+            "torch:_VF._pad_packed_sequence",
+            "torch.nn.modules.rnn:RNNBase.check_forward_args",
+            "torch.nn.modules.rnn:LSTM.check_forward_args",
+        ),
         "lightning_export/best.py": ("lightning.pytorch.callbacks:ModelCheckpoint._last_global_step_saved",),
         "lightning_export/callback.py": ("lightning.pytorch.callbacks:Callback._generate_state_key",),
         "lightning_export/trainer.py": (

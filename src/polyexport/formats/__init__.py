@@ -43,9 +43,18 @@ def resolve(formats: Iterable[str | Format]) -> tuple[Format, ...]:
             names = ", ".join(known())
             aliases = ", ".join(f"{alias} = {each.name}" for alias, each in sorted(by_alias.items()))
             near = get_close_matches(str(given), [*known(), *by_alias], 1)
-            meant = f"did you mean {near[0]!r}? " if near else ""
+            meant = _family(str(given), by_alias) or (f"did you mean {near[0]!r}? " if near else "")
             raise UnknownFormat(f"no format {given!r}; {meant}known formats: {names} (aliases: {aliases})")
         chosen[each.name] = each
     if not chosen:
         raise UnknownFormat(f"no format was given; known formats: {', '.join(known())}")
     return tuple(chosen.values())
+
+
+def _family(given: str, by_alias: Mapping[str, Format]) -> str:
+    """In which precisions there is the format whose name `given` begins with; empty where it begins with none."""
+    base = given.rpartition("-")[0]
+    found = known().get(base) or by_alias.get(base)
+    if found is None:
+        return ""
+    return f"{found.name} comes as {', '.join(name for name in known() if f'{name}-'.startswith(f'{found.name}-'))}; "

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from polyexport.coreml.settle import settle
 from polyexport.errors import CannotRun
 from polyexport.format import Convert, Format, Loaded, Observed, OnDevice, Route, Snippet
 from polyexport.measure.weights import left_in_float
@@ -158,7 +159,12 @@ def _convert(model: Any, target: Path, spec: ExportSpec, precision: str) -> None
     if spec.labels:  # where Xcode's preview looks for them
         preview = json.dumps({"labels": spec.labels}, ensure_ascii=False)
         package.user_defined_metadata["com.apple.coreml.model.preview.params"] = preview
+    _save(package, target)
+
+
+def _save(package: Any, target: Path) -> None:
     package.save(str(target))
+    settle(target)
 
 
 def _translated(model: Any, spec: ExportSpec, precision: str, oldest: Any) -> Any:
@@ -192,7 +198,7 @@ _FEWEST_WEIGHTS = 512
 
 def quantize_weights(source: Path, target: Path, spec: ExportSpec) -> None:
     """Store weights in int8, one scale a channel."""
-    _quantized_weights(_opened(source)).save(str(target))
+    _save(_quantized_weights(_opened(source)), target)
 
 
 def palettize_weights(source: Path, target: Path, spec: ExportSpec) -> None:
@@ -201,7 +207,7 @@ def palettize_weights(source: Path, target: Path, spec: ExportSpec) -> None:
 
     config = optimize.OpPalettizerConfig("custom", lut_function=palette, weight_threshold=_FEWEST_WEIGHTS)
     package = optimize.palettize_weights(_opened(source), optimize.OptimizationConfig(config))
-    package.save(str(target))
+    _save(package, target)
 
 
 def quantize(source: Path, target: Path, spec: ExportSpec) -> None:
@@ -215,7 +221,7 @@ def quantize(source: Path, target: Path, spec: ExportSpec) -> None:
     with _known_ranges(found):
         config = optimize.OptimizationConfig(optimize.OpLinearQuantizerConfig("linear"))
         model = optimize.linear_quantize_activations(model, config, [])
-    _quantized_weights(model).save(str(target))
+    _save(_quantized_weights(model), target)
 
 
 def _opened(package: Path) -> Any:

@@ -46,7 +46,7 @@ def convert(source: Path, target: Path, spec: ExportSpec) -> None:
     for name, port in zip(sorted(spec.output_names), frozen.outputs, strict=True):
         node = graph.node.add(name=name, op="Identity", input=[_renamed(port.name, inputs)])
         node.attr["T"].type = port.dtype.as_datatype_enum
-    target.write_bytes(graph.SerializeToString())
+    target.write_bytes(graph.SerializeToString(deterministic=True))
 
 
 def _renamed(reference: str, inputs: Mapping[str, str]) -> str:

@@ -18,6 +18,7 @@ import re
 import signal
 import subprocess
 import sys
+import uuid
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -69,6 +70,17 @@ def _run(tool: str, *words: str, writes: Path) -> None:
     print(done.stdout, done.stderr)
     if not writes.exists():
         raise RuntimeError(f"MNN's {tool} wrote no model: {_why(done)}")
+    settle_id(writes)
+
+
+def settle_id(path: Path) -> None:
+    """Give the file an id of its content; the converter draws one each time."""
+    content = path.read_bytes()
+    form = rb"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
+    for drawn in {*re.findall(form, content)}:
+        own = uuid.uuid5(uuid.NAMESPACE_OID, content.replace(drawn, b"").hex())
+        content = content.replace(drawn, str(own).encode())
+    path.write_bytes(content)
 
 
 def _with(*options: str) -> Convert:

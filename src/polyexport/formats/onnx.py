@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from polyexport.errors import line
-from polyexport.format import MODULE, Format, Loaded, OnDevice, Route, Snippet
+from polyexport.format import MODULE, Format, Loaded, OnDevice, Route, Snippet, Triton
 from polyexport.lowering.ports import inner, rename_ports
 from polyexport.spec import Arrays, ExportSpec, Runner, example
 from polyexport.tracing.exported_program import load_program
@@ -128,11 +128,15 @@ def _finish(path: Path, spec: ExportSpec) -> None:
     onnx.save(model, path)
 
 
-def save(model: onnx.ModelProto, path: Path, metadata: Mapping[str, str]) -> None:
-    """Write a model that holds its weights, beside it where they are too many for one file."""
+def save(model: onnx.ModelProto, path: Path, metadata: Mapping[str, str], *remarks: str, lacks: str = "") -> None:
+    """Write a model with its weights, beside it where they are too many for one file, and what is to be said of it.
+
+    `lacks` is a shortfall (see `Loaded`).
+    """
     import onnx
 
-    onnx.helper.set_model_props(model, dict(metadata))
+    told = {REMARK: "; ".join(filter(None, remarks)), SHORTFALL: lacks}
+    onnx.helper.set_model_props(model, {**metadata, **{key: text for key, text in told.items() if text}})
     apart = model.ByteSize() > _PROTOBUF_LIMIT
     onnx.save(model, path, save_as_external_data=apart, location=f"{path.name}.data" if apart else None)
 
@@ -143,14 +147,15 @@ def _name_axes(value: onnx.ValueInfoProto, names: dict[int, str]) -> None:
             dimension.dim_param = names[axis]
 
 
-REMARK = "remark"
-"""The metadata that tells what a reader is to know of a file, such as which operators stay in float."""
+REMARK, SHORTFALL = "polyexport_remark", "polyexport_shortfall"
+"""The metadata that tell of a file what `Loaded` has under these names, such as which operators stay in float."""
 
 
 def load(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
     """Run it with ONNX Runtime on the CPU."""
     session = _session(path, threads=threads)
-    return Loaded(_runner(session), remark=session.get_modelmeta().custom_metadata_map.get(REMARK, ""))
+    told = session.get_modelmeta().custom_metadata_map
+    return Loaded(_runner(session), remark=told.get(REMARK, ""), shortfall=told.get(SHORTFALL, ""))
 
 
 def opened(path: Path, *, threads: int) -> Runner:
@@ -197,6 +202,7 @@ outputs = session.run({{ outputs | tojson }}, inputs)
 )
 
 ON_DEVICE = OnDevice(("onnxruntime",))
+TRITON = Triton("onnxruntime", "model.onnx")
 
 FORMAT = Format(
     name="onnx",
@@ -212,4 +218,5 @@ FORMAT = Format(
     targets=("server CPU",),
     snippets=SNIPPETS,
     on_device=ON_DEVICE,
+    triton=TRITON,
 )

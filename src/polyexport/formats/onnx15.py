@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from polyexport.format import MODULE, Format, Route
-from polyexport.formats.onnx import ON_DEVICE, SNIPPETS, convert_trace, load
+from polyexport.formats.onnx import ON_DEVICE, SNIPPETS, TRITON, convert_trace, load
 from polyexport.spec import ExportSpec
 
 
@@ -29,4 +29,5 @@ FORMAT = Format(
     targets=("server CPU",),
     snippets=SNIPPETS,
     on_device=ON_DEVICE,
+    triton=TRITON,
 )

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from polyexport.format import Format, Route
-from polyexport.formats.onnx import ON_DEVICE, REMARK, SNIPPETS, load, save
+from polyexport.formats.onnx import ON_DEVICE, SNIPPETS, TRITON, load, save
 from polyexport.formats.onnx_quantized import beyond, ranges
 from polyexport.spec import ExportSpec
 
@@ -37,8 +37,7 @@ def convert(source: Path, target: Path, spec: ExportSpec) -> None:
     _keep_wide(half)
     found = Counter(node.op_type for node in wide)
     listed = ", ".join(f"{count} × {name}" for name, count in sorted(found.items()))
-    remark = {REMARK: f"in float32, since beyond the range of float16: {listed}"} if listed else {}
-    save(half, target, {**spec.embedded, **remark})
+    save(half, target, spec.embedded, f"in float32, since beyond the range of float16: {listed}" if listed else "")
 
 
 def _keep_wide(model: onnx.ModelProto) -> None:
@@ -72,5 +71,6 @@ FORMAT = Format(
     targets=("GPU",),
     snippets=SNIPPETS,
     on_device=ON_DEVICE,
+    triton=TRITON,
     calibrated=True,
 )

@@ -4,24 +4,22 @@ https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html
 
 Requirements:
 * int8 is written as QuantizeLinear and DequantizeLinear around float operators (Q/DQ), with weights per channel, which
-  every runtime of ONNX reads. Number ranges come from real batches; of three ways to take them that one is
-  kept whose outputs are the nearest to the float model's on those batches. Where all are far, as for most transformers,
-  matrices alone are quantized, and of those the costliest go back
-  to float.
+  every runtime of ONNX reads. Number ranges come from real batches; of three ways to take them that one is kept whose
+  outputs are the nearest to the float model's on those batches. Where all are far, as for most transformers, matrices
+  alone are quantized, and of those the costliest go back to float.
 * Weights have seven bits where this machine's processor adds products of int8 in 16 bits, which eight would overflow.
 * w8 multiplies matrices in int8 with ranges taken while it runs; weights of convolutions are stored in int8, and the
   convolution is float.
-* The file tells what in it stays float, in its metadata.
+* The file tells what in it stays float, in its metadata. That is no fault as long as most weights are in int8.
 """
 
 from __future__ import annotations
 
+import math
 import platform
 import tempfile
-import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -30,7 +28,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from polyexport.format import Format, Route
-from polyexport.formats.onnx import ON_DEVICE, REMARK, SNIPPETS, load, opened, save
+from polyexport.formats.onnx import ON_DEVICE, SNIPPETS, TRITON, load, opened, save
+from polyexport.measure.drafts import NEAR, Draft, best, distance, mended
+from polyexport.measure.weights import left_in_float
 from polyexport.spec import Arrays, ExportSpec, Precision, calibration
 
 if TYPE_CHECKING:
@@ -39,31 +39,8 @@ if TYPE_CHECKING:
 METHODS = ("MinMax", "Percentile", "Entropy")
 """How a range is taken, by ONNX Runtime's names: all values, all but the rarest, or those that lose the least."""
 
-_NEAR = 0.05
-"""Relative error of the outputs up to which every operator is quantized that can be; beyond it, matrices alone."""
-
-_SHARES = (8, 4, 2)
-"""The costliest eighth of the matrices is put back to float, then the costliest quarter, then half of them."""
-
-_SECONDS = 120.0
-"""How long the cost of single matrices is looked for; a greater model has more than fit."""
-
 _MASK = 1e9
 """Numbers as great stand for infinity, as attention masks have them; a range with one has no steps left for others."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Draft:
-    """A quantized model, how it was made, and how far its outputs are from the float model's."""
-
-    model: onnx.ModelProto
-    method: str
-    error: float
-    kept: tuple[str, ...] = ()
-
-
-Make = Callable[..., _Draft]
-"""`make(method, operators, kept=…, alone=…)`: a draft without the nodes `kept`, or of the nodes `alone`."""
 
 
 def quantize(source: Path, target: Path, spec: ExportSpec, *, methods: Iterable[str] = METHODS) -> None:
@@ -72,66 +49,42 @@ def quantize(source: Path, target: Path, spec: ExportSpec, *, methods: Iterable[
 
     expected = list(map(opened(source, threads=1), calibration(spec)))
     with tempfile.TemporaryDirectory() as folder:
-        prepared = _prepared(source, Path(folder))
+        prepared, draft = _prepared(source, Path(folder)), Path(folder, "draft.onnx")
         found = dict(_all_ranges(prepared, spec, methods))
 
-        def make(
-            method: str, operators: Sequence[str], kept: Sequence[str] = (), alone: Sequence[str] = (), most: int = 9999
-        ) -> _Draft:
-            model = _with_ranges(prepared, found[method], operators, kept, alone)
-            save(model, Path(folder, "draft.onnx"), {})
-            answers = map(opened(Path(folder, "draft.onnx"), threads=1), islice(calibration(spec), most))
-            return _Draft(model, method, distance(expected[:most], answers), tuple(kept))
+        def make(how: str, operators: Sequence[str], kept: Sequence[str] = (), alone: Sequence[str] = ()) -> Draft:
+            model, most = _with_ranges(prepared, found[how], operators, kept, alone), 1 if alone else len(expected)
+            save(model, draft, {})
+            answers = map(opened(draft, threads=1), islice(calibration(spec), most))
+            return Draft(model, how, distance(expected[:most], answers), tuple(kept))
 
-        drafts = [make(method, _every_operator()) for method in found]
-        if _best(drafts).error > _NEAR:
-            drafts += [make(method, _MATRICES) for method in found]
-        remarks = []
-        if _best(drafts).error > _NEAR:
-            costs = _costs(onnx.load(prepared), partial(make, _best(drafts).method, _MATRICES, most=1))
-            drafts += _rounds(list(costs), partial(make, _best(drafts).method, _MATRICES))
-            remarks = _told(drafts, costs)
-    best = _best(drafts)
-    for each in drafts:
-        print(f"ranges by {each.method}, {len(each.kept)} matrices kept: relative error {each.error:.3g}")
-    remarks = [f"ranges by {best.method.lower()}", *_seven_bits(), *remarks, *filter(None, [in_float(best.model)])]
-    save(best.model, target, {**spec.embedded, REMARK: "; ".join(remarks)})
+        drafts = [make(how, _every_operator()) for how in found]
+        if best(drafts).error > NEAR:
+            drafts += [make(how, _MATRICES) for how in found]
+        for each in drafts:
+            print(f"ranges by {each.how}: relative error {each.error:.3g}")
+        whole = onnx.load(prepared)
+        layers, lacks = _layers(whole), _without(whole, _every_operator())
+        chosen, mending = mended(drafts, layers, partial(make, best(drafts).how, _MATRICES))
+    remarks = (f"ranges by {chosen.how.lower()}", seven_bits(), mending, in_float(chosen.model))
+    save(chosen.model, target, spec.embedded, *remarks, lacks=lacks)
 
 
-def _best(drafts: Iterable[_Draft]) -> _Draft:
-    return min(drafts, key=lambda each: each.error)
-
-
-def _costs(prepared: onnx.ModelProto, make: Make) -> dict[str, tuple[str, float]]:
-    """The error that each matrix makes which is quantized alone, the costliest first: node -> its weight, the error.
-
-    On the first batch, and of as many as fit in `_SECONDS`.
-    """
+def _layers(prepared: onnx.ModelProto) -> dict[str, str]:
+    """The nodes that multiply by weights, and the names of those."""
     constants = {tensor.name for tensor in prepared.graph.initializer}
-    start, found = time.monotonic(), {}
-    for node in (each for each in prepared.graph.node if each.op_type in _MATRICES):
-        if time.monotonic() - start > _SECONDS:
-            break
-        weight = next((name for name in node.input[1:2] if name in constants), node.name)
-        found[node.name] = weight, make(alone=[node.name]).error
-    return dict(sorted(found.items(), key=lambda each: -each[1][1]))
+    nodes = [node for node in named(prepared).graph.node if node.op_type in _MATRICES]
+    return {node.name: node.input[1] for node in nodes if node.input[1] in constants}
 
 
-def _rounds(costliest: Sequence[str], make: Make) -> Iterator[_Draft]:
-    """Drafts with more and more of the costliest matrices in float, until one is near."""
-    for count in sorted({-(-len(costliest) // share) for share in _SHARES} - {0}):
-        draft = make(kept=costliest[:count])
-        yield draft
-        if draft.error <= _NEAR:
-            return
+def _without(model: onnx.ModelProto, operators: Collection[str]) -> str:
+    """How many of the weights are read by other operators only, for which there is no int8; empty where few are."""
+    sizes = {each.name: math.prod(each.dims) for each in model.graph.initializer if each.data_type == _FLOAT}
+    read = {name for node in model.graph.node if node.op_type in operators for name in node.input}
+    return left_in_float(sum(size for name, size in sizes.items() if name not in read), sum(sizes.values()))
 
 
-def _told(drafts: Sequence[_Draft], costs: Mapping[str, tuple[str, float]]) -> list[str]:
-    """What became of the rounds, in words."""
-    kept = [f"{weight} ({error:.1%})" for weight, error in (costs[name] for name in _best(drafts).kept)]
-    rounds = ", ".join(f"{each.error:.1%}" for each in drafts if each.kept)
-    errors = f"error of the outputs {_best(each for each in drafts if not each.kept).error:.1%}, then {rounds}"
-    return [f"back to float32, by the error that each makes alone: {', '.join(kept)} ({errors})"] if kept else []
+_FLOAT = 1  # onnx.TensorProto.FLOAT
 
 
 def quantize_min_max(source: Path, target: Path, spec: ExportSpec) -> None:
@@ -221,11 +174,15 @@ def _with_ranges(
     return made
 
 
-def beyond(model: onnx.ModelProto, found: Any, greatest: float) -> list[onnx.NodeProto]:
-    """The nodes that read or write a number above `greatest`, on the batches of `ranges` or among their weights.
+def named(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model, each of whose nodes has a name from now on, the same ones each time."""
+    for index, node in enumerate(model.graph.node):
+        node.name = node.name or f"node_{index}"
+    return model
 
-    Each node has a name from now on.
-    """
+
+def beyond(model: onnx.ModelProto, found: Any, greatest: float) -> list[onnx.NodeProto]:
+    """The nodes that read or write a number above `greatest`, on the batches of `ranges` or among their weights."""
     from onnx import numpy_helper
 
     magnitude = {name: float(np.abs(tensor.range_value).max()) for name, tensor in found.items()}
@@ -233,11 +190,9 @@ def beyond(model: onnx.ModelProto, found: Any, greatest: float) -> list[onnx.Nod
         array = numpy_helper.to_array(tensor)
         if array.dtype == np.float32 and array.size:
             magnitude[tensor.name] = float(np.abs(array).max())
-    for index, node in enumerate(model.graph.node):
-        node.name = node.name or f"node_{index}"
     return [
         node
-        for node in model.graph.node
+        for node in named(model).graph.node
         if any(magnitude.get(name, 0.0) > greatest for name in (*node.input, *node.output))
     ]
 
@@ -250,20 +205,9 @@ def overflows() -> bool:
     return not (told.exists() and "vnni" in told.read_text(encoding="utf-8"))
 
 
-def _seven_bits() -> list[str]:
-    return ["weights in 7 bits, since this processor has no VNNI"] if overflows() else []
-
-
-def distance(expected: Iterable[Arrays], found: Iterable[Arrays]) -> float:
-    """Norm of the error of all float outputs, each relative to that of the output; infinite where it is NaN."""
-    least = float(np.finfo(np.float32).tiny)
-    errors = [
-        float(np.linalg.norm(mine[name] - array)) / max(float(np.linalg.norm(array)), least)
-        for ours, mine in zip(expected, found, strict=True)
-        for name, array in ours.items()
-        if array.dtype.kind == "f"
-    ]
-    return float(np.nan_to_num(np.linalg.norm(errors), nan=np.inf))
+def seven_bits() -> str:
+    """What a report says of weights that have a bit less; empty where they have eight."""
+    return "weights in 7 bits, since this processor has no VNNI" if overflows() else ""
 
 
 _COMPUTE_NOTHING = (
@@ -295,6 +239,9 @@ def in_float(model: onnx.ModelProto) -> str:
 
 # --- weights alone ----------------------------------------------------------------------------------------------------
 
+_DYNAMIC = ("MatMul", "LSTM", "Attention", "Gather", "EmbedLayerNormalization")
+"""Those whose weights are quantized."""
+
 _CONVOLUTIONS = {"Conv": 0, "ConvTranspose": 1}
 """Those whose weights are stored in int8, and the axis of the weight that the channels of the output lie on."""
 
@@ -312,14 +259,15 @@ def quantize_weights(source: Path, target: Path, spec: ExportSpec) -> None:
         quantize_dynamic(
             prepared,
             draft,
-            op_types_to_quantize=["MatMul", "LSTM", "Attention", "Gather", "EmbedLayerNormalization"],
+            op_types_to_quantize=list(_DYNAMIC),
             per_channel=True,
             reduce_range=overflows(),
         )
         model = onnx.load(draft)
+        lacks = _without(onnx.load(prepared), {*_DYNAMIC, *_CONVOLUTIONS, "Gemm"})  # which becomes a MatMul
     stored = _store_convolutions(model)
-    kept = [f"convolutions compute in float32, by {stored} weights that are stored in int8"] if stored else []
-    save(model, target, {**spec.embedded, REMARK: "; ".join([*_seven_bits(), *kept])})
+    kept = f"convolutions compute in float32, by {stored} weights that are stored in int8" if stored else ""
+    save(model, target, spec.embedded, seven_bits(), kept, lacks=lacks)
 
 
 def _store_convolutions(model: onnx.ModelProto) -> int:
@@ -353,6 +301,7 @@ def _format(name: str, precision: Precision, description: str, *routes: Route, c
         targets=("server CPU",),
         snippets=SNIPPETS,
         on_device=ON_DEVICE,
+        triton=TRITON,
         calibrated=calibrated,
     )
 

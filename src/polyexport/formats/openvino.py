@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from polyexport.format import Format, Loaded, OnDevice, Route, Snippet
+from polyexport.format import Format, Loaded, OnDevice, Route, Snippet, Triton
+from polyexport.formats.onnx import REMARK
 from polyexport.spec import Arrays, ExportSpec, Runner
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ def halve(source: Path, target: Path, spec: ExportSpec) -> None:
     save(without_telemetry().Core().read_model(source), target, spec, half=True)
 
 
-def save(model: Any, target: Path, spec: ExportSpec, *, half: bool = False, remark: str = "") -> None:
+def save(model: Any, target: Path, spec: ExportSpec, *remarks: str, half: bool = False) -> None:
     """Name the ports, embed the metadata and what a reader is to know, write `.xml` and `.bin`.
 
     `half` stores float32 weights in float16.
@@ -104,7 +105,8 @@ def save(model: Any, target: Path, spec: ExportSpec, *, half: bool = False, rema
         if len(ports) == len(tensors):
             for port, tensor in zip(ports, tensors, strict=True):
                 port.get_tensor().set_names({tensor.name})
-    for key, value in (*spec.metadata.items(), *([("remark", remark)] if remark else [])):
+    told = "; ".join(filter(None, remarks))
+    for key, value in (*spec.metadata.items(), *([(REMARK, told)] if told else [])):
         model.set_rt_info(value, ["polyexport", key])
     if spec.labels:  # as OpenVINO's Model API reads them: blanks between, none within
         model.set_rt_info(" ".join(re.sub(r"\s", "_", label) for label in spec.labels), ["model_info", "labels"])
@@ -114,8 +116,8 @@ def save(model: Any, target: Path, spec: ExportSpec, *, half: bool = False, rema
 def load(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
     """Run it on the CPU; see `compiled`."""
     model = without_telemetry().Core().read_model(str(path))
-    told = ["polyexport", "remark"]
-    remark = model.get_rt_info(told).astype(str) if model.has_rt_info(told) else ""
+    where = ["polyexport", REMARK]
+    remark = model.get_rt_info(where).astype(str) if model.has_rt_info(where) else ""
     return Loaded(compiled(model, spec, threads=threads), remark=remark)
 
 
@@ -175,6 +177,7 @@ int main() {
 )
 
 ON_DEVICE = OnDevice(("openvino",))
+TRITON = Triton("openvino", "model.xml")
 
 FORMATS = (
     Format(
@@ -191,6 +194,7 @@ FORMATS = (
         targets=("server CPU",),
         snippets=SNIPPETS,
         on_device=ON_DEVICE,
+        triton=TRITON,
     ),
     Format(
         name="openvino-fp16",
@@ -204,5 +208,6 @@ FORMATS = (
         targets=("server CPU",),
         snippets=SNIPPETS,
         on_device=ON_DEVICE,
+        triton=TRITON,
     ),
 )

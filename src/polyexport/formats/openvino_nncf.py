@@ -7,7 +7,8 @@ weights alone in 8 and in 4 bits, for transformers, which wait for memory more t
 
 Requirements:
 * Number ranges come from real batches. Of NNCF's two schemes, the general one and the one for transformers, that one is
-  kept whose outputs are the nearest to the float model's on those batches.
+  kept whose outputs are the nearest to the float model's on those batches. Where both are far, the costliest layers go
+  back to float.
 * Nothing is reported to the vendor.
 * The file tells what in it stays float, in its metadata.
 """
@@ -15,14 +16,16 @@ Requirements:
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from polyexport.format import Format, Load, Loaded, Route
-from polyexport.formats.onnx_quantized import distance, overflows
-from polyexport.formats.openvino import ON_DEVICE, SNIPPETS, compiled, load, save, without_telemetry
+from polyexport.formats.onnx_quantized import overflows, seven_bits
+from polyexport.formats.openvino import ON_DEVICE, SNIPPETS, TRITON, compiled, load, save, without_telemetry
+from polyexport.measure.drafts import Draft, best, distance, mended
 from polyexport.spec import Arrays, ExportSpec, Precision, calibration
 
 URL = "https://docs.openvino.ai/2025/openvino-workflow/model-optimization.html"
@@ -33,32 +36,45 @@ URL = "https://docs.openvino.ai/2025/openvino-workflow/model-optimization.html"
 def quantize(source: Path, target: Path, spec: ExportSpec) -> None:
     """Quantize weights and activations to int8, by the scheme whose outputs are the nearest to the float model's."""
     core = without_telemetry().Core()
-    expected = list(_answers(core.read_model(source), spec))
-    found: list[tuple[float, str, Any]] = []
-    for scheme in ("general", "transformer"):
-        model = _quantized(core.read_model(source), spec, transformer=scheme == "transformer")
-        off = distance(expected, _answers(model, spec))
-        print(f"{scheme} scheme: relative error {off:.3g}")
-        found.append((off, scheme, model))
-    _, scheme, model = min(found, key=lambda each: each[0])
-    seven = ["weights in 7 bits, since this processor has no VNNI"] if overflows() else []
-    remarks = [f"{scheme} scheme", *seven, *filter(None, [in_float(model)])]
-    save(model, target, spec, remark="; ".join(remarks))
+    model = core.read_model(source)
+    expected, layers = list(_answers(model, spec)), _layers(model)
+
+    def make(scheme: str, kept: Sequence[str] = (), alone: Sequence[str] = ()) -> Draft:
+        ignored = [name for name in layers if name not in alone] if alone else kept
+        taken = replace(spec, calibration=spec.calibration[:1]) if alone else spec
+        made = _quantized(core.read_model(source), taken, ignored, transformer=scheme == "transformer")
+        return Draft(made, scheme, distance(expected[: 1 if alone else None], _answers(made, taken)), tuple(kept))
+
+    drafts = [make(scheme) for scheme in ("general", "transformer")]
+    for each in drafts:
+        print(f"{each.how} scheme: relative error {each.error:.3g}")
+    chosen, mending = mended(drafts, layers, partial(make, best(drafts).how))
+    save(chosen.model, target, spec, f"{chosen.how} scheme", seven_bits(), mending, in_float(chosen.model))
+
+
+_MATRICES = ("MatMul", "Convolution", "GroupConvolution", "ConvolutionBackpropData", "GroupConvolutionBackpropData")
+
+
+def _layers(model: Any) -> dict[str, str]:
+    """The nodes that multiply by weights, and the names of those."""
+    nodes = [node for node in model.get_ordered_ops() if node.get_type_name() in _MATRICES]
+    weights = {node.get_friendly_name(): node.input_value(1).get_node() for node in nodes}
+    return {name: by.get_friendly_name() for name, by in weights.items() if by.get_type_name() == "Constant"}
 
 
 def _answers(model: Any, spec: ExportSpec) -> Iterator[Arrays]:
     return map(compiled(model, spec, threads=1), calibration(spec))
 
 
-def _quantized(model: Any, spec: ExportSpec, *, transformer: bool) -> Any:
-    nncf = _nncf()
-    batches = _batches(model, spec)
+def _quantized(model: Any, spec: ExportSpec, ignored: Sequence[str], *, transformer: bool) -> Any:
+    nncf, batches = _nncf(), _batches(model, spec)
     fix = nncf.OverflowFix.ENABLE if overflows() else nncf.OverflowFix.DISABLE
     return nncf.quantize(
         model,
         nncf.Dataset(batches),
         subset_size=len(batches),
         model_type=nncf.ModelType.TRANSFORMER if transformer else None,
+        ignored_scope=nncf.IgnoredScope(names=list(ignored)),
         advanced_parameters=nncf.AdvancedQuantizationParameters(overflow_fix=fix),
     )
 
@@ -155,6 +171,7 @@ def _format(
         runtime="openvino",
         snippets=SNIPPETS,
         on_device=ON_DEVICE,
+        triton=TRITON,
         calibrated=calibrated,
     )
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 import contextlib
 import keyword
 import re
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from polyexport.format import Format, Route, Snippet
+from polyexport.format import Format, Route, Snippet, Triton
 from polyexport.lowering.ports import inner, rename_ports
 from polyexport.spec import Arrays, ExportSpec, Runner
 
@@ -37,10 +38,22 @@ def convert(source: Path, target: Path, spec: ExportSpec) -> None:
     tf.saved_model.save(module, str(target), signatures={SIGNATURE: module.forward})
     if tuple(names) != spec.input_names:
         _rename_inputs(target / "saved_model.pb", names)
+    _settle_fingerprint(target / "fingerprint.pb")
     extra = target / "assets.extra"  # a folder for files that TensorFlow leaves alone
     extra.mkdir(exist_ok=True)
     for name, text in spec.extra_files.items():
         (extra / name).write_text(text, encoding="utf-8")
+
+
+def _settle_fingerprint(path: Path) -> None:
+    """Give the SavedModel an id of its content; TensorFlow draws one each time."""
+    from tensorflow.core.protobuf.fingerprint_pb2 import FingerprintDef
+
+    found = FingerprintDef()
+    found.ParseFromString(path.read_bytes())
+    found.uuid = ""
+    found.uuid = str(uuid.uuid5(uuid.NAMESPACE_OID, found.SerializeToString(deterministic=True).hex()))
+    path.write_bytes(found.SerializeToString(deterministic=True))
 
 
 def arguments(spec: ExportSpec) -> dict[str, str]:
@@ -71,7 +84,7 @@ def _rename_inputs(path: Path, names: Mapping[str, str]) -> None:
             _rename_words(bare.function_spec.fullargspec, names)
     for function in graph.object_graph_def.concrete_functions.values():
         _rename_words(function.canonicalized_input_signature, names)
-    path.write_bytes(file.SerializeToString())
+    path.write_bytes(file.SerializeToString(deterministic=True))
 
 
 def _rename_words(value: Any, names: Mapping[str, str]) -> None:
@@ -152,5 +165,6 @@ FORMAT = Format(
     routes=(Route("lowering", upstream="onnx", toolchain="tensorflow", convert=convert),),
     load=load,
     targets=("server CPU",),
+    triton=Triton("tensorflow_savedmodel", "model.savedmodel", is_platform=True),
     snippets=_SNIPPETS,
 )

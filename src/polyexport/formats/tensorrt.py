@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from polyexport.errors import CannotRun, ToolMissing
-from polyexport.format import Convert, Format, OnDevice, Route, Snippet
+from polyexport.format import Convert, Format, OnDevice, Route, Snippet, Triton
 from polyexport.spec import Arrays, ExportSpec, Precision, Runner
 from polyexport.workers import gpu
 
@@ -264,6 +264,7 @@ def _format(
         routes=(Route("onnx", upstream="onnx", toolchain="onnx", convert=convert),),
         load=load,
         targets=("GPU",),
+        triton=Triton("tensorrt_plan", "model.plan", is_platform=True),
         needs_gpu=True,
         lacks=lacks,
         snippets=_SNIPPETS,

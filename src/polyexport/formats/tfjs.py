@@ -43,6 +43,8 @@ def convert(source: Path, target: Path, spec: ExportSpec) -> None:
             model = _converted(source, target, spec)
     _split_sums(model)
     model["signature"] = _named(model["signature"], spec)
+    # attributes come in another order each time; the order of the signature is that of the inputs, and stays
+    model["modelTopology"] = json.loads(json.dumps(model["modelTopology"], sort_keys=True))
     target.write_text(json.dumps(model), encoding="utf-8")
 
 

@@ -474,6 +474,7 @@ def packed(route: Route) -> Route:
 
 
 def _format(name: str, precision: Precision, description: str, *routes: Route, **more: Any) -> Format:
+    own: dict[str, Any] = {"load": load, "targets": ("phone",)}
     return Format(
         name=name,
         aliases=(name.replace("tflite", "litert"),),
@@ -485,7 +486,7 @@ def _format(name: str, precision: Precision, description: str, *routes: Route, *
         runtime="tflite",
         snippets=SNIPPETS,
         on_device=OnDevice(("ai-edge-litert",)),
-        **({"load": load, "targets": ("phone",)} | more),
+        **(own | more),
     )
 
 

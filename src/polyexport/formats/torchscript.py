@@ -9,7 +9,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from polyexport.format import MODULE, Format, Route, Snippet
+from polyexport.format import MODULE, Format, Route, Snippet, Triton
 from polyexport.spec import ExportSpec, Runner, example
 
 if TYPE_CHECKING:
@@ -144,5 +144,6 @@ FORMAT = Format(
     ),
     load=load,
     targets=("server CPU",),
+    triton=Triton("pytorch", "model.pt", indexed=True),
     snippets=_SNIPPETS,
 )

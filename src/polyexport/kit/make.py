@@ -88,7 +88,10 @@ def make(path: Path, into: Path | None = None, *, archive: bool = False) -> Path
     files = [*(batch.path for batch in batches), *filter(None, [exported.noise])]
     data = {file: sha256(inside(export, file)) for file in files}
     _, found = fingerprint(folder, DESCRIPTION)
-    made_as = Report.load(export)[each.name].artifact
+    outcome = Report.load(export)[each.name]
+    if outcome.by_budget and outcome.parity is not None and not outcome.parity.passed:
+        raise BadRequest(f"{each.name} is {outcome.state} by your own metric, which a kit cannot measure")
+    made_as = outcome.artifact
     if made_as is not None and made_as.sha256 not in ("", found):  # it is not hashed where it could not be run
         raise BadRequest(f"{folder} is not the artifact that was exported: its SHA-256 has changed")
     artifact = f"{each.name}/{each.artifact}" if each.artifact != "." else each.name

@@ -30,6 +30,7 @@ from typing import Any, Literal
 
 from polyexport.errors import BadRequest, line
 from polyexport.report import folders
+from polyexport.report.compare import Bounds, compare
 from polyexport.report.manifest import MANIFEST
 from polyexport.report.outcome import Outcome
 from polyexport.report.report import Report, figures, history
@@ -68,6 +69,7 @@ class Wandb:
         source: The artifact with the checkpoint. It stands in the metadata and becomes an input of this run, so that
             lineage leads from it to the exports: as it is where it has a version (`"entity/project/name:v3"`), else the
             version that has this checkpoint, once that is in W&B.
+        alert: Whether to send an alert where a format's state is worse than at the best checkpoint before.
         run: The run; None for the trainer's `WandbLogger`'s, or the one that is active.
 
     Raises:
@@ -85,6 +87,7 @@ class Wandb:
         timeout: float = 120.0,
         source: str | None = None,
         run: Any = None,
+        alert: bool = False,
     ) -> None:
         self.registry = registry
         self.upload = upload
@@ -95,6 +98,7 @@ class Wandb:
         self.timeout = timeout
         self.source = source
         self.run = run
+        self.alert = alert
         self._check()
 
     def replaced(self, **options: Any) -> Wandb:
@@ -197,6 +201,9 @@ def _publish(options: Wandb, run: Any, reports: Sequence[Report], left: dict[str
     left |= dict.fromkeys(promised, f"not finished after {options.timeout:g} s")
     with _telling(left, "figures"), _staging(run):
         _log_figures(run, reports)
+    if options.alert:
+        with _telling(left, "alert"):
+            _alert(run, reports)
     if not exports:
         return
     if options.source and not run.offline:
@@ -218,6 +225,18 @@ def _publish(options: Wandb, run: Any, reports: Sequence[Report], left: dict[str
     if links:
         with _telling(left, LINKS):
             write_json(newest.folder / LINKS, links)
+
+
+def _alert(run: Any, reports: Sequence[Report]) -> None:
+    """Say what is worse than at the checkpoint before, if anything is."""
+    worse = [
+        f"{each.format}: {why}"
+        for before, now in zip(reports[-2:-1], reports[-1:], strict=False)
+        for each in compare(before, now, Bounds())
+        for why in each.worse
+    ]
+    if worse:
+        run.alert(f"{reports[-1].folder.name}: exports got worse", "\n".join(worse), level="WARN")
 
 
 def _uploads(exports: Sequence[Report]) -> Uploads:

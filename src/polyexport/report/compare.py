@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from polyexport.report.outcome import STATES, Outcome
@@ -73,7 +73,7 @@ def _p50(outcome: Outcome) -> float | None:
     return outcome.latency.p50_ms if outcome.latency else None
 
 
-def _bytes(outcome: Outcome) -> float | None:
+def _bytes(outcome: Outcome) -> int | None:
     return outcome.artifact.bytes if outcome.artifact else None
 
 
@@ -86,19 +86,16 @@ def rows(differences: list[Difference]) -> list[dict[str, str]]:
     return [
         {
             "format": each.format,
-            "state": _pair(*(outcome and outcome.shown_state for outcome in (each.before, each.now))),
-            "p50 ms": _pair(*(outcome and milliseconds(_p50(outcome)) for outcome in (each.before, each.now))),
-            "size": _pair(*(outcome and size(_whole(_bytes(outcome))) for outcome in (each.before, each.now))),
-            "max error": _pair(*(outcome and error(_error(outcome)) for outcome in (each.before, each.now))),
+            "state": _both(each, lambda outcome: outcome.shown_state),
+            "p50 ms": _both(each, lambda outcome: milliseconds(_p50(outcome))),
+            "size": _both(each, lambda outcome: size(_bytes(outcome))),
+            "max error": _both(each, lambda outcome: error(_error(outcome))),
             "worse": "; ".join(each.worse),
         }
         for each in differences
     ]
 
 
-def _whole(value: float | None) -> int | None:
-    return None if value is None else int(value)
-
-
-def _pair(before: str | None, now: str | None) -> str:
-    return before or "" if before == now else f"{before or '–'} → {now or '–'}"
+def _both(each: Difference, write: Callable[[Outcome], str]) -> str:
+    before, now = ("" if outcome is None else write(outcome) for outcome in (each.before, each.now))
+    return before if before == now else f"{before or '–'} → {now or '–'}"

@@ -83,8 +83,8 @@ def scatter(context: Any, node: Any) -> None:
         ops.scatter(context, node)
         return
     kind = "int32" if _kind(x) == "bool" else _kind(x)
-    updates = mb.cast(x=updates, dtype=kind) if updates.rank else _spread(updates, index, kind)
     places = _beside(x, index, int(axis.val))
+    updates = mb.cast(x=_like(updates, places), dtype=kind) if updates.rank else _spread(updates, index, kind)
     given = {"data": mb.cast(x=x, dtype=kind), "indices": places, "updates": updates, "axis": axis, "mode": "update"}
     context.add(mb.cast(x=mb.scatter_along_axis(**given), dtype=_kind(x), name=node.name))
 
@@ -98,14 +98,29 @@ def _spread(values: Any, like: Any, kind: str) -> Any:
 
 
 def _beside(x: Any, index: Any, along: int) -> Any:
-    """The index with the free sizes of `x` under one name with it, but `along`: coremltools compares them by name."""
+    """The index with the sizes of `x` beside `along`, where a free one has another name: names are what is compared."""
     from coremltools.converters.mil import Builder as mb
 
-    others = [axis for axis, size in enumerate(_sizes(x)) if size == -1 and axis != along % x.rank]
-    if all(index.shape[axis] == x.shape[axis] for axis in others):
+    def size(axis: int) -> Any:
+        own, its = _sizes(index)[axis], _sizes(x)[axis]
+        if axis == along % x.rank:
+            return own
+        return mb.gather(x=mb.shape(x=x), indices=axis, axis=0) if its == -1 else its if own == -1 else own
+
+    free = [axis for axis in range(x.rank) if -1 in (_sizes(x)[axis], _sizes(index)[axis]) and axis != along % x.rank]
+    if all(index.shape[axis] == x.shape[axis] for axis in free):
         return index
-    sizes = [mb.gather(x=mb.shape(x=x), indices=a, axis=0) if a in others else s for a, s in enumerate(_sizes(index))]
-    return mb.reshape(x=index, shape=mb.concat(values=sizes, axis=0))
+    return mb.reshape(x=index, shape=mb.concat(values=[size(axis) for axis in range(x.rank)], axis=0))
+
+
+def _like(updates: Any, index: Any) -> Any:
+    """The sources with the free sizes of their index under one name with it, for the same reason."""
+    from coremltools.converters.mil import Builder as mb
+
+    pairs = zip(_sizes(updates), _sizes(index), updates.shape, index.shape, strict=True)
+    if any(-1 in (ours, its) and one != other for ours, its, one, other in pairs):
+        return mb.reshape(x=updates, shape=mb.shape(x=index))
+    return updates
 
 
 _MODES = {"sum": "add", "prod": "mul", "amax": "max", "amin": "min"}
@@ -146,7 +161,7 @@ def _scattered(context: Any, node: Any, x: Any, axis: Any, index: Any, updates: 
         context.add(mb.const(val=data.scatter_reduce(axis.val, at.long(), sources, reduce).numpy(), name=node.name))
         return
     places = _beside(x, index, int(axis.val))
-    given = {"data": x, "indices": places, "updates": updates, "axis": axis, "mode": _MODES[reduce]}
+    given = {"data": x, "indices": places, "updates": _like(updates, places), "axis": axis, "mode": _MODES[reduce]}
     context.add(mb.scatter_along_axis(**given, name=node.name))
 
 

@@ -82,7 +82,21 @@ def slice_(
     cuts: list[Any] = [slice(None)] * rank
     for axis, first, last, step in zip(chosen, begin, end, stride, strict=False):
         cuts[x.placed(axis)] = _cut(first, last, step, (x.shape or ())[axis])
-    return node.value(x.stored[tuple(cuts)], x.order)
+    return node.value(_sliced(x.stored, cuts), x.order)
+
+
+def _sliced(tensor: Tensor, cuts: list[slice]) -> Tensor:
+    """By one slice, or where there are more axes than LiteRT slices, axis by axis by a gather."""
+    changed = {axis: cut for axis, cut in enumerate(cuts) if cut != slice(None)}
+    if len(cuts) <= _MOST_AXES or any(tensor.shape[axis] is None for axis in changed):
+        return tensor[tuple(cuts)]
+    for axis, cut in changed.items():
+        tensor = tf.gather(tensor, np.arange(tensor.shape[axis], dtype=np.int32)[cut], axis=axis)
+    return tensor
+
+
+_MOST_AXES = 5
+"""Of a tensor that LiteRT's own StridedSlice takes."""
 
 
 def _cut(first: int, last: int, step: int, size: int | None) -> slice:
