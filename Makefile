@@ -3,6 +3,7 @@
 # make test-fast  run what needs no toolchain and no training: what to run before each commit, a minute
 # make lint       run every check of the pre-commit configuration
 # make docs       build the site into site/; a warning or a broken link is an error
+# make lock       resolve the toolchains anew and write their lock files; CHAINS="onnx tflite" for some
 # make bench      measure what the README claims
 # make test-newest  the names that we use of other libraries, and the formats that need no toolchain, on newest releases
 # make test-zoo   export a model of each architecture family, and write docs/zoo.md; hours, goes on where it was stopped
@@ -14,7 +15,7 @@ BIN := $(VENV)/bin
 NEWEST := .venv-newest
 WATCHED := torch lightning onnx onnxscript onnxruntime openvino coremltools wandb
 
-.PHONY: demo test test-one-session test-another-session test-fast test-newest lint docs bench test-zoo test-real clean
+.PHONY: demo test test-one-session test-another-session test-fast test-newest lint docs lock bench test-zoo test-real clean
 
 demo: $(VENV)/demo
 	$(BIN)/python examples/digits.py
@@ -50,11 +51,15 @@ lint: $(VENV)/lint
 docs: $(VENV)/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
+lock: $(VENV)/test
+	$(BIN)/python tests/support/lock_toolchains.py $(CHAINS)
+
 bench: $(VENV)/test
 	$(BIN)/python tests/benchmarks/stall.py
 	$(BIN)/python tests/benchmarks/overhead.py
 	$(BIN)/python tests/benchmarks/overlap.py
 	$(BIN)/python tests/benchmarks/servers.py
+	$(BIN)/python tests/benchmarks/runtimes.py
 	$(BIN)/python tests/benchmarks/onnx2tf.py
 
 test-zoo: $(VENV)/test

@@ -20,7 +20,9 @@ BACKENDS = ("cpu", "wasm")
 PAGE = """
 <!doctype html>
 <title>model</title>
-<script src="/node_modules/@tensorflow/tfjs/dist/tf.min.js"></script>
+<script src="/node_modules/@tensorflow/tfjs-core/dist/tf-core.min.js"></script>
+<script src="/node_modules/@tensorflow/tfjs-converter/dist/tf-converter.min.js"></script>
+<script src="/node_modules/@tensorflow/tfjs-backend-cpu/dist/tf-backend-cpu.min.js"></script>
 <script src="/node_modules/@tensorflow/tfjs-backend-wasm/dist/tf-backend-wasm.min.js"></script>
 <script>
   tf.wasm.setWasmPaths("/node_modules/@tensorflow/tfjs-backend-wasm/dist/");

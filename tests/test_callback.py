@@ -135,6 +135,28 @@ def test_toolchains_are_made_before_training_or_it_is_said_that_they_cannot_be(t
     assert "cannot be installed" in hopeless.reason
 
 
+def test_training_of_more_epochs_than_one_does_not_wait_for_toolchains(tmp_path, monkeypatch):
+    monkeypatch.setenv("POLYEXPORT_CACHE", str(tmp_path / "cache"))
+    chain = Toolchain("isolated", ("toposort==1.10",))
+    installs, begun, had_begun = Toolchain.interpreter, threading.Event(), []
+
+    def once_training_has_begun(self: Toolchain, *arguments: Any, **rest: Any) -> Path:
+        had_begun.append(begun.wait(20))
+        return installs(self, *arguments, **rest)
+
+    class Begins(Callback):
+        def on_train_batch_start(self, *_: Any) -> None:
+            begun.set()
+
+    monkeypatch.setattr(Toolchain, "interpreter", once_training_has_begun)
+    callback = ExportCallback([plant("late", planted.replay, toolchain=chain)], when="fit_end", bench=False)
+    trainer = runs.trainer(tmp_path, [ModelCheckpoint(monitor="val_loss"), callback, Begins()], max_epochs=2)
+    trainer.fit(runs.Scripted([3.0, 2.0]), runs.loader(), runs.loader())
+    assert callback.reports[0]["late"].state == "verified"
+    assert had_begun
+    assert all(had_begun)
+
+
 def test_what_the_machine_lacks_is_told_before_training(tmp_path):
     far = replace(plant("far", planted.replay), lacks=lambda: "its compiler is not on PATH; it is at its vendor's")
     callback = ExportCallback([far], when="fit_end", bench=False)

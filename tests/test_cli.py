@@ -27,6 +27,7 @@ from polyexport.cli import app
 from polyexport.engine import checkpoint
 from polyexport.report.outcome import Checkpoint
 from polyexport.workers import toolchain
+from polyexport.workers.disk import gigabytes
 
 SHOP = """
 import torch
@@ -202,9 +203,11 @@ def test_doctor_says_what_would_be_skipped_and_how_to_mend_it(tmp_path: Path, mo
     monkeypatch.setenv("PATH", str(tmp_path))
     done = command("doctor", "onnx", "mnn", "coral", "--json")
     assert done.returncode == 1
+    room = gigabytes(toolchain.find("mnn").lock.bytes)
+    assert f"all that is missing together (up to {room} of disk)" in done.stderr
     assert {row["format"]: row["missing"] for row in json.loads(done.stdout)} == {
         "onnx": "",
-        "mnn": "not installed yet: polyexport toolchain install mnn",
+        "mnn": f"not installed yet: polyexport toolchain install mnn (up to {room} of disk)",
         "edgetpu": "edgetpu_compiler is not on PATH; it is at https://coral.ai/docs/edgetpu/compiler/ (Linux, x86-64)",
     }
     assert command("doctor", "onnx").returncode == 0

@@ -102,6 +102,19 @@ def test_one_row_that_waited_is_not_compared_beside_others_that_did_not(tmp_path
     assert (found["good"].latency.speedup, found["static"].latency.speedup) == (1.0, None)
 
 
+def test_what_is_slower_than_pytorch_is_told_with_what_is_known_of_it(tmp_path):
+    report = written.export(tmp_path / "export", step=4)
+    timed = {EAGER: measured([2.0] * 10), "good": measured([1.99] * 10), "static": measured([4.0] * 10)}
+    (note,) = _recorded(report, timed, {}, {"good": "it is not", "static": "its kernels are made for NPUs"}).notes
+    line = "static is slower than eager PyTorch on the same 2 threads: 4 ms against 2; its kernels are made for NPUs"
+    assert (note.kind, note.text) == ("latency", line)
+    found = _recorded(report, timed, {})
+    (note,) = found.notes
+    assert note.text.endswith("; its cause is not known")
+    assert note.text in page(found)
+    assert note.text in markdown(found)
+
+
 def test_slow_calls_are_fewer_but_there_is_one():
     ticks = itertools.count(step=3.0)
     assert len(sample_ms(lambda: None, count=20, seconds=7.0, clock=lambda: next(ticks))) == 3

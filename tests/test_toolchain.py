@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import os
+import re
 import shutil
 import socket
 import subprocess
 import sys
 import threading
+import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from polyexport import ToolMissing
-from polyexport.workers import toolchain
-from polyexport.workers.process import Workers
+from polyexport.workers import locks, toolchain
+from polyexport.workers.locks import Lock, provided
+from polyexport.workers.process import Workers, environment
 from polyexport.workers.toolchain import HOST, Busy, Toolchain, find, parse
 
 PIN = "six==1.16.0"
@@ -155,6 +160,125 @@ def command_line(process: Path) -> str:
         return (process / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
     except OSError:  # it has just ended
         return ""
+
+
+def wheel(folder: Path, name: str, version: str, needs: str = "", tag: str = "py3-none-any") -> str:
+    """Write a wheel of one module that knows its version; returns its pin, with the hash of it."""
+    about = f"{name}-{version}.dist-info"
+    metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+    files = {
+        f"{name}.py": f"version = {version!r}\n",
+        f"{about}/METADATA": metadata + (f"Requires-Dist: {needs}\n" if needs else ""),
+        f"{about}/WHEEL": f"Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: {tag}\n",
+    }
+    files[f"{about}/RECORD"] = "".join(f"{file},,\n" for file in (*files, f"{about}/RECORD"))
+    path = folder / f"{name}-{version}-{tag}.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        for file, content in files.items():
+            archive.writestr(file, content)
+    return f"{name}=={version} \\\n    --hash=sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}\n"
+
+
+@pytest.fixture
+def wheels(cache, tmp_path, monkeypatch) -> Path:
+    """A folder of wheels that is all that can be installed."""
+    folder = tmp_path / "wheels"
+    folder.mkdir()
+    for name, value in {"UV_FIND_LINKS": str(folder), "UV_NO_INDEX": "1", "UV_OFFLINE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    for name in locks.ALWAYS:
+        wheel(folder, name, "1.0")
+    return folder
+
+
+def test_a_lock_is_installed_though_its_requirements_allow_more(wheels):
+    pin = wheel(wheels, "tinyone", "1.0")
+    wheel(wheels, "tinyone", "2.0")
+    python = Toolchain("locked", ("tinyone>=1",), lock=Lock(pin)).interpreter()
+    assert answer(python, "import tinyone; print(tinyone.version)") == "1.0"
+    assert answer(Toolchain("open", ("tinyone>=1",)).interpreter(), "import tinyone; print(tinyone.version)") == "2.0"
+
+
+def test_a_file_that_is_not_the_one_that_was_locked_is_refused(wheels):
+    name, digest = wheel(wheels, "tinyone", "1.0").split("sha256:")
+    chain = Toolchain("forged", ("tinyone",), lock=Lock(f"{name}sha256:{digest[:-2]}{'10'[digest[-2] == '1']}\n"))
+    said: list[str] = []
+    with pytest.raises(ToolMissing, match=r"toolchain forged cannot be installed: .*Hash mismatch for `tinyone==1.0`"):
+        chain.interpreter(said.append)
+    assert len(said) == 1, "nothing else was tried"
+    assert not chain.folder.exists()
+
+
+def test_where_a_lock_has_nothing_for_the_platform_versions_are_chosen_and_a_line_says_so(wheels):
+    pin = wheel(wheels, "tinyone", "1.0", tag="cp39-cp39-win_amd64")
+    wheel(wheels, "tinyone", "0.9")
+    said: list[str] = []
+    python = Toolchain("elsewhere", ("tinyone",), lock=Lock(pin)).interpreter(said.append)
+    assert answer(python, "import tinyone; print(tinyone.version)") == "0.9"
+    assert len(said) == 2
+    assert "elsewhere: its lock does not serve here, so versions are chosen now: " in said[1]
+    assert "tinyone==1.0" in said[1]
+
+
+def test_a_lock_for_another_torch_is_not_used(wheels):
+    pin = wheel(wheels, "tinyone", "1.0")
+    wheel(wheels, "tinyone", "2.0")
+    said: list[str] = []
+    chain = Toolchain("older", ("tinyone",), layered=True, lock=Lock(pin, needs=(("torch", "<2"), ("tinyone", ""))))
+    assert answer(chain.interpreter(said.append), "import tinyone; print(tinyone.version)") == "2.0"
+    assert "it needs torch <2, and this is torch 2." in said[1]
+
+
+def test_what_routes_import_is_compiled_whatever_the_image_says_of_bytecode(wheels, monkeypatch):
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    wheel(wheels, "tinyone", "1.0")
+    wheel(wheels, "tinytwo", "1.0")
+    chain = Toolchain("compiled", ("tinyone", "tinytwo"), convert_imports=("tinyone", "nowhere"))
+    chain.interpreter()
+    assert [file.name.split(".")[0] for file in chain.folder.rglob("tiny*.pyc")] == ["tinyone"]
+    assert "PYTHONDONTWRITEBYTECODE" not in environment(threads=1, gpu=False, host=False), "the rest is kept too"
+
+
+def test_what_others_ask_for_and_no_route_imports_is_left_out(wheels):
+    wheel(wheels, "tinyone", "1.0", needs="tinytwo")
+    wheel(wheels, "tinytwo", "1.0")
+    chain = Toolchain("lean", ("tinyone",), without=("tinytwo",))
+    assert "No module named 'tinytwo'" in answer(chain.interpreter(), "import tinyone, tinytwo")
+
+
+def test_a_layer_leaves_out_what_the_training_environment_has_at_a_version_that_fits(wheels):
+    pins = "filelock==99.0\nidna==99.0\ntinyone==1.0\n"
+    assert provided(Lock(pins, needs=(("filelock", ">=3"), ("idna", "<1"), ("tinyone", "")))).keys() == {"filelock"}
+    hungry = Lock("jinja2==99.0\nmarkupsafe==0.1\n", needs=(("jinja2", ""), ("markupsafe", "<1")))
+    assert provided(hungry) == {}, "jinja2 asks for a later markupsafe than the locked one, which hides the other"
+
+
+def test_an_install_that_the_disk_has_no_room_for_is_refused(wheels, monkeypatch):
+    chain = Toolchain("huge", ("tinyone",), lock=Lock(wheel(wheels, "tinyone", "1.0"), bytes=10**18))
+    said: list[str] = []
+    with pytest.raises(ToolMissing, match=r"it takes 1e\+09 GB of disk, and .* GB are free where .*huge-"):
+        chain.interpreter(said.append)
+    assert "tinyone (with what they need 1 packages, up to 1e+09 GB of disk) into" in said[0]
+
+
+@pytest.mark.parametrize("name", toolchain.names())
+def test_the_lock_of_a_toolchain_is_that_of_its_requirements(name):
+    """Else somebody has to `make lock`."""
+    chain = find(name)
+    assert chain.lock is not None, "no lock"
+    locked = {pin.name: pin.specifier for pin in chain.lock.packages}
+    for asked in map(Requirement, (*chain.requirements, *locks.ALWAYS)):
+        if asked.name != "torch" or not chain.layered:
+            (pin,) = locked[asked.name.lower()]
+            assert asked.specifier.contains(pin.version), asked
+    named = {Requirement(line).name for line in chain.requirements}
+    assert not locked.keys() & (set(chain.without) - named)
+    entries = re.split(r"\n(?=\S)", chain.lock.text.strip())
+    assert [entry for entry in entries if not re.search(r"\n    --hash=sha256:[0-9a-f]{64}", entry)] == []
+    assert "://" not in chain.lock.text, "a registry's host"
+    assert chain.lock.bytes > 10_000_000
+    assert {needed for needed, _ in chain.lock.needs} == locked.keys() | ({"torch"} if chain.layered else set())
+    assert locks.read(locks.write(chain.lock)) == chain.lock
 
 
 def test_the_directives_of_a_requirement_file_are_read():

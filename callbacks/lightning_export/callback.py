@@ -20,7 +20,16 @@ from lightning_export.harmless import harmless
 from lightning_export.inputs import Inputs
 from lightning_export.loggers import sinks
 from lightning_export.metrics import measured, told
-from lightning_export.trainer import KEPT_BY_LIGHTNING, attached, callbacks, checkpoint, exports_folder, say, shards
+from lightning_export.trainer import (
+    KEPT_BY_LIGHTNING,
+    attached,
+    callbacks,
+    checkpoint,
+    exports_folder,
+    is_last_epoch,
+    say,
+    shards,
+)
 from polyexport import Budget, ExportFailed, Format, Report
 from polyexport.engine.session import Options, Session, complaint
 from polyexport.formats import resolve
@@ -182,7 +191,7 @@ class ExportCallback(Callback):
 
     @harmless
     def _open(self, trainer: Trainer) -> None:
-        """Make the session, and the toolchains that are missing, but where other ranks would wait for that."""
+        """Make the session, and the toolchains that are missing: beside training, if there are epochs for that."""
         self.session = Session(
             self.options,
             lambda: exports_folder(trainer, self.into, self.monitor, _siblings(trainer).index(self)),
@@ -195,7 +204,7 @@ class ExportCallback(Callback):
             warn=lambda line: rank_zero_warn(f"ExportCallback: {line}"),
         )
         self._inputs = Inputs(self.session, self.inputs)
-        self.session.install(wait=trainer.world_size == 1)
+        self.session.install(wait=trainer.world_size == 1 and is_last_epoch(trainer))
         self.session.clear()
 
     # --- what forward takes -------------------------------------------------------------------------------------------

@@ -39,6 +39,12 @@ def say(trainer: Trainer, line: str) -> None:
     tell(line)
 
 
+def is_last_epoch(trainer: Trainer) -> bool:
+    """Whether no further epoch will follow the next one, as far as the trainer knows."""
+    most = trainer.max_epochs
+    return most is not None and 0 <= most <= trainer.current_epoch + 1
+
+
 def shards(trainer: Trainer) -> bool:
     """Whether each rank holds a part of the weights only; the names of a user's strategy's classes count too."""
     return not bases(trainer.strategy).isdisjoint({"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"})

@@ -41,7 +41,7 @@ from polyexport.serialization import encode
 from polyexport.spec import Runner, write_arrays
 from polyexport.versions import versions
 from polyexport.workers import toolchain
-from polyexport.workers.disk import UNUSED_DAYS, Environment
+from polyexport.workers.disk import UNUSED_DAYS, Environment, free_bytes, gigabytes
 
 T = TypeVar("T")
 
@@ -135,6 +135,10 @@ def doctor(names: Names = None, as_json: Json = False) -> None:
     chosen = _resolved(names)
     rows = [{"format": each.name, "ready": not (lacks := _lacks(each)), "missing": lacks} for each in chosen]
     _show(rows, as_json)
+    runnable = (each for each in chosen if not each.lacks())
+    missing = dict.fromkeys(chain for each in runnable for chain in _needed(each) if not chain.ready)
+    if room := _room(list(missing)):
+        _say(f"all that is missing together{room}")
     if any(row["missing"] for row in rows):
         raise typer.Exit(1)
 
@@ -489,8 +493,16 @@ def _lacks(each: Format) -> str:
     """What a format lacks here, with the fix; empty where nothing is missing."""
     if why := each.lacks():
         return why
-    missing = {chain.name for chain in _needed(each) if not chain.ready}
-    return f"not installed yet: polyexport toolchain install {' '.join(sorted(missing))}" if missing else ""
+    missing = [chain for chain in dict.fromkeys(_needed(each)) if not chain.ready]
+    names = " ".join(sorted(chain.name for chain in missing))
+    return f"not installed yet: polyexport toolchain install {names}{_room(missing)}" if missing else ""
+
+
+def _room(missing: Sequence[toolchain.Toolchain]) -> str:
+    """What an install of these would take on the disk, and whether it is there."""
+    needed, free = sum(chain.room_bytes for chain in missing), free_bytes(toolchain.cache_folder())
+    short = f", and only {gigabytes(free)} are free in {toolchain.cache_folder()}" if needed > free else ""
+    return f" (up to {gigabytes(needed)} of disk{short})" if needed else ""
 
 
 def _opened(engine: Engine, artifact: Path, *, trust: bool) -> contextlib.AbstractContextManager[Runner]:

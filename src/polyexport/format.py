@@ -175,6 +175,7 @@ class Format:
         lacks: Tells what this machine lacks for it beside packages, such as a device or a vendor's program, and where
             to get it, in a line; empty where nothing is missing.
         snippets: How applications open it, the language that it is mostly used from first.
+        slow_because: Why its runtime may be slower than PyTorch on the same threads, as far as is known.
         calibrated: Whether its routes take number ranges from real batches (`ExportSpec.calibration`).
         triton: How Triton serves it; None where it does not.
         targets: What it is shipped to; the report names one artifact for each.
@@ -198,6 +199,7 @@ class Format:
     lacks: Callable[[], str] = _nothing
     snippets: tuple[Snippet, ...] = ()
     calibrated: bool = False
+    slow_because: str = ""
     on_device: OnDevice | None = None
     targets: tuple[Target, ...] = ()
     triton: Triton | None = None

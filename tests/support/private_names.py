@@ -164,4 +164,9 @@ def _source(found: object) -> str:
 
 
 if __name__ == "__main__":
+    if sys.argv[1] == "tensorflow":  # it has tensorflowjs in part
+        import bare  # noqa: F401 -- makes the next one possible
+        from polyexport.formats.tfjs import import_tensorflowjs
+
+        import_tensorflowjs()
     print(json.dumps(lost(NAMES[sys.argv[1]])))

@@ -3,6 +3,7 @@
 Requirements:
 * One process per runtime, since some runtimes crash beside each other; the same inputs and threads for all.
 * Cold starts one after another, then rounds in turn, so that drift of the machine hits all alike.
+* What is slower than eager PyTorch is named in the notes, with what is known of the cause.
 * A runtime that is missing here or ends while it is timed, and one that only stands in for the artifact's own, keeps
   its state, gets no latency, and is named in the notes.
 """
@@ -16,6 +17,7 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from polyexport.engine.dispatch import Dispatcher
@@ -52,7 +54,7 @@ def bench(report: Report, formats: Mapping[str, Format], dispatcher: Dispatcher,
         raise
     if dispatcher.workers.closed:  # by who was interrupted while it waited for this
         return _noted(report, _INTERRUPTED)
-    return _recorded(report, measured, why_not)
+    return _recorded(report, measured, why_not, {each.name: each.format.slow_because for each in runnable})
 
 
 def sweep(
@@ -162,7 +164,12 @@ def _take_turns(talks: Mapping[str, Conversation], found: dict[str, dict[str, An
                 found[name] |= answer | samples
 
 
-def _recorded(report: Report, measured: Mapping[str, Latency], why_not: Mapping[str, str]) -> Report:
+def _recorded(
+    report: Report,
+    measured: Mapping[str, Latency],
+    why_not: Mapping[str, str],
+    slow_because: Mapping[str, str] = MappingProxyType({}),
+) -> Report:
     baseline = measured.get(EAGER)
     beside = baseline if is_quiet(measured.values()) else None
     outcomes = tuple(_with_latency(outcome, measured.get(outcome.format), beside) for outcome in report.outcomes)
@@ -173,7 +180,18 @@ def _recorded(report: Report, measured: Mapping[str, Latency], why_not: Mapping[
             f"latency was measured on a busy machine: runtimes waited for a processor {waited:.0%} of the time, "
             "so none is called the fastest"
         )
+    for outcome in outcomes:
+        if (latency := outcome.latency) is not None and latency.speedup and round(latency.speedup, 2) < 1:
+            texts.append(_slower(outcome.format, latency, slow_because.get(outcome.format, "")))
     return _noted(replace(report, outcomes=outcomes, baseline=baseline), *texts)
+
+
+def _slower(name: str, latency: Latency, because: str) -> str:
+    eager_ms = latency.p50_ms * (latency.speedup or 1)
+    return (
+        f"{name} is slower than eager PyTorch on the same {latency.threads} threads: {latency.p50_ms:.3g} ms against "
+        f"{eager_ms:.3g}; {because or 'its cause is not known'}"
+    )
 
 
 def _noted(report: Report, *texts: str) -> Report:

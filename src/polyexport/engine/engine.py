@@ -66,6 +66,7 @@ from polyexport.workers.job import Prepare
 from polyexport.workers.process import JobResult, Workers, environment
 from polyexport.workers.remote import Elsewhere
 from polyexport.workers.servers import Server
+from polyexport.workers.toolchain import Toolchain
 
 _LOG = "logs/model.log"
 
@@ -140,6 +141,10 @@ class Engine:
         thread = threading.Thread(target=self._warm, args=(tuple(formats),), name="polyexport-warm", daemon=True)
         thread.start()
         return thread
+
+    def install(self, chain: Toolchain, say: Callable[[str], None], *, patience: float) -> None:
+        """Make a toolchain that is missing; `close` ends it. See `Toolchain.interpreter` for the rest."""
+        chain.interpreter(say, self._workers, patience=patience)
 
     @property
     def servers(self) -> tuple[Server, ...]:

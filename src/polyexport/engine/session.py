@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import threading
 import time
 import warnings
 from collections import deque
@@ -41,7 +42,7 @@ from polyexport.report.folders import BEST, CAPTURE, discard, link, locked, unfi
 from polyexport.report.outcome import Checkpoint, State
 from polyexport.report.report import Report
 from polyexport.spec import Runner
-from polyexport.workers.toolchain import Busy
+from polyexport.workers.toolchain import Busy, Toolchain
 
 if TYPE_CHECKING:
     from torch import nn
@@ -174,24 +175,35 @@ class Session:
     # --- before training ----------------------------------------------------------------------------------------------
 
     def install(self, *, wait: bool = True) -> None:
-        """Make the toolchains that are missing, and say what will be skipped; without `wait` they come when needed."""
+        """Make the toolchains that are missing, side by side, and say what will be skipped; with `wait` to the end.
+
+        A job that needs one which is still being made waits for it.
+        """
         if self.options.executor is not None:
             return  # toolchains are made where the jobs land
         for each in self.options.formats:
             if why := each.lacks():
                 self._warn(f"{each.name} will be skipped: {why}")
-        chains = {chain for chains in plan.toolchains(self.options.formats).values() for chain in chains}
-        for chain in sorted((each for each in chains if not each.ready), key=lambda each: each.name):
-            if not wait:
-                self._say(f"toolchain {chain.name} is installed when it is needed")
-                continue
-            try:
-                chain.interpreter(self._say, patience=_PATIENCE_SECONDS)
-            except Busy as error:
-                self._say(f"{error}; training goes on, and what needs it waits")
-            except ToolMissing as error:
-                self._warn(f"what needs {chain.name} will be skipped: {error}")
         self._engine.warm(self.options.formats)
+        chains = {chain for chains in plan.toolchains(self.options.formats).values() for chain in chains}
+        missing = [chain for chain in chains if not chain.ready]
+        threads = [threading.Thread(target=self._make, args=(chain,), daemon=True) for chain in missing]
+        for thread in threads:
+            thread.start()
+        for thread in threads if wait else ():
+            thread.join()
+
+    def _make(self, chain: Toolchain) -> None:
+        """Make one toolchain, and have its servers ready."""
+        try:
+            self._engine.install(chain, self._say, patience=_PATIENCE_SECONDS)
+        except Busy as error:
+            self._say(f"{error}; training goes on, and what needs it waits")
+        except ToolMissing as error:
+            if not self.closed:
+                self._warn(f"what needs {chain.name} will be skipped: {error}")
+        else:
+            self._engine.warm(self.options.formats)
 
     def clear(self) -> None:
         """Remove what killed runs left where exports will lie, but for one that can be resumed, which is told."""

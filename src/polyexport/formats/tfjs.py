@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import importlib
 import json
 import os
 import struct
@@ -16,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import IO, Any
 
 import numpy as np
@@ -34,6 +36,7 @@ _PROGRAM = Path(__file__).parents[1] / "toolchains" / "tfjs" / "run.cjs"
 def convert(source: Path, target: Path, spec: ExportSpec) -> None:
     """Let tensorflowjs freeze and optimise the SavedModel; weights go into shards of 4 MB."""
     check_size(source)
+    import_tensorflowjs()
     model = _converted(source, target, spec)
     if _activations(model) - _FUSED:
         with _fusing_nothing():
@@ -45,6 +48,22 @@ def convert(source: Path, target: Path, spec: ExportSpec) -> None:
     target.write_text(json.dumps(model), encoding="utf-8")
 
 
+_UNUSED = ("tensorflow_decision_forests", "tensorflow_hub", "jax", "jax.experimental", "jax.experimental.jax2tf")
+"""What tensorflowjs imports at once for sources that are no SavedModel; its toolchain is half the size without them."""
+
+
+def import_tensorflowjs() -> None:
+    """Import tensorflowjs with empty modules for what its SavedModel conversion has no use for."""
+    empty = {name: ModuleType(name) for name in _UNUSED}
+    vars(empty["jax.experimental"])["jax2tf"] = empty["jax.experimental.jax2tf"]
+    sys.modules.update(empty)
+    try:
+        importlib.import_module("tensorflowjs")
+    finally:
+        for name in empty:
+            del sys.modules[name]
+
+
 def store_weights_as(dtype: str) -> Convert:
     """A conversion of the float32 model that stores its weights, all but vectors and single numbers, in a smaller type.
 
@@ -53,6 +72,7 @@ def store_weights_as(dtype: str) -> Convert:
     """
 
     def convert_weights(source: Path, target: Path, spec: ExportSpec) -> None:
+        import_tensorflowjs()
         from tensorflowjs import read_weights, write_weights
 
         model = json.loads(source.read_text(encoding="utf-8"))
@@ -326,6 +346,7 @@ def _format(name: str, precision: Precision, description: str, route: Route) -> 
         load=load,
         targets=("browser",),
         runtime="tfjs",
+        slow_because="in Node its WebAssembly backend has one thread (https://github.com/tensorflow/tfjs/issues/3830)",
         snippets=_SNIPPETS,
     )
 

@@ -528,6 +528,7 @@ FORMATS = (
         Route("tensorflow", "saved_model", "tensorflow", quantize_saved_model),
         load=load_int8,
         calibrated=True,
+        slow_because="LiteRT advises static int8 for NPUs, and int8 weights alone for CPUs",
         targets=("phone", "microcontroller"),
     ),
 )

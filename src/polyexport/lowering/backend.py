@@ -177,6 +177,7 @@ class Backend:
     leaky_relu: Callable[[Tensor, float], Tensor]
     log: Callable[[Tensor], Tensor]
     relu: Callable[[Tensor], Tensor]
+    relu6: Callable[[Tensor], Tensor]
     round: Callable[[Tensor], Tensor]
     rsqrt: Callable[[Tensor], Tensor]
     sigmoid: Callable[[Tensor], Tensor]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -44,6 +45,17 @@ def size_bytes(folder: Path) -> int:
             with contextlib.suppress(OSError):
                 total += os.lstat(os.path.join(inner, name)).st_size
     return total
+
+
+def free_bytes(folder: Path) -> int:
+    """What is free on the disk of a folder that may not exist yet."""
+    there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    return shutil.disk_usage(there).free
+
+
+def gigabytes(count: int) -> str:
+    """A number of bytes for a reader who has little disk."""
+    return f"{count / 1e9:.2g} GB"
 
 
 def use(marker: Path) -> None:

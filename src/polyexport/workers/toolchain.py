@@ -1,12 +1,13 @@
 """Toolchains: the packages that a route needs, pinned, and an interpreter that has them.
 
-A toolchain is a requirement file in `toolchains/`. If the training environment satisfies it, that environment serves.
-If not, an environment of its own is made with uv under the user's cache folder, once per set of pins. The training
-environment is never changed.
+A toolchain is a requirement file in `toolchains/`, and a lock file beside it. If the training environment satisfies the
+first, that environment serves. If not, an environment of its own is made with uv under the user's cache folder, once
+per set of pins, of what the second locks (see `polyexport.workers.locks`). The training environment is never changed.
 
-Five lines in the file's comments are read by us:
+Six lines in the file's comments are read by us:
 
     # polyexport: layered              over the training environment's packages, so that torch is the same one
+    # polyexport: without a b          packages that others ask for and no route imports
     # polyexport: python >=3.11,<3.13  the interpreter it needs, where that differs from the training environment's
     # polyexport: npm                  npm packages too, by toolchains/NAME/package-lock.json
     # polyexport: convert-imports a b? what its conversions import, so that a server may have it ready (see
@@ -25,7 +26,7 @@ import socket
 import sys
 import sysconfig
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import metadata, resources
@@ -37,7 +38,7 @@ from platformdirs import user_cache_path
 
 from polyexport.errors import ToolMissing
 from polyexport.versions import versions
-from polyexport.workers import disk
+from polyexport.workers import disk, locks
 from polyexport.workers.process import Workers
 
 _WORKER = Path(__file__).parents[1] / "worker.py"
@@ -58,6 +59,8 @@ class Toolchain:
         layered: Whether an environment made for it sees the training environment's packages below its own.
         python: A PEP 440 specifier of the interpreter, or None for the training environment's own.
         npm: Content of the npm lock file, empty where no npm packages are needed.
+        without: Packages that are left out, or taken as `requirements` say, whatever the others ask of them.
+        lock: Its whole tree of packages; None where versions are chosen when it is made.
         convert_imports: Modules that a server has imported when it forks for a conversion; with `?` at its end only
             where this process has imported it.
         run_imports: Likewise for what runs an artifact.
@@ -68,6 +71,8 @@ class Toolchain:
     layered: bool = False
     python: str | None = None
     npm: str = ""
+    without: tuple[str, ...] = ()
+    lock: locks.Lock | None = None
     convert_imports: tuple[str, ...] = ()
     run_imports: tuple[str, ...] = ()
 
@@ -83,9 +88,25 @@ class Toolchain:
     @property
     def folder(self) -> Path:
         """Where its own environment lies or will lie; its name changes with every pin."""
-        below = [sys.prefix, *versions(("torch",)).values()] if self.layered else []
-        pins = "\n".join([sys.version, str(self.python), *self.requirements, *below, *([self.npm] if self.npm else [])])
+        below = [sys.prefix, *versions(("torch",)).values(), *self.provided.items()] if self.layered else []
+        tree = [] if self.lock is None else [self.lock.text]
+        pins = "\n".join(map(str, [sys.version, self.python, *self.requirements, *below, self.npm, *tree]))
         return cache_folder() / f"{self.name}-{hashlib.sha256(pins.encode()).hexdigest()[:12]}"
+
+    @property
+    def overrides(self) -> str:
+        """What uv is told of packages that others ask for: a layer leaves torch alone."""
+        return locks.overrides(self.requirements, self.without) + (locks.left_out("torch") if self.layered else "")
+
+    @property
+    def provided(self) -> Mapping[str, str]:
+        """Name and version of the packages in its lock that need no installing over the training environment."""
+        return locks.provided(self.lock) if self.lock is not None and self.layered else {}
+
+    @property
+    def room_bytes(self) -> int:
+        """What its own environment will take on the disk, at most; 0 where it is made already, or nobody knows."""
+        return 0 if self.ready or self.lock is None else self.lock.bytes
 
     @property
     def ready(self) -> bool:
@@ -112,10 +133,20 @@ class Toolchain:
             with _alone(self.name, folder, say, workers, patience):
                 if not _is_whole(folder, workers):
                     damaged = "what is there is damaged; " if (folder / _COMPLETE).exists() else ""
-                    say(f"{self.name}: {damaged}installing {', '.join(self.requirements)} into {folder}")
-                    _provision(self, folder, workers)
+                    say(f"{self.name}: {damaged}installing {self._what} into {folder}")
+                    provision(self, folder, workers, say)
         disk.use(folder / _COMPLETE)
         return _python(folder)
+
+    @property
+    def _what(self) -> str:
+        """What an install brings, and the disk it takes where that is known."""
+        read = map(Requirement, self.requirements)
+        asked = ", ".join(f"{each.name}{each.specifier}" for each in read if not each.marker or each.marker.evaluate())
+        if self.lock is None:
+            return asked
+        count = len(self.lock.here.keys() - self.provided.keys())
+        return f"{asked} (with what they need {count} packages, up to {disk.gigabytes(self.lock.bytes)} of disk)"
 
     def imports(self, *, converts: bool) -> tuple[str, ...]:
         """What a server imports before it forks for a job that converts, or that runs."""
@@ -241,7 +272,14 @@ def _of_file(name: str) -> Toolchain:
     if not file.is_file():
         raise KeyError(f"no toolchain {name!r}: {file} is missing")
     toolchain = parse(name, file.read_text(encoding="utf-8"))
-    return replace(toolchain, npm=(_npm(name) / _LOCK).read_text(encoding="utf-8")) if toolchain.npm else toolchain
+    npm = (_npm(name) / _LOCK).read_text(encoding="utf-8") if toolchain.npm else ""
+    locked = lock_file(name)
+    return replace(toolchain, npm=npm, lock=locks.read(locked.read_text("utf-8")) if locked.is_file() else None)
+
+
+def lock_file(name: str) -> Path:
+    """Where the lock of a toolchain of ours lies."""
+    return Path(str(resources.files("polyexport"))) / "toolchains" / f"{name}.lock"
 
 
 def parse(name: str, text: str) -> Toolchain:
@@ -257,6 +295,7 @@ def parse(name: str, text: str) -> Toolchain:
         layered="layered" in directives,
         python=python,
         npm=npm,
+        without=_listed("without", directives),
         convert_imports=_listed("convert-imports", directives),
         run_imports=_listed("run-imports", directives),
     )
@@ -288,29 +327,90 @@ def _satisfied(line: str) -> bool:
         return False
 
 
-def _provision(toolchain: Toolchain, folder: Path, workers: Workers) -> None:
-    uv = _uv()
+def provision(toolchain: Toolchain, folder: Path, workers: Workers, say: Say = lambda line: None) -> None:
+    """Make the environment of a toolchain, whatever is there.
+
+    Raises:
+        ToolMissing: it cannot be made; nothing is left then.
+    """
     shutil.rmtree(folder, ignore_errors=True)
     try:
-        chosen = toolchain.python or sys.executable
-        workers.output(uv, "venv", "--quiet", "--no-project", "--python", chosen, str(folder))
-        python = _python(folder)
-        pins = folder / "requirements.txt"
-        # cloudpickle: a user's own Format travels by value
-        pins.write_text("\n".join([*toolchain.requirements, "numpy", "cloudpickle"]) + "\n", encoding="utf-8")
-        # compiled now, since with PYTHONDONTWRITEBYTECODE, as in many images, each worker would compile all anew
-        install = [uv, "pip", "install", "--quiet", "--compile-bytecode", "--python", str(python), "-r", str(pins)]
+        _check_room(toolchain, folder)
+        chosen, python = toolchain.python or sys.executable, _python(folder)
+        workers.output(uv(), "venv", "--quiet", "--no-project", "--python", chosen, str(folder))
         if toolchain.layered:
-            install += ["--overrides", str(_layer(folder, python, workers))]
-        workers.output(*install, environment=_pip_indexes())
+            _layer(python, workers)
+        _install(toolchain, folder, workers, say)
         if toolchain.npm:
             _install_npm(toolchain.name, folder, python, workers)
+        _compile_imports(toolchain, folder, workers)
         found = workers.output(str(python), "-I", "-c", _WHOLE)
         (folder / _COMPLETE).write_text(found, encoding="utf-8")
     except ToolMissing as error:
         shutil.rmtree(folder, ignore_errors=True)
         raise ToolMissing(f"toolchain {toolchain.name} cannot be installed: {error}") from None
     _found_whole.add(folder)
+
+
+def _check_room(toolchain: Toolchain, folder: Path) -> None:
+    """Refuse what would fill the disk, which the checkpoints of a training may lie on too."""
+    needed, free = toolchain.room_bytes, disk.free_bytes(folder)
+    if free < needed:
+        raise ToolMissing(
+            f"it takes {disk.gigabytes(needed)} of disk, and {disk.gigabytes(free)} are free where {folder} would be; "
+            "make room, with `polyexport toolchain remove --unused` too, or set POLYEXPORT_CACHE to a folder elsewhere"
+        )
+
+
+def _install(toolchain: Toolchain, folder: Path, workers: Workers, say: Say) -> None:
+    """Install what the lock says, with its hashes, or else what the requirements say."""
+    command = (uv(), "pip", "install", "--quiet", "--no-compile-bytecode", "--python", str(_python(folder)))
+    if toolchain.lock is not None:
+        pins = folder / "locked.txt"
+        pins.write_text(toolchain.lock.without(toolchain.provided), encoding="utf-8")
+        locked = (*command, "--no-deps", "--require-hashes", "-r", str(pins))
+        if why_not := _no_cover(toolchain, locked, workers):
+            say(f"{toolchain.name}: its lock does not serve here, so versions are chosen now: {why_not}")
+        else:
+            workers.output(*locked, environment=pip_indexes())
+            return
+    pins, unheard = folder / "requirements.txt", folder / "overrides.txt"
+    pins.write_text("\n".join([*toolchain.requirements, *locks.ALWAYS]) + "\n", encoding="utf-8")
+    unheard.write_text(toolchain.overrides, encoding="utf-8")
+    workers.output(*command, "-r", str(pins), "--overrides", str(unheard), environment=pip_indexes())
+
+
+_COMPILE = """
+import contextlib, importlib, py_compile, sys
+for name in sys.argv[1:]:
+    with contextlib.suppress(Exception):  # whoever needs it meets the same error, and tells it as his own
+        importlib.import_module(name)
+for module in tuple(sys.modules.values()):
+    file = getattr(module, "__file__", None) or ""
+    if file.startswith(sys.prefix) and file.endswith(".py"):
+        py_compile.compile(file, quiet=2)
+"""
+"""Compiles what the modules of these names import, of what lies in the environment itself."""
+
+
+def _compile_imports(toolchain: Toolchain, folder: Path, workers: Workers) -> None:
+    """Compile what routes import first, so that a toolchain is ready early; a worker compiles what else it needs."""
+    names = sorted({*toolchain.imports(converts=True), *toolchain.imports(converts=False)})
+    if names:
+        workers.output(str(_python(folder)), "-I", "-c", _COMPILE, *names)
+
+
+def _no_cover(toolchain: Toolchain, locked: Sequence[str], workers: Workers) -> str:
+    """Why the lock does not serve this Python, platform and torch; empty where it does, whatever the files hold."""
+    if toolchain.lock is not None and toolchain.layered and (misfit := locks.misfit(toolchain.lock, "torch")):
+        return misfit
+    try:
+        workers.output(*locked, "--dry-run", environment=pip_indexes())
+    except ToolMissing as error:
+        if workers.closed:
+            raise
+        return str(error)
+    return ""
 
 
 def _npm(name: str) -> Path:
@@ -328,30 +428,34 @@ def _install_npm(name: str, folder: Path, python: Path, workers: Workers) -> Non
     node = wheel / ("node.exe" if windows else "bin/node")
     npm = wheel / ("node_modules" if windows else "lib/node_modules") / "npm" / "bin" / "npm-cli.js"
     workers.output(str(node), str(npm), "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--prefix", str(folder))
+    for for_debuggers in (folder / "node_modules").rglob("*.map"):  # half of it
+        for_debuggers.unlink()
 
 
-def _layer(folder: Path, python: Path, workers: Workers) -> Path:
-    """Put the training environment's packages below the new ones; returns uv overrides that leave its torch alone."""
+def _layer(python: Path, workers: Workers) -> None:
+    """Put the training environment's packages below the new ones."""
     site = workers.output(str(python), "-I", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
     hosts = dict.fromkeys(sysconfig.get_path(kind) for kind in ("purelib", "platlib"))
     # addsitedir, so that the editable installs of the training environment work too
     # in ASCII, since Python before 3.13 reads such a file in the encoding of the machine
     lines = [f"import site; site.addsitedir({host!a})" for host in hosts]
     Path(site, "_polyexport_layer.pth").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    overrides = folder / "overrides.txt"
-    overrides.write_text('torch ; python_version < "0"\n', encoding="utf-8")
-    return overrides
 
 
 def _python(folder: Path) -> Path:
     return folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 
 
-def _uv() -> str:
-    try:
-        import uv
+def uv() -> str:
+    """The installer.
 
-        return uv.find_uv_bin()
+    Raises:
+        ToolMissing: it is not there.
+    """
+    try:
+        from uv import find_uv_bin
+
+        return find_uv_bin()
     except (ImportError, FileNotFoundError):
         found = shutil.which("uv")
         if found is None:
@@ -366,7 +470,7 @@ _INDEXES = {
 }
 
 
-def _pip_indexes() -> dict[str, str]:
+def pip_indexes() -> dict[str, str]:
     """Pip's variables under uv's names, so that a private index keeps working; uv's own win.
 
     In the environment, not on the command line: an index's URL may hold a password, and whoever is on the machine reads

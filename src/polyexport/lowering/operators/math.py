@@ -162,9 +162,18 @@ def thresholded_relu(ops: Backend, x: Tensor, *, alpha: float = 1.0) -> Tensor:
     return ops.where(x > alpha, x, 0)
 
 
+def _is(bound: Value | None, number: float) -> bool:
+    return bound is not None and bound.known is not None and bool((bound.known == number).all())
+
+
 @SHARED.op("Clip")
 def clip(ops: Backend, x: Value, low: Value | None = None, high: Value | None = None) -> Value:
-    """Either bound may be missing; where they cross, the upper one wins."""
+    """Either bound may be missing; where they cross, the upper one wins.
+
+    Between 0 and 6 it is what runtimes fuse to a convolution.
+    """
+    if _is(low, 0.0) and _is(high, 6.0) and is_float(x.dtype):
+        return Value(ops, ops.relu6(x.stored), x.order)
     tensor = x.stored
     if low is not None:
         tensor = ops.maximum(tensor, low.tensor)

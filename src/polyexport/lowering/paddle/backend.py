@@ -134,6 +134,7 @@ def backend(weights: Weights) -> Backend:
         leaky_relu=F.leaky_relu,
         log=paddle.log,
         relu=relu,
+        relu6=F.relu6,
         round=round_,
         rsqrt=paddle.rsqrt,
         sigmoid=F.sigmoid,

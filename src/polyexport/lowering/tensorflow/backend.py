@@ -108,6 +108,7 @@ def backend(weights: Weights) -> Backend:
         leaky_relu=lambda x, alpha: tf.nn.leaky_relu(x, alpha),
         log=tf.math.log,
         relu=tf.nn.relu,
+        relu6=tf.nn.relu6,
         round=tf.round,
         rsqrt=tf.math.rsqrt,
         sigmoid=tf.sigmoid,
