@@ -84,7 +84,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Report:
 def everything(tmp_path_factory: pytest.TempPathFactory) -> Everything:
     folder = tmp_path_factory.mktemp("everything")
     (folder / "home").mkdir()
-    formats = [each for each in FORMATS.values() if not each.needs_gpu and not each.lacks()]
+    formats = [each for each in FORMATS.values() if not each.uses_gpu and not each.lacks()]
     for chain in {chain for chains in plan.toolchains(formats).values() for chain in chains}:
         chain.interpreter()  # what is installed comes over the network
     words = [sys.executable, str(Path(every_format.__file__)), str(folder / "out")]

@@ -284,7 +284,7 @@ def test_the_same_checkpoint_is_not_exported_twice_but_another_is(tmp_path, monk
 
 
 def test_what_was_missing_is_asked_for_again_once_it_is_there(tmp_path, monkeypatch):
-    asked = (replace(polyexport.FORMATS["tensorrt"], lacks=str),)
+    asked = (replace(polyexport.FORMATS["tensorrt"], lacks=lambda: gpu.missing()),)
     monkeypatch.setattr(engines, "known", lambda: {"tensorrt": asked[0]})
     monkeypatch.setenv("POLYEXPORT_CACHE", "/dev/null/here")
     monkeypatch.setattr(gpu, "missing", lambda: "there is no GPU")

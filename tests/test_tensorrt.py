@@ -1,14 +1,15 @@
-"""TensorRT: skipped with a reason where it cannot run, and the calls it makes where it can.
+"""TensorRT: skipped with a reason where it cannot run, and what it does where it can.
 
-The calls are made to a stand-in for the library, a few lines that record what they are asked and refuse what TensorRT's
-documentation does not have. It shows that the sequence is right, not that an engine is: `test_an_engine_is_verified`
-does that, on a machine with a GPU and the library.
+TensorRT for RTX builds without a GPU, by the same parser, profiles and builder: that is real here. What depends on the
+GPU is called on a stand-in for the library, a few lines that record what they are asked and refuse what TensorRT's
+documentation does not have. `test_an_engine_is_verified` runs on a machine with a GPU and the library.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 import types
 from pathlib import Path
 
@@ -17,11 +18,13 @@ import torch
 
 import polyexport
 import zoo
+from isolated import many
 from polyexport.errors import ToolMissing
 from polyexport.formats import resolve, tensorrt
 from polyexport.spec import ExportSpec, TensorSpec
 from polyexport.workers import gpu
 
+RTX = ("tensorrt-rtx", "tensorrt-rtx-fp16")
 HERE = not gpu.missing() and torch.cuda.is_available() and importlib.util.find_spec("tensorrt") is not None
 SPEC = ExportSpec(
     inputs=(TensorSpec("image", "float32", ("batch", 3, 8, 8)), TensorSpec("unused", "float32", ("batch", 2))),
@@ -56,6 +59,44 @@ def test_without_the_library_one_line_says_what_to_install(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "tensorrt", None)
     with pytest.raises(ToolMissing, match="pip install tensorrt"):
         tensorrt._library()
+
+
+@pytest.fixture(scope="module")
+def for_rtx(tmp_path_factory):
+    module, inputs = zoo.build("resnet")
+    folder = tmp_path_factory.mktemp("rtx") / "out"
+    return polyexport.export(module, inputs, RTX, folder, bench=False, metadata={"by": "us"})
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="its wheels are installed on Linux only")
+@pytest.mark.skipif(not gpu.missing(), reason="this machine has a GPU, which may run it")
+@pytest.mark.parametrize("name", RTX)
+def test_an_engine_for_rtx_is_built_without_a_gpu_and_not_called_verified(for_rtx, name):
+    outcome = for_rtx[name]
+    assert outcome.state == "unverified", outcome.reason
+    assert "it needs an NVIDIA GPU" in outcome.reason
+    assert outcome.inputs[0].shape[0] == "batch"
+    about = json.loads((for_rtx.folder / name / "model.json").read_text())
+    assert about["gpus"] == ["SM80", "SM86", "SM89", "SM120"]
+    assert (about["metadata"]["by"], about["metadata"]["checkpoint_sha256"]) == ("us", for_rtx.checkpoint.sha256)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="its wheels are installed on Linux only")
+def test_half_the_bytes_in_half_precision(for_rtx):
+    whole, half = (for_rtx[name].artifact.bytes for name in RTX)
+    assert half < 0.7 * whole
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="its wheels are installed on Linux only")
+def test_every_model_is_parsed_and_built(exported):
+    roots = [str(exported(model).folder) for model in (*zoo.GROUND, *zoo.FURTHER)]
+    found = many("tensorrt_rtx", "convert", ("tensorrt-rtx",), roots)
+    assert {Path(root).name: made["tensorrt-rtx"] for root, made in found.items()} == {
+        Path(root).name: "made" for root in roots
+    }
 
 
 def test_yolov5_calls_it_engine():

@@ -119,7 +119,7 @@ def _record(each: Format) -> dict[str, Any]:
         "url": each.url,
         "artifact": each.artifact,
         "precision": each.precision,
-        "needs_gpu": each.needs_gpu,
+        "uses_gpu": each.uses_gpu,
         "kit": each.on_device is not None,
         "routes": [
             {"name": route.name, "upstream": route.upstream, "toolchain": toolchain.find(route.toolchain).name}

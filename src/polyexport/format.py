@@ -171,7 +171,7 @@ class Format:
         precision: What the artifact computes in.
         tolerance: By default the one that belongs to `precision`.
         aliases: Other names for it.
-        needs_gpu: Whether its workers may see the GPU.
+        uses_gpu: Whether its workers may see the GPU.
         lacks: Tells what this machine lacks for it beside packages, such as a device or a vendor's program, and where
             to get it, in a line; empty where nothing is missing.
         snippets: How applications open it, the language that it is mostly used from first.
@@ -195,7 +195,7 @@ class Format:
     precision: Precision = "float32"
     tolerance: Tolerance | None = None
     aliases: tuple[str, ...] = ()
-    needs_gpu: bool = False
+    uses_gpu: bool = False
     lacks: Callable[[], str] = _nothing
     snippets: tuple[Snippet, ...] = ()
     calibrated: bool = False

@@ -40,7 +40,7 @@ TIMES = ("first best proven", "second best proven", "all timed")
 def of_the_digits() -> tuple[Format, ...]:
     """What the example exports, as far as this machine can."""
     known = resolve(digits.FORMATS)
-    return tuple(each for each in known if not each.needs_gpu and not each.lacks())
+    return tuple(each for each in known if not each.uses_gpu and not each.lacks())
 
 
 def request(parent: Path, name: str, formats: tuple[Format, ...]) -> Request:

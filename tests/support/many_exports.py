@@ -24,6 +24,7 @@ ARTIFACTS = {
     "tflite": ("tensorflow", "many/saved_model/saved_model", "many/tflite/model.tflite"),
     "tflite-fp16": ("quantizer", "many/tflite/model.tflite", "many/tflite-fp16/model.tflite"),
     "tflite-w8": ("quantizer", "many/tflite/model.tflite", "many/tflite-w8/model.tflite"),
+    "tensorrt-rtx": ("onnx", "onnx/model.onnx", "many/tensorrt-rtx/model.engine"),
     "tflite-int8": ("quantizer", "many/tflite/model.tflite", "many/tflite-int8/model.tflite"),
 }
 """Route, source and target."""

@@ -148,7 +148,7 @@ def _starts(
         job = Bench(**each.of_job(dispatcher), batch=batch_path, one_row=one_row)
         yield (
             each.name,
-            partial(dispatcher.converse, job, each.runtime, f"{each.name}.bench", each.log, gpu=each.format.needs_gpu),
+            partial(dispatcher.converse, job, each.runtime, f"{each.name}.bench", each.log, gpu=each.format.uses_gpu),
         )
 
 

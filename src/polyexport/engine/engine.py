@@ -61,7 +61,7 @@ from polyexport.report.tables import sentence
 from polyexport.serialization import decode, encode, write_json
 from polyexport.spec import Runner
 from polyexport.versions import git_commit
-from polyexport.workers import gpu, toolchain
+from polyexport.workers import toolchain
 from polyexport.workers.job import Prepare
 from polyexport.workers.process import JobResult, Workers, environment
 from polyexport.workers.remote import Elsewhere
@@ -475,4 +475,4 @@ def _earlier(request: Request, sha256: str) -> Report | None:
 def _is_still_out_of_reach(outcome: Outcome) -> bool:
     """Whether a format was skipped for hardware or a program that this machine lacks now as it did then."""
     each = known()[outcome.format]
-    return outcome.state == "skipped" and bool((each.needs_gpu and gpu.missing()) or each.lacks())
+    return outcome.state == "skipped" and bool(each.lacks())

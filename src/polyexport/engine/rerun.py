@@ -117,7 +117,7 @@ def verify(report: Report, formats: Mapping[str, Format], dispatcher: Dispatcher
         watch(each.name, "verifying")
         taken = proofs(exported.batches, dynamic=each.spec.is_dynamic, made_up=each.format.precision == "float32")
         job = Verify(**each.of_job(dispatcher), batches=taken, noise=exported.noise)
-        ended = dispatcher.run(job, each.runtime, f"{each.name}.again", each.log, gpu=each.format.needs_gpu)
+        ended = dispatcher.run(job, each.runtime, f"{each.name}.again", each.log, gpu=each.format.uses_gpu)
         found = _beside(before, judged(replace(before, parity=None), ended, before.artifact.path))
         if found.state == "verified" and (why := ended.value["elsewhere"]):
             found = replace(found, state="degraded", reason=narrow(why))
@@ -166,7 +166,7 @@ def runner(report: Report, each: Runnable, dispatcher: Dispatcher) -> Iterator[R
     job = Serve(**each.of_job(dispatcher))
     with (
         tempfile.TemporaryDirectory() as folder,
-        dispatcher.converse(job, each.runtime, f"{each.name}.serve", each.log, gpu=each.format.needs_gpu) as talk,
+        dispatcher.converse(job, each.runtime, f"{each.name}.serve", each.log, gpu=each.format.uses_gpu) as talk,
     ):
         source, target = (Path(folder, name) for name in ("inputs.npz", "outputs.npz"))
         _expect(each, talk.answer(), report)

@@ -23,12 +23,13 @@ from polyexport.format import MODULE, Format, Route
 from polyexport.measure.dynamic_axes import BATCH
 from polyexport.measure.parity import Parity
 from polyexport.measure.reference import Reference
-from polyexport.report.folders import link
+from polyexport.measure.verification import fingerprint
+from polyexport.report.folders import DESCRIPTION, link
 from polyexport.report.outcome import STATES, Artifact, Calibration, Outcome, State, Toolchain
 from polyexport.serialization import decode
 from polyexport.spec import ExportSpec
 from polyexport.tracing.reads import named
-from polyexport.workers import gpu, toolchain
+from polyexport.workers import toolchain
 from polyexport.workers.job import Convert, Verify, proofs
 from polyexport.workers.process import JobResult
 
@@ -159,7 +160,7 @@ class Build:
         outcome = Outcome(
             each.name, each.precision, "skipped", route=route.name, inputs=spec.inputs, outputs=spec.outputs
         )
-        if each.needs_gpu and (why := gpu.missing()):
+        if each.uses_gpu and (why := each.lacks()):
             return Built(replace(outcome, reason=why), "")
         source, upstream = "source", Built(outcome, "")
         if route.upstream != MODULE:
@@ -193,7 +194,7 @@ class Build:
             target=target,
             packages=chain.requirements,
         )
-        ended = self._dispatcher.run(job, chain, f"{label}.convert", log, gpu=each.needs_gpu)
+        ended = self._dispatcher.run(job, chain, f"{label}.convert", log, gpu=each.uses_gpu)
         outcome = replace(outcome, log=log, seconds={"convert": ended.seconds}, reproduce=ended.command or None)
         if ended.ok:
             calibrated = ended.value["calibration"]
@@ -222,9 +223,9 @@ class Build:
             batches=batches,
             noise=self._reference.noise,
         )
-        ended = self._dispatcher.run(job, runtime, f"{label}.verify", log, gpu=each.needs_gpu)
+        ended = self._dispatcher.run(job, runtime, f"{label}.verify", log, gpu=each.uses_gpu)
         outcome = replace(made.outcome, seconds={**made.outcome.seconds, "verify": ended.seconds})
-        outcome = judged(outcome, ended, made.path)
+        outcome = self._counted(judged(outcome, ended, made.path))
         if outcome.state in ("verified", "mismatch") and self._reference.undecidable:
             why = f"nothing can be proven: {self._reference.undecidable}"
             outcome = replace(outcome, state="unverified", reason=why)
@@ -233,6 +234,14 @@ class Build:
         why = made.narrow or narrow(found.get("elsewhere", ""), made.frozen, self._reference)
         lost = [each for each in (why, found.get("shortfall", "")) if each]
         return replace(made, outcome=outcome, retry=retry, shortfall="; ".join(lost), narrow=why)
+
+    def _counted(self, outcome: Outcome) -> Outcome:
+        """With the size and hash of an artifact that no worker could open."""
+        if outcome.artifact is None or outcome.artifact.sha256:
+            return outcome
+        made = self._dispatcher.root / outcome.artifact.path
+        size, sha256 = fingerprint(made if made.is_dir() else made.parent, DESCRIPTION)
+        return replace(outcome, artifact=replace(outcome.artifact, bytes=size, sha256=sha256))
 
     def _settle(self, each: Format, built: Built) -> Outcome:
         """Give what was asked for its place; among the intermediates it stays too."""

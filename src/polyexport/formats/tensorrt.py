@@ -4,7 +4,7 @@ https://docs.nvidia.com/deeplearning/tensorrt/latest/
 
 Requirements:
 * Networks are strongly typed, which TensorRT 10 can do and 11 always does: the precision stands in the ONNX graph, and
-  float16 comes from a float16 graph with float32 inputs and outputs.
+  float16 comes from `onnx-fp16`, a float16 graph with float32 inputs and outputs.
 * The library comes from the training environment: what PyPI has under its name fetches from the vendor's own index, and
   which build fits depends on the driver, so it is not ours to install.
 * The engine file is the plan and nothing else, as trtexec and Triton read it; the GPU and the version that it was built
@@ -14,7 +14,7 @@ Requirements:
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 
 from polyexport.errors import CannotRun, ToolMissing
-from polyexport.format import Convert, Format, OnDevice, Route, Snippet, Triton
-from polyexport.spec import Arrays, ExportSpec, Precision, Runner
+from polyexport.format import Format, Loaded, Observed, OnDevice, Route, Snippet, Triton
+from polyexport.spec import Arrays, ExportSpec, Precision
 from polyexport.workers import gpu
 
 _WORKSPACE = 4 << 30
@@ -45,19 +45,7 @@ class Device:
 
 def convert(source: Path, target: Path, spec: ExportSpec) -> None:
     """Build an engine from the ONNX graph as it is."""
-    _build(source, target, spec, _library())
-
-
-def convert_half(source: Path, target: Path, spec: ExportSpec) -> None:
-    """Build an engine from the ONNX graph in float16, its inputs and outputs kept in float32."""
-    trt = _library()
-    import onnx
-    from onnxruntime.transformers.float16 import convert_float_to_float16
-
-    half = target.with_name("float16.onnx")
-    onnx.save(convert_float_to_float16(onnx.load(source), keep_io_types=True), half)
-    _build(half, target, spec, trt)
-    half.unlink()
+    _build_here(source, target, spec, _library())
 
 
 def _library() -> Any:
@@ -88,7 +76,12 @@ def lacks() -> str:
     return gpu.missing() or ("" if find_spec("tensorrt") else _NO_LIBRARY)
 
 
-def _device() -> Device:
+def device() -> Device:
+    """The first GPU, as PyTorch sees it.
+
+    Raises:
+        ToolMissing: it sees none.
+    """
     import torch
 
     if not torch.cuda.is_available():
@@ -97,26 +90,59 @@ def _device() -> Device:
     return Device(about.name, f"{about.major}.{about.minor}", torch.cuda.mem_get_info(0)[0])
 
 
-def _build(source: Path, target: Path, spec: ExportSpec, trt: Any) -> None:
-    device = _device()
+def _build_here(source: Path, target: Path, spec: ExportSpec, trt: Any) -> None:
+    """Build for this machine's GPU, with the timings that an earlier build for it has left."""
+    here = device()
+    cache = _cache_file(here, trt)
+
+    def settle(config: Any) -> None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, min(_WORKSPACE, here.free_bytes // 2))
+        config.set_timing_cache(config.create_timing_cache(cache.read_bytes() if cache.exists() else b""), False)
+
+    config = build(source, target, spec, trt, settle, {"tensorrt": trt.__version__, "gpu": asdict(here)})
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    cache.write_bytes(bytes(config.get_timing_cache().serialize()))
+
+
+def build(
+    source: Path,
+    target: Path,
+    spec: ExportSpec,
+    trt: Any,
+    settle: Callable[[Any], None],
+    about: Mapping[str, Any],
+) -> Any:
+    """Write the plan of an ONNX graph, and what it was built for into a JSON file beside it.
+
+    Args:
+        source: The ONNX graph, whose types the engine keeps.
+        target: The plan's file.
+        spec: The signature; a dynamic axis gets a profile.
+        trt: The library, TensorRT or one with its interface.
+        settle: Sets in the builder's configuration what depends on the device.
+        about: What the JSON file says beside the metadata.
+
+    Returns:
+        The builder's configuration as the build has left it.
+
+    Raises:
+        RuntimeError: the parser refuses the graph, or the builder builds none.
+    """
     builder = trt.Builder(trt.Logger(trt.Logger.WARNING))
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     _parse(source, network, trt)
     config = builder.create_builder_config()
-    config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, min(_WORKSPACE, device.free_bytes // 2))
     config.clear_flag(trt.BuilderFlag.TF32)  # it keeps ten bits of a float32's mantissa
+    settle(config)
     if any(tensor.dynamic for tensor in spec.inputs):
         config.add_optimization_profile(_profile(builder.create_optimization_profile(), network, spec))
-    cache = _cache_file(device, trt)
-    config.set_timing_cache(config.create_timing_cache(cache.read_bytes() if cache.exists() else b""), False)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise RuntimeError("TensorRT built no engine; see its messages in the log")
     target.write_bytes(bytes(plan))
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    cache.write_bytes(bytes(config.get_timing_cache().serialize()))
-    about = {"tensorrt": trt.__version__, "gpu": asdict(device), "metadata": spec.embedded}
-    target.with_suffix(".json").write_text(json.dumps(about, indent=2), encoding="utf-8")
+    text = json.dumps({**about, "metadata": spec.embedded}, indent=2)
+    target.with_suffix(".json").write_text(text, encoding="utf-8")
+    return config
 
 
 def _parse(source: Path, network: Any, trt: Any) -> None:
@@ -151,16 +177,25 @@ def _cache_file(device: Device, trt: Any) -> Path:
 # --- running ----------------------------------------------------------------------------------------------------------
 
 
-def load(path: Path, spec: ExportSpec, *, threads: int) -> Runner:
-    """Run it on the first GPU; a call lasts until the outputs are back in the host's memory."""
-    trt = _library()
-    _device()
+def load(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
+    """Run it on the first GPU."""
+    return run_engine(path, spec, _library(), device())
+
+
+def run_engine(path: Path, spec: ExportSpec, trt: Any, on: Device) -> Loaded:
+    """Run a plan on the GPU; a call lasts until the outputs are back in the host's memory.
+
+    Raises:
+        CannotRun: the library refuses the plan.
+    """
     import torch
 
     runtime = trt.Runtime(trt.Logger(trt.Logger.WARNING))
     engine = runtime.deserialize_cuda_engine(path.read_bytes())
     if engine is None:
-        raise CannotRun("TensorRT refuses the engine: it was built for another GPU or another version")
+        raise CannotRun(
+            f"TensorRT refuses the engine on {on.name}: it was built for another GPU, or by another version"
+        )
     context = engine.create_execution_context()
     names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
     given = [name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
@@ -182,7 +217,7 @@ def load(path: Path, spec: ExportSpec, *, threads: int) -> Runner:
         stream.synchronize()
         return {tensor.name: answer[tensor.name].numpy() for tensor in spec.outputs}
 
-    return run
+    return Loaded(run, observed=lambda: Observed(device=on.name))
 
 
 def _known(context: Any, name: str) -> tuple[int, ...]:
@@ -192,7 +227,7 @@ def _known(context: Any, name: str) -> tuple[int, ...]:
     return shape
 
 
-_SNIPPETS = (
+SNIPPETS = (
     Snippet(
         "C++",
         """\
@@ -250,9 +285,7 @@ outputs = run(dict(np.load("validation_batch.npz")))
 )
 
 
-def _format(
-    name: str, precision: Precision, convert: Convert, description: str, aliases: tuple[str, ...] = ()
-) -> Format:
+def _format(name: str, upstream: str, precision: Precision, description: str, *aliases: str) -> Format:
     return Format(
         name=name,
         aliases=aliases,
@@ -261,18 +294,18 @@ def _format(
         artifact="model.engine",
         precision=precision,
         # the training environment's own library is seen by the layer
-        routes=(Route("onnx", upstream="onnx", toolchain="onnx", convert=convert),),
+        routes=(Route("onnx", upstream=upstream, toolchain="onnx", convert=convert),),
         load=load,
         targets=("GPU",),
         triton=Triton("tensorrt_plan", "model.plan", is_platform=True),
-        needs_gpu=True,
+        uses_gpu=True,
         lacks=lacks,
-        snippets=_SNIPPETS,
+        snippets=SNIPPETS,
         on_device=OnDevice(("tensorrt", "torch")),
     )
 
 
 FORMATS = (
-    _format("tensorrt", "float32", convert, "TensorRT engine, for the NVIDIA GPU it was built on", ("engine", "trt")),
-    _format("tensorrt-fp16", "float16", convert_half, "TensorRT engine in half precision"),
+    _format("tensorrt", "onnx", "float32", "TensorRT engine, for the NVIDIA GPU it was built on", "engine", "trt"),
+    _format("tensorrt-fp16", "onnx-fp16", "float16", "TensorRT engine in half precision"),
 )

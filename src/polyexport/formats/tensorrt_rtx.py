@@ -1,0 +1,92 @@
+"""TensorRT for RTX: an engine that runs on any NVIDIA RTX GPU, built ahead of time on a machine that needs none.
+
+https://docs.nvidia.com/deeplearning/tensorrt-rtx/latest/
+
+Requirements:
+* Builder, parser and engine have TensorRT's interface, so all but what follows is `polyexport.formats.tensorrt`'s.
+* The engine is built for GPUs from Ampere on (compute capability 8.0) and compiled to the end where it is loaded first.
+* The library is NVIDIA's, under a licence of its own; it is installed where this format is asked for by name.
+* A GPU is only needed to run the engine: without one it is `unverified`.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from polyexport.errors import CannotRun
+from polyexport.format import Format, Loaded, OnDevice, Route
+from polyexport.formats.tensorrt import SNIPPETS, build, device, run_engine
+from polyexport.spec import ExportSpec, Precision
+from polyexport.workers import gpu
+
+_CAPABILITIES = ("SM80", "SM86", "SM89", "SM120")
+"""The GPUs that the engine is built for: A100, and RTX cards of the generations Ampere, Ada and Blackwell."""
+
+
+def _library() -> Any:
+    """TensorRT for RTX, whose bindings find its shared libraries only where those are loaded already."""
+    import ctypes
+
+    import onnx  # noqa: F401  # before TensorRT, which otherwise brings a protobuf that onnx cannot load with
+    import tensorrt_rtx_libs
+
+    (folder,) = tensorrt_rtx_libs.__path__
+    libraries = sorted(Path(folder).glob("*.so*"), key=lambda file: "parser" in file.name)
+    for library in libraries:  # the parser last, since it needs the other
+        ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+    import tensorrt_rtx_bindings
+
+    return tensorrt_rtx_bindings
+
+
+def convert(source: Path, target: Path, spec: ExportSpec) -> None:
+    """Build an engine from the ONNX graph as it is."""
+    trt = _library()
+
+    def settle(config: Any) -> None:
+        config.num_compute_capabilities = len(_CAPABILITIES)
+        for index, name in enumerate(_CAPABILITIES):
+            config.set_compute_capability(getattr(trt.ComputeCapability, name), index)
+
+    build(source, target, spec, trt, settle, {"tensorrt_rtx": trt.__version__, "gpus": _CAPABILITIES})
+
+
+def load(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
+    """Run it on the first GPU.
+
+    Raises:
+        CannotRun: there is none, or it is none that the engine was built for.
+    """
+    if why := gpu.missing():
+        raise CannotRun(f"to run it, {why}")
+    return run_engine(path, spec, _library(), device())
+
+
+def lacks() -> str:
+    """A platform that the library is made for, in a line."""
+    return "" if sys.platform == "linux" else f"TensorRT for RTX is installed on Linux only, and this is {sys.platform}"
+
+
+def _format(name: str, upstream: str, precision: Precision, description: str) -> Format:
+    return Format(
+        name=name,
+        description=description,
+        url="https://docs.nvidia.com/deeplearning/tensorrt-rtx/latest/",
+        artifact="model.engine",
+        precision=precision,
+        routes=(Route("onnx", upstream=upstream, toolchain="tensorrt_rtx", convert=convert),),
+        load=load,
+        targets=("GPU",),
+        uses_gpu=True,
+        lacks=lacks,
+        snippets=SNIPPETS,
+        on_device=OnDevice(("tensorrt-rtx-cu13-bindings", "tensorrt-rtx-cu13-libs", "torch", "onnx")),
+    )
+
+
+FORMATS = (
+    _format("tensorrt-rtx", "onnx", "float32", "TensorRT for RTX engine, for NVIDIA GPUs from Ampere on"),
+    _format("tensorrt-rtx-fp16", "onnx-fp16", "float16", "TensorRT for RTX engine in half precision"),
+)
