@@ -16,7 +16,7 @@ from polyexport import FORMATS
 from polyexport.formats.mnn import settle_id
 from polyexport.report.folders import DESCRIPTION
 
-NAMES = [each.name for each in FORMATS.values() if not each.needs_gpu and not each.lacks()]
+NAMES = [each.name for each in FORMATS.values() if not each.uses_gpu and not each.lacks()]
 
 _STACK = (".debug_pkl", "serialization_id")
 """Entries of a TorchScript file with Python's stack when it was traced, in which stands how the worker was started."""

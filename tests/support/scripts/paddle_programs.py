@@ -92,4 +92,27 @@ def outputs_of_one_value(folder):
         np.testing.assert_array_equal(array, right[name.split("_")[1]], name)
 
 
-programs.run(unknown_input, weight_in_a_loop, sum_of_nothing, outputs_of_one_value)
+def clip_to_0_and_6(folder):
+    random = np.random.default_rng(0)
+    kernel, bias = random.normal(size=(8, 4, 1, 1)).astype("f4") * 4, random.normal(size=8).astype("f4")
+    constants = {"w": kernel, "b": bias, "low": np.array(0, "f4"), "high": np.array(6, "f4")}
+    weights = [numpy_helper.from_array(array, name) for name, array in constants.items()]
+    nodes = [helper.make_node("Conv", ["x", "w", "b"], ["c"]), helper.make_node("Clip", ["c", "low", "high"], ["y"])]
+    ports = [helper.make_tensor_value_info(name, 1, [2, size, 5, 5]) for name, size in (("x", 4), ("y", 8))]
+    graph = helper.make_graph(nodes, "g", ports[:1], ports[1:], weights)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)])
+    prefix = folder / "clip"
+    lower_model(model, [InputSpec([2, 4, 5, 5], "float32", "x")]).save(prefix)
+    program = prefix.with_suffix(".json").read_text()
+    assert "relu6" in program
+    assert "maximum" not in program
+    predictor = inference.create_predictor(inference.Config(f"{prefix}.json", f"{prefix}.pdiparams"))
+    x = random.normal(size=(2, 4, 5, 5)).astype("f4")
+    predictor.get_input_handle("x").copy_from_cpu(x)
+    predictor.run()
+    expected = np.clip(np.einsum("oi,nihw->nohw", kernel[..., 0, 0], x) + bias[:, None, None], 0, 6)
+    assert 0.1 < (expected == 6).mean() < 0.9
+    np.testing.assert_allclose(predictor.get_output_handle("y").copy_to_cpu(), expected, rtol=1e-4, atol=1e-5)
+
+
+programs.run(clip_to_0_and_6, unknown_input, weight_in_a_loop, sum_of_nothing, outputs_of_one_value)
