@@ -21,8 +21,8 @@ from polyexport.formats.tensorrt import SNIPPETS, build, device, run_engine
 from polyexport.spec import ExportSpec, Precision
 from polyexport.workers import gpu
 
-_CAPABILITIES = ("SM80", "SM86", "SM89", "SM120")
-"""The GPUs that the engine is built for: A100, and RTX cards of the generations Ampere, Ada and Blackwell."""
+_CAPABILITIES = ("8.0", "8.6", "8.9", "12.0")
+"""The compute capabilities that the engine is built for: A100, and RTX cards from Ampere, Ada and Blackwell."""
 
 
 def _library() -> Any:
@@ -48,7 +48,7 @@ def convert(source: Path, target: Path, spec: ExportSpec) -> None:
     def settle(config: Any) -> None:
         config.num_compute_capabilities = len(_CAPABILITIES)
         for index, name in enumerate(_CAPABILITIES):
-            config.set_compute_capability(getattr(trt.ComputeCapability, name), index)
+            config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{name.replace('.', '')}"), index)
 
     build(source, target, spec, trt, settle, {"tensorrt_rtx": trt.__version__, "gpus": _CAPABILITIES})
 
@@ -61,7 +61,11 @@ def load(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
     """
     if why := gpu.missing():
         raise CannotRun(f"to run it, {why}")
-    return run_engine(path, spec, _library(), device())
+    here = device()
+    if here.capability not in _CAPABILITIES:
+        known = ", ".join(_CAPABILITIES)
+        raise CannotRun(f"{here.name} has compute capability {here.capability}, and the engine is for {known}")
+    return run_engine(path, spec, _library(), here)
 
 
 def lacks() -> str:
