@@ -112,6 +112,30 @@ def test_other_pins_are_another_environment():
     assert one.folder == Toolchain("x", ("a==1",)).folder
 
 
+FOLDERS = """
+from polyexport.formats import known
+from polyexport.workers import toolchain
+names = sorted({route.toolchain for each in known().values() for route in each.routes})
+print(*(toolchain.find(name).folder.name for name in names))
+"""
+
+
+def test_each_process_finds_the_same_environments():
+    """Names of packages are in no order in a set, so that each process would make environments of its own."""
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", FOLDERS],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2", "3")
+    }
+    (folders,) = found
+    assert "executorch-" in folders
+
+
 def test_what_cannot_be_installed_is_a_missing_tool_and_leaves_nothing(cache):
     chain = Toolchain("hopeless", ("toposort==999.0",))
     with pytest.raises(ToolMissing, match=r"toolchain hopeless cannot be installed: .*toposort"):

@@ -27,7 +27,7 @@ class Small(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.conv = torch.nn.Conv2d(3, 32, 3, 2, 1)
-        self.head = torch.nn.Linear(32 * 4 * 4, 64)
+        self.head = torch.nn.Sequential(torch.nn.Linear(32 * 4 * 4, 64), torch.nn.Tanh(), torch.nn.Linear(64, 8))
 
     def forward(self, relu: torch.Tensor) -> dict[str, torch.Tensor]:
         return {"linear": self.head(self.conv(relu).relu().flatten(1))}

@@ -90,7 +90,7 @@ def provided(lock: Lock) -> Mapping[str, str]:
     locked = lock.here
     while wrong := {name for name in fits if not _content(name, fits, locked)}:
         fits -= wrong
-    return {name: installed[name] for name in fits & locked.keys()}
+    return {name: installed[name] for name in sorted(fits & locked.keys())}
 
 
 def misfit(lock: Lock, name: str) -> str:
