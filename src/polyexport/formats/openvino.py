@@ -110,7 +110,18 @@ def save(model: Any, target: Path, spec: ExportSpec, *remarks: str, half: bool =
         model.set_rt_info(value, ["polyexport", key])
     if spec.labels:  # as OpenVINO's Model API reads them: blanks between, none within
         model.set_rt_info(" ".join(re.sub(r"\s", "_", label) for label in spec.labels), ["model_info", "labels"])
+    _renumber(model)
     openvino.save_model(model, str(target), compress_to_fp16=half)
+
+
+def _renumber(model: Any) -> None:
+    """Number by their order the nodes that OpenVINO named itself: its counter goes on with all that a process does."""
+    nodes = model.get_ordered_ops()
+    drawn = [node for node in nodes if re.fullmatch(rf"{node.get_type_name()}_\d+", node.friendly_name)]
+    taken = {node.friendly_name for node in nodes} - {node.friendly_name for node in drawn}
+    for index, node in enumerate(drawn):
+        name = f"{node.get_type_name()}_{index}"
+        node.friendly_name = f"{name}_" if name in taken else name
 
 
 def load(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:

@@ -54,6 +54,7 @@ _UNUSED = ("tensorflow_decision_forests", "tensorflow_hub", "jax", "jax.experime
 
 def import_tensorflowjs() -> None:
     """Import tensorflowjs with empty modules for what its SavedModel conversion has no use for."""
+    importlib.import_module("keras")  # which looks for jax itself, and takes an empty one for the real
     empty = {name: ModuleType(name) for name in _UNUSED}
     vars(empty["jax.experimental"])["jax2tf"] = empty["jax.experimental.jax2tf"]
     sys.modules.update(empty)
