@@ -1,21 +1,43 @@
-"""What the tests of web pages share: a folder served over HTTP, and TensorFlow.js from the toolchain."""
+"""What the tests of web pages share: a folder served over HTTP, and TensorFlow.js from the toolchain.
+
+The toolchain has its parts only. `@tensorflow/tfjs`, which applications install, is those under one name.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import http.server
+import json
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 from polyexport.workers import toolchain
 
+_PARTS = ("core", "converter", "backend-cpu")
+
+
+def node_modules(root: Path) -> None:
+    """Give a folder the packages of the tfjs toolchain, and `@tensorflow/tfjs` beside them, for Node and for pages."""
+    theirs, ours = toolchain.find("tfjs").folder / "node_modules", root / "node_modules"
+    union = ours / "@tensorflow/tfjs"
+    (union / "dist").mkdir(parents=True)
+    for package in (*theirs.iterdir(), *(theirs / "@tensorflow").iterdir()):
+        if package.name != "@tensorflow":
+            (ours / package.relative_to(theirs)).symlink_to(package)
+    parts = {part: theirs / "@tensorflow" / f"tfjs-{part}" for part in _PARTS}
+    version = json.loads((parts["core"] / "package.json").read_text())["version"]
+    (union / "package.json").write_text(json.dumps({"type": "module", "main": "index.js", "version": version}))
+    (union / "index.js").write_text("".join(f"export * from '@tensorflow/tfjs-{part}';\n" for part in _PARTS))
+    whole = "\n".join((folder / f"dist/tf-{part}.min.js").read_text("utf-8") for part, folder in parts.items())
+    (union / "dist/tf.min.js").write_text(whole, "utf-8")
+
 
 @contextlib.contextmanager
 def served(root: Path) -> Iterator[str]:
     """The address of `root`, which gets the packages of the tfjs toolchain as `/node_modules`."""
-    (root / "node_modules").symlink_to(toolchain.find("tfjs").folder / "node_modules")
+    node_modules(root)
     handler = functools.partial(_Quiet, directory=str(root))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
