@@ -266,7 +266,7 @@ def quantize_weights(source: Path, target: Path, spec: ExportSpec) -> None:
         model = onnx.load(draft)
         lacks = _without(onnx.load(prepared), {*_DYNAMIC, *_CONVOLUTIONS, "Gemm"})  # which becomes a MatMul
     stored = _store_convolutions(model)
-    kept = f"convolutions compute in float32, by {stored} weights that are stored in int8" if stored else ""
+    kept = "convolutions compute in float32, of weights that are stored in int8" if stored else ""
     save(model, target, spec.embedded, seven_bits(), kept, lacks=lacks)
 
 
