@@ -102,7 +102,7 @@ NAMES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "lightning_export/ranks.py": ("torch.distributed.distributed_c10d:_get_default_store",),
     },
     "executorch": {"formats/executorch.py": ("executorch.exir._serialize._program:deserialize_pte_binary",)},
-    "onnx": {"formats/tensorrt.py": ("onnxruntime.transformers.float16:convert_float_to_float16",)},
+    "onnx": {"formats/onnx_fp16.py": ("onnxruntime.transformers.float16:convert_float_to_float16",)},
     "paddle": {
         "formats/paddle.py": ("x2paddle.convert:onnx2paddle",),
         "lowering/paddle/__init__.py": ("paddle:base.core.serialize_pir_program",),
