@@ -33,9 +33,7 @@ class Budget:
     mode: Mode | None = None
 
     def __post_init__(self) -> None:
-        share = isinstance(self.most, str)
-        number = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*%\s*", self.most) if isinstance(self.most, str) else self.most
-        if not number if share else not (_is_number(self.most) and float(self.most) >= 0):
+        if not (_is_share(self.most) or (_is_number(self.most) and float(self.most) >= 0)):
             raise BadRequest(f"budget {self.most!r}; give how much worse it may be, as 0.01, or a share of it, as '2%'")
         if self.mode not in (None, "min", "max"):
             raise BadRequest(f"budget mode={self.mode!r}; known: 'min' where less is better, 'max' where more is")
@@ -46,6 +44,10 @@ class Budget:
 
     def __str__(self) -> str:
         return self.most.strip() if isinstance(self.most, str) else f"{self.most:g}"
+
+
+def _is_share(value: object) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"\s*\d+(?:\.\d*)?\s*%\s*", value) is not None
 
 
 def _is_number(value: object) -> bool:

@@ -80,7 +80,7 @@ def mended(
     """
     if best(drafts).error <= NEAR:
         return best(drafts), ""
-    costs = list(_costs(layers, make))
+    costs = _costs(layers, make)
     rounds = list(_rounds(costs, make))
     for each in rounds:
         print(f"{len(each.kept)} layers in float: relative error {each.error:.3g}")
@@ -94,13 +94,13 @@ def mended(
     return chosen, f"back to float32, by the error that each makes alone: {kept} (error of the outputs {errors})"
 
 
-def _costs(layers: Mapping[str, str], make: Callable[[Sequence[str], Sequence[str]], Draft]) -> Iterator[Cost]:
+def _costs(layers: Mapping[str, str], make: Callable[[Sequence[str], Sequence[str]], Draft]) -> list[Cost]:
     """The costliest first, of as many as fit in `_SECONDS`."""
     start, found = time.monotonic(), []
     for layer, called in layers.items():
         if time.monotonic() - start < _SECONDS:
             found.append(Cost(layer, called, make((), (layer,)).error))
-    yield from sorted(found, key=lambda each: -each.error)
+    return sorted(found, key=lambda each: -each.error)
 
 
 def _rounds(costs: Sequence[Cost], make: Callable[[Sequence[str], Sequence[str]], Draft]) -> Iterator[Draft]:
