@@ -26,6 +26,7 @@ import numpy as np
 from polyexport.errors import ToolMissing
 from polyexport.format import Format, Loaded, Observed, Route, Snippet
 from polyexport.formats import tflite
+from polyexport.measure.weights import counted
 from polyexport.spec import Arrays, ExportSpec, TensorSpec
 from polyexport.tracing.exported_program import load_program
 
@@ -166,7 +167,7 @@ class Placement:
 
     def __str__(self) -> str:
         mapped = f"{self.total - self.on_cpu.total()} of {self.total} operations"
-        kept = ", ".join(f"{count} × {name}" for name, count in sorted(self.on_cpu.items()))
+        kept = counted(self.on_cpu)
         return f"{mapped} on the Edge TPU" + (f", on the CPU {kept}" if kept else "")
 
 

@@ -201,22 +201,28 @@ outputs = session.run({{ outputs | tojson }}, inputs)
     ),
 )
 
-ON_DEVICE = OnDevice(("onnxruntime",))
-TRITON = Triton("onnxruntime", "model.onnx")
 
-FORMAT = Format(
-    name="onnx",
-    description="ONNX graph, for ONNX Runtime and most other runtimes",
-    url="https://onnx.ai/onnx/",
-    artifact="model.onnx",
-    routes=(
-        Route("dynamo", upstream="pt2", toolchain="onnx", convert=convert_program),
-        Route("torchscript", upstream=MODULE, toolchain="onnx", convert=convert_trace),
-        Route("script", upstream="torchscript", toolchain="onnx", convert=convert_script),
-    ),
-    load=load,
-    targets=("server CPU",),
-    snippets=SNIPPETS,
-    on_device=ON_DEVICE,
-    triton=TRITON,
+def onnx_format(name: str, description: str, url: str, *routes: Route, **more: Any) -> Format:
+    """A format whose artifact is an ONNX file, which ONNX Runtime runs."""
+    defaults: dict[str, Any] = {"load": load, "targets": ("server CPU",)}
+    return Format(
+        name=name,
+        description=description,
+        url=url,
+        artifact="model.onnx",
+        routes=routes,
+        snippets=SNIPPETS,
+        on_device=OnDevice(("onnxruntime",)),
+        triton=Triton("onnxruntime", "model.onnx"),
+        **(defaults | more),
+    )
+
+
+FORMAT = onnx_format(
+    "onnx",
+    "ONNX graph, for ONNX Runtime and most other runtimes",
+    "https://onnx.ai/onnx/",
+    Route("dynamo", upstream="pt2", toolchain="onnx", convert=convert_program),
+    Route("torchscript", upstream=MODULE, toolchain="onnx", convert=convert_trace),
+    Route("script", upstream="torchscript", toolchain="onnx", convert=convert_script),
 )

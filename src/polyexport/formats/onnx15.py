@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from polyexport.format import MODULE, Format, Route
-from polyexport.formats.onnx import ON_DEVICE, SNIPPETS, TRITON, convert_trace, load
+from polyexport.format import MODULE, Route
+from polyexport.formats.onnx import convert_trace, onnx_format
 from polyexport.spec import ExportSpec
 
 
@@ -19,15 +19,9 @@ def convert(source: Path, target: Path, spec: ExportSpec) -> None:
     convert_trace(source, target, spec, opset=15)
 
 
-FORMAT = Format(
-    name="onnx-opset15",
-    description="ONNX graph of opset 15, for older runtimes and converters",
-    url="https://onnx.ai/onnx/repo-docs/Versioning.html",
-    artifact="model.onnx",
-    routes=(Route("torchscript", upstream=MODULE, toolchain="onnx", convert=convert),),
-    load=load,
-    targets=("server CPU",),
-    snippets=SNIPPETS,
-    on_device=ON_DEVICE,
-    triton=TRITON,
+FORMAT = onnx_format(
+    "onnx-opset15",
+    "ONNX graph of opset 15, for older runtimes and converters",
+    "https://onnx.ai/onnx/repo-docs/Versioning.html",
+    Route("torchscript", upstream=MODULE, toolchain="onnx", convert=convert),
 )

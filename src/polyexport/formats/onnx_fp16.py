@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from polyexport.format import Format, Route
-from polyexport.formats.onnx import ON_DEVICE, SNIPPETS, TRITON, load, save
+from polyexport.format import Route
+from polyexport.formats.onnx import onnx_format, save
 from polyexport.formats.onnx_quantized import beyond, ranges
+from polyexport.measure.weights import counted
 from polyexport.spec import ExportSpec
 
 if TYPE_CHECKING:
@@ -36,8 +37,9 @@ def convert(source: Path, target: Path, spec: ExportSpec) -> None:
     half = convert_float_to_float16(model, keep_io_types=True, node_block_list=[node.name for node in wide])
     _keep_wide(half)
     found = Counter(node.op_type for node in wide)
-    listed = ", ".join(f"{count} × {name}" for name, count in sorted(found.items()))
-    save(half, target, spec.embedded, f"in float32, since beyond the range of float16: {listed}" if listed else "")
+    save(
+        half, target, spec.embedded, f"in float32, since beyond the range of float16: {counted(found)}" if found else ""
+    )
 
 
 def _keep_wide(model: onnx.ModelProto) -> None:
@@ -60,17 +62,12 @@ def _keep_wide(model: onnx.ModelProto) -> None:
     whole.topological_sort()
 
 
-FORMAT = Format(
-    name="onnx-fp16",
-    description="ONNX graph in half precision, for GPUs and NPUs",
-    url="https://onnxruntime.ai/docs/performance/model-optimizations/float16.html",
-    artifact="model.onnx",
+FORMAT = onnx_format(
+    "onnx-fp16",
+    "ONNX graph in half precision, for GPUs and NPUs",
+    "https://onnxruntime.ai/docs/performance/model-optimizations/float16.html",
+    Route("onnxruntime", "onnx", "onnx", convert),
     precision="float16",
-    routes=(Route("onnxruntime", "onnx", "onnx", convert),),
-    load=load,
     targets=("GPU",),
-    snippets=SNIPPETS,
-    on_device=ON_DEVICE,
-    triton=TRITON,
     calibrated=True,
 )

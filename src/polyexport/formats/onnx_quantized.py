@@ -27,11 +27,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from polyexport.format import Format, Route
-from polyexport.formats.onnx import ON_DEVICE, SNIPPETS, TRITON, load, opened, save
+from polyexport.format import Route
+from polyexport.formats.onnx import onnx_format, opened, save
 from polyexport.measure.drafts import NEAR, Draft, best, distance, mended
-from polyexport.measure.weights import left_in_float
-from polyexport.spec import Arrays, ExportSpec, Precision, calibration
+from polyexport.measure.weights import counted, left_in_float
+from polyexport.spec import Arrays, ExportSpec, calibration
 
 if TYPE_CHECKING:
     import onnx
@@ -233,8 +233,7 @@ def in_float(model: onnx.ModelProto) -> str:
         if node.op_type not in _COMPUTE_NOTHING
         and any(name in float32 and name not in quantized for name in node.input)
     )
-    listed = ", ".join(f"{count} × {name}" for name, count in sorted(found.items()))
-    return f"in float32: {listed}" if listed else ""
+    return f"in float32: {counted(found)}" if found else ""
 
 
 # --- weights alone ----------------------------------------------------------------------------------------------------
@@ -289,36 +288,23 @@ def _store_convolutions(model: onnx.ModelProto) -> int:
     return len(weights)
 
 
-def _format(name: str, precision: Precision, description: str, *routes: Route, calibrated: bool = False) -> Format:
-    return Format(
-        name=name,
-        description=description,
-        url="https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html",
-        artifact="model.onnx",
-        precision=precision,
-        routes=routes,
-        load=load,
-        targets=("server CPU",),
-        snippets=SNIPPETS,
-        on_device=ON_DEVICE,
-        triton=TRITON,
-        calibrated=calibrated,
-    )
-
+_URL = "https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html"
 
 FORMATS = (
-    _format(
+    onnx_format(
         "onnx-int8",
-        "int8",
         "ONNX graph in int8 (Q/DQ), calibrated with validation batches",
+        _URL,
         Route("onnxruntime", "onnx", "onnx", quantize),
         Route("onnxruntime-minmax", "onnx", "onnx", quantize_min_max),
+        precision="int8",
         calibrated=True,
     ),
-    _format(
+    onnx_format(
         "onnx-w8",
-        "w8",
         "ONNX graph with its weights in int8, for transformers and recurrent networks on CPUs",
+        _URL,
         Route("onnxruntime", "onnx", "onnx", quantize_weights),
+        precision="w8",
     ),
 )

@@ -187,38 +187,38 @@ int main() {
     ),
 )
 
-ON_DEVICE = OnDevice(("openvino",))
-TRITON = Triton("openvino", "model.xml")
+
+def openvino_format(name: str, description: str, url: str, *routes: Route, **more: Any) -> Format:
+    """A format whose artifact is OpenVINO's IR."""
+    defaults: dict[str, Any] = {"load": load}
+    return Format(
+        name=name,
+        aliases=(name.replace("openvino", "ov"),),
+        description=description,
+        url=url,
+        artifact="model.xml",
+        routes=routes,
+        targets=("server CPU",),
+        snippets=SNIPPETS,
+        on_device=OnDevice(("openvino",)),
+        triton=Triton("openvino", "model.xml"),
+        **(defaults | more),
+    )
+
 
 FORMATS = (
-    Format(
-        name="openvino",
-        aliases=("ov",),
-        description="OpenVINO IR, for Intel CPUs, GPUs and NPUs",
-        url="https://docs.openvino.ai/",
-        artifact="model.xml",
-        routes=(
-            Route("onnx", upstream="onnx", toolchain="openvino", convert=convert_onnx),
-            Route("torchscript", upstream="torchscript", toolchain="openvino", convert=convert_torchscript),
-        ),
-        load=load,
-        targets=("server CPU",),
-        snippets=SNIPPETS,
-        on_device=ON_DEVICE,
-        triton=TRITON,
+    openvino_format(
+        "openvino",
+        "OpenVINO IR, for Intel CPUs, GPUs and NPUs",
+        "https://docs.openvino.ai/",
+        Route("onnx", upstream="onnx", toolchain="openvino", convert=convert_onnx),
+        Route("torchscript", upstream="torchscript", toolchain="openvino", convert=convert_torchscript),
     ),
-    Format(
-        name="openvino-fp16",
-        aliases=("ov-fp16",),
-        description="OpenVINO IR with its weights in float16, half the size",
-        url="https://docs.openvino.ai/2025/openvino-workflow/model-preparation/conversion-parameters.html",
-        artifact="model.xml",
+    openvino_format(
+        "openvino-fp16",
+        "OpenVINO IR with its weights in float16, half the size",
+        "https://docs.openvino.ai/2025/openvino-workflow/model-preparation/conversion-parameters.html",
+        Route("openvino", upstream="openvino", toolchain="openvino", convert=halve),
         precision="float16",
-        routes=(Route("openvino", upstream="openvino", toolchain="openvino", convert=halve),),
-        load=load,
-        targets=("server CPU",),
-        snippets=SNIPPETS,
-        on_device=ON_DEVICE,
-        triton=TRITON,
     ),
 )

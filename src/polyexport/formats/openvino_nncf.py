@@ -22,11 +22,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from polyexport.format import Format, Load, Loaded, Route
+from polyexport.format import Loaded, Route
 from polyexport.formats.onnx_quantized import overflows, seven_bits
-from polyexport.formats.openvino import ON_DEVICE, SNIPPETS, TRITON, compiled, load, save, without_telemetry
+from polyexport.formats.openvino import compiled, load, openvino_format, save, without_telemetry
 from polyexport.measure.drafts import Draft, best, distance, mended
-from polyexport.spec import Arrays, ExportSpec, Precision, calibration
+from polyexport.measure.weights import counted
+from polyexport.spec import Arrays, ExportSpec, calibration
 
 URL = "https://docs.openvino.ai/2025/openvino-workflow/model-optimization.html"
 
@@ -105,8 +106,7 @@ def in_float(model: Any) -> str:
         for each in about
         if each["layerType"] not in _COMPUTE_NOTHING and each["runtimePrecision"] in ("f32", "f16", "bf16")
     )
-    listed = ", ".join(f"{count} × {name}" for name, count in sorted(found.items()))
-    return f"in float32: {listed}" if listed else ""
+    return f"in float32: {counted(found)}" if found else ""
 
 
 # --- weights alone ----------------------------------------------------------------------------------------------------
@@ -155,46 +155,32 @@ def _is_weight(node: Any) -> bool:
     return is_constant and "zero_point" not in str(node.get_friendly_name())
 
 
-def _format(
-    name: str, precision: Precision, description: str, route: Route, *, load: Load = load, calibrated: bool = True
-) -> Format:
-    return Format(
-        name=name,
-        aliases=(name.replace("openvino", "ov"),),
-        description=description,
-        url=URL,
-        artifact="model.xml",
-        precision=precision,
-        routes=(route,),
-        load=load,
-        targets=("server CPU",),
-        runtime="openvino",
-        snippets=SNIPPETS,
-        on_device=ON_DEVICE,
-        triton=TRITON,
-        calibrated=calibrated,
-    )
-
-
 FORMATS = (
-    _format(
+    openvino_format(
         "openvino-int8",
-        "int8",
         "OpenVINO IR in int8, calibrated with validation batches, for Intel CPUs and NPUs",
+        URL,
         Route("nncf", "openvino", "nncf", quantize),
+        precision="int8",
+        runtime="openvino",
+        calibrated=True,
     ),
-    _format(
+    openvino_format(
         "openvino-w8",
-        "w8",
         "OpenVINO IR with its weights in 8 bits, for transformers",
+        URL,
         Route("nncf", "openvino", "nncf", store_in_8_bits),
-        calibrated=False,
+        precision="w8",
+        runtime="openvino",
     ),
-    _format(
+    openvino_format(
         "openvino-w4",
-        "w4",
         "OpenVINO IR with its weights in 4 bits, for language models",
+        URL,
         Route("nncf", "openvino", "nncf", store_in_4_bits),
+        precision="w4",
         load=load_w4,
+        runtime="openvino",
+        calibrated=True,
     ),
 )

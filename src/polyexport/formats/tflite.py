@@ -24,7 +24,7 @@ import numpy as np
 
 from polyexport.format import Format, Loaded, OnDevice, Route, Snippet
 from polyexport.formats.saved_model import SIGNATURE
-from polyexport.measure.weights import left_in_float
+from polyexport.measure.weights import counted, left_in_float
 from polyexport.spec import Arrays, ExportSpec, Precision, TensorSpec, calibration
 from polyexport.tracing.exported_program import in_float32, load_program
 
@@ -345,7 +345,7 @@ def float_operations(path: Path) -> str:
         for each in operations(path)
         if each.kind not in _COMPUTE_NOTHING and any(tensor["dtype"] == np.float32 for tensor in each.tensors)
     )
-    return f"in float32, since there is no int8 for it: {_counted(found)}" if found else ""
+    return f"in float32, since there is no int8 for it: {counted(found)}" if found else ""
 
 
 def float_weights(path: Path) -> str:
@@ -359,11 +359,7 @@ def float_weights(path: Path) -> str:
     in_float = sum(size for _, size, is_float in weights if is_float)
     much = left_in_float(in_float, sum(size for _, size, _ in weights))
     found = Counter(kind for kind, _, is_float in weights if is_float)
-    return f"{much}, since there is no int8 for them: {_counted(found)}" if much else ""
-
-
-def _counted(found: Counter[str]) -> str:
-    return ", ".join(f"{count} × {name}" for name, count in sorted(found.items()))
+    return f"{much}, since there is no int8 for them: {counted(found)}" if much else ""
 
 
 def _interpreter(path: Path, *, threads: int) -> Any:
