@@ -35,6 +35,7 @@ from planted import GOOD
 from planted import planted as plant
 from polyexport import BadRequest, Engine, ExportFailed, Report, Toolchain, UnknownFormat
 from polyexport.capture.snapshot import load as load_module
+from polyexport.engine.session import Session
 from polyexport.publish.folder import copy_to
 
 
@@ -367,6 +368,18 @@ def test_averaged_weights_are_exported_where_they_are_averaged(tmp_path):
     assert torch.equal(exported, checkpoint["state_dict"]["clock"])
     assert float(exported) != float(checkpoint["current_model_state"]["clock"])
     assert not [note for note in callback.reports[0].notes if "not compared" in note.text], "it validates the average"
+
+
+@pytest.mark.parametrize("when", ["improved", "fit_end"])
+def test_a_best_that_had_to_wait_is_compared_with_its_own_validation(tmp_path, monkeypatch, when):
+    """Training has gone on, and the last validation was of other weights."""
+    callback = ExportCallback([GOOD], bench=False, when=when)
+    trainer = runs.trainer(tmp_path, [ModelCheckpoint(monitor="val_loss"), callback], max_epochs=3)
+    monkeypatch.setattr(Session, "is_free", lambda session: trainer.current_epoch == trainer.max_epochs)
+    trainer.fit(runs.Scripted([3.0, 2.0, 4.0]), runs.loader(), runs.loader())
+    (report,) = callback.reports
+    assert report.checkpoint.epoch == 1
+    assert [note.text for note in report.notes if "not compared" in note.text] == []
 
 
 class AveragesOnSave(Callback):

@@ -31,6 +31,7 @@ from lightning_export.trainer import (
     shards,
 )
 from polyexport import Budget, ExportFailed, Format, Report
+from polyexport.capture.answer import Answer
 from polyexport.engine.session import Options, Session, complaint
 from polyexport.formats import resolve
 from polyexport.measure.budget import budgets
@@ -149,6 +150,8 @@ class ExportCallback(Callback):
         self._inputs: Inputs | None = None
         self._tail: Callback | None = None
         self._seen: Best | None = None
+        self._met: Best | None = None
+        self._answer: Answer | None = None
         self._turn = self._complaint = ""
         self._is_budget_new = True
 
@@ -253,19 +256,32 @@ class ExportCallback(Callback):
             say(trainer, self.session.told.popleft())
         if self.when == "improved":
             self._export_best(trainer)
+        else:
+            self._meet(trainer)
+
+    def _meet(self, trainer: Trainer) -> Best | None:
+        """The best checkpoint; a new one keeps what forward answered in the validation that chose it.
+
+        When it is offered, training may have gone on, and later validations have had answers of other weights.
+        """
+        best = best_of(trainer, self.monitor)
+        if self.session is not None and best is not None and not best.is_same(self._met):
+            self._met, self._answer = best, self.session.answer
+        return best
 
     def _export_best(self, trainer: Trainer, *, wait: bool = False) -> bool:
         """Offer the best checkpoint if it is a new one; False where there is none on disk."""
         session = self.session
         if session is None or session.closed or not session.captured or trainer.sanity_checking:
             return False
-        if (best := best_of(trainer, self.monitor)) is None:
+        if (best := self._meet(trainer)) is None:
             return False
         if best.is_same(self._seen) or not (wait or session.is_free()):  # then it comes with the next hook
             return True
         if "://" not in best.path and not os.path.exists(best.path):
             return False  # AsyncCheckpointIO is still writing it: the next hook comes, at the latest when fit ends
         self._seen = best
+        session.record(self._answer)
         session.offer(trainer.lightning_module, best.path, best.name, checkpoint(trainer, best))
         return True
 

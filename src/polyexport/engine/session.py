@@ -128,6 +128,7 @@ class Session:
         taken: Of how many batches the inputs were taken.
         reports: The exports that `finish` has found finished, the oldest first.
         closed: Whether it is over.
+        answer: What forward answered last, see `record`.
     """
 
     def __init__(
@@ -165,7 +166,7 @@ class Session:
         self._wanted = options.batches
         self._exports: dict[Future[Report], str] = {}  # and the names of what they export
         self._notes: tuple[str, ...] = ()
-        self._answer: answers.Answer | None = None
+        self.answer: answers.Answer | None = None
         self._beside = 0
         self._retakes = True
         self._lacks: int | None = None
@@ -259,7 +260,7 @@ class Session:
 
     def record(self, answer: answers.Answer | None) -> None:
         """What forward answered here and now, for workers to compare with what they rebuild; None where unknown."""
-        self._answer = answer
+        self.answer = answer
 
     def note(self, note: str, *, quiet: bool = False) -> None:
         """Tell it in each report from now on, once, and unless `quiet` now."""
@@ -336,7 +337,7 @@ class Session:
             start = time.thread_time()
             retake(root, self.options.select, work / "source", self._attributes(root))
             self._retakes = time.thread_time() - start < _CHEAP_SECONDS
-        answers.write(self._answer, work / "source")
+        answers.write(self.answer, work / "source")
         return work
 
     def _submit(self, work: Path, name: str, checkpoint: Checkpoint, held: str | None) -> None:
