@@ -229,6 +229,12 @@ def export_checkpoint(
     metadata: Annotated[
         list[str] | None, typer.Option(metavar="NAME=TEXT", help="What else to embed; repeat it for each.")
     ] = None,
+    preprocess: Annotated[
+        str | None, typer.Option(help="What makes raw inputs forward's: package.module:Name or file.py:Name.")
+    ] = None,
+    postprocess: Annotated[
+        str | None, typer.Option(help="What makes answers of what forward returns; both become part of the artifact.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Export a checkpoint without a trainer, prove each artifact and time it; exit code 1 if any does not agree."""
@@ -252,6 +258,8 @@ def export_checkpoint(
             checkpoint=checkpoint.record(path, blob),
             labels=labels.read_text(encoding="utf-8").splitlines() if labels else (),
             metadata=checkpoint.metadata(metadata or ()),
+            preprocess=checkpoint.step(preprocess),
+            postprocess=checkpoint.step(postprocess),
         )
     _conclude(report, report.outcomes, as_json)
 
