@@ -228,6 +228,8 @@ def test_every_change_is_one_and_keeps_shape_and_type():
         "flag": np.array([True]),
         "scalar": np.array(2.0, np.float32),
         "lengths": np.array([4, 4, 3, 2, 1, 1], np.int32),
+        "no categories": np.zeros((6, 4, 0), np.int64),
+        "no reals": np.zeros((0, 4), np.float32),
     }
     labels = [label for label, _ in changed(inputs)]
     assert len(labels) == len(set(labels)) > 10
