@@ -31,6 +31,7 @@ from polyexport.engine.request import interrupted
 from polyexport.errors import BadRequest, PolyexportError
 from polyexport.format import Format
 from polyexport.formats import known, resolve
+from polyexport.publish import signed
 from polyexport.report import console
 from polyexport.report.escape import printable
 from polyexport.report.folders import BEST, DESCRIPTION, EXPORTS, followed
@@ -229,6 +230,12 @@ def export_checkpoint(
     metadata: Annotated[
         list[str] | None, typer.Option(metavar="NAME=TEXT", help="What else to embed; repeat it for each.")
     ] = None,
+    preprocess: Annotated[
+        str | None, typer.Option(help="What makes raw inputs forward's: package.module:Name or file.py:Name.")
+    ] = None,
+    postprocess: Annotated[
+        str | None, typer.Option(help="What makes answers of what forward returns; both become part of the artifact.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Export a checkpoint without a trainer, prove each artifact and time it; exit code 1 if any does not agree."""
@@ -252,6 +259,8 @@ def export_checkpoint(
             checkpoint=checkpoint.record(path, blob),
             labels=labels.read_text(encoding="utf-8").splitlines() if labels else (),
             metadata=checkpoint.metadata(metadata or ()),
+            preprocess=checkpoint.step(preprocess),
+            postprocess=checkpoint.step(postprocess),
         )
     _conclude(report, report.outcomes, as_json)
 
@@ -282,7 +291,14 @@ def resume(
 
 
 @app.command()
-def verify(folder: Folder, trust: Trust = False, as_json: Json = False) -> None:
+def verify(
+    folder: Folder,
+    key: Annotated[
+        Path | None, typer.Option(help="Check the signature by this public key before anything is run.")
+    ] = None,
+    trust: Trust = False,
+    as_json: Json = False,
+) -> None:
     """Verify every artifact of an export once more, in fresh processes; exit code 1 if any does not agree.
 
     A format that the export did not make has no artifact, and `report` tells of it. Nothing is unpickled without
@@ -290,6 +306,10 @@ def verify(folder: Folder, trust: Trust = False, as_json: Json = False) -> None:
     """
     with _told(), Engine() as engine:
         exported = _report(folder)
+        if key is not None:
+            _say(f"signed by {key}: {', '.join(signed.check(exported, key))}")
+        elif (exported.folder / signed.SIGNATURE).exists():
+            _say("the signature is not checked: give the public key with --key")
         report = _waited(engine, partial(engine.verify, trust=trust), exported)
     claimed = {outcome.format for outcome in exported.outcomes if outcome.artifact or outcome.publishable}
     _conclude(report, [outcome for outcome in report.outcomes if outcome.format in claimed], as_json)
