@@ -30,7 +30,7 @@ from polyexport.engine.export import export
 from polyexport.engine.request import interrupted
 from polyexport.errors import BadRequest, PolyexportError
 from polyexport.format import Format
-from polyexport.formats import known, resolve
+from polyexport.formats import by_target, known, resolve
 from polyexport.publish import signed
 from polyexport.report import console
 from polyexport.report.escape import printable
@@ -94,21 +94,26 @@ def main(version: Version = False) -> None:
 
 @app.command()
 def formats(as_json: Json = False) -> None:
-    """List every format, its routes, and whether its toolchains are ready."""
+    """List every format by what it is shipped to, its routes, and whether its toolchains are ready."""
     if as_json:
         _print_json([_record(each) for each in known().values()])
         return
-    rows = [
-        {
-            "format": each.name,
-            "aliases": ", ".join(each.aliases),
-            "routes": ", ".join(f"{route.upstream} → {route.name}" for route in each.routes),
-            "toolchains": ", ".join(f"{chain.name}{'' if chain.ready else ' (not installed)'}" for chain in chains),
-            "description": each.description,
-        }
-        for each, chains in ((each, plan.toolchains([each])[each.name]) for each in known().values())
-    ]
-    _show(rows, as_json=False)
+    rows = {each.name: _format_row(each) for each in known().values()}
+    for target, group in by_target(known().values()).items():
+        _out.print(Text(f"{target}", style="bold underline"))
+        _show([rows[each.name] for each in group], as_json=False)
+        _out.print()
+
+
+def _format_row(each: Format) -> dict[str, Any]:
+    chains = plan.toolchains([each])[each.name]
+    return {
+        "format": each.name,
+        "aliases": ", ".join(each.aliases),
+        "routes": ", ".join(f"{route.upstream} → {route.name}" for route in each.routes),
+        "toolchains": ", ".join(f"{chain.name}{'' if chain.ready else ' (not installed)'}" for chain in chains),
+        "description": each.description,
+    }
 
 
 def _record(each: Format) -> dict[str, Any]:
@@ -120,6 +125,7 @@ def _record(each: Format) -> dict[str, Any]:
         "url": each.url,
         "artifact": each.artifact,
         "precision": each.precision,
+        "targets": each.targets,
         "uses_gpu": each.uses_gpu,
         "kit": each.on_device is not None,
         "routes": [

@@ -148,8 +148,8 @@ _TAKEN = ("source", "logs", MODULE, "eager", "pytorch")
 """What the export's own folders, the upstream of root routes and the baseline are called."""
 
 
-Target = Literal["server CPU", "GPU", "phone", "browser", "microcontroller"]
-"""What an artifact is shipped to."""
+Target = Literal["server CPU", "GPU", "phone", "browser", "microcontroller", "camera"]
+"""What an artifact is shipped to; a phone stands for boards with its processor too, a camera for what Coral is in."""
 
 
 def _nothing() -> str:
@@ -178,7 +178,8 @@ class Format:
         slow_because: Why its runtime may be slower than PyTorch on the same threads, as far as is known.
         calibrated: Whether its routes take number ranges from real batches (`ExportSpec.calibration`).
         triton: How Triton serves it; None where it does not.
-        targets: What it is shipped to; the report names one artifact for each.
+        targets: What it is shipped to, which every format says: `polyexport formats` groups by it, and the report names
+            one artifact for each.
         on_device: How it is run on a machine that has only its runtime; None where it has no kit.
 
     Raises:
