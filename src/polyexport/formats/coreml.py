@@ -315,6 +315,18 @@ def load_on_mac(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
         raise CannotRun("Core ML is part of macOS, so run this on a Mac")
     return package(_predicted(path), spec)
 
+def intermediates(path: Path, spec: ExportSpec, inputs: Arrays, *, threads: int) -> Arrays:
+    """What each operation of the program gives, as it is evaluated off-device."""
+    import torch
+
+    from polyexport.coreml.evaluate import intermediates
+
+    torch.set_num_threads(threads)
+    own = as_core_ml(spec)
+    values = intermediates(path)(_as_given(inputs, spec, own))
+    return {name: array.astype(np.float32) for name, array in values.items() if name not in own.input_names}
+
+
 
 def package(run: Runner, spec: ExportSpec) -> Loaded:
     """A package that `run` runs under its own names and in its own dtypes, under PyTorch's names and in its dtypes.
@@ -402,7 +414,7 @@ def _format(name: str, precision: Precision, description: str, *routes: Route, *
         targets=("phone",),
         snippets=_SNIPPETS,
         on_device=OnDevice(("coremltools",), load_on_mac),
-        **({"load": load} | more),
+        **({"load": load, "intermediates": intermediates} | more),
     )
 
 

@@ -342,6 +342,28 @@ def float_operations(path: Path) -> str:
     """Which operators compute in float32, in words; empty where none does."""
     found = Counter(
         each.kind
+def intermediates(path: Path, spec: ExportSpec, inputs: Arrays, *, threads: int) -> Arrays:
+    """What each operation gives in LiteRT's own kernels, without XNNPACK, which keeps its tensors to itself."""
+    from ai_edge_litert.interpreter import Interpreter, OpResolverType
+
+    interpreter = Interpreter(
+        str(path),
+        num_threads=threads,
+        experimental_preserve_all_tensors=True,
+        experimental_op_resolver_type=OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES,
+    )
+    runner = interpreter.get_signature_runner()
+    runner(**_to_artifact(inputs, runner.get_input_details()))
+    given = {detail["index"] for detail in interpreter.get_input_details()}
+    tensors = {detail["index"]: detail for each in operations(path) for detail in each.tensors}
+    return {
+        f"{detail['name']}:{index}": array
+        for index, detail in tensors.items()
+        if index not in given
+        and (array := _from_artifact(interpreter.get_tensor(index), detail, "float32")).dtype.kind == "f"
+    }
+
+
         for each in operations(path)
         if each.kind not in _COMPUTE_NOTHING and any(tensor["dtype"] == np.float32 for tensor in each.tensors)
     )
@@ -470,7 +492,7 @@ def packed(route: Route) -> Route:
 
 
 def _format(name: str, precision: Precision, description: str, *routes: Route, **more: Any) -> Format:
-    defaults: dict[str, Any] = {"load": load, "targets": ("phone",)}
+    defaults: dict[str, Any] = {"load": load, "intermediates": intermediates, "targets": ("phone",)}
     return Format(
         name=name,
         aliases=(name.replace("tflite", "litert"),),
