@@ -129,14 +129,11 @@ def _finish(path: Path, spec: ExportSpec) -> None:
     onnx.save(model, path)
 
 
-def save(model: onnx.ModelProto, path: Path, metadata: Mapping[str, str], *remarks: str, lacks: str = "") -> None:
-    """Write a model with its weights, beside it where they are too many for one file, and what is to be said of it.
-
-    `lacks` is a shortfall (see `Loaded`).
-    """
+def save(model: onnx.ModelProto, path: Path, metadata: Mapping[str, str], *remarks: str, shortfall: str = "") -> None:
+    """Write a model with its weights, beside it where they are too many for one file, and what is to be said of it."""
     import onnx
 
-    told = {REMARK: "; ".join(filter(None, remarks)), SHORTFALL: lacks}
+    told = {REMARK: "; ".join(filter(None, remarks)), SHORTFALL: shortfall}
     onnx.helper.set_model_props(model, {**metadata, **{key: text for key, text in told.items() if text}})
     apart = model.ByteSize() > _PROTOBUF_LIMIT
     onnx.save(model, path, save_as_external_data=apart, location=f"{path.name}.data" if apart else None)
@@ -184,6 +181,9 @@ def _runner(session: onnxruntime.InferenceSession) -> Runner:
         feed = {name: array for name, array in inputs.items() if name in wanted}
         return dict(zip(outputs, session.run(outputs, feed), strict=True))
 
+    return run
+
+
 def intermediates(path: Path, spec: ExportSpec, inputs: Arrays, *, threads: int) -> Arrays:
     """What each node of the graph gives; ONNX Runtime merges no nodes over a tensor that it has to answer."""
     import onnx
@@ -207,9 +207,6 @@ def intermediates(path: Path, spec: ExportSpec, inputs: Arrays, *, threads: int)
 
 
 _FLOATS = ("tensor(float)", "tensor(float16)", "tensor(double)")
-
-    return run
-
 
 SNIPPETS = (
     Snippet(
