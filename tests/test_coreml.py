@@ -339,7 +339,7 @@ def test_ranges_are_those_of_all_batches(compressed):
 
 def test_weights_left_in_float_are_told(compressed, tmp_path):
     opened = coreml.load_compressed(compressed.packages["coreml-fp16"], compressed.spec, threads=1)
-    assert opened.shortfall == "100% of its weights in float: small ones, and those that coremltools leaves"
+    assert opened.shortfall == "100% of its weights in float, small ones and those that coremltools leaves"
 
 
 def test_a_palette_is_as_near_as_sixteen_numbers_can_be():

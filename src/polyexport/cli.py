@@ -27,12 +27,14 @@ from polyexport.capture.snapshot import selected
 from polyexport.engine import checkpoint, plan
 from polyexport.engine.engine import Engine
 from polyexport.engine.export import export
+from polyexport.engine.ownership import is_ours
 from polyexport.engine.request import interrupted
 from polyexport.errors import BadRequest, PolyexportError
 from polyexport.format import Format
 from polyexport.formats import by_target, known, resolve
+from polyexport.measure.layers import told
 from polyexport.publish import signed
-from polyexport.report import console
+from polyexport.report import console, manifest, tables
 from polyexport.report.escape import printable
 from polyexport.report.folders import BEST, DESCRIPTION, EXPORTS, followed
 from polyexport.report.outcome import Outcome
@@ -363,6 +365,31 @@ def show_report(
         typer.echo(markdown(report))
         raise typer.Exit(_code(report.outcomes))
     _conclude(report, report.outcomes, as_json)
+
+
+@app.command()
+def explain(
+    folder: Folder,
+    name: Annotated[str, typer.Argument(metavar="FORMAT", autocompletion=_formats_starting)],
+    trust: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Tell in which layers an artifact and PyTorch part: both run once more; exit code 1 if one is beyond tolerance.
+
+    PyTorch's module is a pickle, so an export that you did not make, there where it lies, needs --trust.
+    """
+    with _told(), Engine() as engine:
+        report = _report(folder)
+        trusted = trust or is_ours(report.folder, manifest.load(report.folder).seal)
+        found = _waited(engine, partial(engine.layers, name=resolve([name])[0].name, trust=trusted), report)
+    if as_json:
+        _print_json(encode(found))
+    else:
+        _show(
+            [{column: text for column, text in row.items() if column != "why"} for row in tables.layers(found)], False
+        )
+        _say(told(found) or "every layer is within the tolerance")
+    raise typer.Exit(1 if told(found) else 0)
 
 
 @app.command()
