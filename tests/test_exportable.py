@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from polyexport.tracing.exportable import exportable
@@ -72,3 +73,16 @@ def test_a_size_asked_for_by_len_is_followed_by_a_trace() -> None:
     torch.testing.assert_close(traced(five), expected)
     torch.testing.assert_close(program.module()(five), expected)
     assert "len" not in globals()
+
+
+def test_a_distribution_in_forward_is_exported_without_the_checks_of_its_parameters() -> None:
+    class Latent(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.distributions.Normal(x, x.exp()).log_prob(torch.zeros_like(x))
+
+    model, two, five = Latent().eval(), torch.rand(2, 3), torch.rand(5, 3)
+    with torch.no_grad(), exportable(model):
+        program = export_program(model, (two,), [(0,)])
+    torch.testing.assert_close(program.module()(five), model(five))
+    with pytest.raises(ValueError, match="constraint"):
+        torch.distributions.Normal(0.0, torch.tensor(-1.0))

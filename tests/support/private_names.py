@@ -22,6 +22,7 @@ NAMES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     HOST: {
         "capture/answer.py": ("torch.nn:Module._buffers",),
         "capture/changes.py": ("torch.nn:Module._non_persistent_buffers_set", "torch:Tensor._version"),
+        "tracing/exportable.py": ("torch.distributions:Distribution._validate_args",),
         "engine/weights.py": ("torch.nn:Module._non_persistent_buffers_set", "torch.nn:Module._parameters"),
         "capture/sharded.py": ("torch.distributed.checkpoint.format_utils:dcp_to_torch_save",),
         "capture/snapshot.py": (

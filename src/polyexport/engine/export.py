@@ -106,9 +106,10 @@ def export(
         if metric is None or report.model is None:
             return report
         eager = as_runner(load(report.folder / "source"))
-        return measured(
+        judged = measured(
             report, lambda run: metric(run or eager), lambda made, name: engine.runner(made, name, chosen), limits
         )
+        return engine.explained(judged, chosen)
 
 
 @contextlib.contextmanager

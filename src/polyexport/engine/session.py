@@ -451,7 +451,8 @@ class Session:
         Raises:
             BadRequest: nothing tells which way a metric with a budget is better.
         """
-        return measured(report, metric, self.runner, directed(self.options.budget, modes or {}))
+        judged = measured(report, metric, self.runner, directed(self.options.budget, modes or {}))
+        return self._engine.explained(judged, self.options.formats)
 
     def publish(self, report: Report, sinks: Iterable[Sink]) -> None:
         """Give a report to each sink; one that fails is told, and the others go on."""

@@ -314,6 +314,7 @@ def _format(name: str, description: str, artifact: str, route: Route, load: Any,
         load=load,
         runtime="tflite",
         calibrated=True,
+        targets=("camera",),
         **more,
     )
 

@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from polyexport.measure.layers import Layer, first, worst
 from polyexport.report import escape
 from polyexport.report.outcome import Model, Outcome
 
@@ -119,6 +120,22 @@ def metric(value: float | None, beside: float | None = None) -> str:
     if beside is None or not math.isfinite(beside):
         return f"{value:.6g}"
     return f"{value:.6g} ({value - beside:+.1e})"
+
+
+def layers(found: Sequence[Layer]) -> list[dict[str, str]]:
+    """A module's layers beside an artifact's: where they are, how far they are off, and which of them tell the most."""
+    marks = {id(worst(found)): "worst", id(first(found)): "first beyond tolerance"}
+    return [
+        {
+            "layer": escape.printable(each.shown_name),
+            "shape": "×".join(map(str, each.shape)),
+            "error": error(each.error),
+            "is": marks.get(id(each), "beyond tolerance") if each.reason else "",
+            "in the artifact": escape.printable(each.tensor),
+            "why": escape.printable(each.reason),
+        }
+        for each in found
+    ]
 
 
 def embedded(model: Model) -> str:
