@@ -19,9 +19,9 @@ from typer.testing import CliRunner
 import wandb_log
 import written
 from fake_wandb import FakeWandb
-from polyexport import BadRequest
+from polyexport import BadRequest, Checkpoint, Report
 from polyexport.cli import app
-from polyexport.publish.wandb import LINKS, Wandb, link
+from polyexport.publish.wandb import LINKS, Wandb, link, publish_into
 
 UNSET = ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "XDG_DATA_HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME")
 
@@ -291,3 +291,31 @@ def test_an_offline_run_is_linked_after_its_sync(tmp_path, finished, monkeypatch
 def test_an_option_that_wandb_would_refuse_is_told_at_construction(options, message):
     with pytest.raises(BadRequest, match=re.escape(message)):
         Wandb(**options)
+
+
+def test_a_proof_that_came_later_is_published_into_the_run_that_is_over(client):
+    proven = """
+from dataclasses import replace
+from polyexport.publish.wandb import publish_into
+def verified(outcome):
+    return replace(outcome, state="verified") if outcome.format == "static" else outcome
+run(); publish(reports[-1])
+sdk.finish()
+later = replace(reports[-1], outcomes=tuple(map(verified, reports[-1].outcomes)))
+publish_into(later, "digits/one", "model/numbers")
+try:
+    publish_into(later, "digits/nobody")
+except Exception as error:
+    print(type(error).__name__, str(error)[:40])
+"""
+    with FakeWandb() as server:
+        printed = client(server, proven)
+    assert (printed.strip(), server.unknown) == ("BadRequest W&B does not open the run digits/nobody:", [])
+    assert {link.source for link in server.links} == {"model-one-good", "model-one-static"}
+    assert {each.name for each in server.models} == {"model-one-good", "model-one-static"}
+
+
+@pytest.mark.parametrize("run", ["one", "/one", "digits/", "a/b/c/d", ""])
+def test_a_run_that_is_named_in_another_way_is_told(run):
+    with pytest.raises(BadRequest, match=r"names no W&B run; write PROJECT/RUN or ENTITY/PROJECT/RUN"):
+        publish_into(Report(Checkpoint(""), None, ()), run)

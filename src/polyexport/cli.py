@@ -469,13 +469,23 @@ def accept(
     folder: Annotated[
         Path, typer.Argument(metavar="DIR", help="The export, or a folder that it lies in; by default this one.")
     ] = Path(),
+    run: Annotated[
+        str | None,
+        typer.Option("--wandb", metavar="PROJECT/RUN", help="Publish the report into this W&B run once more."),
+    ] = None,
+    registry: Annotated[str | None, typer.Option(help="Link what is verified to this registry of W&B.")] = None,
     as_json: Json = False,
 ) -> None:
     """Take what a kit found on another machine into the report; exit code 1 if it does not agree there."""
     from polyexport.kit.accept import accept
+    from polyexport.publish.wandb import publish_into
 
     with _told():
+        if registry is not None and run is None:
+            raise BadRequest("--registry links what is published: give --wandb PROJECT/RUN too")
         report, name = accept(proof, folder)
+        if run is not None:
+            publish_into(report, run, registry)
     _conclude(report, [report[name]], as_json)
 
 

@@ -58,6 +58,7 @@ class FakeWandb:
     def __init__(self, *, fail: Mapping[str, int] | None = None, put_status: int = 200, seconds: float = 0) -> None:
         self.fail, self.put_status, self.seconds = dict(fail or {}), put_status, seconds
         self.artifacts: list[Artifact] = []
+        self.runs: set[str] = set()
         self.alerts: list[tuple[str, str, str]] = []
         self.links: list[Link] = []
         self.uses: list[str] = []
@@ -118,11 +119,22 @@ class FakeWandb:
         return {"serverInfo": {"features": [{"name": name, "isEnabled": True} for name in names]}}
 
     def on_RunResumeStatus(self, asked: Any) -> Any:
-        return {"model": {"id": "p", "name": asked["project"], "entity": {"id": "e", "name": ENTITY}, "bucket": None}}
+        counts = dict.fromkeys(("historyLineCount", "logLineCount", "eventsLineCount"), 0)
+        texts = {
+            "historyTail": "[]",
+            "eventsTail": "[]",
+            "summaryMetrics": "{}",
+            "config": "{}",
+            "wandbConfig": '{"t": 1}',
+        }
+        bucket = {"id": "r", "name": asked["name"], "displayName": asked["name"], "tags": [], **counts, **texts}
+        known = bucket if asked["name"] in self.runs else None
+        return {"model": {"id": "p", "name": asked["project"], "entity": {"id": "e", "name": ENTITY}, "bucket": known}}
 
     def on_UpsertBucket(self, asked: Any) -> Any:
         project = {"id": "p", "name": asked.get("project") or "runs", "entity": {"id": "e", "name": ENTITY}}
         name = asked.get("name") or "run"
+        self.runs.add(name)
         bucket = {"id": "r", "name": name, "displayName": name, "config": "{}", "project": project}
         return {"upsertBucket": {"inserted": True, "bucket": bucket | {"sweepName": None, "historyLineCount": 0}}}
 

@@ -184,6 +184,32 @@ def link(folder: Path) -> tuple[str, ...]:
     return tuple(made)
 
 
+def publish_into(report: Report, run: str, registry: str | None = None) -> None:
+    """Publish a report into a run that is over: after a proof from another machine, artifacts of it are new versions.
+
+    Args:
+        report: An export of that run.
+        run: `"project/run id"`, or `"entity/project/run id"`.
+        registry: Where what is verified is linked, as for `Wandb`.
+
+    Raises:
+        BadRequest: `run` or `registry` is written in another way, or W&B has no such run.
+        ConnectionError: something did not get there.
+    """
+    import wandb as sdk
+
+    options = Wandb(registry=registry)
+    *entity, project, name = ["", "", *run.split("/")][-3:] if run.count("/") in (1, 2) else ["", "", ""]
+    if not (project and name):
+        raise BadRequest(f"{run!r} names no W&B run; write PROJECT/RUN or ENTITY/PROJECT/RUN, with the run's id")
+    try:
+        found = sdk.init(entity=entity[0] or None, project=project, id=name, resume="must")
+    except sdk.errors.Error as error:
+        raise BadRequest(f"W&B does not open the run {run}: {line(error)}") from error
+    with found:
+        options.replaced(run=found)(report)
+
+
 # --- all of it, in a thread of its own --------------------------------------------------------------------------------
 
 
