@@ -19,9 +19,9 @@ import runs
 from lightning_export import ExportCallback
 from lightning_export.inputs import _one_by_one
 from planted import GOOD
-from polyexport import BadRequest, Engine, Report, Request
+from polyexport import BadRequest, Engine, Processing, Report, Request
 from polyexport.capture import snapshot
-from polyexport.capture.processing import Processing, joined, unlike
+from polyexport.capture.processing import joined, unlike
 from polyexport.report.folders import unfinished
 from polyexport.spec import LABELS
 
@@ -143,6 +143,18 @@ def test_a_step_that_is_a_part_of_the_module_has_the_weights_of_the_checkpoint(t
     assert torch.allclose(snapshot.load(tmp_path)(pixels()), expected)
 
 
+def test_a_function_keeps_the_weights_of_what_it_calls(tmp_path: Path):
+    net, sharpened = Net(), nn.Conv2d(3, 3, 1)
+    saved(net, tmp_path, Processing(lambda pixels: sharpened(Pixels()(pixels))))
+    assert torch.allclose(snapshot.load(tmp_path)(pixels()), net(sharpened(Pixels()(pixels()))))
+
+
+def test_a_function_that_calls_the_module_that_trains_is_refused(tmp_path: Path):
+    whole = Whole()
+    with pytest.raises(BadRequest, match=r"postprocess has weights of the module that trains, and is no part"):
+        saved(whole, tmp_path, Processing(postprocess=lambda logits: whole.prepare[1].weight.sum() * logits))
+
+
 def test_a_step_that_cannot_be_pickled_is_traced_with_the_module(tmp_path: Path):
     first, net = Pixels(), Net()
     first.numbers = (number for number in range(3))
@@ -257,6 +269,12 @@ def test_steps_are_written_in_yaml_by_their_classes():
     assert [type(step).__name__ for step in steps.steps.values()] == ["Scaled", "Softmax"]
 
 
+def test_a_trainer_tells_callbacks_apart_that_differ_in_their_steps_only():
+    plain, around = exporting(), exporting(postprocess=nn.Softmax(-1))
+    assert plain.state_key != around.state_key
+    assert around.state_key == exporting(postprocess=nn.Softmax(-1)).state_key
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -297,6 +315,13 @@ def test_a_step_that_the_module_cannot_have_is_told_before_training(
     with pytest.raises(BadRequest, match=re.escape(message)):
         fit(tmp_path, exporting(**settings), model)
     assert float(model.clock) == 0
+
+
+def test_without_validation_raw_inputs_have_to_be_given(tmp_path: Path):
+    model = Trained()
+    model.example_input_array = torch.ones(2, runs.FEATURES)  # what forward takes, and no raw input
+    with pytest.raises(BadRequest, match="there is no validation batch to capture raw inputs from; give inputs="):
+        runs.trainer(tmp_path, [exporting(preprocess="scale")], max_epochs=1).fit(model, runs.loader())
 
 
 def test_the_engine_refuses_inputs_that_the_step_does_not_take(tmp_path: Path):

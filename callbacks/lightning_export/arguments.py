@@ -63,8 +63,14 @@ def refuse(callback: Any, siblings: Sequence[Any], trainer: Trainer, pl_module: 
         raise BadRequest(f"two ExportCallbacks write into {callback.into}; give each a folder of its own")
     if isinstance(callback.options.select, str) and not overrides(pl_module, "configure_model"):
         selected(pl_module, callback.options.select)
+    steps = callback.options.processing
     if not overrides(pl_module, "configure_model"):
-        resolved(callback.options.processing, pl_module)
+        resolved(steps, pl_module)
+    if not validates(trainer, pl_module) and callback.inputs is None and steps.preprocess is not None:
+        raise BadRequest(
+            "there is no validation batch to capture raw inputs from; give inputs=<a function of the batch that "
+            "returns them> (it then gets the first training batch), or inputs=<raw batches>"
+        )
     if not validates(trainer, pl_module) and callback.inputs is None and example(pl_module) is None:
         raise BadRequest(
             "ExportCallback does not know what forward takes: there is no validation batch to capture it from; "

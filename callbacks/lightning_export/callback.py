@@ -175,7 +175,8 @@ class ExportCallback(Callback):
     def state_key(self) -> str:
         """Tells the callbacks of one trainer apart, by what they export; where to may differ when a run is resumed."""
         names, part = [each.name for each in self.options.formats], described(self.options.select)
-        return self._generate_state_key(formats=names, module=part, when=self.when, monitor=self.monitor)
+        steps = {"processing": around} if (around := self.options.processing.described) else {}
+        return self._generate_state_key(formats=names, module=part, when=self.when, monitor=self.monitor, **steps)
 
     @override
     def state_dict(self) -> dict[str, Any]:

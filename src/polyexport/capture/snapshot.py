@@ -67,8 +67,8 @@ UNAVAILABLE = "unavailable.txt"
 # --- to a folder ------------------------------------------------------------------------------------------------------
 
 
-def dump(value: Any, path: Path) -> None:
-    """Pickle any object; parameters leave only their shape, other tensors a CPU copy.
+def dump(value: Any, path: Path, *, whole: bool = False) -> None:
+    """Pickle any object; parameters leave only their shape unless `whole`, other tensors a CPU copy.
 
     Code that the other process could not import goes along.
 
@@ -83,7 +83,8 @@ def dump(value: Any, path: Path) -> None:
         raise Unpicklable(line(error, 200), _path_to_unpicklable(value)) from error
     shapes = [(unwrap.shape(p), p.dtype, p.requires_grad) for p in parameters]
     copies = [_on_the_cpu(unwrap.local(tensor).detach()) for tensor in tensors]
-    torch.save({"pickle": pickled, "parameters": shapes, "tensors": copies}, path)
+    values = [_on_the_cpu(unwrap.local(parameter).detach()) for parameter in parameters] if whole else []
+    torch.save({"pickle": pickled, "parameters": shapes, "tensors": copies, "values": values}, path)
 
 
 class Unpicklable(Exception):
@@ -156,7 +157,7 @@ def _on_the_cpu(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def restore(path: Path) -> Any:
-    """Read what `dump` wrote; parameters come back with their shapes and no values."""
+    """Read what `dump` wrote; parameters come back with their shapes, and with values where those were written."""
     import torch
 
     # our own file, and it carries a pickle by design
@@ -170,8 +171,8 @@ def restore(path: Path) -> Any:
                 return blob["tensors"][index]
             if index not in made:
                 shape, dtype, requires_grad = blob["parameters"][index]
-                empty = torch.empty(shape or (), dtype=dtype)
-                made[index] = torch.nn.Parameter(empty, requires_grad=requires_grad and dtype.is_floating_point)
+                value = blob["values"][index] if blob["values"] else torch.empty(shape or (), dtype=dtype)
+                made[index] = torch.nn.Parameter(value, requires_grad=requires_grad and dtype.is_floating_point)
                 made[index].of_any_shape = shape is None  # type: ignore[attr-defined]  # a tensor takes any attribute
             return made[index]
 
@@ -202,6 +203,8 @@ def save_module(
         save_structure(root, select, folder, attributes)
         save_processing(steps, root, folder)
         return ""
+    except BadRequest:
+        raise
     except Exception as error:  # what is not told of as Unpicklable is found around the module, in the user's files
         why = f"the module cannot be pickled ({error})"
     for file in (STRUCTURE, PROCESSING):
@@ -231,24 +234,29 @@ def save_structure(
 
 
 def save_processing(steps: Processing, root: nn.Module, folder: Path) -> None:
-    """Write the steps around forward, if there are any.
+    """Write the steps around forward with their weights, if there are any.
 
     Raises:
+        BadRequest: one has weights of `root`, which training changes, and is no part of it.
         Unpicklable: one cannot be pickled.
     """
-    if own := processing.by_name(steps, root).steps:
-        states = {name: step.state_dict() for name, step in own.items() if hasattr(step, "state_dict")}
-        dump({"steps": own, "states": states}, folder / PROCESSING)
+    if not steps.steps:
+        return
+    own, trained = processing.by_name(steps, root).steps, set(map(id, root.parameters()))
+    dump(own, folder / PROCESSING, whole=True)
+    for name, step in own.items():
+        if trained & set(map(id, _pickled(step)[1])):
+            raise BadRequest(
+                f"{name} has weights of the module that trains, and is no part of it: give the name of one of its "
+                f"attributes, {name}='prepare' say, or a method of it"
+            )
 
 
 def load_processing(folder: Path, root: Any) -> Processing:
     """The steps of `folder`; those that are parts of `root` are those of this one."""
     if not (folder / PROCESSING).exists():
         return NONE
-    saved = restore(folder / PROCESSING)
-    for name, state in saved["states"].items():
-        saved["steps"][name].load_state_dict(state)
-    return processing.resolved(Processing(**saved["steps"]), root)
+    return processing.resolved(Processing(**restore(folder / PROCESSING)), root)
 
 
 def call_file(folder: Path, index: int = 0) -> Path:
