@@ -179,6 +179,7 @@ class Format:
         calibrated: Whether its routes take number ranges from real batches (`ExportSpec.calibration`).
         triton: How Triton serves it; None where it does not.
         targets: What it is shipped to; the report names one artifact for each.
+        page: File beside the artifact that opens it in a browser; empty where there is none.
         on_device: How it is run on a machine that has only its runtime; None where it has no kit.
 
     Raises:
@@ -203,6 +204,7 @@ class Format:
     on_device: OnDevice | None = None
     targets: tuple[Target, ...] = ()
     triton: Triton | None = None
+    page: str = ""
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"\w[\w.-]*", self.name) or self.name in _TAKEN:
