@@ -192,6 +192,7 @@ def test_formats_and_toolchains_are_listed(tmp_path: Path) -> None:
     rows = json.loads(command("formats", "--json").stdout)
     assert [row["format"] for row in rows] == list(FORMATS)
     (onnx,) = (row for row in rows if row["format"] == "onnx")
+    assert onnx["targets"] == ["server CPU"]
     assert onnx["routes"][0] == {"name": "dynamo", "upstream": "pt2", "toolchain": "onnx"}
     assert {"name": "onnx", "ready": True} in onnx["toolchains"]
     chains = json.loads(command("toolchain", "list", "--json").stdout)

@@ -23,8 +23,8 @@ from typing import Any
 
 import numpy as np
 
-from polyexport.errors import ToolMissing
-from polyexport.format import Format, Loaded, Observed, Route, Snippet
+from polyexport.errors import CannotRun, ToolMissing, line
+from polyexport.format import Format, Loaded, Observed, OnDevice, Route, Snippet
 from polyexport.formats import tflite
 from polyexport.measure.rows import by_row, one_row
 from polyexport.measure.weights import counted
@@ -56,15 +56,15 @@ def _channels_last(arrays: Arrays) -> Arrays:
 
 
 class Rowwise:
-    """The int8 model on the CPU, a batch fed in rows.
+    """The int8 model, a batch fed in rows; on the CPU but for what a `delegate` takes.
 
     Attributes:
         signature: The artifact's own: one row, channels last.
     """
 
-    def __init__(self, path: Path, spec: ExportSpec, *, threads: int) -> None:
+    def __init__(self, path: Path, spec: ExportSpec, *, threads: int, delegate: Any = None) -> None:
         one = one_row(spec)
-        run = tflite.Interpreted(path, one, threads=threads)
+        run = tflite.Interpreted(path, one, threads=threads, delegate=delegate)
         own = run.signature
         self.signature = replace(own, inputs=_last(own.inputs), outputs=_last(own.outputs))
         self._by_row = by_row(run, one)
@@ -84,9 +84,9 @@ def _last(tensors: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
     )
 
 
-def load_int8(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
-    """Run it with LiteRT's interpreter on the CPU, row by row."""
-    run = Rowwise(path, spec, threads=threads)
+def load_int8(path: Path, spec: ExportSpec, *, threads: int, delegate: Any = None) -> Loaded:
+    """Run it with LiteRT's interpreter, row by row."""
+    run = Rowwise(path, spec, threads=threads, delegate=delegate)
     shortfall = "one row at a time: an Edge TPU has no batch axis" if spec.is_dynamic else ""
     return Loaded(run, run.signature, shortfall)
 
@@ -241,6 +241,27 @@ def load(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
     )
 
 
+def load_on_coral(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
+    """Run the compiled model on the first Edge TPU.
+
+    Raises:
+        CannotRun: there is none, or its library is not installed.
+    """
+    from ai_edge_litert.interpreter import load_delegate
+
+    try:
+        delegate = load_delegate(_LIBRARY)
+    except (OSError, ValueError) as error:  # the second where the library finds no device
+        raise CannotRun(
+            f"there is no Edge TPU here, or not {_LIBRARY}, which https://coral.ai/docs/accelerator/get-started/ has: "
+            f"{line(error, 200)}"
+        ) from error
+    found = load_int8(path, spec, threads=threads, delegate=delegate)
+    return replace(found, observed=lambda: Observed(device="edgetpu"))
+
+
+_LIBRARY = "libedgetpu.so.1"
+
 _CODE = """\
 import numpy as np
 from MODULE import MAKE
@@ -278,6 +299,7 @@ def _format(name: str, description: str, artifact: str, route: Route, load: Any,
         load=load,
         runtime="tflite",
         calibrated=True,
+        targets=("camera",),
         **more,
     )
 
@@ -289,6 +311,7 @@ FORMATS = (
         _MODEL,
         tflite.packed(Route("litert-torch", "pt2", "litert", convert)),
         load_int8,
+        on_device=OnDevice(("ai-edge-litert",)),
         snippets=_snippets("ai_edge_litert.interpreter", "Interpreter"),
     ),
     _format(
@@ -299,6 +322,7 @@ FORMATS = (
         load,
         aliases=("coral",),
         lacks=lacks,
+        on_device=OnDevice(("ai-edge-litert",), load_on_coral),
         snippets=_snippets("pycoral.utils.edgetpu", "make_interpreter"),
     ),
 )
