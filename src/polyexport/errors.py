@@ -15,10 +15,17 @@ A converter's own exceptions are not wrapped: they become the `reason` of an out
 
 from __future__ import annotations
 
+import signal
+
 
 def line(error: BaseException, most: int | None = None) -> str:
     """An exception as one line: its type and its message, of which `most` characters are kept."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:most]}".rstrip(": ")
+
+
+def ended(code: int) -> str:
+    """How a program ended that gave this exit code: `killed by SIGSEGV`."""
+    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"it ended with exit code {code}"
 
 
 class PolyexportError(Exception):

@@ -193,6 +193,7 @@ class Format:
         intermediates: Tells what an artifact computes on its way; None where its runtime does not.
         targets: What it is shipped to, which every format says: `polyexport formats` groups by it, and the report names
             one artifact for each.
+        page: File beside the artifact that opens it in a browser; empty where there is none.
         on_device: How it is run on a machine that has only its runtime; None where it has no kit.
 
     Raises:
@@ -218,6 +219,7 @@ class Format:
     intermediates: Intermediates | None = None
     targets: tuple[Target, ...] = ()
     triton: Triton | None = None
+    page: str = ""
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"\w[\w.-]*", self.name) or self.name in _TAKEN:

@@ -26,6 +26,7 @@ import numpy as np
 from polyexport.errors import CannotRun, ToolMissing, line
 from polyexport.format import Format, Loaded, Observed, OnDevice, Route, Snippet
 from polyexport.formats import tflite
+from polyexport.measure.rows import by_row, one_row
 from polyexport.measure.weights import counted
 from polyexport.spec import Arrays, ExportSpec, TensorSpec
 from polyexport.tracing.exported_program import load_program
@@ -42,18 +43,12 @@ _LOG = "model_edgetpu.log"
 
 def convert(source: Path, target: Path, spec: ExportSpec) -> None:
     """Lower the program of `torch.export` once more, for one row and channels last, and quantize it."""
-    one = _one_row(spec)
+    one = one_row(spec)
     precise = target.with_name("float32.tflite")
     tflite.lower(load_program(source).module(), precise, one, channels_last=True)
     tflite.quantize(precise, target, one, prepare=_channels_last)
     precise.unlink()
     print(prediction(target))
-
-
-def _one_row(spec: ExportSpec) -> ExportSpec:
-    """With every dynamic leading axis of an input at one, and all other dynamic axes as in the validation batch."""
-    leading = {tensor.dynamic[0] for tensor in spec.inputs if 0 in tensor.dynamic}
-    return replace(spec, sizes={**spec.sizes, **dict.fromkeys(leading, 1)}).static()
 
 
 def _channels_last(arrays: Arrays) -> Arrays:
@@ -68,26 +63,16 @@ class Rowwise:
     """
 
     def __init__(self, path: Path, spec: ExportSpec, *, threads: int, delegate: Any = None) -> None:
-        one = _one_row(spec)
-        self._run = tflite.Interpreted(path, one, threads=threads, delegate=delegate)
-        own = self._run.signature
+        one = one_row(spec)
+        run = tflite.Interpreted(path, one, threads=threads, delegate=delegate)
+        own = run.signature
         self.signature = replace(own, inputs=_last(own.inputs), outputs=_last(own.outputs))
-        self._rows = {tensor.name: tensor.shape[:1] for tensor in one.inputs}
+        self._by_row = by_row(run, one)
 
     def __call__(self, inputs: Arrays) -> Arrays:
         """Run it on PyTorch's arrays, of any number of rows."""
-        given = _channels_last(inputs)
-        pieces = max(len(array) // int(self._rows[name][0]) for name, array in given.items() if self._rows[name])
-        answers = [
-            self._run({name: self._piece(name, array, index, pieces) for name, array in given.items()})
-            for index in range(pieces)
-        ]
-        found = {name: np.concatenate([answer[name] for answer in answers]) for name in answers[0]}
+        found = self._by_row(_channels_last(inputs))
         return {name: array.transpose(tflite.TO_FIRST) if array.ndim == 4 else array for name, array in found.items()}
-
-    def _piece(self, name: str, array: np.ndarray, index: int, pieces: int) -> np.ndarray:
-        rows = int(self._rows[name][0]) if self._rows[name] else 0
-        return array[index * rows : (index + 1) * rows] if rows and len(array) == pieces * rows else array
 
 
 def _last(tensors: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
