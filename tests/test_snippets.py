@@ -103,8 +103,10 @@ def test_javascript_answers_as_pytorch_does(everything: Everything, tmp_path: Pa
 
 
 SITE = Path(sysconfig.get_path("purelib"))
+LIBTORCH = [SITE / "torch/include", SITE / "torch/include/torch/csrc/api/include"]
 HEADERS = {
-    "torchscript": lambda: [SITE / "torch/include", SITE / "torch/include/torch/csrc/api/include"],
+    "torchscript": lambda: LIBTORCH,
+    "aoti": lambda: LIBTORCH,
     "openvino": lambda: [SITE / "openvino/include"],
     "executorch": lambda: [
         root / inside
@@ -112,7 +114,7 @@ HEADERS = {
         for inside in (".", "executorch/runtime/core/portable_type/c10")
     ],
 }
-DTYPES = ("float32", "float16", "int64", "int32", "bool")
+DTYPES = ("float32", "float16", "bfloat16", "float64", "int64", "int32", "int8", "uint8", "bool")
 
 
 def every_dtype(name: str) -> Outcome:
