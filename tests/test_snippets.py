@@ -141,6 +141,23 @@ def test_cpp_compiles(name: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("name", having("C"))
+def test_c_compiles_and_runs(everything: Everything, tmp_path: Path, name: str) -> None:
+    outcome = made(everything, name)
+    (tmp_path / "main.c").write_text(code(outcome, "C"))
+    root = everything.report.folder
+    words = [
+        "cc",
+        "-std=c11",
+        "-Wall",
+        "-Werror",
+        f"-I{(root / outcome.artifact.path).parent}",
+        str(tmp_path / "main.c"),
+    ]
+    subprocess.run([*words, outcome.artifact.path, "-lm", "-o", str(tmp_path / "main")], cwd=root, check=True)
+    subprocess.run([tmp_path / "main"], cwd=root, check=True)
+
+
 @pytest.mark.parametrize(
     ("language", "name"), [(language, name) for language in ("Swift", "Kotlin") for name in having(language)]
 )

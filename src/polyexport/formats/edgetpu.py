@@ -27,7 +27,7 @@ from polyexport.errors import ToolMissing
 from polyexport.format import Format, Loaded, Observed, Route, Snippet
 from polyexport.formats import tflite
 from polyexport.measure.weights import counted
-from polyexport.spec import Arrays, ExportSpec, TensorSpec
+from polyexport.spec import Arrays, ExportSpec, TensorSpec, in_rows
 from polyexport.tracing.exported_program import load_program
 
 COMPILER = "edgetpu_compiler"
@@ -42,7 +42,7 @@ _LOG = "model_edgetpu.log"
 
 def convert(source: Path, target: Path, spec: ExportSpec) -> None:
     """Lower the program of `torch.export` once more, for one row and channels last, and quantize it."""
-    one = _one_row(spec)
+    one = spec.one_row()
     precise = target.with_name("float32.tflite")
     tflite.lower(load_program(source).module(), precise, one, channels_last=True)
     tflite.quantize(precise, target, one, prepare=_channels_last)
@@ -50,44 +50,8 @@ def convert(source: Path, target: Path, spec: ExportSpec) -> None:
     print(prediction(target))
 
 
-def _one_row(spec: ExportSpec) -> ExportSpec:
-    """With every dynamic leading axis of an input at one, and all other dynamic axes as in the validation batch."""
-    leading = {tensor.dynamic[0] for tensor in spec.inputs if 0 in tensor.dynamic}
-    return replace(spec, sizes={**spec.sizes, **dict.fromkeys(leading, 1)}).static()
-
-
 def _channels_last(arrays: Arrays) -> Arrays:
     return {name: array.transpose(tflite.TO_LAST) if array.ndim == 4 else array for name, array in arrays.items()}
-
-
-class Rowwise:
-    """The int8 model on the CPU, a batch fed in rows.
-
-    Attributes:
-        signature: The artifact's own: one row, channels last.
-    """
-
-    def __init__(self, path: Path, spec: ExportSpec, *, threads: int) -> None:
-        one = _one_row(spec)
-        self._run = tflite.Interpreted(path, one, threads=threads)
-        own = self._run.signature
-        self.signature = replace(own, inputs=_last(own.inputs), outputs=_last(own.outputs))
-        self._rows = {tensor.name: tensor.shape[:1] for tensor in one.inputs}
-
-    def __call__(self, inputs: Arrays) -> Arrays:
-        """Run it on PyTorch's arrays, of any number of rows."""
-        given = _channels_last(inputs)
-        pieces = max(len(array) // int(self._rows[name][0]) for name, array in given.items() if self._rows[name])
-        answers = [
-            self._run({name: self._piece(name, array, index, pieces) for name, array in given.items()})
-            for index in range(pieces)
-        ]
-        found = {name: np.concatenate([answer[name] for answer in answers]) for name in answers[0]}
-        return {name: array.transpose(tflite.TO_FIRST) if array.ndim == 4 else array for name, array in found.items()}
-
-    def _piece(self, name: str, array: np.ndarray, index: int, pieces: int) -> np.ndarray:
-        rows = int(self._rows[name][0]) if self._rows[name] else 0
-        return array[index * rows : (index + 1) * rows] if rows and len(array) == pieces * rows else array
 
 
 def _last(tensors: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
@@ -101,9 +65,16 @@ def _last(tensors: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
 
 def load_int8(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
     """Run it with LiteRT's interpreter on the CPU, row by row."""
-    run = Rowwise(path, spec, threads=threads)
+    interpreted = tflite.Interpreted(path, spec.one_row(), threads=threads)
+    own = interpreted.signature
+
+    def run(inputs: Arrays) -> Arrays:
+        answers = interpreted(_channels_last(inputs)).items()
+        return {name: array.transpose(tflite.TO_FIRST) if array.ndim == 4 else array for name, array in answers}
+
+    signature = replace(own, inputs=_last(own.inputs), outputs=_last(own.outputs))
     shortfall = "one row at a time: an Edge TPU has no batch axis" if spec.is_dynamic else ""
-    return Loaded(run, run.signature, shortfall)
+    return Loaded(in_rows(run, spec.one_row()), signature, shortfall)
 
 
 # --- what would map ---------------------------------------------------------------------------------------------------
