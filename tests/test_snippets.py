@@ -106,8 +106,10 @@ def test_javascript_answers_as_pytorch_does(everything: Everything, tmp_path: Pa
 
 
 SITE = Path(sysconfig.get_path("purelib"))
+LIBTORCH = [SITE / "torch/include", SITE / "torch/include/torch/csrc/api/include"]
 HEADERS = {
-    "torchscript": lambda: [SITE / "torch/include", SITE / "torch/include/torch/csrc/api/include"],
+    "torchscript": lambda: LIBTORCH,
+    "aoti": lambda: LIBTORCH,
     "openvino": lambda: [SITE / "openvino/include"],
     "executorch": lambda: [
         root / inside
@@ -115,7 +117,7 @@ HEADERS = {
         for inside in (".", "executorch/runtime/core/portable_type/c10")
     ],
 }
-DTYPES = ("float32", "float16", "int64", "int32", "bool")
+DTYPES = ("float32", "float16", "bfloat16", "float64", "int64", "int32", "int8", "uint8", "bool")
 
 
 def every_dtype(name: str) -> Outcome:
@@ -140,6 +142,23 @@ def test_cpp_compiles(name: str, tmp_path: Path) -> None:
         ["g++", *flags, *folders, "main.cpp"], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", having("C"))
+def test_c_compiles_and_runs(everything: Everything, tmp_path: Path, name: str) -> None:
+    outcome = made(everything, name)
+    (tmp_path / "main.c").write_text(code(outcome, "C"))
+    root = everything.report.folder
+    words = [
+        "cc",
+        "-std=c11",
+        "-Wall",
+        "-Werror",
+        f"-I{(root / outcome.artifact.path).parent}",
+        str(tmp_path / "main.c"),
+    ]
+    subprocess.run([*words, outcome.artifact.path, "-lm", "-o", str(tmp_path / "main")], cwd=root, check=True)
+    subprocess.run([tmp_path / "main"], cwd=root, check=True)
 
 
 @pytest.mark.parametrize(

@@ -119,7 +119,7 @@ class Snippet:
 
     `code` is a jinja2 template of `path`, the artifact's, relative to the export's folder, where the code is run; of
     `inputs`, `TensorSpec`s whose dynamic axes are 1; of `names` and `outputs`, the names on either side; and of
-    `output_dtypes`.
+    `output_dtypes` and `output_shapes`.
     """
 
     language: str

@@ -108,6 +108,11 @@ class ExportSpec:
         """A greatest size for each dynamic axis, where a converter wants one: `least`, or twice the batch's."""
         return {name: max(least, 2 * size) for name, size in self.sizes.items()}
 
+    def one_row(self) -> ExportSpec:
+        """With every dynamic leading axis of an input at one, and all others as in the validation batch."""
+        leading = {tensor.dynamic[0] for tensor in self.inputs if 0 in tensor.dynamic}
+        return replace(self, sizes={**self.sizes, **dict.fromkeys(leading, 1)}).static()
+
     def static(self) -> ExportSpec:
         """The same signature with every dynamic axis fixed at its size in the validation batch."""
 
@@ -171,6 +176,29 @@ def _fitted(array: np.ndarray, shape: tuple[int | str, ...], piece: int) -> np.n
             start = 0 if axis else piece * size
             array = np.take(array, (start + np.arange(size)) % array.shape[axis], axis)
     return array
+
+
+def in_rows(run: Runner, spec: ExportSpec) -> Runner:
+    """A runner for any number of rows, from one that takes as many as the first axes of the inputs have in `spec`.
+
+    An input without axes is given whole each time, as is one that has not that many rows in all.
+    """
+    rows = {tensor.name: int(tensor.shape[0]) for tensor in spec.inputs if tensor.shape}
+
+    def call(inputs: Arrays) -> Arrays:
+        count = max((len(inputs[name]) // size for name, size in rows.items()), default=1)
+
+        def piece(name: str, index: int) -> np.ndarray:
+            size, array = rows.get(name, 0), inputs[name]
+            return array[index * size : (index + 1) * size] if size and len(array) == count * size else array
+
+        answers = [run({name: piece(name, index) for name in inputs}) for index in range(count)]
+        last = answers[-1]
+        return {
+            name: np.concatenate([each[name] for each in answers]) if last[name].ndim else last[name] for name in last
+        }
+
+    return call
 
 
 def write_arrays(path: Path, arrays: Arrays) -> None:

@@ -72,6 +72,12 @@ NAMES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
             f"{MIL}.mil.passes.defs.preprocess:NameSanitizer",
             "coremltools.optimize.coreml._post_training_quantization:_get_activation_calibration_stats",
         ),
+        "formats/aoti.py": (
+            "torch._inductor:aot_compile",
+            "torch._inductor:aoti_load_package",
+            "torch._inductor:list_options",
+            "torch._inductor.package.package:package_aoti",
+        ),
         "formats/torchscript.py": ("torch._ops:OpOverload._schema",),
         "measure/noise.py": ("torch.utils._python_dispatch:TorchDispatchMode",),
         "tracing/decompositions.py": ("torch.nn.modules.transformer:_detect_is_causal_mask",),

@@ -26,9 +26,8 @@ import numpy as np
 from polyexport.errors import CannotRun, ToolMissing, line
 from polyexport.format import Format, Loaded, Observed, OnDevice, Route, Snippet
 from polyexport.formats import tflite
-from polyexport.measure.rows import by_row, one_row
 from polyexport.measure.weights import counted
-from polyexport.spec import Arrays, ExportSpec, TensorSpec
+from polyexport.spec import Arrays, ExportSpec, TensorSpec, in_rows
 from polyexport.tracing.exported_program import load_program
 
 COMPILER = "edgetpu_compiler"
@@ -43,7 +42,7 @@ _LOG = "model_edgetpu.log"
 
 def convert(source: Path, target: Path, spec: ExportSpec) -> None:
     """Lower the program of `torch.export` once more, for one row and channels last, and quantize it."""
-    one = one_row(spec)
+    one = spec.one_row()
     precise = target.with_name("float32.tflite")
     tflite.lower(load_program(source).module(), precise, one, channels_last=True)
     tflite.quantize(precise, target, one, prepare=_channels_last)
@@ -63,11 +62,11 @@ class Rowwise:
     """
 
     def __init__(self, path: Path, spec: ExportSpec, *, threads: int, delegate: Any = None) -> None:
-        one = one_row(spec)
+        one = spec.one_row()
         run = tflite.Interpreted(path, one, threads=threads, delegate=delegate)
         own = run.signature
         self.signature = replace(own, inputs=_last(own.inputs), outputs=_last(own.outputs))
-        self._by_row = by_row(run, one)
+        self._by_row = in_rows(run, one)
 
     def __call__(self, inputs: Arrays) -> Arrays:
         """Run it on PyTorch's arrays, of any number of rows."""

@@ -151,7 +151,8 @@ int main() {
   Module model("{{ path }}");
 {%- for input in inputs %}
   auto input{{ loop.index0 }} = zeros({ {{- input.shape | join(", ") -}} }, ScalarType::
-    {{- {"int64": "Long", "int32": "Int", "bool": "Bool", "float16": "Half"}.get(input.dtype, "Float") }});
+    {{- {"float32": "Float", "float16": "Half", "bfloat16": "BFloat16", "float64": "Double", "int64": "Long",
+         "int32": "Int", "int16": "Short", "int8": "Char", "uint8": "Byte", "bool": "Bool"}[input.dtype] }});
 {%- endfor %}
   auto outputs = model.forward({
     {%- for input in inputs %}{{ ", " if loop.index0 }}input{{ loop.index0 }}{% endfor %}});

@@ -27,8 +27,7 @@ import numpy as np
 
 from polyexport.errors import ended
 from polyexport.format import Convert, Format, Loaded, OnDevice, Route, Snippet
-from polyexport.measure.rows import by_row, one_row
-from polyexport.spec import Arrays, ExportSpec, Precision, TensorSpec
+from polyexport.spec import Arrays, ExportSpec, Precision, TensorSpec, in_rows
 
 if TYPE_CHECKING:
     import onnx
@@ -48,7 +47,7 @@ def _converter(*, half: bool) -> Convert:
         """
         from polyexport.lowering.floats import in_floats
 
-        one = one_row(spec)
+        one = spec.one_row()
         if why := fixed_batch(one):
             raise RuntimeError(why)
         with TemporaryDirectory() as folder:
@@ -256,7 +255,7 @@ def _loaded(path: Path, spec: ExportSpec, threads: int, *, half: bool) -> Loaded
     net.opt.use_fp16_packed = net.opt.use_fp16_storage = net.opt.use_fp16_arithmetic = half
     if net.load_param(str(path)) or net.load_model(str(path.with_name(_WEIGHTS))):
         raise RuntimeError("ncnn cannot load it; see its output in the log")
-    one = one_row(spec)
+    one = spec.one_row()
     wanted, made = _ports(spec)
     read = {name: blob for name, blob in wanted.items() if blob in net.input_names()}
     shapes = {tensor.name: tensor.shape for tensor in one.inputs}
@@ -273,7 +272,7 @@ def _loaded(path: Path, spec: ExportSpec, threads: int, *, half: bool) -> Loaded
             extractor.input(blob, ncnn.Mat(row).clone())  # a Mat does not keep the array that it looks into
         return {tensor.name: _answer(extractor, made[tensor.name], tensor) for tensor in one.outputs}
 
-    return Loaded(by_row(run, one), _signature(one, read, ids), remark="one row a call")
+    return Loaded(in_rows(run, one), _signature(one, read, ids), remark="one row a call")
 
 
 def _signature(one: ExportSpec, read: Mapping[str, str], ids: set[str]) -> ExportSpec:

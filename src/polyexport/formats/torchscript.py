@@ -99,6 +99,14 @@ def load(path: Path, spec: ExportSpec, *, threads: int) -> Runner:
     return as_runner(torch.jit.load(str(path)).eval(), spec)
 
 
+CPP_INPUTS = """\
+{%- for input in inputs %}
+      torch::zeros({ {{- input.shape | join(", ") -}} }, torch::k
+    {{- input.dtype | capitalize | replace("Ui", "UI") | replace("Bf", "BF") }}),  // {{ input.name }}
+{%- endfor %}
+"""
+"""A tensor of zeros for each input, in libtorch's words; a part of a snippet."""
+
 _SNIPPETS = (
     Snippet(
         "Python",
@@ -121,9 +129,9 @@ int main() {
   c10::InferenceMode inference;
   auto model = torch::jit::load("{{ path }}");
   auto outputs = model.forward({
-{%- for input in inputs %}
-      torch::zeros({ {{- input.shape | join(", ") -}} }, torch::k{{ input.dtype | capitalize }}),  // {{ input.name }}
-{%- endfor %}
+"""
+        f"{CPP_INPUTS}"
+        """\
   });
 }
 """,

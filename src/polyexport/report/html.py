@@ -225,6 +225,7 @@ def snippets(outcome: Outcome) -> tuple[Snippet, ...]:
         "names": [tensor.name for tensor in outcome.inputs],
         "outputs": [tensor.name for tensor in outcome.outputs],
         "output_dtypes": [tensor.dtype for tensor in outcome.outputs],
+        "output_shapes": [tensor.sized(lambda _: 1) for tensor in outcome.outputs],
     }
     return tuple(replace(snippet, code=_plain().from_string(snippet.code).render(about)) for snippet in each.snippets)
 

@@ -1,0 +1,163 @@
+"""AOTInductor: PyTorch compiled ahead of time, a package that C++ loads without Python.
+
+https://docs.pytorch.org/docs/stable/torch.compiler_aot_inductor.html
+
+Requirements:
+* It is compiled by this machine's C++ compiler, for its operating system and its version of PyTorch. On x86 it runs on
+  any CPU with AVX2 where this one has that, and not on CPUs like this one alone.
+* How many threads it takes is settled where it runs, and not where it was compiled.
+* What is written on the way, and nothing of it stays, lies in the worker's temporary folder.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from polyexport.errors import ToolMissing
+from polyexport.format import Format, Loaded, Route, Snippet
+from polyexport.formats.torchscript import CPP_INPUTS
+from polyexport.spec import ExportSpec, example
+from polyexport.workers import compiler
+
+_COMPILED_FOR = "compiled_for"
+"""The entry of the metadata that says what the package runs on."""
+
+
+def lacks() -> str:
+    """A C++ compiler, in a line."""
+    return compiler.missing("C++")
+
+
+def convert(source: Path, target: Path, spec: ExportSpec) -> None:
+    """Compile the program of `torch.export`, and package the library without the C++ that it was compiled from.
+
+    Raises:
+        ToolMissing: there is no C++ compiler.
+    """
+    if why := lacks():
+        raise ToolMissing(why)
+    import torch
+    from torch import _inductor as inductor
+    from torch._inductor.package.package import package_aoti
+
+    from polyexport.tracing.exported_program import load_program
+
+    settings, runs_on = _settings()
+    told = f"{runs_on}, by {compiler.version('C++')} and PyTorch {torch.__version__}"
+    module, inputs = load_program(source).module(), tuple(map(torch.from_numpy, example(spec).values()))
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache  # compiled anew each time: what lies there may be another's
+        settings |= {
+            "aot_inductor.metadata": {**spec.embedded, _COMPILED_FOR: told},
+            "cpp.cxx": _without_paths(Path(cache)),
+        }
+        files: Any = inductor.aot_compile(module, inputs, options=settings)
+        package_aoti(str(target), [file for file in files if not str(file).endswith(".cpp")])
+
+
+def _without_paths(folder: Path) -> tuple[str]:
+    """A compiler, as Inductor's setting, that writes no path of this machine into what it compiles in `folder`."""
+    import torch
+
+    program = compiler.program("C++")
+    script = folder / Path(program).name
+    maps = [
+        f"-ffile-prefix-map={path}={name}" for path, name in ((folder, "."), (Path(torch.__file__).parent, "torch"))
+    ]
+    script.write_text(f'#!/bin/sh\nexec {shlex.join([program, *maps])} "$@"\n')
+    script.chmod(0o700)
+    return (str(script),)
+
+
+def _settings() -> tuple[dict[str, Any], str]:
+    """What Inductor is told, as far as this release of PyTorch takes it, and what the package will run on.
+
+    On x86 it is told to keep to instructions that many CPUs have; elsewhere it takes all that this one has.
+    """
+    import torch
+    from torch import _inductor as inductor
+
+    can, runs_on = inductor.list_options(), f"{platform.system()} on {platform.machine()}"
+    settings = {name: value for name, value in _SETTINGS.items() if name in can}
+    if platform.machine() not in ("x86_64", "AMD64") or "cpp.march" not in can:
+        return settings, f"{runs_on}, CPUs like this one"
+    if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        return settings | {"cpp.march": "x86-64"}, f"{runs_on}, any CPU"
+    avx2 = {"cpp.march": "x86-64-v3", "cpp.simdlen": 256, "cpp.vec_isa_ok": True}  # it is there: none need be tried
+    return settings | avx2, f"{runs_on}, any CPU with AVX2"
+
+
+_SETTINGS = {
+    "aot_inductor.package": True,
+    "aot_inductor.model_name_for_generated_files": "model",  # else a hash of texts in which stand temporary folders
+    "aot_inductor.precompile_headers": False,  # they take minutes, and serve a package twice
+    "aot_inductor.enable_line_tables": False,  # for debuggers
+    "cpp.dynamic_threads": True,
+    "compile_threads": 1,  # more are processes, each of which imports PyTorch
+}
+
+
+def load(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
+    """Run the package with PyTorch's own loader, which is C++."""
+    import torch
+
+    from polyexport.capture.flatten import as_runner
+
+    torch.set_num_threads(threads)
+    package = torch._inductor.aoti_load_package(str(path))
+    return Loaded(
+        as_runner(package, spec),
+        remark=f"compiled for {package.get_metadata()[_COMPILED_FOR]}",
+    )
+
+
+_SNIPPETS = (
+    Snippet(
+        "C++",
+        """\
+#include <torch/csrc/inductor/aoti_package/model_package_loader.h>
+#include <torch/torch.h>
+
+int main() {
+  c10::InferenceMode inference;
+  torch::inductor::AOTIModelPackageLoader model("{{ path }}");
+  std::vector<at::Tensor> outputs = model.run({
+"""
+        f"{CPP_INPUTS}"
+        """\
+  });
+}
+""",
+    ),
+    Snippet(
+        "Python",
+        """\
+import numpy as np
+import torch
+
+model = torch._inductor.aoti_load_package("{{ path }}")
+batch = np.load("validation_batch.npz")
+with torch.inference_mode():
+    outputs = model(*(torch.from_numpy(batch[name]) for name in {{ names | tojson }}))
+""",
+    ),
+)
+
+
+FORMAT = Format(
+    name="aoti",
+    aliases=("aotinductor",),
+    description="AOTInductor package: PyTorch compiled to native code, for C++ without Python",
+    url="https://docs.pytorch.org/docs/stable/torch.compiler_aot_inductor.html",
+    artifact="model.pt2",
+    routes=(Route("pt2", upstream="pt2", toolchain="torch", convert=convert),),
+    load=load,
+    lacks=lacks,
+    targets=("server CPU",),
+    snippets=_SNIPPETS,
+)

@@ -1,0 +1,242 @@
+"""C: one function of portable C without libraries, for microcontrollers and whatever else has a C compiler.
+
+https://github.com/emmtrix/emx-onnx-cgen
+
+Requirements:
+* It takes one row at a time, since a microcontroller has no batch, and C no tensor whose size is not known. Other
+  dynamic axes have the sizes of the validation batch. Where rows are not independent the whole batch is fixed instead.
+* Weights are constants in the source; what exceeds 4 MiB lies in `model.bin`, which `model_load` reads. Buffers beyond
+  64 KiB, which no microcontroller's stack holds, come from the heap.
+* It is verified and timed as this machine's C compiler makes it with `-O2`; the report says how much flash and stack
+  it takes here.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from polyexport.errors import ToolMissing
+from polyexport.format import Format, Loaded, Route, Snippet
+from polyexport.spec import Arrays, ExportSpec, TensorSpec, in_rows
+from polyexport.workers import compiler
+
+if TYPE_CHECKING:
+    import onnx
+
+_WEIGHTS = "model.bin"
+_IN_SOURCE_BYTES = 4 * 2**20
+_ON_STACK_BYTES = 64 * 2**10
+
+
+def lacks() -> str:
+    """A C compiler, in a line."""
+    return compiler.missing("C")
+
+
+def convert(source: Path, target: Path, spec: ExportSpec) -> None:
+    """Fix the shapes of the ONNX graph, write it as C, and beside that its header and what weights are too many.
+
+    Raises:
+        ToolMissing: there is no C compiler to verify it with.
+    """
+    if why := lacks():
+        raise ToolMissing(why)
+    from emx_onnx_cgen.compiler import Compiler, CompilerOptions
+
+    options = CompilerOptions(large_weight_threshold=_IN_SOURCE_BYTES, large_temp_threshold_bytes=_ON_STACK_BYTES)
+    code, weights = Compiler(options).compile_with_weight_data(_fixed(source, spec))
+    code = code.replace("[step][dir][b][h] = h_new;", "[t][dir][b][h] = h_new;")  # in the order of the inputs
+    target.write_text(code, encoding="utf-8")
+    target.with_suffix(".h").write_text(_header(code), encoding="utf-8")
+    if weights:
+        target.with_name(_WEIGHTS).write_bytes(weights)
+
+
+def _fixed(source: Path, spec: ExportSpec) -> onnx.ModelProto:
+    """The ONNX graph for one row, sized throughout by ONNX Runtime, with inputs that forward never reads too."""
+    import onnx
+    import onnxruntime
+
+    options, one = onnxruntime.SessionOptions(), spec.one_row()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    for ours, fixed in zip(spec.inputs, one.inputs, strict=True):
+        for axis, name in ours.dynamic.items():
+            options.add_free_dimension_override_by_name(name, int(fixed.shape[axis]))
+    with tempfile.TemporaryDirectory() as folder:
+        options.optimized_model_filepath = str(Path(folder, "model.onnx"))
+        onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        model = onnx.load(options.optimized_model_filepath)
+    graph = model.graph
+    made = {name for node in graph.node for name in node.output}
+    shapes = [value for value in graph.value_info if value.name in made]  # of what is gone they are without sizes
+    read = {value.name: value for value in graph.input}
+    _set(graph.value_info, shapes)
+    _set(graph.input, [read.get(tensor.name) or _unread(tensor) for tensor in one.inputs])
+    for node in graph.node:  # the generator's GRU does not know the default where it is spelled out
+        _set(node.attribute, [each for each in node.attribute if (each.name, each.s) != ("direction", b"forward")])
+    return model
+
+
+def _set(field: Any, values: Iterable[Any]) -> None:
+    """Give a repeated field of a message these values alone."""
+    kept = list(values)
+    del field[:]
+    field.extend(kept)
+
+
+def _unread(tensor: TensorSpec) -> onnx.ValueInfoProto:
+    import onnx
+
+    element = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(tensor.dtype))
+    return onnx.helper.make_tensor_value_info(tensor.name, element, tensor.shape)
+
+
+# --- what was written -------------------------------------------------------------------------------------------------
+
+_DTYPES = {"float": "float32", "double": "float64", "_Float16": "float16"}
+"""numpy's names of C's types, where they are not `bool`, or those of integers without their `_t`."""
+
+_SIGNATURE = re.compile(r"^void model\((.*?)\) \{$", re.MULTILINE | re.DOTALL)
+_PARAMETER = re.compile(r"(const )?(\w+) (\w+)((?:\[(?:restrict )?\d+\])*)")
+
+
+def _header(code: str) -> str:
+    """Declarations for C and C++, which lacks `restrict`."""
+    signature = _signature(code).replace("restrict ", "")
+    return f"""\
+#pragma once
+#include <stdbool.h>
+#include <stdint.h>
+#ifdef __cplusplus
+extern "C" {{
+#endif
+bool model_load(const char *path);  // first, where there is a {_WEIGHTS}: its path
+void model({signature});
+#ifdef __cplusplus
+}}
+#endif
+"""
+
+
+def _signature(code: str) -> str:
+    found = _SIGNATURE.search(code)
+    if found is None:
+        raise ValueError("emx-onnx-cgen wrote no function of the name and form that was asked for: void model(…) {")
+    return found[1]
+
+
+def _parameters(code: str) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+    """Inputs and outputs as C has them."""
+    inputs: list[TensorSpec] = []
+    outputs: list[TensorSpec] = []
+    for constant, kind, name, axes in _PARAMETER.findall(_signature(code)):
+        shape = tuple(map(int, re.findall(r"\d+", axes)))
+        tensor = TensorSpec(name, _DTYPES.get(kind, kind.removesuffix("_t")), shape)
+        (inputs if constant else outputs).append(tensor)
+    return tuple(inputs), tuple(outputs)
+
+
+def _compiled(source: Path, folder: Path) -> tuple[ctypes.CDLL, str]:
+    """The shared library, and what it takes here, in a line.
+
+    Raises:
+        RuntimeError: it cannot be compiled.
+    """
+    compiled, library = folder / "model.o", folder / "model.so"
+    flags = ("-std=c11", "-O2", "-fPIC", "-fstack-usage", "-w")
+    _run(compiler.program("C"), *flags, "-c", str(source), "-o", str(compiled))
+    _run(compiler.program("C"), "-shared", str(compiled), "-o", str(library), "-lm")
+    flash = sum(map(int, _run("size", str(compiled)).splitlines()[1].split()[:2]))
+    functions = (line.split("\t") for line in compiled.with_suffix(".su").read_text().splitlines())
+    stack = max(int(size) for name, size, _ in functions if name.endswith(":model"))
+    heap = ", and buffers from the heap" if "malloc(" in source.read_text(encoding="utf-8") else ""
+    took = f"{flash:,} bytes of flash and {stack:,} of stack{heap}, by {compiler.version('C')} for {platform.machine()}"
+    return ctypes.CDLL(str(library)), took
+
+
+def _run(*words: str) -> str:
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    if done.returncode:
+        said = done.stderr.strip().splitlines()
+        raise RuntimeError(f"{words[0]} fails: {next((line for line in said if ' error: ' in line), ' '.join(said))}")
+    return done.stdout
+
+
+def load(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
+    """Compile it as a shared library, and run that row by row.
+
+    Raises:
+        RuntimeError: it cannot be compiled, with the compiler's words, or its weights cannot be read.
+    """
+    code = path.read_text(encoding="utf-8")
+    inputs, outputs = _parameters(code)
+    with tempfile.TemporaryDirectory() as folder:
+        library, took = _compiled(path, Path(folder))
+    weights = path.with_name(_WEIGHTS)
+    if weights.exists() and not library.model_load(str(weights).encode()):
+        raise RuntimeError(f"{weights.name} cannot be read")
+
+    def run(arrays: Arrays) -> Arrays:
+        given = [
+            np.ascontiguousarray(arrays[our.name], its.dtype) for our, its in zip(spec.inputs, inputs, strict=True)
+        ]
+        found = [np.empty(tensor.sized(int), tensor.dtype) for tensor in outputs]
+        library.model(*(array.ctypes.data_as(ctypes.c_void_p) for array in (*given, *found)))
+        return {
+            our.name: array.reshape(array.shape if our.shape else ())
+            for our, array in zip(spec.outputs, found, strict=True)
+        }
+
+    shortfall = "one row at a time: C has the sizes of its tensors written in" if spec.is_dynamic else ""
+    signature = replace(spec, inputs=inputs, outputs=outputs)
+    return Loaded(in_rows(run, spec.one_row()), signature, shortfall, remark=took)
+
+
+_SNIPPETS = (
+    Snippet(
+        "C",
+        """\
+#include "model.h"
+{% macro tensor(name, dtype, shape) -%}
+{% set kinds = {"float32": "float", "float64": "double", "float16": "_Float16", "bool": "bool"} %}
+{{- kinds.get(dtype, dtype ~ "_t") }} {{ name }}{% for size in shape %}[{{ size }}]{% endfor %}
+{%- endmacro %}
+{%- for input in inputs %}
+static {{ tensor(input.name, input.dtype, input.shape) }};  // your data here
+{%- endfor %}
+{%- for name in outputs %}
+static {{ tensor(name, output_dtypes[loop.index0], output_shapes[loop.index0]) }};
+{%- endfor %}
+
+// cc -std=c11 -O2 -I{{ path | replace("/model.c", "") }} main.c {{ path }} -lm
+int main(void) {
+  if (!model_load("{{ path | replace("model.c", "model.bin") }}")) return 1;  // needs no file where there is none
+  model({% for input in inputs %}{{ input.name }}, {% endfor %}{{ outputs | join(", ") }});
+}
+""",
+    ),
+)
+
+
+FORMAT = Format(
+    name="c",
+    description="Portable C without libraries, for microcontrollers and whatever else has a compiler",
+    url="https://github.com/emmtrix/emx-onnx-cgen",
+    artifact="model.c",
+    routes=(Route("emx-onnx-cgen", upstream="onnx", toolchain="c", convert=convert),),
+    load=load,
+    lacks=lacks,
+    targets=("microcontroller",),
+    snippets=_SNIPPETS,
+    slow_because="it is portable C of plain loops, on one thread",
+)

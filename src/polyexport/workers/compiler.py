@@ -1,0 +1,39 @@
+"""The system's C and C++ compilers: which programs they are, and what to do where there is none."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+from typing import Literal
+
+Language = Literal["C", "C++"]
+
+_VARIABLES: dict[Language, str] = {"C": "CC", "C++": "CXX"}
+
+
+def program(language: Language) -> str:
+    """Its compiler: what `CC` or `CXX` names, else what the platform calls it."""
+    on_macos = platform.system() == "Darwin"
+    usual = {"C": "cc", "C++": "clang++" if on_macos else "g++"}
+    return os.environ.get(_VARIABLES[language]) or usual[language]
+
+
+def missing(language: Language) -> str:
+    """Why nothing can be compiled here, with what to install, in a line; empty where it can."""
+    name = program(language)
+    if platform.system() == "Windows":
+        return f"{language} is compiled on Linux and macOS only, and this is Windows"
+    if shutil.which(name):
+        return ""
+    how = "xcode-select --install" if platform.system() == "Darwin" else "apt install g++, or dnf install gcc-c++"
+    return (
+        f"a compiler of {language} is needed, and {name} is not on PATH ({how}; {_VARIABLES[language]} names another)"
+    )
+
+
+def version(language: Language) -> str:
+    """Its own first line."""
+    said = subprocess.run([program(language), "--version"], capture_output=True, text=True, check=True).stdout
+    return said.partition("\n")[0]
