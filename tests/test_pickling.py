@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import weakref
+from collections import OrderedDict, defaultdict
 
 import pytest
 import torch
+from lightning.fabric.utilities.data import AttributeDict
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
@@ -72,6 +75,15 @@ class Bare:
         raise KeyError(name)
 
 
+def attribute_of(base):
+    """A subclass of a container whose entries are also asked for as attributes, and fail in its own way."""
+    return type(f"Attributes{base.__name__}", (base,), {"__getattr__": lambda self, name: self[name]})
+
+
+AttributesDict, AttributesOrdered, AttributesDefault = map(attribute_of, (dict, OrderedDict, defaultdict))
+AttributesList, AttributesTuple, AttributesStr = map(attribute_of, (list, tuple, str))
+
+
 @torch.jit.script
 def gate(x: torch.Tensor) -> torch.Tensor:
     return x * torch.sigmoid(1.7 * x)
@@ -104,6 +116,20 @@ HELD = {
     "a __getattr__ that raises KeyError": Table,
     "slots and such a __getattr__": lambda: Holder(
         lambda net: {"bare": Bare()}, lambda net, x: net.layer(x) * net.bare.scale
+    ),
+    "Lightning's hparams": lambda: Holder(
+        lambda net: {"hparams": AttributeDict(scale=3.0)}, lambda net, x: net.layer(x) * net.hparams.scale
+    ),
+    "containers with a __getattr__": lambda: Holder(
+        lambda net: {
+            "mappings": [AttributesDict(by=2.0), AttributesOrdered(by=3.0), AttributesDefault(float, by=5.0)],
+            "sequences": [AttributesList([7.0]), AttributesTuple([11.0]), AttributesStr("13")],
+        },
+        lambda net, x: (
+            net.layer(x)
+            * math.prod(each["by"] for each in net.mappings)
+            * math.prod(float(each[0]) for each in net.sequences)
+        ),
     ),
     "scripted parts": lambda: Holder(
         lambda net: {"norm": torch.jit.script(nn.LayerNorm(4).eval()), "gate": gate},

@@ -181,8 +181,10 @@ def test_weights_left_in_float_are_told(shadows):
 
 @pytest.mark.slow
 def test_operators_left_in_float_are_told(shadows):
-    assert shadows["not in int8"]["shortfall"].startswith("in float32, since there is no int8 for it: ")
-    assert "CONV_2D" in shadows["not in int8"]["shortfall"]
+    found = shadows["not in int8"]
+    assert found["shortfall"].startswith("100% of its weights in float, since there is no int8 for them: ")
+    assert found["remark"].startswith("in float32, since there is no int8 for it: ")
+    assert "CONV_2D" in found["remark"]
 
 
 @pytest.mark.slow

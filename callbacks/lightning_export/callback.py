@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,12 +13,13 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from lightning_export import ranks
-from lightning_export.arguments import check, described, refuse
-from lightning_export.best import Best, best_of, follow, take_out
+from lightning_export.arguments import check, check_inputs, described, refuse
+from lightning_export.best import follow, take_out
 from lightning_export.harmless import harmless
 from lightning_export.inputs import Inputs
 from lightning_export.loggers import sinks
 from lightning_export.metrics import measured, told
+from lightning_export.offers import Offers
 from lightning_export.trainer import (
     KEPT_BY_LIGHTNING,
     attached,
@@ -31,7 +31,7 @@ from lightning_export.trainer import (
     shards,
 )
 from polyexport import Budget, ExportFailed, Format, Report
-from polyexport.capture.answer import Answer
+from polyexport.capture.processing import Processing
 from polyexport.engine.session import Options, Session, complaint
 from polyexport.formats import resolve
 from polyexport.measure.budget import budgets
@@ -53,8 +53,9 @@ class ExportCallback(Callback):
         when: `"improved"` for each new best, `"fit_end"` for the last one only.
         module: What to export: None for the LightningModule's `forward`, a dotted attribute (`"model.backbone"`), or a
             function of the LightningModule that returns a module of it.
-        inputs: None for what `forward` received from the first validation batch, else a function of that batch that
-            returns a tensor, a tuple of positional arguments, or a dict of keyword arguments.
+        inputs: None for what `forward` (or `preprocess`) received from the first validation batch, else a function of
+            that batch that returns a tensor, a tuple of positional arguments, or a dict of keyword arguments; or such
+            inputs themselves, one batch after another: a list, or a `DataLoader`.
         dynamic: True frees the batch axis and every axis whose size differs between the validation batches that were
             taken, False none; or input name -> {axis: name}.
         calibration_batches: How many validation batches int8 formats take their number ranges from. Two are taken in
@@ -82,6 +83,11 @@ class ExportCallback(Callback):
         labels: Names of the classes in the last axis of an output, in their order: `["cat", "dog"]`. They travel inside
             each artifact, and `polyexport.load(…).labels` gives them back.
         metadata: Texts by name that travel likewise.
+        preprocess: A module, or a function of tensors, that becomes the beginning of each artifact: it takes raw inputs
+            and returns what `forward` takes, so that an application gives an artifact bytes. The name of an attribute
+            of the LightningModule will do. Artifacts are proven on raw inputs: where `validation_step` does not call it
+            (as a module), `inputs` gives them.
+        postprocess: Likewise what becomes the end: it takes what `forward` returned.
 
     Attributes:
         reports: The finished exports of this run, the oldest first; on rank zero, and not outside a spawned process.
@@ -99,7 +105,7 @@ class ExportCallback(Callback):
         into: str | Path | None = None,
         when: Literal["improved", "fit_end"] = "improved",
         module: str | Callable[[Any], Any] | None = None,
-        inputs: Callable[[Any], Any] | None = None,
+        inputs: Callable[[Any], Any] | Iterable[Any] | None = None,
         dynamic: bool | Mapping[str, Mapping[int, str]] = True,
         calibration_batches: int = 8,
         fail_on: Sequence[State] = (),
@@ -115,6 +121,8 @@ class ExportCallback(Callback):
         staging: str | None = None,
         labels: Sequence[str] = (),
         metadata: Mapping[str, str] | None = None,
+        preprocess: Callable[..., Any] | str | None = None,
+        postprocess: Callable[..., Any] | str | None = None,
     ) -> None:
         super().__init__()
         self.options = Options(
@@ -131,8 +139,10 @@ class ExportCallback(Callback):
             budget=budgets(budget),
             labels=labels if isinstance(labels, str) else tuple(labels),  # type: ignore[arg-type]  # refused with the rest
             metadata=dict(metadata) if isinstance(metadata, Mapping) else metadata or {},
+            processing=Processing(preprocess, postprocess),
         )
         check(when=when, fail_on=fail_on, publish=publish, metric_batches=metric_batches)
+        check_inputs(inputs, self.options, metric_batches)
         self.into = into
         self.when = when
         self.inputs = inputs
@@ -149,9 +159,7 @@ class ExportCallback(Callback):
         self.session: Session | None = None
         self._inputs: Inputs | None = None
         self._tail: Callback | None = None
-        self._seen: Best | None = None
-        self._met: Best | None = None
-        self._answer: Answer | None = None
+        self._offers = Offers(self.monitor)
         self._turn = self._complaint = ""
         self._is_budget_new = True
 
@@ -252,38 +260,14 @@ class ExportCallback(Callback):
     @harmless
     def _look(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """After each hook in which a checkpoint may have been written; must cost next to nothing."""
-        while self.session is not None and self.session.told:
+        if self.session is None:
+            return
+        while self.session.told:
             say(trainer, self.session.told.popleft())
         if self.when == "improved":
-            self._export_best(trainer)
+            self._offers.offer(trainer, self.session)
         else:
-            self._meet(trainer)
-
-    def _meet(self, trainer: Trainer) -> Best | None:
-        """The best checkpoint; a new one keeps what forward answered in the validation that chose it.
-
-        When it is offered, training may have gone on, and later validations have had answers of other weights.
-        """
-        best = best_of(trainer, self.monitor)
-        if self.session is not None and best is not None and not best.is_same(self._met):
-            self._met, self._answer = best, self.session.answer
-        return best
-
-    def _export_best(self, trainer: Trainer, *, wait: bool = False) -> bool:
-        """Offer the best checkpoint if it is a new one; False where there is none on disk."""
-        session = self.session
-        if session is None or session.closed or not session.captured or trainer.sanity_checking:
-            return False
-        if (best := self._meet(trainer)) is None:
-            return False
-        if best.is_same(self._seen) or not (wait or session.is_free()):  # then it comes with the next hook
-            return True
-        if "://" not in best.path and not os.path.exists(best.path):
-            return False  # AsyncCheckpointIO is still writing it: the next hook comes, at the latest when fit ends
-        self._seen = best
-        session.record(self._answer)
-        session.offer(trainer.lightning_module, best.path, best.name, checkpoint(trainer, best))
-        return True
+            self._offers.meet(trainer, self.session)
 
     # --- the end ------------------------------------------------------------------------------------------------------
 
@@ -304,7 +288,7 @@ class ExportCallback(Callback):
 
     def _finish(self, trainer: Trainer, pl_module: LightningModule, session: Session) -> None:
         """Export the best if that was not done yet, wait for all exports, publish the last."""
-        if not self._export_best(trainer, wait=True) and not session.pending:
+        if not self._offers.offer(trainer, session, wait=True) and not session.pending:
             session.offer_weights(pl_module, checkpoint(trainer))
         session.finish()
         if not self.reports:
@@ -317,9 +301,14 @@ class ExportCallback(Callback):
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if self.when == "improved":  # the newest is to be the one that is interrupted, though it was not its turn yet
-            harmless(ExportCallback._export_best)(self, trainer, wait=True)
+        self._offer_last(trainer)
         self._close()
+
+    @harmless
+    def _offer_last(self, trainer: Trainer) -> None:
+        """The newest is to be the one that is interrupted, though it was not its turn yet."""
+        if self.session is not None and self.when == "improved":
+            self._offers.offer(trainer, self.session, wait=True)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -339,7 +328,7 @@ class ExportCallback(Callback):
         if session is None:
             return
         if session.pending:  # what was not finished is to be exported when fit goes on
-            self._seen = None
+            self._offers.offered = None
         if why := session.close():  # last, since a program may have made errors of warnings
             rank_zero_warn(f"ExportCallback: {why}")
 

@@ -27,11 +27,14 @@ from polyexport.capture.snapshot import selected
 from polyexport.engine import checkpoint, plan
 from polyexport.engine.engine import Engine
 from polyexport.engine.export import export
+from polyexport.engine.ownership import is_ours
 from polyexport.engine.request import interrupted
 from polyexport.errors import BadRequest, PolyexportError
 from polyexport.format import Format
 from polyexport.formats import by_target, known, resolve
-from polyexport.report import console
+from polyexport.measure.layers import told
+from polyexport.publish import signed
+from polyexport.report import console, manifest, tables
 from polyexport.report.escape import printable
 from polyexport.report.folders import BEST, DESCRIPTION, EXPORTS, followed
 from polyexport.report.outcome import Outcome
@@ -235,6 +238,12 @@ def export_checkpoint(
     metadata: Annotated[
         list[str] | None, typer.Option(metavar="NAME=TEXT", help="What else to embed; repeat it for each.")
     ] = None,
+    preprocess: Annotated[
+        str | None, typer.Option(help="What makes raw inputs forward's: package.module:Name or file.py:Name.")
+    ] = None,
+    postprocess: Annotated[
+        str | None, typer.Option(help="What makes answers of what forward returns; both become part of the artifact.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Export a checkpoint without a trainer, prove each artifact and time it; exit code 1 if any does not agree."""
@@ -258,6 +267,8 @@ def export_checkpoint(
             checkpoint=checkpoint.record(path, blob),
             labels=labels.read_text(encoding="utf-8").splitlines() if labels else (),
             metadata=checkpoint.metadata(metadata or ()),
+            preprocess=checkpoint.step(preprocess),
+            postprocess=checkpoint.step(postprocess),
         )
     _conclude(report, report.outcomes, as_json)
 
@@ -288,7 +299,14 @@ def resume(
 
 
 @app.command()
-def verify(folder: Folder, trust: Trust = False, as_json: Json = False) -> None:
+def verify(
+    folder: Folder,
+    key: Annotated[
+        Path | None, typer.Option(help="Check the signature by this public key before anything is run.")
+    ] = None,
+    trust: Trust = False,
+    as_json: Json = False,
+) -> None:
     """Verify every artifact of an export once more, in fresh processes; exit code 1 if any does not agree.
 
     A format that the export did not make has no artifact, and `report` tells of it. Nothing is unpickled without
@@ -296,6 +314,10 @@ def verify(folder: Folder, trust: Trust = False, as_json: Json = False) -> None:
     """
     with _told(), Engine() as engine:
         exported = _report(folder)
+        if key is not None:
+            _say(f"signed by {key}: {', '.join(signed.check(exported, key))}")
+        elif (exported.folder / signed.SIGNATURE).exists():
+            _say("the signature is not checked: give the public key with --key")
         report = _waited(engine, partial(engine.verify, trust=trust), exported)
     claimed = {outcome.format for outcome in exported.outcomes if outcome.artifact or outcome.publishable}
     _conclude(report, [outcome for outcome in report.outcomes if outcome.format in claimed], as_json)
@@ -343,6 +365,31 @@ def show_report(
         typer.echo(markdown(report))
         raise typer.Exit(_code(report.outcomes))
     _conclude(report, report.outcomes, as_json)
+
+
+@app.command()
+def explain(
+    folder: Folder,
+    name: Annotated[str, typer.Argument(metavar="FORMAT", autocompletion=_formats_starting)],
+    trust: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Tell in which layers an artifact and PyTorch part: both run once more; exit code 1 if one is beyond tolerance.
+
+    PyTorch's module is a pickle, so an export that you did not make, there where it lies, needs --trust.
+    """
+    with _told(), Engine() as engine:
+        report = _report(folder)
+        trusted = trust or is_ours(report.folder, manifest.load(report.folder).seal)
+        found = _waited(engine, partial(engine.layers, name=resolve([name])[0].name, trust=trusted), report)
+    if as_json:
+        _print_json(encode(found))
+    else:
+        _show(
+            [{column: text for column, text in row.items() if column != "why"} for row in tables.layers(found)], False
+        )
+        _say(told(found) or "every layer is within the tolerance")
+    raise typer.Exit(1 if told(found) else 0)
 
 
 @app.command()

@@ -6,6 +6,7 @@ PolyexportError
 ├── BadRequest         an argument, a module or an input that cannot be exported
 ├── ToolMissing        a program, package or device that this machine lacks -> state `skipped`
 ├── CannotRun          made, but nothing here can run it                    -> state `unverified`
+├── NotSigned          an export that is not what was signed
 └── ExportFailed       raised after `fit`, only where `fail_on` asks for it
 ```
 
@@ -38,6 +39,10 @@ class ToolMissing(PolyexportError, RuntimeError):
 
 class CannotRun(PolyexportError, RuntimeError):
     """An artifact exists, but nothing on this machine can run it; the message says why."""
+
+
+class NotSigned(PolyexportError, RuntimeError):
+    """An export is not what was signed; the message says what differs."""
 
 
 class ExportFailed(PolyexportError, RuntimeError):

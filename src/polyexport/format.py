@@ -82,6 +82,18 @@ class Load(Protocol):
         """
 
 
+class Intermediates(Protocol):
+    """How a format tells what an artifact computes on its way to the outputs."""
+
+    def __call__(self, path: Path, spec: ExportSpec, inputs: Arrays, *, threads: int) -> Arrays:
+        """Run the artifact at `path` on PyTorch's named inputs.
+
+        Returns:
+            Each float tensor that depends on the inputs, by the artifact's own names, in the order of computation;
+            quantized ones as the numbers that they stand for, all in float32. Constants are left out.
+        """
+
+
 @dataclass(frozen=True, slots=True)
 class Route:
     """One way to a format. Routes are tried in order, and parity is the judge.
@@ -178,6 +190,7 @@ class Format:
         slow_because: Why its runtime may be slower than PyTorch on the same threads, as far as is known.
         calibrated: Whether its routes take number ranges from real batches (`ExportSpec.calibration`).
         triton: How Triton serves it; None where it does not.
+        intermediates: Tells what an artifact computes on its way; None where its runtime does not.
         targets: What it is shipped to, which every format says: `polyexport formats` groups by it, and the report names
             one artifact for each.
         on_device: How it is run on a machine that has only its runtime; None where it has no kit.
@@ -202,6 +215,7 @@ class Format:
     calibrated: bool = False
     slow_because: str = ""
     on_device: OnDevice | None = None
+    intermediates: Intermediates | None = None
     targets: tuple[Target, ...] = ()
     triton: Triton | None = None
 

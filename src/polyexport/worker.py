@@ -43,15 +43,21 @@ from polyexport.format import Format, Loaded
 from polyexport.report.escape import printable
 from polyexport.report.folders import DESCRIPTION
 from polyexport.report.outcome import Calibration
-from polyexport.serialization import encode, write_json
+from polyexport.serialization import encode, read_json, write_json
 from polyexport.spec import LABELS, Arrays, ExportSpec, read_arrays, write_arrays
 from polyexport.workers import server
 from polyexport.workers.job import (
+    LAYERS,
+    NOISE,
+    OUTPUTS,
     PARENT,
+    READS,
     TEMPORARY,
     Bench,
     Convert,
+    Explain,
     FormatJob,
+    Inspect,
     Job,
     Prepare,
     Serve,
@@ -160,6 +166,10 @@ def _value(root: Path, job: Job) -> Any:
             return convert(root, job)
         case Verify():
             return verify(root, job)
+        case Inspect():
+            return inspect(root, job)
+        case Explain():
+            return explain(root, job)
     raise TypeError(f"{type(job).__name__} is asked for its answers one by one")
 
 
@@ -237,6 +247,40 @@ def verify(root: Path, job: Verify) -> Any:
     count, sha256 = fingerprint(artifact if artifact.is_dir() else artifact.parent, DESCRIPTION)
     own = {"signature": loaded.signature, "shortfall": loaded.shortfall, "remark": loaded.remark}
     return {"parity": parity, "elsewhere": elsewhere, **own, "bytes": count, "sha256": sha256}
+
+
+def inspect(root: Path, job: Inspect) -> Any:
+    """Write what PyTorch's layers compute, and how much of that is rounding."""
+    from polyexport.capture.layers import computed
+    from polyexport.capture.snapshot import load
+    from polyexport.measure.layers import output
+    from polyexport.measure.other_values import jittered
+    from polyexport.measure.parity import noise_floor
+    from polyexport.tracing.decompositions import plain_attention
+
+    model = load(root / job.source)
+    inputs = read_arrays(root / job.batch, model.input_names)
+    found, moved = (plain_attention()(computed)(model, given) for given in (inputs, jittered(inputs)))
+    outputs, moved_outputs = ({output(key): a for key, a in each.outputs.items()} for each in (found, moved))
+    floors = noise_floor(found.values | outputs, moved.values | moved_outputs)
+    for name, arrays in ((LAYERS, found.values), (OUTPUTS, outputs), (NOISE, floors)):
+        write_arrays(root / job.target / name, arrays)
+    write_json(root / job.target / READS, found.reads | {output(key): named for key, named in found.answers.items()})
+    return {}
+
+
+def explain(root: Path, job: Explain) -> Any:
+    """Compare what an artifact computes on its way, and its outputs, with what PyTorch's layers do."""
+    from polyexport.measure.layers import compared, judged, output
+
+    each, inputs, there = _format(root, job), _inputs(root / job.batch, job), root / job.layers
+    if each.intermediates is None:
+        raise BadRequest(f"{each.name} does not tell what it computes on its way")
+    expected, right, noise = (read_arrays(there / name) for name in (LAYERS, OUTPUTS, NOISE))
+    answer = _load(root, job)(inputs)
+    outputs = [judged(output(name), right[output(name)], a, each.limits, noise, name) for name, a in answer.items()]
+    found = each.intermediates(root / job.source, job.spec, inputs, threads=job.threads)
+    return encode(compared(expected, found, read_json(there / READS), each.limits, noise, outputs))
 
 
 def bench(root: Path, job: Bench, lines: Iterator[bytes], answers: TextIO) -> int:

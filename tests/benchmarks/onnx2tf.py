@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -31,6 +32,7 @@ OURS = """
 import sys, time, types
 package = types.ModuleType("polyexport"); package.__path__ = [sys.argv[1]]; sys.modules["polyexport"] = package
 from pathlib import Path
+from typing import Any
 import tensorflow
 from polyexport.formats.saved_model import convert
 from polyexport.workers.job import read_job
@@ -98,7 +100,13 @@ def main() -> None:
     from transformers import ResNetConfig, ResNetForImageClassification
 
     torch.manual_seed(0)
-    config = ResNetConfig(depths=[2, 2, 2, 2], hidden_sizes=[64, 128, 256, 512], layer_type="basic", num_labels=1000)
+    sizes: Any = {
+        "depths": [2, 2, 2, 2],
+        "hidden_sizes": [64, 128, 256, 512],
+        "layer_type": "basic",
+        "num_labels": 1000,
+    }
+    config = ResNetConfig(**sizes)
     image = torch.rand(1, 3, given.size, given.size)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)

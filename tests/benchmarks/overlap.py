@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -25,10 +26,11 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 import polyexport
 import zoo
 from polyexport import FORMATS
+from polyexport.capture.flatten import as_call
 from polyexport.measure.parity import compare
 from polyexport.measure.reference import Reference
 from polyexport.serialization import decode
-from polyexport.spec import Batch
+from polyexport.spec import Batch, Runner
 
 NAMES = ("torchscript", "pt2", "onnx", "openvino")
 
@@ -62,7 +64,7 @@ def inside(model: str, folder: Path) -> None:
     source.mkdir(parents=True)
     module, inputs = zoo.build(model)
     modules.save_structure(module, None, source)
-    modules.save_call(*modules.as_call(inputs), source)
+    modules.save_call(*as_call(inputs), source)
     torch.save(module.state_dict(), source / "weights.pt")
     found = decode(Reference, encode(reference.make(folder, source, True)))
     places = {"module": source}
@@ -77,7 +79,7 @@ def inside(model: str, folder: Path) -> None:
             agree(run, folder, batch, found, np)
 
 
-def agree(run, folder: Path, batch: Batch, found: Reference, np) -> None:
+def agree(run: Runner, folder: Path, batch: Batch, found: Reference, np: Any) -> None:
     with np.load(folder / batch.path) as arrays:
         answer = run({name: arrays[name] for name in found.spec.input_names})
         reference = {name: arrays[name] for name in found.spec.output_names}

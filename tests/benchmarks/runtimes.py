@@ -42,7 +42,7 @@ def resnet() -> nn.Module:
     """ResNet-18, 11.7 M parameters."""
     from transformers import ResNetConfig, ResNetForImageClassification
 
-    sizes = {"depths": [2, 2, 2, 2], "hidden_sizes": [64, 128, 256, 512], "layer_type": "basic"}
+    sizes: Any = {"depths": [2, 2, 2, 2], "hidden_sizes": [64, 128, 256, 512], "layer_type": "basic"}
     return ResNetForImageClassification(ResNetConfig(**sizes))
 
 

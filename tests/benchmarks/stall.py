@@ -31,26 +31,33 @@ COLUMNS = ("parameters", "formats", "p50 ms", "p95 ms", "max ms", "capture ms", 
 
 
 class Timed(ExportCallback):
-    """Sums up the time in its hooks; leaves before the exports are done, which is not what is measured here."""
+    """Times what its session does in the training thread; leaves before the exports are done, which is not measured."""
 
     def __init__(self, formats: Any) -> None:
         super().__init__(formats)
         self.stalls_ms: list[float] = []
         self.capture_ms: list[float] = []
 
-    def _look(self, trainer: Any, pl_module: Any) -> None:
-        seen, start = self._seen, time.perf_counter()
-        super()._look(trainer, pl_module)
-        if self._seen is not seen:
-            self.stalls_ms.append((time.perf_counter() - start) * 1e3)
-
-    def _capture(self, *arguments: Any) -> None:
-        start = time.perf_counter()
-        super()._capture(*arguments)
-        self.capture_ms.append((time.perf_counter() - start) * 1e3)
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        session: Any = self.session
+        session.offer = timed(session.offer, self.stalls_ms)
+        session.take = timed(session.take, self.capture_ms)
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        self._close()
+        self.teardown(trainer, pl_module, "fit")
+
+
+def timed(function: Any, into_ms: list[float]) -> Any:
+    """The function, which notes how long each call takes."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        start = time.perf_counter()
+        answer = function(*args, **kwargs)
+        into_ms.append((time.perf_counter() - start) * 1e3)
+        return answer
+
+    return call
 
 
 class Naive(Callback):

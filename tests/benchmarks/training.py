@@ -45,6 +45,7 @@ class Improving(LightningModule):
     def __init__(self, millions: float) -> None:
         super().__init__()
         width = int((millions * 1e6 / 4) ** 0.5)
+        self.width = width
         self.net = nn.Sequential(*(nn.Linear(width, width) for _ in range(4)))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -64,7 +65,7 @@ class Improving(LightningModule):
 def fit(millions: float, callbacks: Sequence[Callback], *, steps: int = STEPS, **settings: Any) -> Trainer:
     """Train in a folder that is gone afterwards."""
     model = Improving(millions)
-    rows = TensorDataset(torch.randn(BATCH * steps, model.net[0].in_features))
+    rows = TensorDataset(torch.randn(BATCH * steps, model.width))
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             default_root_dir=folder,

@@ -93,7 +93,9 @@ def _reduced_object(item: Any) -> Any:
     if own or "__getattr__" not in {name for base in kind.__mro__ for name in vars(base)}:
         return NotImplemented
     # pickle asks an empty object for __setstate__, and what its __getattr__ says then may be anything
-    return _empty, (kind,), (dict(own_attributes(item)), _slots(item)), None, None, _fill
+    elements = iter(item) if isinstance(item, list) else None
+    entries = iter(dict.items(item)) if isinstance(item, dict) else None  # Lightning's hparams are such a dict
+    return _empty, (kind,), (dict(own_attributes(item)), _slots(item)), elements, entries, _fill
 
 
 _PICKLING = ("__reduce__", "__reduce_ex__", "__getstate__", "__setstate__", "__getnewargs__", "__getnewargs_ex__")

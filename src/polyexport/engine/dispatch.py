@@ -142,7 +142,7 @@ def declared_file(root: Path, name: str) -> Path:
 def _by_value(each: Format) -> bytes:
     import cloudpickle
 
-    functions = [each.lacks, *(route.convert for route in each.routes), *([each.load] if each.load else [])]
+    functions = [each.lacks, *(route.convert for route in each.routes), *filter(None, [each.load, each.intermediates])]
     # toolchains by name: the module of their class needs more than an isolated toolchain has
     routes = tuple(replace(route, toolchain=toolchain.find(route.toolchain).name) for route in each.routes)
     with by_value() as take_along:

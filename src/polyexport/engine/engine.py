@@ -30,7 +30,9 @@ from polyexport.capture.snapshot import SHARDS, WEIGHTS
 from polyexport.engine import plan
 from polyexport.engine.bench import bench, sweep
 from polyexport.engine.dispatch import Dispatcher, Limits
+from polyexport.engine.explain import explained, layers
 from polyexport.engine.labels import labeled
+from polyexport.engine.ownership import seal
 from polyexport.engine.request import Request, declare, write
 from polyexport.engine.rerun import Runnable, runnables, runner, verify
 from polyexport.engine.routes import Build
@@ -39,6 +41,7 @@ from polyexport.format import Format
 from polyexport.formats import known
 from polyexport.load import Description, described
 from polyexport.measure.latency import Latency
+from polyexport.measure.layers import Layer
 from polyexport.measure.reference import Reference
 from polyexport.report import manifest
 from polyexport.report.files import save
@@ -232,6 +235,8 @@ class Engine:
         build = Build(dispatcher, request.formats, reference, functools.partial(self._watch, of=f"{request.name} "))
         report = _reported(request, reference, build.outcomes(), build.notes)
         _describe(request, report, reference)
+        there = replace(report, folder=request.work)
+        report = explained(there, _by_name(request.formats), dispatcher, self._watch)
         return self._finish(request, report, start)
 
     def _prepared(self, request: Request, dispatcher: Dispatcher) -> JobResult:
@@ -308,6 +313,30 @@ class Engine:
         """Verify every artifact once more; see `polyexport.engine.rerun.verify`."""
         return verify(report, _by_name(formats), self._quiet(report, trust=trust), self._watch)
 
+    def layers(
+        self, report: Report, name: str, formats: Iterable[Format] = (), *, trust: bool = True
+    ) -> tuple[Layer, ...]:
+        """Each layer of the module beside what an artifact computes in its place, and the outputs at last.
+
+        Raises:
+            BadRequest: the report has no artifact of that name that runs, or its format does not tell.
+            CannotRun: PyTorch or the artifact does not run.
+        """
+        return layers(report, self._runnable(report, name, formats), self._quiet(report, trust=trust))
+
+    def explained(self, report: Report, formats: Iterable[Format] = ()) -> Report:
+        """The report with the layers of each artifact that disagrees; it is saved where there are any."""
+        found = explained(report, _by_name(formats), self._quiet(report), self._watch)
+        if found is not report:
+            save(found)
+        return found
+
+    def _runnable(self, report: Report, name: str, formats: Iterable[Format]) -> Runnable:
+        found = {each.name: each for each in runnables(report, _by_name(formats))}
+        if name not in found:
+            raise BadRequest(f"no artifact {name!r} that runs in {report.folder}; it has {', '.join(found) or 'none'}")
+        return found[name]
+
     def runner(
         self, report: Report, name: str, formats: Iterable[Format] = (), *, trust: bool = True
     ) -> AbstractContextManager[Runner]:
@@ -316,10 +345,7 @@ class Engine:
         Raises:
             BadRequest: the report has no artifact of that name that runs.
         """
-        found = {each.name: each for each in runnables(report, _by_name(formats))}
-        if name not in found:
-            raise BadRequest(f"no artifact {name!r} that runs in {report.folder}; it has {', '.join(found) or 'none'}")
-        return runner(report, found[name], self._quiet(report, trust=trust))
+        return runner(report, self._runnable(report, name, formats), self._quiet(report, trust=trust))
 
     @contextlib.contextmanager
     def opened(self, path: Path, *, trust: bool = True) -> Iterator[Runner]:
@@ -391,7 +417,13 @@ def _reported(
             global_step=at.get("global_step", request.checkpoint.global_step),
         ),
         model=Model(
-            reference.class_name, reference.parameters, spec.inputs, spec.outputs, spec.labels, request.metadata
+            reference.class_name,
+            reference.parameters,
+            spec.inputs,
+            spec.outputs,
+            spec.labels,
+            request.metadata,
+            request.processing,
         ),
         outcomes=outcomes,
         environment=reference.environment,
@@ -414,6 +446,7 @@ def _describe(request: Request, report: Report, reference: Reference) -> None:
         reference.noise,
         reference.environment,
         Made.of(report.outcomes),
+        seal(request.final),
     )
     manifest.save(request.work, made)
     for outcome in report.outcomes:

@@ -30,7 +30,7 @@ import numpy as np
 from polyexport.coreml.settle import settle
 from polyexport.errors import CannotRun
 from polyexport.format import Convert, Format, Loaded, Observed, OnDevice, Route, Snippet
-from polyexport.measure.weights import left_in_float
+from polyexport.measure.weights import in_float
 from polyexport.spec import Arrays, ExportSpec, Precision, Runner, TensorSpec, calibration, example
 
 if TYPE_CHECKING:
@@ -300,9 +300,8 @@ def load_compressed(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
     from polyexport.coreml.program import float_weights, read
 
     opened = load(path, spec, threads=threads)
-    much = left_in_float(*float_weights(read(path)))
-    told = f"{much}: small ones, and those that coremltools leaves" if much else ""
-    return replace(opened, shortfall="; ".join(filter(None, (opened.shortfall, told))))
+    left = in_float(*float_weights(read(path)), "small ones and those that coremltools leaves")
+    return replace(opened, remark=left.remark, shortfall="; ".join(filter(None, (opened.shortfall, left.shortfall))))
 
 
 def load_on_mac(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
@@ -314,6 +313,18 @@ def load_on_mac(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
     if sys.platform != "darwin":
         raise CannotRun("Core ML is part of macOS, so run this on a Mac")
     return package(_predicted(path), spec)
+
+
+def intermediates(path: Path, spec: ExportSpec, inputs: Arrays, *, threads: int) -> Arrays:
+    """What each operation of the program gives, as it is evaluated off-device."""
+    import torch
+
+    from polyexport.coreml.evaluate import intermediates
+
+    torch.set_num_threads(threads)
+    own = as_core_ml(spec)
+    values = intermediates(path)(_as_given(inputs, spec, own))
+    return {name: array.astype(np.float32) for name, array in values.items() if name not in own.input_names}
 
 
 def package(run: Runner, spec: ExportSpec) -> Loaded:
@@ -402,7 +413,7 @@ def _format(name: str, precision: Precision, description: str, *routes: Route, *
         targets=("phone",),
         snippets=_SNIPPETS,
         on_device=OnDevice(("coremltools",), load_on_mac),
-        **({"load": load} | more),
+        **({"load": load, "intermediates": intermediates} | more),
     )
 
 

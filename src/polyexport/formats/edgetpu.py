@@ -23,8 +23,8 @@ from typing import Any
 
 import numpy as np
 
-from polyexport.errors import ToolMissing
-from polyexport.format import Format, Loaded, Observed, Route, Snippet
+from polyexport.errors import CannotRun, ToolMissing, line
+from polyexport.format import Format, Loaded, Observed, OnDevice, Route, Snippet
 from polyexport.formats import tflite
 from polyexport.measure.weights import counted
 from polyexport.spec import Arrays, ExportSpec, TensorSpec, in_rows
@@ -63,9 +63,9 @@ def _last(tensors: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
     )
 
 
-def load_int8(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
-    """Run it with LiteRT's interpreter on the CPU, row by row."""
-    interpreted = tflite.Interpreted(path, spec.one_row(), threads=threads)
+def load_int8(path: Path, spec: ExportSpec, *, threads: int, delegate: Any = None) -> Loaded:
+    """Run it with LiteRT's interpreter, row by row; on the CPU but for what a `delegate` takes."""
+    interpreted = tflite.Interpreted(path, spec.one_row(), threads=threads, delegate=delegate)
     own = interpreted.signature
 
     def run(inputs: Arrays) -> Arrays:
@@ -227,6 +227,27 @@ def load(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
     )
 
 
+def load_on_coral(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
+    """Run the compiled model on the first Edge TPU.
+
+    Raises:
+        CannotRun: there is none, or its library is not installed.
+    """
+    from ai_edge_litert.interpreter import load_delegate
+
+    try:
+        delegate = load_delegate(_LIBRARY)
+    except (OSError, ValueError) as error:  # the second where the library finds no device
+        raise CannotRun(
+            f"there is no Edge TPU here, or not {_LIBRARY}, which https://coral.ai/docs/accelerator/get-started/ has: "
+            f"{line(error, 200)}"
+        ) from error
+    found = load_int8(path, spec, threads=threads, delegate=delegate)
+    return replace(found, observed=lambda: Observed(device="edgetpu"))
+
+
+_LIBRARY = "libedgetpu.so.1"
+
 _CODE = """\
 import numpy as np
 from MODULE import MAKE
@@ -276,6 +297,7 @@ FORMATS = (
         _MODEL,
         tflite.packed(Route("litert-torch", "pt2", "litert", convert)),
         load_int8,
+        on_device=OnDevice(("ai-edge-litert",)),
         snippets=_snippets("ai_edge_litert.interpreter", "Interpreter"),
     ),
     _format(
@@ -286,6 +308,7 @@ FORMATS = (
         load,
         aliases=("coral",),
         lacks=lacks,
+        on_device=OnDevice(("ai-edge-litert",), load_on_coral),
         snippets=_snippets("pycoral.utils.edgetpu", "make_interpreter"),
     ),
 )

@@ -6,6 +6,7 @@ https://onnx.ai/onnx/
 from __future__ import annotations
 
 import os
+import tempfile
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -128,14 +129,11 @@ def _finish(path: Path, spec: ExportSpec) -> None:
     onnx.save(model, path)
 
 
-def save(model: onnx.ModelProto, path: Path, metadata: Mapping[str, str], *remarks: str, lacks: str = "") -> None:
-    """Write a model with its weights, beside it where they are too many for one file, and what is to be said of it.
-
-    `lacks` is a shortfall (see `Loaded`).
-    """
+def save(model: onnx.ModelProto, path: Path, metadata: Mapping[str, str], *remarks: str, shortfall: str = "") -> None:
+    """Write a model with its weights, beside it where they are too many for one file, and what is to be said of it."""
     import onnx
 
-    told = {REMARK: "; ".join(filter(None, remarks)), SHORTFALL: lacks}
+    told = {REMARK: "; ".join(filter(None, remarks)), SHORTFALL: shortfall}
     onnx.helper.set_model_props(model, {**metadata, **{key: text for key, text in told.items() if text}})
     apart = model.ByteSize() > _PROTOBUF_LIMIT
     onnx.save(model, path, save_as_external_data=apart, location=f"{path.name}.data" if apart else None)
@@ -186,6 +184,30 @@ def _runner(session: onnxruntime.InferenceSession) -> Runner:
     return run
 
 
+def intermediates(path: Path, spec: ExportSpec, inputs: Arrays, *, threads: int) -> Arrays:
+    """What each node of the graph gives; ONNX Runtime merges no nodes over a tensor that it has to answer."""
+    import onnx
+
+    model = onnx.load(path)
+    computed = {given.name for given in model.graph.input}
+    outputs = {output.name for output in model.graph.output}
+    for node in model.graph.node:
+        if not computed.isdisjoint(node.input):
+            computed.update(filter(None, node.output))
+            model.graph.output.extend(
+                onnx.ValueInfoProto(name=name) for name in node.output if name and name not in outputs
+            )
+    with tempfile.TemporaryDirectory() as folder:
+        save(model, Path(folder, "model.onnx"), {})
+        session = _session(Path(folder, "model.onnx"), threads=threads)
+    kinds = {output.name: output.type for output in session.get_outputs()}
+    order = [name for node in model.graph.node for name in node.output if kinds.get(name) in _FLOATS]
+    feed = {given.name: inputs[given.name] for given in session.get_inputs()}
+    return {name: array.astype("float32") for name, array in zip(order, session.run(order, feed), strict=True)}
+
+
+_FLOATS = ("tensor(float)", "tensor(float16)", "tensor(double)")
+
 SNIPPETS = (
     Snippet(
         "Python",
@@ -204,7 +226,7 @@ outputs = session.run({{ outputs | tojson }}, inputs)
 
 def onnx_format(name: str, description: str, url: str, *routes: Route, **more: Any) -> Format:
     """A format whose artifact is an ONNX file, which ONNX Runtime runs."""
-    defaults: dict[str, Any] = {"load": load, "targets": ("server CPU",)}
+    defaults: dict[str, Any] = {"load": load, "intermediates": intermediates, "targets": ("server CPU",)}
     return Format(
         name=name,
         description=description,

@@ -19,7 +19,7 @@ import math
 import platform
 import tempfile
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -30,7 +30,7 @@ import numpy as np
 from polyexport.format import Route
 from polyexport.formats.onnx import onnx_format, opened, save
 from polyexport.measure.drafts import NEAR, Draft, best, distance, mended
-from polyexport.measure.weights import counted, left_in_float
+from polyexport.measure.weights import counted, in_float, is_weight
 from polyexport.spec import Arrays, ExportSpec, calibration
 
 if TYPE_CHECKING:
@@ -64,10 +64,10 @@ def quantize(source: Path, target: Path, spec: ExportSpec, *, methods: Iterable[
         for each in drafts:
             print(f"ranges by {each.how}: relative error {each.error:.3g}")
         whole = onnx.load(prepared)
-        layers, lacks = _layers(whole), _without(whole, _every_operator())
-        chosen, mending = mended(drafts, layers, partial(make, best(drafts).how, _MATRICES))
-    remarks = (f"ranges by {chosen.how.lower()}", seven_bits(), mending, in_float(chosen.model))
-    save(chosen.model, target, spec.embedded, *remarks, lacks=lacks)
+        chosen, mending = mended(drafts, _layers(whole), partial(make, best(drafts).how, _MATRICES))
+    left = in_float(*float_weights(chosen.model), "", float_operators(chosen.model))
+    remarks = (f"ranges by {chosen.how.lower()}", seven_bits(), mending, left.remark)
+    save(chosen.model, target, spec.embedded, *remarks, shortfall=left.shortfall)
 
 
 def _layers(prepared: onnx.ModelProto) -> dict[str, str]:
@@ -77,14 +77,14 @@ def _layers(prepared: onnx.ModelProto) -> dict[str, str]:
     return {node.name: node.input[1] for node in nodes if node.input[1] in constants}
 
 
-def _without(model: onnx.ModelProto, operators: Collection[str]) -> str:
-    """How many of the weights are read by other operators only, for which there is no int8; empty where few are."""
-    sizes = {each.name: math.prod(each.dims) for each in model.graph.initializer if each.data_type == _FLOAT}
-    read = {name for node in model.graph.node if node.op_type in operators for name in node.input}
-    return left_in_float(sum(size for name, size in sizes.items() if name not in read), sum(sizes.values()))
+def float_weights(model: onnx.ModelProto) -> tuple[int, int]:
+    """How many numbers of a quantized model's weights are in float, and how many there are."""
+    weights = [each for each in model.graph.initializer if is_weight(each.dims)]
+    sizes = [(math.prod(each.dims), each.data_type == _FLOAT) for each in weights if each.data_type in (_FLOAT, *_INT8)]
+    return sum(size for size, is_float in sizes if is_float), sum(size for size, _ in sizes)
 
 
-_FLOAT = 1  # onnx.TensorProto.FLOAT
+_FLOAT, _INT8 = 1, (2, 3)  # onnx.TensorProto.FLOAT, UINT8 and INT8
 
 
 def quantize_min_max(source: Path, target: Path, spec: ExportSpec) -> None:
@@ -216,7 +216,7 @@ _COMPUTE_NOTHING = (
 )
 
 
-def in_float(model: onnx.ModelProto) -> str:
+def float_operators(model: onnx.ModelProto) -> str:
     """Which operators of a Q/DQ graph compute in float32, in words; empty where none does."""
     import onnx
 
@@ -263,10 +263,10 @@ def quantize_weights(source: Path, target: Path, spec: ExportSpec) -> None:
             reduce_range=overflows(),
         )
         model = onnx.load(draft)
-        lacks = _without(onnx.load(prepared), {*_DYNAMIC, *_CONVOLUTIONS, "Gemm"})  # which becomes a MatMul
     stored = _store_convolutions(model)
     kept = "convolutions compute in float32, of weights that are stored in int8" if stored else ""
-    save(model, target, spec.embedded, seven_bits(), kept, lacks=lacks)
+    left = in_float(*float_weights(model), "", kept)
+    save(model, target, spec.embedded, seven_bits(), left.remark, shortfall=left.shortfall)
 
 
 def _store_convolutions(model: onnx.ModelProto) -> int:

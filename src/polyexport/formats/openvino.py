@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -134,16 +135,40 @@ def load(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
 
 def compiled(model: Any, spec: ExportSpec, *, threads: int) -> Runner:
     """Run a model on the CPU; what is float in it in float32, which some processors would round to bfloat16."""
+    program = _compiled(model, threads)
+
+    def run(inputs: Arrays) -> Arrays:
+        answer = program(inputs)
+        return {tensor.name: answer[tensor.name] for tensor in spec.outputs}
+
+    return run
+
+
+def _compiled(model: Any, threads: int) -> Callable[[Arrays], Any]:
+    """The same, of all that it answers, by index or name."""
     core = without_telemetry().Core()
     core.set_property("CPU", {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads})
     program = core.compile_model(model, "CPU")
     known = set().union(*(port.get_names() for port in program.inputs))
+    return lambda inputs: program({name: a for name, a in inputs.items() if name in known}, share_inputs=True)
 
-    def run(inputs: Arrays) -> Arrays:
-        answer = program({name: array for name, array in inputs.items() if name in known}, share_inputs=True)
-        return {tensor.name: answer[tensor.name] for tensor in spec.outputs}
 
-    return run
+def intermediates(path: Path, spec: ExportSpec, inputs: Arrays, *, threads: int) -> Arrays:
+    """What each operation of the graph gives."""
+    openvino = without_telemetry()
+    model = openvino.Core().read_model(str(path))
+    computed: set[str] = set()
+    ports: list[Any] = []
+    for node in model.get_ordered_ops():
+        sources = {given.get_source_output().get_node().get_friendly_name() for given in node.inputs()}
+        if node.get_type_name() == "Parameter" or not computed.isdisjoint(sources):
+            computed.add(node.get_friendly_name())
+            ports += [port for port in node.outputs() if node.get_type_name() not in ("Parameter", "Result")]
+    ports = [port for port in ports if port.get_element_type().is_real()]
+    results = [openvino.opset8.result(port) for port in ports]
+    answers = _compiled(openvino.Model(results, model.get_parameters()), threads)(inputs)
+    names = (f"{port.get_node().get_friendly_name()}:{port.get_index()}" for port in ports)
+    return {name: answers[index].astype(np.float32) for index, name in enumerate(names)}
 
 
 SNIPPETS = (
@@ -190,7 +215,7 @@ int main() {
 
 def openvino_format(name: str, description: str, url: str, *routes: Route, **more: Any) -> Format:
     """A format whose artifact is OpenVINO's IR."""
-    defaults: dict[str, Any] = {"load": load}
+    defaults: dict[str, Any] = {"load": load, "intermediates": intermediates}
     return Format(
         name=name,
         aliases=(name.replace("openvino", "ov"),),

@@ -15,6 +15,7 @@ Requirements:
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -26,7 +27,7 @@ from polyexport.format import Loaded, Route
 from polyexport.formats.onnx_quantized import overflows, seven_bits
 from polyexport.formats.openvino import compiled, load, openvino_format, save, without_telemetry
 from polyexport.measure.drafts import Draft, best, distance, mended
-from polyexport.measure.weights import counted
+from polyexport.measure.weights import counted, in_float, is_weight
 from polyexport.spec import Arrays, ExportSpec, calibration
 
 URL = "https://docs.openvino.ai/2025/openvino-workflow/model-optimization.html"
@@ -50,7 +51,7 @@ def quantize(source: Path, target: Path, spec: ExportSpec) -> None:
     for each in drafts:
         print(f"{each.how} scheme: relative error {each.error:.3g}")
     chosen, mending = mended(drafts, layers, partial(make, best(drafts).how))
-    save(chosen.model, target, spec, f"{chosen.how} scheme", seven_bits(), mending, in_float(chosen.model))
+    save(chosen.model, target, spec, f"{chosen.how} scheme", seven_bits(), mending, float_operators(chosen.model))
 
 
 _MATRICES = ("MatMul", "Convolution", "GroupConvolution", "ConvolutionBackpropData", "GroupConvolutionBackpropData")
@@ -97,7 +98,7 @@ def _nncf() -> Any:
 _COMPUTE_NOTHING = ("Input", "Output", "Const", "Reorder", "Reshape", "Convert", "ShapeOf", "FakeQuantize", "Subgraph")
 
 
-def in_float(model: Any) -> str:
+def float_operators(model: Any) -> str:
     """Which operators the processor computes in float32, in words; empty where none does."""
     nodes = without_telemetry().Core().compile_model(model, "CPU").get_runtime_model().get_ops()
     about = [{key: value.astype(str) for key, value in node.get_rt_info().items()} for node in nodes]
@@ -139,20 +140,35 @@ def _stored(source: Path, mode: str, **options: Any) -> Any:
     return nncf.compress_weights(model, mode=nncf.CompressWeightsMode[mode], **options)
 
 
+def load_quantized(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
+    """Run it on the CPU, and tell how many of its weights are float."""
+    return _telling(load(path, spec, threads=threads), _weights(path))
+
+
 def load_w4(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
-    """Run it on the CPU, and tell how many of its weights are in 4 bits."""
-    model = without_telemetry().Core().read_model(str(path))
-    found = Counter(node.get_element_type().to_string() for node in model.get_ops() if _is_weight(node))
-    four, eight = (found[f"i{bits}"] + found[f"u{bits}"] for bits in (4, 8))
+    """The same, and tell how many of its weights are in 4 bits."""
+    weights = _weights(path)
+    kinds = Counter(kind for kind, _ in weights)
+    four, eight = (kinds[f"i{bits}"] + kinds[f"u{bits}"] for bits in (4, 8))
+    loaded = _telling(load(path, spec, threads=threads), weights, f"{four} weights in 4 bits, {eight} in 8")
     if not four:
         why = "no weight is in 4 bits: convolutions, embeddings and the last layer are stored in 8"
-        return replace(load(path, spec, threads=threads), shortfall=why)
-    return replace(load(path, spec, threads=threads), remark=f"{four} weights in 4 bits, {eight} in 8")
+        return replace(loaded, remark="", shortfall=why)
+    return loaded
 
 
-def _is_weight(node: Any) -> bool:
-    is_constant = node.get_type_name() == "Constant" and len(node.get_output_shape(0)) > 1
-    return is_constant and "zero_point" not in str(node.get_friendly_name())
+def _telling(loaded: Loaded, weights: Sequence[tuple[str, int]], *also: str) -> Loaded:
+    in_floats = sum(size for kind, size in weights if kind.startswith("f"))
+    left = in_float(in_floats, sum(size for _, size in weights), "which NNCF leaves", loaded.remark, *also)
+    return replace(loaded, remark=left.remark, shortfall=left.shortfall)
+
+
+def _weights(path: Path) -> list[tuple[str, int]]:
+    """Element type and size of each weight."""
+    nodes = without_telemetry().Core().read_model(str(path)).get_ops()
+    found = [node for node in nodes if node.get_type_name() == "Constant" and is_weight(node.get_output_shape(0))]
+    weights = [node for node in found if "zero_point" not in str(node.get_friendly_name())]
+    return [(node.get_element_type().to_string(), math.prod(node.get_output_shape(0))) for node in weights]
 
 
 FORMATS = (
@@ -162,6 +178,7 @@ FORMATS = (
         URL,
         Route("nncf", "openvino", "nncf", quantize),
         precision="int8",
+        load=load_quantized,
         runtime="openvino",
         calibrated=True,
     ),
@@ -171,6 +188,7 @@ FORMATS = (
         URL,
         Route("nncf", "openvino", "nncf", store_in_8_bits),
         precision="w8",
+        load=load_quantized,
         runtime="openvino",
     ),
     openvino_format(

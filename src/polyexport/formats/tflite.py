@@ -24,7 +24,7 @@ import numpy as np
 
 from polyexport.format import Format, Loaded, OnDevice, Route, Snippet
 from polyexport.formats.saved_model import SIGNATURE
-from polyexport.measure.weights import counted, left_in_float
+from polyexport.measure.weights import counted, in_float, is_weight
 from polyexport.spec import Arrays, ExportSpec, Precision, TensorSpec, calibration
 from polyexport.tracing.exported_program import in_float32, load_program
 
@@ -267,14 +267,14 @@ Detail = Mapping[str, Any]
 
 
 class Interpreted:
-    """A file in LiteRT's interpreter, on the CPU.
+    """A file in LiteRT's interpreter, on the CPU but for what a `delegate` takes, the library of an accelerator.
 
     Attributes:
         signature: The artifact's own.
     """
 
-    def __init__(self, path: Path, spec: ExportSpec, *, threads: int) -> None:
-        self._runner = _interpreter(path, threads=threads).get_signature_runner()
+    def __init__(self, path: Path, spec: ExportSpec, *, threads: int, delegate: Any = None) -> None:
+        self._runner = _interpreter(path, threads=threads, delegate=delegate).get_signature_runner()
         self._in: Mapping[str, Detail] = self._runner.get_input_details()
         self._out: Mapping[str, Detail] = self._runner.get_output_details()
         self._spec = spec
@@ -300,12 +300,19 @@ def load(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
 
 def load_int8(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
     """The same, and tell which of its operators are not in int8."""
-    return replace(load(path, spec, threads=threads), shortfall=float_operations(path))
+    return _telling(load(path, spec, threads=threads), path, float_operations(path))
 
 
 def load_weights(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
     """The same, and tell which of its weights are not in integers."""
-    return replace(load(path, spec, threads=threads), shortfall=float_weights(path))
+    return _telling(load(path, spec, threads=threads), path)
+
+
+def _telling(loaded: Loaded, path: Path, *also: str) -> Loaded:
+    """With what stayed in float as a remark, or where that is most of it as a shortfall."""
+    weights, total, kinds = float_weights(path)
+    left = in_float(weights, total, f"since there is no int8 for them: {kinds}", *also)
+    return replace(loaded, remark=left.remark, shortfall=left.shortfall)
 
 
 class Operation(NamedTuple):
@@ -335,6 +342,28 @@ def operations(path: Path) -> list[Operation]:
     return [read(each) for each in listed]
 
 
+def intermediates(path: Path, spec: ExportSpec, inputs: Arrays, *, threads: int) -> Arrays:
+    """What each operation gives in LiteRT's own kernels, without XNNPACK, which keeps its tensors to itself."""
+    from ai_edge_litert.interpreter import Interpreter, OpResolverType
+
+    interpreter = Interpreter(
+        str(path),
+        num_threads=threads,
+        experimental_preserve_all_tensors=True,
+        experimental_op_resolver_type=OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES,
+    )
+    runner = interpreter.get_signature_runner()
+    runner(**_to_artifact(inputs, runner.get_input_details()))
+    given = {detail["index"] for detail in interpreter.get_input_details()}
+    tensors = {detail["index"]: detail for each in operations(path) for detail in each.tensors}
+    return {
+        f"{detail['name']}:{index}": array
+        for index, detail in tensors.items()
+        if index not in given
+        and (array := _from_artifact(interpreter.get_tensor(index), detail, "float32")).dtype.kind == "f"
+    }
+
+
 _COMPUTE_NOTHING = ("DEQUANTIZE", "QUANTIZE", "SHAPE")
 
 
@@ -348,24 +377,22 @@ def float_operations(path: Path) -> str:
     return f"in float32, since there is no int8 for it: {counted(found)}" if found else ""
 
 
-def float_weights(path: Path) -> str:
-    """Which operators' weights are in float32, in words; empty where that is a tenth of all or less."""
+def float_weights(path: Path) -> tuple[int, int, str]:
+    """How many numbers of its weights are in float32, how many there are, and which operators have those in float32."""
     weights = [
         (each.kind, int(np.prod(weight["shape"])), weight["dtype"] == np.float32)
         for each in operations(path)
         for weight in each.constants
-        if len(weight["shape"]) > 1
+        if is_weight(weight["shape"])
     ]
-    in_float = sum(size for _, size, is_float in weights if is_float)
-    much = left_in_float(in_float, sum(size for _, size, _ in weights))
     found = Counter(kind for kind, _, is_float in weights if is_float)
-    return f"{much}, since there is no int8 for them: {counted(found)}" if much else ""
+    return sum(size for _, size, is_float in weights if is_float), sum(size for _, size, _ in weights), counted(found)
 
 
-def _interpreter(path: Path, *, threads: int) -> Any:
+def _interpreter(path: Path, *, threads: int, delegate: Any = None) -> Any:
     from ai_edge_litert.interpreter import Interpreter
 
-    return Interpreter(str(path), num_threads=threads)
+    return Interpreter(str(path), num_threads=threads, experimental_delegates=[delegate] if delegate else None)
 
 
 def _described(tensor: TensorSpec, details: Mapping[str, Detail]) -> TensorSpec:
@@ -470,7 +497,7 @@ def packed(route: Route) -> Route:
 
 
 def _format(name: str, precision: Precision, description: str, *routes: Route, **more: Any) -> Format:
-    defaults: dict[str, Any] = {"load": load, "targets": ("phone",)}
+    defaults: dict[str, Any] = {"load": load, "intermediates": intermediates, "targets": ("phone",)}
     return Format(
         name=name,
         aliases=(name.replace("tflite", "litert"),),

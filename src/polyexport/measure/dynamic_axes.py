@@ -101,11 +101,16 @@ def resized(inputs: Arrays, axes: Axes, sizes: Mapping[str, int]) -> Arrays:
 
 def one_row(inputs: Arrays, spec: ExportSpec) -> Arrays | None:
     """A batch's first row; None where it has one only, its first axis is fixed, or first axes are of several kinds."""
+    return first_rows(inputs, spec, 1)
+
+
+def first_rows(inputs: Arrays, spec: ExportSpec, count: int) -> Arrays | None:
+    """A batch's first rows; None where it has no more, its first axis is fixed, or first axes are of several kinds."""
     axes = {tensor.name: tensor.dynamic for tensor in spec.inputs}
     leading = {called for named in axes.values() for axis, called in named.items() if axis == 0}
-    if len(leading) != 1 or spec.sizes[called := leading.pop()] == 1:
+    if len(leading) != 1 or spec.sizes[called := leading.pop()] <= count:
         return None
-    return resized(inputs, axes, {**spec.sizes, called: 1})
+    return resized(inputs, axes, {**spec.sizes, called: count})
 
 
 def _candidates(axes: Axes, sizes: Mapping[str, int]) -> Iterator[dict[str, int]]:

@@ -26,17 +26,19 @@ def kind(arrays: Sequence[np.ndarray]) -> Kind:
 def changed(inputs: Arrays, others: Sequence[Arrays] = ()) -> Iterator[tuple[str, Arrays]]:
     """Label and values of one change after another, the most telling first; `others` are further real batches.
 
-    A change that leaves every input as it is, is left out.
+    A change that leaves every input as it is, is left out; an input without elements stays as it is.
     """
-    kinds = {name: kind([array, *(other[name] for other in others)]) for name, array in inputs.items()}
+    filled = {name: array for name, array in inputs.items() if array.size}
+    kinds = {name: kind([array, *(other[name] for other in others)]) for name, array in filled.items()}
     for label, by_kind in _CHANGES.items():
         random = np.random.default_rng(0)
         values = {
-            name: np.asarray(by_kind[kinds[name]](array, random), array.dtype) if kinds[name] in by_kind else array
-            for name, array in inputs.items()
+            name: np.asarray(by_kind[kinds[name]](array, random), array.dtype)
+            for name, array in filled.items()
+            if kinds[name] in by_kind
         }
-        if any(not np.array_equal(values[name], array) for name, array in inputs.items()):
-            yield label, values
+        if any(not np.array_equal(value, inputs[name]) for name, value in values.items()):
+            yield label, {name: values.get(name, array) for name, array in inputs.items()}
 
 
 def jittered(inputs: Arrays) -> Arrays:
@@ -69,11 +71,11 @@ def _times(factor: float) -> Change:
 
 
 def _shifted(steps: float) -> Change:
-    return lambda array, random: array + steps * (array.std() if array.size else 0)
+    return lambda array, random: array + steps * array.std()
 
 
 def _constant(choose: Callable[[np.ndarray], np.ndarray]) -> Change:
-    return lambda array, random: np.full_like(array, choose(array)) if array.size else array
+    return lambda array, random: np.full_like(array, choose(array))
 
 
 def _lengths(array: np.ndarray, random: np.random.Generator) -> np.ndarray:
@@ -81,7 +83,7 @@ def _lengths(array: np.ndarray, random: np.random.Generator) -> np.ndarray:
     if not array.ndim:
         return array
     length = array.shape[-1]
-    ends = 1 + np.arange(max(array.size // max(length, 1), 1)) % max(length, 1)
+    ends = 1 + np.arange(array.size // length) % length
     ones: np.ndarray = np.arange(length) < ends.reshape(*array.shape[:-1], 1)
     return ones.astype(array.dtype)
 

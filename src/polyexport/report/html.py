@@ -26,7 +26,7 @@ from polyexport.report.choice import choices
 from polyexport.report.outcome import STATES, Outcome
 from polyexport.report.report import Report, columns, eager, history, metrics, proofs, rows
 from polyexport.report.svg import Point
-from polyexport.report.tables import NUMBERS, embedded, error, milliseconds, size
+from polyexport.report.tables import NUMBERS, embedded, error, layers, milliseconds, size
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -51,6 +51,7 @@ def page(report: Report) -> str:
             choices=list(choices(report)),
             embedded=embedded(report.model) if report.model else "",
             proofs=proofs(report),
+            layers=[(outcome, layers(outcome.layers)) for outcome in report.outcomes if outcome.layers],
             highlights=list(_highlights(report)),
             pictures=list(_pictures(report)),
             history=_history(report),

@@ -53,6 +53,7 @@ class Manifest:
         noise: File with the noise floor of each element of the validation batch's outputs; empty where it is unknown.
         environment: Versions of the packages and the machine that computed the answers.
         artifacts: What was made, by format.
+        seal: Proves to the user who made it that it is theirs (see `polyexport.engine.ownership`); of no use to others.
         version: Of this record's form.
     """
 
@@ -63,6 +64,7 @@ class Manifest:
     noise: str = ""
     environment: Mapping[str, str] = field(default_factory=dict)
     artifacts: Mapping[str, Made] = field(default_factory=dict)
+    seal: str = ""
     version: int = VERSION
 
 

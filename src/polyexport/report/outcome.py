@@ -7,6 +7,7 @@ from dataclasses import KW_ONLY, dataclass, field
 from typing import Literal, get_args
 
 from polyexport.measure.latency import Latency
+from polyexport.measure.layers import Layer
 from polyexport.measure.parity import Parity
 from polyexport.measure.tolerance import Tolerance
 from polyexport.spec import ExportSpec, Precision, TensorSpec
@@ -124,7 +125,8 @@ class Outcome:
     user's own validation found with the artifact in place of PyTorch, where that was asked for. `remark` is what a
     reader is to know of the artifact that it does not lack, such as which operators stay in float. `by_budget` tells
     whether a budget of the user's own metric decided on the state, and not parity. `proofs` are those of other
-    machines, one for each, the oldest first; `here` is what was said before the first of them.
+    machines, one for each, the oldest first; `here` is what was said before the first of them. `layers` are the
+    module's beside the artifact's, where that is a `mismatch`.
     """
 
     format: str
@@ -147,6 +149,7 @@ class Outcome:
     by_budget: bool = False
     proofs: tuple[Proof, ...] = ()
     here: Judgement | None = None
+    layers: tuple[Layer, ...] = ()
 
     @property
     def publishable(self) -> bool:
@@ -175,7 +178,10 @@ class Checkpoint:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """The exported module: its class, its parameter count, its signature, and what its user had embedded."""
+    """The exported module: its class, its parameter count, its signature, and what its user had embedded.
+
+    `processing` has the steps before and behind forward, in words.
+    """
 
     class_name: str = field(metadata={"json": "class"})
     parameters: int
@@ -183,6 +189,7 @@ class Model:
     outputs: tuple[TensorSpec, ...]
     labels: tuple[str, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
+    processing: Mapping[str, str] = field(default_factory=dict)
 
 
 NoteKind = Literal["capture", "batch", "route", "precision", "latency", "metrics"]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from polyexport.measure.layers import Layer, first, worst
 from polyexport.report import escape
 from polyexport.report.outcome import Model, Outcome
 
@@ -120,15 +122,34 @@ def metric(value: float | None, beside: float | None = None) -> str:
     return f"{value:.6g} ({value - beside:+.1e})"
 
 
+def layers(found: Sequence[Layer]) -> list[dict[str, str]]:
+    """A module's layers beside an artifact's: where they are, how far they are off, and which of them tell the most."""
+    marks = {id(worst(found)): "worst", id(first(found)): "first beyond tolerance"}
+    return [
+        {
+            "layer": escape.printable(each.shown_name),
+            "shape": "×".join(map(str, each.shape)),
+            "error": error(each.error),
+            "is": marks.get(id(each), "beyond tolerance") if each.reason else "",
+            "in the artifact": escape.printable(each.tensor),
+            "why": escape.printable(each.reason),
+        }
+        for each in found
+    ]
+
+
 def embedded(model: Model) -> str:
     """What the user had embedded in each artifact: `labels: cat, dog; license: MIT`; empty where nothing."""
     shown = ", ".join(model.labels[:_LABELS]) + (f" … ({len(model.labels)})" if len(model.labels) > _LABELS else "")
-    parts = {**({"labels": shown} if model.labels else {}), **model.metadata}
+    steps = {name: textwrap.shorten(text, _STEP, placeholder=" …") for name, text in model.processing.items()}
+    parts = {**({"labels": shown} if model.labels else {}), **model.metadata, **steps}
     return escape.printable("; ".join(f"{name}: {text}" for name, text in parts.items()))
 
 
 _LABELS = 10
 """How many labels are shown."""
+_STEP = 160
+"""How many characters of a step before or behind forward are shown."""
 
 
 def markdown(table: Sequence[Mapping[str, str]]) -> Iterator[str]:

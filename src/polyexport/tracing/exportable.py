@@ -11,6 +11,8 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from polyexport.tracing.sizes import lengths_followed
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -33,7 +35,7 @@ def _now(config: Any, name: str) -> Any:
 
 @contextlib.contextmanager
 def exportable(model: nn.Module) -> Iterator[nn.Module]:
-    """The model with each switch set to what exporters take; it is as before when the block ends."""
+    """The model with each switch set to what exporters take, and sizes followed; as before when the block ends."""
     configs = {id(part.config): part.config for part in model.modules() if hasattr(part, "config")}
     before = [
         (config, name, getattr(config, name))
@@ -44,7 +46,8 @@ def exportable(model: nn.Module) -> Iterator[nn.Module]:
     for config, name, _ in before:
         setattr(config, name, _SETTINGS[name][1])
     try:
-        yield model
+        with lengths_followed(model):
+            yield model
     finally:
         for config, name, value in reversed(before):
             setattr(config, name, value)

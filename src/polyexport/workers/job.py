@@ -47,6 +47,23 @@ class Prepare(Job):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Inspect(Job):
+    """Run PyTorch and write what its layers compute; see `polyexport.capture.layers`.
+
+    Attributes:
+        batch: File with the inputs.
+        target: Folder for the `INSPECTED`.
+    """
+
+    batch: str
+    target: str
+
+
+INSPECTED = LAYERS, OUTPUTS, NOISE, READS = "layers.npz", "outputs.npz", "noise.npz", "reads.json"
+"""What PyTorch's layers compute, its outputs, how much of both is rounding, and which layer reads which."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FormatJob(Job):
     """What concerns one format.
 
@@ -103,6 +120,19 @@ class Bench(FormatJob):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Explain(FormatJob):
+    """Compare what an artifact computes on its way with PyTorch's layers.
+
+    Attributes:
+        batch: File with the inputs.
+        layers: Folder with what `Inspect` wrote of them.
+    """
+
+    batch: str
+    layers: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Serve(FormatJob):
     """Run an artifact on whatever is asked."""
 
@@ -112,7 +142,9 @@ def proofs(batches: Sequence[Batch], *, dynamic: bool, made_up: bool) -> tuple[B
     return tuple(batch for batch in batches if (dynamic or batch.sizes == batches[0].sizes) and (made_up or batch.real))
 
 
-_KINDS: Mapping[str, type[Job]] = {kind.__name__.lower(): kind for kind in (Prepare, Convert, Verify, Bench, Serve)}
+_KINDS: Mapping[str, type[Job]] = {
+    kind.__name__.lower(): kind for kind in (Prepare, Convert, Verify, Bench, Inspect, Explain, Serve)
+}
 
 
 def write_job(path: Path, job: Job) -> None:
@@ -133,8 +165,10 @@ def files_named_by(job: Job) -> list[str]:
         named += [*filter(None, [job.declared]), *(path.as_posix() for path in job.spec.calibration)]
     if isinstance(job, Verify):
         named += [*(batch.path for batch in job.batches), *filter(None, [job.noise])]
-    if isinstance(job, Bench):
+    if isinstance(job, Bench | Inspect | Explain):
         named.append(job.batch)
+    if isinstance(job, Explain):
+        named += [f"{job.layers}/{name}" for name in INSPECTED]
     return named
 
 

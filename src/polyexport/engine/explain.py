@@ -1,0 +1,80 @@
+"""Where in the model an artifact and PyTorch part: both run once more, and their layers are compared.
+
+Requirements:
+* The export itself is not changed, and what is written for it is removed.
+* It is a help for who looks for a fault: where it fails, the verdict on the artifact stands as it is.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+
+from polyexport.engine.dispatch import Dispatcher
+from polyexport.engine.rerun import Runnable, runnables, signature
+from polyexport.engine.routes import Watch
+from polyexport.errors import BadRequest, CannotRun
+from polyexport.format import Format
+from polyexport.measure.dynamic_axes import first_rows
+from polyexport.measure.layers import Layer, told
+from polyexport.measure.reference import VALIDATION_BATCH
+from polyexport.report.outcome import Outcome
+from polyexport.report.report import Report
+from polyexport.serialization import decode
+from polyexport.spec import read_arrays, write_arrays
+from polyexport.workers import toolchain
+from polyexport.workers.job import Explain, Inspect
+
+_ROWS = 4
+"""Rows of the validation batch that are enough; all of them where the batch is fixed."""
+
+
+def layers(report: Report, each: Runnable, dispatcher: Dispatcher) -> tuple[Layer, ...]:
+    """Each layer of the module beside what the artifact computes in its place, and the outputs at last.
+
+    Raises:
+        BadRequest: the format does not tell what it computes on its way.
+        CannotRun: PyTorch or the artifact does not run.
+    """
+    if each.format.intermediates is None:
+        raise BadRequest(f"{each.name} does not tell what it computes on its way")
+    folder = f"source/explain-{each.name}"
+    batch = f"{folder}/inputs.npz"
+    inputs = read_arrays(report.folder / VALIDATION_BATCH, signature(report).input_names)
+    try:
+        (report.folder / folder).mkdir()
+        write_arrays(report.folder / batch, first_rows(inputs, each.spec, _ROWS) or inputs)
+        pytorch = Inspect(batch=batch, target=folder, trusted=dispatcher.trusted)
+        ended = dispatcher.run(pytorch, toolchain.HOST, f"{each.name}.inspect", each.log)
+        if ended.ok:
+            job = Explain(**each.of_job(dispatcher), batch=batch, layers=folder)
+            ended = dispatcher.run(job, each.runtime, f"{each.name}.explain", each.log, gpu=each.format.uses_gpu)
+        if not ended.ok:
+            raise CannotRun(f"the layers of {each.name} cannot be compared: {ended.error}")
+    finally:
+        shutil.rmtree(report.folder / folder, ignore_errors=True)
+    return tuple(decode(Layer, found) for found in ended.value)
+
+
+def explained(report: Report, formats: Mapping[str, Format], dispatcher: Dispatcher, watch: Watch) -> Report:
+    """The report with the layers of each artifact that disagrees, as far as its format tells them."""
+    wanted = {outcome.format for outcome in report.outcomes if outcome.state == "mismatch" and not outcome.layers}
+    for each in runnables(report, formats) if wanted else ():
+        if each.name in wanted and each.format.intermediates is not None:
+            watch(each.name, "comparing its layers")
+            outcomes = tuple(_with_layers(o, report, each, dispatcher) for o in report.outcomes)
+            report = replace(report, outcomes=outcomes)
+            watch(each.name, None)
+    return report
+
+
+def _with_layers(outcome: Outcome, report: Report, each: Runnable, dispatcher: Dispatcher) -> Outcome:
+    if outcome.format != each.name:
+        return outcome
+    try:
+        found = layers(report, each, dispatcher)
+    except (CannotRun, OSError):  # the log has it
+        return outcome
+    reason = "; ".join(filter(None, [outcome.reason, told(found)]))
+    return replace(outcome, layers=found, reason=reason)
