@@ -52,7 +52,7 @@ def test_formats_know_nothing_of_the_engine():
 
 def test_no_library_file_names_a_format_but_its_own():
     """What a further format would have to touch: its file, and a requirement file."""
-    names = set(FORMATS) - {"pt2", "onnx", "c"}  # words of PyTorch's and numpy's own APIs that other files need
+    names = set(FORMATS) - {"pt2", "onnx", "c"}  # words of PyTorch's own API, and numpy's for complex numbers
     for file in SOURCE.rglob("*.py"):
         if file.parent.name in ("formats", "lowering"):
             continue

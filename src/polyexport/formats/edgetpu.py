@@ -54,26 +54,6 @@ def _channels_last(arrays: Arrays) -> Arrays:
     return {name: array.transpose(tflite.TO_LAST) if array.ndim == 4 else array for name, array in arrays.items()}
 
 
-class Rowwise:
-    """The int8 model, a batch fed in rows; on the CPU but for what a `delegate` takes.
-
-    Attributes:
-        signature: The artifact's own: one row, channels last.
-    """
-
-    def __init__(self, path: Path, spec: ExportSpec, *, threads: int, delegate: Any = None) -> None:
-        one = spec.one_row()
-        run = tflite.Interpreted(path, one, threads=threads, delegate=delegate)
-        own = run.signature
-        self.signature = replace(own, inputs=_last(own.inputs), outputs=_last(own.outputs))
-        self._by_row = in_rows(run, one)
-
-    def __call__(self, inputs: Arrays) -> Arrays:
-        """Run it on PyTorch's arrays, of any number of rows."""
-        found = self._by_row(_channels_last(inputs))
-        return {name: array.transpose(tflite.TO_FIRST) if array.ndim == 4 else array for name, array in found.items()}
-
-
 def _last(tensors: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
     return tuple(
         replace(tensor, shape=tuple(tensor.shape[axis] for axis in tflite.TO_LAST))
@@ -84,10 +64,17 @@ def _last(tensors: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
 
 
 def load_int8(path: Path, spec: ExportSpec, *, threads: int, delegate: Any = None) -> Loaded:
-    """Run it with LiteRT's interpreter, row by row."""
-    run = Rowwise(path, spec, threads=threads, delegate=delegate)
+    """Run it with LiteRT's interpreter, row by row; on the CPU but for what a `delegate` takes."""
+    interpreted = tflite.Interpreted(path, spec.one_row(), threads=threads, delegate=delegate)
+    own = interpreted.signature
+
+    def run(inputs: Arrays) -> Arrays:
+        answers = interpreted(_channels_last(inputs)).items()
+        return {name: array.transpose(tflite.TO_FIRST) if array.ndim == 4 else array for name, array in answers}
+
+    signature = replace(own, inputs=_last(own.inputs), outputs=_last(own.outputs))
     shortfall = "one row at a time: an Edge TPU has no batch axis" if spec.is_dynamic else ""
-    return Loaded(run, run.signature, shortfall)
+    return Loaded(in_rows(run, spec.one_row()), signature, shortfall)
 
 
 # --- what would map ---------------------------------------------------------------------------------------------------
