@@ -28,12 +28,15 @@ from sharing import pytest_configure as pytest_configure
 
 
 @pytest.fixture(autouse=True)
-def wandb_stays_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def wandb_stays_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
     for kind in ("DATA", "CACHE", "CONFIG"):
         monkeypatch.setenv(f"WANDB_{kind}_DIR", str(tmp_path / "wandb"))
+    yield
+    if "wandb" in sys.modules:
+        sys.modules["wandb"].teardown()  # it keeps the settings of the first who asked, a server on loopback say
 
 
 @pytest.fixture(autouse=True)

@@ -192,6 +192,7 @@ def test_formats_and_toolchains_are_listed(tmp_path: Path) -> None:
     rows = json.loads(command("formats", "--json").stdout)
     assert [row["format"] for row in rows] == list(FORMATS)
     (onnx,) = (row for row in rows if row["format"] == "onnx")
+    assert onnx["targets"] == ["server CPU"]
     assert onnx["routes"][0] == {"name": "dynamo", "upstream": "pt2", "toolchain": "onnx"}
     assert {"name": "onnx", "ready": True} in onnx["toolchains"]
     chains = json.loads(command("toolchain", "list", "--json").stdout)
@@ -311,6 +312,41 @@ def test_a_part_of_a_model_is_exported_with_axes_of_any_name(shop: Path, tmp_pat
     model = json.loads(done.stdout)["model"]
     assert model["class"].endswith("Linear")
     assert model["inputs"] == [{"name": "input", "dtype": "float32", "shape": ["rows", 4]}]
+
+
+STEPS = """
+from torch import nn
+
+class Halved(nn.Module):
+    def forward(self, raw):
+        return raw.float() / 2
+
+class Sized(nn.Module):
+    def __init__(self, size):
+        super().__init__()
+
+def tallest(answer):
+    return answer["y"].argmax(-1)
+"""
+
+
+def test_steps_around_a_model_are_named_as_the_model_is(shop: Path, tmp_path: Path) -> None:
+    (tmp_path / "steps.py").write_text(STEPS)
+    np.savez(tmp_path / "raw.npz", raw=np.arange(12, dtype=np.uint8).reshape(3, 4))
+    words = ("--inputs", tmp_path / "raw.npz", "-f", "torchscript", "--into", tmp_path / "out", "--json")
+    steps = ("--preprocess", "steps.py:Halved", "--postprocess", "steps.py:tallest")
+    done = command("export", shop / "best.ckpt", "--model", shop / "shop.py:Net", *steps, *words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    model = json.loads(done.stdout)["model"]
+    assert [(each["name"], each["dtype"]) for each in (*model["inputs"], *model["outputs"])] == [
+        ("raw", "uint8"),
+        ("output_0", "int64"),
+    ]
+    assert model["processing"] == {"preprocess": "Halved()", "postprocess": "tallest"}
+    wrong = ("--preprocess", "steps.py:Sized", *words)
+    done = command("export", shop / "best.ckpt", "--model", shop / "shop.py:Net", *wrong, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "steps.py:Sized() cannot be made: TypeError" in done.stderr
 
 
 @pytest.mark.parametrize("words", [("-h",), ("export", "-h"), ("toolchain", "-h"), ("toolchain", "list", "-h")])

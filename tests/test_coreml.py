@@ -111,7 +111,7 @@ SPEC = ExportSpec(
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory):
+def saved(tmp_path_factory):
     """A package, inputs for it, and what PyTorch answers."""
     torch.manual_seed(0)
     folder, module = tmp_path_factory.mktemp("difference"), Difference().eval()
@@ -125,13 +125,13 @@ def exported(tmp_path_factory):
 
 
 @pytest.fixture
-def package(exported, tmp_path):
+def package(saved, tmp_path):
     """A copy of the package, to be changed."""
-    return Path(shutil.copytree(exported[0], tmp_path / "m.mlpackage"))
+    return Path(shutil.copytree(saved[0], tmp_path / "m.mlpackage"))
 
 
-def passes(package, exported):
-    _, inputs, expected, _ = exported
+def passes(package, saved):
+    _, inputs, expected, _ = saved
     runner = coreml.package(evaluator(package), SPEC)
     return compare(runner(inputs), expected, Tolerance.for_precision("float32")).passed
 
@@ -152,20 +152,20 @@ def find(block, kind, index=0):
     return [operation for operation in block.operations if operation.type == kind][index]
 
 
-def test_the_package_as_written_passes(package, exported):
-    assert passes(package, exported)
+def test_the_package_as_written_passes(package, saved):
+    assert passes(package, saved)
 
 
-def test_one_changed_weight_fails(package, exported):
+def test_one_changed_weight_fails(package, saved):
     (path,) = package.rglob("weight.bin")
-    content, weight = bytearray(path.read_bytes()), exported[3].two.weight.detach().numpy()
+    content, weight = bytearray(path.read_bytes()), saved[3].two.weight.detach().numpy()
     place = content.index(weight.tobytes()) + weight[3, 5].nbytes * (3 * 16 + 5)
     content[place : place + 4] = np.float32(weight[3, 5] + 0.5).tobytes()
     path.write_bytes(content)
-    assert not passes(package, exported)
+    assert not passes(package, saved)
 
 
-def test_two_swapped_inputs_fail(package, exported):
+def test_two_swapped_inputs_fail(package, saved):
     def swap(block, model):
         names = {"left": "right", "right": "left"}
         for operation in block.operations:
@@ -175,10 +175,10 @@ def test_two_swapped_inputs_fail(package, exported):
                         binding.name = names.get(binding.name, binding.name)
 
     changed(package, swap)
-    assert not passes(package, exported)
+    assert not passes(package, saved)
 
 
-def test_a_dropped_layer_fails(package, exported):
+def test_a_dropped_layer_fails(package, saved):
     def drop(block, model):
         dropped = find(block, "relu")
         before, after = dropped.inputs["x"].arguments[0].name, dropped.outputs[0].name
@@ -190,7 +190,7 @@ def test_a_dropped_layer_fails(package, exported):
                         binding.name = before
 
     changed(package, drop)
-    assert not passes(package, exported)
+    assert not passes(package, saved)
 
 
 def test_an_op_that_the_evaluator_lacks_is_named(package):
@@ -202,17 +202,17 @@ def test_an_op_that_the_evaluator_lacks_is_named(package):
         coreml.package(evaluator(package), SPEC)
 
 
-def test_a_value_of_another_shape_than_declared_is_an_error(package, exported):
+def test_a_value_of_another_shape_than_declared_is_an_error(package, saved):
     def shrink(block, model):
         find(block, "relu").outputs[0].type.tensorType.dimensions[1].constant.size = 15
 
     changed(package, shrink)
     with pytest.raises(ValueError, match=r"relu gives .* declared"):
-        passes(package, exported)
+        passes(package, saved)
 
 
-def test_a_batch_beyond_the_declared_bounds_is_an_error(exported):
-    runner = coreml.package(evaluator(exported[0]), SPEC)
+def test_a_batch_beyond_the_declared_bounds_is_an_error(saved):
+    runner = coreml.package(evaluator(saved[0]), SPEC)
     many = {name: np.zeros((5000, 6), np.float32) for name in ("left", "right")}
     with pytest.raises(ValueError, match="the package takes"):
         runner(many)
@@ -221,10 +221,10 @@ def test_a_batch_beyond_the_declared_bounds_is_an_error(exported):
 # --- the border -------------------------------------------------------------------------------------------------------
 
 
-def test_names_types_and_metadata_are_in_the_package(exported):
+def test_names_types_and_metadata_are_in_the_package(saved):
     from coremltools.models import MLModel
 
-    model = MLModel(str(exported[0]), skip_model_load=True)
+    model = MLModel(str(saved[0]), skip_model_load=True)
     description = model.get_spec().description
     assert [feature.name for feature in description.input] == ["left", "right"]
     assert [feature.name for feature in description.output] == ["difference"]

@@ -208,6 +208,22 @@ def test_verifying_again_claims_nothing_that_was_not_run_today(faults, tmp_path)
     assert "SHA-256 has changed" in other.reason
 
 
+def test_what_nothing_here_runs_keeps_its_size_and_hash_when_it_is_verified_again(faults, tmp_path):
+    report = replace(faults, folder=Path(shutil.copytree(faults.folder, tmp_path / "copy")))
+    asked = replace(report, outcomes=(report["runs-nowhere"],))
+    with Engine(timeout=TIMEOUT) as engine:
+        again = engine.verify(asked, FAULTS)["runs-nowhere"]
+        file = report.folder / again.artifact.path
+        text = file.read_text()
+        file.unlink()  # a link to what it was made from
+        file.write_text(text + " ")
+        changed = engine.verify(asked, FAULTS)["runs-nowhere"]
+    assert again.artifact == report["runs-nowhere"].artifact
+    assert again.artifact.bytes
+    assert (again.state, changed.state) == ("unverified", "unverified")
+    assert "SHA-256 has changed" in changed.reason
+
+
 def test_a_verified_format_was_run_at_three_batch_sizes(faults):
     sizes = [batch["batch"] for batch in faults["good"].parity.batches]
     assert sizes == [4, 1, 3]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -20,10 +21,14 @@ import torch
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.wait import WebDriverWait
 
+import polyexport
 import wandb_log
 import web
 import zoo
-from polyexport import Report
+from environments import RUNTIMES
+from polyexport import Report, Toolchain
+from polyexport.kit.make import make
+from polyexport.kit.prove import PROGRAM
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 ENVIRONMENT = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
@@ -31,7 +36,7 @@ ENVIRONMENT = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ[
 
 def command(name: str) -> str:
     """The command that runs an example, by its first lines: the last one there."""
-    return re.findall(r"^(?:EXPORT=\S+ uvicorn|python) .*$", (EXAMPLES / name).read_text("utf-8"), re.MULTILINE)[-1]
+    return re.findall(r"^(?:[A-Z]+=\S+ uvicorn|python) .*$", (EXAMPLES / name).read_text("utf-8"), re.MULTILINE)[-1]
 
 
 def run(name: str, folder: Path) -> str:
@@ -154,12 +159,11 @@ def test_ddp(tmp_path):
     assert "rank 1: 0 exports" in printed
 
 
-@pytest.fixture
-def service(detection) -> Iterator[str]:
-    """The address of the service that the example is."""
-    folder, _ = detection
+@contextlib.contextmanager
+def serving(name: str, folder: Path) -> Iterator[str]:
+    """The address of the service that an example is, in the folder of the one that it needs."""
     server = subprocess.Popen(
-        f"exec env {command('serve_onnx.py')} --port 0",
+        f"exec env {command(name)} --port 0",
         shell=True,
         cwd=folder,
         env=ENVIRONMENT,
@@ -173,6 +177,12 @@ def service(detection) -> Iterator[str]:
     yield address[1]
     server.send_signal(signal.SIGINT)
     server.communicate()
+
+
+@pytest.fixture
+def service(detection) -> Iterator[str]:
+    with serving("serve_onnx.py", detection[0]) as address:
+        yield address
 
 
 def test_serve_onnx(service, detection):
@@ -190,21 +200,26 @@ def test_serve_onnx(service, detection):
     assert "image" in httpx.get(f"{service}/openapi.json").json()["components"]["schemas"]["Inputs"]["properties"]
 
 
-@pytest.fixture(scope="module")
-def page(converted, tmp_path_factory) -> Iterator[str]:
-    """The address that the example names, with the toolchain's TensorFlow.js in place of the network's."""
-    root = tmp_path_factory.mktemp("clone")
-    text = (EXAMPLES / "tfjs.html").read_text("utf-8")
+@contextlib.contextmanager
+def paged(name: str, exported: Path, root: Path) -> Iterator[str]:
+    """The address that an example's page names, with the toolchain's TensorFlow.js in place of the network's."""
+    text = (EXAMPLES / name).read_text("utf-8")
     ((address, export),) = re.findall(r"^http://localhost:8000(\S+=/(\S+)/tfjs/model.json)$", text, re.MULTILINE)
     ((url, library, version),) = re.findall(r'"(https://[^/"]+/npm/(@tensorflow/tfjs)@([^/"]+))/', text)
     (root / export).parent.mkdir(parents=True)
-    (root / export).symlink_to(converted.folder)
+    (root / export).symlink_to(exported)
     (root / "examples").mkdir()
-    (root / "examples" / "tfjs.html").write_text(text.replace(url, f"/node_modules/{library}"))
+    (root / "examples" / name).write_text(text.replace(url, f"/node_modules/{library}"))
     with web.served(root) as host:
         package = json.loads((root / "node_modules" / library / "package.json").read_text())
         assert package["version"] == version, "it is the one that the export was verified in"
         yield host + address
+
+
+@pytest.fixture(scope="module")
+def page(converted, tmp_path_factory) -> Iterator[str]:
+    with paged("tfjs.html", converted.folder, tmp_path_factory.mktemp("clone")) as address:
+        yield address
 
 
 def write_bmp(path: Path, pixels: np.ndarray) -> None:
@@ -214,11 +229,16 @@ def write_bmp(path: Path, pixels: np.ndarray) -> None:
     path.write_bytes(header + pixels[..., ::-1].tobytes())
 
 
-def answer(browser: Any, page: str, picture: Path) -> np.ndarray:
-    """The numbers that the page shows for a picture."""
+def shown_for(browser: Any, page: str, picture: Path) -> str:
+    """What a page shows for a picture that one chooses."""
     browser.get(page)
     browser.find_element(By.CSS_SELECTOR, "input[type=file]").send_keys(str(picture))
-    text = WebDriverWait(browser, 60).until(lambda _: browser.find_element(By.ID, "answer").text)
+    return WebDriverWait(browser, 60).until(lambda _: browser.find_element(By.ID, "answer").text)
+
+
+def answer(browser: Any, page: str, picture: Path) -> np.ndarray:
+    """The numbers that the page shows for a picture."""
+    text = shown_for(browser, page, picture)
     assert text.startswith("logits: Tensor"), text
     return np.array([float(number) for number in re.findall(r"-?\d[\d.e-]*", text)])
 
@@ -236,6 +256,82 @@ def test_tfjs(browser, page, tmp_path):
         shown.append(answer(browser, page, tmp_path / "picture.bmp"))
     np.testing.assert_allclose(shown, expected, rtol=1e-3, atol=1e-4)
     assert not np.allclose(shown, expected[::-1], rtol=1e-3, atol=1e-4), "the shadow: the other picture's answer"
+
+
+# --- from bytes to labels, in the hands of others ---------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def hand_over(tmp_path_factory) -> tuple[Path, str]:
+    """Where the example ran, and which digit it says that its picture shows."""
+    folder = tmp_path_factory.mktemp("hand_over")
+    printed = run("hand_over.py", folder)
+    return folder, re.findall(r"^picture.bmp shows a (\w+)$", printed, re.MULTILINE)[0]
+
+
+def test_hand_over(hand_over, tmp_path):
+    folder, digit = hand_over
+    report = report_in(folder)
+    assert {each.format: each.state for each in report.outcomes} == dict.fromkeys(
+        ("torchscript", "onnx", "openvino", "coreml", "tflite", "tfjs"), "verified"
+    )
+    assert [str(each) for each in report.model.inputs] == ["pixels: uint8[batch, 32, 32, 3]"]
+    assert report.model.processing["preprocess"] == "pixels"
+    loaded = polyexport.load(report.folder / "onnx")
+    best = loaded({"pixels": picture(folder)})["output_0"].argmax(-1)
+    assert loaded.labels[best[0]] == digit
+    kit = make(report.folder / "onnx", tmp_path / "kit")
+    python = str(Toolchain("kit", RUNTIMES).interpreter(print))
+    done = subprocess.run([python, "-I", str(kit / PROGRAM)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("onnx agrees with PyTorch\n")
+
+
+def picture(folder: Path) -> np.ndarray:
+    """The example's picture as one row of bytes, red first."""
+    data = np.frombuffer((folder / "runs" / "hand_over" / "picture.bmp").read_bytes()[54:], np.uint8)
+    return data.reshape(1, 32, 32, 3)[..., ::-1].copy()
+
+
+@pytest.mark.slow
+def test_hand_over_in_a_page(hand_over, browser, tmp_path):
+    folder, digit = hand_over
+    with paged("hand_over.html", report_in(folder).folder, tmp_path) as address:
+        shown = shown_for(browser, address, folder / "runs" / "hand_over" / "picture.bmp")
+    assert re.fullmatch(rf"{digit}: \d+\.\d %", shown)
+
+
+ASK = """
+import json, sys
+import numpy as np
+from tritonclient.http import InferenceServerClient, InferInput, InferRequestedOutput
+client = InferenceServerClient(sys.argv[1])
+assert client.is_server_ready()
+about = client.get_model_metadata("digits_onnx")
+pixels = np.load(sys.argv[2])
+given = InferInput("pixels", list(pixels.shape), "UINT8")
+given.set_data_from_numpy(pixels, binary_data=False)
+wanted = InferRequestedOutput("output_0", binary_data=False, class_count=1)
+print(json.dumps([about, client.infer("digits_onnx", [given], outputs=[wanted]).get_response()]))
+"""
+
+
+def test_serve_triton(hand_over, tmp_path):
+    """Triton's own client asks, by the protocol that Triton and KServe have."""
+    folder, digit = hand_over
+    np.save(tmp_path / "pixels.npy", picture(folder))
+    python = str(Toolchain("triton-http", ("tritonclient[http]",)).interpreter(print))
+    with serving("serve_triton.py", folder) as address:
+        host = address.removeprefix("http://")
+        asked = [python, "-c", ASK, host, str(tmp_path / "pixels.npy")]
+        done = subprocess.run(asked, capture_output=True, text=True, check=False)
+        wrong = {"inputs": [{"name": "pixels", "shape": [1, 2], "datatype": "UINT8", "data": [1, 2]}]}
+        assert httpx.post(f"{address}/v2/models/digits_onnx/infer", json=wrong).status_code == 400
+        assert httpx.get(f"{address}/v2/models/nothing").status_code == 404
+    assert done.returncode == 0, done.stderr
+    about, reply = json.loads(done.stdout)
+    assert about["inputs"] == [{"name": "pixels", "datatype": "UINT8", "shape": [-1, 32, 32, 3]}]
+    assert reply["outputs"][0]["data"][0].endswith(f":{digit}")
 
 
 @pytest.mark.parametrize("config", [path.name for path in EXAMPLES.glob("*.yaml")])

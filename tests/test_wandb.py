@@ -44,14 +44,14 @@ def publish(report, **options):
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the second of two exports of one run."""
     return written.run(tmp_path_factory.mktemp("run"))[-1].folder
 
 
 class Client:
-    def __init__(self, folder: Path, exported: Path) -> None:
-        self.folder, self.exported, self.home = folder, exported, folder / "home"
+    def __init__(self, folder: Path, finished: Path) -> None:
+        self.folder, self.finished, self.home = folder, finished, folder / "home"
 
     def environment(self, server: FakeWandb) -> dict[str, str]:
         bounds = {
@@ -65,7 +65,7 @@ class Client:
         return {name: value for name, value in os.environ.items() if name not in UNSET} | bounds | at | home
 
     def command(self, body: str) -> list[str]:
-        return [sys.executable, "-c", CLIENT + body, str(self.exported)]
+        return [sys.executable, "-c", CLIENT + body, str(self.finished)]
 
     def __call__(self, server: FakeWandb, body: str, **env: str) -> str:
         """What the client prints; it must end well whatever the server does."""
@@ -90,8 +90,8 @@ class Client:
 
 
 @pytest.fixture
-def client(tmp_path: Path, exported: Path) -> Client:
-    return Client(tmp_path, exported)
+def client(tmp_path: Path, finished: Path) -> Client:
+    return Client(tmp_path, finished)
 
 
 def test_a_state_that_got_worse_is_an_alert_for_who_wants_one(client):
@@ -112,7 +112,7 @@ sdk.finish()
     assert server.alerts == [("WARN", "epoch=1-step=8: exports got worse", "good: verified became mismatch: off")]
 
 
-def test_what_agreed_is_uploaded_and_what_is_verified_is_linked(client, exported):
+def test_what_agreed_is_uploaded_and_what_is_verified_is_linked(client, finished):
     with FakeWandb() as server:
         body = (
             'run(); publish(reports[-1], registry="model/numbers", tags=["digits"], aliases=["candidate"], ttl_days=30)'
@@ -121,7 +121,7 @@ def test_what_agreed_is_uploaded_and_what_is_verified_is_linked(client, exported
     assert (printed, server.errors, server.unknown) == ("", [], [])
     good, static = server.models
     assert (good.name, static.name) == ("model-one-good", "model-one-static")
-    assert good.files == {"model.json": (exported / "good" / "model.json").read_bytes()}
+    assert good.files == {"model.json": (finished / "good" / "model.json").read_bytes()}
     assert set(static.aliases) == {"latest", "best", "parity-passed", "candidate"}
     assert set(good.aliases) == {*static.aliases, "fastest"}
     assert good.tags == ["good", "float32", "verified", "digits"]
@@ -134,10 +134,10 @@ def test_what_agreed_is_uploaded_and_what_is_verified_is_linked(client, exported
     assert (linked.target, linked.aliases) == ("org-entity/wandb-registry-model/numbers-good", ["best"])
     (page,) = (each for each in server.artifacts if each.name == "report-one")
     assert set(page.files) >= {"report.html", "report.md", "report.json"}
-    assert page.files["report.html"] == (exported / "report.html").read_bytes()
+    assert page.files["report.html"] == (finished / "report.html").read_bytes()
     assert "notes" in json.loads(page.metadata)
     assert client.at_home() == []
-    assert not (exported / LINKS).exists()
+    assert not (finished / LINKS).exists()
 
     latency = server.table("export/latency")
     rows = [dict(zip(latency["columns"], row, strict=True)) for row in latency["data"]]
@@ -247,8 +247,8 @@ def test_a_server_that_is_gone_is_told(client):
     assert re.match(r"told: .*epoch=1-step=8/good: .*\nended\n", printed)
 
 
-def test_an_offline_run_is_linked_after_its_sync(tmp_path, exported, monkeypatch):
-    export = shutil.copytree(exported, tmp_path / "exports" / exported.name)
+def test_an_offline_run_is_linked_after_its_sync(tmp_path, finished, monkeypatch):
+    export = shutil.copytree(finished, tmp_path / "exports" / finished.name)
     client = Client(tmp_path, export)
     with FakeWandb() as server:
         for name, value in client.environment(server).items():
@@ -266,7 +266,7 @@ def test_an_offline_run_is_linked_after_its_sync(tmp_path, exported, monkeypatch
         sync = [str(Path(sys.executable).parent / "wandb"), "sync", "--yes", str(log.parent)]
         subprocess.run(sync, check=True, capture_output=True, timeout=60)
         (good,) = [each for each in server.models if each.name == "model-one-good"]
-        assert good.files == {"model.json": (exported / "good" / "model.json").read_bytes()}
+        assert good.files == {"model.json": (finished / "good" / "model.json").read_bytes()}
         assert server.links == []
 
         done = CliRunner().invoke(app, ["wandb-link", str(tmp_path)])

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_export.best import bases, checkpointer
 from lightning_export.trainer import callbacks, example, modes, overrides, validates
 from polyexport import BadRequest
+from polyexport.capture.processing import resolved
 from polyexport.capture.snapshot import Select, selected
+from polyexport.engine.session import Options
 from polyexport.measure.budget import directed
 from polyexport.report.outcome import STATES
 
@@ -29,6 +32,30 @@ def check(*, when: str, fail_on: Sequence[str], publish: Any, metric_batches: in
         raise BadRequest(f"metric_batches={metric_batches}; give 1 or more, or 0 for no metrics")
 
 
+def check_inputs(inputs: Any, options: Options, metric_batches: int) -> None:
+    """Refuse inputs that are no batches, and steps around forward that nothing can be told of."""
+    if not (inputs is None or callable(inputs)) and (
+        isinstance(inputs, str | Mapping | torch.Tensor) or not hasattr(inputs, "__iter__")
+    ):
+        raise BadRequest(
+            f"inputs is a {type(inputs).__name__}; give a function of the batch, or several batches: a list "
+            "of them, or a DataLoader"
+        )
+    steps = options.processing
+    if inputs is None and not isinstance(steps.preprocess, torch.nn.Module | str | None):
+        raise BadRequest(
+            "preprocess is a function, whose calls are not seen: give inputs=<a function of the batch that returns raw "
+            "inputs>, or inputs=<raw batches>, or make it a module that validation_step calls"
+        )
+    if steps.steps and (options.budget or metric_batches):
+        asked = "budget" if options.budget else "metric_batches"
+        raise BadRequest(
+            f"{asked} runs validation_step with each artifact in the place of forward, and with "
+            f"{' and '.join(steps.steps)} an artifact does more than forward: give two ExportCallbacks, or measure it "
+            "with polyexport.export(metric=…)"
+        )
+
+
 def refuse(callback: Any, siblings: Sequence[Any], trainer: Trainer, pl_module: LightningModule) -> None:
     """Refuse, when fit starts, an `ExportCallback` that cannot work in this trainer; warn of one without a metric."""
     twins = [each for each in siblings if each.into == callback.into and each is not callback]
@@ -36,6 +63,14 @@ def refuse(callback: Any, siblings: Sequence[Any], trainer: Trainer, pl_module: 
         raise BadRequest(f"two ExportCallbacks write into {callback.into}; give each a folder of its own")
     if isinstance(callback.options.select, str) and not overrides(pl_module, "configure_model"):
         selected(pl_module, callback.options.select)
+    steps = callback.options.processing
+    if not overrides(pl_module, "configure_model"):
+        resolved(steps, pl_module)
+    if not validates(trainer, pl_module) and callback.inputs is None and steps.preprocess is not None:
+        raise BadRequest(
+            "there is no validation batch to capture raw inputs from; give inputs=<a function of the batch that "
+            "returns them> (it then gets the first training batch), or inputs=<raw batches>"
+        )
     if not validates(trainer, pl_module) and callback.inputs is None and example(pl_module) is None:
         raise BadRequest(
             "ExportCallback does not know what forward takes: there is no validation batch to capture it from; "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from lightning_export import ranks
-from lightning_export.arguments import check, described, refuse
+from lightning_export.arguments import check, check_inputs, described, refuse
 from lightning_export.best import follow, take_out
 from lightning_export.harmless import harmless
 from lightning_export.inputs import Inputs
@@ -31,6 +31,7 @@ from lightning_export.trainer import (
     shards,
 )
 from polyexport import Budget, ExportFailed, Format, Report
+from polyexport.capture.processing import Processing
 from polyexport.engine.session import Options, Session, complaint
 from polyexport.formats import resolve
 from polyexport.measure.budget import budgets
@@ -52,8 +53,9 @@ class ExportCallback(Callback):
         when: `"improved"` for each new best, `"fit_end"` for the last one only.
         module: What to export: None for the LightningModule's `forward`, a dotted attribute (`"model.backbone"`), or a
             function of the LightningModule that returns a module of it.
-        inputs: None for what `forward` received from the first validation batch, else a function of that batch that
-            returns a tensor, a tuple of positional arguments, or a dict of keyword arguments.
+        inputs: None for what `forward` (or `preprocess`) received from the first validation batch, else a function of
+            that batch that returns a tensor, a tuple of positional arguments, or a dict of keyword arguments; or such
+            inputs themselves, one batch after another: a list, or a `DataLoader`.
         dynamic: True frees the batch axis and every axis whose size differs between the validation batches that were
             taken, False none; or input name -> {axis: name}.
         calibration_batches: How many validation batches int8 formats take their number ranges from. Two are taken in
@@ -81,6 +83,11 @@ class ExportCallback(Callback):
         labels: Names of the classes in the last axis of an output, in their order: `["cat", "dog"]`. They travel inside
             each artifact, and `polyexport.load(…).labels` gives them back.
         metadata: Texts by name that travel likewise.
+        preprocess: A module, or a function of tensors, that becomes the beginning of each artifact: it takes raw inputs
+            and returns what `forward` takes, so that an application gives an artifact bytes. The name of an attribute
+            of the LightningModule will do. Artifacts are proven on raw inputs: where `validation_step` does not call it
+            (as a module), `inputs` gives them.
+        postprocess: Likewise what becomes the end: it takes what `forward` returned.
 
     Attributes:
         reports: The finished exports of this run, the oldest first; on rank zero, and not outside a spawned process.
@@ -98,7 +105,7 @@ class ExportCallback(Callback):
         into: str | Path | None = None,
         when: Literal["improved", "fit_end"] = "improved",
         module: str | Callable[[Any], Any] | None = None,
-        inputs: Callable[[Any], Any] | None = None,
+        inputs: Callable[[Any], Any] | Iterable[Any] | None = None,
         dynamic: bool | Mapping[str, Mapping[int, str]] = True,
         calibration_batches: int = 8,
         fail_on: Sequence[State] = (),
@@ -114,6 +121,8 @@ class ExportCallback(Callback):
         staging: str | None = None,
         labels: Sequence[str] = (),
         metadata: Mapping[str, str] | None = None,
+        preprocess: Callable[..., Any] | str | None = None,
+        postprocess: Callable[..., Any] | str | None = None,
     ) -> None:
         super().__init__()
         self.options = Options(
@@ -130,8 +139,10 @@ class ExportCallback(Callback):
             budget=budgets(budget),
             labels=labels if isinstance(labels, str) else tuple(labels),  # type: ignore[arg-type]  # refused with the rest
             metadata=dict(metadata) if isinstance(metadata, Mapping) else metadata or {},
+            processing=Processing(preprocess, postprocess),
         )
         check(when=when, fail_on=fail_on, publish=publish, metric_batches=metric_batches)
+        check_inputs(inputs, self.options, metric_batches)
         self.into = into
         self.when = when
         self.inputs = inputs
@@ -164,7 +175,8 @@ class ExportCallback(Callback):
     def state_key(self) -> str:
         """Tells the callbacks of one trainer apart, by what they export; where to may differ when a run is resumed."""
         names, part = [each.name for each in self.options.formats], described(self.options.select)
-        return self._generate_state_key(formats=names, module=part, when=self.when, monitor=self.monitor)
+        steps = {"processing": around} if (around := self.options.processing.described) else {}
+        return self._generate_state_key(formats=names, module=part, when=self.when, monitor=self.monitor, **steps)
 
     @override
     def state_dict(self) -> dict[str, Any]:

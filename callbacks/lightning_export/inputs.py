@@ -1,15 +1,17 @@
-"""Takes what forward receives in validation, or in the first training batch, and what it answers.
+"""Takes what forward (or the step before it) receives in validation, or in the first training batch, and its answer.
 
 The first validation batch is the one that artifacts are judged on; further ones are calibrated with.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import nn
 
 from lightning_export.answers import Recorder, why_unrecorded
 from lightning_export.best import bases
@@ -17,8 +19,9 @@ from lightning_export.capture import Called, Spy, is_compiled
 from lightning_export.trainer import example, shards, validates
 from lightning_export.watch import Call
 from polyexport import BadRequest
-from polyexport.capture.flatten import taken_apart
-from polyexport.capture.snapshot import as_call, selected
+from polyexport.capture.flatten import as_call, taken_apart
+from polyexport.capture.processing import entry, preprocessed, resolved, unlike
+from polyexport.capture.snapshot import selected
 from polyexport.engine.session import Session
 
 
@@ -27,12 +30,13 @@ class Inputs:
 
     Args:
         session: Takes them; only rank zero has one.
-        given: The user's function from a batch to what forward takes, in place of what is seen.
+        given: The user's function from a batch to what artifacts take, or such inputs, in place of what is seen.
     """
 
-    def __init__(self, session: Session, given: Callable[[Any], Any] | None) -> None:
+    def __init__(self, session: Session, given: Callable[[Any], Any] | Iterable[Any] | None) -> None:
         self._session = session
-        self._given = given
+        self._given = given if given is None or callable(given) else _one_by_one(given)
+        self._is_of_the_batch = callable(given)
         self._select = session.options.select
         self._spy: Spy | None = None
         self._called: Called | None = None
@@ -45,10 +49,13 @@ class Inputs:
         """Watch what will happen in this batch, if it is of use."""
         if self._records(trainer, pl_module, batch_idx, dataloader_idx):
             self._recorder = Recorder(selected(pl_module, self._select), pl_module)
-        if self._takes(batch_idx, dataloader_idx) and self._given is None:
+        if not self._takes(batch_idx, dataloader_idx):
+            return
+        if (watched := self._watched(pl_module)) is not None:
             profiled = "AdvancedProfiler" in bases(getattr(trainer, "profiler", None))
-            self._spy = Spy(selected(pl_module, self._select), pl_module, profiled=profiled)
-            self._called = None if self._session.captured else Called(pl_module)
+            self._spy = Spy(watched, pl_module, profiled=profiled)
+        if self._given is None and not self._session.captured:
+            self._called = Called(pl_module)
 
     def after(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int
@@ -69,7 +76,8 @@ class Inputs:
             early = trainer.sanity_checking and not trouble
             self._take_first(pl_module, batch, seen, called.outermost if called else (), early=early)
         elif self._given is not None:
-            self._session.take(pl_module, *as_call(self._given(batch)))
+            inputs = self._given(batch)
+            self._session.skip() if inputs is None else self._session.take(pl_module, *as_call(inputs))
         elif seen is not None:
             self._session.take(pl_module, *seen)
         else:
@@ -86,6 +94,18 @@ class Inputs:
             if watcher is not None:
                 watcher.remove()
         self._spy = self._called = self._recorder = None
+
+    def _watched(self, pl_module: LightningModule) -> nn.Module | None:
+        """Whose calls are of use: of what takes the artifact's inputs; or where those are given, of forward.
+
+        What forward receives of the first batch tells whether the step before it is the one of training.
+        """
+        core, steps = selected(pl_module, self._select), resolved(self._session.options.processing, pl_module)
+        if self._given is None:
+            first = entry(core, steps)
+            return first if isinstance(first, nn.Module) else None
+        compares = steps.preprocess is not None and self._is_of_the_batch and not self._session.captured
+        return core if compares else None
 
     # --- which ones ---------------------------------------------------------------------------------------------------
 
@@ -116,7 +136,10 @@ class Inputs:
     ) -> None:
         try:
             call = self._arguments(pl_module, batch, seen, called)
-            taken_apart(selected(pl_module, self._select).forward, *call)
+            first = entry(selected(pl_module, self._select), resolved(self._session.options.processing, pl_module))
+            taken_apart(getattr(first, "forward", first), *call)
+            if self._given is not None:
+                self._try_step(pl_module, call, seen)
         except BadRequest as error:
             if early:  # the sanity check: nothing is lost yet
                 raise
@@ -131,10 +154,19 @@ class Inputs:
 
     def _arguments(self, pl_module: LightningModule, batch: Any, seen: Call | None, called: Any) -> Call:
         """From `inputs`, else as seen, else from `example_input_array`."""
+        step = self._session.options.processing.preprocess
         if self._given is not None:
-            return as_call(self._given(batch))
+            if (inputs := self._given(batch)) is None:
+                raise BadRequest("inputs has no batch")
+            return as_call(inputs)
         if seen is not None:
             return seen
+        if step is not None:
+            raise BadRequest(
+                "preprocess was not called on the first validation batch, so ExportCallback does not know raw inputs; "
+                "call it in validation_step, or give inputs=<a function of the batch that returns them>, or "
+                "inputs=<raw batches>, such as a DataLoader"
+            )
         if self._select is None and example(pl_module) is not None:
             return as_call(example(pl_module))
         what = "forward" if self._select is None else f"forward of module={self._select!r}"
@@ -145,3 +177,28 @@ class Inputs:
             f"in validation_step, set example_input_array on the module, give {part}, or give "
             "inputs=<a function of the batch>"
         )
+
+    def _try_step(self, pl_module: LightningModule, call: Call, seen: Call | None) -> None:
+        """See whether the step before forward takes these inputs, and makes of them what forward received."""
+        steps = resolved(self._session.options.processing, pl_module)
+        if steps.preprocess is None:
+            return
+        with isolate_rng():
+            made = as_call(preprocessed(steps, *call))
+        if seen is not None and (how := unlike(made, seen)):
+            self._session.note(
+                f"preprocess makes something else of the first validation batch than forward received there ({how}): "
+                "an application would feed the model otherwise than training did"
+            )
+
+
+def _one_by_one(batches: Iterable[Any]) -> Callable[[Any], Any]:
+    """A function that gives the next of them at each call, None behind the last; training's random state stays."""
+    iterators: list[Iterator[Any]] = []
+
+    def following(_: Any) -> Any:
+        with isolate_rng():  # a DataLoader draws a seed
+            iterators[:] = iterators or [iter(batches)]
+            return next(iterators[0], None)
+
+    return following

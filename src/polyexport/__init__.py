@@ -3,6 +3,7 @@
 Importing this package imports no framework; each is imported by the function that uses it.
 """
 
+from polyexport.capture.processing import Processing
 from polyexport.engine.engine import Engine
 from polyexport.engine.export import export
 from polyexport.engine.request import Request
@@ -34,6 +35,7 @@ __all__ = [
     "Options",
     "Outcome",
     "PolyexportError",
+    "Processing",
     "Report",
     "Request",
     "Route",

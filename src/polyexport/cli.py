@@ -31,8 +31,9 @@ from polyexport.engine.ownership import is_ours
 from polyexport.engine.request import interrupted
 from polyexport.errors import BadRequest, PolyexportError
 from polyexport.format import Format
-from polyexport.formats import known, resolve
+from polyexport.formats import by_target, known, resolve
 from polyexport.measure.layers import told
+from polyexport.publish import signed
 from polyexport.report import console, manifest, tables
 from polyexport.report.escape import printable
 from polyexport.report.folders import BEST, DESCRIPTION, EXPORTS, followed
@@ -95,21 +96,26 @@ def main(version: Version = False) -> None:
 
 @app.command()
 def formats(as_json: Json = False) -> None:
-    """List every format, its routes, and whether its toolchains are ready."""
+    """List every format by what it is shipped to, its routes, and whether its toolchains are ready."""
     if as_json:
         _print_json([_record(each) for each in known().values()])
         return
-    rows = [
-        {
-            "format": each.name,
-            "aliases": ", ".join(each.aliases),
-            "routes": ", ".join(f"{route.upstream} → {route.name}" for route in each.routes),
-            "toolchains": ", ".join(f"{chain.name}{'' if chain.ready else ' (not installed)'}" for chain in chains),
-            "description": each.description,
-        }
-        for each, chains in ((each, plan.toolchains([each])[each.name]) for each in known().values())
-    ]
-    _show(rows, as_json=False)
+    rows = {each.name: _format_row(each) for each in known().values()}
+    for target, group in by_target(known().values()).items():
+        _out.print(Text(f"{target}", style="bold underline"))
+        _show([rows[each.name] for each in group], as_json=False)
+        _out.print()
+
+
+def _format_row(each: Format) -> dict[str, Any]:
+    chains = plan.toolchains([each])[each.name]
+    return {
+        "format": each.name,
+        "aliases": ", ".join(each.aliases),
+        "routes": ", ".join(f"{route.upstream} → {route.name}" for route in each.routes),
+        "toolchains": ", ".join(f"{chain.name}{'' if chain.ready else ' (not installed)'}" for chain in chains),
+        "description": each.description,
+    }
 
 
 def _record(each: Format) -> dict[str, Any]:
@@ -121,6 +127,7 @@ def _record(each: Format) -> dict[str, Any]:
         "url": each.url,
         "artifact": each.artifact,
         "precision": each.precision,
+        "targets": each.targets,
         "uses_gpu": each.uses_gpu,
         "kit": each.on_device is not None,
         "routes": [
@@ -231,6 +238,12 @@ def export_checkpoint(
     metadata: Annotated[
         list[str] | None, typer.Option(metavar="NAME=TEXT", help="What else to embed; repeat it for each.")
     ] = None,
+    preprocess: Annotated[
+        str | None, typer.Option(help="What makes raw inputs forward's: package.module:Name or file.py:Name.")
+    ] = None,
+    postprocess: Annotated[
+        str | None, typer.Option(help="What makes answers of what forward returns; both become part of the artifact.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Export a checkpoint without a trainer, prove each artifact and time it; exit code 1 if any does not agree."""
@@ -254,6 +267,8 @@ def export_checkpoint(
             checkpoint=checkpoint.record(path, blob),
             labels=labels.read_text(encoding="utf-8").splitlines() if labels else (),
             metadata=checkpoint.metadata(metadata or ()),
+            preprocess=checkpoint.step(preprocess),
+            postprocess=checkpoint.step(postprocess),
         )
     _conclude(report, report.outcomes, as_json)
 
@@ -284,7 +299,14 @@ def resume(
 
 
 @app.command()
-def verify(folder: Folder, trust: Trust = False, as_json: Json = False) -> None:
+def verify(
+    folder: Folder,
+    key: Annotated[
+        Path | None, typer.Option(help="Check the signature by this public key before anything is run.")
+    ] = None,
+    trust: Trust = False,
+    as_json: Json = False,
+) -> None:
     """Verify every artifact of an export once more, in fresh processes; exit code 1 if any does not agree.
 
     A format that the export did not make has no artifact, and `report` tells of it. Nothing is unpickled without
@@ -292,6 +314,10 @@ def verify(folder: Folder, trust: Trust = False, as_json: Json = False) -> None:
     """
     with _told(), Engine() as engine:
         exported = _report(folder)
+        if key is not None:
+            _say(f"signed by {key}: {', '.join(signed.check(exported, key))}")
+        elif (exported.folder / signed.SIGNATURE).exists():
+            _say("the signature is not checked: give the public key with --key")
         report = _waited(engine, partial(engine.verify, trust=trust), exported)
     claimed = {outcome.format for outcome in exported.outcomes if outcome.artifact or outcome.publishable}
     _conclude(report, [outcome for outcome in report.outcomes if outcome.format in claimed], as_json)

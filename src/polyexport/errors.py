@@ -6,6 +6,7 @@ PolyexportError
 ├── BadRequest         an argument, a module or an input that cannot be exported
 ├── ToolMissing        a program, package or device that this machine lacks -> state `skipped`
 ├── CannotRun          made, but nothing here can run it                    -> state `unverified`
+├── NotSigned          an export that is not what was signed
 └── ExportFailed       raised after `fit`, only where `fail_on` asks for it
 ```
 
@@ -14,10 +15,17 @@ A converter's own exceptions are not wrapped: they become the `reason` of an out
 
 from __future__ import annotations
 
+import signal
+
 
 def line(error: BaseException, most: int | None = None) -> str:
     """An exception as one line: its type and its message, of which `most` characters are kept."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:most]}".rstrip(": ")
+
+
+def ended(code: int) -> str:
+    """How a program ended that gave this exit code: `killed by SIGSEGV`."""
+    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"it ended with exit code {code}"
 
 
 class PolyexportError(Exception):
@@ -38,6 +46,10 @@ class ToolMissing(PolyexportError, RuntimeError):
 
 class CannotRun(PolyexportError, RuntimeError):
     """An artifact exists, but nothing on this machine can run it; the message says why."""
+
+
+class NotSigned(PolyexportError, RuntimeError):
+    """An export is not what was signed; the message says what differs."""
 
 
 class ExportFailed(PolyexportError, RuntimeError):

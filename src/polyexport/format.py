@@ -163,8 +163,8 @@ _TAKEN = ("source", "logs", MODULE, "eager", "pytorch")
 """What the export's own folders, the upstream of root routes and the baseline are called."""
 
 
-Target = Literal["server CPU", "GPU", "phone", "browser", "microcontroller"]
-"""What an artifact is shipped to."""
+Target = Literal["server CPU", "GPU", "phone", "browser", "microcontroller", "camera"]
+"""What an artifact is shipped to; a phone stands for boards with its processor too, a camera for what Coral is in."""
 
 
 def _nothing() -> str:
@@ -194,7 +194,9 @@ class Format:
         calibrated: Whether its routes take number ranges from real batches (`ExportSpec.calibration`).
         triton: How Triton serves it; None where it does not.
         intermediates: Tells what an artifact computes on its way; None where its runtime does not.
-        targets: What it is shipped to; the report names one artifact for each.
+        targets: What it is shipped to, which every format says: `polyexport formats` groups by it, and the report names
+            one artifact for each.
+        page: File beside the artifact that opens it in a browser; empty where there is none.
         on_device: How it is run on a machine that has only its runtime; None where it has no kit.
 
     Raises:
@@ -220,6 +222,7 @@ class Format:
     intermediates: Intermediates | None = None
     targets: tuple[Target, ...] = ()
     triton: Triton | None = None
+    page: str = ""
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"\w[\w.-]*", self.name) or self.name in _TAKEN:

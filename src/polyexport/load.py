@@ -34,7 +34,8 @@ class Description:
 
     @staticmethod
     def of(outcome: Outcome, checkpoint: Checkpoint, spec: ExportSpec) -> Description:
-        """The description of a format's artifact; `spec` is PyTorch's signature."""
+        """The description of a format's artifact, which goes where it goes; `spec` is PyTorch's signature."""
+        checkpoint = replace(checkpoint, path=Path(checkpoint.path).name)  # its folder is nobody's business there
         spec = replace(spec, calibration=())  # those files stay where the export was made
         about = (outcome.format, outcome.precision, outcome.state, outcome.reason, checkpoint)
         return Description(*about, outcome.inputs, outcome.outputs, spec)

@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 import polyexport
 import zoo
 from polyexport import FORMATS
+from polyexport.capture.flatten import as_call
 from polyexport.measure.parity import compare
 from polyexport.measure.reference import Reference
 from polyexport.serialization import decode
@@ -63,7 +64,7 @@ def inside(model: str, folder: Path) -> None:
     source.mkdir(parents=True)
     module, inputs = zoo.build(model)
     modules.save_structure(module, None, source)
-    modules.save_call(*modules.as_call(inputs), source)
+    modules.save_call(*as_call(inputs), source)
     torch.save(module.state_dict(), source / "weights.pt")
     found = decode(Reference, encode(reference.make(folder, source, True)))
     places = {"module": source}

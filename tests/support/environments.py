@@ -12,6 +12,9 @@ from pathlib import Path
 
 from polyexport.workers.toolchain import Toolchain
 
+RUNTIMES = ("onnxruntime", "openvino", "ai-edge-litert")
+"""What a device has, in the environment called `kit`: runtimes, and neither PyTorch nor us."""
+
 TORCHVISION = "torchvision==0.28.0"
 """The release that belongs to the torch of constraints.txt."""
 

@@ -24,6 +24,9 @@ ARTIFACTS = {
     "tflite": ("tensorflow", "many/saved_model/saved_model", "many/tflite/model.tflite"),
     "tflite-fp16": ("quantizer", "many/tflite/model.tflite", "many/tflite-fp16/model.tflite"),
     "tflite-w8": ("quantizer", "many/tflite/model.tflite", "many/tflite-w8/model.tflite"),
+    "ncnn": ("pnnx", "onnx/model.onnx", "many/ncnn/model.ncnn.param"),
+    "ncnn-fp16": ("pnnx", "onnx/model.onnx", "many/ncnn-fp16/model.ncnn.param"),
+    "onnx-web": ("onnx", "onnx/model.onnx", "many/onnx-web/model.onnx"),
     "tensorrt-rtx": ("onnx", "onnx/model.onnx", "many/tensorrt-rtx/model.engine"),
     "tflite-int8": ("quantizer", "many/tflite/model.tflite", "many/tflite-int8/model.tflite"),
 }

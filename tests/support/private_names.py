@@ -75,7 +75,10 @@ NAMES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "formats/torchscript.py": ("torch._ops:OpOverload._schema",),
         "measure/noise.py": ("torch.utils._python_dispatch:TorchDispatchMode",),
         "tracing/decompositions.py": ("torch.nn.modules.transformer:_detect_is_causal_mask",),
-        "tracing/exportable.py": ("transformers.configuration_utils:PretrainedConfig._experts_implementation",),
+        "tracing/exportable.py": (
+            "torch.distributions:Distribution._validate_args",
+            "transformers.configuration_utils:PretrainedConfig._experts_implementation",
+        ),
         "tracing/fake_quantization.py": ("torch.ao.quantization.fx._decomposed:quantize_per_tensor",),
         "tracing/exported_program.py": (
             "torch:_C._set_grad_enabled",

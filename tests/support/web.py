@@ -1,6 +1,6 @@
-"""What the tests of web pages share: a folder served over HTTP, and TensorFlow.js from the toolchain.
+"""What the tests of web pages share: a folder served over HTTP, with the runtimes of the toolchains.
 
-The toolchain has its parts only. `@tensorflow/tfjs`, which applications install, is those under one name.
+The one of TensorFlow.js has its parts only. `@tensorflow/tfjs`, which applications install, is those under one name.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import functools
 import http.server
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from polyexport.workers import toolchain
@@ -34,10 +34,21 @@ def node_modules(root: Path) -> None:
     (union / "dist/tf.min.js").write_text(whole, "utf-8")
 
 
+def onnx_packages(root: Path) -> None:
+    """Give a folder the packages of the toolchain of ONNX Runtime Web."""
+    chain = toolchain.find("onnx_web")
+    chain.interpreter()
+    (root / "node_modules").symlink_to(chain.folder / "node_modules")
+
+
+PACKAGES = {"tfjs": node_modules, "onnx_web": onnx_packages}
+"""What gives a folder the packages of a toolchain."""
+
+
 @contextlib.contextmanager
-def served(root: Path) -> Iterator[str]:
-    """The address of `root`, which gets the packages of the tfjs toolchain as `/node_modules`."""
-    node_modules(root)
+def served(root: Path, packages: Callable[[Path], None] = node_modules) -> Iterator[str]:
+    """The address of `root`, which gets packages of a toolchain as `/node_modules`."""
+    packages(root)
     handler = functools.partial(_Quiet, directory=str(root))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -175,7 +175,7 @@ def _asked_again(model: Any, call: Call) -> Arrays | None:
         leaves = pytree.tree_leaves(opened(call))
         tensors = tuple(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
     else:
-        asked = flat(model.inner, *call)
+        asked = flat(getattr(model, "core", model.inner), *call)
         tensors = asked.example
         if hasattr(model, "within"):
             asked.within = model.within

@@ -92,6 +92,13 @@ def flat(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> A
     return Flat().eval()
 
 
+def as_call(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Read what a user gives as inputs: a dict is keyword arguments, a tuple or list positional ones, else one."""
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    return (tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)), {}
+
+
 def _is_narrow(tensor: torch.Tensor) -> bool:
     """Whether it has a floating-point dtype that numpy lacks: bfloat16 and those of one byte."""
     import torch

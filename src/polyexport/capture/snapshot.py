@@ -3,7 +3,8 @@
 A folder holds what a worker needs to rebuild the module without the process that trained it:
 
     structure.pkl    the module with its buffers, but of its parameters the shapes only (or a trace, structure.pt2)
-    call.pkl         the arguments that forward received
+    processing.pkl   what is done before and behind forward, if anything is
+    call.pkl         the arguments that forward received, or the step before it
     call_001.pkl …   those of further batches, where a format is calibrated
     weights.pt       a state dict, or a Lightning checkpoint with one (or weights.shards, see `sharded`)
 
@@ -29,9 +30,10 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
-from polyexport.capture import devices, surroundings, unwrap
+from polyexport.capture import devices, processing, surroundings, unwrap
 from polyexport.capture.flatten import flat
 from polyexport.capture.pickling import by_value, importable
+from polyexport.capture.processing import NONE, Processing, joined
 from polyexport.capture.pytree import closed, opened, tree_map
 from polyexport.errors import BadRequest, line
 from polyexport.spec import ExportSpec
@@ -55,6 +57,9 @@ LACKING = "lacking.pt"
 STRUCTURE = "structure.pkl"
 """The module without its weights."""
 
+PROCESSING = "processing.pkl"
+"""The steps around forward, where there are any."""
+
 UNAVAILABLE = "unavailable.txt"
 """Stands in a module's folder in place of what could not be saved, and says why."""
 
@@ -62,8 +67,8 @@ UNAVAILABLE = "unavailable.txt"
 # --- to a folder ------------------------------------------------------------------------------------------------------
 
 
-def dump(value: Any, path: Path) -> None:
-    """Pickle any object; parameters leave only their shape, other tensors a CPU copy.
+def dump(value: Any, path: Path, *, whole: bool = False) -> None:
+    """Pickle any object; parameters leave only their shape unless `whole`, other tensors a CPU copy.
 
     Code that the other process could not import goes along.
 
@@ -78,7 +83,8 @@ def dump(value: Any, path: Path) -> None:
         raise Unpicklable(line(error, 200), _path_to_unpicklable(value)) from error
     shapes = [(unwrap.shape(p), p.dtype, p.requires_grad) for p in parameters]
     copies = [_on_the_cpu(unwrap.local(tensor).detach()) for tensor in tensors]
-    torch.save({"pickle": pickled, "parameters": shapes, "tensors": copies}, path)
+    values = [_on_the_cpu(unwrap.local(parameter).detach()) for parameter in parameters] if whole else []
+    torch.save({"pickle": pickled, "parameters": shapes, "tensors": copies, "values": values}, path)
 
 
 class Unpicklable(Exception):
@@ -151,7 +157,7 @@ def _on_the_cpu(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def restore(path: Path) -> Any:
-    """Read what `dump` wrote; parameters come back with their shapes and no values."""
+    """Read what `dump` wrote; parameters come back with their shapes, and with values where those were written."""
     import torch
 
     # our own file, and it carries a pickle by design
@@ -165,8 +171,8 @@ def restore(path: Path) -> Any:
                 return blob["tensors"][index]
             if index not in made:
                 shape, dtype, requires_grad = blob["parameters"][index]
-                empty = torch.empty(shape or (), dtype=dtype)
-                made[index] = torch.nn.Parameter(empty, requires_grad=requires_grad and dtype.is_floating_point)
+                value = blob["values"][index] if blob["values"] else torch.empty(shape or (), dtype=dtype)
+                made[index] = torch.nn.Parameter(value, requires_grad=requires_grad and dtype.is_floating_point)
                 made[index].of_any_shape = shape is None  # type: ignore[attr-defined]  # a tensor takes any attribute
             return made[index]
 
@@ -186,23 +192,28 @@ def save_module(
     attributes: Mapping[str, Any] = MappingProxyType({}),
     *,
     sharded: bool = False,
+    steps: Processing = NONE,
 ) -> str:
-    """Write the structure into `folder`; returns a note where it was not done the usual way.
+    """Write the structure into `folder`, and the steps around it; returns a note where it was not done the usual way.
 
     A module that cannot be pickled is traced here and now, which a `sharded` one cannot be; where that fails too, the
     reason is written in its place.
     """
     try:
         save_structure(root, select, folder, attributes)
+        save_processing(steps, root, folder)
         return ""
+    except BadRequest:
+        raise
     except Exception as error:  # what is not told of as Unpicklable is found around the module, in the user's files
         why = f"the module cannot be pickled ({error})"
-    (folder / STRUCTURE).unlink(missing_ok=True)
+    for file in (STRUCTURE, PROCESSING):
+        (folder / file).unlink(missing_ok=True)
     if sharded:
         reason = f"{why}, and one rank alone cannot trace it: its weights are sharded"
     else:
         try:
-            save_traced(root, select, args, kwargs, folder)
+            save_traced(root, select, args, kwargs, folder, steps)
             return f"{why}, so it was traced where it trained"
         except Exception as error:  # torch.export raises what it pleases
             reason = f"{why}, nor traced ({line(error, 200)})"
@@ -220,6 +231,32 @@ def save_structure(
     dump({"root": root, "select": select, "attributes": dict(attributes)}, folder / STRUCTURE)
     with contextlib.suppress(Exception):  # a function that was put into the user's files may hold anything
         dump(surroundings.taken(root), folder / surroundings.OFFERED)
+
+
+def save_processing(steps: Processing, root: nn.Module, folder: Path) -> None:
+    """Write the steps around forward with their weights, if there are any.
+
+    Raises:
+        BadRequest: one has weights of `root`, which training changes, and is no part of it.
+        Unpicklable: one cannot be pickled.
+    """
+    if not steps.steps:
+        return
+    own, trained = processing.by_name(steps, root).steps, set(map(id, root.parameters()))
+    dump(own, folder / PROCESSING, whole=True)
+    for name, step in own.items():
+        if trained & set(map(id, _pickled(step)[1])):
+            raise BadRequest(
+                f"{name} has weights of the module that trains, and is no part of it: give the name of one of its "
+                f"attributes, {name}='prepare' say, or a method of it"
+            )
+
+
+def load_processing(folder: Path, root: Any) -> Processing:
+    """The steps of `folder`; those that are parts of `root` are those of this one."""
+    if not (folder / PROCESSING).exists():
+        return NONE
+    return processing.resolved(Processing(**restore(folder / PROCESSING)), root)
 
 
 def call_file(folder: Path, index: int = 0) -> Path:
@@ -251,22 +288,17 @@ def _or_left_behind(leaf: Any) -> Any:
     return leaf if _can_be_pickled(leaf) else unwrap.LeftBehind(type(leaf).__name__)
 
 
-def as_call(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Read what a user gives as inputs: a dict is keyword arguments, a tuple or list positional ones, else one."""
-    if isinstance(inputs, Mapping):
-        return (), dict(inputs)
-    return (tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)), {}
-
-
-def check_call(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """See whether forward takes these arguments.
+def check_call(module: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """See whether forward takes these arguments, or a function.
 
     Raises:
         BadRequest: it does not; the message has what it takes.
     """
-    forward = getattr(module, "forward", None)
+    forward = getattr(module, "forward", module)
+    kind = f"{type(module).__name__}.forward"
+    name = getattr(module, "__qualname__", kind) if forward is module else kind
     try:
-        signature = inspect.signature(forward)  # type: ignore[arg-type]  # what is no function raises
+        signature = inspect.signature(forward)
     except (TypeError, ValueError):
         return  # of a compiled one nothing is known
     try:
@@ -274,7 +306,7 @@ def check_call(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
     except TypeError as error:
         given = ", ".join([*(f"argument {index}" for index in range(len(args))), *map(repr, kwargs)]) or "nothing"
         takes = ", ".join(map(str, signature.parameters.values())) or "nothing"
-        raise BadRequest(f"{type(module).__name__}.forward takes ({takes}), and was given {given}: {error}") from None
+        raise BadRequest(f"{name} takes ({takes}), and was given {given}: {error}") from None
 
 
 def selected(root: Any, select: Select) -> Any:
@@ -338,8 +370,9 @@ def load(folder: Path, outputs: tuple[str, ...] | None = None) -> Any:
         raise BadRequest(f"the checkpoint has no weights for {', '.join(lost[:5])} ({len(lost)} parameters in all)")
     _register_with_transformers(module)
     args, kwargs = restore(call_file(folder))
-    wrapped = flat(module.float(), args, kwargs)
+    wrapped = flat(joined(module, load_processing(folder, root)).float(), args, kwargs)
     wrapped.within, wrapped.kept = devices.OnTheCpu(), outputs
+    vars(wrapped)["core"] = module  # not as a part of it, which it is already
     unwrap.settle(wrapped)
     return wrapped
 
@@ -442,16 +475,24 @@ def example(folder: Path, spec: ExportSpec) -> tuple[torch.Tensor, ...]:
 # --- traced in process ------------------------------------------------------------------------------------------------
 
 
-def save_traced(root: nn.Module, select: Select, args: Sequence[Any], kwargs: Mapping[str, Any], folder: Path) -> None:
+def save_traced(
+    root: nn.Module,
+    select: Select,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    folder: Path,
+    steps: Processing = NONE,
+) -> None:
     """Write `structure.pt2`, for a module that cannot be pickled: traced here, with a free batch axis where it allows.
 
     The weights in it are replaced by those of `weights.pt` at load, by the names they have in `root`.
     """
     import torch
 
-    modes = [(each, each.training) for each in root.modules()]
+    parts = (part for part in (root, *steps.steps.values()) if hasattr(part, "modules"))
+    modes = [(each, each.training) for part in parts for each in part.modules()]
     try:
-        wrapped = flat(selected(root, select), args, kwargs)  # in eval mode, and so is root's part of it
+        wrapped = flat(joined(selected(root, select), processing.resolved(steps, root)), args, kwargs)  # in eval mode
         device = next((parameter.device for parameter in root.parameters()), torch.device("cpu"))
         tensors = tuple(tensor.to(device) for tensor in wrapped.example)
         with torch.no_grad(), plain_attention():

@@ -161,6 +161,21 @@ def metadata(texts: Sequence[str]) -> dict[str, str]:
     return {name: value for name, _, value in (text.partition("=") for text in texts)}
 
 
+def step(name: str | None) -> Any:
+    """What stands before or behind forward, by `package.module:Name` or `file.py:Name`; of a class what it makes.
+
+    Raises:
+        BadRequest: there is none, or it needs arguments.
+    """
+    if name is None:
+        return None
+    found = _named(name)
+    try:
+        return found() if isinstance(found, type) else found
+    except Exception as error:  # the user's own constructor
+        raise BadRequest(f"{name}() cannot be made: {line(error, 300)}") from None
+
+
 def dynamic(texts: Sequence[str]) -> dict[str, dict[int, str]]:
     """Dynamic axes from `input:axis=name`: `["ids:0=batch", "ids:1=length"]`.
 

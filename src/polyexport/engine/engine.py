@@ -417,7 +417,13 @@ def _reported(
             global_step=at.get("global_step", request.checkpoint.global_step),
         ),
         model=Model(
-            reference.class_name, reference.parameters, spec.inputs, spec.outputs, spec.labels, request.metadata
+            reference.class_name,
+            reference.parameters,
+            spec.inputs,
+            spec.outputs,
+            spec.labels,
+            request.metadata,
+            request.processing,
         ),
         outcomes=outcomes,
         environment=reference.environment,

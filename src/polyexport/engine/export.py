@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from polyexport.capture.processing import NONE, Processing, Step, entry, preprocessed, resolved
 from polyexport.capture.snapshot import WEIGHTS
 from polyexport.engine.engine import Engine
 from polyexport.engine.judge import measured
@@ -46,13 +47,15 @@ def export(
     budget: Mapping[str, Budget | float | str] | None = None,
     labels: Sequence[str] = (),
     metadata: Mapping[str, str] | None = None,
+    preprocess: Step = None,
+    postprocess: Step = None,
 ) -> Report:
     """Export a PyTorch module: convert it, prove each artifact against it, time them.
 
     Args:
         module: A `torch.nn.Module` with its weights; it is not changed. It is exported in eval mode, as float32.
-        inputs: What forward takes: a tensor, a tuple of positional arguments, or a dict of keyword arguments. Parity is
-            judged on it, so give real data.
+        inputs: What forward takes, or `preprocess`: a tensor, a tuple of positional arguments, or a dict of keyword
+            arguments. Parity is judged on it, so give real data.
         formats: Names, aliases or `Format` values.
         into: Folder that becomes the export: a new or empty one, or an earlier export, which is replaced.
         dynamic: True frees the batch axis and every axis whose size differs between `inputs` and `calibration`, False
@@ -72,28 +75,32 @@ def export(
             more is a `mismatch`; in int8, w8 and w4 what loses less is `verified`, whatever single elements do.
         labels: Names of the classes in the last axis of an output, in their order, to be embedded in each artifact.
         metadata: What else is to be embedded, by name.
+        preprocess: A module, or a function of tensors, that becomes the beginning of each artifact: it takes raw
+            inputs and returns what forward takes. The name of an attribute of the module will do.
+        postprocess: Likewise what becomes the end: it takes what forward returned.
 
     Returns:
         The report, which also lies in `into` as `report.json`, `report.md` and `report.html`.
 
     Raises:
         UnknownFormat: a name that is none.
-        BadRequest: the module or the inputs cannot be taken apart, forward takes other arguments, labels or metadata
-            are no texts, `into` is there and is no export, or a budget has no metric, or does not say which way it is
-            better.
+        BadRequest: the module or the inputs cannot be taken apart, forward or `preprocess` takes other arguments,
+            labels or metadata are no texts, `into` is there and is no export, or a budget has no metric, or does not
+            say which way it is better.
     """
     from polyexport.capture.flatten import as_runner
     from polyexport.capture.snapshot import load
 
     check(labels, metadata or {})
+    steps = Processing(preprocess, postprocess)
     chosen, limits = resolve(formats), directed(budgets(budget), {})
     if limits and metric is None:
         raise BadRequest(f"budget for {', '.join(limits)}, but no metric=<a function of a runner> that measures it")
     with (
-        requested(module, inputs, chosen, into, dynamic, calibration, checkpoint) as request,
+        requested(module, inputs, chosen, into, dynamic, calibration, checkpoint, steps) as request,
         Engine(workers=workers, timeout=timeout, executor=executor, staging=staging, tell=progress) as engine,
     ):
-        request = replace(request, labels=tuple(labels), metadata=dict(metadata or {}))
+        request = replace(request, labels=tuple(labels), metadata=dict(metadata or {}), processing=steps.described)
         report = engine.submit(request).result()
         report = engine.bench(report, chosen) if bench else report
         if metric is None or report.model is None:
@@ -114,12 +121,14 @@ def requested(
     dynamic: Dynamic = True,
     calibration: Iterable[Any] = (),
     checkpoint: Checkpoint = _NONE,
+    steps: Processing = NONE,
 ) -> Iterator[Request]:
     """Files for an engine, of what `export` takes and with its errors; what an engine leaves of them is removed."""
     import torch
 
     from polyexport.capture.answer import ask
-    from polyexport.capture.snapshot import as_call, check_call, save_call, save_module
+    from polyexport.capture.flatten import as_call
+    from polyexport.capture.snapshot import check_call, save_call, save_module
 
     final = Path(into).resolve()
     if not may_become_export(final):
@@ -127,11 +136,14 @@ def requested(
     final.parent.mkdir(parents=True, exist_ok=True)
     work = unfinished(final.parent)
     try:
+        found = resolved(steps, module)
         for index, call in enumerate(map(as_call, itertools.chain([inputs], calibration))):
-            check_call(module, *call)
+            check_call(entry(module, found), *call)
             save_call(*call, work / "source", index)
-        note = save_module(module, None, *as_call(inputs), work / "source")
-        ask(module, as_call(inputs), work / "source")
+        received = as_call(inputs) if found.preprocess is None else as_call(preprocessed(found, *as_call(inputs)))
+        check_call(module, *received)
+        note = save_module(module, None, *as_call(inputs), work / "source", steps=steps)
+        ask(module, received, work / "source")
         torch.save(module.state_dict(), work / "source" / WEIGHTS)
         yield Request(work, final.name, formats, dynamic, checkpoint, (note,) if note else (), best=False)
     finally:

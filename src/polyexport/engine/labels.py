@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+import numpy as np
+
 from polyexport.errors import BadRequest
 from polyexport.spec import ExportSpec, TensorSpec
 
@@ -36,7 +38,7 @@ def labeled(spec: ExportSpec, labels: Sequence[str], metadata: Mapping[str, str]
     spec = replace(spec, metadata={**metadata, **spec.metadata})
     if not labels:
         return spec, ""
-    if not any(len(labels) in _classes(tensor) for tensor in spec.outputs):
+    if not any(len(labels) in _classes(tensor) or _are_indices(tensor) for tensor in spec.outputs):
         outputs = "; ".join(map(str, spec.outputs))
         return spec, f"labels are left out: there are {len(labels)}, which fit the last axis of no output ({outputs})"
     return replace(spec, labels=tuple(labels)), ""
@@ -45,3 +47,8 @@ def labeled(spec: ExportSpec, labels: Sequence[str], metadata: Mapping[str, str]
 def _classes(tensor: TensorSpec) -> tuple[int | str, ...]:
     """The sizes that labels may have to fit."""
     return (*tensor.shape[-1:], *(tensor.shape[1:2] if len(tensor.shape) == _IMAGE_AXES else ()))
+
+
+def _are_indices(tensor: TensorSpec) -> bool:
+    """Whether an output may hold the indices of classes, as those of `argmax` and `topk` do."""
+    return np.dtype(tensor.dtype).kind in "iu"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from polyexport.capture.pickling import import_path
-from polyexport.capture.snapshot import further_calls
+from polyexport.capture.snapshot import PROCESSING, further_calls
 from polyexport.engine.dispatch import declared, declared_file
 from polyexport.engine.ownership import is_ours, seal
 from polyexport.errors import BadRequest
@@ -45,6 +46,7 @@ class Request:
         commit: The git commit of its code; None where that is this process's.
         labels: Names of an output's classes, for each artifact.
         metadata: What else is to be embedded.
+        processing: What is done before and behind forward, in words.
     """
 
     work: Path
@@ -61,6 +63,7 @@ class Request:
     commit: str | None = None
     labels: tuple[str, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
+    processing: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def final(self) -> Path:
@@ -72,8 +75,15 @@ class Request:
         """What makes another export of the same weights a different one."""
         further = len(further_calls(self.work / "source"))
         names = sorted(each.name for each in self.formats)
-        embedded = {"labels": self.labels, "metadata": self.metadata}
+        embedded = {"labels": self.labels, "metadata": self.metadata, "processing": self._processing}
         return {"formats": names, "dynamic": self.dynamic, "calibration": further, **embedded}
+
+    @property
+    def _processing(self) -> dict[str, str]:
+        """The steps in words, and what tells them from others that read alike: with other numbers, say."""
+        file = self.work / "source" / PROCESSING
+        digest = {"sha256": hashlib.sha256(file.read_bytes()).hexdigest()} if file.is_file() else {}
+        return {**self.processing, **digest}
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,13 +102,15 @@ class Asked:
     seal: str = ""
     labels: tuple[str, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
+    processing: Mapping[str, str] = field(default_factory=dict)
 
 
 def write(request: Request) -> None:
     """Write down what was asked for, for whoever resumes the export."""
     names = tuple(each.name for each in request.formats)
     taken = (request.dynamic, request.checkpoint, request.notes, request.held, request.best, request.keep)
-    asked = Asked(request.name, names, *taken, request.sys_path, seal(request.work), request.labels, request.metadata)
+    embedded = (request.labels, request.metadata, request.processing)
+    asked = Asked(request.name, names, *taken, request.sys_path, seal(request.work), *embedded)
     write_json(request.work / REQUEST, asked)
 
 
@@ -168,6 +180,7 @@ def interrupted(parent: Path, *, trust: bool = True) -> Request:
         commit="",
         labels=asked.labels,
         metadata=asked.metadata,
+        processing=asked.processing,
     )
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from polyexport.engine.dispatch import Dispatcher
-from polyexport.engine.routes import Watch, judged, narrow
+from polyexport.engine.routes import Watch, counted, judged, narrow
 from polyexport.errors import CannotRun
 from polyexport.format import Format
 from polyexport.report import manifest
@@ -118,7 +118,8 @@ def verify(report: Report, formats: Mapping[str, Format], dispatcher: Dispatcher
         taken = proofs(exported.batches, dynamic=each.spec.is_dynamic, made_up=each.format.precision == "float32")
         job = Verify(**each.of_job(dispatcher), batches=taken, noise=exported.noise)
         ended = dispatcher.run(job, each.runtime, f"{each.name}.again", each.log, gpu=each.format.uses_gpu)
-        found = _beside(before, judged(replace(before, parity=None), ended, before.artifact.path))
+        now = judged(replace(before, parity=None), ended, before.artifact.path)
+        found = _beside(before, counted(report.folder, now))
         if found.state == "verified" and (why := ended.value["elsewhere"]):
             found = replace(found, state="degraded", reason=narrow(why))
         watch(each.name, found)

@@ -225,7 +225,7 @@ class Build:
         )
         ended = self._dispatcher.run(job, runtime, f"{label}.verify", log, gpu=each.uses_gpu)
         outcome = replace(made.outcome, seconds={**made.outcome.seconds, "verify": ended.seconds})
-        outcome = self._counted(judged(outcome, ended, made.path))
+        outcome = counted(self._dispatcher.root, judged(outcome, ended, made.path))
         if outcome.state in ("verified", "mismatch") and self._reference.undecidable:
             why = f"nothing can be proven: {self._reference.undecidable}"
             outcome = replace(outcome, state="unverified", reason=why)
@@ -234,14 +234,6 @@ class Build:
         why = made.narrow or narrow(found.get("elsewhere", ""), made.frozen, self._reference)
         lost = [each for each in (why, found.get("shortfall", "")) if each]
         return replace(made, outcome=outcome, retry=retry, shortfall="; ".join(lost), narrow=why)
-
-    def _counted(self, outcome: Outcome) -> Outcome:
-        """With the size and hash of an artifact that no worker could open."""
-        if outcome.artifact is None or outcome.artifact.sha256:
-            return outcome
-        made = self._dispatcher.root / outcome.artifact.path
-        size, sha256 = fingerprint(made if made.is_dir() else made.parent, DESCRIPTION)
-        return replace(outcome, artifact=replace(outcome.artifact, bytes=size, sha256=sha256))
 
     def _settle(self, each: Format, built: Built) -> Outcome:
         """Give what was asked for its place; among the intermediates it stays too."""
@@ -278,6 +270,15 @@ def judged(outcome: Outcome, ended: JobResult, target: str) -> Outcome:
     if parity.passed:
         return replace(outcome, state="verified")
     return replace(outcome, state="mismatch", reason=parity.reason, reproduce=ended.command)
+
+
+def counted(root: Path, outcome: Outcome) -> Outcome:
+    """With the size and hash of an artifact that no worker could open; `root` is the export's folder."""
+    if outcome.artifact is None or outcome.artifact.sha256:
+        return outcome
+    made = root / outcome.artifact.path
+    size, sha256 = fingerprint(made if made.is_dir() else made.parent, DESCRIPTION)
+    return replace(outcome, artifact=replace(outcome.artifact, bytes=size, sha256=sha256))
 
 
 def narrow(elsewhere: str, frozen: Sequence[str] = (), reference: Reference | None = None) -> str:

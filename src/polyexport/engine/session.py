@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from polyexport.capture import answer as answers
 from polyexport.capture.changes import beside_weights, retake
+from polyexport.capture.processing import NONE, Processing
 from polyexport.capture.snapshot import UNAVAILABLE, WEIGHTS, Select, save_call, save_module
 from polyexport.engine import plan
 from polyexport.engine.engine import Engine, check_limits
@@ -71,6 +72,7 @@ class Options:
         budget: How much worse each metric of the user's own may be; see `Session.judge`.
         labels: Names of an output's classes, to be embedded in each artifact.
         metadata: What else is to be embedded.
+        processing: What becomes part of each artifact before and behind forward.
 
     Raises:
         BadRequest: a value is impossible.
@@ -89,6 +91,7 @@ class Options:
     budget: Mapping[str, Budget] = field(default_factory=dict)
     labels: tuple[str, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
+    processing: Processing = NONE
 
     def __post_init__(self) -> None:
         check(self.labels, self.metadata)
@@ -227,7 +230,7 @@ class Session:
         return self.taken < self._wanted
 
     def take(self, root: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """Take what forward received; with the first batch also the structure of `root`.
+        """Take what forward received, or is to be preprocessed; with the first batch also the structure of `root`.
 
         Raises:
             BadRequest: what is to be exported of `root` does not exist.
@@ -244,7 +247,16 @@ class Session:
             save_call(args, kwargs, folder)
             attributes, select = self._attributes(root), self.options.select
             with _random_state_stays():
-                note = save_module(root, select, args, kwargs, folder, attributes, sharded=self._sharded)
+                note = save_module(
+                    root,
+                    select,
+                    args,
+                    kwargs,
+                    folder,
+                    attributes,
+                    sharded=self._sharded,
+                    steps=self.options.processing,
+                )
         except BaseException:
             discard(folder)
             raise
@@ -354,6 +366,7 @@ class Session:
             former=tuple(self._folders),
             labels=options.labels,
             metadata=options.metadata,
+            processing=options.processing.described,
         )
         self._exports[self._engine.submit(request)] = name
 

@@ -11,9 +11,10 @@ from difflib import get_close_matches
 from functools import cache
 from importlib import import_module
 from types import MappingProxyType
+from typing import get_args
 
 from polyexport.errors import UnknownFormat
-from polyexport.format import Format
+from polyexport.format import Format, Target
 
 
 @cache
@@ -25,6 +26,13 @@ def known() -> Mapping[str, Format]:
         for declared in getattr(module, "FORMATS", None) or (module.FORMAT,):
             found[declared.name] = declared
     return MappingProxyType(dict(sorted(found.items())))
+
+
+def by_target(formats: Iterable[Format]) -> dict[Target, tuple[Format, ...]]:
+    """Formats by what they are shipped to: targets in `Target`'s order, formats in their own, some more than once."""
+    given = tuple(formats)
+    groups = {target: tuple(each for each in given if target in each.targets) for target in get_args(Target)}
+    return {target: group for target, group in groups.items() if group}
 
 
 def resolve(formats: Iterable[str | Format]) -> tuple[Format, ...]:

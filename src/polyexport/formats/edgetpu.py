@@ -23,9 +23,10 @@ from typing import Any
 
 import numpy as np
 
-from polyexport.errors import ToolMissing
-from polyexport.format import Format, Loaded, Observed, Route, Snippet
+from polyexport.errors import CannotRun, ToolMissing, line
+from polyexport.format import Format, Loaded, Observed, OnDevice, Route, Snippet
 from polyexport.formats import tflite
+from polyexport.measure.rows import by_row, one_row
 from polyexport.measure.weights import counted
 from polyexport.spec import Arrays, ExportSpec, TensorSpec
 from polyexport.tracing.exported_program import load_program
@@ -42,7 +43,7 @@ _LOG = "model_edgetpu.log"
 
 def convert(source: Path, target: Path, spec: ExportSpec) -> None:
     """Lower the program of `torch.export` once more, for one row and channels last, and quantize it."""
-    one = _one_row(spec)
+    one = one_row(spec)
     precise = target.with_name("float32.tflite")
     tflite.lower(load_program(source).module(), precise, one, channels_last=True)
     tflite.quantize(precise, target, one, prepare=_channels_last)
@@ -50,44 +51,28 @@ def convert(source: Path, target: Path, spec: ExportSpec) -> None:
     print(prediction(target))
 
 
-def _one_row(spec: ExportSpec) -> ExportSpec:
-    """With every dynamic leading axis of an input at one, and all other dynamic axes as in the validation batch."""
-    leading = {tensor.dynamic[0] for tensor in spec.inputs if 0 in tensor.dynamic}
-    return replace(spec, sizes={**spec.sizes, **dict.fromkeys(leading, 1)}).static()
-
-
 def _channels_last(arrays: Arrays) -> Arrays:
     return {name: array.transpose(tflite.TO_LAST) if array.ndim == 4 else array for name, array in arrays.items()}
 
 
 class Rowwise:
-    """The int8 model on the CPU, a batch fed in rows.
+    """The int8 model, a batch fed in rows; on the CPU but for what a `delegate` takes.
 
     Attributes:
         signature: The artifact's own: one row, channels last.
     """
 
-    def __init__(self, path: Path, spec: ExportSpec, *, threads: int) -> None:
-        one = _one_row(spec)
-        self._run = tflite.Interpreted(path, one, threads=threads)
-        own = self._run.signature
+    def __init__(self, path: Path, spec: ExportSpec, *, threads: int, delegate: Any = None) -> None:
+        one = one_row(spec)
+        run = tflite.Interpreted(path, one, threads=threads, delegate=delegate)
+        own = run.signature
         self.signature = replace(own, inputs=_last(own.inputs), outputs=_last(own.outputs))
-        self._rows = {tensor.name: tensor.shape[:1] for tensor in one.inputs}
+        self._by_row = by_row(run, one)
 
     def __call__(self, inputs: Arrays) -> Arrays:
         """Run it on PyTorch's arrays, of any number of rows."""
-        given = _channels_last(inputs)
-        pieces = max(len(array) // int(self._rows[name][0]) for name, array in given.items() if self._rows[name])
-        answers = [
-            self._run({name: self._piece(name, array, index, pieces) for name, array in given.items()})
-            for index in range(pieces)
-        ]
-        found = {name: np.concatenate([answer[name] for answer in answers]) for name in answers[0]}
+        found = self._by_row(_channels_last(inputs))
         return {name: array.transpose(tflite.TO_FIRST) if array.ndim == 4 else array for name, array in found.items()}
-
-    def _piece(self, name: str, array: np.ndarray, index: int, pieces: int) -> np.ndarray:
-        rows = int(self._rows[name][0]) if self._rows[name] else 0
-        return array[index * rows : (index + 1) * rows] if rows and len(array) == pieces * rows else array
 
 
 def _last(tensors: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
@@ -99,9 +84,9 @@ def _last(tensors: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
     )
 
 
-def load_int8(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
-    """Run it with LiteRT's interpreter on the CPU, row by row."""
-    run = Rowwise(path, spec, threads=threads)
+def load_int8(path: Path, spec: ExportSpec, *, threads: int, delegate: Any = None) -> Loaded:
+    """Run it with LiteRT's interpreter, row by row."""
+    run = Rowwise(path, spec, threads=threads, delegate=delegate)
     shortfall = "one row at a time: an Edge TPU has no batch axis" if spec.is_dynamic else ""
     return Loaded(run, run.signature, shortfall)
 
@@ -256,6 +241,27 @@ def load(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
     )
 
 
+def load_on_coral(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
+    """Run the compiled model on the first Edge TPU.
+
+    Raises:
+        CannotRun: there is none, or its library is not installed.
+    """
+    from ai_edge_litert.interpreter import load_delegate
+
+    try:
+        delegate = load_delegate(_LIBRARY)
+    except (OSError, ValueError) as error:  # the second where the library finds no device
+        raise CannotRun(
+            f"there is no Edge TPU here, or not {_LIBRARY}, which https://coral.ai/docs/accelerator/get-started/ has: "
+            f"{line(error, 200)}"
+        ) from error
+    found = load_int8(path, spec, threads=threads, delegate=delegate)
+    return replace(found, observed=lambda: Observed(device="edgetpu"))
+
+
+_LIBRARY = "libedgetpu.so.1"
+
 _CODE = """\
 import numpy as np
 from MODULE import MAKE
@@ -293,6 +299,7 @@ def _format(name: str, description: str, artifact: str, route: Route, load: Any,
         load=load,
         runtime="tflite",
         calibrated=True,
+        targets=("camera",),
         **more,
     )
 
@@ -304,6 +311,7 @@ FORMATS = (
         _MODEL,
         tflite.packed(Route("litert-torch", "pt2", "litert", convert)),
         load_int8,
+        on_device=OnDevice(("ai-edge-litert",)),
         snippets=_snippets("ai_edge_litert.interpreter", "Interpreter"),
     ),
     _format(
@@ -314,6 +322,7 @@ FORMATS = (
         load,
         aliases=("coral",),
         lacks=lacks,
+        on_device=OnDevice(("ai-edge-litert",), load_on_coral),
         snippets=_snippets("pycoral.utils.edgetpu", "make_interpreter"),
     ),
 )

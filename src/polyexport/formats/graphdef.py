@@ -103,5 +103,6 @@ FORMAT = Format(
     artifact="model.pb",
     routes=(Route("freeze", upstream="saved_model", toolchain="tensorflow", convert=convert),),
     load=load,
+    targets=("server CPU",),
     snippets=_SNIPPETS,
 )

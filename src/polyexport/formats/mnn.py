@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import re
-import signal
 import subprocess
 import sys
 import uuid
@@ -25,7 +24,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from polyexport.errors import ended
 from polyexport.format import Convert, Format, Route, Snippet
+from polyexport.lowering.functions import decomposed
 from polyexport.spec import Arrays, ExportSpec, Precision, Runner, calibration
 
 if TYPE_CHECKING:
@@ -143,12 +144,8 @@ def lacking_modes(model: onnx.ModelProto) -> list[str]:
 def _why(done: subprocess.CompletedProcess[str]) -> str:
     if lacking := re.findall(r"These Op Not Support: (.*\S)", done.stdout + done.stderr):
         return f"MNN has no {', '.join(lacking)}"
-    if done.returncode < 0:
-        return f"killed by {signal.Signals(-done.returncode).name}"
-    return f"it ended with exit code {done.returncode}"
+    return ended(done.returncode)
 
-
-_DOMAIN = "polyexport"
 
 _FUNCTIONS = (
     # what masked attention is made of; MNN has none
@@ -173,21 +170,8 @@ _FUNCTIONS = (
 
 
 def _decomposed(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model with the operations of `_FUNCTIONS` as what they are made of."""
-    import onnx
-    from onnx import inliner, parser
-
-    version = next(each.version for each in model.opset_import if not each.domain)
-    header = f'<domain: "{_DOMAIN}", opset_import: ["" : {version}]> '
-    functions = {each.name: each for each in (parser.parse_function(header + text) for text in _FUNCTIONS)}
-    for node in model.graph.node:
-        function = functions.get(node.op_type)
-        by_tanh = any(each.s == b"tanh" for each in node.attribute)
-        if function is not None and len(node.input) == len(function.input) and not by_tanh:
-            node.domain = _DOMAIN
-    model.functions.extend(functions.values())
-    model.opset_import.append(onnx.helper.make_opsetid(_DOMAIN, 1))
-    return inliner.inline_local_functions(model)
+    """The model with the operations of `_FUNCTIONS` as what they are made of; MNN's Gelu by tanh is right."""
+    return decomposed(model, _FUNCTIONS, lambda node: all(each.s != b"tanh" for each in node.attribute))
 
 
 def _keep_three_axes(model: onnx.ModelProto) -> None:

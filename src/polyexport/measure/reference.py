@@ -505,5 +505,5 @@ def _keep_only_weights(path: Path) -> dict[str, int]:
 
 
 def _class_name(model: torch.nn.Module) -> str:
-    inner = getattr(model, "inner", model)
-    return f"{type(inner).__module__}.{type(inner).__qualname__}"
+    core = getattr(model, "core", model)
+    return f"{type(core).__module__}.{type(core).__qualname__}"

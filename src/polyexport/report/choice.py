@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import get_args
 
 from polyexport.format import Target
-from polyexport.formats import known
+from polyexport.formats import by_target, known
 from polyexport.report.outcome import STATES, Outcome
 from polyexport.report.report import Report
 from polyexport.report.tables import error, milliseconds, size
@@ -37,11 +36,10 @@ def choices(report: Report) -> Iterator[Choice]:
 
     For a server it is the fastest, where latency was measured on a quiet machine, else the smallest.
     """
-    for target in get_args(Target):
-        asked = [each for each in report.outcomes if each.format in known() and target in known()[each.format].targets]
+    ours = (known()[each.format] for each in report.outcomes if each.format in known())
+    for target, formats in by_target(ours).items():
+        asked = [report[each.name] for each in formats]
         agreed = [each for each in asked if each.publishable]
-        if not asked:
-            continue
         if not agreed:
             states = "; ".join(f"{each.format} is {each.shown_state}" for each in asked)
             yield Choice(target, None, states)

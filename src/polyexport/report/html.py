@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from polyexport.format import Snippet
@@ -56,6 +56,7 @@ def page(report: Report) -> str:
             pictures=list(_pictures(report)),
             history=_history(report),
             snippets=[(outcome, snippets(outcome)) for outcome in report.outcomes if outcome.artifact],
+            browser_page=browser_page,
         )
     )
 
@@ -226,6 +227,14 @@ def snippets(outcome: Outcome) -> tuple[Snippet, ...]:
         "output_dtypes": [tensor.dtype for tensor in outcome.outputs],
     }
     return tuple(replace(snippet, code=_plain().from_string(snippet.code).render(about)) for snippet in each.snippets)
+
+
+def browser_page(outcome: Outcome) -> str:
+    """The page that runs the artifact in a browser, relative to the export's folder; empty where there is none."""
+    each = known().get(outcome.format)
+    if each is None or outcome.artifact is None or not each.page:
+        return ""
+    return PurePosixPath(outcome.artifact.path).with_name(each.page).as_posix()
 
 
 @cache

@@ -178,7 +178,10 @@ class Checkpoint:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """The exported module: its class, its parameter count, its signature, and what its user had embedded."""
+    """The exported module: its class, its parameter count, its signature, and what its user had embedded.
+
+    `processing` has the steps before and behind forward, in words.
+    """
 
     class_name: str = field(metadata={"json": "class"})
     parameters: int
@@ -186,6 +189,7 @@ class Model:
     outputs: tuple[TensorSpec, ...]
     labels: tuple[str, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
+    processing: Mapping[str, str] = field(default_factory=dict)
 
 
 NoteKind = Literal["capture", "batch", "route", "precision", "latency", "metrics"]

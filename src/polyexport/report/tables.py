@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -140,12 +141,15 @@ def layers(found: Sequence[Layer]) -> list[dict[str, str]]:
 def embedded(model: Model) -> str:
     """What the user had embedded in each artifact: `labels: cat, dog; license: MIT`; empty where nothing."""
     shown = ", ".join(model.labels[:_LABELS]) + (f" … ({len(model.labels)})" if len(model.labels) > _LABELS else "")
-    parts = {**({"labels": shown} if model.labels else {}), **model.metadata}
+    steps = {name: textwrap.shorten(text, _STEP, placeholder=" …") for name, text in model.processing.items()}
+    parts = {**({"labels": shown} if model.labels else {}), **model.metadata, **steps}
     return escape.printable("; ".join(f"{name}: {text}" for name, text in parts.items()))
 
 
 _LABELS = 10
 """How many labels are shown."""
+_STEP = 160
+"""How many characters of a step before or behind forward are shown."""
 
 
 def markdown(table: Sequence[Mapping[str, str]]) -> Iterator[str]:

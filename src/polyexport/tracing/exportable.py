@@ -11,6 +11,8 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from polyexport.tracing.sizes import lengths_followed
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -33,7 +35,10 @@ def _now(config: Any, name: str) -> Any:
 
 @contextlib.contextmanager
 def exportable(model: nn.Module) -> Iterator[nn.Module]:
-    """The model with each switch set to what exporters take; it is as before when the block ends."""
+    """The model as exporters take it: its switches set, sizes followed, no checks of distributions' parameters.
+
+    All is as before when the block ends.
+    """
     configs = {id(part.config): part.config for part in model.modules() if hasattr(part, "config")}
     before = [
         (config, name, getattr(config, name))
@@ -44,7 +49,21 @@ def exportable(model: nn.Module) -> Iterator[nn.Module]:
     for config, name, _ in before:
         setattr(config, name, _SETTINGS[name][1])
     try:
-        yield model
+        with lengths_followed(model), _distributions_unchecked():
+            yield model
     finally:
         for config, name, value in reversed(before):
             setattr(config, name, value)
+
+
+@contextlib.contextmanager
+def _distributions_unchecked() -> Iterator[None]:
+    """Let `torch.distributions` take their parameters without looking at them, which `torch.export` refuses."""
+    from torch.distributions import Distribution
+
+    before = Distribution._validate_args
+    Distribution.set_default_validate_args(False)
+    try:
+        yield
+    finally:
+        Distribution.set_default_validate_args(before)

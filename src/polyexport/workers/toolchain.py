@@ -364,7 +364,7 @@ def _check_room(toolchain: Toolchain, folder: Path) -> None:
 
 def _install(toolchain: Toolchain, folder: Path, workers: Workers, say: Say) -> None:
     """Install what the lock says, with its hashes, or else what the requirements say."""
-    command = (uv(), "pip", "install", "--quiet", "--no-compile-bytecode", "--python", str(_python(folder)))
+    command = (uv(), "pip", "install", "--quiet", "--python", str(_python(folder)))
     if toolchain.lock is not None:
         pins = folder / "locked.txt"
         pins.write_text(toolchain.lock.without(toolchain.provided), encoding="utf-8")
@@ -372,12 +372,17 @@ def _install(toolchain: Toolchain, folder: Path, workers: Workers, say: Say) -> 
         if why_not := _no_cover(toolchain, locked, workers):
             say(f"{toolchain.name}: its lock does not serve here, so versions are chosen now: {why_not}")
         else:
-            workers.output(*locked, environment=pip_indexes())
+            workers.output(*locked, environment=_variables())
             return
     pins, unheard = folder / "requirements.txt", folder / "overrides.txt"
     pins.write_text("\n".join([*toolchain.requirements, *locks.ALWAYS]) + "\n", encoding="utf-8")
     unheard.write_text(toolchain.overrides, encoding="utf-8")
-    workers.output(*command, "-r", str(pins), "--overrides", str(unheard), environment=pip_indexes())
+    workers.output(*command, "-r", str(pins), "--overrides", str(unheard), environment=_variables())
+
+
+def _variables() -> dict[str, str]:
+    """What uv is told by variables; bytecode is no option, which it refuses beside the variable that images set."""
+    return {**pip_indexes(), "UV_COMPILE_BYTECODE": "0"}
 
 
 _COMPILE = """
@@ -405,7 +410,7 @@ def _no_cover(toolchain: Toolchain, locked: Sequence[str], workers: Workers) -> 
     if toolchain.lock is not None and toolchain.layered and (misfit := locks.misfit(toolchain.lock, "torch")):
         return misfit
     try:
-        workers.output(*locked, "--dry-run", environment=pip_indexes())
+        workers.output(*locked, "--dry-run", environment=_variables())
     except ToolMissing as error:
         if workers.closed:
             raise

