@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -117,5 +118,36 @@ def test_executorch_computes_in_integers_with_the_scales_that_were_trained(tmp_p
     far = [100 * IMAGES]  # ranges of these would leave next to nothing of the validation batch
     report = polyexport.export(module, IMAGES, ["executorch-int8"], tmp_path / "x", calibration=far, bench=False)
     assert (report["executorch-int8"].state, report["executorch-int8"].reason) == ("verified", "")
-    log = (report.folder / "logs" / "executorch-int8.log").read_text()
-    assert "in int8 with the scales that the module was trained with" in log
+    assert (report["executorch-int8"].route, report["executorch-int8"].calibration) == ("trained scales", None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("prepare", [eager, by_fx])
+def test_onnx_and_openvino_compute_in_integers_with_the_scales_that_were_trained(tmp_path: Path, prepare):
+    module, expected = trained(prepare, "qnnpack")
+    formats = ["onnx-int8", "openvino-int8"]
+    far = [100 * IMAGES]  # ranges of these would leave next to nothing of the validation batch
+    report = polyexport.export(module, IMAGES, formats, tmp_path / "x", calibration=far, bench=False)
+    for name in formats:
+        outcome = report[name]
+        assert (outcome.state, outcome.route, outcome.calibration) == ("verified", "trained scales", None), (
+            outcome.reason
+        )
+        assert outcome.remark.startswith("with the scales that it was trained with")
+        assert outcome.parity is not None
+        assert (outcome.parity.max_abs_error or 0.0) <= 0.02 * float(expected.abs().max())
+    import onnx
+
+    graph = onnx.load(report.folder / "onnx-int8" / "model.onnx").graph
+    weights = [tensor for tensor in graph.initializer if len(tensor.dims) > 1]
+    assert {tensor.data_type for tensor in weights} <= {onnx.TensorProto.INT8, onnx.TensorProto.UINT8}
+    assert len(weights) == 4
+    kinds = Counter(node.op_type for node in graph.node)
+    assert kinds["DequantizeLinear"] == kinds["QuantizeLinear"] + len(weights) + 4  # and the biases
+
+
+@pytest.mark.slow
+def test_a_module_without_fake_quantization_is_calibrated(tmp_path: Path):
+    report = polyexport.export(layers().eval(), IMAGES, ["onnx-int8"], tmp_path / "x", bench=False)
+    assert (report["onnx-int8"].state, report["onnx-int8"].route) == ("verified", "onnxruntime")
+    assert report["onnx-int8"].calibration is not None

@@ -104,6 +104,8 @@ class Route:
         toolchain: What `convert` runs in: the name of a requirement file in `toolchains/`, or a `Toolchain`.
         convert: Writes the artifact.
         static: Whether it takes fixed shapes only; it is then not tried with dynamic axes.
+        trained: Whether its scales are those that the model was trained with, in place of calibration; it is then tried
+            with such models only.
     """
 
     name: str
@@ -111,6 +113,7 @@ class Route:
     toolchain: str | Toolchain
     convert: Convert
     static: bool = False
+    trained: bool = False
 
 
 @dataclass(frozen=True, slots=True)

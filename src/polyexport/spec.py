@@ -63,7 +63,8 @@ class ExportSpec:
     `sizes` gives the size that each named axis has in the validation batch.
     `metadata` is embedded where the format has a place for it, and so are `labels`, the names of an output's classes in
     their order; these also lie beside the artifact. `calibration` names `.npz` files with real inputs, for a
-    format that takes its number ranges from them (see the function of that name).
+    format that takes its number ranges from them (see the function of that name). `has_trained_scales` tells whether
+    the model was trained with fake quantization.
     """
 
     inputs: tuple[TensorSpec, ...]
@@ -72,6 +73,7 @@ class ExportSpec:
     metadata: Mapping[str, str] = field(default_factory=dict)
     calibration: tuple[Path, ...] = ()
     labels: tuple[str, ...] = ()
+    has_trained_scales: bool = False
 
     @property
     def embedded(self) -> dict[str, str]:

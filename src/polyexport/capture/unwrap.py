@@ -313,6 +313,11 @@ def _with_batch_norm(conv: Any, x: torch.Tensor) -> torch.Tensor:
     return conv._conv_forward(x, weight, norm.bias - mean * factor)  # type: ignore[no-any-return]
 
 
+def has_fake_quantization(module: torch.nn.Module) -> bool:
+    """Whether a module that was settled (see `settle`) was trained with fake quantization."""
+    return any(getattr(each, "is_fake_quantization", False) for each in module.modules())
+
+
 def _rounding(fake: Any) -> torch.nn.Module:
     """A fake quantizer of torch.ao in arithmetic that every converter knows, with the scales it has now.
 
@@ -323,6 +328,7 @@ def _rounding(fake: Any) -> torch.nn.Module:
     class Rounding(torch.nn.Module):
         scale: torch.Tensor
         zero: torch.Tensor
+        is_fake_quantization = True
 
         def __init__(self) -> None:
             super().__init__()

@@ -137,7 +137,7 @@ class Build:
         """Try the routes in order until one verifies and lacks nothing; else the best, with what became of each."""
         tried: list[Built] = []
         for route in each.routes:
-            if route.static and dynamic:
+            if (route.static and dynamic) or (route.trained and not self._reference.spec.has_trained_scales):
                 continue
             built = self._by_route(each, route, dynamic=dynamic)
             tried.append(built)

@@ -17,7 +17,7 @@ import numpy as np
 from polyexport.format import Convert, Format, OnDevice, Route, Snippet
 from polyexport.spec import Arrays, ExportSpec, Precision, Runner, calibration
 from polyexport.tracing.exported_program import load_program
-from polyexport.tracing.fake_quantization import with_integers
+from polyexport.tracing.fake_quantization import with_trained_scales
 
 if TYPE_CHECKING:
     import torch
@@ -36,18 +36,17 @@ def convert_portable(source: Path, target: Path, spec: ExportSpec) -> None:
 
 
 def quantize(source: Path, target: Path, spec: ExportSpec) -> None:
-    """Lower the program with weights and activations in int8.
-
-    The scales are those of fake quantization that it was trained with; without any they come from `spec.calibration`.
-    """
+    """Lower the program with weights and activations in int8."""
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 
-    module = load_program(source).module()
-    if with_integers(module):
-        print("in int8 with the scales that the module was trained with")
-    else:
-        module = _calibrated(module, spec, dynamic=False)
-    _lower(module, target, spec, [XnnpackPartitioner()])
+    _lower(_calibrated(load_program(source).module(), spec, dynamic=False), target, spec, [XnnpackPartitioner()])
+
+
+def keep_trained_scales(source: Path, target: Path, spec: ExportSpec) -> None:
+    """The same with the scales of the fake quantization that it was trained with."""
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+
+    _lower(with_trained_scales(source, spec).module(), target, spec, [XnnpackPartitioner()])
 
 
 def quantize_weights(source: Path, target: Path, spec: ExportSpec) -> None:
@@ -183,7 +182,7 @@ def _format(name: str, precision: Precision, description: str, *ways: tuple[str,
         url="https://docs.pytorch.org/executorch/stable/",
         artifact="model.pte",
         precision=precision,
-        routes=tuple(Route(way, "pt2", "executorch", convert) for way, convert in ways),
+        routes=tuple(Route(way, "pt2", "executorch", convert, trained=way == _TRAINED) for way, convert in ways),
         load=load,
         targets=("phone", "microcontroller"),
         snippets=_SNIPPETS,
@@ -191,6 +190,8 @@ def _format(name: str, precision: Precision, description: str, *ways: tuple[str,
         **more,
     )
 
+
+_TRAINED = "trained scales"
 
 FORMATS = (
     _format(
@@ -210,6 +211,7 @@ FORMATS = (
         "executorch-int8",
         "int8",
         "ExecuTorch program in int8, calibrated with validation batches, for phones' CPUs",
+        (_TRAINED, keep_trained_scales),
         ("xnnpack", quantize),
         calibrated=True,
     ),

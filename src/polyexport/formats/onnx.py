@@ -28,9 +28,14 @@ _PROTOBUF_LIMIT = 2_000_000_000  # one ONNX file is one protobuf message, and th
 
 def convert_program(source: Path, target: Path, spec: ExportSpec) -> None:
     """Translate the traced program with `torch.onnx`'s exporter of the dynamo era."""
+    translate(load_program(source), target, spec)
+
+
+def translate(program: torch.export.ExportedProgram, target: Path, spec: ExportSpec) -> None:
+    """The same of a program in memory."""
     import torch
 
-    program = _within_images(load_program(source))
+    program = _within_images(program)
     size = sum(tensor.numel() * tensor.element_size() for tensor in program.state_dict.values())
     try:
         torch.onnx.export(

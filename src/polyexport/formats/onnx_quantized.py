@@ -10,6 +10,7 @@ Requirements:
 * Weights have seven bits where this machine's processor adds products of int8 in 16 bits, which eight would overflow.
 * w8 multiplies matrices in int8 with ranges taken while it runs; weights of convolutions are stored in int8, and the
   convolution is float.
+* What was trained with fake quantization has its scales, and takes none from batches.
 * The file tells what in it stays float, in its metadata. That is no fault as long as most weights are in int8.
 """
 
@@ -28,10 +29,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from polyexport.format import Route
-from polyexport.formats.onnx import onnx_format, opened, save
+from polyexport.formats.onnx import onnx_format, opened, save, translate
 from polyexport.measure.drafts import NEAR, Draft, best, distance, mended
 from polyexport.measure.weights import counted, in_float, is_weight
 from polyexport.spec import Arrays, ExportSpec, calibration
+from polyexport.tracing.fake_quantization import with_trained_scales
 
 if TYPE_CHECKING:
     import onnx
@@ -68,6 +70,58 @@ def quantize(source: Path, target: Path, spec: ExportSpec, *, methods: Iterable[
     left = in_float(*float_weights(chosen.model), "", float_operators(chosen.model))
     remarks = (f"ranges by {chosen.how.lower()}", seven_bits(), mending, left.remark)
     save(chosen.model, target, spec.embedded, *remarks, shortfall=left.shortfall)
+
+
+def keep_trained_scales(source: Path, target: Path, spec: ExportSpec) -> None:
+    """Translate the traced program with the scales of the fake quantization that it was trained with, as Q/DQ."""
+    import onnx
+
+    translate(with_trained_scales(source, spec), target, spec)
+    model = onnx.load(target)
+    _round_biases(model)
+    if overflows():
+        _count_from_zero(model)
+    left = in_float(*float_weights(model), "", float_operators(model))
+    save(model, target, spec.embedded, TRAINED, left.remark, shortfall=left.shortfall)
+
+
+def _round_biases(model: onnx.ModelProto) -> None:
+    """Store the bias of each product of integers in int32, in steps of its sums: else runtimes compute it in float."""
+    from onnx import helper, numpy_helper
+
+    constants = {each.name: each for each in model.graph.initializer}
+    scales = {node.output[0]: node.input[1] for node in model.graph.node if node.op_type == "DequantizeLinear"}
+    for node in [each for each in model.graph.node if each.op_type in _MATRICES and len(each.input) == 3]:
+        names = (node.input[2], *(scales.get(name, "") for name in node.input[:2]))
+        if not constants.keys() >= set(names):
+            continue
+        bias, x, weight = (numpy_helper.to_array(constants[name]) for name in names)
+        scale = np.asarray(x * weight, np.float32)
+        limits = np.iinfo(np.int32)
+        steps = np.clip(np.round(bias / scale), limits.min, limits.max).astype(np.int32)
+        parts = [f"{node.output[0]}_bias_{part}" for part in ("int32", "scale")]
+        model.graph.initializer.extend(map(numpy_helper.from_array, (steps, scale), parts))
+        node.input[2] = f"{node.output[0]}_bias"
+        model.graph.node.insert(0, helper.make_node("DequantizeLinear", parts, [node.input[2]], axis=0))
+    read = {name for node in model.graph.node for name in node.input}
+    for tensor in [each for each in model.graph.initializer if each.name not in read]:
+        model.graph.initializer.remove(tensor)
+
+
+def _count_from_zero(model: onnx.ModelProto) -> None:
+    """Put uint8 in the place of int8, all steps 128 higher: products of two uint8 are not added in 16 bits."""
+    from onnx import TensorProto, numpy_helper
+
+    for tensor in model.graph.initializer:
+        if tensor.data_type == TensorProto.INT8:
+            steps = numpy_helper.to_array(tensor).astype(np.int16) + 128
+            tensor.CopyFrom(numpy_helper.from_array(steps.astype(np.uint8), tensor.name))
+    for value in model.graph.value_info:
+        if value.type.tensor_type.elem_type == TensorProto.INT8:
+            value.type.tensor_type.elem_type = TensorProto.UINT8
+
+
+TRAINED = "with the scales that it was trained with"
 
 
 def _layers(prepared: onnx.ModelProto) -> dict[str, str]:
@@ -295,6 +349,7 @@ FORMATS = (
         "onnx-int8",
         "ONNX graph in int8 (Q/DQ), calibrated with validation batches",
         _URL,
+        Route("trained scales", "pt2", "onnx", keep_trained_scales, trained=True),
         Route("onnxruntime", "onnx", "onnx", quantize),
         Route("onnxruntime-minmax", "onnx", "onnx", quantize_min_max),
         precision="int8",

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from polyexport.format import Loaded, Route
-from polyexport.formats.onnx_quantized import overflows, seven_bits
+from polyexport.formats.onnx_quantized import TRAINED, overflows, seven_bits
 from polyexport.formats.openvino import compiled, load, openvino_format, save, without_telemetry
 from polyexport.measure.drafts import Draft, best, distance, mended
 from polyexport.measure.weights import counted, in_float, is_weight
@@ -52,6 +52,12 @@ def quantize(source: Path, target: Path, spec: ExportSpec) -> None:
         print(f"{each.how} scheme: relative error {each.error:.3g}")
     chosen, mending = mended(drafts, layers, partial(make, best(drafts).how))
     save(chosen.model, target, spec, f"{chosen.how} scheme", seven_bits(), mending, float_operators(chosen.model))
+
+
+def convert_trained(source: Path, target: Path, spec: ExportSpec) -> None:
+    """Read the ONNX graph, with the scales that it was trained with."""
+    model = without_telemetry().convert_model(str(source))
+    save(model, target, spec, TRAINED, float_operators(model))
 
 
 _MATRICES = ("MatMul", "Convolution", "GroupConvolution", "ConvolutionBackpropData", "GroupConvolutionBackpropData")
@@ -176,6 +182,7 @@ FORMATS = (
         "openvino-int8",
         "OpenVINO IR in int8, calibrated with validation batches, for Intel CPUs and NPUs",
         URL,
+        Route("trained scales", "onnx-int8", "openvino", convert_trained, trained=True),
         Route("nncf", "openvino", "nncf", quantize),
         precision="int8",
         load=load_quantized,

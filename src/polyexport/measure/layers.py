@@ -106,9 +106,9 @@ def first(layers: Sequence[Layer]) -> Layer | None:
 
 
 def worst(layers: Sequence[Layer]) -> Layer | None:
-    """Of the layers beyond the tolerance the one with the greatest error."""
+    """Of the layers beyond the tolerance the one with the greatest error, of those that are told alike the first."""
     beyond = [layer for layer in layers if layer.reason]
-    return max(beyond, key=lambda layer: np.nan_to_num(layer.error, nan=np.inf), default=None)
+    return max(beyond, key=lambda layer: float(f"{np.nan_to_num(layer.error, nan=np.inf):.2g}"), default=None)
 
 
 def told(layers: Sequence[Layer]) -> str:

@@ -20,6 +20,7 @@ from polyexport.capture import sharded, surroundings
 from polyexport.capture import snapshot as modules
 from polyexport.capture.answer import NotCompared, disagreement
 from polyexport.capture.flatten import as_runner, to_arrays
+from polyexport.capture.unwrap import has_fake_quantization
 from polyexport.measure import dynamic_axes
 from polyexport.measure.constants import frozen
 from polyexport.measure.dynamic_axes import Axes, Dynamic, resized
@@ -117,7 +118,7 @@ def make(root: Path, source: Path, dynamic: Dynamic, commit: str = "", *, sha256
     noise, how = _noise(model, inputs, outputs)
     write_arrays(root / NOISE, noise)
     return Reference(
-        spec=_with_metadata(spec, sha256, commit, about),
+        spec=replace(_with_metadata(spec, sha256, commit, about), has_trained_scales=has_fake_quantization(model)),
         class_name=_class_name(model),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         checkpoint_sha256=sha256,

@@ -8,7 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from operator import attrgetter
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from polyexport.spec import ExportSpec, example
+from polyexport.tracing.exported_program import export_program, load_program
 
 if TYPE_CHECKING:
     import torch
@@ -34,6 +38,23 @@ class Rounding:
     zero: torch.Tensor
     low: int
     high: int
+
+
+def with_trained_scales(source: Path, spec: ExportSpec) -> torch.export.ExportedProgram:
+    """The program of a `.pt2`, with `quantize` and `dequantize` in the place of its fake quantization.
+
+    Raises:
+        RuntimeError: it has none that is known here.
+    """
+    import torch
+
+    module = load_program(source).module()
+    if not with_integers(module):
+        raise RuntimeError(
+            "the fake quantization that it was trained with is not as torch.ao's, and has no scales here"
+        )
+    inputs = tuple(map(torch.from_numpy, example(spec).values()))
+    return export_program(module, inputs, [tensor.dynamic for tensor in spec.inputs])
 
 
 def with_integers(module: GraphModule) -> bool:

@@ -1,0 +1,117 @@
+"""Low precisions that are made wrong on purpose, by the real converters: what has to be judged a mismatch.
+
+A channel that is swapped with another, a zero point that is off, a layer whose range is far too narrow.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from polyexport import ExportSpec, Format, Route
+from polyexport.formats import known
+from polyexport.spec import calibration, write_arrays
+
+Convert = Callable[[Path, Path, ExportSpec], None]
+
+
+def wrong(name: str, error: str, convert: Convert, upstream: str, toolchain: str) -> Format:
+    """The format `name` under another name, made by `convert`."""
+    route = Route(error, upstream, toolchain, convert)
+    return replace(known()[name], name=f"{name}-{error}", aliases=(), routes=(route,))
+
+
+def narrow(spec: ExportSpec, folder: str) -> ExportSpec:
+    """The same with batches of an eighth of the numbers to calibrate with."""
+    paths = []
+    for index, arrays in enumerate(calibration(spec)):
+        paths.append(Path(folder, f"{index}.npz"))
+        write_arrays(paths[-1], {name: array / np.asarray(8, array.dtype) for name, array in arrays.items()})
+    return replace(spec, calibration=tuple(paths))
+
+
+# --- MNN --------------------------------------------------------------------------------------------------------------
+
+
+def mnn_swapped(source: Path, target: Path, spec: ExportSpec) -> None:
+    """The last layer's weights in eight bits, with two channels swapped."""
+    import onnx
+    from onnx import numpy_helper
+
+    from polyexport.formats import known
+
+    model = onnx.load(source)
+    tensor = [each for each in model.graph.initializer if len(each.dims) == 2][-1]
+    rows = numpy_helper.to_array(tensor)
+    axis = int(np.argmin(rows.shape))  # that of the outputs
+    changed = np.take(rows, [1, 0, *range(2, rows.shape[axis])], axis)
+    tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(changed), tensor.name))
+    with tempfile.TemporaryDirectory() as folder:
+        onnx.save(model, Path(folder, "model.onnx"))
+        known()["mnn"].routes[0].convert(Path(folder, "model.onnx"), Path(folder, "model.mnn"), spec)
+        known()["mnn-w8"].routes[0].convert(Path(folder, "model.mnn"), target, spec)
+
+
+def mnn_saturated(source: Path, target: Path, spec: ExportSpec) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        known()["mnn-int8"].routes[0].convert(source, target, narrow(spec, folder))
+
+
+# --- TensorFlow.js ----------------------------------------------------------------------------------------------------
+
+
+def tfjs_changed(change: Callable[[dict[str, Any]], None]) -> Convert:
+    """With the quantization of each weight changed; it has `min` and `scale`."""
+
+    def convert(source: Path, target: Path, spec: ExportSpec) -> None:
+        known()["tfjs-w8"].routes[0].convert(source, target, spec)
+        model = json.loads(target.read_text())
+        for each in (weight for group in model["weightsManifest"] for weight in group["weights"]):
+            if "quantization" in each:
+                change(each["quantization"])
+        target.write_text(json.dumps(model))
+
+    return convert
+
+
+def off_by_a_quarter(quantization: dict[str, Any]) -> None:
+    quantization["min"] += 64 * quantization["scale"]
+
+
+def of_half_the_scale(quantization: dict[str, Any]) -> None:
+    quantization["scale"] /= 2
+
+
+def tfjs_swapped(source: Path, target: Path, spec: ExportSpec) -> None:
+    """The weights of the last matrix, whose channels lie in its last axis, with two of them swapped."""
+    known()["tfjs-w8"].routes[0].convert(source, target, spec)
+    (group,) = json.loads(target.read_text())["weightsManifest"]
+    (path,) = group["paths"]
+    data, start, found = bytearray((target.parent / path).read_bytes()), 0, None
+    for each in group["weights"]:
+        quantized = each.get("quantization", {}).get("dtype") == "uint8"
+        count = int(np.prod(each["shape"], dtype=int)) * (1 if quantized else 4)
+        if quantized and len(each["shape"]) == 2:
+            found = (start, start + count, each["shape"])
+        start += count
+    assert found is not None
+    begin, end, shape = found
+    steps = np.frombuffer(bytes(data[begin:end]), np.uint8).reshape(shape)
+    axis = int(np.argmin(shape))
+    data[begin:end] = np.take(steps, [1, 0, *range(2, shape[axis])], axis).tobytes()
+    (target.parent / path).write_bytes(data)
+
+
+WRONG = (
+    wrong("mnn-w8", "swapped", mnn_swapped, "onnx", "mnn"),
+    wrong("mnn-int8", "saturated", mnn_saturated, "mnn", "mnn"),
+    wrong("tfjs-w8", "swapped", tfjs_swapped, "tfjs", "tensorflow"),
+    wrong("tfjs-w8", "zero-point", tfjs_changed(off_by_a_quarter), "tfjs", "tensorflow"),
+    wrong("tfjs-w8", "saturated", tfjs_changed(of_half_the_scale), "tfjs", "tensorflow"),
+)

@@ -1,0 +1,32 @@
+"""Each low precision is refuted where it is wrong: MNN and TensorFlow.js."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import polyexport
+from every_format import Small
+from planted_errors import WRONG
+from polyexport import Report
+
+RIGHT = ["mnn-w8", "mnn-int8", "tfjs-w8"]
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Report:
+    torch.manual_seed(0)
+    x, into = torch.rand(4, 3, 8, 8), tmp_path_factory.mktemp("wrong") / "out"
+    return polyexport.export(Small(), x, [*RIGHT, *WRONG], into, dynamic=False, bench=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RIGHT)
+def test_what_is_made_as_it_should_be_agrees(report, name):
+    assert (report[name].state, report[name].reason) == ("verified", "")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [each.name for each in WRONG])
+def test_a_planted_error_is_a_mismatch(report, name):
+    assert report[name].state == "mismatch", report[name].reason
