@@ -119,6 +119,19 @@ def test_without_lightning(tmp_path):
     assert [each.state for each in report.outcomes] == ["verified", "verified"]
 
 
+def test_qat(tmp_path):
+    printed = run("qat.py", tmp_path)
+    accuracies = [float(each) for each in re.findall(r"PyTorch (\S+)$", printed, re.MULTILINE)]
+    assert min(accuracies) > 0.8
+    rows = re.findall(r"^  (\S+) \((.+)\): (\S+), (\w+)$", printed, re.MULTILINE)
+    assert {state for *_, state in rows} == {"verified"}
+    assert {name for name, route, *_ in rows if route == "trained scales"} == {
+        "onnx-int8",
+        "openvino-int8",
+        "executorch-int8",
+    }
+
+
 def test_transformer(tmp_path):
     printed = run("transformer.py", tmp_path)
     report = report_in(tmp_path)

@@ -14,6 +14,7 @@ from torch.ao import quantization
 from torch.ao.quantization.quantize_fx import prepare_qat_fx
 
 import polyexport
+from polyexport.capture import answer, snapshot
 from polyexport.capture.unwrap import settle
 from polyexport.tracing.exported_program import export_program
 from polyexport.tracing.fake_quantization import with_integers
@@ -151,3 +152,17 @@ def test_a_module_without_fake_quantization_is_calibrated(tmp_path: Path):
     report = polyexport.export(layers().eval(), IMAGES, ["onnx-int8"], tmp_path / "x", bench=False)
     assert (report["onnx-int8"].state, report["onnx-int8"].route) == ("verified", "onnxruntime")
     assert report["onnx-int8"].calibration is not None
+
+
+def test_an_answer_in_which_observers_moved_the_scales_is_not_compared(tmp_path):
+    module, call = eager("qnnpack"), ((IMAGES,), {})
+    module(2 * IMAGES + 0.5)
+    module.eval()
+    snapshot.save_call(*call, tmp_path)
+    snapshot.save_module(module, None, *call, tmp_path)
+    torch.save(module.state_dict(), tmp_path / snapshot.WEIGHTS)
+    answer.ask(module, call, tmp_path)
+    with pytest.raises(answer.NotCompared, match="observers of fake quantization moved its scales"):
+        answer.disagreement(tmp_path, snapshot.load(tmp_path))
+    answer.ask(module.apply(quantization.disable_observer), call, tmp_path)
+    assert answer.disagreement(tmp_path, snapshot.load(tmp_path)) == ""

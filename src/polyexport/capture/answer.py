@@ -41,12 +41,14 @@ class Answer:
         outputs: The tensors that it returned, in order.
         weights: One number of each of some parameters, by name, which tells whether a checkpoint has the same ones.
         exact: Whether it was computed in float32 on a CPU, so that the same computation differs by rounding alone.
+        observed: Whether observers of fake quantization moved its scales in that call, as they do in eval mode too.
     """
 
     call: Call
     outputs: tuple[torch.Tensor, ...]
     weights: Mapping[str, float]
     exact: bool
+    observed: bool = False
 
 
 def answer(root: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], returned: Any) -> Answer:
@@ -70,7 +72,12 @@ def answer(root: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], retu
         outputs=tuple(map(copied, outputs)),
         weights=_probe(root.named_parameters()),
         exact=kinds <= {("cpu", torch.float32), ("cpu", torch.float64)} and not torch.is_autocast_enabled("cpu"),
+        observed=any(map(_observes, root.modules())),
     )
+
+
+def _observes(module: Any) -> bool:
+    return hasattr(module, "fake_quant_enabled") and bool(module.observer_enabled.any())
 
 
 def _probe(parameters: Iterable[tuple[str, torch.Tensor]]) -> dict[str, float]:
@@ -152,6 +159,11 @@ def disagreement(folder: Path, model: Any) -> str:
         raise NotCompared(
             "the checkpoint has other weights than the module had when it answered: an average of them, say, or those "
             "of another step"
+        )
+    if recorded.observed:
+        raise NotCompared(
+            "the observers of fake quantization moved its scales in that call; after "
+            "module.apply(torch.ao.quantization.disable_observer) it is"
         )
     try:
         found = _asked_again(model, recorded.call)
