@@ -221,7 +221,7 @@ GIVEN = ("--inputs", "batch.npz", "-f", "onnx")
     ("words", "message"),
     [
         (("doctor", "onxx"), "no format 'onxx'; did you mean 'onnx'? known formats: "),
-        (("toolchain", "install", "tensorflaw"), "no toolchain or format 'tensorflaw'; known toolchains: coreml, "),
+        (("toolchain", "install", "tensorflaw"), "no toolchain or format 'tensorflaw'; known toolchains: c, coreml, "),
         (("report", "nowhere"), "nowhere is no export, and has no best one in it"),
         (("run", "out/onxx", "--inputs", "batch.npz"), "no artifact 'onxx' that runs in "),
         (("run", "out/onnx", "--inputs", "shop.py"), "shop.py is no .npz of named arrays"),
