@@ -20,7 +20,7 @@ from lightning_export.trainer import example, shards, validates
 from lightning_export.watch import Call
 from polyexport import BadRequest
 from polyexport.capture.flatten import as_call, taken_apart
-from polyexport.capture.processing import entry, preprocessed, resolved, unlike
+from polyexport.capture.processing import Processing, entry, preprocessed, resolved, unlike
 from polyexport.capture.snapshot import selected
 from polyexport.engine.session import Session
 
@@ -136,10 +136,11 @@ class Inputs:
     ) -> None:
         try:
             call = self._arguments(pl_module, batch, seen, called)
-            first = entry(selected(pl_module, self._select), resolved(self._session.options.processing, pl_module))
+            steps = resolved(self._session.options.processing, pl_module)
+            first = entry(selected(pl_module, self._select), steps)
             taken_apart(getattr(first, "forward", first), *call)
-            if self._given is not None:
-                self._try_step(pl_module, call, seen)
+            if self._given is not None and steps.preprocess is not None:
+                self._try_step(steps, call, seen)
         except BadRequest as error:
             if early:  # the sanity check: nothing is lost yet
                 raise
@@ -178,11 +179,8 @@ class Inputs:
             "inputs=<a function of the batch>"
         )
 
-    def _try_step(self, pl_module: LightningModule, call: Call, seen: Call | None) -> None:
+    def _try_step(self, steps: Processing, call: Call, seen: Call | None) -> None:
         """See whether the step before forward takes these inputs, and makes of them what forward received."""
-        steps = resolved(self._session.options.processing, pl_module)
-        if steps.preprocess is None:
-            return
         with isolate_rng():
             made = as_call(preprocessed(steps, *call))
         if seen is not None and (how := unlike(made, seen)):

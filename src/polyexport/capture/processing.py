@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from polyexport.capture.attribute import attribute
 from polyexport.capture.flatten import as_call
 from polyexport.capture.pytree import closed, opened
 from polyexport.errors import BadRequest, line
@@ -77,11 +78,7 @@ def resolved(processing: Processing, root: Any) -> Processing:
 def _attribute(name: str, step: Callable[..., Any] | str, root: Any) -> Any:
     if not isinstance(step, str):
         return step
-    value = root
-    for part in step.split("."):
-        if not hasattr(value, part):
-            raise BadRequest(f"{name}={step!r}: {type(value).__name__} has no {part!r}")
-        value = getattr(value, part)
+    value = attribute(root, step, name)
     if not callable(value):
         raise BadRequest(f"{name}={step!r} leads to a {type(value).__name__}, which cannot be called")
     return value

@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 
 from polyexport.capture import devices, processing, surroundings, unwrap
+from polyexport.capture.attribute import attribute
 from polyexport.capture.flatten import flat
 from polyexport.capture.pickling import by_value, importable
 from polyexport.capture.processing import NONE, Processing, joined
@@ -320,12 +321,7 @@ def selected(root: Any, select: Select) -> Any:
     if select is None:
         found = root
     elif isinstance(select, str):
-        found = root
-        for part in select.split("."):
-            if not hasattr(found, part):
-                children = ", ".join(name for name, _ in found.named_children())
-                raise BadRequest(f"module={select!r}: {type(found).__name__} has no {part!r}; it has {children}")
-            found = getattr(found, part)
+        found = attribute(root, select, "module")
     else:
         found = select(root)
     if not isinstance(found, torch.nn.Module):

@@ -37,7 +37,7 @@ class BillOfMaterials:
 
 def bom(report: Report) -> dict[str, Any]:
     """The bill of materials: the model, each artifact that agrees with PyTorch with its files, and the packages."""
-    agreed = [outcome for outcome in report.outcomes if outcome.publishable]
+    agreed = report.publishable
     packages = {ref: package for outcome in agreed for ref, package in _packages(outcome)}
     components = [*(_artifact(report, outcome) for outcome in agreed), *packages.values(), *_evidence(report.folder)]
     uses = [{"ref": _MODEL, "dependsOn": [outcome.format for outcome in agreed]}]

@@ -78,7 +78,7 @@ class HuggingFace:
             BadRequest: none of them agrees with PyTorch.
             ConnectionError: they did not get there in time, or the Hub refused them.
         """
-        if not any(outcome.publishable for outcome in report.outcomes):
+        if not report.publishable:
             raise BadRequest("no artifact agrees with PyTorch")
         left = [f"not finished after {self.timeout:g} s"]
         # some calls of the client have no bound of their own; a thread that is never joined ends with the process
@@ -120,7 +120,6 @@ class HuggingFace:
 
 def published(report: Report) -> Iterator[Path]:
     """The files of the artifacts that agree with PyTorch, and what signs and lists them."""
-    for outcome in report.outcomes:
-        if outcome.publishable:
-            yield from sorted(path for path in (report.folder / outcome.format).rglob("*") if path.is_file())
+    for outcome in report.publishable:
+        yield from sorted(path for path in (report.folder / outcome.format).rglob("*") if path.is_file())
     yield from (path for path in (report.folder / BOM, report.folder / SIGNATURE) if path.is_file())

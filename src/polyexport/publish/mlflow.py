@@ -39,8 +39,7 @@ def mlflow(client: Any, run_id: str) -> Sink:
         for name in ("report.json", "report.md", "report.html", MANIFEST):
             if (report.folder / name).exists():
                 client.log_artifact(run_id, str(report.folder / name), "export")
-        for outcome in report.outcomes:
-            if outcome.publishable:
-                client.log_artifacts(run_id, str(report.folder / outcome.format), f"export/{outcome.format}")
+        for outcome in report.publishable:
+            client.log_artifacts(run_id, str(report.folder / outcome.format), f"export/{outcome.format}")
 
     return publish

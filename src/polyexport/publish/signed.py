@@ -52,7 +52,7 @@ class Signed:
         """
         from model_signing import signing
 
-        names = [outcome.format for outcome in report.outcomes if outcome.publishable]
+        names = [outcome.format for outcome in report.publishable]
         if not names:
             raise BadRequest("no artifact agrees with PyTorch")
         BillOfMaterials()(report)
@@ -97,8 +97,7 @@ def check(report: Report, key: Path) -> tuple[str, ...]:
     for each in listed.values():
         if each["type"] == "file" and sha256(report.folder / each["name"]) != each["hashes"][0]["content"]:
             raise NotSigned(f"{report.folder / each['name']} is not what was signed: its SHA-256 has changed")
-    agreed = [outcome.format for outcome in report.outcomes if outcome.publishable]
-    if unsigned := [name for name in agreed if name not in signed]:
+    if unsigned := [outcome.format for outcome in report.publishable if outcome.format not in signed]:
         raise NotSigned(f"{report.folder} has artifacts that are not signed: {', '.join(unsigned)}")
     return tuple(signed)
 

@@ -52,11 +52,7 @@ class TritonRepository:
         Raises:
             BadRequest: none of them agrees and is served by Triton.
         """
-        served = [
-            (outcome, triton)
-            for outcome in report.outcomes
-            if outcome.publishable and (triton := _served(outcome)) is not None
-        ]
+        served = [(outcome, triton) for outcome in report.publishable if (triton := _served(outcome)) is not None]
         if not served:
             having = ", ".join(each.name for each in known().values() if each.triton)
             raise BadRequest(f"no artifact that agrees with PyTorch is served by Triton; it serves {having}")

@@ -269,8 +269,7 @@ def _uploads(exports: Sequence[Report]) -> Uploads:
     return {
         f"{report.folder.name}/{outcome.format}": (report, outcome)
         for report in exports
-        for outcome in report.outcomes
-        if outcome.publishable
+        for outcome in report.publishable
     }
 
 

@@ -6,7 +6,7 @@ https://huggingface.co/docs/hub/model-cards
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from polyexport.report import escape, tables
 from polyexport.report.html import snippets, title
@@ -25,7 +25,7 @@ def card(report: Report, repository: str, *, use: str = "", license_id: str = ""
         use: What the model is for, and what not, in the user's own words.
         license_id: The license, by the hub's identifier: `apache-2.0`.
     """
-    agreed = [outcome for outcome in report.outcomes if outcome.publishable]
+    agreed = report.publishable
     lines = [*_metadata(agreed, license_id), f"# {escape.markdown(repository)}", ""]
     lines += [*_about(report), "", "## Intended use", "", use.strip() or "Its author has not stated any.", ""]
     lines += ["## Inputs and outputs", "", *_signature(report), "", "## Artifacts", "", *_artifacts(report, agreed)]
@@ -35,7 +35,7 @@ def card(report: Report, repository: str, *, use: str = "", license_id: str = ""
     return "\n".join([*lines, "## How to load", "", *_loading(agreed, repository)])
 
 
-def _metadata(agreed: list[Outcome], license_id: str) -> Iterator[str]:
+def _metadata(agreed: Sequence[Outcome], license_id: str) -> Iterator[str]:
     """The part that the hub reads: YAML, of which JSON is a part."""
     yield "---"
     if license_id:
@@ -63,7 +63,7 @@ def _signature(report: Report) -> Iterator[str]:
             yield from ("", f"In each artifact: {escape.markdown(embedded)}.")
 
 
-def _artifacts(report: Report, agreed: list[Outcome]) -> Iterator[str]:
+def _artifacts(report: Report, agreed: Sequence[Outcome]) -> Iterator[str]:
     """The table, and what each figure means."""
     shown = [{name: row[name] for name in _COLUMNS} for row in rows(report)]
     yield from tables.markdown(_of(agreed, shown))
@@ -77,13 +77,13 @@ def _artifacts(report: Report, agreed: list[Outcome]) -> Iterator[str]:
     yield ""
 
 
-def _of(agreed: list[Outcome], table: list[dict[str, str]]) -> list[dict[str, str]]:
+def _of(agreed: Sequence[Outcome], table: list[dict[str, str]]) -> list[dict[str, str]]:
     """The rows of PyTorch and of artifacts that are here."""
     names = {"eager", *(outcome.format for outcome in agreed)}
     return [row for row in table if row["format"] in names]
 
 
-def _loading(agreed: list[Outcome], repository: str) -> Iterator[str]:
+def _loading(agreed: Sequence[Outcome], repository: str) -> Iterator[str]:
     yield from _code(
         "python",
         "import polyexport\nfrom huggingface_hub import snapshot_download\n\n"

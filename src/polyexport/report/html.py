@@ -106,8 +106,9 @@ class Highlight:
 
 
 def _highlights(report: Report) -> Iterator[Highlight]:
-    agreed = [outcome for outcome in report.outcomes if outcome.publishable]
-    yield Highlight("Agree with PyTorch", f"{len(agreed)} of {len(report.outcomes)}", "formats, run on real data")
+    yield Highlight(
+        "Agree with PyTorch", f"{len(report.publishable)} of {len(report.outcomes)}", "formats, run on real data"
+    )
     front = report.pareto()
     if not front:
         return

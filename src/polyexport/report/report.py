@@ -85,6 +85,11 @@ class Report:
         best = self.best()
         return best if best is not None and best.latency is not None and self.is_quiet else None
 
+    @property
+    def publishable(self) -> tuple[Outcome, ...]:
+        """The outcomes whose artifacts agreed with PyTorch."""
+        return tuple(outcome for outcome in self.outcomes if outcome.publishable)
+
     def best(
         self,
         *,
