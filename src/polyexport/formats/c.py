@@ -18,10 +18,9 @@ import platform
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -63,35 +62,18 @@ def convert(source: Path, target: Path, spec: ExportSpec) -> None:
 
 
 def _fixed(source: Path, spec: ExportSpec) -> onnx.ModelProto:
-    """The ONNX graph for one row, sized throughout by ONNX Runtime, with inputs that forward never reads too."""
-    import onnx
-    import onnxruntime
+    """The ONNX graph for one row, with inputs that forward never reads too."""
+    from polyexport.lowering.fixed import set_values, with_sizes
 
-    options, one = onnxruntime.SessionOptions(), spec.one_row()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    for ours, fixed in zip(spec.inputs, one.inputs, strict=True):
-        for axis, name in ours.dynamic.items():
-            options.add_free_dimension_override_by_name(name, int(fixed.shape[axis]))
-    with tempfile.TemporaryDirectory() as folder:
-        options.optimized_model_filepath = str(Path(folder, "model.onnx"))
-        onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-        model = onnx.load(options.optimized_model_filepath)
-    graph = model.graph
-    made = {name for node in graph.node for name in node.output}
-    shapes = [value for value in graph.value_info if value.name in made]  # of what is gone they are without sizes
-    read = {value.name: value for value in graph.input}
-    _set(graph.value_info, shapes)
-    _set(graph.input, [read.get(tensor.name) or _unread(tensor) for tensor in one.inputs])
-    for node in graph.node:  # the generator's GRU does not know the default where it is spelled out
-        _set(node.attribute, [each for each in node.attribute if (each.name, each.s) != ("direction", b"forward")])
+    one = spec.one_row()
+    model = with_sizes(source, spec, one)
+    read = {value.name: value for value in model.graph.input}
+    set_values(model.graph.input, [read.get(tensor.name) or _unread(tensor) for tensor in one.inputs])
+    for node in model.graph.node:  # the generator's GRU does not know the default where it is spelled out
+        set_values(
+            node.attribute, [each for each in node.attribute if (each.name, each.s) != ("direction", b"forward")]
+        )
     return model
-
-
-def _set(field: Any, values: Iterable[Any]) -> None:
-    """Give a repeated field of a message these values alone."""
-    kept = list(values)
-    del field[:]
-    field.extend(kept)
 
 
 def _unread(tensor: TensorSpec) -> onnx.ValueInfoProto:

@@ -45,13 +45,14 @@ def _converter(*, half: bool) -> Convert:
         Raises:
             RuntimeError: the graph is of several rows, pnnx wrote no model, or ncnn lacks a layer of it.
         """
+        from polyexport.lowering.fixed import with_sizes
         from polyexport.lowering.floats import in_floats
 
         one = spec.one_row()
         if why := fixed_batch(one):
             raise RuntimeError(why)
         with TemporaryDirectory() as folder:
-            model = in_floats(_fixed(source, Path(folder, "fixed.onnx"), one))
+            model = in_floats(with_sizes(source, spec, one, without=["MatMulAddFusion"]))
             written = _translated(model, Path(folder, target.name), half=half)
             wanted, made = _ports(spec)
             names = {f"in{index}": wanted[value.name] for index, value in enumerate(model.graph.input)}
@@ -113,30 +114,6 @@ def _why(done: subprocess.CompletedProcess[str]) -> str:
     """How pnnx ended, and the last that it said: it prints what it takes note of to the one stream, errors too."""
     said = (done.stderr or done.stdout).split("\n")
     return f"{ended(done.returncode)}: {next((line.strip() for line in reversed(said) if line.strip()), '')}"
-
-
-def _fixed(source: Path, written: Path, one: ExportSpec) -> onnx.ModelProto:
-    """The graph with the shapes of `one`, all that depends on constants alone folded by ONNX Runtime."""
-    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-    import onnx
-    import onnxruntime
-
-    model = onnx.load(source)
-    shapes = {tensor.name: tensor.shape for tensor in one.inputs}
-    for value in model.graph.input:
-        for dimension, size in zip(value.type.tensor_type.shape.dim, shapes[value.name], strict=True):
-            dimension.dim_value = int(size)
-    for value in model.graph.output:
-        value.type.tensor_type.ClearField("shape")
-    del model.graph.value_info[:]
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    options.optimized_model_filepath = str(written)
-    options.log_severity_level = 3  # it warns that the file is for this machine, which is so of later levels only
-    onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"], disabled_optimizers=["MatMulAddFusion"]
-    )
-    return onnx.load(written)
 
 
 def lacking_layers(text: str) -> list[str]:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from polyexport.lowering.fixed import set_values
 from polyexport.lowering.functions import decomposed
 
 if TYPE_CHECKING:
@@ -112,9 +113,7 @@ class _Rewrite:
         for value in (*graph.input, *graph.output):
             if value.name not in self._ids:
                 value.type.tensor_type.elem_type = TensorProto.FLOAT
-        kept = [value for value in graph.input if value.name in used]
-        del graph.input[:]
-        graph.input.extend(kept)
+        set_values(graph.input, [value for value in graph.input if value.name in used])
         return found
 
     def _copy(self, node: onnx.NodeProto) -> None:
