@@ -102,7 +102,7 @@ def formats(as_json: Json = False) -> None:
         return
     rows = {each.name: _format_row(each) for each in known().values()}
     for target, group in by_target(known().values()).items():
-        _out.print(Text(f"{target}", style="bold underline"))
+        _out.print(Text(target, style="bold underline"))
         _show([rows[each.name] for each in group], as_json=False)
         _out.print()
 
