@@ -409,7 +409,7 @@ def _to_artifact(inputs: Arrays, details: Mapping[str, Detail]) -> Arrays:
         if scales.size and array.dtype.kind == "f":
             limits = np.iinfo(detail["dtype"])
             array = np.clip(np.round(array / scales) + _zeros(detail), limits.min, limits.max)
-        given[name] = np.ascontiguousarray(array, dtype)
+        given[name] = np.asarray(array, dtype, order="C")
     return given
 
 
