@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_export.best import Best, bases, checkpointer
+from polyexport.capture.unwrap import LeftBehind
 from polyexport.report.folders import EXPORTS
 from polyexport.report.outcome import Checkpoint
 
@@ -126,8 +126,14 @@ def attached(root: Any) -> dict[str, Any]:
         return {}
     known = {name: getattr(trainer, name) for name in _OF_THE_TRAINER}
     validating = {"training": False, "sanity_checking": False, "validating": True, "evaluating": True}
-    return {"_trainer": SimpleNamespace(**known, **validating), "log": _log, "log_dict": _log}
+    stands_in = LeftBehind("Trainer")
+    vars(stands_in).update(known | validating | _WITHOUT)
+    return {"_trainer": stands_in, **dict.fromkeys(("log", "log_dict", "print"), _deaf)}
 
 
-def _log(*args: Any, **kwargs: Any) -> None:
-    """Take the place of `self.log`, which asks the trainer for more than there is."""
+_WITHOUT: dict[str, Any] = {"logger": None, "loggers": [], "callbacks": [], "progress_bar_callback": None}
+"""What `self.trainer` has not in a worker, though a forward may look for it; anything else is told to stay behind."""
+
+
+def _deaf(*args: Any, **kwargs: Any) -> None:
+    """Take the place of `self.log` and `self.print`, which ask the trainer for more than there is."""
