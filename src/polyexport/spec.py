@@ -165,18 +165,25 @@ def example(spec: ExportSpec) -> Arrays:
     return {own.name: _repeated(batch[own.name], own.sized(sizes.__getitem__)) for own in spec.inputs}
 
 
+def repeated(array: np.ndarray, axis: int, size: int, start: int = 0) -> np.ndarray:
+    """`array` with that many rows along an axis, its own in turn; where it has none, zeros."""
+    if not array.shape[axis]:
+        return np.zeros((*array.shape[:axis], size, *array.shape[axis + 1 :]), array.dtype)
+    found: np.ndarray = np.take(array, (start + np.arange(size)) % array.shape[axis], axis)
+    return found
+
+
 def _repeated(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """`array` in that shape, repeated along an axis that is too short."""
     for axis, size in enumerate(shape[: array.ndim]):
-        array = np.take(array, np.arange(size) % array.shape[axis], axis)
+        array = repeated(array, axis, size)
     return np.array(np.broadcast_to(array, shape))
 
 
 def _fitted(array: np.ndarray, shape: tuple[int | str, ...], piece: int) -> np.ndarray:
     for axis, size in enumerate(shape):
         if isinstance(size, int) and array.shape[axis] != size:
-            start = 0 if axis else piece * size
-            array = np.take(array, (start + np.arange(size)) % array.shape[axis], axis)
+            array = repeated(array, axis, size, 0 if axis else piece * size)
     return array
 
 
