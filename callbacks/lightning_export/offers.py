@@ -56,3 +56,8 @@ class Offers:
         session.record(self._answer)
         session.offer(trainer.lightning_module, best.path, best.name, checkpoint(trainer, best))
         return True
+
+    def offer_last(self, trainer: Trainer, session: Session) -> None:
+        """When `fit` ends, whatever comes before it: the best checkpoint, or where there is none the weights."""
+        if not self.offer(trainer, session, wait=True) and not session.pending:
+            session.offer_weights(trainer.lightning_module, checkpoint(trainer))
