@@ -100,7 +100,7 @@ def report(tmp_path_factory) -> Report:
 def test_within_the_budget_a_low_precision_is_verified_whatever_single_elements_do(report):
     outcome = report["turned-int8"]
     assert (outcome.state, outcome.reason, outcome.by_budget) == ("verified", "", True)
-    assert outcome.remark.startswith("within the budget, though by single elements output_0: 100.000% of the elements")
+    assert outcome.remark.startswith("within the budget, although element by element: output_0: 100.000%")
 
 
 def test_a_float_format_has_to_agree_element_by_element_as_well(report):
@@ -156,11 +156,11 @@ def test_a_metric_that_fails_leaves_it_open_whether_the_budget_is_kept(tmp_path)
     module, formats = torch.nn.Linear(3, 2), [planted("one", replay)]
     made = polyexport.export(module, x, formats, tmp_path / "out", bench=False, metric=once, budget=budget)
     assert made["one"].state == "degraded"
-    assert made["one"].reason.startswith("it is not known whether it keeps the budget: StopIteration")
+    assert made["one"].reason.startswith("not known to be within the budget: StopIteration")
 
 
 def test_a_budget_without_a_metric_is_told_at_once(tmp_path):
-    with pytest.raises(BadRequest, match="budget for m, but no metric=<a function of a runner> that measures it"):
+    with pytest.raises(BadRequest, match="a budget for m, but no metric; give metric="):
         polyexport.export(
             torch.nn.Linear(3, 2), torch.rand(2, 3), [GOOD], tmp_path / "x", budget={"m": Budget(1, "max")}
         )

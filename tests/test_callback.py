@@ -128,7 +128,9 @@ def test_toolchains_are_made_before_training_or_it_is_said_that_they_cannot_be(t
     good = plant("isolated", planted.replay, toolchain=Toolchain("isolated", ("toposort==1.10",)))
     bad = plant("hopeless", planted.replay, toolchain=Toolchain("hopeless", ("toposort==999.0",)))
     callback = ExportCallback([good, bad], when="fit_end", bench=False)
-    with pytest.warns(UserWarning, match="what needs hopeless will be skipped: toolchain hopeless cannot be installed"):
+    with pytest.warns(
+        UserWarning, match="formats that need hopeless will be skipped: toolchain hopeless cannot be installed"
+    ):
         fit(tmp_path, callback, epochs=1)
     isolated, hopeless = callback.reports[0].outcomes
     assert (isolated.state, isolated.toolchain.packages) == ("verified", {"toposort": "1.10"})

@@ -197,7 +197,7 @@ def test_where_every_batch_has_a_nan_there_are_no_ranges(tmp_path):
         torch.nn.Linear(3, 2), x, [planted("ranges", calibrates, calibrated=True)], tmp_path / "out", bench=False
     )
     assert made["ranges"].state == "failed"
-    assert made["ranges"].reason.startswith("number ranges cannot be taken: validation_batch.npz has NaN or infinity")
+    assert made["ranges"].reason.startswith("no batch to calibrate with: validation_batch.npz has NaN or infinity")
 
 
 def test_formats_that_were_calibrated_alike_stand_in_one_note():

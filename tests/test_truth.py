@@ -147,7 +147,7 @@ def test_a_branch_on_data_that_a_trace_froze_is_told_with_its_line(tmp_path, nam
     assert verified["parity"].passed, "it is right on the first batch"
     why = routes.narrow(verified["elsewhere"], frozen, found)
     assert why.startswith("right on data like the first batch only: on ")
-    assert f"a trace keeps one side of what forward decides by its data at {Path(__file__).name}:" in why
+    assert f"forward branches on its data at {Path(__file__).name}:" in why
 
 
 def test_a_branch_that_no_value_reached_is_told_where_a_trace_froze_it(tmp_path):
@@ -157,7 +157,7 @@ def test_a_branch_that_no_value_reached_is_told_where_a_trace_froze_it(tmp_path)
     assert verified["elsewhere"] == ""
     why = routes.narrow("", frozen, found)
     assert why.startswith(
-        "one branch only, since forward decides by its data and every batch took the same (test_truth"
+        "one branch only: forward branches on its data, and every batch took the same branch (test_truth"
     )
     assert routes.narrow("", (), found) == "", "another route froze nothing"
 
@@ -293,8 +293,8 @@ def test_axes_that_differ_and_are_fixed_as_asked_are_named_with_what_frees_them(
 def test_what_is_fixed_is_named_with_what_to_ask_for(tmp_path):
     found = prepared(tmp_path, Graph(), graphs(12, 30, 4), graphs(17, 41, 5))
     assert routes._fixed(found.spec) == (
-        " (axis 1 of edges is 30, axis 0 of targets is 4; dynamic={'x': {0: 'batch'}, 'graph': {0: 'batch'}} asks for "
-        "the batch alone)"
+        " (axis 1 of edges is 30, axis 0 of targets is 4; dynamic={'x': {0: 'batch'}, 'graph': {0: 'batch'}} keeps "
+        "the batch axis dynamic)"
     )
 
 
