@@ -52,15 +52,17 @@ def test_it_tells_the_metric_both_values_and_the_budget():
 
 @pytest.mark.parametrize("most", ["2", "-1%", "a bit", -0.1, float("nan"), True, None])
 def test_what_is_no_budget_is_told_at_once(most):
-    with pytest.raises(BadRequest, match=r"give how much worse it may be, as 0\.01, or a share of it, as '2%'"):
+    with pytest.raises(
+        BadRequest, match=r"give how much worse the metric may be, such as 0\.01, or a share, such as '2%'"
+    ):
         ExportCallback(["onnx"], budget={"val_acc": most})
 
 
 def test_which_way_is_better_is_not_guessed():
-    with pytest.raises(BadRequest, match=r"nothing tells which way val_acc is better; .*mode='max'"):
+    with pytest.raises(BadRequest, match=r"it is unknown which way val_acc is better; .*mode='max'"):
         directed(budgets({"val_acc": 0.01}), {"val_loss": "min"})
     assert directed(budgets({"val_loss": "2%"}), {"val_loss": "min"}) == {"val_loss": Budget("2%", "min")}
-    with pytest.raises(BadRequest, match="known: 'min' where less is better, 'max' where more is"):
+    with pytest.raises(BadRequest, match="known: 'min' if lower is better, 'max' if higher is"):
         Budget(0.1, mode="up")
 
 
@@ -193,7 +195,7 @@ def test_the_way_that_is_better_comes_from_the_checkpoint_that_monitors_it(tmp_p
 
 
 def test_a_metric_that_nothing_monitors_needs_a_mode_when_fit_starts(tmp_path):
-    with pytest.raises(BadRequest, match="nothing tells which way val_acc is better"):
+    with pytest.raises(BadRequest, match="it is unknown which way val_acc is better"):
         fit(tmp_path, budget={"val_acc": 0.01})
 
 

@@ -205,7 +205,7 @@ def test_verifying_again_claims_nothing_that_was_not_run_today(faults, tmp_path)
     assert (removed.state, removed.parity) == ("failed", None)
     assert never == report["raises"]
     assert other.state == "unverified"
-    assert "SHA-256 has changed" in other.reason
+    assert "its SHA-256 differs" in other.reason
 
 
 def test_what_nothing_here_runs_keeps_its_size_and_hash_when_it_is_verified_again(faults, tmp_path):
@@ -221,7 +221,7 @@ def test_what_nothing_here_runs_keeps_its_size_and_hash_when_it_is_verified_agai
     assert again.artifact == report["runs-nowhere"].artifact
     assert again.artifact.bytes
     assert (again.state, changed.state) == ("unverified", "unverified")
-    assert "SHA-256 has changed" in changed.reason
+    assert "its SHA-256 differs" in changed.reason
 
 
 def test_a_verified_format_was_run_at_three_batch_sizes(faults):
@@ -519,7 +519,7 @@ def test_nothing_is_proven_of_a_forward_that_draws_random_numbers(tmp_path):
         report = engine.submit(request(tmp_path, (wrong,), module=Drawing())).result()
     assert report["wrong"].state == "unverified"
     assert report["wrong"].reason.startswith(
-        "nothing can be proven: forward answers two calls differently in eval mode"
+        "nothing can be proven: forward returns different outputs for the same inputs in eval mode"
     )
 
 

@@ -251,7 +251,7 @@ def test_the_costliest_matrix_goes_back_to_float(outlier, tmp_path):
     source, spec = outlier
     assert off(source, tmp_path / "y.onnx", spec) < 0.05
     remark = FORMATS["onnx-int8"].open(tmp_path / "y.onnx", spec, threads=1).remark
-    assert "back to float32, by the error that each makes alone: second (" in remark
+    assert "kept in float32, each with the error that it alone causes: second (" in remark
     assert "in float32: 2 × MatMul" in remark
 
 
@@ -305,7 +305,7 @@ def test_openvinos_costliest_matrix_goes_back_to_float_too(tmp_path):
     report = polyexport.export(Outlier(), torch.randn(64, 16), ["openvino-int8"], tmp_path / "out", bench=False)
     outcome = report["openvino-int8"]
     assert outcome.publishable, outcome.reason
-    assert "back to float32, by the error that each makes alone: " in outcome.remark
+    assert "kept in float32, each with the error that it alone causes: " in outcome.remark
 
 
 def made(kept: Sequence[str], alone: Sequence[str]) -> drafts.Draft:
@@ -319,7 +319,7 @@ def test_layers_go_back_until_it_is_near_and_no_further():
     chosen, told = drafts.mended([made((), ())], {"a": "net.a", "b": "net.b", "c": "net.c"}, made)
     assert chosen.kept == ("b",)
     assert told == (
-        "back to float32, by the error that each makes alone: net.b (50.0%) (error of the outputs 53.0%, then 3.0%)"
+        "kept in float32, each with the error that it alone causes: net.b (50.0%) (error of the outputs: 53.0%, then 3.0%)"
     )
 
 

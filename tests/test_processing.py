@@ -280,7 +280,7 @@ def test_a_trainer_tells_callbacks_apart_that_differ_in_their_steps_only():
     [
         ({"preprocess": Scaled}, "preprocess=Scaled, a class; give what it makes: Scaled()"),
         ({"postprocess": 3}, "postprocess=3; give a module, a function of tensors, or the name of an attribute"),
-        ({"preprocess": lambda x: x}, "preprocess is a function, whose calls are not seen: give inputs="),
+        ({"preprocess": lambda x: x}, "preprocess is a function, whose calls cannot be captured: give inputs="),
         ({"inputs": torch.ones(2, 3)}, "inputs is a Tensor; give a function of the batch, or several batches"),
         ({"inputs": 3}, "inputs is a int; give a function of the batch"),
         (
