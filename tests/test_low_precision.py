@@ -319,7 +319,8 @@ def test_layers_go_back_until_it_is_near_and_no_further():
     chosen, told = drafts.mended([made((), ())], {"a": "net.a", "b": "net.b", "c": "net.c"}, made)
     assert chosen.kept == ("b",)
     assert told == (
-        "kept in float32, each with the error that it alone causes: net.b (50.0%) (error of the outputs: 53.0%, then 3.0%)"
+        "kept in float32, each with the error that it alone causes: net.b (50.0%) "
+        "(error of the outputs: 53.0%, then 3.0%)"
     )
 
 
