@@ -42,14 +42,14 @@ class Net(nn.Module):
 """
 
 
-def command(*words: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+def command(*words: str | Path, cwd: Path | None = None, columns: str = "200") -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "polyexport.cli", *map(str, words)],
         capture_output=True,
         text=True,
         check=False,
         cwd=cwd,
-        env={**os.environ, "COLUMNS": "200"},
+        env={**os.environ, "COLUMNS": columns},
     )
 
 
@@ -197,6 +197,11 @@ def test_formats_and_toolchains_are_listed(tmp_path: Path) -> None:
     assert {"name": "onnx", "ready": True} in onnx["toolchains"]
     chains = json.loads(command("toolchain", "list", "--json").stdout)
     assert [row["toolchain"] for row in chains if row["state"] != "of other pins"] == list(toolchain.names())
+
+
+def test_a_table_that_goes_to_another_program_has_each_row_in_a_line() -> None:
+    lines = command("toolchain", "list", columns="").stdout.splitlines()
+    assert [line.split()[0] for line in lines[1 : len(toolchain.names()) + 1]] == list(toolchain.names())
 
 
 def test_doctor_says_what_would_be_skipped_and_how_to_mend_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""`ExportCallback`: the hooks of a Lightning trainer, each a few calls to a `polyexport.Session`."""
+"""`ExportCallback`: the hooks of a Lightning trainer, each a few calls to a `polyexport.engine.session.Session`."""
 
 from __future__ import annotations
 
@@ -9,34 +9,23 @@ from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
-from lightning_export import ranks
+from lightning_export import fit, ranks
 from lightning_export.arguments import check, check_inputs, described, refuse
 from lightning_export.best import follow, take_out
 from lightning_export.harmless import harmless
 from lightning_export.inputs import Inputs
-from lightning_export.loggers import sinks
-from lightning_export.metrics import measured, told
+from lightning_export.metrics import told
 from lightning_export.offers import Offers
-from lightning_export.trainer import (
-    KEPT_BY_LIGHTNING,
-    attached,
-    callbacks,
-    checkpoint,
-    exports_folder,
-    is_last_epoch,
-    say,
-    shards,
-)
-from polyexport import Budget, ExportFailed, Format, Report
+from lightning_export.trainer import exports_folder, is_last_epoch, say, siblings
+from polyexport import Budget, Format, Report
 from polyexport.capture.processing import Processing
 from polyexport.engine.session import Options, Session, complaint
 from polyexport.formats import resolve
 from polyexport.measure.budget import budgets
 from polyexport.publish import Sink
-from polyexport.report import console
 from polyexport.report.outcome import State
 
 
@@ -53,40 +42,35 @@ class ExportCallback(Callback):
         when: `"improved"`: export each new best; `"fit_end"`: only the last one.
         module: What to export: None for the LightningModule's `forward`, a dotted attribute (`"model.backbone"`), or a
             function that takes the LightningModule and returns a part of it.
-        inputs: None: what `forward` (or `preprocess`) receives from the first validation batch. Or a function of that
-            batch that returns a tensor, a tuple of positional arguments, or a dict of keyword arguments. Or batches of
-            such inputs: a list or a `DataLoader`.
-        dynamic: True: the batch axis is dynamic, and every axis whose size differs between the validation batches that
+        inputs: None: what `forward` (or `preprocess`) receives from the first validation batch; a function of that
+            batch that returns a tensor, a tuple of arguments, or a dict of them; or a list or `DataLoader` of these.
+        dynamic: True: the batch axis is dynamic, and all axes whose size differs between the validation batches that
             were taken; False: all axes are static; or a mapping of input name -> {axis: name}.
         calibration_batches: How many validation batches int8 formats are calibrated with. At least two are taken in any
             case: every artifact is also verified with the second.
         fail_on: States that make `fit` raise `ExportFailed` once everything is written.
         timeout: Seconds that one conversion or verification may take, not counting time in which it has no processor.
         workers: How many conversions run side by side; by default half the cores, at least two.
-        publish: Where the best export goes when `fit` ends. `"auto"`: to the trainer's `WandbLogger`,
-            `TensorBoardLogger` and `MLFlowLogger`, together with the figures of the exports before it. Or functions
-            that take the report, such as `Wandb(registry="model")`.
+        publish: Where the best export goes when `fit` ends, with the metrics of those before it: `"auto"` for the
+            trainer's W&B, TensorBoard and MLflow loggers; or functions of the report: `[Wandb(registry="model")]`.
         monitor: The metric of the `ModelCheckpoint` to follow, if there are several.
         keep: How many exports stay on disk; the newest is always kept. By default all.
         bench: Whether to time the artifacts of the best export when `fit` ends; `"all"` times those of every export.
         metric_batches: On how many validation batches your own `validation_step` runs with each artifact in place of
-            `forward` when `fit` ends, so that the report has its metrics beside PyTorch's; 0 for none, or with a budget
-            for all.
+            `forward` when `fit` ends, for metrics next to PyTorch's; 0 for none, or with a budget for all.
         budget: How much worse a metric that `validation_step` logs may be than PyTorch's: `{"val_acc": 0.01}`, or as a
-            share of its value `{"val_loss": "2%"}`. An artifact that loses more is a `mismatch`; in int8, w8 and w4 one
-            that loses less is `verified`, whatever its single elements. Which way is better comes from the
-            `ModelCheckpoint` that monitors the metric, or from `Budget(0.01, mode="max")`.
+            share `{"val_loss": "2%"}`. An artifact that loses more is a `mismatch`; in int8, w8 and w4 one that loses
+            less is `verified`, whatever its single elements. Which way is better comes from the `ModelCheckpoint` that
+            monitors the metric, or from `Budget(0.01, mode="max")`.
         executor: Runs the work on other machines: anything with `submit(function, *arguments)` that returns a future,
             such as dask's `Client.get_executor()`. Latency is measured on this machine.
-        staging: An fsspec URL that this machine and the executor's can reach, through which files travel; without one
-            they travel through the executor.
+        staging: An fsspec URL through which files travel to those machines; by default they travel by the executor.
         labels: Names of the classes in the last axis of an output, in order: `["cat", "dog"]`. They are embedded in
             each artifact; `polyexport.load(…).labels` returns them.
         metadata: Further strings to be embedded, by name.
-        preprocess: A module, or a function of tensors, that runs before `forward` in each artifact: it takes raw inputs
-            and returns what `forward` takes, so that an application can pass raw bytes. Or the name of an attribute of
-            the LightningModule. Artifacts are verified with raw inputs: if `validation_step` does not call `preprocess`
-            as a module, `inputs` has to provide them.
+        preprocess: A module, a function of tensors, or the name of an attribute of the LightningModule, which runs
+            before `forward` in each artifact: it takes raw inputs and returns what `forward` takes. Artifacts are
+            verified with raw inputs: if `validation_step` does not call it as a module, give them as `inputs`.
         postprocess: The same for what runs after `forward`: it takes what `forward` returned.
 
     Attributes:
@@ -197,7 +181,7 @@ class ExportCallback(Callback):
             return
         self._turn = ranks.turn()
         self.reports.clear()
-        refuse(self, _siblings(trainer), trainer, pl_module)
+        refuse(self, siblings(trainer, ExportCallback), trainer, pl_module)
         self._tail = follow(trainer, self.monitor, self._tail, self._look)
         if trainer.is_global_zero:
             self._open(trainer)
@@ -205,16 +189,12 @@ class ExportCallback(Callback):
     @harmless
     def _open(self, trainer: Trainer) -> None:
         """Make the session, and install missing toolchains: during training, if it has more than one epoch."""
-        self.session = Session(
+        self.session = fit.begin(
+            trainer,
             self.options,
-            lambda: exports_folder(trainer, self.into, self.monitor, _siblings(trainer).index(self)),
+            lambda: exports_folder(trainer, self.into, self.monitor, siblings(trainer, ExportCallback).index(self)),
             reports=self.reports,
             folders=self._folders,
-            sharded=shards(trainer),
-            attributes=attached,
-            ignored=KEPT_BY_LIGHTNING,
-            say=lambda line: rank_zero_info(f"ExportCallback: {line}"),
-            warn=lambda line: rank_zero_warn(f"ExportCallback: {line}"),
         )
         self._inputs = Inputs(self.session, self.inputs)
         self.session.install(wait=trainer.world_size == 1 and is_last_epoch(trainer))
@@ -264,8 +244,7 @@ class ExportCallback(Callback):
         """Called after each hook in which a checkpoint may have been written, so it must cost next to nothing."""
         if self.session is None:
             return
-        while self.session.told:
-            say(trainer, self.session.told.popleft())
+        say(trainer, self.session.told)
         if self.when == "improved":
             self._offers.offer(trainer, self.session)
         else:
@@ -283,23 +262,11 @@ class ExportCallback(Callback):
             return
         try:
             if self.session is not None and self.session.captured:
-                self._finish(trainer, pl_module, self.session)
+                self._offers.offer_last(trainer, self.session)
+                fit.end(trainer, pl_module, self.session, self.reports, self.metric_batches, self.publish, self.into)
         finally:
             self._complaint = complaint(self.reports, self.fail_on)
             ranks.tell(trainer, self._turn, self._complaint)
-
-    def _finish(self, trainer: Trainer, pl_module: LightningModule, session: Session) -> None:
-        """Export the best if it has not been yet, wait for all exports, and publish the last."""
-        if not self._offers.offer(trainer, session, wait=True) and not session.pending:
-            session.offer_weights(pl_module, checkpoint(trainer))
-        session.finish()
-        if not self.reports:
-            return
-        batches = self.metric_batches or (trainer.limit_val_batches if self.options.budget else 0)
-        if batches:
-            self.reports[-1] = measured(self.reports[-1], trainer, pl_module, session, batches=batches)
-        session.publish(self.reports[-1], sinks(self.publish, trainer.loggers, self.into))
-        console.show(self.reports[-1])
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -317,9 +284,7 @@ class ExportCallback(Callback):
         self._close()
         take_out(trainer, self._tail)
         if stage == "fit" and self._complaint:
-            for logger in trainer.loggers:  # the trainer would have done so right after this hook
-                logger.finalize("success")
-            raise ExportFailed(self._complaint)
+            fit.fail(trainer, self._complaint)
 
     @harmless
     def _close(self) -> None:
@@ -333,8 +298,3 @@ class ExportCallback(Callback):
             self._offers.offered = None
         if why := session.close():  # last, since warnings may be errors in the user's program
             rank_zero_warn(f"ExportCallback: {why}")
-
-
-def _siblings(trainer: Trainer) -> list[Any]:
-    """The `ExportCallback`s of a trainer, in order."""
-    return [each for each in callbacks(trainer) if isinstance(each, ExportCallback)]

@@ -57,3 +57,8 @@ class Offers:
         session.record(self._answer)
         session.offer(trainer.lightning_module, best.path, best.name, checkpoint(trainer, best))
         return True
+
+    def offer_last(self, trainer: Trainer, session: Session) -> None:
+        """When `fit` ends, offer the best checkpoint even if another one waits, or without one the weights."""
+        if not self.offer(trainer, session, wait=True) and not session.pending:
+            session.offer_weights(trainer.lightning_module, checkpoint(trainer))

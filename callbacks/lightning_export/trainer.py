@@ -5,10 +5,11 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 from lightning.pytorch import LightningModule, Trainer
 
@@ -16,10 +17,17 @@ from lightning_export.best import Best, bases, checkpointer
 from polyexport.report.folders import EXPORTS
 from polyexport.report.outcome import Checkpoint
 
+C = TypeVar("C")
+
 
 def callbacks(trainer: Trainer) -> list[Any]:
     """The callbacks of a trainer, in its order."""
     return list(trainer.callbacks)  # type: ignore[attr-defined]  # set by a connector
+
+
+def siblings(trainer: Trainer, kind: type[C]) -> list[C]:
+    """The callbacks of one class, or of a class made from it, in the trainer's order."""
+    return [each for each in callbacks(trainer) if isinstance(each, kind)]
 
 
 def checkpoint(trainer: Trainer, best: Best | None = None) -> Checkpoint:
@@ -31,12 +39,13 @@ def checkpoint(trainer: Trainer, best: Best | None = None) -> Checkpoint:
     return replace(at, path=best.path, monitor=best.monitor, score=score)
 
 
-def say(trainer: Trainer, line: str) -> None:
-    """Print a line above the progress bar; call it from the training thread only."""
-    bar: Any = trainer.progress_bar_callback
-    # a disabled bar, as with refresh_rate=0, would not print the line
-    tell = bar.print if bar is not None and getattr(bar, "is_enabled", True) else print
-    tell(line)
+def say(trainer: Trainer, lines: deque[str]) -> None:
+    """Print lines above the progress bar, and remove them; call it from the training thread only."""
+    while lines:
+        bar: Any = trainer.progress_bar_callback
+        # a disabled bar, as with refresh_rate=0, would not print the line
+        tell = bar.print if bar is not None and getattr(bar, "is_enabled", True) else print
+        tell(lines.popleft())
 
 
 def is_last_epoch(trainer: Trainer) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -608,6 +609,10 @@ def _print_json(value: Any) -> None:
     typer.echo(json.dumps(value, indent=2))
 
 
+_UNBOUND = 10_000
+"""Columns of an output that is no terminal: a path or a link is not to be cut in pieces there."""
+
+
 def _show(rows: Sequence[dict[str, Any]], as_json: bool) -> None:
     if as_json:
         _print_json(rows)
@@ -617,7 +622,8 @@ def _show(rows: Sequence[dict[str, Any]], as_json: bool) -> None:
         table.add_column(column, overflow="fold", style="bold" if column == next(iter(rows[0])) else None)
     for row in rows:
         table.add_row(*map(_cell, row.values()))
-    _out.print(table)
+    is_piped = not (_out.is_terminal or os.environ.get("COLUMNS"))
+    (Console(width=_UNBOUND) if is_piped else _out).print(table)
 
 
 def _cell(value: Any) -> Text:

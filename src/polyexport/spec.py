@@ -202,6 +202,15 @@ def in_rows(run: Runner, spec: ExportSpec) -> Runner:
     return call
 
 
+ONE_ROW = "one row a call"
+"""The remark on an artifact that has no batch axis, though a loaded one takes any number of rows, by `in_rows`."""
+
+
+def row_remark(spec: ExportSpec) -> str:
+    """`ONE_ROW`, but where one is all that the signature has."""
+    return ONE_ROW if spec.one_row() != spec else ""
+
+
 def write_arrays(path: Path, arrays: Arrays) -> None:
     """Write an `.npz`; unlike `numpy.savez` it takes any name, even `file`."""
     with ZipFile(path, "w") as archive:

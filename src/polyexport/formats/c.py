@@ -26,7 +26,7 @@ import numpy as np
 
 from polyexport.errors import ToolMissing
 from polyexport.format import Format, Loaded, Route, Snippet
-from polyexport.spec import Arrays, ExportSpec, TensorSpec, in_rows
+from polyexport.spec import Arrays, ExportSpec, TensorSpec, in_rows, row_remark
 from polyexport.workers import compiler
 
 if TYPE_CHECKING:
@@ -179,9 +179,8 @@ def load(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
             for our, array in zip(spec.outputs, found, strict=True)
         }
 
-    shortfall = "one row at a time: C has the sizes of its tensors written in" if spec.is_dynamic else ""
     signature = replace(spec, inputs=inputs, outputs=outputs)
-    return Loaded(in_rows(run, spec.one_row()), signature, shortfall, remark=took)
+    return Loaded(in_rows(run, spec.one_row()), signature, remark="; ".join(filter(None, (row_remark(spec), took))))
 
 
 _SNIPPETS = (

@@ -27,7 +27,7 @@ from polyexport.errors import CannotRun, ToolMissing, line
 from polyexport.format import Format, Loaded, Observed, OnDevice, Route, Snippet
 from polyexport.formats import tflite
 from polyexport.measure.weights import counted
-from polyexport.spec import Arrays, ExportSpec, TensorSpec, in_rows
+from polyexport.spec import Arrays, ExportSpec, TensorSpec, in_rows, row_remark
 from polyexport.tracing.exported_program import load_program
 
 COMPILER = "edgetpu_compiler"
@@ -73,8 +73,7 @@ def load_int8(path: Path, spec: ExportSpec, *, threads: int, delegate: Any = Non
         return {name: array.transpose(tflite.TO_FIRST) if array.ndim == 4 else array for name, array in answers}
 
     signature = replace(own, inputs=_last(own.inputs), outputs=_last(own.outputs))
-    shortfall = "one row at a time: an Edge TPU has no batch axis" if spec.is_dynamic else ""
-    return Loaded(in_rows(run, spec.one_row()), signature, shortfall)
+    return Loaded(in_rows(run, spec.one_row()), signature, remark=row_remark(spec))
 
 
 # --- what would map ---------------------------------------------------------------------------------------------------

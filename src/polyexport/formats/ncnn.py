@@ -27,7 +27,7 @@ import numpy as np
 
 from polyexport.errors import ended
 from polyexport.format import Convert, Format, Loaded, OnDevice, Route, Snippet
-from polyexport.spec import Arrays, ExportSpec, Precision, TensorSpec, in_rows
+from polyexport.spec import Arrays, ExportSpec, Precision, TensorSpec, in_rows, row_remark
 
 if TYPE_CHECKING:
     import onnx
@@ -249,7 +249,7 @@ def _loaded(path: Path, spec: ExportSpec, threads: int, *, half: bool) -> Loaded
             extractor.input(blob, ncnn.Mat(row).clone())  # a Mat does not keep the array that it looks into
         return {tensor.name: _answer(extractor, made[tensor.name], tensor) for tensor in one.outputs}
 
-    return Loaded(in_rows(run, one), _signature(one, read, ids), remark="one row a call")
+    return Loaded(in_rows(run, one), _signature(one, read, ids), remark=row_remark(spec))
 
 
 def _signature(one: ExportSpec, read: Mapping[str, str], ids: set[str]) -> ExportSpec:
