@@ -88,8 +88,8 @@ def test_the_report_tells_what_was_calibrated_with(report):
     assert (found.batches, found.rows) == (("validation_batch.npz", "source/call_001.npz"), 21)
     assert found.left_out == ("source/call_002.npz",)
     assert report["onnx-w8"].calibration is None
-    (note,) = (note.text for note in report.notes if "number ranges" in note.text)
-    assert note.startswith("onnx-fp16, onnx-int8, openvino-int8, openvino-w4: number ranges from 2 batches of 21 rows")
+    (note,) = (note.text for note in report.notes if "calibrated with" in note.text)
+    assert note.startswith("onnx-fp16, onnx-int8, openvino-int8, openvino-w4: calibrated with 2 batches of 21 rows")
 
 
 @pytest.mark.slow
@@ -207,7 +207,7 @@ def test_formats_that_were_calibrated_alike_stand_in_one_note():
     made = Outcome("a-int8", "int8", "verified", artifact=Artifact("a", 1, ""), calibration=Calibration(("x.npz",), 1))
     other = replace(made, format="b-int8", remark="in float32: 1 × Softmax")
     assert list(of_precisions([made, other, Outcome("c", "int8", "failed", calibration=made.calibration)])) == [
-        "a-int8, b-int8: number ranges from 1 batch of 1 row in all (x.npz)",
+        "a-int8, b-int8: calibrated with 1 batch of 1 row in all (x.npz)",
         "b-int8: in float32: 1 × Softmax",
     ]
 

@@ -117,7 +117,7 @@ def test_a_manifest_comes_back_from_disk_as_it_was(tmp_path):
         (["artifacts", "onnx", "precision"], "fp16", "Manifest.artifacts.onnx.precision is 'fp16', not 'float32' or"),
         (["noise"], {"y": 1e-7}, "Manifest.noise is {'y': 1e-07}, not a text"),
         (["version"], 9, "has version 9; this release reads version 1"),
-        (["batches", 0, "path"], "../../secret.npz", "'../../secret.npz' lies outside of the export"),
+        (["batches", 0, "path"], "../../secret.npz", "'../../secret.npz' is outside of the export"),
     ],
 )
 def test_a_manifest_of_wrong_types_or_another_version_is_refused_in_one_line(tmp_path, path, value, reason):
