@@ -241,11 +241,11 @@ GIVEN = ("--inputs", "batch.npz", "-f", "onnx")
         ),
         (
             ("export", "best.ckpt", "--model", "shop:Net", "--inputs", "other.npz", "-f", "onnx"),
-            "Net.forward takes (x), and was given 'z': missing a required argument: 'x'",
+            "Net.forward takes (x), but was given 'z': missing a required argument: 'x'",
         ),
         (
             ("export", "best.ckpt", "--model", "shop:Net", *GIVEN, "--calibration", "other.npz"),
-            "Net.forward takes (x), and was given 'z'",
+            "Net.forward takes (x), but was given 'z'",
         ),
         (("export", "out/onnx/model.onnx", "--model", "shop:Net", *GIVEN), "model.onnx is an artifact of onnx"),
         (("export", "program.ckpt", "--model", "shop:Net", *GIVEN), "program.ckpt is a torch.export program"),

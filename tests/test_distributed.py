@@ -276,4 +276,4 @@ def test_a_folder_of_something_else_fails_with_what_is_known(tmp_path):
     (best / "notes.txt").write_text("no shards")
     outcome = exported(tmp_path, best)["good"]
     assert outcome.state == "failed"
-    assert "a folder with notes.txt; known are those of torch.distributed.checkpoint" in outcome.reason
+    assert "a folder with notes.txt; supported are those of torch.distributed.checkpoint" in outcome.reason

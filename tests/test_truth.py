@@ -126,7 +126,7 @@ def test_both_sides_of_a_branch_are_kept_where_the_part_with_it_can_be_scripted(
 @pytest.mark.parametrize(
     ("net", "why"),
     [
-        (nn.Linear(5, 3), "forward decides nothing by its data"),
+        (nn.Linear(5, 3), "forward does not branch on its data"),
         (Branch(lambda x: x.abs().max() > 8), "torch.jit.script refuses Branch: "),
     ],
 )
