@@ -130,15 +130,16 @@ https://coral.ai/docs/edgetpu/models-intro/#supported-operations
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """How many operations run where. `on_cpu` counts by name, with the reason."""
+    """How many operations run where. `on_cpu` counts by name, with the reason where it is known."""
 
     total: int
     on_cpu: Counter[str]
+    accelerator: str = "the Edge TPU"
 
     def __str__(self) -> str:
         mapped = f"{self.total - self.on_cpu.total()} of {self.total} operations"
         kept = counted(self.on_cpu)
-        return f"{mapped} on the Edge TPU" + (f", on the CPU {kept}" if kept else "")
+        return f"{mapped} on {self.accelerator}" + (f", on the CPU {kept}" if kept else "")
 
 
 def predict(path: Path) -> Placement:
@@ -214,15 +215,25 @@ def read_log(text: str) -> Placement:
 
 def load(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
     """Run the int8 model that was compiled, on the CPU: where there is no Edge TPU, that is what can be run."""
-    placement = read_log(path.with_name(_LOG).read_text(encoding="utf-8"))
-    int8 = load_int8(path.with_name(_MODEL), spec, threads=threads)
-    mostly_on_cpu = placement.on_cpu.total() > _ON_CPU_AT_MOST * placement.total
-    ran = f"the int8 model before compilation, on the CPU; {COMPILER} has {placement}"
+    placed = read_log(path.with_name(_LOG).read_text(encoding="utf-8"))
+    return before_compilation(path.with_name(_MODEL), spec, threads=threads, compiler=COMPILER, placed=placed)
+
+
+def before_compilation(
+    path: Path, spec: ExportSpec, *, threads: int, compiler: str, placed: Placement, remark: str = ""
+) -> Loaded:
+    """Run the int8 model that a compiler took, in the place of what it wrote, and say where operations would run."""
+    int8 = load_int8(path, spec, threads=threads)
+    mostly_on_cpu = placed.on_cpu.total() > _ON_CPU_AT_MOST * placed.total
     return replace(
         int8,
-        shortfall="; ".join(filter(None, [str(placement) if mostly_on_cpu else "", int8.shortfall])),
-        stand_in="what ran is the int8 model before compilation, on the CPU, which says nothing of an Edge TPU's speed",
-        observed=lambda: Observed(verified_by=ran),
+        shortfall=str(placed) if mostly_on_cpu else "",
+        remark="; ".join(filter(None, (int8.remark, remark))),
+        stand_in="what ran is the int8 model before compilation, on the CPU, which says nothing of the speed of "
+        f"{placed.accelerator}",
+        observed=lambda: Observed(
+            verified_by=f"the int8 model before compilation, on the CPU; {compiler} has {placed}"
+        ),
     )
 
 
