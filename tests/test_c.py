@@ -111,5 +111,5 @@ void model(const float x[restrict 1], float y[restrict 1]) {
 
 def test_without_a_compiler_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("CC", "no-such-compiler")
-    with pytest.raises(ToolMissing, match=r"no-such-compiler is not on PATH \(.*install.*; CC names another\)"):
+    with pytest.raises(ToolMissing, match=r"no-such-compiler is not on PATH \(.*install.*; or set CC to another\)"):
         c.convert(tmp_path / "model.onnx", tmp_path / "model.c", ExportSpec((), ()))

@@ -71,7 +71,9 @@ def test_an_impossible_argument_is_told_at_construction(settings, message):
 
 
 def test_a_monitor_that_no_checkpoint_has_is_told_before_training(tmp_path):
-    with pytest.raises(BadRequest, match=r"monitor='accuracy': no ModelCheckpoint has it; they monitor \['val_loss'\]"):
+    with pytest.raises(
+        BadRequest, match=r"monitor='accuracy': no ModelCheckpoint monitors it; they monitor \['val_loss'\]"
+    ):
         fit(tmp_path, ExportCallback([GOOD], monitor="accuracy"))
 
 
@@ -128,7 +130,9 @@ def test_toolchains_are_made_before_training_or_it_is_said_that_they_cannot_be(t
     good = plant("isolated", planted.replay, toolchain=Toolchain("isolated", ("toposort==1.10",)))
     bad = plant("hopeless", planted.replay, toolchain=Toolchain("hopeless", ("toposort==999.0",)))
     callback = ExportCallback([good, bad], when="fit_end", bench=False)
-    with pytest.warns(UserWarning, match="what needs hopeless will be skipped: toolchain hopeless cannot be installed"):
+    with pytest.warns(
+        UserWarning, match="formats that need hopeless will be skipped: toolchain hopeless cannot be installed"
+    ):
         fit(tmp_path, callback, epochs=1)
     isolated, hopeless = callback.reports[0].outcomes
     assert (isolated.state, isolated.toolchain.packages) == ("verified", {"toposort": "1.10"})
@@ -554,4 +558,6 @@ def test_what_a_worker_cannot_rebuild_is_unverified(tmp_path, monkeypatch):
     fit(tmp_path, callback, epochs=1)
     (report,) = callback.reports
     assert report["good"].state == "unverified"
-    assert report["good"].reason.startswith("nothing can be proven: the module that is rebuilt here does not answer")
+    assert report["good"].reason.startswith(
+        "nothing can be proven: the module rebuilt in a worker returns other outputs"
+    )

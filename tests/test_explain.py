@@ -252,7 +252,7 @@ def test_without_trust_an_export_that_was_made_elsewhere_is_not_unpickled(report
 def test_a_format_without_layers_is_refused_in_one_line(report):
     done = CliRunner().invoke(app, ["explain", str(report.folder), "pt2"])
     assert done.exit_code == 2
-    assert "polyexport: no artifact 'pt2' that runs in" in done.output
+    assert "has no artifact 'pt2' that runs" in done.output
 
 
 # --- in the report ----------------------------------------------------------------------------------------------------

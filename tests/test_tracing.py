@@ -135,7 +135,7 @@ def test_a_transformer_that_pads_is_exported_by_the_first_route_and_its_padding_
     routes = [(each.state, each.route) for each in report.outcomes]
     assert routes == [("verified", "export"), ("verified", "trace"), ("verified", "dynamo")]
     (note,) = (note.text for note in report.notes)
-    assert note.startswith("PyTorch's fused path for nn.TransformerEncoder answers otherwise where a padding mask")
+    assert note.startswith("PyTorch's fused path for nn.TransformerEncoder returns other values (zeros) at masked")
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")

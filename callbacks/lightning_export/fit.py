@@ -1,4 +1,4 @@
-"""The session of one `fit`: how it begins, and what is done with its exports at the end."""
+"""The session of one `fit`: how it begins, and what happens to its exports at the end."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from polyexport.report import console
 def begin(
     trainer: Trainer, options: Options, into: Callable[[], Path], *, reports: list[Report], folders: list[Path]
 ) -> Session:
-    """The session that is told what happens in training, in the trainer's words."""
+    """A new session for this trainer."""
     return Session(
         options,
         into,

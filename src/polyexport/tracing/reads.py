@@ -1,8 +1,8 @@
 """What forward reads from its inputs into Python: the branches, loops and numbers that a trace freezes.
 
 Requirements:
-* Sizes are no data: what depends on the shape of an input alone is not listed.
-* A site is `file:line` of the caller, the same one for a read in PyTorch and for the tracer's warning of it.
+* Sizes are not data: what depends only on the shape of an input is not listed.
+* A site is `file:line` of the caller, the same for a read in PyTorch and for the tracer's warning about it.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Reads:
-    """What one call of forward read, and the way that it took.
+    """What one call of forward read, and the path that it took.
 
     Attributes:
-        values: Site -> what was read there, in order.
-        path: A number that is another one where other functions were called, or from other lines.
+        values: The values read at each site, in order.
+        path: A hash of the functions called and of the lines that called them.
     """
 
     values: Mapping[str, tuple[str, ...]]
@@ -55,12 +55,12 @@ _READERS = {
     "is_nonzero",
 }
 _SIZED_BY_DATA = {"nonzero", "argwhere", "masked_select", "unique", "unique_consecutive"}
-"""What they return has a size that depends on values, which is then read without a call."""
+"""Functions whose results have sizes that depend on values; the sizes are then read without a call."""
 _WARNING = "Converting a tensor to a "
 
 
 class FailedAt(Exception):
-    """Forward raised; `site` is the last one that it read at, and None where it had read nothing."""
+    """Forward raised; `site` is the last one that it read at, or None if it had read nothing."""
 
     def __init__(self, site: str | None) -> None:
         super().__init__(site)
@@ -68,7 +68,7 @@ class FailedAt(Exception):
 
 
 def reads(model: Any, inputs: Arrays) -> Reads:
-    """Run a flat module once and list what its forward reads of values that depend on `inputs`.
+    """Run a flat module once, and list the values that forward reads and that depend on `inputs`.
 
     Raises:
         FailedAt: forward raised.
@@ -86,7 +86,7 @@ def reads(model: Any, inputs: Arrays) -> Reads:
 
 
 def _watch(inputs: list[torch.Tensor]) -> Any:
-    """A mode in which values that depend on `inputs` are followed through every function of torch."""
+    """A mode that tracks values that depend on `inputs` through every function of torch."""
     import torch
     from torch.overrides import TorchFunctionMode
     from torch.utils import _pytree as pytree
@@ -130,7 +130,7 @@ def _plain(value: Any) -> str:
 
 
 def _site() -> str:
-    """Where the code that is neither torch's nor ours is."""
+    """The site of the innermost caller outside of torch and polyexport."""
     passed, frame = _not_the_users(), sys._getframe(1)
     while frame.f_back and frame.f_code.co_filename.startswith(passed):
         frame = frame.f_back
@@ -138,7 +138,7 @@ def _site() -> str:
 
 
 def site_of(error: BaseException) -> str:
-    """The innermost site that an error passed; empty where it passed none."""
+    """The innermost site in an error's traceback; empty if there is none."""
     passed = _not_the_users()
     frames = traceback.walk_tb(error.__traceback__)
     sites = [f"{code.co_filename}:{line}" for code, line in ((frame.f_code, line) for frame, line in frames)]
@@ -147,14 +147,14 @@ def site_of(error: BaseException) -> str:
 
 @functools.cache
 def _not_the_users() -> tuple[str, ...]:
-    """How the files begin that are torch's, what it computes sizes with, what it goes through, or ours."""
+    """Path prefixes of the files of torch, its dependencies, the standard library and polyexport."""
     packages = (os.path.dirname(str(find.origin)) for find in map(find_spec, ("torch", "sympy")) if find)
     return (*packages, os.path.dirname(os.path.dirname(__file__)), warnings.__file__, contextlib.__file__)
 
 
 @contextlib.contextmanager
 def frozen_sites() -> Iterator[set[str]]:
-    """The sites at which `torch.jit` warns, meanwhile, that it writes a value into a trace as a constant."""
+    """Collect the sites at which `torch.jit` warns that it records a value as a constant."""
     found: set[str] = set()
 
     def show(message: Any, *rest: Any, **more: Any) -> None:
@@ -169,5 +169,5 @@ def frozen_sites() -> Iterator[set[str]]:
 
 
 def named(sites: set[str]) -> str:
-    """Sites for a reader: file names without folders, in order."""
+    """Sites for messages: file names without folders, in order."""
     return ", ".join(sorted(os.path.basename(site) for site in sites))
