@@ -162,6 +162,12 @@ def test_a_branch_that_no_value_reached_is_told_where_a_trace_froze_it(tmp_path)
     assert routes.narrow("", (), found) == "", "another route froze nothing"
 
 
+def test_a_number_that_is_read_anew_from_each_batch_and_always_used_in_one_way_is_told(tmp_path):
+    found = prepared(tmp_path, Branch(lambda x: float(x.abs().max()) * 0), X)
+    assert found.one_side == found.read_at
+    assert len(found.read_at) == 1
+
+
 @pytest.mark.parametrize(
     "decide",
     [lambda x: x.shape[0] > 3, lambda x: len(x) > 3, lambda x: torch.ones(3).sum() > 2, lambda x: x.dtype is None],

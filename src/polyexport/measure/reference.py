@@ -401,8 +401,14 @@ class _Tried:
             site
             for site, found in self.values.items()
             if site not in self.refused
-            and (len(found) == 1 or (len(self.paths) == 1 and not {"True", "False"}.issuperset(*found)))
+            and (
+                len(found) == 1 or (len(self.paths) == 1 and not {"True", "False"}.issuperset(itertools.chain(*found)))
+            )
         )
+
+
+def _are_truth_values(found: Iterable[tuple[str, ...]]) -> bool:
+    return {"True", "False"}.issuperset(itertools.chain.from_iterable(found))
 
 
 def _with_other_values(
