@@ -54,7 +54,7 @@ def fit(folder: Path, callback: Callback | None, model: Any = None, *, epochs: i
     ("settings", "message"),
     [
         ({"formats": ["onxx"]}, "no format 'onxx'; did you mean 'onnx'. known formats:"),
-        ({"formats": []}, "no format was given"),
+        ({"formats": []}, "no formats were given"),
         ({"when": "always"}, "when='always'; known: 'improved', 'fit_end'"),
         ({"fail_on": ["broken"]}, "fail_on=.*known: verified, degraded"),
         ({"fail_on": "failed"}, "give a list of states"),
