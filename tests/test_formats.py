@@ -198,5 +198,5 @@ def test_a_frozen_graph_refuses_weights_that_one_message_cannot_hold(tmp_path):
     weights.touch()
     check_size(tmp_path)
     os.truncate(weights, 2**31)  # a hole takes no space
-    with pytest.raises(ValueError, match=r"holds less than 2 GiB, and the weights take 2\.00 GiB"):
+    with pytest.raises(ValueError, match=r"is limited to 2 GiB, but the weights take 2\.00 GiB"):
         check_size(tmp_path)

@@ -218,7 +218,7 @@ except CannotRun as error:
 """
     (tmp_path / "program.zip").write_bytes(program(FORMATS["edgetpu"], "x"))
     done = subprocess.run([device, "-I", "-c", code], capture_output=True, text=True, check=False)
-    missing = "there is no Edge TPU here, or not libedgetpu.so.1, which https://coral.ai/"
+    missing = "there is no Edge TPU here, or no libedgetpu.so.1 (see https://coral.ai/"
     assert done.stdout.startswith(missing), done.stderr
 
 

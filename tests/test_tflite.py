@@ -176,7 +176,7 @@ def test_small_weights_agree_and_two_channels_that_are_swapped_do_not(shadows, n
 @pytest.mark.slow
 def test_weights_left_in_float_are_told(shadows):
     assert shadows["not tflite-w8"]["shortfall"] == (
-        "100% of its weights in float, since there is no int8 for them: 2 × CONV_2D, 1 × FULLY_CONNECTED"
+        "100% of its weights in float, since int8 is not supported for them: 2 × CONV_2D, 1 × FULLY_CONNECTED"
     )
 
 
@@ -219,8 +219,8 @@ def test_operations_that_stay_on_the_microcontroller_degrade(shadows):
 @pytest.mark.slow
 def test_operators_left_in_float_are_told(shadows):
     found = shadows["not in int8"]
-    assert found["shortfall"].startswith("100% of its weights in float, since there is no int8 for them: ")
-    assert found["remark"].startswith("in float32, since there is no int8 for it: ")
+    assert found["shortfall"].startswith("100% of its weights in float, since int8 is not supported for them: ")
+    assert found["remark"].startswith("in float32, since int8 is not supported for it: ")
     assert "CONV_2D" in found["remark"]
 
 

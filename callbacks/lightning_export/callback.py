@@ -17,7 +17,7 @@ from lightning_export.arguments import check, check_inputs, described, refuse
 from lightning_export.best import follow, take_out
 from lightning_export.harmless import harmless
 from lightning_export.inputs import Inputs
-from lightning_export.metrics import told
+from lightning_export.metrics import warn_of_unlogged
 from lightning_export.offers import Offers
 from lightning_export.trainer import exports_folder, is_last_epoch, say, siblings
 from polyexport import Budget, Format, Report
@@ -234,7 +234,7 @@ class ExportCallback(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.session is not None and self.options.budget and self._is_budget_new:
             self._is_budget_new = False
-            told(trainer, self.options.budget)
+            warn_of_unlogged(trainer, self.options.budget)
 
     # --- a new best ---------------------------------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ from lightning_export.capture import Called, Spy, is_compiled
 from lightning_export.trainer import example, shards, validates
 from lightning_export.watch import Call
 from polyexport import BadRequest
-from polyexport.capture.flatten import as_call, taken_apart
+from polyexport.capture.flatten import as_call, flattened_call
 from polyexport.capture.processing import Processing, entry, preprocessed, resolved, unlike
 from polyexport.capture.snapshot import selected
 from polyexport.engine.session import Session
@@ -138,7 +138,7 @@ class Inputs:
             call = self._arguments(pl_module, batch, seen, called)
             steps = resolved(self._session.options.processing, pl_module)
             first = entry(selected(pl_module, self._select), steps)
-            taken_apart(getattr(first, "forward", first), *call)
+            flattened_call(getattr(first, "forward", first), *call)
             if self._given is not None and steps.preprocess is not None:
                 self._try_step(steps, call, seen)
         except BadRequest as error:

@@ -59,7 +59,7 @@ def measured(
     return session.judge(report, functools.partial(_validated, trainer, module, select, batches), modes(trainer))
 
 
-def told(trainer: Any, budget: Mapping[str, Budget]) -> None:
+def warn_of_unlogged(trainer: Any, budget: Mapping[str, Budget]) -> None:
     """After the first validation, warn of a budget for a metric that was not logged.
 
     Raises:

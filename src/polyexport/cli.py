@@ -33,7 +33,7 @@ from polyexport.engine.request import interrupted
 from polyexport.errors import BadRequest, PolyexportError
 from polyexport.format import Format
 from polyexport.formats import by_target, known, resolve
-from polyexport.measure.layers import told
+from polyexport.measure.layers import divergence
 from polyexport.publish import signed
 from polyexport.report import console, manifest, tables
 from polyexport.report.escape import printable
@@ -389,8 +389,8 @@ def explain(
         _show(
             [{column: text for column, text in row.items() if column != "why"} for row in tables.layers(found)], False
         )
-        _say(told(found) or "every layer is within the tolerance")
-    raise typer.Exit(1 if told(found) else 0)
+        _say(divergence(found) or "every layer is within the tolerance")
+    raise typer.Exit(1 if divergence(found) else 0)
 
 
 @app.command()

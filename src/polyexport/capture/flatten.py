@@ -49,7 +49,7 @@ def flat(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> A
     import torch
     from torch.utils import _pytree as pytree
 
-    leaves, tree, inputs = taken_apart(module.forward, args, kwargs)
+    leaves, tree, inputs = flattened_call(module.forward, args, kwargs)
 
     class Flat(torch.nn.Module):
         def __init__(self) -> None:
@@ -143,7 +143,7 @@ def _named_leaves(
     return [leaf for _, leaf in paths], tree, names
 
 
-def taken_apart(
+def flattened_call(
     forward: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> tuple[list[Any], Any, dict[str, int]]:
     """The leaves of a call of `forward`, their tree, and the index of each tensor among the leaves, by name.

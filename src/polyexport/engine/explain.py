@@ -17,7 +17,7 @@ from polyexport.engine.routes import Watch
 from polyexport.errors import BadRequest, CannotRun
 from polyexport.format import Format
 from polyexport.measure.dynamic_axes import first_rows
-from polyexport.measure.layers import Layer, told
+from polyexport.measure.layers import Layer, divergence
 from polyexport.measure.reference import VALIDATION_BATCH
 from polyexport.report.outcome import Outcome
 from polyexport.report.report import Report
@@ -76,5 +76,5 @@ def _with_layers(outcome: Outcome, report: Report, each: Runnable, dispatcher: D
         found = layers(report, each, dispatcher)
     except (CannotRun, OSError):  # the log has it
         return outcome
-    reason = "; ".join(filter(None, [outcome.reason, told(found)]))
+    reason = "; ".join(filter(None, [outcome.reason, divergence(found)]))
     return replace(outcome, layers=found, reason=reason)

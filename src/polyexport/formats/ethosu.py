@@ -1,13 +1,13 @@
-"""Ethos-U: an int8 TensorFlow Lite model, compiled for Arm's accelerators beside microcontrollers.
+"""Ethos-U: an int8 TensorFlow Lite model, compiled for Arm's accelerators for microcontrollers.
 
 https://developer.arm.com/documentation/109267/latest/Tool-support-for-the-Arm-Ethos-U-NPU/Ethos-U-Vela-compiler
 
 Requirements:
-* What is compiled is `tflite-int8-nhwc`, as for the Edge TPU: all in int8, channels last, one row a call.
+* It is compiled from `tflite-int8-nhwc`, as for the Edge TPU: all in int8, channels last, one row per call.
 * Vela, Arm's compiler, is a wheel. It estimates memory and time by a model of the chip, and the report repeats that.
 * Nothing here runs a compiled model, so what is verified is the int8 model before compilation, on the CPU.
-* What the accelerator lacks stays with TensorFlow Lite Micro on the microcontroller; with more than a tenth of the
-  operations there, the outcome is `degraded`. Vela takes no model of which nothing can be on the accelerator.
+* What the accelerator does not support runs on the microcontroller by TensorFlow Lite Micro; with more than a tenth of
+  the operations there, the outcome is `degraded`. Vela refuses a model without any operation for the accelerator.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _SUMMARY = "vela.json"
 
 @dataclass(frozen=True, slots=True)
 class Chip:
-    """What Vela compiles for: the accelerator, and the system around it by the sections of its `Arm/vela.ini`."""
+    """A target of Vela: the accelerator, and the system around it by the sections of Vela's `Arm/vela.ini`."""
 
     title: str
     accelerator: str
@@ -56,17 +56,17 @@ CHIPS = {
     "ethosu-u65": Chip("Ethos-U65", "ethos-u65-256", "Ethos_U65_High_End", "Dedicated_Sram"),
     "ethosu-u85": Chip("Ethos-U85", "ethos-u85-256", "Ethos_U85_SYS_DRAM_Mid", "Dedicated_Sram_384KB"),
 }
-"""The systems that Vela's documentation begins with."""
+"""The first systems in Vela's documentation."""
 
 
 def compile_for(chip: Chip) -> Convert:
-    """What compiles the int8 model for one chip."""
+    """A conversion of the int8 model for one chip."""
 
     def convert(source: Path, target: Path, spec: ExportSpec) -> None:
-        """Have Vela write its model beside a copy of the int8 one, and what it says in `vela.json`.
+        """Run Vela, and write its model next to a copy of the int8 one, with its estimates in `vela.json`.
 
         Raises:
-            RuntimeError: it takes no such model, with its own words.
+            RuntimeError: Vela refuses the model; the message is Vela's.
         """
         shutil.copyfile(source, target.with_name(_MODEL))
         with tempfile.TemporaryDirectory() as folder:
@@ -91,7 +91,7 @@ def compile_for(chip: Chip) -> Convert:
 
 
 def _why(said: str) -> str:
-    """The error behind a traceback, in a line."""
+    """The last line of a traceback."""
     return " ".join(said[said.rfind("Error: ") :].removeprefix("Error: ").split())
 
 
@@ -99,22 +99,22 @@ def placement(said: str) -> dict[str, object]:
     """How many operations Vela left on the CPU, by TensorFlow Lite's names, and how many there are.
 
     Raises:
-        ValueError: it did not say.
+        ValueError: the output has no such numbers.
     """
     counts = dict(re.findall(r"^(CPU|NPU) operators = (\d+)", said, re.MULTILINE))
     if counts.keys() != {"CPU", "NPU"}:
-        raise ValueError("Vela does not say how many operations are on the accelerator")
+        raise ValueError("Vela's output does not say how many operations are on the accelerator")
     refused = dict.fromkeys(
         re.findall(r"^Warning \(supported operators\) operator: (\w+), ofm: '(.*)'$", said, re.MULTILINE)
     )
     on_cpu = Counter(name for name, _ in refused)
-    if on_cpu.total() != int(counts["CPU"]):  # it has made others of them by then, and calls most `Passthrough`
+    if on_cpu.total() != int(counts["CPU"]):  # Vela has rewritten them by then, and calls most `Passthrough`
         on_cpu = Counter(re.findall(r"^\s+CPU: (\w+) = ", said, re.MULTILINE))
     return {"operations": sum(map(int, counts.values())), "on_cpu": on_cpu}
 
 
 def estimates(text: str) -> dict[str, float | str]:
-    """Of the summary that Vela writes as CSV: memory in KiB, time in milliseconds at a clock in MHz."""
+    """The estimates in Vela's CSV summary: memory in KiB, time in milliseconds at a clock in MHz."""
     (row,) = csv.DictReader(text.splitlines())
     kept = {name: float(row[f"{name}_memory_used"]) for name in ("sram", "dram", "on_chip_flash", "off_chip_flash")}
     return {
@@ -134,7 +134,7 @@ def described(found: Mapping[str, Any]) -> str:
 
 
 def load(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
-    """Run the int8 model that was compiled, on the CPU: there is no accelerator beside a computer."""
+    """Run the int8 model before compilation on the CPU, since there is no accelerator here."""
     found = json.loads(path.with_name(_SUMMARY).read_text(encoding="utf-8"))
     placed = Placement(found["operations"], Counter(found["on_cpu"]), "the Ethos-U")
     model = path.with_name(_MODEL)

@@ -111,7 +111,7 @@ def worst(layers: Sequence[Layer]) -> Layer | None:
     return max(beyond, key=lambda layer: float(f"{np.nan_to_num(layer.error, nan=np.inf):.2g}"), default=None)
 
 
-def told(layers: Sequence[Layer]) -> str:
+def divergence(layers: Sequence[Layer]) -> str:
     """Where artifact and PyTorch diverge, in words; empty if all layers are within the tolerance."""
     one, most = first(layers), worst(layers)
     if one is None or most is None:

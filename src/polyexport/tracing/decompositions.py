@@ -44,7 +44,7 @@ def plain_attention() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def written_out() -> Iterator[None]:
+def decomposed() -> Iterator[None]:
     """Plain attention, and every function of the table below decomposed."""
     import torch
     from torch.overrides import TorchFunctionMode
@@ -110,7 +110,7 @@ def written_out() -> Iterator[None]:
         },
     }
 
-    class WrittenOut(TorchFunctionMode):
+    class Decomposed(TorchFunctionMode):
         def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             written, given = functions.get(function, function), dict(kwargs or {})
             if written is not function:
@@ -123,7 +123,7 @@ def written_out() -> Iterator[None]:
                     return written(*args, **named)
             return function(*args, **given)
 
-    with plain_attention(), packed.sizes_unchecked(), WrittenOut():
+    with plain_attention(), packed.sizes_unchecked(), Decomposed():
         yield
 
 

@@ -112,8 +112,8 @@ def load_program(path: Path) -> torch.export.ExportedProgram:
     nodes = [node for node in program.graph.nodes if node.target in pools]
     if not nodes or any(user.args[1] and user.users for node in nodes for user in node.users):
         return program
-    taken_apart: torch.export.ExportedProgram = program.run_decompositions(dict.fromkeys(pools, _adaptive_maxima))
-    return taken_apart
+    decomposed: torch.export.ExportedProgram = program.run_decompositions(dict.fromkeys(pools, _adaptive_maxima))
+    return decomposed
 
 
 def in_float32(module: torch.fx.GraphModule) -> torch.fx.GraphModule:
