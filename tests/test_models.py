@@ -246,7 +246,7 @@ def with_export(tmp_path_factory):
 def test_it_is_exported_without_a_trace_in_the_training_process(with_export, name):
     _, notes, found, _ = with_export[name]
     told = [note for note in found["notes"] if "proves little" not in note]  # after two epochs it knows one class
-    unheard = ["not compared with the training process's own answer"] * (name in ("compiled", "compiled_in_place"))
+    unheard = ["not compared with the outputs in training"] * (name in ("compiled", "compiled_in_place"))
     assert [note.partition(":")[0] for note in notes] == unheard
     assert found | {"notes": told} == {"notes": [""]} | dict.fromkeys(FORMATS, True)
 

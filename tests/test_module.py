@@ -120,7 +120,7 @@ def test_a_function_may_select_the_part(tmp_path):
     net = nn.ModuleDict({"backbone": nn.Linear(3, 2)})
     loaded = modules.load(saved(net, tmp_path, torch.randn(2, 3), select=lambda root: root["backbone"]))
     assert torch.equal(loaded.inner.weight, net["backbone"].weight)
-    with pytest.raises(BadRequest, match="leads to a int"):
+    with pytest.raises(BadRequest, match="is a int, not a torch"):
         modules.selected(net, lambda root: 1)
 
 

@@ -198,7 +198,7 @@ def test_what_cannot_be_pickled_is_named_by_its_path_and_the_module_is_traced(tm
         net = nn.Sequential(nn.Linear(4, 4), Holder(lambda net: {"logs": {"train": [file]}})).eval()
         note = snapshot.save_module(net, None, (torch.ones(2, 4),), {}, tmp_path)
     assert "(1.logs['train'][0] (a TextIOWrapper): PicklingError" in note
-    assert note.endswith("so it was traced where it trained")
+    assert note.endswith("so it was traced in the training process")
     assert (tmp_path / "structure.pt2").exists()
 
 

@@ -1,8 +1,8 @@
 """What forward reads from its inputs into Python: the branches, loops and numbers that a trace freezes.
 
 Requirements:
-* Sizes are no data: what depends on the shape of an input alone is not listed.
-* A site is `file:line` of the caller, the same one for a read in PyTorch and for the tracer's warning of it.
+* Sizes are not data: what depends only on the shape of an input is not listed.
+* A site is `file:line` of the caller, the same for a read in PyTorch and for the tracer's warning about it.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Reads:
-    """What one call of forward read, and the way that it took.
+    """What one call of forward read, and the path that it took.
 
     Attributes:
-        values: Site -> what was read there, in order, as text.
-        path: A number that is another one where other functions were called, or from other lines.
-        objects: The same as `values`, as what they are.
-        outputs: What forward answered.
+        values: The values read at each site, in order, as text.
+        path: A hash of the functions called and of the lines that called them.
+        objects: The same values as objects.
+        outputs: What forward returned.
     """
 
     values: Mapping[str, tuple[str, ...]]
@@ -70,7 +70,7 @@ _READERS = {
     "is_nonzero",
 }
 _SIZED_BY_DATA = {"nonzero", "argwhere", "masked_select", "unique", "unique_consecutive"}
-"""What they return has a size that depends on values, which is then read without a call."""
+"""Functions whose results have sizes that depend on values; the sizes are then read without a call."""
 _WARNING = "Converting a tensor to a "
 
 
@@ -78,8 +78,9 @@ class FailedAt(Exception):
     """Forward raised.
 
     Attributes:
-        site: The last one that it read at, and None where it had read nothing.
-        checked: Whether one of the frames that read last raised, as `assert` does, by nothing but what it was given.
+        site: The last one that it read at, or None if it had read nothing.
+        checked: Whether it was raised by a `raise` or `assert` in a frame of the last read, without reading further
+            truth values.
     """
 
     def __init__(self, site: str | None, *, checked: bool = False) -> None:
@@ -89,12 +90,12 @@ class FailedAt(Exception):
 
 
 Given = Mapping[str, Sequence[Any]]
-"""Site -> what forward is to read there, in order."""
+"""The values that forward gets at each site, in order, in place of those that it would read."""
 NOTHING: Given = MappingProxyType({})
 
 
 def reads(model: Any, inputs: Arrays, given: Given = NOTHING) -> Reads:
-    """Run a flat module once and list what its forward reads of values that depend on `inputs`.
+    """Run a flat module once, and list the values that forward reads and that depend on `inputs`.
 
     Raises:
         FailedAt: forward raised.
@@ -116,20 +117,19 @@ def reads(model: Any, inputs: Arrays, given: Given = NOTHING) -> Reads:
 
 
 def _raised_by(frames: Sequence[FrameType], error: BaseException) -> bool:
-    """Whether one of `frames` has raised the error itself, by a statement."""
-    steps = list(traceback.walk_tb(error.__traceback__))
-    innermost = error.__traceback__
-    while innermost is not None and innermost.tb_next is not None:
-        innermost = innermost.tb_next
-    if innermost is None or not any(steps[-1][0] is frame for frame in frames):
+    """Whether the innermost frame of an error is one of `frames`, at a `raise` or `assert` statement."""
+    steps = error.__traceback__
+    while steps is not None and steps.tb_next is not None:
+        steps = steps.tb_next
+    if steps is None or not any(steps.tb_frame is frame for frame in frames):
         return False
-    return dis.opname[innermost.tb_frame.f_code.co_code[innermost.tb_lasti]] == "RAISE_VARARGS"
+    return dis.opname[steps.tb_frame.f_code.co_code[steps.tb_lasti]] == "RAISE_VARARGS"
 
 
 def watching(inputs: Sequence[torch.Tensor], given: Given = NOTHING) -> Any:
-    """A mode in which values that depend on `inputs` are followed through every function of torch.
+    """A mode that tracks values that depend on `inputs` through every function of torch.
 
-    What is `given` for a site is read there, without a call, as long as there is some left.
+    The first reads at a site that is in `given` return those values, without a call.
     """
     import torch
     from torch.overrides import TorchFunctionMode
@@ -191,7 +191,7 @@ def _plain(value: Any) -> str:
 
 
 def _site() -> str:
-    """Where the code that is neither torch's nor ours is."""
+    """The site of the innermost caller outside of torch and polyexport."""
     return _at(_frames()[-1])
 
 
@@ -208,7 +208,7 @@ def _frames() -> tuple[FrameType, ...]:
 
 
 def site_of(error: BaseException) -> str:
-    """The innermost site that an error passed; empty where it passed none."""
+    """The innermost site in an error's traceback; empty if there is none."""
     passed = _not_the_users()
     frames = traceback.walk_tb(error.__traceback__)
     sites = [f"{code.co_filename}:{line}" for code, line in ((frame.f_code, line) for frame, line in frames)]
@@ -217,14 +217,14 @@ def site_of(error: BaseException) -> str:
 
 @functools.cache
 def _not_the_users() -> tuple[str, ...]:
-    """How the files begin that are torch's, what it computes sizes with, what it goes through, or ours."""
+    """Path prefixes of the files of torch, its dependencies, the standard library and polyexport."""
     packages = (os.path.dirname(str(find.origin)) for find in map(find_spec, ("torch", "sympy")) if find)
     return (*packages, os.path.dirname(os.path.dirname(__file__)), warnings.__file__, contextlib.__file__)
 
 
 @contextlib.contextmanager
 def frozen_sites() -> Iterator[set[str]]:
-    """The sites at which `torch.jit` warns, meanwhile, that it writes a value into a trace as a constant."""
+    """Collect the sites at which `torch.jit` warns that it records a value as a constant."""
     found: set[str] = set()
 
     def show(message: Any, *rest: Any, **more: Any) -> None:
@@ -239,5 +239,5 @@ def frozen_sites() -> Iterator[set[str]]:
 
 
 def named(sites: set[str]) -> str:
-    """Sites for a reader: file names without folders, in order."""
+    """Sites for messages: file names without folders, in order."""
     return ", ".join(sorted(os.path.basename(site) for site in sites))
