@@ -106,6 +106,7 @@ class Route:
         static: Whether it takes fixed shapes only; it is then not tried with dynamic axes.
         trained: Whether its scales are those that the model was trained with, in place of calibration; it is then tried
             with such models only.
+        mends: Whether it heeds `ExportSpec.in_float`, so that a budget that was missed can be kept after all.
     """
 
     name: str
@@ -114,6 +115,7 @@ class Route:
     convert: Convert
     static: bool = False
     trained: bool = False
+    mends: bool = False
 
 
 @dataclass(frozen=True, slots=True)

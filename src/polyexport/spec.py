@@ -64,7 +64,8 @@ class ExportSpec:
     `metadata` is embedded where the format has a place for it, and so are `labels`, the names of an output's classes in
     their order; these also lie beside the artifact. `calibration` names `.npz` files with real inputs, for a
     format that takes its number ranges from them (see the function of that name). `has_trained_scales` tells whether
-    the model was trained with fake quantization.
+    the model was trained with fake quantization. `in_float` is the share of its layers, the costliest first, that a
+    quantizer leaves in float; 0 where it decides by the outputs.
     """
 
     inputs: tuple[TensorSpec, ...]
@@ -74,6 +75,7 @@ class ExportSpec:
     calibration: tuple[Path, ...] = ()
     labels: tuple[str, ...] = ()
     has_trained_scales: bool = False
+    in_float: float = 0.0
 
     @property
     def embedded(self) -> dict[str, str]:

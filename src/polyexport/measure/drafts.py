@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from polyexport.spec import Arrays
 NEAR = 0.05
 """Relative error of the outputs up to which nothing more is tried."""
 
-_SHARES = (8, 4, 2)
+SHARES = (1 / 8, 1 / 4, 1 / 2)
 """The costliest eighth of the layers is put back to float, then the costliest quarter, then half of them."""
 
 _SECONDS = 120.0
@@ -69,7 +70,10 @@ def best(drafts: Iterable[Draft]) -> Draft:
 
 
 def mended(
-    drafts: Sequence[Draft], layers: Mapping[str, str], make: Callable[[Sequence[str], Sequence[str]], Draft]
+    drafts: Sequence[Draft],
+    layers: Mapping[str, str],
+    make: Callable[[Sequence[str], Sequence[str]], Draft],
+    share: float = 0.0,
 ) -> tuple[Draft, str]:
     """The best draft, after layers that cost the most were put back to float where it is far; and what was done.
 
@@ -77,14 +81,15 @@ def mended(
         drafts: What was made so far.
         layers: Those that can be kept in float, and what each is called in a report.
         make: `make(kept, alone)` quantizes all layers but `kept`, or where it is given `alone`, on the first batch.
+        share: Of the layers that are put back to float, however near the drafts are; 0 where that decides.
     """
-    if best(drafts).error <= NEAR:
+    if best(drafts).error <= NEAR and not share:
         return best(drafts), ""
     costs = _costs(layers, make)
-    rounds = list(_rounds(costs, make))
+    rounds = list(_rounds(costs, make, (share,) if share else SHARES))
     for each in rounds:
         print(f"{len(each.kept)} layers in float: relative error {each.error:.3g}")
-    chosen = best([*drafts, *rounds])
+    chosen = best(rounds if share and rounds else [*drafts, *rounds])
     if not chosen.kept:
         return chosen, ""
     kept = ", ".join(
@@ -103,9 +108,11 @@ def _costs(layers: Mapping[str, str], make: Callable[[Sequence[str], Sequence[st
     return sorted(found, key=lambda each: -each.error)
 
 
-def _rounds(costs: Sequence[Cost], make: Callable[[Sequence[str], Sequence[str]], Draft]) -> Iterator[Draft]:
+def _rounds(
+    costs: Sequence[Cost], make: Callable[[Sequence[str], Sequence[str]], Draft], shares: Iterable[float]
+) -> Iterator[Draft]:
     """Drafts with more and more of the costliest layers in float, until one is near."""
-    for count in sorted({-(-len(costs) // share) for share in _SHARES} - {0}):
+    for count in sorted({math.ceil(len(costs) * share) for share in shares} - {0}):
         draft = make([each.layer for each in costs[:count]], ())
         yield draft
         if draft.error <= NEAR:

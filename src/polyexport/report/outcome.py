@@ -108,6 +108,27 @@ class Proof:
 
 
 @dataclass(frozen=True, slots=True)
+class Round:
+    """An artifact that was tried while a budget was missed, with more of its layers in float than the one before.
+
+    Attributes:
+        share: Of its layers that were put back to float, the costliest first; 0 for the artifact as it was first made.
+        bytes: Its size.
+        metrics: The user's own.
+        p50_ms: Its median latency; None where it was not timed.
+        remark: Which layers those are, and what each costs.
+        chosen: Whether the artifact is the one that stayed.
+    """
+
+    share: float
+    bytes: int
+    metrics: Mapping[str, float | None]
+    p50_ms: float | None = None
+    remark: str = ""
+    chosen: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Judgement:
     """What is said of a format: its state with the reason, and how it agrees with PyTorch if it was run."""
 
@@ -126,7 +147,8 @@ class Outcome:
     reader is to know of the artifact that it does not lack, such as which operators stay in float. `by_budget` tells
     whether a budget of the user's own metric decided on the state, and not parity. `proofs` are those of other
     machines, one for each, the oldest first; `here` is what was said before the first of them. `layers` are the
-    module's beside the artifact's, where that is a `mismatch`.
+    module's beside the artifact's, where that is a `mismatch`. `rounds` are the artifacts that were tried where the
+    first one was outside a budget.
     """
 
     format: str
@@ -150,6 +172,7 @@ class Outcome:
     proofs: tuple[Proof, ...] = ()
     here: Judgement | None = None
     layers: tuple[Layer, ...] = ()
+    rounds: tuple[Round, ...] = ()
 
     @property
     def publishable(self) -> bool:
