@@ -63,7 +63,8 @@ class ExportSpec:
     `sizes` is the size of each named axis in the validation batch. `metadata` is embedded if the format has a place for
     it, and so are `labels`, the names of an output's classes in order, which are also stored next to the artifact.
     `calibration` names `.npz` files with real inputs for formats that need calibration (see the function of that name).
-    `has_trained_scales` is whether the model was trained with fake quantization.
+    `has_trained_scales` is whether the model was trained with fake quantization. `in_float` is the share of its layers,
+    the costliest first, that a quantizer keeps in float; 0 where it decides by the outputs.
     """
 
     inputs: tuple[TensorSpec, ...]
@@ -73,6 +74,7 @@ class ExportSpec:
     calibration: tuple[Path, ...] = ()
     labels: tuple[str, ...] = ()
     has_trained_scales: bool = False
+    in_float: float = 0.0
 
     @property
     def embedded(self) -> dict[str, str]:
