@@ -14,6 +14,7 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
 
 from polyexport.workers import disk, locks, toolchain
 from polyexport.workers.process import Workers
@@ -53,9 +54,11 @@ def measured(chain: Toolchain, lock: locks.Lock, folder: Path) -> locks.Lock:
     listed = subprocess.run([sys.executable, "-c", NEEDS, packages], check=True, capture_output=True, text=True).stdout
     below = ("torch",) if chain.layered else ()
     needs = {name: SpecifierSet() for name in (*(pin.name for pin in lock.packages), *below)}
-    for line in [*chain.requirements, *listed.splitlines()]:
-        needed = Requirement(line)
-        name = needed.name.lower().replace("_", "-")
+    asked = [
+        each for each in map(Requirement, listed.splitlines()) if canonicalize_name(each.name) not in chain.without
+    ]
+    for needed in [*map(Requirement, chain.requirements), *asked]:
+        name = canonicalize_name(needed.name)
         if name in needs and (needed.marker is None or needed.marker.evaluate()):
             needs[name] &= needed.specifier
     listed_needs = tuple(sorted((name, str(need)) for name, need in needs.items()))
