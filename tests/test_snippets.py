@@ -6,6 +6,7 @@ import functools
 import http.server
 import itertools
 import json
+import os
 import shutil
 import subprocess
 import sysconfig
@@ -55,15 +56,19 @@ np.savez("answers.npz", *[np.asarray(value) for value in values])
 """
 
 
+BOARDS = Path(__file__).parent / "support" / "boards"
+"""Stand-ins for packages that are made for boards alone."""
+
+
 @pytest.mark.parametrize("name", having("Python"))
 def test_python_answers_as_pytorch_does(everything: Everything, tmp_path: Path, name: str) -> None:
     outcome, each = made(everything, name), FORMATS[name]
     for entry in (name, "validation_batch.npz"):
         (tmp_path / entry).symlink_to(everything.report.folder / entry)
     python = toolchain.find(each.runtime or each.routes[0].toolchain).interpreter()
-    done = subprocess.run(
-        [python, "-c", code(outcome, "Python") + SAVE], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
+    around = {**os.environ, "PYTHONPATH": str(BOARDS)}
+    words = [python, "-c", code(outcome, "Python") + SAVE]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False, env=around)
     assert done.returncode == 0, done.stderr
     with np.load(tmp_path / "answers.npz") as answers, np.load(tmp_path / "validation_batch.npz") as batch:
         answer, expected = answers["arr_0"], batch["linear"]

@@ -27,10 +27,13 @@ ARTIFACTS = {
     "ncnn": ("pnnx", "onnx/model.onnx", "many/ncnn/model.ncnn.param"),
     "ncnn-fp16": ("pnnx", "onnx/model.onnx", "many/ncnn-fp16/model.ncnn.param"),
     "onnx-web": ("onnx", "onnx/model.onnx", "many/onnx-web/model.onnx"),
+    "rknn": ("onnx", "onnx/model.onnx", "many/rknn/model.rknn"),
+    "rknn-int8": ("onnx", "onnx/model.onnx", "many/rknn-int8/model.rknn"),
+    "rknn-int8.hybrid": ("hybrid", "onnx/model.onnx", "many/rknn-int8.hybrid/model.rknn"),
     "tensorrt-rtx": ("onnx", "onnx/model.onnx", "many/tensorrt-rtx/model.engine"),
     "tflite-int8": ("quantizer", "many/tflite/model.tflite", "many/tflite-int8/model.tflite"),
 }
-"""Route, source and target."""
+"""Route, source and target; behind a point of a name stands another route than its first."""
 
 
 def one(root: Path, kind: str, name: str) -> object:
@@ -46,9 +49,11 @@ def one(root: Path, kind: str, name: str) -> object:
     ranges = replace(judge.spec, calibration=(Path(judge.batches[0].path),))
     try:
         if kind == "convert":
-            worker.convert(root, Convert(format=name, source=source, spec=ranges, route=route, target=target))
+            worker.convert(
+                root, Convert(format=name.partition(".")[0], source=source, spec=ranges, route=route, target=target)
+            )
             return "made"
-        return encode(worker.verify(root, replace(judge, format=name, source=target))["parity"])
+        return encode(worker.verify(root, replace(judge, format=name.partition(".")[0], source=target))["parity"])
     except Exception as error:
         return f"{type(error).__name__}: {error}"
 
