@@ -108,7 +108,9 @@ class Opaque(runs.Scripted):
 
 def test_an_argument_that_no_converter_can_take_is_told_in_the_sanity_check(tmp_path):
     model = Opaque([3.0, 2.0])
-    with pytest.raises(BadRequest, match=r"forward's argument x is a SimpleNamespace that holds.* give inputs="):
+    with pytest.raises(
+        BadRequest, match=r"forward's argument x is a SimpleNamespace with tensors in it.* give inputs="
+    ):
         fit(tmp_path, ExportCallback([GOOD]), model)
     assert float(model.clock) == 0
 

@@ -164,6 +164,8 @@ def asks_the_trainer_and_logs():
     class Asks(Net):
         def forward(self, x):
             self.log("mean", x.mean())
+            self.print("asked")
+            assert self.logger is None or self.trainer.loggers
             return self.net(x) * (2.0 if self.trainer.max_epochs == 1 else 1.0) + self.current_epoch * 0
 
     return Asks()

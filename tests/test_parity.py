@@ -38,6 +38,15 @@ def test_rounding_passes_and_its_figures_agree_with_numpy(reference):
     assert figures.snr_db == pytest.approx(10 * np.log10((ref.astype(np.float64) ** 2).sum() / (error**2).sum()))
 
 
+def test_an_output_without_elements_is_judged_by_the_batches_that_have_some(reference):
+    none = {"logits": reference["logits"][:0]}
+    (note,) = says_little(none)
+    assert note.startswith("agreement on logits proves little: PyTorch itself returns no element")
+    assert compare(none, none, FLOAT32).passed
+    assert compare(reference, reference, FLOAT32, whole=none).passed
+    assert not compare({"logits": -reference["logits"]}, reference, FLOAT32, whole=none).passed
+
+
 def changed(logits: np.ndarray, where: Any, value: float) -> np.ndarray:
     logits = logits.copy()
     logits[where] = value

@@ -63,6 +63,7 @@ CALLS = {
     "another way to call it": lambda: (
         torch.cumprod(X, dim=1, dtype=torch.float64) + X.sum(1, dtype=torch.float64)[:, None]
     ),
+    "data": lambda: X.data.detach() + X.new_ones(7).data,
     "movedim of one": lambda: X.movedim(0, 2),
     "padded in circles": lambda: functional.pad(X, (2, 0, 1, 3), mode="circular"),
     "padded with a value": lambda: functional.pad(X, (2, 0, 1, 3), value=0.5),

@@ -150,6 +150,34 @@ def test_a_branch_on_data_that_a_trace_froze_is_told_with_its_line(tmp_path, nam
     assert f"forward branches on its data at {Path(__file__).name}:" in why
 
 
+class Checked(Branch):
+    """Raises where its data are wrong, and says how large they were."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        assert not torch.isnan(x).any(), "no number"
+        print(f"at most {x.abs().max().item():.3f}")
+        return super().forward(x)
+
+
+def test_what_forward_only_checks_or_prints_is_no_branch_and_a_note_tells_of_the_checks(tmp_path):
+    found = prepared(tmp_path, Checked(lambda x: False), X)
+    assert (found.read_at, found.one_side) == ((), ())
+    (note,) = [note for note in found.notes if "which no artifact does" in note]
+    assert note.startswith("forward looks at its data and raises where that is wrong (test_truth.py:")
+    verified, frozen = traced(tmp_path, found)
+    assert (verified["parity"].passed, verified["elsewhere"], routes.narrow("", frozen, found)) == (True, "", "")
+
+
+def test_both_sides_of_torch_cond_are_among_the_proofs(tmp_path):
+    class Cond(Branch):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.cond(x[0].sum() > 0, torch.sin, torch.cos, (self.head(x),))
+
+    found = prepared(tmp_path, Cond(len), X)
+    sides = {float(np.load(tmp_path / each.path)["x"][0].sum()) > 0 for each in found.batches}
+    assert sides == {True, False}
+
+
 def test_a_branch_that_no_value_reached_is_told_where_a_trace_froze_it(tmp_path):
     found = prepared(tmp_path, Branch(lambda x: x.abs().max() > 1e30), X)
     assert found.one_side == found.read_at
@@ -160,6 +188,12 @@ def test_a_branch_that_no_value_reached_is_told_where_a_trace_froze_it(tmp_path)
         "one branch only: forward branches on its data, and every batch took the same branch (test_truth"
     )
     assert routes.narrow("", (), found) == "", "another route froze nothing"
+
+
+def test_a_number_that_is_read_anew_from_each_batch_and_always_used_in_one_way_is_told(tmp_path):
+    found = prepared(tmp_path, Branch(lambda x: float(x.abs().max()) * 0), X)
+    assert found.one_side == found.read_at
+    assert len(found.read_at) == 1
 
 
 @pytest.mark.parametrize(
@@ -306,6 +340,20 @@ def test_fixed_sizes_are_proven_on_other_values_of_those_sizes(tmp_path):
     assert all(each.real for each in proofs(found.batches, dynamic=True, made_up=False)), "of low precision"
 
 
+def test_inputs_without_axes_and_without_rows_are_traced_as_what_they_are(tmp_path):
+    class Scaled(nn.Module):
+        def forward(self, x: torch.Tensor, by: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
+            return x * by + boxes.sum()
+
+    calls = (X, torch.tensor(2.0), torch.zeros(0, 4)), (X, torch.tensor(3.0), torch.rand(3, 4))
+    found = prepared(tmp_path, Scaled(), *calls)
+    assert [tensor.shape for tensor in found.spec.inputs] == [("batch", 5), (), ("boxes_axis_0", 4)]
+    example = module.example(tmp_path / "source", found.spec)
+    assert [tuple(tensor.shape) for tensor in example] == [(6, 5), (), (2, 4)]
+    answer, _ = traced(tmp_path, found)
+    assert (answer["parity"].passed, answer["elsewhere"]) == (True, "")
+
+
 # --- what is no tensor ------------------------------------------------------------------------------------------------
 
 
@@ -423,6 +471,27 @@ def test_a_module_that_does_not_answer_what_was_trained_proves_nothing(tmp_path,
     found = prepared(tmp_path, Cooled(), X, trained=trained)
     assert (found.undecidable == "") == same
     assert same or "returns other outputs than in training (output_0 is off by" in found.undecidable
+
+
+class Bent(nn.Module):
+    """Has no weights at all, or such as are no real numbers."""
+
+    def __init__(self, by: float, weights: torch.Tensor | None = None) -> None:
+        super().__init__()
+        self.by = by
+        if weights is not None:
+            self.weights = nn.Parameter(weights)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x**self.by + (self.weights.abs().sum() if hasattr(self, "weights") else 0)
+
+
+@pytest.mark.parametrize("weights", [None, torch.tensor([1 + 2j, 3 - 1j])], ids=["none", "complex"])
+@pytest.mark.parametrize("trained", [2.0, 3.0])
+def test_a_module_of_any_weights_is_compared_with_what_was_trained(tmp_path, weights, trained):
+    found = prepared(tmp_path, Bent(2.0, weights), X, trained=Bent(trained, weights))
+    assert (found.undecidable == "") == (trained == 2.0)
+    assert not any("not compared" in note for note in found.notes)
 
 
 def test_an_answer_that_was_given_with_other_weights_tells_nothing_and_is_noted(tmp_path):

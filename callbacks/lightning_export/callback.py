@@ -121,8 +121,7 @@ class ExportCallback(Callback):
             executor=executor,
             staging=staging,
             budget=budgets(budget),
-            # type: ignore[arg-type]  # `Options` refuses it
-            labels=labels if isinstance(labels, str) else tuple(labels),
+            labels=labels if isinstance(labels, str) else tuple(labels),  # type: ignore[arg-type]  # refused by Options
             metadata=dict(metadata) if isinstance(metadata, Mapping) else metadata or {},
             processing=Processing(preprocess, postprocess),
         )

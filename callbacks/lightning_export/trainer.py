@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, TypeVar
 
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_export.best import Best, bases, checkpointer
+from polyexport.capture.unwrap import LeftBehind
 from polyexport.report.folders import EXPORTS
 from polyexport.report.outcome import Checkpoint
 
@@ -135,8 +135,14 @@ def attached(root: Any) -> dict[str, Any]:
         return {}
     known = {name: getattr(trainer, name) for name in _OF_THE_TRAINER}
     validating = {"training": False, "sanity_checking": False, "validating": True, "evaluating": True}
-    return {"_trainer": SimpleNamespace(**known, **validating), "log": _log, "log_dict": _log}
+    stands_in = LeftBehind("Trainer")
+    vars(stands_in).update(known | validating | _WITHOUT)
+    return {"_trainer": stands_in, **dict.fromkeys(("log", "log_dict", "print"), _no_op)}
 
 
-def _log(*args: Any, **kwargs: Any) -> None:
-    """A no-op in place of `self.log`, which needs more of the trainer than a worker has."""
+_WITHOUT: dict[str, Any] = {"logger": None, "loggers": [], "callbacks": [], "progress_bar_callback": None}
+"""Attributes of `self.trainer` that are empty in a worker; all others raise an error that says what to do."""
+
+
+def _no_op(*args: Any, **kwargs: Any) -> None:
+    """A no-op in place of `self.log` and `self.print`, which need more of the trainer than a worker has."""

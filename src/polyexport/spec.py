@@ -63,7 +63,8 @@ class ExportSpec:
     `sizes` is the size of each named axis in the validation batch. `metadata` is embedded if the format has a place for
     it, and so are `labels`, the names of an output's classes in order, which are also stored next to the artifact.
     `calibration` names `.npz` files with real inputs for formats that need calibration (see the function of that name).
-    `has_trained_scales` is whether the model was trained with fake quantization.
+    `has_trained_scales` is whether the model was trained with fake quantization. `in_float` is the share of its layers,
+    the costliest first, that a quantizer keeps in float; 0 where it decides by the outputs.
     """
 
     inputs: tuple[TensorSpec, ...]
@@ -73,6 +74,7 @@ class ExportSpec:
     calibration: tuple[Path, ...] = ()
     labels: tuple[str, ...] = ()
     has_trained_scales: bool = False
+    in_float: float = 0.0
 
     @property
     def embedded(self) -> dict[str, str]:
@@ -164,18 +166,25 @@ def example(spec: ExportSpec) -> Arrays:
     return {own.name: _repeated(batch[own.name], own.sized(sizes.__getitem__)) for own in spec.inputs}
 
 
+def repeated(array: np.ndarray, axis: int, size: int, start: int = 0) -> np.ndarray:
+    """`array` with that many rows along an axis, its own in turn; where it has none, zeros."""
+    if not array.shape[axis]:
+        return np.zeros((*array.shape[:axis], size, *array.shape[axis + 1 :]), array.dtype)
+    found: np.ndarray = np.take(array, (start + np.arange(size)) % array.shape[axis], axis)
+    return found
+
+
 def _repeated(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """`array` in that shape, repeated along an axis that is too short."""
     for axis, size in enumerate(shape[: array.ndim]):
-        array = np.take(array, np.arange(size) % array.shape[axis], axis)
+        array = repeated(array, axis, size)
     return np.array(np.broadcast_to(array, shape))
 
 
 def _fitted(array: np.ndarray, shape: tuple[int | str, ...], piece: int) -> np.ndarray:
     for axis, size in enumerate(shape):
         if isinstance(size, int) and array.shape[axis] != size:
-            start = 0 if axis else piece * size
-            array = np.take(array, (start + np.arange(size)) % array.shape[axis], axis)
+            array = repeated(array, axis, size, 0 if axis else piece * size)
     return array
 
 

@@ -39,7 +39,8 @@ class Answer:
     Attributes:
         call: The arguments, as forward left them.
         outputs: The tensors that it returned, in order.
-        weights: One number of each of some parameters, by name, which tells whether a checkpoint has the same ones.
+        weights: One number of each of some parameters, by name, which tells whether a checkpoint has the same ones; of
+            buffers where there are no parameters, and none where there are neither.
         exact: Whether it was computed in float32 on a CPU, so that the same computation differs by rounding alone.
         observed: Whether observers of fake quantization changed its scales in that call, as they do even in eval mode.
     """
@@ -70,10 +71,17 @@ def answer(root: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], retu
     return Answer(
         call=call,
         outputs=tuple(map(copied, outputs)),
-        weights=_probe(root.named_parameters()),
+        weights=_probe(_weights(root)),
         exact=kinds <= {("cpu", torch.float32), ("cpu", torch.float64)} and not torch.is_autocast_enabled("cpu"),
         observed=any(map(_observes, root.modules())),
     )
+
+
+def _weights(root: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    import torch
+
+    found = list(root.named_parameters()) or root.state_dict().items()
+    return [(name, tensor) for name, tensor in found if isinstance(tensor, torch.Tensor)]
 
 
 def _observes(module: Any) -> bool:
@@ -95,7 +103,9 @@ def _probe(parameters: Iterable[tuple[str, torch.Tensor]]) -> dict[str, float]:
 
 
 def _middle(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().reshape(-1)[tensor.numel() // 2]
+    """Of a complex one its real part."""
+    middle = tensor.detach().reshape(-1)[tensor.numel() // 2]
+    return middle.real if middle.is_complex() else middle
 
 
 def ask(module: nn.Module, call: Call, folder: Path) -> None:
@@ -219,4 +229,6 @@ def _distance(array: np.ndarray, expected: np.ndarray) -> float:
 
 def _same_weights(probed: Mapping[str, float], state: Mapping[str, torch.Tensor]) -> bool:
     there = {name: float(_middle(state[name])) for name in probed if name in state}
-    return bool(there) and all(np.isclose(value, probed[name], rtol=1e-6, atol=0) for name, value in there.items())
+    if probed and not there:
+        return False
+    return all(np.isclose(value, probed[name], rtol=1e-6, atol=0) for name, value in there.items())

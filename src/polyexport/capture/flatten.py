@@ -157,6 +157,13 @@ def flattened_call(
     inputs: dict[str, int] = {}
     for index, (name, leaf) in enumerate(zip(names, leaves, strict=True)):
         if isinstance(leaf, torch.Tensor):
+            if leaf.layout is not torch.strided or leaf.is_nested:
+                kind = "nested" if leaf.is_nested else "sparse"
+                raise BadRequest(
+                    f"forward's argument {name} is a {kind} tensor, which no converter can take; give "
+                    f"inputs=<a function of the batch> that returns dense ones, and "
+                    f"module=<a wrapper whose forward makes the {kind} one from them>"
+                )
             inputs[name] = index
         elif _holds_tensors(leaf):
             kind = type(leaf).__name__
@@ -203,7 +210,10 @@ def named_tensors(value: Any, taken: Mapping[str, Any]) -> tuple[dict[str, Any],
             clean = _identifier(name)
             outputs[_unique(f"{clean}_output" if clean in taken else clean, outputs)] = leaf
     if not outputs:
-        raise BadRequest(f"forward returned a {type(value).__name__} without a tensor in it")
+        raise BadRequest(
+            f"forward returned a {type(value).__name__} without a tensor in it; return tensors, or dicts, tuples or "
+            "dataclasses of them, or give module=<a wrapper that does>"
+        )
     return outputs, tuple(dropped)
 
 

@@ -33,6 +33,7 @@ import numpy as np
 from polyexport.capture import devices, processing, surroundings, unwrap
 from polyexport.capture.attribute import attribute
 from polyexport.capture.flatten import flat
+from polyexport.capture.part_names import make_writable
 from polyexport.capture.pickling import by_value, importable
 from polyexport.capture.processing import NONE, Processing, joined
 from polyexport.capture.pytree import closed, opened, tree_map
@@ -60,6 +61,9 @@ STRUCTURE = "structure.pkl"
 
 PROCESSING = "processing.pkl"
 """The steps before and after forward, if any."""
+
+IDLE = "idle.pkl"
+"""What forward reads without effect, which a trace is given as constants, where there is any: site -> values."""
 
 UNAVAILABLE = "unavailable.txt"
 """File in a module's folder with the reason why the module could not be saved."""
@@ -369,8 +373,10 @@ def load(folder: Path, outputs: tuple[str, ...] | None = None) -> Any:
     args, kwargs = restore(call_file(folder))
     wrapped = flat(joined(module, load_processing(folder, root)).float(), args, kwargs)
     wrapped.within, wrapped.kept = devices.OnTheCpu(), outputs
+    wrapped.idle = restore(folder / IDLE) if (folder / IDLE).exists() else {}
     vars(wrapped)["core"] = module  # not as a submodule, which it is already
     unwrap.settle(wrapped)
+    make_writable(wrapped)
     return wrapped
 
 
@@ -465,7 +471,7 @@ def example(folder: Path, spec: ExportSpec) -> tuple[torch.Tensor, ...]:
     with np.load(folder / "example.npz") as arrays:
         for tensor in spec.inputs:
             rows = tuple(slice(size if isinstance(size, int) else None) for size in tensor.shape)
-            tensors.append(torch.from_numpy(np.ascontiguousarray(arrays[tensor.name][rows])))
+            tensors.append(torch.from_numpy(np.array(arrays[tensor.name][rows], order="C")))
     return tuple(tensors)
 
 

@@ -16,7 +16,7 @@ import threading
 import weakref
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
-from types import MemberDescriptorType
+from types import FunctionType, MemberDescriptorType
 from typing import TYPE_CHECKING, Any
 
 from polyexport.capture import devices
@@ -30,6 +30,8 @@ _COMPOSABLE = "__composable_api_state_key"
 """Prefixes of the attributes that `fully_shard` and similar functions set on a module."""
 _COMPILED = ("_compiled_call_impl", "_compiler_ctx")
 """Attributes in which `Module.compile` and Lightning store the result of `torch.compile`."""
+_COMPILED_FROM = "_torchdynamo_orig_callable"
+"""Attribute in which a function made by `torch.compile` stores the original function."""
 
 
 def reduced(item: Any) -> Any:
@@ -41,6 +43,8 @@ def reduced(item: Any) -> Any:
 
     if type(item) in weakref.ProxyTypes:
         return weakref.proxy, (item.__repr__.__self__,)
+    if isinstance(item, FunctionType) and _COMPILED_FROM in vars(item):
+        return _itself, (vars(item)[_COMPILED_FROM],)
     found = devices.reduced(item)
     if found is not NotImplemented:
         return found
@@ -63,8 +67,8 @@ def reduced(item: Any) -> Any:
     if not isinstance(state, dict):
         return NotImplemented
     if slots := _slots(item):  # which a module's state does not include
-        return _empty, (_own_class(kind),), (_cleaned(state), slots), None, None, _fill
-    return _empty, (_own_class(kind),), _cleaned(state)
+        return _empty, (_own_class(kind),), (_cleaned(state, kind), slots), None, None, _fill
+    return _empty, (_own_class(kind),), _cleaned(state, kind)
 
 
 def _slots(item: Any) -> dict[str, Any]:
@@ -242,7 +246,7 @@ def _own_class(kind: type) -> type:
     return next(each for each in kind.__bases__ if each.__name__ != "FSDPModule")
 
 
-def _cleaned(state: Mapping[str, Any]) -> dict[str, Any]:
+def _cleaned(state: Mapping[str, Any], owner: type) -> dict[str, Any]:
     cleaned: dict[str, Any] = {}
     kind: Any
     for name, value in state.items():
@@ -253,7 +257,7 @@ def _cleaned(state: Mapping[str, Any]) -> dict[str, Any]:
             cleaned[name] = kind()
         elif name.endswith("_hooks") and isinstance(value, Mapping):
             cleaned[name] = kind((key, hook) for key, hook in value.items() if not _of_training(hook))
-        elif not (name.startswith(_COMPOSABLE) or "_torchdynamo_orig_callable" in own_attributes(value)):
+        elif not (name.startswith(_COMPOSABLE) or (_COMPILED_FROM in own_attributes(value) and hasattr(owner, name))):
             cleaned[name] = value  # but not a compiled method in place of the class's
     return cleaned
 

@@ -109,9 +109,7 @@ def export(
         if metric is None or report.model is None:
             return report
         eager = as_runner(load(report.folder / "source"))
-        judged = measured(
-            report, lambda run: metric(run or eager), lambda made, name: engine.runner(made, name, chosen), limits
-        )
+        judged = measured(report, lambda run: metric(run or eager), engine, chosen, limits)
         return engine.explained(judged, chosen)
 
 
@@ -130,7 +128,7 @@ def requested(
     import torch
 
     from polyexport.capture.answer import ask
-    from polyexport.capture.flatten import as_call
+    from polyexport.capture.flatten import as_call, flattened_call
     from polyexport.capture.snapshot import check_call, save_call, save_module
 
     final = Path(into).resolve()
@@ -141,7 +139,9 @@ def requested(
     try:
         found = resolved(steps, module)
         for index, call in enumerate(map(as_call, itertools.chain([inputs], calibration))):
-            check_call(entry(module, found), *call)
+            first = entry(module, found)
+            check_call(first, *call)
+            flattened_call(getattr(first, "forward", first), *call)
             save_call(*call, work / "source", index)
         received = as_call(inputs) if found.preprocess is None else as_call(preprocessed(found, *as_call(inputs)))
         check_call(module, *received)

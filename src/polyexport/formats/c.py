@@ -170,7 +170,7 @@ def load(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
 
     def run(arrays: Arrays) -> Arrays:
         given = [
-            np.ascontiguousarray(arrays[our.name], its.dtype) for our, its in zip(spec.inputs, inputs, strict=True)
+            np.asarray(arrays[our.name], its.dtype, order="C") for our, its in zip(spec.inputs, inputs, strict=True)
         ]
         found = [np.empty(tensor.sized(int), tensor.dtype) for tensor in outputs]
         library.model(*(array.ctypes.data_as(ctypes.c_void_p) for array in (*given, *found)))

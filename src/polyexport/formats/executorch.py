@@ -119,7 +119,7 @@ def load(path: Path, spec: ExportSpec, *, threads: int) -> Runner:
         raise
 
     def run(inputs: Arrays) -> Arrays:
-        answers = method.execute([torch.from_numpy(np.ascontiguousarray(inputs[name])) for name in spec.input_names])
+        answers = method.execute([torch.from_numpy(np.asarray(inputs[name], order="C")) for name in spec.input_names])
         return {name: answer.numpy() for name, answer in zip(spec.output_names, answers, strict=True)}
 
     return run

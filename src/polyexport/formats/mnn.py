@@ -207,7 +207,7 @@ def load(path: Path, spec: ExportSpec, *, threads: int) -> Runner:
 
     def given(array: np.ndarray) -> Any:
         kind, dtype = kinds.get(array.dtype.kind, (MNN.expr.int, np.int32))
-        return MNN.expr.const(np.ascontiguousarray(array, dtype), list(array.shape), MNN.expr.NCHW, kind)
+        return MNN.expr.const(np.asarray(array, dtype, order="C"), list(array.shape), MNN.expr.NCHW, kind)
 
     def run(inputs: Arrays) -> Arrays:
         answers = module.forward([given(inputs[name]) for name in names])

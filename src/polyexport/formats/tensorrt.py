@@ -201,7 +201,7 @@ def run_engine(path: Path, spec: ExportSpec, trt: Any, on: Device) -> Loaded:
 
     def run(inputs: Arrays) -> Arrays:
         with torch.cuda.stream(stream):
-            held = {name: torch.from_numpy(np.ascontiguousarray(inputs[name])).cuda() for name in given}
+            held = {name: torch.from_numpy(np.asarray(inputs[name], order="C")).cuda() for name in given}
             for name, tensor in held.items():
                 context.set_input_shape(name, tuple(tensor.shape))
             for name in names:

@@ -273,7 +273,7 @@ class _Faster:
 def _narrow(array: np.ndarray) -> np.ndarray:
     """The array in one of TensorFlow.js' three types."""
     kinds: dict[str, Any] = {"f": np.float32, "b": np.bool_}
-    return np.ascontiguousarray(array, kinds.get(array.dtype.kind, np.int32))
+    return np.asarray(array, kinds.get(array.dtype.kind, np.int32), order="C")
 
 
 _SNIPPETS = (

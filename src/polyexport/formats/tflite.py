@@ -42,7 +42,14 @@ def convert_program(source: Path, target: Path, spec: ExportSpec) -> None:
     lower(load_program(source).module(), target, spec)
 
 
-def lower(module: Any, target: Path, spec: ExportSpec, *, channels_last: bool = False) -> None:
+def lower(
+    module: Any,
+    target: Path,
+    spec: ExportSpec,
+    *,
+    channels_last: bool = False,
+    narrow: Callable[[str], str] = lambda dtype: dtype,
+) -> None:
     """Write a module with the static signature `spec`, under its own names; float64 becomes float32.
 
     Args:
@@ -50,6 +57,7 @@ def lower(module: Any, target: Path, spec: ExportSpec, *, channels_last: bool = 
         target: The file.
         spec: The module's signature, not the artifact's.
         channels_last: Whether tensors of four axes, taken as images, have channels last in the artifact.
+        narrow: The type of a tensor in the artifact, for its type in PyTorch.
     """
     import litert_torch
     import torch
@@ -64,14 +72,15 @@ def lower(module: Any, target: Path, spec: ExportSpec, *, channels_last: bool = 
             self.training = False  # eval() is not supported by a program of torch.export
 
         def forward(self, **tensors: torch.Tensor) -> dict[str, torch.Tensor]:
-            given = (tensors[name] for name in spec.input_names)
+            given = (_as(tensors[t.name], narrow(t.dtype), t.dtype) for t in spec.inputs)
             found = self.inner(*(_permuted(t, TO_FIRST) if channels_last else t for t in given))
             listed = (found,) if isinstance(found, torch.Tensor) else tuple(found)
-            outputs = zip(spec.output_names, listed, strict=True)
-            return {name: _permuted(t, TO_LAST) if channels_last else t for name, t in outputs}
+            outputs = zip(spec.outputs, listed, strict=True)
+            narrowed = {tensor.name: _as(t, tensor.dtype, narrow(tensor.dtype)) for tensor, t in outputs}
+            return {name: _permuted(t, TO_LAST) if channels_last else t for name, t in narrowed.items()}
 
     inputs = {
-        tensor.name: torch.zeros([int(size) for size in tensor.shape], dtype=getattr(torch, tensor.dtype))
+        tensor.name: torch.zeros([int(size) for size in tensor.shape], dtype=getattr(torch, narrow(tensor.dtype)))
         for tensor in spec.inputs
     }
     if channels_last:
@@ -80,6 +89,12 @@ def lower(module: Any, target: Path, spec: ExportSpec, *, channels_last: bool = 
 
 
 TO_FIRST, TO_LAST = (0, 3, 1, 2), (0, 2, 3, 1)
+
+
+def _as(tensor: torch.Tensor, dtype: str, narrow: str) -> torch.Tensor:
+    import torch
+
+    return tensor if narrow == dtype else tensor.to(getattr(torch, narrow))
 
 
 def _permuted(tensor: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
@@ -409,7 +424,7 @@ def _to_artifact(inputs: Arrays, details: Mapping[str, Detail]) -> Arrays:
         if scales.size and array.dtype.kind == "f":
             limits = np.iinfo(detail["dtype"])
             array = np.clip(np.round(array / scales) + _zeros(detail), limits.min, limits.max)
-        given[name] = np.ascontiguousarray(array, dtype)
+        given[name] = np.asarray(array, dtype, order="C")
     return given
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 
 from polyexport.errors import BadRequest, line
-from polyexport.spec import Arrays, ExportSpec, Runner, TensorSpec
+from polyexport.spec import Arrays, ExportSpec, Runner, TensorSpec, repeated
 
 Dynamic = bool | Mapping[str, Mapping[int, str]]
 """Which input axes are dynamic: True for the batch axis and all whose size differs between batches, False for none, or
@@ -92,12 +92,11 @@ def sizes_of(inputs: Arrays, axes: Axes) -> dict[str, int]:
 
 
 def resized(inputs: Arrays, axes: Axes, sizes: Mapping[str, int]) -> Arrays:
-    """The same inputs at other sizes: rows are repeated in order, so that every row is a real one."""
+    """The same inputs at other sizes: rows are repeated in order, so that every row is a real one; zeros if none is."""
     batch = dict(inputs)
     for name, named in axes.items():
         for axis, called in named.items():
-            rows = np.arange(sizes[called]) % inputs[name].shape[axis]
-            batch[name] = np.take(batch[name], rows, axis)
+            batch[name] = repeated(batch[name], axis, sizes[called])
     return batch
 
 

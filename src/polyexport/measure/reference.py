@@ -30,7 +30,9 @@ from polyexport.measure.parity import NARROW, compare, says_little
 from polyexport.measure.tolerance import Tolerance
 from polyexport.spec import Arrays, Batch, ExportSpec, Runner, write_arrays
 from polyexport.tracing.decompositions import plain_attention
-from polyexport.tracing.reads import FailedAt, Reads, reads
+from polyexport.tracing.forward import uncompiled
+from polyexport.tracing.idle_reads import Idle, idle
+from polyexport.tracing.reads import FailedAt, Reads, named, reads
 from polyexport.versions import environment
 
 if TYPE_CHECKING:
@@ -89,6 +91,7 @@ class Answered:
     real: bool = True
 
 
+@uncompiled()
 def make(root: Path, source: Path, dynamic: Dynamic, commit: str = "", *, sha256: str = "") -> Reference:
     """Run the module of `source`, and write `validation_batch.npz`, further batches and the example to trace with.
 
@@ -114,6 +117,8 @@ def make(root: Path, source: Path, dynamic: Dynamic, commit: str = "", *, sha256
     spec = _spec(root, inputs, outputs, others, asked)
     write_arrays(source / "example.npz", _example(inputs, asked))
     undecidable = unlike_trained or _undecidable(outputs, (again, *_in_between(run, inputs)))
+    unused = plain_attention()(idle)(model, inputs, asked.tried.one_side())
+    _write_idle(source / modules.IDLE, unused)
     narrow = frozen(source, model, outputs, lambda run: plain_attention()(_on_copies(run)))
     noise, how = _noise(model, inputs, outputs)
     write_arrays(root / NOISE, noise)
@@ -128,8 +133,8 @@ def make(root: Path, source: Path, dynamic: Dynamic, commit: str = "", *, sha256
         environment=about | {"git_commit": commit, "threads": str(torch.get_num_threads())},
         static_because=asked.static_because,
         undecidable=undecidable,
-        read_at=tuple(asked.tried.values),
-        one_side=asked.tried.one_side(),
+        read_at=tuple(site for site in asked.tried.values if site not in unused.values),
+        one_side=tuple(site for site in asked.tried.one_side() if site not in unused.values),
         narrow=narrow.narrow,
         notes=(
             *as_trained,
@@ -138,6 +143,7 @@ def make(root: Path, source: Path, dynamic: Dynamic, commit: str = "", *, sha256
             *_fixed_though_varying(inputs, others, asked.axes, dynamic),
             *_as_in_training(model.input_names, model.output_names),
             *says_little(outputs),
+            *_unchecked(unused.checks),
             *narrow.notes,
             *(
                 f"output {name} is float32 in artifacts, since numpy lacks its dtype in PyTorch"
@@ -146,6 +152,17 @@ def make(root: Path, source: Path, dynamic: Dynamic, commit: str = "", *, sha256
             *([how] if how else []),
         ),
     )
+
+
+def _write_idle(path: Path, found: Idle) -> None:
+    path.unlink(missing_ok=True)  # one that is resumed may have it
+    if found.values:
+        modules.dump(found.values, path)
+
+
+def _unchecked(sites: Sequence[str]) -> Iterator[str]:
+    if sites:
+        yield f"forward looks at its data and raises where that is wrong ({named(set(sites))}), which no artifact does"
 
 
 def _of_the_model(model: Any, own: Runner, inputs: Arrays, outputs: Arrays) -> list[str]:
@@ -401,8 +418,14 @@ class _Tried:
             site
             for site, found in self.values.items()
             if site not in self.refused
-            and (len(found) == 1 or (len(self.paths) == 1 and not {"True", "False"}.issuperset(*found)))
+            and (
+                len(found) == 1 or (len(self.paths) == 1 and not {"True", "False"}.issuperset(itertools.chain(*found)))
+            )
         )
+
+
+def _are_truth_values(found: Iterable[tuple[str, ...]]) -> bool:
+    return {"True", "False"}.issuperset(itertools.chain.from_iterable(found))
 
 
 def _with_other_values(
@@ -420,8 +443,10 @@ def _with_other_values(
         try:
             told = _reads(model, values)
         except FailedAt as error:
-            tried.refused.add(error.site)
-            continue
+            if isinstance(dynamic_axes.answered(run, values, outputs, ""), str):
+                tried.refused.add(error.site)
+                continue
+            told = Reads({}, 0)  # it was the watch that failed
         answer = _sound(run, values, outputs) if not found or tried.is_news(told) else None
         if answer is not None:
             found.append(Answered(values | answer, label=label, real=False))

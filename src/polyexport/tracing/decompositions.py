@@ -50,6 +50,7 @@ def decomposed() -> Iterator[None]:
     from torch.overrides import TorchFunctionMode
 
     functions: Mapping[Any, Callable[..., Any]] = {
+        torch.Tensor.data.__get__: lambda x: x.detach(),  # type: ignore[attr-defined]  # of a property; no trace follows it
         torch.nn.functional.embedding_bag: embedding_bag,
         torch.cdist: cdist,
         torch.diag_embed: diag_embed,

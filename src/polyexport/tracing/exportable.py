@@ -11,6 +11,8 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from polyexport.tracing.forward import uncompiled
+from polyexport.tracing.idle_reads import idle_reads_given
 from polyexport.tracing.sizes import lengths_followed
 
 if TYPE_CHECKING:
@@ -35,7 +37,7 @@ def _now(config: Any, name: str) -> Any:
 
 @contextlib.contextmanager
 def exportable(model: nn.Module) -> Iterator[nn.Module]:
-    """The model as exporters need it: its options set, `len` traced, parameters of distributions not checked.
+    """The model as exporters need it: options set, `len` traced, nothing compiled, distributions and data not checked.
 
     Everything is restored when the context exits.
     """
@@ -49,7 +51,7 @@ def exportable(model: nn.Module) -> Iterator[nn.Module]:
     for config, name, _ in before:
         setattr(config, name, _SETTINGS[name][1])
     try:
-        with lengths_followed(model), _distributions_unchecked():
+        with uncompiled(), lengths_followed(model), _distributions_unchecked(), idle_reads_given(model):
             yield model
     finally:
         for config, name, value in reversed(before):

@@ -7,14 +7,13 @@ Requirements:
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import inspect
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from polyexport.errors import line
+from polyexport.tracing.forward import within
 from polyexport.tracing.reads import named, site_of
 
 if TYPE_CHECKING:
@@ -69,8 +68,7 @@ def _scripted(module: torch.nn.Module) -> str:
     return ", ".join(name for name in names if not any(name.startswith(f"{other}.") for other in names))
 
 
-@contextlib.contextmanager
-def _grad_mode_left_alone(module: torch.nn.Module) -> Iterator[None]:
+def _grad_mode_left_alone(module: torch.nn.Module) -> AbstractContextManager[None]:
     """Make `torch.no_grad`, `enable_grad` and `set_grad_enabled` in `module` no-ops."""
     import torch
     from torch.overrides import TorchFunctionMode
@@ -79,21 +77,7 @@ def _grad_mode_left_alone(module: torch.nn.Module) -> Iterator[None]:
         def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             return None if function is torch._C._set_grad_enabled else function(*args, **(kwargs or {}))
 
-    own, forward = module.__dict__.get("forward"), module.forward
-
-    @functools.wraps(forward)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        with LeftAlone():  # entered inside forward, so that it comes before the mode that `torch.export` records with
-            return forward(*args, **kwargs)
-
-    run.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]  # any function has one
-    module.__dict__["forward"] = run
-    try:
-        yield
-    finally:
-        del module.__dict__["forward"]
-        if own is not None:
-            module.__dict__["forward"] = own
+    return within(module, lambda _: LeftAlone())
 
 
 def load_program(path: Path) -> torch.export.ExportedProgram:

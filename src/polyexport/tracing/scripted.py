@@ -37,7 +37,7 @@ def script_branches(model: Any, inputs: Arrays) -> None:
 
 def _sites(model: Any, inputs: Arrays) -> set[str]:
     try:
-        return set(reads(model, inputs).values)
+        return set(reads(model, inputs).values) - set(getattr(model, "idle", ()))
     except FailedAt as error:
         return {error.site} if error.site else set()
 
