@@ -211,12 +211,12 @@ def in_rows(run: Runner, spec: ExportSpec) -> Runner:
     return call
 
 
-ONE_ROW = "one row a call"
-"""The remark on an artifact that has no batch axis, though a loaded one takes any number of rows, by `in_rows`."""
+ONE_ROW = "one row per call"
+"""The remark on an artifact without a batch axis; when loaded, it takes any number of rows by `in_rows`."""
 
 
 def row_remark(spec: ExportSpec) -> str:
-    """`ONE_ROW`, but where one is all that the signature has."""
+    """`ONE_ROW`, unless the signature itself has only one row."""
     return ONE_ROW if spec.one_row() != spec else ""
 
 
