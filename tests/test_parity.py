@@ -40,8 +40,6 @@ def test_rounding_passes_and_its_figures_agree_with_numpy(reference):
 
 def test_an_output_without_elements_is_judged_by_the_batches_that_have_some(reference):
     none = {"logits": reference["logits"][:0]}
-    (note,) = says_little(none)
-    assert note.startswith("agreement on logits proves little: PyTorch itself returns no element")
     assert compare(none, none, FLOAT32).passed
     assert compare(reference, reference, FLOAT32, whole=none).passed
     assert not compare({"logits": -reference["logits"]}, reference, FLOAT32, whole=none).passed
@@ -273,7 +271,7 @@ def test_an_output_in_half_precision_is_judged_as_such():
         (np.arange(24.0).reshape(8, 3, 1), None),
         (np.arange(8), None),
         (np.arange(12.0).reshape(4, 3), None),
-        (np.zeros((0, 3)), None),
+        (np.zeros((0, 3)), "agreement on y proves little: PyTorch itself returns no element"),
     ],
 )
 def test_a_reference_that_says_little_is_told(array, why):
