@@ -233,7 +233,7 @@ def test_where_no_round_keeps_the_budget_the_first_artifact_stays(rounds):
     outcome = rounds["stubborn"]
     assert outcome.state == "mismatch"
     assert "right is 0, PyTorch has 1, the budget is 0.01" in outcome.reason
-    assert outcome.reason.endswith("with 50.0% of its layers in float it is, too")
+    assert outcome.reason.endswith("with 50.0% of its layers in float it still is")
     assert [(each.share, each.chosen) for each in outcome.rounds] == [
         (0.0, True),
         (0.125, False),

@@ -43,7 +43,7 @@ def test_what_cannot_be_loaded_says_what_can(small: Report, tmp_path: Path) -> N
         (tmp_path / "onnx", r"there is no .*give a format's folder, such as exports/best/onnx"),
         (small.folder, r"is not a format of an export, but contains some: .*out/onnx, "),
         (tmp_path, r"there is no polyexport\.json next to the artifact"),
-        (onnx / DESCRIPTION, r"is no artifact of onnx; that is .*model\.onnx"),
+        (onnx / DESCRIPTION, r"is not the artifact of onnx; that is .*model\.onnx"),
     ):
         with pytest.raises(BadRequest, match=message):
             polyexport.load(path)
@@ -53,5 +53,5 @@ def test_what_cannot_be_loaded_says_what_can(small: Report, tmp_path: Path) -> N
         polyexport.load(tmp_path / "half")
     (tmp_path / "half" / "model.onnx").unlink()
     shutil.copy(onnx / DESCRIPTION, tmp_path / "half")
-    with pytest.raises(BadRequest, match="is no artifact of onnx"):
+    with pytest.raises(BadRequest, match="is not the artifact of onnx"):
         polyexport.load(tmp_path / "half")

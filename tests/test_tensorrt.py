@@ -103,7 +103,7 @@ def test_every_model_is_parsed_and_built(exported):
 def test_another_gpu_than_it_was_built_for_is_named(monkeypatch):
     monkeypatch.setattr(gpu, "missing", str)
     monkeypatch.setattr(tensorrt_rtx, "device", lambda: tensorrt.Device("NVIDIA H200", "9.0", 2 << 30))
-    with pytest.raises(CannotRun, match=r"NVIDIA H200 has compute capability 9\.0, and the engine is for 8\.0, 8\.6"):
+    with pytest.raises(CannotRun, match=r"NVIDIA H200 has compute capability 9\.0, but the engine is for 8\.0, 8\.6"):
         tensorrt_rtx.load(Path("model.engine"), SPEC, threads=1)
 
 

@@ -163,7 +163,7 @@ def test_what_forward_only_checks_or_prints_is_no_branch_and_a_note_tells_of_the
     found = prepared(tmp_path, Checked(lambda x: False), X)
     assert (found.read_at, found.one_side) == ((), ())
     (note,) = [note for note in found.notes if "which no artifact does" in note]
-    assert note.startswith("forward looks at its data and raises where that is wrong (test_truth.py:")
+    assert note.startswith("forward checks its data and raises if it is wrong (test_truth.py:")
     verified, frozen = traced(tmp_path, found)
     assert (verified["parity"].passed, verified["elsewhere"], routes.narrow("", frozen, found)) == (True, "", "")
 

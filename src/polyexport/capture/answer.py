@@ -103,7 +103,7 @@ def _probe(parameters: Iterable[tuple[str, torch.Tensor]]) -> dict[str, float]:
 
 
 def _middle(tensor: torch.Tensor) -> torch.Tensor:
-    """Of a complex one its real part."""
+    """The middle element; for a complex one its real part."""
     middle = tensor.detach().reshape(-1)[tensor.numel() // 2]
     return middle.real if middle.is_complex() else middle
 

@@ -160,7 +160,7 @@ def flattened_call(
             if leaf.layout is not torch.strided or leaf.is_nested:
                 kind = "nested" if leaf.is_nested else "sparse"
                 raise BadRequest(
-                    f"forward's argument {name} is a {kind} tensor, which no converter can take; give "
+                    f"forward's argument {name} is a {kind} tensor, which no converter supports; give "
                     f"inputs=<a function of the batch> that returns dense ones, and "
                     f"module=<a wrapper whose forward makes the {kind} one from them>"
                 )

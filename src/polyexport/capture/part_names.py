@@ -1,4 +1,4 @@
-"""Names of a module's parts that tracers cannot write into code, such as the `class` of a `ModuleDict`.
+"""Names of submodules that tracers cannot write into code, such as the `class` of a `ModuleDict`.
 
 Python's grammar keeps that one for itself, and what TorchScript writes of letters beyond ASCII it cannot read.
 """
@@ -17,7 +17,7 @@ _TABLES = ("_modules", "_parameters", "_buffers")
 
 
 def make_writable(module: nn.Module) -> None:
-    """Give each part of `module` that has such a name another one; forward finds it by its own as before."""
+    """Rename submodules of `module` with such names; forward still finds them by their own."""
     import torch
     from torch import nn
 
@@ -55,7 +55,7 @@ def _attribute(self: Any, kind: Any, renamed: Mapping[str, str], name: str) -> A
 
 
 def _dictionary(kind: Any, renamed: Mapping[str, str]) -> dict[str, Any]:
-    """The methods of a `ModuleDict` that take or give names."""
+    """The methods of a `ModuleDict` that take or return names."""
     own = {new: old for old, new in renamed.items()}
 
     def items(self: Any) -> Any:

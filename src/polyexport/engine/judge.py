@@ -60,19 +60,19 @@ def measured(
 
 @dataclass(frozen=True, slots=True)
 class _Judge:
-    """Measures artifacts, and has those made again that cost too much."""
+    """Measures artifacts, and remakes those outside the budget."""
 
     metric: Metric
     engine: Engine
     formats: tuple[Format, ...]
 
     def judged(self, report: Report, outcome: Outcome) -> Outcome:
-        """The outcome with its metrics, by the budget; its artifact lies where it says."""
+        """The outcome with its metrics, judged by the budget."""
         with self.engine.runner(_with(report, outcome), outcome.format, self.formats) as run:
             return judged(replace(outcome, metrics=self.metric(run)), report.metrics, report.budget)
 
     def mended(self, report: Report, first: Outcome, settled: Outcome) -> Outcome:
-        """The artifact with the fewest layers in float that keeps the budget, where `settled` does not.
+        """The artifact with the fewest layers in float that is within the budget, if `settled` is not.
 
         `first` is the outcome before it was judged. Where none keeps the budget the first one stays.
         """
@@ -91,11 +91,11 @@ class _Judge:
         rounds = tuple(_round(share, each, chosen=each is stays) for share, each in tried)
         if last.publishable:
             return replace(self.engine.settled(report, last, self.formats), rounds=rounds)
-        so_far = f"with {tried[-1][0]:.1%} of its layers in float it is, too" if len(tried) > 1 else ""
+        so_far = f"with {tried[-1][0]:.1%} of its layers in float it still is" if len(tried) > 1 else ""
         return replace(settled, reason="; ".join(filter(None, [settled.reason, so_far, failed])), rounds=rounds)
 
     def _again(self, report: Report, first: Outcome, share: float) -> Outcome:
-        """The artifact with that share of its layers in float, by the budget; it lies beside the one in its place."""
+        """The artifact with that share of its layers in float, judged by the budget; stored next to the other one."""
         made = self.engine.remade(report, first.format, share, self.formats)
         return self.judged(report, made) if _is_measured(made, report.budget) else made
 
@@ -107,7 +107,7 @@ def _round(share: float, outcome: Outcome, *, chosen: bool) -> Round:
 
 
 def _with(report: Report, outcome: Outcome) -> Report:
-    """The report with this outcome in the place of that of the same format."""
+    """The report with this outcome in place of the one of the same format."""
     outcomes = (outcome if each.format == outcome.format else each for each in report.outcomes)
     return replace(report, outcomes=tuple(outcomes))
 

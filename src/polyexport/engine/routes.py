@@ -254,7 +254,7 @@ class Build:
 
 
 def placed(root: Path, each: Format, path: str) -> str:
-    """Give what was made at `path` its place in the export at `root`; both paths are relative to that."""
+    """Hard-link the artifact at `path` to its final folder; both paths are relative to the export at `root`."""
     place = root / each.name
     shutil.rmtree(place, ignore_errors=True)
     # by hard links, since another format may still read it where it lies

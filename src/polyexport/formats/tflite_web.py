@@ -3,7 +3,7 @@
 https://ai.google.dev/edge/litert/web
 
 Requirements:
-* LiteRT.js takes no dynamic axis, so it is lowered for one row; a loaded artifact takes any number of rows.
+* LiteRT.js supports no dynamic axes, so it is lowered for one row; a loaded artifact takes any number of rows.
 * Its tensors are float32, int32 and uint8. Other integers and booleans are int32 in the artifact.
 """
 
@@ -25,14 +25,14 @@ _PROGRAM = Path(__file__).parents[1] / "toolchains" / "litert_web" / "run.cjs"
 
 
 def convert(source: Path, target: Path, spec: ExportSpec) -> None:
-    """Lower the program of `torch.export` once more, for one row, and write a page that runs it."""
+    """Lower the program of `torch.export` again, for one row, and write a page that runs it."""
     one = spec.one_row()
     tflite.lower(load_program(source).module(), target, one, narrow=narrowed)
     page.write(target, one, "litert_web", "@litertjs/core")
 
 
 def narrowed(dtype: str) -> str:
-    """The type of the artifact's tensor, for a type of PyTorch's."""
+    """The type of an artifact's tensor for PyTorch's type."""
     return dtype if dtype == "uint8" else "float32" if dtype.startswith(("float", "bfloat")) else "int32"
 
 

@@ -162,7 +162,7 @@ def _write_idle(path: Path, found: Idle) -> None:
 
 def _unchecked(sites: Sequence[str]) -> Iterator[str]:
     if sites:
-        yield f"forward looks at its data and raises where that is wrong ({named(set(sites))}), which no artifact does"
+        yield f"forward checks its data and raises if it is wrong ({named(set(sites))}); artifacts do not check it"
 
 
 def _of_the_model(model: Any, own: Runner, inputs: Arrays, outputs: Arrays) -> list[str]:
@@ -446,7 +446,7 @@ def _with_other_values(
             if isinstance(dynamic_axes.answered(run, values, outputs, ""), str):
                 tried.refused.add(error.site)
                 continue
-            told = Reads({}, 0)  # it was the watch that failed
+            told = Reads({}, 0)  # only the watching failed
         answer = _sound(run, values, outputs) if not found or tried.is_news(told) else None
         if answer is not None:
             found.append(Answered(values | answer, label=label, real=False))

@@ -109,7 +109,7 @@ class Proof:
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """An artifact that was tried while a budget was missed, with more of its layers in float than the one before.
+    """An artifact that was tried while the budget was exceeded, with more layers in float than the one before.
 
     Attributes:
         share: Of its layers that were put back to float, the costliest first; 0 for the artifact as it was first made.

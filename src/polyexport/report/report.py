@@ -235,7 +235,7 @@ def metrics(report: Report) -> list[dict[str, str]]:
 
 
 def rounds(report: Report, outcome: Outcome) -> list[dict[str, str]]:
-    """What was tried while a format was outside its budget, one row for each round."""
+    """The artifacts that were tried while a format was outside its budget, one row per round."""
     return [
         {
             "layers back to float": f"{each.share:.1%}" if each.share else "as first made",

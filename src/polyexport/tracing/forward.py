@@ -1,4 +1,4 @@
-"""What surrounds a module's forward while it is looked at or traced."""
+"""Contexts for a module's forward while it is watched or traced."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def uncompiled() -> Iterator[None]:
-    """Let what `torch.compile` made run as it was written: compiling takes seconds, and no tracer goes through it."""
+    """Run compiled functions eagerly: compiling takes seconds, and tracers do not support it."""
     import torch
 
     with torch.compiler.set_stance("force_eager"):

@@ -1,4 +1,4 @@
-"""What forward reads of its inputs without effect: numbers that it prints or logs, checks that do nothing but raise.
+"""Values that forward reads of its inputs without effect: numbers that it prints or logs, checks that only raise.
 
 A trace has no use for them, and `torch.export` refuses most. While a module is traced, forward reads there what it read
 on the validation batch.
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 _SITES, _READS = 8, 8
-"""How many sites are looked at, and how often one may be read."""
+"""How many sites are checked, and how often one may be read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +87,7 @@ def _is_unused(model: Any, inputs: Arrays, told: Reads, site: str) -> bool:
 
 
 def _others(values: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
-    """Other values in the place of those: at first such as a size or an index may be, at last extreme ones."""
+    """Other values to try: first plausible sizes or indices, then extreme ones."""
     done = [repr(values)]
     for way in range(len(_REALS)):
         other = tuple(_other(each, way) for each in values)

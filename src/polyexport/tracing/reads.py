@@ -200,7 +200,7 @@ def _at(frame: FrameType) -> str:
 
 
 def _frames() -> tuple[FrameType, ...]:
-    """The frames from our caller to the innermost one whose code is neither torch's nor ours."""
+    """The frames from the caller to the innermost one outside of torch and polyexport."""
     passed, frames = _not_the_users(), [sys._getframe(1)]
     while (outer := frames[-1].f_back) and frames[-1].f_code.co_filename.startswith(passed):
         frames.append(outer)
