@@ -63,6 +63,7 @@ bench: $(VENV)/test
 	$(BIN)/python tests/benchmarks/servers.py
 	$(BIN)/python tests/benchmarks/runtimes.py
 	$(BIN)/python tests/benchmarks/onnx2tf.py
+	$(BIN)/python tests/benchmarks/precisions.py --page docs/precisions.md
 
 test-zoo: $(VENV)/test
 	$(BIN)/python tests/support/zoo_table.py families --page docs/zoo.md

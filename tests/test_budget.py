@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,8 +15,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 import polyexport
 import runs
 from lightning_export import ExportCallback
-from planted import GOOD, planted, replay, wrong
-from polyexport import BadRequest, Budget, Engine, Outcome, Report
+from planted import GOOD, mended_by_float, mended_not_at_all, never_mended, planted, replay, wrong
+from polyexport import BadRequest, Budget, Engine, Format, Outcome, Report
 from polyexport.engine.judge import judged
 from polyexport.measure.budget import budgets, directed, overdrawn
 
@@ -175,6 +176,90 @@ def test_the_best_is_the_one_that_loses_the_least(report):
     assert replace(both, outcomes=(lost,)).best(max_drop=0.5) is None
     assert replace(both, outcomes=(lost,)).best(max_drop=1.5).format == "worse"
     assert replace(both, budget={}).best(max_drop=1.0) is None
+
+
+# --- rounds -----------------------------------------------------------------------------------------------------------
+
+
+def mending(name: str, convert: object, **more: object) -> Format:
+    """A format in int8 that can be made with more in float."""
+    made = planted(name, convert, precision="int8", **more)
+    return replace(made, routes=tuple(replace(route, mends=True) for route in made.routes))
+
+
+@pytest.fixture(scope="module")
+def rounds(tmp_path_factory) -> Report:
+    """Four formats in int8, all of which are turned at first."""
+    torch.manual_seed(1)
+    x, folder = torch.rand(4, 3), tmp_path_factory.mktemp("rounds")
+    module = torch.nn.Linear(3, 2)
+    with torch.no_grad():
+        reference = module(x).numpy()
+
+    def right(run) -> dict[str, float]:
+        return {"right": float((np.sign(run({"input": x.numpy()})["output_0"]) == np.sign(reference)).mean())}
+
+    formats = [
+        mending("mended", mended_by_float),
+        mending("stubborn", never_mended),
+        mending("refused", mended_not_at_all),
+        planted("fixed", never_mended, precision="int8"),
+    ]
+    budget = {"right": Budget(0.01, mode="max")}
+    return polyexport.export(module, x, formats, folder / "out", bench=False, metric=right, budget=budget)
+
+
+def test_layers_go_back_to_float_until_the_metric_is_within_the_budget(rounds):
+    outcome = rounds["mended"]
+    assert (outcome.state, outcome.reason, outcome.metrics) == ("verified", "", {"right": 1.0})
+    assert [(each.share, each.metrics["right"], each.chosen) for each in outcome.rounds] == [
+        (0.0, 0.0, False),
+        (0.125, 0.0, False),
+        (0.25, 1.0, True),
+    ]
+    assert [each.bytes for each in outcome.rounds] == sorted({each.bytes for each in outcome.rounds})
+
+
+def test_the_artifact_that_keeps_the_budget_has_the_place_of_the_first(rounds):
+    artifact = rounds["mended"].artifact
+    assert artifact.path == "mended/model.json"
+    assert json.loads((rounds.folder / artifact.path).read_text())["factor"] == 1.0
+    with Engine() as engine:
+        again = engine.verify(rounds, [mending("mended", mended_by_float)])
+    assert (again["mended"].state, again["mended"].artifact) == ("verified", artifact)
+
+
+def test_where_no_round_keeps_the_budget_the_first_artifact_stays(rounds):
+    outcome = rounds["stubborn"]
+    assert outcome.state == "mismatch"
+    assert "right is 0, PyTorch has 1, the budget is 0.01" in outcome.reason
+    assert outcome.reason.endswith("with 50.0% of its layers in float it is, too")
+    assert [(each.share, each.chosen) for each in outcome.rounds] == [
+        (0.0, True),
+        (0.125, False),
+        (0.25, False),
+        (0.5, False),
+    ]
+    assert outcome.artifact.path == "stubborn/model.json"
+
+
+def test_a_round_that_fails_leaves_what_there_is(rounds):
+    outcome = rounds["refused"]
+    assert (outcome.state, len(outcome.rounds)) == ("mismatch", 1)
+    assert "with 12.5% of its layers in float: ValueError: no layer can be kept" in outcome.reason
+
+
+def test_what_cannot_be_made_otherwise_is_tried_once(rounds):
+    assert (rounds["fixed"].state, rounds["fixed"].rounds) == ("mismatch", ())
+
+
+def test_the_report_keeps_and_shows_the_rounds(rounds):
+    assert Report.load(rounds.folder) == rounds
+    page, text = ((rounds.folder / name).read_text() for name in ("report.html", "report.md"))
+    assert "mended: size against right" in page
+    assert page.count('class="ring"') == 3  # one in the picture of each format that was tried again
+    assert "| 25.0% |" in text
+    assert text.count("| yes |") == 3
 
 
 # --- in a training run ------------------------------------------------------------------------------------------------

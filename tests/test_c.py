@@ -45,7 +45,7 @@ def test_it_agrees_for_any_number_of_rows_and_says_that_it_takes_one(sequence: R
     assert outcome.parity.passed
     assert [sizes["batch"] for sizes in outcome.parity.batches] == [4, 1, 3]
     assert (outcome.state, outcome.reason) == ("verified", "")
-    assert outcome.remark.startswith("one row a call; ")
+    assert outcome.remark.startswith("one row per call; ")
     assert [tensor.shape for tensor in outcome.inputs] == [(1, 6, 3), (1, 2), (1, 6)]
 
 

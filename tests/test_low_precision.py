@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -255,9 +256,18 @@ def test_the_costliest_matrix_goes_back_to_float(outlier, tmp_path):
     assert "in float32: 2 × MatMul" in remark
 
 
+def test_a_share_that_is_asked_for_goes_back(outlier, tmp_path):
+    source, spec = outlier
+    off(source, tmp_path / "y.onnx", replace(spec, in_float=1 / 2))
+    remark = FORMATS["onnx-int8"].open(tmp_path / "y.onnx", spec, threads=1).remark
+    assert "in float32: 3 × MatMul" not in remark
+    assert "second (" in remark.partition("kept in float32")[2]
+    assert len(re.findall(r"\w+ \([\d.]+%\)", remark)) == 2  # of three matrices one or two are the half
+
+
 def test_without_a_round_it_stays_far(outlier, tmp_path, monkeypatch):
     source, spec = outlier
-    monkeypatch.setattr(drafts, "_SHARES", ())
+    monkeypatch.setattr(drafts, "SHARES", ())
     assert off(source, tmp_path / "y.onnx", spec) > 0.2
 
 
@@ -321,6 +331,15 @@ def test_layers_go_back_until_it_is_near_and_no_further():
     assert told == (
         "kept in float32, each with the error that it alone causes: net.b (50.0%) "
         "(error of the outputs: 53.0%, then 3.0%)"
+    )
+
+
+def test_a_share_of_the_layers_goes_back_however_near_the_outputs_are():
+    near = drafts.Draft(None, "", 0.01)
+    chosen, told = drafts.mended([near], {"a": "net.a", "b": "net.b", "c": "net.c"}, made, 1 / 2)
+    assert chosen.kept == ("b", "a")
+    assert told.startswith(
+        "kept in float32, each with the error that it alone causes: net.b (50.0%), net.a (2.0%) (error of"
     )
 
 

@@ -117,7 +117,7 @@ def test_an_artifact_of_one_row_is_verified_again_on_every_batch(report):
 @pytest.mark.slow
 def test_an_edge_tpu_model_is_verified_before_compilation_and_says_so(report):
     outcome = report["edgetpu"]
-    assert (outcome.state, outcome.reason, outcome.remark) == ("verified", "", "one row a call")
+    assert (outcome.state, outcome.reason, outcome.remark) == ("verified", "", "one row per call")
     assert outcome.parity.verified_by.startswith("the int8 model before compilation, on the CPU; edgetpu_compiler has ")
     assert len(outcome.parity.batches) == 3
     assert "stand-in" in (report.folder / "logs" / "edgetpu.log").read_text()
@@ -185,7 +185,7 @@ def test_a_model_for_the_ethos_u_is_compiled_and_its_memory_and_time_are_estimat
     outcome = report["ethosu"]
     assert (outcome.state, outcome.reason) == ("verified", "")
     estimate = r"[\d.]+ ms at 500 MHz, [\d.]+ KiB of SRAM, [\d.]+ KiB of flash"
-    assert re.fullmatch(f"one row a call; Vela's estimate for Ethos-U55-128: {estimate}", outcome.remark)
+    assert re.fullmatch(f"one row per call; Vela's estimate for Ethos-U55-128: {estimate}", outcome.remark)
     ran = "the int8 model before compilation, on the CPU; Vela has "
     assert re.fullmatch(rf"{ran}(\d+) of \1 operations on the Ethos-U", outcome.parity.verified_by)
     assert b"ethos-u" in (report.folder / "ethosu" / "model_vela.tflite").read_bytes()
@@ -227,7 +227,7 @@ def test_operators_left_in_float_are_told(shadows):
 @pytest.mark.slow
 def test_operations_that_the_compiler_leaves_to_the_cpu_are_told_and_degrade(shadows):
     assert "(Operation not supported)" in shadows["refused"]["shortfall"]
-    assert shadows["refused"]["remark"] == "one row a call"
+    assert shadows["refused"]["remark"] == "one row per call"
     assert shadows["refused"]["parity"]["passed"]
 
 

@@ -107,6 +107,7 @@ class Route:
         static: Whether it takes static shapes only; it is then not tried with dynamic axes.
         trained: Whether it uses the scales that the model was trained with, instead of calibration; it is then tried
             only with models that were trained with fake quantization.
+        mends: Whether it follows `ExportSpec.in_float`, so that a missed budget can be met with more layers in float.
     """
 
     name: str
@@ -115,6 +116,7 @@ class Route:
     convert: Convert
     static: bool = False
     trained: bool = False
+    mends: bool = False
 
 
 @dataclass(frozen=True, slots=True)

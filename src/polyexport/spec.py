@@ -63,7 +63,8 @@ class ExportSpec:
     `sizes` is the size of each named axis in the validation batch. `metadata` is embedded if the format has a place for
     it, and so are `labels`, the names of an output's classes in order, which are also stored next to the artifact.
     `calibration` names `.npz` files with real inputs for formats that need calibration (see the function of that name).
-    `has_trained_scales` is whether the model was trained with fake quantization.
+    `has_trained_scales` is whether the model was trained with fake quantization. `in_float` is the share of its layers,
+    the costliest first, that a quantizer keeps in float; 0 where it decides by the outputs.
     """
 
     inputs: tuple[TensorSpec, ...]
@@ -73,6 +74,7 @@ class ExportSpec:
     calibration: tuple[Path, ...] = ()
     labels: tuple[str, ...] = ()
     has_trained_scales: bool = False
+    in_float: float = 0.0
 
     @property
     def embedded(self) -> dict[str, str]:
@@ -209,12 +211,12 @@ def in_rows(run: Runner, spec: ExportSpec) -> Runner:
     return call
 
 
-ONE_ROW = "one row a call"
-"""The remark on an artifact that has no batch axis, though a loaded one takes any number of rows, by `in_rows`."""
+ONE_ROW = "one row per call"
+"""The remark on an artifact without a batch axis; when loaded, it takes any number of rows by `in_rows`."""
 
 
 def row_remark(spec: ExportSpec) -> str:
-    """`ONE_ROW`, but where one is all that the signature has."""
+    """`ONE_ROW`, unless the signature itself has only one row."""
     return ONE_ROW if spec.one_row() != spec else ""
 
 

@@ -30,6 +30,23 @@ def wrong(source: Path, target: Path, spec: ExportSpec) -> None:
     target.write_text(json.dumps({"factor": -1.0}))
 
 
+def mended_by_float(source: Path, target: Path, spec: ExportSpec) -> None:
+    """Wrong until a quarter of its layers are in float; the file grows by what is."""
+    about = {"factor": 1.0 if spec.in_float >= 1 / 4 else -1.0, "padding": "x" * round(1000 * spec.in_float)}
+    target.write_text(json.dumps(about))
+
+
+def never_mended(source: Path, target: Path, spec: ExportSpec) -> None:
+    wrong(source, target, spec)
+
+
+def mended_not_at_all(source: Path, target: Path, spec: ExportSpec) -> None:
+    """Wrong, and it cannot be made otherwise."""
+    if spec.in_float:
+        raise ValueError("no layer can be kept")
+    wrong(source, target, spec)
+
+
 def raises(source: Path, target: Path, spec: ExportSpec) -> None:
     raise NotImplementedError("no rule\nfor aten::frobnicate")
 

@@ -34,7 +34,7 @@ from polyexport.engine.explain import explained, layers
 from polyexport.engine.labels import labeled
 from polyexport.engine.ownership import seal
 from polyexport.engine.request import Request, declare, write
-from polyexport.engine.rerun import Runnable, runnables, runner, verify
+from polyexport.engine.rerun import Runnable, mends, remade, runnables, runner, settled, signature, verify
 from polyexport.engine.routes import Build
 from polyexport.errors import BadRequest, ToolMissing
 from polyexport.format import Format
@@ -58,11 +58,11 @@ from polyexport.report.folders import (
     take_place,
 )
 from polyexport.report.manifest import Made, Manifest
-from polyexport.report.outcome import Model, Outcome, State, notes, of_precisions
+from polyexport.report.outcome import Checkpoint, Model, Outcome, State, notes, of_precisions
 from polyexport.report.report import Report, history
 from polyexport.report.tables import sentence
 from polyexport.serialization import decode, encode, write_json
-from polyexport.spec import Runner
+from polyexport.spec import ExportSpec, Runner
 from polyexport.versions import git_commit
 from polyexport.workers import toolchain
 from polyexport.workers.job import Prepare
@@ -336,6 +336,28 @@ class Engine:
             save(found)
         return found
 
+    def mends(self, report: Report, name: str, formats: Iterable[Format] = ()) -> bool:
+        """Whether an artifact can be made again with some of its layers in float; see `remade`."""
+        return mends(report, self._runnable(report, name, formats))
+
+    def remade(self, report: Report, name: str, share: float, formats: Iterable[Format] = ()) -> Outcome:
+        """One artifact made and verified once more with that share of its layers in float, beside the other.
+
+        Raises:
+            CannotRun: it cannot be made.
+        """
+        self._watch(name, f"converting with {share:.1%} of its layers in float")
+        try:
+            return remade(report, self._runnable(report, name, formats), share, self._quiet(report))
+        finally:
+            self._watch(name, None)
+
+    def settled(self, report: Report, outcome: Outcome, formats: Iterable[Format] = ()) -> Outcome:
+        """Give an artifact that was made again the place of the one before."""
+        found = settled(report, outcome, _by_name(formats)[outcome.format])
+        _describe_artifact(report.folder, found, report.checkpoint, signature(report))
+        return found
+
     def _runnable(self, report: Report, name: str, formats: Iterable[Format]) -> Runnable:
         found = {each.name: each for each in runnables(report, _by_name(formats))}
         if name not in found:
@@ -457,9 +479,12 @@ def _describe(request: Request, report: Report, reference: Reference) -> None:
     )
     manifest.save(request.work, made)
     for outcome in report.outcomes:
-        if outcome.artifact and outcome.format in known():
-            about = Description.of(outcome, report.checkpoint, reference.spec)
-            write_json(request.work / outcome.format / DESCRIPTION, about)
+        _describe_artifact(request.work, outcome, report.checkpoint, reference.spec)
+
+
+def _describe_artifact(root: Path, outcome: Outcome, checkpoint: Checkpoint, spec: ExportSpec) -> None:
+    if outcome.artifact and outcome.format in known():
+        write_json(root / outcome.format / DESCRIPTION, Description.of(outcome, checkpoint, spec))
 
 
 def _prune(newest: Report, keep: int | None) -> None:

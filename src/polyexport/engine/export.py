@@ -109,9 +109,7 @@ def export(
         if metric is None or report.model is None:
             return report
         eager = as_runner(load(report.folder / "source"))
-        judged = measured(
-            report, lambda run: metric(run or eager), lambda made, name: engine.runner(made, name, chosen), limits
-        )
+        judged = measured(report, lambda run: metric(run or eager), engine, chosen, limits)
         return engine.explained(judged, chosen)
 
 

@@ -16,15 +16,17 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from polyexport.engine.dispatch import Dispatcher
-from polyexport.engine.routes import Watch, counted, judged, narrow
+from polyexport.engine.routes import Watch, counted, judged, narrow, placed
 from polyexport.errors import CannotRun
 from polyexport.format import Format
 from polyexport.report import manifest
+from polyexport.report.manifest import Manifest
 from polyexport.report.outcome import Outcome, State
 from polyexport.report.report import Report
 from polyexport.spec import Arrays, ExportSpec, Runner, read_arrays, write_arrays
 from polyexport.workers import toolchain
-from polyexport.workers.job import Serve, Verify, proofs
+from polyexport.workers.job import Convert, Serve, Verify, proofs, read_job
+from polyexport.workers.process import JobResult
 from polyexport.workers.toolchain import Toolchain
 
 
@@ -115,9 +117,7 @@ def verify(report: Report, formats: Mapping[str, Format], dispatcher: Dispatcher
             return _not_run(before)
         each = _runnable(report, before, before.artifact.path, formats[before.format])
         watch(each.name, "verifying")
-        taken = proofs(exported.batches, dynamic=each.spec.is_dynamic, made_up=each.format.precision == "float32")
-        job = Verify(**each.of_job(dispatcher), batches=taken, noise=exported.noise)
-        ended = dispatcher.run(job, each.runtime, f"{each.name}.again", each.log, gpu=each.format.uses_gpu)
+        ended = _verified(each, exported, dispatcher, f"{each.name}.again")
         now = judged(replace(before, parity=None), ended, before.artifact.path)
         found = _beside(before, counted(report.folder, now))
         if found.state == "verified" and (why := ended.value["elsewhere"]):
@@ -126,6 +126,52 @@ def verify(report: Report, formats: Mapping[str, Format], dispatcher: Dispatcher
         return found
 
     return replace(report, outcomes=tuple(map(today, report.outcomes)))
+
+
+def _verified(each: Runnable, exported: Manifest, dispatcher: Dispatcher, name: str) -> JobResult:
+    taken = proofs(exported.batches, dynamic=each.spec.is_dynamic, made_up=each.format.precision == "float32")
+    job = Verify(**each.of_job(dispatcher), batches=taken, noise=exported.noise)
+    return dispatcher.run(job, each.runtime, name, each.log, gpu=each.format.uses_gpu)
+
+
+def mends(report: Report, each: Runnable) -> bool:
+    """Whether an artifact can be made again with some of its layers in float."""
+    return any(route.mends and route.name == report[each.name].route for route in each.format.routes)
+
+
+def remade(report: Report, each: Runnable, share: float, dispatcher: Dispatcher) -> Outcome:
+    """An artifact made and verified once more with a share of its layers in float, beside the one in its place.
+
+    Raises:
+        CannotRun: it cannot be made.
+    """
+    before, exported = report[each.name], manifest.load(report.folder)
+    (route,) = (route for route in each.format.routes if route.name == before.route)
+    static = [] if each.spec.is_dynamic == exported.spec.is_dynamic else ["static"]
+    label = ".".join([each.name, route.name, *static])
+    job = read_job(report.folder / "source" / "jobs" / f"{label}.convert.json")
+    assert isinstance(job, Convert), "it is called one"
+    label = f"{label}.float-{share:g}"
+    target = Path("source", "made", label, each.format.artifact).as_posix()
+    job = replace(job, target=target, spec=replace(job.spec, in_float=share))
+    ended = dispatcher.run(job, toolchain.find(route.toolchain), f"{label}.convert", each.log)
+    if not ended.ok:
+        raise CannotRun(f"{each.name} with {share:.1%} of its layers in float: {ended.error}")
+    ended = _verified(replace(each, path=target), exported, dispatcher, f"{label}.verify")
+    blank = replace(before, reason="", parity=None, latency=None, metrics={}, layers=())
+    found = counted(report.folder, judged(blank, ended, target))
+    lost = [before.reason] if before.state == "degraded" else []
+    lost += [narrow(ended.value["elsewhere"]), ended.value["shortfall"]] if ended.ok else []
+    if found.state == "verified" and any(lost):
+        found = replace(found, state="degraded", reason="; ".join(filter(None, lost)))
+    return found
+
+
+def settled(report: Report, outcome: Outcome, each: Format) -> Outcome:
+    """Give an artifact that was made again the place of the one before."""
+    assert outcome.artifact is not None, "it was made"
+    where = placed(report.folder, each, outcome.artifact.path)
+    return replace(outcome, artifact=replace(outcome.artifact, path=where))
 
 
 def _not_run(before: Outcome) -> Outcome:

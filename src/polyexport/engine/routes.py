@@ -243,18 +243,23 @@ class Build:
         """Hard-link the artifact from the intermediates to its final folder."""
         artifact = built.outcome.artifact
         assert artifact is not None, "only what was made is settled"
-        made, place = self._dispatcher.root / "source" / "made", self._dispatcher.root / each.name
-        folder = made / Path(built.path).relative_to("source/made").parts[0]
-        with self._lock:  # hard links, since another format may still read the intermediate
-            shutil.rmtree(place, ignore_errors=True)
-            shutil.copytree(folder, place, copy_function=link)
-        where = Path(each.name, each.artifact).as_posix()
+        with self._lock:
+            where = placed(self._dispatcher.root, each, built.path)
         return replace(built.outcome, artifact=replace(artifact, path=where))
 
     def _discard(self, path: str) -> None:
         if path:
             folder = self._dispatcher.root.joinpath(*Path(path).parts[:3])
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def placed(root: Path, each: Format, path: str) -> str:
+    """Give what was made at `path` its place in the export at `root`; both paths are relative to that."""
+    place = root / each.name
+    shutil.rmtree(place, ignore_errors=True)
+    # by hard links, since another format may still read it where it lies
+    shutil.copytree(root.joinpath(*Path(path).parts[:3]), place, copy_function=link)
+    return Path(each.name, each.artifact).as_posix()
 
 
 def judged(outcome: Outcome, ended: JobResult, target: str) -> Outcome:

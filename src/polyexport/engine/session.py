@@ -19,7 +19,6 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -42,7 +41,6 @@ from polyexport.publish import Sink
 from polyexport.report.folders import BEST, CAPTURE, discard, link, locked, unfinished
 from polyexport.report.outcome import Checkpoint, State
 from polyexport.report.report import Report
-from polyexport.spec import Runner
 from polyexport.workers.toolchain import Busy, Toolchain
 
 if TYPE_CHECKING:
@@ -438,10 +436,6 @@ class Session:
             self._warn(f"{report.folder.name} is not timed: {line(error)}")
             return report
 
-    def runner(self, report: Report, name: str) -> AbstractContextManager[Runner]:
-        """One artifact of a finished export as a function; see `Engine.runner`."""
-        return self._engine.runner(report, name, self.options.formats)
-
     def judge(self, report: Report, metric: Metric, modes: Mapping[str, Mode] | None = None) -> Report:
         """Measure the user's metric with PyTorch and each artifact, judge artifacts by the budget, and save the report.
 
@@ -453,7 +447,8 @@ class Session:
         Raises:
             BadRequest: it is unknown which way a metric with a budget is better.
         """
-        judged = measured(report, metric, self.runner, directed(self.options.budget, modes or {}))
+        limits = directed(self.options.budget, modes or {})
+        judged = measured(report, metric, self._engine, self.options.formats, limits)
         return self._engine.explained(judged, self.options.formats)
 
     def publish(self, report: Report, sinks: Iterable[Sink]) -> None:

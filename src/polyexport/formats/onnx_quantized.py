@@ -66,7 +66,7 @@ def quantize(source: Path, target: Path, spec: ExportSpec, *, methods: Iterable[
         for each in drafts:
             print(f"ranges by {each.how}: relative error {each.error:.3g}")
         whole = onnx.load(prepared)
-        chosen, mending = mended(drafts, _layers(whole), partial(make, best(drafts).how, _MATRICES))
+        chosen, mending = mended(drafts, _layers(whole), partial(make, best(drafts).how, _MATRICES), spec.in_float)
     left = in_float(*float_weights(chosen.model), "", float_operators(chosen.model))
     remarks = (f"ranges by {chosen.how.lower()}", seven_bits(), mending, left.remark)
     save(chosen.model, target, spec.embedded, *remarks, shortfall=left.shortfall)
@@ -350,8 +350,8 @@ FORMATS = (
         "ONNX graph in int8 (Q/DQ), calibrated with validation batches",
         _URL,
         Route("trained scales", "pt2", "onnx", keep_trained_scales, trained=True),
-        Route("onnxruntime", "onnx", "onnx", quantize),
-        Route("onnxruntime-minmax", "onnx", "onnx", quantize_min_max),
+        Route("onnxruntime", "onnx", "onnx", quantize, mends=True),
+        Route("onnxruntime-minmax", "onnx", "onnx", quantize_min_max, mends=True),
         precision="int8",
         calibrated=True,
     ),

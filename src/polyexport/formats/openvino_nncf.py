@@ -49,7 +49,7 @@ def quantize(source: Path, target: Path, spec: ExportSpec) -> None:
     drafts = [make(scheme) for scheme in ("general", "transformer")]
     for each in drafts:
         print(f"{each.how} scheme: relative error {each.error:.3g}")
-    chosen, mending = mended(drafts, layers, partial(make, best(drafts).how))
+    chosen, mending = mended(drafts, layers, partial(make, best(drafts).how), spec.in_float)
     save(chosen.model, target, spec, f"{chosen.how} scheme", seven_bits(), mending, float_operators(chosen.model))
 
 
@@ -182,7 +182,7 @@ FORMATS = (
         "OpenVINO IR in int8, calibrated with validation batches, for Intel CPUs and NPUs",
         URL,
         Route("trained scales", "onnx-int8", "openvino", convert_trained, trained=True),
-        Route("nncf", "openvino", "nncf", quantize),
+        Route("nncf", "openvino", "nncf", quantize, mends=True),
         precision="int8",
         load=load_quantized,
         runtime="openvino",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,8 +15,8 @@ from polyexport.spec import Arrays
 NEAR = 0.05
 """Relative error of the outputs below which nothing more is tried."""
 
-_SHARES = (8, 4, 2)
-"""Shares of the layers, the costliest first, that stay in float in each round."""
+SHARES = (1 / 8, 1 / 4, 1 / 2)
+"""The costliest eighth of the layers is put back to float, then the costliest quarter, then half of them."""
 
 _SECONDS = 120.0
 """Time for measuring the cost of single layers; for a large model it is enough for some of them."""
@@ -69,7 +70,10 @@ def best(drafts: Iterable[Draft]) -> Draft:
 
 
 def mended(
-    drafts: Sequence[Draft], layers: Mapping[str, str], make: Callable[[Sequence[str], Sequence[str]], Draft]
+    drafts: Sequence[Draft],
+    layers: Mapping[str, str],
+    make: Callable[[Sequence[str], Sequence[str]], Draft],
+    share: float = 0.0,
 ) -> tuple[Draft, str]:
     """The best draft, in which the costliest layers are kept in float if the error is large; and a note on that.
 
@@ -77,14 +81,15 @@ def mended(
         drafts: The models made so far.
         layers: The layers that can be kept in float, each with its name in the report.
         make: `make(kept, alone)` quantizes all layers but `kept`, or only `alone` if that is given, on the first batch.
+        share: The share of the layers that are kept in float, however small the error is; 0 to decide by the error.
     """
-    if best(drafts).error <= NEAR:
+    if best(drafts).error <= NEAR and not share:
         return best(drafts), ""
     costs = _costs(layers, make)
-    rounds = list(_rounds(costs, make))
+    rounds = list(_rounds(costs, make, (share,) if share else SHARES))
     for each in rounds:
         print(f"{len(each.kept)} layers in float: relative error {each.error:.3g}")
-    chosen = best([*drafts, *rounds])
+    chosen = best(rounds if share and rounds else [*drafts, *rounds])
     if not chosen.kept:
         return chosen, ""
     kept = ", ".join(
@@ -103,9 +108,11 @@ def _costs(layers: Mapping[str, str], make: Callable[[Sequence[str], Sequence[st
     return sorted(found, key=lambda each: -each.error)
 
 
-def _rounds(costs: Sequence[Cost], make: Callable[[Sequence[str], Sequence[str]], Draft]) -> Iterator[Draft]:
+def _rounds(
+    costs: Sequence[Cost], make: Callable[[Sequence[str], Sequence[str]], Draft], shares: Iterable[float]
+) -> Iterator[Draft]:
     """Drafts with more and more of the costliest layers in float, until the error is small."""
-    for count in sorted({-(-len(costs) // share) for share in _SHARES} - {0}):
+    for count in sorted({math.ceil(len(costs) * share) for share in shares} - {0}):
         draft = make([each.layer for each in costs[:count]], ())
         yield draft
         if draft.error <= NEAR:

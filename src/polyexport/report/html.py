@@ -22,10 +22,11 @@ from typing import TYPE_CHECKING, Any
 
 from polyexport.format import Snippet
 from polyexport.formats import known
+from polyexport.measure.budget import losses
 from polyexport.report import svg
 from polyexport.report.choice import choices
 from polyexport.report.outcome import STATES, Outcome
-from polyexport.report.report import Report, columns, eager, history, metrics, proofs, rows
+from polyexport.report.report import Report, columns, eager, history, metrics, proofs, rounds, rows
 from polyexport.report.svg import Point
 from polyexport.report.tables import NUMBERS, embedded, error, layers, milliseconds, size
 
@@ -52,6 +53,7 @@ def page(report: Report) -> str:
             choices=list(choices(report)),
             embedded=embedded(report.model) if report.model else "",
             proofs=proofs(report),
+            rounds=[(outcome, rounds(report, outcome)) for outcome in report.outcomes if outcome.rounds],
             layers=[(outcome, layers(outcome.layers)) for outcome in report.outcomes if outcome.layers],
             highlights=list(_highlights(report)),
             pictures=list(_pictures(report)),
@@ -155,6 +157,8 @@ def _pictures(report: Report) -> Iterator[Picture]:
     if made:
         yield Picture("Size", "Of all files of the format that have to be shipped.", svg.bars(made, _bytes))
     yield from _choice(report)
+    for outcome in (each for each in report.outcomes if each.rounds):
+        yield from (_rounds(report, outcome, name) for name in report.budget)
 
 
 def _is_drawable(error: float | None) -> bool:
@@ -174,6 +178,19 @@ def _choice(report: Report) -> Iterator[Picture]:
         about = f"Verified formats. Filled: none is both faster and {better}. Ring: the fastest. Lower left is best."
         drawn = svg.plane(points, "p50 latency", column, _ms, say)
         yield Picture(f"Latency against {column}", about, drawn)
+
+
+def _rounds(report: Report, outcome: Outcome, name: str) -> Picture:
+    """What the rounds of a format cost in size, and what they lose of a metric."""
+    lost = [losses(report.budget, report.metrics, each.metrics)[name] for each in outcome.rounds]
+    points = [
+        Point(f"{each.share:.1%} in float", float(each.bytes), max(loss, 0.0), each.chosen)
+        for each, loss in zip(outcome.rounds, lost, strict=True)
+        if loss is not None
+    ]
+    about = "Artifacts tried since the first was outside the budget. Ring: the one that stayed. Lower left is best."
+    drawn = svg.plane(points, "size", f"{name} lost", _bytes, "{:.2g}".format) if points else ""
+    return Picture(f"{outcome.format}: size against {name}", about, drawn)
 
 
 def _ms(value: float) -> str:

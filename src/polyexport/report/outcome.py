@@ -108,6 +108,27 @@ class Proof:
 
 
 @dataclass(frozen=True, slots=True)
+class Round:
+    """An artifact that was tried while a budget was missed, with more of its layers in float than the one before.
+
+    Attributes:
+        share: Of its layers that were put back to float, the costliest first; 0 for the artifact as it was first made.
+        bytes: Its size.
+        metrics: The user's own.
+        p50_ms: Its median latency; None where it was not timed.
+        remark: Which layers those are, and what each costs.
+        chosen: Whether the artifact is the one that stayed.
+    """
+
+    share: float
+    bytes: int
+    metrics: Mapping[str, float | None]
+    p50_ms: float | None = None
+    remark: str = ""
+    chosen: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Judgement:
     """The state of a format with its reason, and its parity if it was run."""
 
@@ -126,7 +147,7 @@ class Outcome:
     should know of the artifact, such as which operators stay in float. `by_budget` is whether a budget for the user's
     own metric decided on the state, and not parity. `proofs` are those of other machines, one for each, the oldest
     first; `here` is the judgement before the first of them. `layers` are the module's compared with the artifact's, if
-    that is a `mismatch`.
+    that is a `mismatch`. `rounds` are the artifacts that were tried because the first one was outside a budget.
     """
 
     format: str
@@ -150,6 +171,7 @@ class Outcome:
     proofs: tuple[Proof, ...] = ()
     here: Judgement | None = None
     layers: tuple[Layer, ...] = ()
+    rounds: tuple[Round, ...] = ()
 
     @property
     def publishable(self) -> bool:

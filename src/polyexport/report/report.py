@@ -234,6 +234,21 @@ def metrics(report: Report) -> list[dict[str, str]]:
     return table
 
 
+def rounds(report: Report, outcome: Outcome) -> list[dict[str, str]]:
+    """What was tried while a format was outside its budget, one row for each round."""
+    return [
+        {
+            "layers back to float": f"{each.share:.1%}" if each.share else "as first made",
+            "size": tables.size(each.bytes),
+            "p50 ms": tables.milliseconds(each.p50_ms),
+            **{name: tables.metric(each.metrics.get(name), value) for name, value in report.metrics.items()},
+            "stayed": "yes" if each.chosen else "",
+            "about": escape.printable(each.remark),
+        }
+        for each in outcome.rounds
+    ]
+
+
 def proofs(report: Report) -> list[dict[str, str]]:
     """The results on other machines, one row for each proof."""
     return [
@@ -274,6 +289,9 @@ def markdown(report: Report) -> str:
             *tables.markdown(metrics(report)),
             "",
         ]
+    for outcome in (each for each in report.outcomes if each.rounds):
+        title = f"Rounds of {outcome.format}, which was outside the budget at first:"
+        lines += [title, "", *tables.markdown(rounds(report, outcome)), ""]
     if elsewhere := proofs(report):
         lines += ["On other machines, by `polyexport kit`:", "", *tables.markdown(elsewhere), ""]
     if report.baseline:
