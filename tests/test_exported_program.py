@@ -201,8 +201,12 @@ class Reading(nn.Module):
         (lambda x: 2 if x.abs().max() > 1 else 3, "forward reads a value of its data into Python (SITE)"),
         (lambda x: sum(range(int(x.sum()))), "forward reads a value of its data into Python (SITE)"),
         (lambda x: float(x.numpy().max()), "torch.export refuses SITE: RuntimeError: .numpy() is not supported"),
+        (
+            lambda x: int(x.shape[0]),
+            "forward uses axis 0 of input as 2 in Python, which makes it a constant: ",
+        ),
     ],
-    ids=["a branch", "a count", "an array"],
+    ids=["a branch", "a count", "an array", "a size"],
 )
 def test_what_no_program_takes_is_told_with_its_line(read, why):
     with pytest.raises(RuntimeError) as raised:

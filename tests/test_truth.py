@@ -99,6 +99,14 @@ class Halves(nn.Module):
         return x
 
 
+class Attached(Halves):
+    """As a LightningModule without a trainer."""
+
+    @property
+    def trainer(self) -> object:
+        raise RuntimeError("not attached to a trainer")
+
+
 class Quiet(nn.Module):
     """What it answers, and how it calls the part, no script could take."""
 
@@ -110,7 +118,7 @@ class Quiet(nn.Module):
         return {"y": self.head(self.quiet(x)), "about": object()}
 
 
-@pytest.mark.parametrize("net", [Quiet(), nn.Sequential(Halves())], ids=["a part", "an unnamed part"])
+@pytest.mark.parametrize("net", [Quiet(), nn.Sequential(Attached())], ids=["a part", "an unnamed part"])
 def test_both_sides_of_a_branch_are_kept_where_the_part_with_it_can_be_scripted(tmp_path, net):
     found = prepared(tmp_path, net, X)
     one, _ = traced(tmp_path, found)

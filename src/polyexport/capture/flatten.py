@@ -50,6 +50,7 @@ def flat(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> A
     from torch.utils import _pytree as pytree
 
     leaves, tree, inputs = flattened_call(module.forward, args, kwargs)
+    check_dense({name: leaves[index] for name, index in inputs.items()})
 
     class Flat(torch.nn.Module):
         def __init__(self) -> None:
@@ -157,13 +158,6 @@ def flattened_call(
     inputs: dict[str, int] = {}
     for index, (name, leaf) in enumerate(zip(names, leaves, strict=True)):
         if isinstance(leaf, torch.Tensor):
-            if leaf.layout is not torch.strided or leaf.is_nested:
-                kind = "nested" if leaf.is_nested else "sparse"
-                raise BadRequest(
-                    f"forward's argument {name} is a {kind} tensor, which no converter supports; give "
-                    f"inputs=<a function of the batch> that returns dense ones, and "
-                    f"module=<a wrapper whose forward makes the {kind} one from them>"
-                )
             inputs[name] = index
         elif _holds_tensors(leaf):
             kind = type(leaf).__name__
@@ -175,6 +169,20 @@ def flattened_call(
     if not inputs:
         raise BadRequest("forward received no tensor; give inputs=<a function of the batch> that returns tensors")
     return leaves, tree, inputs
+
+
+def check_dense(tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raise a BadRequest if one of the inputs, by name, is sparse or nested."""
+    import torch
+
+    for name, tensor in tensors.items():
+        if tensor.layout is not torch.strided or tensor.is_nested:
+            kind = "nested" if tensor.is_nested else "sparse"
+            raise BadRequest(
+                f"forward's argument {name} is a {kind} tensor, which no converter can take; give "
+                f"inputs=<a function of the batch> that returns dense ones, and module=<a wrapper whose forward makes "
+                f"the {kind} one from them>"
+            )
 
 
 def _holds_tensors(leaf: Any, depth: int = 4) -> bool:

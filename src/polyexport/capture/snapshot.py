@@ -390,7 +390,7 @@ def call_tensors(path: Path) -> tuple[torch.Tensor, ...]:
 
 
 def _tame_attributes(module: nn.Module) -> None:
-    """Hide properties that raise from `dir()`, and let `__getattr__` raise only AttributeError.
+    """Hide properties that raise from `dir()` and torch.jit, and let `__getattr__` raise only AttributeError.
 
     torch.jit reads every listed attribute, and asks for many that do not exist. `LightningModule.trainer` is one that
     raises, in a module without a trainer.
@@ -403,6 +403,9 @@ def _tame_attributes(module: nn.Module) -> None:
         broken = frozenset(name for name in properties if _raises(each, name))
         changed: dict[str, Any] = {}
         if broken:
+            changed = {name: getattr(kind, name) for name in broken}  # torch.jit ignores those of the class itself only
+            for ignored in ("__jit_ignored_attributes__", "__jit_unused_properties__"):
+                changed[ignored] = [*getattr(kind, ignored, ()), *broken]
             changed["__dir__"] = functools.partialmethod(_listed, kind, broken)
         if kind.__getattr__ is not torch.nn.Module.__getattr__ and not isinstance(each, torch.jit.ScriptModule):
             changed["__getattr__"] = functools.partialmethod(_asked, kind)

@@ -128,7 +128,7 @@ def requested(
     import torch
 
     from polyexport.capture.answer import ask
-    from polyexport.capture.flatten import as_call, flattened_call
+    from polyexport.capture.flatten import as_call, check_dense, flattened_call
     from polyexport.capture.snapshot import check_call, save_call, save_module
 
     final = Path(into).resolve()
@@ -141,7 +141,8 @@ def requested(
         for index, call in enumerate(map(as_call, itertools.chain([inputs], calibration))):
             first = entry(module, found)
             check_call(first, *call)
-            flattened_call(getattr(first, "forward", first), *call)
+            leaves, _, names = flattened_call(getattr(first, "forward", first), *call)
+            check_dense({name: leaves[leaf] for name, leaf in names.items()})
             save_call(*call, work / "source", index)
         received = as_call(inputs) if found.preprocess is None else as_call(preprocessed(found, *as_call(inputs)))
         check_call(module, *received)

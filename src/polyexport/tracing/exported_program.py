@@ -7,6 +7,7 @@ Requirements:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -42,9 +43,23 @@ def export_program(
                     f"torch.export cannot export parts that torch.jit.script made ({scripted}); TorchScript and "
                     "formats made from it can; for the others keep that part in Python"
                 ) from error
+            if fixed := _FIXED.findall(str(error)):
+                raise RuntimeError(_fixed(fixed)) from error
             if site := site_of(error):
                 raise RuntimeError(_refused(error, named({site}))) from error
             raise
+
+
+_FIXED = re.compile(r"L\['(\w+)'\]\.size\(\)\[(\d+)\] as dynamic but your code specialized it .* constant \((\d+)\)")
+
+
+def _fixed(axes: Sequence[tuple[str, str, str]]) -> str:
+    """Why an axis is not dynamic, of each its input, its number and its size."""
+    named = ", ".join(f"axis {axis} of {name} as {size}" for name, axis, size in axes)
+    return (
+        f"forward uses {named} in Python, which makes it a constant: by a loop over it, say, or by int(), float() or "
+        "range() of its size; sizes as they are (x.shape[0]), and functions of whole tensors, keep it dynamic"
+    )
 
 
 def _refused(error: Exception, site: str) -> str:
