@@ -7,6 +7,7 @@
 # make bench      measure what the README claims
 # make test-newest  the names that we use of other libraries, and the formats that need no toolchain, on newest releases
 # make test-zoo   export a model of each architecture family, and write docs/zoo.md; hours, goes on where it was stopped
+# make test-matrix  export the models of the tests to every format, and write docs/matrix.md; an hour, goes on likewise
 # make test-real  train and export models of real Lightning packages, and write docs/real.md
 
 PYTHON ?= python3
@@ -15,7 +16,7 @@ BIN := $(VENV)/bin
 NEWEST := .venv-newest
 WATCHED := torch lightning onnx onnxscript onnxruntime openvino coremltools wandb
 
-.PHONY: demo test test-one-session test-another-session test-fast test-newest lint docs lock bench test-zoo test-real clean
+.PHONY: demo test test-one-session test-another-session test-fast test-newest lint docs lock bench test-zoo test-matrix test-real clean
 
 demo: $(VENV)/demo
 	$(BIN)/python examples/digits.py
@@ -23,7 +24,7 @@ demo: $(VENV)/demo
 # the toolchains first, since the sessions would wait for each other's; then two side by side, since most of a test is one
 # process that imports or converts
 test: $(VENV)/test
-	$(BIN)/polyexport toolchain install c executorch litert mnn ncnn nncf onnx_web paddle tensorflow tensorrt_rtx tfjs tflite
+	$(BIN)/polyexport toolchain install c executorch litert litert_web mnn ncnn nncf onnx_web paddle tensorflow tensorrt_rtx tfjs tflite vela
 	shared=$$(mktemp -d) && trap "rm -rf $$shared" EXIT && \
 		$(MAKE) --jobs=2 --output-sync=target SHARED=$$shared test-one-session test-another-session
 
@@ -65,7 +66,10 @@ bench: $(VENV)/test
 	$(BIN)/python tests/benchmarks/precisions.py --page docs/precisions.md
 
 test-zoo: $(VENV)/test
-	$(BIN)/python tests/support/zoo_table.py --page docs/zoo.md
+	$(BIN)/python tests/support/zoo_table.py families --page docs/zoo.md
+
+test-matrix: $(VENV)/test
+	$(BIN)/python tests/support/zoo_table.py models --page docs/matrix.md
 
 test-real: $(VENV)/test
 	POLYEXPORT_PAGE=docs/real.md $(BIN)/python -m pytest tests/real/packages.py

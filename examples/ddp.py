@@ -1,10 +1,10 @@
-"""Two processes train one model together, and rank zero alone exports it.
+"""Two processes train one model with DDP, and only rank zero exports it.
 
 python examples/ddp.py
 
 Lightning starts the second process. When `fit` ends, the other ranks wait for the export outside of any collective, so
-nothing times out, however long a conversion takes. One line tells of each export, not two, then comes the table, then
-each rank says what it exported.
+nothing times out, however long a conversion takes. It prints one line per export, then the table, then what each rank
+has exported.
 """
 
 from digits import Digits, loaders

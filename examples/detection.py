@@ -1,10 +1,9 @@
-"""Train a small detector, which answers a dict of boxes and scores, and export each new best checkpoint during `fit`.
+"""Train a small detector, which returns a dict of boxes and scores, and export each new best checkpoint during `fit`.
 
 python examples/detection.py
 
-Each image shows one bright rectangle on noise. A line tells of each format that is done, then comes the table of the
-best checkpoint, then what its ONNX file finds in a new image, by the names of the dict. Formats named behind the
-command, such as `tfjs`, take OpenVINO's place.
+Each image shows one bright rectangle on noise. It prints a line for each finished format, then the table of the best
+checkpoint, then what its ONNX file finds in a new image. Formats given as arguments, such as `tfjs`, replace OpenVINO.
 """
 
 import sys
@@ -19,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import polyexport
 from lightning_export import ExportCallback
 
-SIDE, CELLS = 32, 4  # of the image in pixels, and of the grid whose every cell proposes one box
+SIDE, CELLS = 32, 4  # side of the image in pixels, and cells per side of the grid; each cell predicts one box
 
 
 class Detector(LightningModule):
@@ -46,7 +45,7 @@ class Detector(LightningModule):
 
 
 def scenes(count: int) -> TensorDataset:
-    """Images, the box (left, top, right, bottom) of the rectangle, and the cell of the grid that its centre lies in."""
+    """Images, the box (left, top, right, bottom) of the rectangle, and the grid cell that contains its center."""
     size = torch.randint(8, 17, (count, 2))
     start = (torch.rand(count, 2) * (SIDE - size)).long()
     pixel = torch.arange(SIDE).expand(2, -1)

@@ -37,7 +37,7 @@ def block(channels: int, wider: int) -> nn.Sequential:
 
 
 class Digits(LightningModule):
-    """A convolutional classifier of 8x8 grey images."""
+    """A convolutional classifier of 8x8 gray images."""
 
     def __init__(self) -> None:
         super().__init__()

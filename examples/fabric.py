@@ -1,4 +1,4 @@
-"""A loop of one's own with Lightning Fabric: each new best checkpoint goes to a session, which exports it meanwhile.
+"""A training loop with Lightning Fabric that offers each new best checkpoint to a session, which exports it meanwhile.
 
 python examples/fabric.py
 """
@@ -42,7 +42,7 @@ def main() -> None:
     with Session(Options((FORMATS["torchscript"], FORMATS["onnx"])), RUN / "exports") as session:
         session.install()
         images, _ = next(iter(validation))
-        session.take(network, (images,), {})  # what forward receives: the artifacts are proven on it
+        session.take(network, (images,), {})  # what forward receives: the artifacts are verified with it
 
         best = float("inf")
         for epoch in range(5):

@@ -2,11 +2,11 @@
 
 python examples/hand_over.py
 
-What came out, in the hands of others:
+Where the artifacts can be used then:
 
-* a page: serve this folder (python -m http.server), then choose runs/hand_over/picture.bmp in
+* a web page: serve this folder (python -m http.server), then choose runs/hand_over/picture.bmp in
   http://localhost:8000/examples/hand_over.html?model=/runs/hand_over/exports/best/tfjs/model.json
-* a machine that has the runtime alone: polyexport kit runs/hand_over/exports/best/onnx
+* a machine that has only the runtime: polyexport kit runs/hand_over/exports/best/onnx
 * a server: see serve_triton.py
 """
 
@@ -28,7 +28,7 @@ LABELS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight"
 
 
 class Pixels(nn.Module):
-    """Pictures as a decoder gives them, bytes of (N, 32, 32, 3), to what the network is trained on."""
+    """Pictures from a decoder, bytes of (N, 32, 32, 3), to the input that the network is trained on."""
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         grey = pixels.permute(0, 3, 1, 2).float().mean(1, keepdim=True) / 255
@@ -57,14 +57,14 @@ class Digits(LightningModule):
 
 
 def pictures() -> tuple[np.ndarray, np.ndarray]:
-    """Digits as 32x32 pictures in colour, and which ones they are."""
+    """Digits as 32x32 color pictures, and their classes."""
     digits = load_digits()
     grey = np.kron(np.minimum(digits.images * 16, 255), np.ones((4, 4))).astype(np.uint8)
     return np.repeat(grey[..., None], 3, axis=-1), digits.target
 
 
 def write_bmp(path: Path, picture: np.ndarray) -> None:
-    """Bytes of (height, width, 3), red first, as a file that every viewer opens."""
+    """Write bytes of (height, width, 3), RGB, as a BMP file."""
     height, width, _ = picture.shape
     fields = (54 + picture.size, 0, 54, 40, width, -height)
     head = b"BM" + np.array(fields, "<i4").tobytes() + np.array([1, 24], "<u2").tobytes() + bytes(24)

@@ -1,4 +1,4 @@
-"""The callback in a LightningCLI configuration: every argument of it can be given in YAML.
+"""The callback in a LightningCLI configuration: each of its arguments can be given in YAML.
 
 python examples/lightning_cli.py fit --config examples/lightning_cli.yaml
 """

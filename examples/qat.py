@@ -2,9 +2,9 @@
 
 python examples/qat.py
 
-`torch.ao` rounds weights and activations while it trains, so that the model learns to live with eight bits. ONNX,
-OpenVINO and ExecuTorch in int8 then take the scales that were trained; TensorFlow Lite takes ranges from the images.
-With images as small as these, eight bits cost next to no accuracy either way: what one sees is that the scales arrive.
+`torch.ao` rounds weights and activations during training, so that the model learns to work with eight bits. ONNX,
+OpenVINO and ExecuTorch in int8 then use the trained scales; TensorFlow Lite is calibrated with the images. On images as
+small as these, eight bits cost next to no accuracy either way; the example shows that the trained scales are used.
 """
 
 import copy
@@ -21,11 +21,11 @@ FORMATS = ["onnx-int8", "openvino-int8", "executorch-int8", "tflite-int8"]
 
 
 class Net(nn.Module):
-    """A narrow classifier of 8x8 grey images, to which eight bits make a difference."""
+    """A narrow classifier of 8x8 gray images, narrow enough that eight bits make a difference."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.quant = quantization.QuantStub()  # where fake quantization begins, and does nothing without it
+        self.quant = quantization.QuantStub()  # where fake quantization begins; does nothing without it
         self.conv1, self.conv2 = nn.Conv2d(1, 8, 3, stride=2, padding=1), nn.Conv2d(8, 16, 3, stride=2, padding=1)
         self.relu1, self.relu2, self.head = nn.ReLU(), nn.ReLU(), nn.Linear(64, 10)
 
@@ -54,7 +54,7 @@ def main() -> None:
     aware.qconfig = quantization.get_default_qat_qconfig("qnnpack")
     quantization.prepare_qat(aware, inplace=True)
     fit(aware, image[train], digit[train], epochs=5, rate=5e-4)
-    aware.apply(quantization.disable_observer)  # which would move the scales at each call
+    aware.apply(quantization.disable_observer)  # else each call would move the scales
 
     def accuracy(run: polyexport.Runner) -> dict[str, float]:
         logits = run({"image": image[test].numpy()})["logits"]

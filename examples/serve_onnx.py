@@ -4,8 +4,8 @@ pip install fastapi uvicorn
 python examples/detection.py
 EXPORT=runs/detection/exports/best uvicorn --app-dir examples serve_onnx:app
 
-http://127.0.0.1:8000/docs shows the inputs by name, and lets one try. What the model does not take is answered with
-status 422 and the reason.
+http://127.0.0.1:8000/docs lists the inputs by name, and can send requests. Inputs that the model does not take are
+answered with status 422 and the reason.
 """
 
 import os
@@ -28,6 +28,6 @@ app = FastAPI()
 def answer(inputs: Inputs) -> dict[str, list]:
     try:
         outputs = run({name: np.array(values, dtypes[name]) for name, values in inputs})
-    except Exception as error:  # a ragged list, a shape that the model does not take
+    except Exception as error:  # such as a ragged list, or a shape that the model does not take
         raise HTTPException(422, str(error)) from error
     return {name: array.tolist() for name, array in outputs.items()}

@@ -1,11 +1,11 @@
-"""ONNX models of a Triton model repository behind the protocol that Triton speaks, where Triton itself is too much.
+"""Serve the ONNX models of a Triton model repository by Triton's protocol, without Triton.
 
 pip install fastapi uvicorn onnxruntime
 python examples/hand_over.py
 MODELS=runs/hand_over/models uvicorn --app-dir examples serve_triton:app
 
-It answers `GET /v2/models/digits_onnx` and `POST /v2/models/digits_onnx/infer` as the Open Inference Protocol (KServe's
-v2) has it, in JSON; with the parameter `classification`, labels in place of numbers, as Triton does.
+It answers `GET /v2/models/digits_onnx` and `POST /v2/models/digits_onnx/infer` as in the Open Inference Protocol
+(KServe's v2), in JSON; with the parameter `classification` it returns labels instead of numbers, as Triton does.
 """
 
 import functools
@@ -27,7 +27,7 @@ app = FastAPI()
 
 
 async def sent(request: fastapi.Request) -> bytes:
-    """The body, of whatever type it says to be: Triton's client says nothing."""
+    """The body with any content type, since Triton's client sends none."""
     return await request.body()
 
 
@@ -51,7 +51,7 @@ class Request(BaseModel):
 
 @functools.cache
 def opened(name: str) -> tuple[onnxruntime.InferenceSession, list[str], int]:
-    """The newest version of a model, its labels, and its number."""
+    """A session with the newest version of a model, its labels, and the version's number."""
     folder = MODELS / Path(name).name
     versions = [int(path.name) for path in folder.glob("*") if (path / "model.onnx").is_file()]
     if not versions:
@@ -92,14 +92,14 @@ def infer(name: str, body: Annotated[bytes, Depends(sent)]) -> dict[str, Any]:
         wanted = request.outputs or [Output(name=each.name) for each in session.get_outputs()]
         given = {each.name: np.array(each.data, DTYPES[each.datatype]).reshape(each.shape) for each in request.inputs}
         arrays = session.run([each.name for each in wanted], given)
-    except Exception as error:  # a name, a shape or a type that the model does not have
+    except Exception as error:  # such as a name, a shape or a type that the model does not have
         raise HTTPException(400, f"{type(error).__name__}: {error}") from error
     outputs = [answered(*pair, labels) for pair in zip(wanted, arrays, strict=True)]
     return {"id": request.id, "model_name": name, "model_version": str(version), "outputs": outputs}
 
 
 def answered(output: Output, array: np.ndarray, labels: list[str]) -> dict[str, Any]:
-    """An output as the protocol has it; of one that is to be classified, the best as `probability:index:label`."""
+    """An output in the protocol's form; with `classification`, the best as `probability:index:label`."""
     if count := output.parameters.get("classification"):
         best = [f"{row[i]:f}:{i}:{labels[i]}" for row in array for i in row.argsort()[::-1][:count]]
         return {"name": output.name, "datatype": "BYTES", "shape": [len(array), count], "data": best}

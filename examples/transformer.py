@@ -3,9 +3,9 @@
 pip install transformers
 python examples/transformer.py
 
-It learns whether a sentence of random words has most of them from the upper half of the vocabulary. A line tells of
-each format that is done, then comes the table of the best checkpoint, then what its ONNX file says to a sentence of
-another length: number and length of sentences are both free.
+It learns whether most words of a sentence are from the upper half of the vocabulary. It prints a line for each finished
+format, then the table of the best checkpoint, then what its ONNX file returns for a sentence of another length: number
+and length of sentences are both dynamic.
 """
 
 import numpy as np

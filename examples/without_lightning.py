@@ -1,4 +1,4 @@
-"""The engine alone: any PyTorch module, proven and timed, and loaded back.
+"""The engine alone: export any PyTorch module, verified and timed, and load an artifact back.
 
 python examples/without_lightning.py
 """

@@ -50,9 +50,9 @@ def test_it_holds_the_metadata_and_no_path_of_this_machine(compiled: Report) -> 
 
 def test_without_a_compiler_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(ToolMissing, match=r"no-such-compiler is not on PATH \(.*install.*; CXX names another\)"):
+    with pytest.raises(ToolMissing, match=r"no-such-compiler is not on PATH \(.*install.*; or set CXX to another\)"):
         aoti.convert(tmp_path / "model.pt2", tmp_path / "out.pt2", ExportSpec((), ()))
     doctor = CliRunner().invoke(app, ["doctor", "aoti"])
     assert doctor.exit_code == 1
     assert "no-such-compiler is not on" in " ".join(doctor.stdout.split())
-    assert FORMATS["aoti"].lacks().startswith("a compiler of C++ is needed")
+    assert FORMATS["aoti"].lacks().startswith("it needs a C++ compiler")

@@ -106,7 +106,7 @@ def test_aliases_and_repetitions_are_one_format():
 
 @pytest.mark.parametrize("given", ["openvino-int4", "ov-int4"])
 def test_a_precision_that_a_format_has_not_is_refused_with_those_that_it_has(given):
-    of_it = "openvino comes as openvino, openvino-fp16, openvino-int8, openvino-w4, openvino-w8; known formats: "
+    of_it = "openvino exists as openvino, openvino-fp16, openvino-int8, openvino-w4, openvino-w8; known formats: "
     with pytest.raises(UnknownFormat, match=f"no format '{given}'; {of_it}"):
         resolve([given])
 

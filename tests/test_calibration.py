@@ -69,8 +69,8 @@ def test_without_lightning_they_are_given_and_the_odd_one_is_left_out(tmp_path):
     )
     assert seen(report.folder) == [inputs.tolist(), (inputs * 2).tolist(), inputs[:1].tolist()]
     assert [note.text for note in report.notes] == [
-        "1 of 3 further batches are not like the first and are left out",
-        "ranges: number ranges from 3 batches of 9 rows in all (validation_batch.npz, source/call_001.npz, "
+        "1 of 3 further batches have other arguments than the first, and are left out",
+        "ranges: calibrated with 3 batches of 9 rows in all (validation_batch.npz, source/call_001.npz, "
         "source/call_003.npz)",
     ]
 

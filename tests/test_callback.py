@@ -54,7 +54,7 @@ def fit(folder: Path, callback: Callback | None, model: Any = None, *, epochs: i
     ("settings", "message"),
     [
         ({"formats": ["onxx"]}, "no format 'onxx'; did you mean 'onnx'. known formats:"),
-        ({"formats": []}, "no format was given"),
+        ({"formats": []}, "no formats were given"),
         ({"when": "always"}, "when='always'; known: 'improved', 'fit_end'"),
         ({"fail_on": ["broken"]}, "fail_on=.*known: verified, degraded"),
         ({"fail_on": "failed"}, "give a list of states"),
@@ -71,7 +71,9 @@ def test_an_impossible_argument_is_told_at_construction(settings, message):
 
 
 def test_a_monitor_that_no_checkpoint_has_is_told_before_training(tmp_path):
-    with pytest.raises(BadRequest, match=r"monitor='accuracy': no ModelCheckpoint has it; they monitor \['val_loss'\]"):
+    with pytest.raises(
+        BadRequest, match=r"monitor='accuracy': no ModelCheckpoint monitors it; they monitor \['val_loss'\]"
+    ):
         fit(tmp_path, ExportCallback([GOOD], monitor="accuracy"))
 
 
@@ -106,7 +108,9 @@ class Opaque(runs.Scripted):
 
 def test_an_argument_that_no_converter_can_take_is_told_in_the_sanity_check(tmp_path):
     model = Opaque([3.0, 2.0])
-    with pytest.raises(BadRequest, match=r"forward's argument x is a SimpleNamespace that holds.* give inputs="):
+    with pytest.raises(
+        BadRequest, match=r"forward's argument x is a SimpleNamespace with tensors in it.* give inputs="
+    ):
         fit(tmp_path, ExportCallback([GOOD]), model)
     assert float(model.clock) == 0
 
@@ -128,7 +132,9 @@ def test_toolchains_are_made_before_training_or_it_is_said_that_they_cannot_be(t
     good = plant("isolated", planted.replay, toolchain=Toolchain("isolated", ("toposort==1.10",)))
     bad = plant("hopeless", planted.replay, toolchain=Toolchain("hopeless", ("toposort==999.0",)))
     callback = ExportCallback([good, bad], when="fit_end", bench=False)
-    with pytest.warns(UserWarning, match="what needs hopeless will be skipped: toolchain hopeless cannot be installed"):
+    with pytest.warns(
+        UserWarning, match="formats that need hopeless will be skipped: toolchain hopeless cannot be installed"
+    ):
         fit(tmp_path, callback, epochs=1)
     isolated, hopeless = callback.reports[0].outcomes
     assert (isolated.state, isolated.toolchain.packages) == ("verified", {"toposort": "1.10"})
@@ -554,4 +560,6 @@ def test_what_a_worker_cannot_rebuild_is_unverified(tmp_path, monkeypatch):
     fit(tmp_path, callback, epochs=1)
     (report,) = callback.reports
     assert report["good"].state == "unverified"
-    assert report["good"].reason.startswith("nothing can be proven: the module that is rebuilt here does not answer")
+    assert report["good"].reason.startswith(
+        "nothing can be proven: the module rebuilt in a worker returns other outputs"
+    )

@@ -42,14 +42,14 @@ class Net(nn.Module):
 """
 
 
-def command(*words: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+def command(*words: str | Path, cwd: Path | None = None, columns: str = "200") -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "polyexport.cli", *map(str, words)],
         capture_output=True,
         text=True,
         check=False,
         cwd=cwd,
-        env={**os.environ, "COLUMNS": "200"},
+        env={**os.environ, "COLUMNS": columns},
     )
 
 
@@ -165,7 +165,7 @@ def test_verifying_again_notices_a_changed_artifact(shop: Path, tmp_path: Path) 
     assert done.returncode == 1
     report = json.loads(done.stdout)
     assert [outcome["state"] for outcome in report["outcomes"]] == ["mismatch", "verified"]
-    assert report["outcomes"][0]["reason"].startswith("the artifact is not the one that was exported")
+    assert report["outcomes"][0]["reason"].startswith("the artifact was changed after the export")
     assert polyexport.Report.load(changed)["onnx"].state == "verified"  # the record of the export stays
 
 
@@ -199,13 +199,18 @@ def test_formats_and_toolchains_are_listed(tmp_path: Path) -> None:
     assert [row["toolchain"] for row in chains if row["state"] != "of other pins"] == list(toolchain.names())
 
 
+def test_a_table_that_goes_to_another_program_has_each_row_in_a_line() -> None:
+    lines = command("toolchain", "list", columns="").stdout.splitlines()
+    assert [line.split()[0] for line in lines[1 : len(toolchain.names()) + 1]] == list(toolchain.names())
+
+
 def test_doctor_says_what_would_be_skipped_and_how_to_mend_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("POLYEXPORT_CACHE", str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path))
     done = command("doctor", "onnx", "mnn", "coral", "--json")
     assert done.returncode == 1
     room = gigabytes(toolchain.find("mnn").lock.bytes)
-    assert f"all that is missing together (up to {room} of disk)" in done.stderr
+    assert f"everything missing together (up to {room} of disk)" in done.stderr
     assert {row["format"]: row["missing"] for row in json.loads(done.stdout)} == {
         "onnx": "",
         "mnn": f"not installed yet: polyexport toolchain install mnn (up to {room} of disk)",
@@ -222,25 +227,25 @@ GIVEN = ("--inputs", "batch.npz", "-f", "onnx")
     [
         (("doctor", "onxx"), "no format 'onxx'; did you mean 'onnx'? known formats: "),
         (("toolchain", "install", "tensorflaw"), "no toolchain or format 'tensorflaw'; known toolchains: c, coreml, "),
-        (("report", "nowhere"), "nowhere is no export, and has no best one in it"),
-        (("run", "out/onxx", "--inputs", "batch.npz"), "no artifact 'onxx' that runs in "),
-        (("run", "out/onnx", "--inputs", "shop.py"), "shop.py is no .npz of named arrays"),
+        (("report", "nowhere"), "nowhere is neither an export nor a folder with a best one"),
+        (("run", "out/onxx", "--inputs", "batch.npz"), "out has no artifact 'onxx' that runs"),
+        (("run", "out/onnx", "--inputs", "shop.py"), "shop.py is not an .npz of named arrays"),
         (("export", "best.ckpt", "--model", "shop:Nut", *GIVEN), "'shop:Nut' cannot be imported"),
-        (("export", "best.ckpt", "--model", "Net", *GIVEN), "'Net' is no package.module:Name, nor a file.py:Name"),
+        (("export", "best.ckpt", "--model", "Net", *GIVEN), "'Net' is neither package.module:Name nor file.py:Name"),
         (("export", "best.ckpt", "--model", "gone.py:Net", *GIVEN), "FileNotFoundError: there is no gone.py"),
         (("export", "best.ckpt", "--model", "shop:Net", *GIVEN, "--module", "nut"), "Net has no 'nut'; it has net"),
         (("export", "best.ckpt", "--model", "shop:Net", *GIVEN, "--dynamic", "x"), "write INPUT:AXIS=NAME"),
         (
             ("export", "best.ckpt", "--model", "shop:Net", "--inputs", "batch.npy", "-f", "onnx"),
-            "batch.npy holds one array without a name; np.savez(",
+            "batch.npy holds one array without a name; save it with one: np.savez(",
         ),
         (
             ("export", "best.ckpt", "--model", "shop:Net", "--inputs", "other.npz", "-f", "onnx"),
-            "Net.forward takes (x), and was given 'z': missing a required argument: 'x'",
+            "Net.forward takes (x), but was given 'z': missing a required argument: 'x'",
         ),
         (
             ("export", "best.ckpt", "--model", "shop:Net", *GIVEN, "--calibration", "other.npz"),
-            "Net.forward takes (x), and was given 'z'",
+            "Net.forward takes (x), but was given 'z'",
         ),
         (("export", "out/onnx/model.onnx", "--model", "shop:Net", *GIVEN), "model.onnx is an artifact of onnx"),
         (("export", "program.ckpt", "--model", "shop:Net", *GIVEN), "program.ckpt is a torch.export program"),
@@ -254,9 +259,9 @@ GIVEN = ("--inputs", "batch.npz", "-f", "onnx")
         (("export", "list.ckpt", "--model", "shop:Net", *GIVEN), "list.ckpt holds a list, neither a checkpoint nor"),
         (
             ("export", "best.ckpt", "--model", "builtins:dict", *GIVEN),
-            "builtins:dict made a dict, which is no torch.nn.Module",
+            "builtins:dict returned a dict, which is not a torch.nn.Module",
         ),
-        (("run", "out/onnx", "--inputs", "half.npz"), "half.npz is no .npz of named arrays: BadZipFile"),
+        (("run", "out/onnx", "--inputs", "half.npz"), "half.npz is not an .npz of named arrays: BadZipFile"),
         (("report", "half"), "half/report.json cannot be read: JSONDecodeError"),
     ],
 )
@@ -346,7 +351,7 @@ def test_steps_around_a_model_are_named_as_the_model_is(shop: Path, tmp_path: Pa
     wrong = ("--preprocess", "steps.py:Sized", *words)
     done = command("export", shop / "best.ckpt", "--model", shop / "shop.py:Net", *wrong, cwd=tmp_path)
     assert done.returncode == 2
-    assert "steps.py:Sized() cannot be made: TypeError" in done.stderr
+    assert "steps.py:Sized() failed: TypeError" in done.stderr
 
 
 @pytest.mark.parametrize("words", [("-h",), ("export", "-h"), ("toolchain", "-h"), ("toolchain", "list", "-h")])

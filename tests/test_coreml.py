@@ -53,7 +53,7 @@ def test_names_that_core_ml_cannot_have_are_told_in_a_line(agent):
     (outcome,) = report.outcomes
     assert outcome.state == "degraded"
     assert outcome.reason == (
-        "names that Core ML cannot have: state is state_workaround, größe is gr__e, any is any_workaround, "
+        "names that Core ML does not allow: state is state_workaround, größe is gr__e, any is any_workaround, "
         "bool is bool_workaround"
     )
     assert [tensor.name for tensor in outcome.inputs] == ["state_workaround", "gr__e"]
@@ -339,7 +339,7 @@ def test_ranges_are_those_of_all_batches(compressed):
 
 def test_weights_left_in_float_are_told(compressed, tmp_path):
     opened = coreml.load_compressed(compressed.packages["coreml-fp16"], compressed.spec, threads=1)
-    assert opened.shortfall == "100% of its weights in float, small ones and those that coremltools leaves"
+    assert opened.shortfall == "100% of its weights in float, small ones and those that coremltools does not compress"
 
 
 def test_a_palette_is_as_near_as_sixteen_numbers_can_be():

@@ -152,7 +152,7 @@ def test_a_budget_is_not_said_to_be_kept_where_several_processes_trained(ended):
     folder, code, output = ended("ddp-spawn")
     assert code == 0, output[-3000:]
     report = Report.load(folder / "exports" / "best")
-    why = "it is not known whether it keeps the budget: several processes trained together"
+    why = "not known to be within the budget: several processes trained together"
     assert (report["slow"].state, report["slow"].reason) == ("degraded", why)
 
 
@@ -276,4 +276,4 @@ def test_a_folder_of_something_else_fails_with_what_is_known(tmp_path):
     (best / "notes.txt").write_text("no shards")
     outcome = exported(tmp_path, best)["good"]
     assert outcome.state == "failed"
-    assert "a folder with notes.txt; known are those of torch.distributed.checkpoint" in outcome.reason
+    assert "a folder with notes.txt; supported are those of torch.distributed.checkpoint" in outcome.reason

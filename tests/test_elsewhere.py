@@ -176,7 +176,7 @@ def test_an_archive_writes_nothing_outside_of_the_export(tmp_path):
     archive = io.BytesIO()
     with zipfile.ZipFile(archive, "w") as file:
         file.writestr("../theirs", "another")
-    with pytest.raises(ValueError, match=r"'\.\./theirs', which lies outside of the export"):
+    with pytest.raises(ValueError, match=r"'\.\./theirs', which is outside of the export"):
         remote._unpack(archive.getvalue(), tmp_path / "export")
     assert (tmp_path / "theirs").read_text() == "as it was"
 

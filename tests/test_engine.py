@@ -98,15 +98,15 @@ def faults(tmp_path_factory) -> Report:
         ("wrong", "mismatch", "output_0: 100.000% of the elements are off"),
         ("exits", "failed", "ended with exit code 3 and no result"),
         ("quits", "failed", "SystemExit: 0"),
-        ("writes-nothing", "failed", "RuntimeError: the converter ended without an error, but wrote no model.json"),
+        ("writes-nothing", "failed", "RuntimeError: the converter ended without an error but wrote no model.json"),
         ("lacks-a-tool", "skipped", "frobnicator is not on PATH; get it from its vendor"),
         ("runs-nowhere", "unverified", "there is no runtime for it on this machine"),
         ("loads-badly", "failed", "the artifact does not run: OSError: the artifact is broken"),
-        ("static", "degraded", "static shapes only, since with dynamic axes: ValueError: no symbolic batch"),
-        ("behind-static", "degraded", "static shapes only, since with dynamic axes: its upstream static is failed"),
-        ("behind-a-fault", "skipped", "its upstream raises is failed: NotImplementedError"),
+        ("static", "degraded", "static shapes only; with dynamic axes: ValueError: no symbolic batch"),
+        ("behind-static", "degraded", "static shapes only; with dynamic axes: made from static, which is failed"),
+        ("behind-a-fault", "skipped", "made from raises, which is failed: NotImplementedError"),
         ("fixed-first", "verified", ""),
-        ("fixed-only", "degraded", "static shapes only, since with dynamic axes: replay takes fixed shapes only"),
+        ("fixed-only", "degraded", "static shapes only; with dynamic axes: replay takes static shapes only"),
         ("good", "verified", ""),
     ],
 )
@@ -198,14 +198,14 @@ def test_verifying_again_claims_nothing_that_was_not_run_today(faults, tmp_path)
         changed.write_text(text + " ")  # what it answers stays the same
         other = engine.verify(replace(report, outcomes=(good,)), FAULTS)["good"]
     assert (unknown.state, unknown.parity) == ("unverified", None)
-    assert "no format 'of-another-version' is known here" in unknown.reason
+    assert "the format 'of-another-version' is unknown here" in unknown.reason
     assert lost.state == "unverified"
     assert run.state == "verified"
     assert run.parity.passed
     assert (removed.state, removed.parity) == ("failed", None)
     assert never == report["raises"]
     assert other.state == "unverified"
-    assert "SHA-256 has changed" in other.reason
+    assert "its SHA-256 differs" in other.reason
 
 
 def test_what_nothing_here_runs_keeps_its_size_and_hash_when_it_is_verified_again(faults, tmp_path):
@@ -221,7 +221,7 @@ def test_what_nothing_here_runs_keeps_its_size_and_hash_when_it_is_verified_agai
     assert again.artifact == report["runs-nowhere"].artifact
     assert again.artifact.bytes
     assert (again.state, changed.state) == ("unverified", "unverified")
-    assert "SHA-256 has changed" in changed.reason
+    assert "its SHA-256 differs" in changed.reason
 
 
 def test_a_verified_format_was_run_at_three_batch_sizes(faults):
@@ -519,7 +519,7 @@ def test_nothing_is_proven_of_a_forward_that_draws_random_numbers(tmp_path):
         report = engine.submit(request(tmp_path, (wrong,), module=Drawing())).result()
     assert report["wrong"].state == "unverified"
     assert report["wrong"].reason.startswith(
-        "nothing can be proven: forward answers two calls differently in eval mode"
+        "nothing can be proven: forward returns different outputs for the same inputs in eval mode"
     )
 
 
@@ -645,7 +645,7 @@ def test_no_worker_imports_the_script_that_trains_whatever_it_is_called(tmp_path
     finder = _NotAgain(script())
     assert finder.find_spec("other") is None
     assert finder.find_spec("json") is None
-    with pytest.raises(ModuleNotFoundError, match=r"train is .*train\.py, the script that trains, which runs once"):
+    with pytest.raises(ModuleNotFoundError, match=r"train is the training script .*train\.py, which is not imported"):
         finder.find_spec("train")
     import train
 

@@ -87,5 +87,5 @@ def test_a_report_that_names_files_elsewhere_is_refused(tmp_path: Path, field: s
     blob = json.loads((folder / "report.json").read_text())
     blob["outcomes"][0][field] = {"path": path, "bytes": 1, "sha256": ""} if field == "artifact" else path
     (folder / "report.json").write_text(json.dumps(blob))
-    with pytest.raises(BadRequest, match="lies outside of the export"):
+    with pytest.raises(BadRequest, match="is outside of the export"):
         Report.load(folder)

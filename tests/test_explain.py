@@ -19,7 +19,7 @@ from polyexport import Arrays, ExportSpec, Report
 from polyexport.capture.flatten import flat
 from polyexport.capture.layers import computed
 from polyexport.cli import app
-from polyexport.measure.layers import Layer, compared, first, judged, output, paired, told, worst
+from polyexport.measure.layers import Layer, compared, divergence, first, judged, output, paired, worst
 from polyexport.measure.tolerance import Tolerance
 
 FLOAT32 = Tolerance.for_precision("float32")
@@ -95,7 +95,7 @@ def test_a_layer_that_was_merged_into_the_next_is_named_with_it():
         ("head", (), ""),
         ("output y", (), ""),
     ]
-    assert told(list(found.values())) == ""
+    assert divergence(list(found.values())) == ""
 
 
 def test_the_first_layer_with_a_swapped_channel_is_named_and_so_is_what_was_merged_into_it():
@@ -107,8 +107,8 @@ def test_the_first_layer_with_a_swapped_channel_is_named_and_so_is_what_was_merg
     assert found["bn"].shown_name == "bn (with conv)"
     assert "columns 0, 1 of axis 1" in found["bn"].reason
     assert worst(layers) is found["head"]
-    assert told(layers).startswith("the first layer beyond the tolerance is bn (with conv) (relative error ")
-    assert ", the worst head (" in told(layers)
+    assert divergence(layers).startswith("the first layer beyond the tolerance is bn (with conv) (relative error ")
+    assert ", the worst head (" in divergence(layers)
 
 
 @pytest.mark.parametrize("dead", [0.0, np.nan])
@@ -206,7 +206,7 @@ def explained(folder: Path, name: str) -> tuple[int, list[Layer]]:
 def test_of_an_artifact_that_agrees_every_layer_does(report, name):
     code, layers = explained(report.folder, name)
     named = {part for layer in layers for part in (layer.name, *layer.merged)}
-    assert (code, told(layers)) == (0, "")
+    assert (code, divergence(layers)) == (0, "")
     assert named >= {"stem", "conv", "bn", "act", "tail", "head_a", "head_b", "output a", "output b"}
 
 
@@ -237,7 +237,7 @@ def test_a_swapped_channel_is_found_in_the_layer_that_has_it(report, net, name, 
     found = first(layers)
     assert code == 1
     assert found is not None
-    assert layer in (found.name, *found.merged), told(layers)
+    assert layer in (found.name, *found.merged), divergence(layers)
 
 
 @pytest.mark.slow
@@ -252,7 +252,7 @@ def test_without_trust_an_export_that_was_made_elsewhere_is_not_unpickled(report
 def test_a_format_without_layers_is_refused_in_one_line(report):
     done = CliRunner().invoke(app, ["explain", str(report.folder), "pt2"])
     assert done.exit_code == 2
-    assert "polyexport: no artifact 'pt2' that runs in" in done.output
+    assert "has no artifact 'pt2' that runs" in done.output
 
 
 # --- in the report ----------------------------------------------------------------------------------------------------

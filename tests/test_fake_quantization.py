@@ -134,7 +134,7 @@ def test_onnx_and_openvino_compute_in_integers_with_the_scales_that_were_trained
         assert (outcome.state, outcome.route, outcome.calibration) == ("verified", "trained scales", None), (
             outcome.reason
         )
-        assert outcome.remark.startswith("with the scales that it was trained with")
+        assert outcome.remark.startswith("with the scales from training")
         assert outcome.parity is not None
         assert (outcome.parity.max_abs_error or 0.0) <= 0.02 * float(expected.abs().max())
     import onnx

@@ -59,7 +59,7 @@ def test_what_is_no_export_is_refused_before_anything_is_done(tmp_path, kind):
     else:
         a_folder(into, **{"report" if "report" in kind else "thesis": '{"years": 4}'})
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(BadRequest, match=f"{into} is there and is no export; give a new or empty folder"):
+    with pytest.raises(BadRequest, match=f"{into} exists and is not an export; give a new or empty folder"):
         polyexport.export(nn.Linear(5, 3), torch.rand(4, 5), [GOOD], into, bench=False)
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -96,6 +96,6 @@ def test_a_checkpoint_that_is_called_like_a_folder_of_the_users_is_exported_besi
     assert os.listdir(tmp_path / "model") == ["weights.json"]
     notes = Report.load(tmp_path / "model-2").notes
     assert [note.text.split(" ", 1)[1].split(",")[0] for note in notes] == [
-        "is no export and stays as it is",
-        "points to no export and stays as it is",
+        "is not an export and is left alone",
+        "does not point to an export and is left alone",
     ]

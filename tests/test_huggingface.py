@@ -73,7 +73,7 @@ def test_the_card_says_what_it_is_for_and_how_well_it_does(small: Report):
 
 
 def test_a_card_without_an_intended_use_says_so(small: Report):
-    assert "Its author has not stated any." in card(small, "user/model")
+    assert "Not stated by the author." in card(small, "user/model")
 
 
 def test_what_the_hub_refuses_is_told(small: Report, hub: Hub):

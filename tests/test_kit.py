@@ -76,7 +76,7 @@ def test_a_kit_whose_artifact_or_data_was_changed_proves_nothing(small: Report, 
         (kit / file).write_bytes(content)
         done = run(device, kit)
         assert (done.returncode, done.stdout) == (1, "")
-        assert f"{file} is not what was put into the kit" in done.stderr
+        assert f"{file} was changed after the kit was made" in done.stderr
         assert not (kit / PROOF).exists()
 
 
@@ -98,7 +98,7 @@ def test_a_wrong_answer_there_is_a_mismatch_here(small: Report, tmp_path: Path, 
 def test_a_machine_without_numpy_is_told_what_to_install(small: Report, tmp_path: Path, device: str):
     kit = make(small.folder / "onnx", tmp_path / "kit")
     done = run(device, kit, "-S")
-    assert (done.returncode, done.stderr) == (1, "there is no numpy here: pip install onnxruntime numpy\n")
+    assert (done.returncode, done.stderr) == (1, "numpy is not installed: pip install onnxruntime numpy\n")
 
 
 def test_all_that_a_kit_brings_is_python_3_10(small: Report, tmp_path: Path):
@@ -121,11 +121,11 @@ def test_what_has_no_kit_says_what_has(small: Report, tmp_path: Path):
     with pytest.raises(BadRequest, match=r"pt2 has no kit; formats with one: coreml.*, onnx, "):
         make(small.folder / "pt2", tmp_path / "kit")
     (tmp_path / "mine").mkdir()
-    with pytest.raises(BadRequest, match="mine is there and is no kit; give another name with --into"):
+    with pytest.raises(BadRequest, match="mine exists and is not a kit; give another name with --into"):
         make(small.folder / "onnx", tmp_path / "mine")
     export = copied(small, tmp_path / "out")
     (export / "onnx" / "model.onnx").write_bytes(b"other")
-    with pytest.raises(BadRequest, match="is not the artifact that was exported"):
+    with pytest.raises(BadRequest, match="was changed after the export"):
         make(export / "onnx", tmp_path / "kit")
 
 
@@ -196,7 +196,7 @@ def test_a_proof_of_something_else_is_refused(small: Report, tmp_path: Path, dev
     assert "with other data than" in refused(data={})
     assert "validation_batch.npz" in refused(data=given["data"] | {"validation_batch.npz": "0" * 64})
     assert "with other data than" in refused(data=given["data"] | {"../secret": "0" * 64})
-    assert "is of version 9" in refused(version=9)
+    assert "has version 9" in refused(version=9)
     (tmp_path / "text.json").write_text("{}")
     with pytest.raises(BadRequest, match=r"text\.json cannot be read"):
         accept(tmp_path / "text.json", export)
@@ -218,7 +218,7 @@ except CannotRun as error:
 """
     (tmp_path / "program.zip").write_bytes(program(FORMATS["edgetpu"], "x"))
     done = subprocess.run([device, "-I", "-c", code], capture_output=True, text=True, check=False)
-    missing = "there is no Edge TPU here, or not libedgetpu.so.1, which https://coral.ai/"
+    missing = "there is no Edge TPU here, or no libedgetpu.so.1 (see https://coral.ai/"
     assert done.stdout.startswith(missing), done.stderr
 
 

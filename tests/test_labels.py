@@ -83,7 +83,7 @@ def test_labels_that_fit_no_output_are_left_out_and_told(tmp_path: Path):
         torch.nn.Linear(4, 3), torch.rand(4, 4), ["torchscript"], tmp_path / "out", bench=False, labels=["cat", "dog"]
     )
     (outcome,) = report.outcomes
-    why = "labels are left out: there are 2, which fit the last axis of no output (output_0: float32[batch, 3])"
+    why = "labels are left out: no output has 2 classes in its last axis (output_0: float32[batch, 3])"
     assert (outcome.state, outcome.reason) == ("degraded", why)
     assert polyexport.load(tmp_path / "out" / "torchscript").labels == ()
     assert not (tmp_path / "out" / "torchscript" / LABELS).exists()
@@ -104,11 +104,11 @@ def test_what_polyexport_writes_itself_is_not_overwritten():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"labels": "cat"}, "labels='cat'; give a list of texts, one for each class in their order"),
+        ({"labels": "cat"}, "labels='cat'; give a list of strings, one for each class in order"),
         ({"labels": ("cat", 3)}, "labels=('cat', 3); give a list"),
-        ({"labels": ("cat\n", "dog")}, r"labels has 'cat\n'; a label is one line"),
-        ({"metadata": {"version": 3}}, "metadata={'version': 3}; give a mapping of texts to texts"),
-        ({"metadata": ["a"]}, "metadata=['a']; give a mapping of texts to texts"),
+        ({"labels": ("cat\n", "dog")}, r"the label 'cat\n' has a line break; give labels of one line"),
+        ({"metadata": {"version": 3}}, "metadata={'version': 3}; give a mapping of strings to strings"),
+        ({"metadata": ["a"]}, "metadata=['a']; give a mapping of strings to strings"),
     ],
 )
 def test_what_cannot_be_embedded_is_refused_at_once(given: dict, message: str):

@@ -73,7 +73,7 @@ def test_figures_of_a_busy_machine_are_told_until_they_are_measured_again(tmp_pa
     assert (note.kind, note.text) == (
         "latency",
         "latency was measured on a busy machine: runtimes waited for a processor 40% of the time, "
-        "so none is called the fastest",
+        "so no format is called the fastest",
     )
     assert _recorded(busy, {"good": measured([2.0] * 10, waited=0.02)}, {}).notes == ()
 
@@ -110,7 +110,7 @@ def test_what_is_slower_than_pytorch_is_told_with_what_is_known_of_it(tmp_path):
     assert (note.kind, note.text) == ("latency", line)
     found = _recorded(report, timed, {})
     (note,) = found.notes
-    assert note.text.endswith("; its cause is not known")
+    assert note.text.endswith("; the cause is unknown")
     assert note.text in page(found)
     assert note.text in markdown(found)
 

@@ -41,8 +41,8 @@ def test_what_cannot_be_loaded_says_what_can(small: Report, tmp_path: Path) -> N
     for path, message in (
         (small.folder / "onxx", r"there is no .*onxx; .*out has onnx, pt2, torchscript"),
         (tmp_path / "onnx", r"there is no .*give a format's folder, such as exports/best/onnx"),
-        (small.folder, r"is no format of an export, but has some: .*out/onnx, "),
-        (tmp_path, r"beside the artifact lies no polyexport\.json"),
+        (small.folder, r"is not a format of an export, but contains some: .*out/onnx, "),
+        (tmp_path, r"there is no polyexport\.json next to the artifact"),
         (onnx / DESCRIPTION, r"is no artifact of onnx; that is .*model\.onnx"),
     ):
         with pytest.raises(BadRequest, match=message):

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+import polyexport
 import zoo
 from polyexport import BadRequest
 from polyexport.capture import snapshot as modules
@@ -119,7 +120,7 @@ def test_a_function_may_select_the_part(tmp_path):
     net = nn.ModuleDict({"backbone": nn.Linear(3, 2)})
     loaded = modules.load(saved(net, tmp_path, torch.randn(2, 3), select=lambda root: root["backbone"]))
     assert torch.equal(loaded.inner.weight, net["backbone"].weight)
-    with pytest.raises(BadRequest, match="leads to a int"):
+    with pytest.raises(BadRequest, match="is a int, not a torch"):
         modules.selected(net, lambda root: 1)
 
 
@@ -187,7 +188,7 @@ def test_an_output_that_holds_no_tensor_is_named():
 
 
 def test_an_output_without_any_tensor_is_an_error():
-    with pytest.raises(BadRequest, match="without a tensor"):
+    with pytest.raises(BadRequest, match="without a tensor in it; return tensors, or dicts"):
         named_tensors({"count": 3}, {})
 
 
@@ -199,6 +200,15 @@ class Graph:
 def test_an_object_with_tensors_in_it_is_an_error_that_says_what_to_do():
     with pytest.raises(BadRequest, match=r"input is a Graph.*give inputs=.*a wrapper whose forward builds the Graph"):
         flat(nn.Identity(), (Graph(torch.ones(2)),), {})
+
+
+@pytest.mark.parametrize(
+    ("given", "kind"), [(torch.eye(2).to_sparse(), "sparse"), (torch.nested.nested_tensor([torch.ones(2)]), "nested")]
+)
+def test_a_tensor_that_is_not_dense_is_an_error_that_says_what_to_do(tmp_path, given, kind):
+    told = f"input is a {kind} tensor.*give inputs=.*a wrapper whose forward makes the {kind} one"
+    with pytest.raises(BadRequest, match=told):
+        polyexport.export(nn.Identity(), given, ["onnx"], tmp_path / "e")
 
 
 class Task(Enum):

@@ -151,7 +151,7 @@ def test_another_axis_than_the_batchs_is_named() -> None:
         ncnn.unsqueezed(program, [(1, 3)])
 
 
-@pytest.mark.parametrize(("rows", "why"), [(1, ""), (4, "the batch is fixed at 4; leave the first axes alone dynamic")])
+@pytest.mark.parametrize(("rows", "why"), [(1, ""), (4, "the batch is fixed at 4; make only the first axes dynamic")])
 def test_a_fixed_batch_is_refused_with_what_to_do(rows: int, why: str) -> None:
     tensor = TensorSpec("x", "float32", (rows, 3))
     said = ncnn.fixed_batch(ExportSpec((tensor,), (tensor,)))

@@ -91,7 +91,7 @@ def test_what_mnn_lacks_is_decomposed_and_computes_the_same() -> None:
     [
         (0, "[23:01:55] :220: These Op Not Support: ONNX::IsNaN \nConverted Failed!\n", "MNN has no ONNX::IsNaN"),
         (-11, "Start to Optimize the MNN Net...\n", "killed by SIGSEGV"),
-        (1, "", "it ended with exit code 1"),
+        (1, "", "ended with exit code 1"),
     ],
 )
 def test_why_mnns_converter_wrote_nothing_is_read_from_what_it_prints(code: int, printed: str, why: str) -> None:

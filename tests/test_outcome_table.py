@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import architectures
 import zoo_table
-from outcome_table import cell, page, record, recorded
+from outcome_table import cell, page, page_by_format, record, recorded
 
 GOOD, BAD = cell("verified", "", "dynamo"), cell("failed", "no <Op>\nfor it", None)
 FORMATS = ("onnx", "paddle")
@@ -16,12 +16,12 @@ def test_what_was_not_run_is_neither_verified_nor_counted_as_run():
     assert "1 of 2 cells were run; 1/1 (100.0%) of them are `verified`" in text
     assert "| **verified** | 1/1 (100.0%) | – |" in text
     assert text.endswith("## What was not verified\n\nNothing of what was run.\n")
-    assert not zoo_table.enough({"net": {"onnx": GOOD}}, ["net"], FORMATS)
+    assert not zoo_table.enough({"net": {"onnx": GOOD}}, ["net"], FORMATS, 0.97)
 
 
 def test_a_reason_is_one_line_of_the_page():
     text = page("Title", "About.", {"net": {"onnx": GOOD, "paddle": BAD}}, ["net"], FORMATS)
-    assert "* net, paddle: failed: no &lt;Op> for it\n" in text
+    assert "* paddle, all models: failed: no &lt;Op> for it\n" in text
     assert "| **verified** | 1/1 (100.0%) | 0/1 (0.0%) |" in text
 
 
@@ -44,7 +44,24 @@ def test_there_are_about_a_hundred_families_of_three_libraries():
     assert len(libraries) >= 100
 
 
-def test_enough_is_97_percent():
+def test_a_share_of_the_cells_is_enough():
     cells = {f"net{index}": {"onnx": GOOD if index >= 3 else BAD} for index in range(100)}
-    assert zoo_table.enough(cells, list(cells), ("onnx",))
-    assert not zoo_table.enough(cells | {"net3": {"onnx": BAD}}, list(cells), ("onnx",))
+    assert zoo_table.enough(cells, list(cells), ("onnx",), 0.97)
+    assert not zoo_table.enough(cells | {"net3": {"onnx": BAD}}, list(cells), ("onnx",), 0.97)
+
+
+def test_what_is_built_for_a_device_that_is_not_here_is_enough():
+    built = cell("unverified", "there is no such card", "onnx")
+    assert zoo_table.enough({"net": {"tensorrt-rtx": built}}, ["net"], ("tensorrt-rtx",), 0.9)
+    assert not zoo_table.enough({"net": {"onnx": built}}, ["net"], ("onnx",), 0.9)
+
+
+def test_a_format_is_a_row_where_there_are_many_and_a_reason_names_its_models():
+    missing = cell("skipped", "there is no compiler", None)
+    cells = {"net": {"onnx": GOOD, "paddle": missing}, "mlp": {"onnx": BAD, "paddle": missing}, "new": {}}
+    text = page_by_format("Title", "About.", cells, ["net", "mlp", "new"], FORMATS)
+    assert "| `onnx` | ✓ | ✗ | – | 1/2 |" in text
+    assert "| `paddle` | – | – | – | – |" in text
+    assert "2 of 6 cells were run; 1/2 (50.0%) of them are `verified`" in text
+    assert "* onnx, mlp: failed: no &lt;Op> for it\n" in text
+    assert "* paddle, net, mlp: skipped: there is no compiler\n" in text

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from polyexport.tracing.decompositions import written_out
+from polyexport.tracing.decompositions import decomposed
 from polyexport.tracing.exported_program import export_program
 from polyexport.tracing.reads import frozen_sites
 
@@ -54,7 +54,7 @@ def same(found: tuple[torch.Tensor, ...], right: tuple[torch.Tensor, ...]) -> No
 def test_a_trace_keeps_lengths_and_any_batch(name, tracer):
     net = Packed(LAYERS[name]).eval()
     first, *others = (sequences(net.layer, lengths) for lengths in ([5, 7, 3, 6], [2, 6, 1, 3], [4, 7]))
-    with written_out(), frozen_sites():
+    with decomposed(), frozen_sites():
         if tracer == "jit":
             traced = torch.jit.trace(net, first, check_trace=False)
         else:
@@ -66,7 +66,7 @@ def test_a_trace_keeps_lengths_and_any_batch(name, tracer):
 @torch.no_grad()
 def test_a_trace_ends_where_the_longest_sequence_does():
     net = Packed(LAYERS["gru, both ways"], whole=False, sorts=False).eval()
-    with written_out(), frozen_sites():
+    with decomposed(), frozen_sites():
         traced = torch.jit.trace(net, sequences(net.layer, [7, 6, 5, 3]), check_trace=False)
     same(traced(*(inputs := sequences(net.layer, [5, 3, 2, 1]))), net(*inputs))
 
@@ -76,7 +76,7 @@ def test_a_given_state_begins_each_sequence():
     net = Packed(LAYERS["rnn"]).eval()
     inputs = (*sequences(net.layer, [5, 7, 3]), torch.randn(1, 3, 5))
     right = net(*inputs)
-    with written_out():
+    with decomposed():
         same(net(*inputs), right)
 
 
@@ -84,6 +84,6 @@ def test_a_given_state_begins_each_sequence():
 def test_what_was_packed_before_the_trace_stays_packed():
     net, (x, lengths) = nn.LSTM(6, 8), sequences(nn.LSTM(6, 8), [7, 4])
     packed = pack_padded_sequence(x, lengths)
-    with written_out():
+    with decomposed():
         found = net(packed)[0].data
     assert torch.equal(found, net(packed)[0].data)

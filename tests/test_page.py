@@ -157,7 +157,7 @@ def test_a_snippet_can_be_copied_or_is_selected(browser, report):
 
 def test_the_page_has_reasons_commands_and_history(report):
     text = (report.folder / "report.html").read_text(encoding="utf-8")
-    assert "static shapes only, since with dynamic axes: XNNPACK has no such pool" in text
+    assert "static shapes only; with dynamic axes: XNNPACK has no such pool" in text
     assert "python -m polyexport.worker jobs/onnx.json --scratch" in text
     assert 'href="../epoch%3D1-step%3D200/report.html"' in text
     assert "val_loss of the exported checkpoints" in text

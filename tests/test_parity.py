@@ -38,6 +38,13 @@ def test_rounding_passes_and_its_figures_agree_with_numpy(reference):
     assert figures.snr_db == pytest.approx(10 * np.log10((ref.astype(np.float64) ** 2).sum() / (error**2).sum()))
 
 
+def test_an_output_without_elements_is_judged_by_the_batches_that_have_some(reference):
+    none = {"logits": reference["logits"][:0]}
+    assert compare(none, none, FLOAT32).passed
+    assert compare(reference, reference, FLOAT32, whole=none).passed
+    assert not compare({"logits": -reference["logits"]}, reference, FLOAT32, whole=none).passed
+
+
 def changed(logits: np.ndarray, where: Any, value: float) -> np.ndarray:
     logits = logits.copy()
     logits[where] = value
@@ -248,24 +255,26 @@ def test_an_output_in_half_precision_is_judged_as_such():
 @pytest.mark.parametrize(
     ("array", "why"),
     [
-        (np.zeros((4, 3)), "agreement on y proves little: PyTorch itself answers 0.0 everywhere"),
-        (np.ones(8, np.int64), "agreement on y proves little: PyTorch itself answers 1 everywhere"),
-        (np.zeros(8, bool), "agreement on y proves little: PyTorch itself answers False everywhere"),
+        (np.zeros((4, 3)), "agreement on y proves little: PyTorch itself returns 0.0 everywhere"),
+        (np.ones(8, np.int64), "agreement on y proves little: PyTorch itself returns 1 everywhere"),
+        (np.zeros(8, bool), "agreement on y proves little: PyTorch itself returns False everywhere"),
         (
             np.tile(np.arange(3.0), (8, 1)),
-            "agreement on y proves little: PyTorch itself answers the same for every row",
+            "agreement on y proves little: PyTorch itself returns the same for every row",
         ),
         (
             np.arange(24.0).reshape(8, 3),
-            "top-1 agreement on y proves little: in every row PyTorch's greatest is column 2",
+            "top-1 agreement on y proves little: in every row the largest element of PyTorch's is column 2",
         ),
         (np.eye(8), None),
         (np.arange(24).reshape(8, 3), None),
         (np.arange(24.0).reshape(8, 3, 1), None),
         (np.arange(8), None),
         (np.arange(12.0).reshape(4, 3), None),
-        (np.zeros((0, 3)), None),
+        (np.zeros((0, 3)), "agreement on y proves little: PyTorch itself returns no element"),
     ],
 )
 def test_a_reference_that_says_little_is_told(array, why):
-    assert list(says_little({"y": array})) == ([f"{why}; a batch with other answers proves more"] if why else [])
+    assert list(says_little({"y": array})) == (
+        [f"{why}; a batch with more varied outputs would prove more"] if why else []
+    )

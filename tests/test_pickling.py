@@ -89,6 +89,33 @@ def gate(x: torch.Tensor) -> torch.Tensor:
     return x * torch.sigmoid(1.7 * x)
 
 
+@torch.compile
+def squashed(x: torch.Tensor) -> torch.Tensor:
+    return torch.tanh(x)
+
+
+def squash(x: torch.Tensor) -> torch.Tensor:
+    return torch.tanh(x)
+
+
+class Named(Holder):
+    """Parts whose names Python keeps for itself, or TorchScript cannot read, under which forward finds them."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda net: {})
+        self.heads = nn.ModuleDict({"class": nn.Linear(4, 4), "class_": nn.Tanh(), "größe": nn.Linear(4, 4)})
+        self.gains = nn.ParameterDict({"global": nn.Parameter(torch.rand(4))})
+        self.add_module("lambda", nn.Linear(4, 4))
+
+    def forward(self, x):
+        assert list(self.heads) == [name for name, _ in self.heads.items()] == ["class", "class_", "größe"]
+        assert "class" in self.heads
+        assert "class__" not in self.heads
+        for name in self.heads:
+            x = self.heads[name](x)
+        return getattr(self, "lambda")(x) * self.gains["global"]
+
+
 def slotted():
     made = Slotted(lambda net: {})
     object.__setattr__(made, "scale", 3.0)
@@ -144,6 +171,11 @@ HELD = {
             "runs": [Trainer(logger=False, accelerator="cpu", enable_checkpointing=False)],
         }
     ),
+    "what torch.compile made": lambda: Holder(
+        lambda net: {"act": torch.compile(squash), "more": {"act": squashed}, "layer": torch.compile(net.layer)},
+        lambda net, x: net.act(net.more["act"](net.layer(x))),
+    ),
+    "parts with names that no tracer can write": Named,
     "a generator": lambda: Holder(lambda net: {"numbers": (number for number in range(3))}),
 }
 
@@ -166,7 +198,7 @@ def test_what_cannot_be_pickled_is_named_by_its_path_and_the_module_is_traced(tm
         net = nn.Sequential(nn.Linear(4, 4), Holder(lambda net: {"logs": {"train": [file]}})).eval()
         note = snapshot.save_module(net, None, (torch.ones(2, 4),), {}, tmp_path)
     assert "(1.logs['train'][0] (a TextIOWrapper): PicklingError" in note
-    assert note.endswith("so it was traced where it trained")
+    assert note.endswith("so it was traced in the training process")
     assert (tmp_path / "structure.pt2").exists()
 
 

@@ -151,14 +151,14 @@ def test_a_function_keeps_the_weights_of_what_it_calls(tmp_path: Path):
 
 def test_a_function_that_calls_the_module_that_trains_is_refused(tmp_path: Path):
     whole = Whole()
-    with pytest.raises(BadRequest, match=r"postprocess has weights of the module that trains, and is no part"):
+    with pytest.raises(BadRequest, match=r"postprocess has weights of the module that trains, but is not a part"):
         saved(whole, tmp_path, Processing(postprocess=lambda logits: whole.prepare[1].weight.sum() * logits))
 
 
 def test_a_step_that_cannot_be_pickled_is_traced_with_the_module(tmp_path: Path):
     first, net = Pixels(), Net()
     first.numbers = (number for number in range(3))
-    assert "so it was traced where it trained" in saved(net, tmp_path, Processing(first))
+    assert "so it was traced in the training process" in saved(net, tmp_path, Processing(first))
     assert first.training
     assert torch.allclose(snapshot.load(tmp_path)(pixels()), net(first(pixels())), atol=1e-6)
 
@@ -278,9 +278,9 @@ def test_a_trainer_tells_callbacks_apart_that_differ_in_their_steps_only():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"preprocess": Scaled}, "preprocess=Scaled, a class; give what it makes: Scaled()"),
+        ({"preprocess": Scaled}, "preprocess=Scaled is a class; give an instance: Scaled()"),
         ({"postprocess": 3}, "postprocess=3; give a module, a function of tensors, or the name of an attribute"),
-        ({"preprocess": lambda x: x}, "preprocess is a function, whose calls are not seen: give inputs="),
+        ({"preprocess": lambda x: x}, "preprocess is a function, whose calls cannot be captured: give inputs="),
         ({"inputs": torch.ones(2, 3)}, "inputs is a Tensor; give a function of the batch, or several batches"),
         ({"inputs": 3}, "inputs is a int; give a function of the batch"),
         (
@@ -304,7 +304,7 @@ def test_an_impossible_step_is_told_at_construction(settings: dict[str, Any], me
         ({"preprocess": Scaled(), "inputs": []}, "inputs has no batch"),
         (
             {"preprocess": Scaled(), "inputs": lambda batch: {"row": batch[0]}},
-            "preprocess does not take the raw inputs that it was given (float32[8, 6]): TypeError",
+            "preprocess fails on the raw inputs (float32[8, 6]): TypeError",
         ),
     ],
 )
@@ -325,7 +325,7 @@ def test_without_validation_raw_inputs_have_to_be_given(tmp_path: Path):
 
 
 def test_the_engine_refuses_inputs_that_the_step_does_not_take(tmp_path: Path):
-    with pytest.raises(BadRequest, match=r"Pixels.forward takes .* and was given 'image'"):
+    with pytest.raises(BadRequest, match=r"Pixels.forward takes .* but was given 'image'"):
         polyexport.export(Net(), {"image": pixels()}, [GOOD], tmp_path / "out", preprocess=Pixels())
-    with pytest.raises(BadRequest, match=r"preprocess does not take .*\(uint8\[4, 12, 10\]\): RuntimeError"):
+    with pytest.raises(BadRequest, match=r"preprocess fails on the raw .*\(uint8\[4, 12, 10\]\): RuntimeError"):
         polyexport.export(Net(), pixels()[..., 0], [GOOD], tmp_path / "out", preprocess=Pixels())

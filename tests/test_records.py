@@ -116,8 +116,8 @@ def test_a_manifest_comes_back_from_disk_as_it_was(tmp_path):
         (["spec", "inputs"], "x", "Manifest.spec.inputs is 'x', not a list"),
         (["artifacts", "onnx", "precision"], "fp16", "Manifest.artifacts.onnx.precision is 'fp16', not 'float32' or"),
         (["noise"], {"y": 1e-7}, "Manifest.noise is {'y': 1e-07}, not a text"),
-        (["version"], 9, "is of version 9; this release reads version 1"),
-        (["batches", 0, "path"], "../../secret.npz", "'../../secret.npz' lies outside of the export"),
+        (["version"], 9, "has version 9; this release reads version 1"),
+        (["batches", 0, "path"], "../../secret.npz", "'../../secret.npz' is outside of the export"),
     ],
 )
 def test_a_manifest_of_wrong_types_or_another_version_is_refused_in_one_line(tmp_path, path, value, reason):
@@ -191,7 +191,7 @@ def test_a_missing_field_and_another_version_are_refused(tmp_path):
     with pytest.raises(BadRequest, match="Report lacks checkpoint"):
         Report.load(tmp_path)
     write_json(tmp_path / "report.json", found | {"version": 1})
-    with pytest.raises(BadRequest, match="is of version 1; this release reads version 2"):
+    with pytest.raises(BadRequest, match="has version 1; this release reads version 2"):
         Report.load(tmp_path)
 
 

@@ -107,7 +107,7 @@ def test_two_callbacks_are_told_apart_by_what_their_functions_read(tmp_path):
 
 def test_two_callbacks_for_one_folder_are_told_before_training(tmp_path):
     callbacks = [ExportCallback([name], into=tmp_path / "here") for name in ("onnx", "pt2")]
-    with pytest.raises(BadRequest, match=r"two ExportCallbacks write into .*here; give each a folder of its own"):
+    with pytest.raises(BadRequest, match=r"two ExportCallbacks write to .*here; give each its own folder"):
         fit(tmp_path, *callbacks)
 
 

@@ -253,7 +253,7 @@ def test_nothing_is_forked_beside_threads_that_an_import_has_started(run: Run, t
         "import threading, time\nthreading.Thread(target=time.sleep, args=(600,), daemon=True).start()\n"
     )
     assert run("one", tells, imports=("starts_a_thread",), PYTHONPATH=str(tmp_path)).ok
-    assert re.fullmatch(r"its server has further threads \(.+\), beside which no fork is safe",
+    assert re.fullmatch(r"its server has other threads \(.+\), so a fork is not safe",
                         why_spawned(tmp_path / "one.log"))  # fmt: skip  # a text, and what it is of
     assert told(tmp_path / "one.log")["parent"] == os.getpid()
 
@@ -264,7 +264,7 @@ def test_a_server_that_stands_still_while_it_imports_holds_no_job_up(
     (tmp_path / "sleeps.py").write_text("import time\ntime.sleep(600)\n")
     monkeypatch.setattr(servers, "_STANDS_STILL_SECONDS", 1)
     assert run("one", tells, imports=("sleeps",), PYTHONPATH=str(tmp_path)).ok
-    assert why_spawned(tmp_path / "one.log") == "its server stood still while it started"
+    assert why_spawned(tmp_path / "one.log") == "its server made no progress while it started"
 
 
 def test_a_server_that_is_busy_importing_is_waited_for(

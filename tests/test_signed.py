@@ -139,7 +139,7 @@ def test_the_command_runs_nothing_that_is_not_what_was_signed(signed: tuple[Repo
 @pytest.mark.parametrize("text", ["no key", "-----BEGIN PRIVATE KEY-----\nAA==\n-----END PRIVATE KEY-----\n"])
 def test_a_key_that_is_none_is_told(small: Report, tmp_path: Path, text: str):
     (tmp_path / "key.pem").write_text(text)
-    with pytest.raises(BadRequest, match=r"key\.pem is no private key that signs: "):
+    with pytest.raises(BadRequest, match=r"key\.pem is not a private key that can sign: "):
         Signed(tmp_path / "key.pem")(Report.load(shutil.copytree(small.folder, tmp_path / "out")))
 
 

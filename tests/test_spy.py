@@ -290,5 +290,5 @@ def test_a_compiled_module_is_not_compared_and_the_report_says_so(tmp_path):
     callback = ExportCallback([GOOD], into=tmp_path / "out", publish=(), bench=False)
     checkpoint = ModelCheckpoint(dirpath=tmp_path / "checkpoints")
     runs.trainer(tmp_path, [checkpoint, callback], max_epochs=1).fit(net, runs.loader(), runs.loader())
-    told = "not compared with the training process's own answer: forward is compiled"
+    told = "not compared with the outputs in training: forward is compiled"
     assert any(note.text.startswith(told) for note in callback.reports[0].notes)

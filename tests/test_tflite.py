@@ -1,8 +1,9 @@
-"""TensorFlow Lite and Edge TPU: every model of the zoo, signatures, calibration, the compiler's contract."""
+"""TensorFlow Lite, Edge TPU and Ethos-U: every model of the zoo, signatures, calibration, the compiler's contract."""
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections import Counter
 from dataclasses import replace
@@ -17,7 +18,7 @@ import polyexport
 import zoo
 from isolated import HERE, in_toolchain, many
 from polyexport import Engine, Report
-from polyexport.formats import edgetpu
+from polyexport.formats import edgetpu, ethosu
 from polyexport.spec import write_arrays
 from polyexport.workers import toolchain
 
@@ -79,7 +80,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Report:
         return polyexport.export(
             Classifier(),
             torch.randn(4, 3, 16, 16),
-            ["tflite", "tflite-int8", "edgetpu"],
+            ["tflite", "tflite-int8", "edgetpu", "ethosu"],
             folder / "export",
             calibration=[torch.randn(4, 3, 16, 16)],
             bench=False,
@@ -110,13 +111,13 @@ def test_the_report_tells_the_artifacts_own_signature(report):
 def test_an_artifact_of_one_row_is_verified_again_on_every_batch(report):
     with Engine() as engine:
         again = engine.verify(replace(report, outcomes=(report["edgetpu"],)))["edgetpu"]
-    assert (again.state, len(again.parity.batches)) == ("degraded", 3)
+    assert (again.state, len(again.parity.batches)) == ("verified", 3)
 
 
 @pytest.mark.slow
 def test_an_edge_tpu_model_is_verified_before_compilation_and_says_so(report):
     outcome = report["edgetpu"]
-    assert (outcome.state, outcome.reason) == ("degraded", "one row at a time: an Edge TPU has no batch axis")
+    assert (outcome.state, outcome.reason, outcome.remark) == ("verified", "", "one row per call")
     assert outcome.parity.verified_by.startswith("the int8 model before compilation, on the CPU; edgetpu_compiler has ")
     assert len(outcome.parity.batches) == 3
     assert "stand-in" in (report.folder / "logs" / "edgetpu.log").read_text()
@@ -175,23 +176,58 @@ def test_small_weights_agree_and_two_channels_that_are_swapped_do_not(shadows, n
 @pytest.mark.slow
 def test_weights_left_in_float_are_told(shadows):
     assert shadows["not tflite-w8"]["shortfall"] == (
-        "100% of its weights in float, since there is no int8 for them: 2 × CONV_2D, 1 × FULLY_CONNECTED"
+        "100% of its weights in float, since int8 is not supported for them: 2 × CONV_2D, 1 × FULLY_CONNECTED"
     )
+
+
+@pytest.mark.slow
+def test_a_model_for_the_ethos_u_is_compiled_and_its_memory_and_time_are_estimated(report):
+    outcome = report["ethosu"]
+    assert (outcome.state, outcome.reason) == ("verified", "")
+    estimate = r"[\d.]+ ms at 500 MHz, [\d.]+ KiB of SRAM, [\d.]+ KiB of flash"
+    assert re.fullmatch(f"one row per call; Vela's estimate for Ethos-U55-128: {estimate}", outcome.remark)
+    ran = "the int8 model before compilation, on the CPU; Vela has "
+    assert re.fullmatch(rf"{ran}(\d+) of \1 operations on the Ethos-U", outcome.parity.verified_by)
+    assert b"ethos-u" in (report.folder / "ethosu" / "model_vela.tflite").read_bytes()
+
+
+SAID = """
+Warning (supported operators) operator: SIN, ofm: 'y'
+Reason: Unsupported opType
+
+Warning (supported operators) operator: SIN, ofm: 'y'
+Reason: Unsupported opType
+
+CPU operators = 1 (25.0%)
+   CPU: Passthrough = y (outputs [1, 1, 1, 3])
+NPU operators = 3 (75.0%)
+"""
+
+
+def test_what_vela_leaves_on_the_microcontroller_is_counted_by_name() -> None:
+    assert ethosu.placement(SAID) == {"operations": 4, "on_cpu": {"SIN": 1}}
+    with pytest.raises(ValueError, match="does not say how many operations"):
+        ethosu.placement("Network summary for model")
+
+
+@pytest.mark.slow
+def test_operations_that_stay_on_the_microcontroller_degrade(shadows):
+    assert shadows["sine"]["shortfall"] == "1 of 4 operations on the Ethos-U, on the CPU 3 × SIN"
+    assert shadows["sine"]["parity"]["passed"]
 
 
 @pytest.mark.slow
 def test_operators_left_in_float_are_told(shadows):
     found = shadows["not in int8"]
-    assert found["shortfall"].startswith("100% of its weights in float, since there is no int8 for them: ")
-    assert found["remark"].startswith("in float32, since there is no int8 for it: ")
+    assert found["shortfall"].startswith("100% of its weights in float, since int8 is not supported for them: ")
+    assert found["remark"].startswith("in float32, since int8 is not supported for it: ")
     assert "CONV_2D" in found["remark"]
 
 
 @pytest.mark.slow
 def test_operations_that_the_compiler_leaves_to_the_cpu_are_told_and_degrade(shadows):
-    first, second = shadows["refused"]["shortfall"].split("; ")
-    assert "(Operation not supported)" in first
-    assert second == "one row at a time: an Edge TPU has no batch axis"
+    assert "(Operation not supported)" in shadows["refused"]["shortfall"]
+    assert shadows["refused"]["remark"] == "one row per call"
     assert shadows["refused"]["parity"]["passed"]
 
 

@@ -240,7 +240,7 @@ def test_where_a_lock_has_nothing_for_the_platform_versions_are_chosen_and_a_lin
     python = Toolchain("elsewhere", ("tinyone",), lock=Lock(pin)).interpreter(said.append)
     assert answer(python, "import tinyone; print(tinyone.version)") == "0.9"
     assert len(said) == 2
-    assert "elsewhere: its lock does not serve here, so versions are chosen now: " in said[1]
+    assert "elsewhere: its lock cannot be used here, so versions are resolved now: " in said[1]
     assert "tinyone==1.0" in said[1]
 
 
@@ -281,9 +281,9 @@ def test_a_layer_leaves_out_what_the_training_environment_has_at_a_version_that_
 def test_an_install_that_the_disk_has_no_room_for_is_refused(wheels, monkeypatch):
     chain = Toolchain("huge", ("tinyone",), lock=Lock(wheel(wheels, "tinyone", "1.0"), bytes=10**18))
     said: list[str] = []
-    with pytest.raises(ToolMissing, match=r"it takes 1e\+09 GB of disk, and .* GB are free where .*huge-"):
+    with pytest.raises(ToolMissing, match=r"it takes 1e\+09 GB of disk, but .* GB are free for .*huge-"):
         chain.interpreter(said.append)
-    assert "tinyone (with what they need 1 packages, up to 1e+09 GB of disk) into" in said[0]
+    assert "tinyone (1 packages with dependencies, up to 1e+09 GB of disk) into" in said[0]
 
 
 @pytest.mark.parametrize("name", toolchain.names())

@@ -95,6 +95,8 @@ def test_each_export_is_the_next_version(small: Report, tmp_path: Path, client: 
 
 def test_what_does_not_agree_is_not_served(small: Report, tmp_path: Path):
     wrong = replace(small, outcomes=tuple(replace(each, state="mismatch") for each in small.outcomes))
-    with pytest.raises(BadRequest, match=r"no artifact that agrees with PyTorch is served by Triton; it serves onnx"):
+    with pytest.raises(
+        BadRequest, match=r"no artifact that agrees with PyTorch can be served by Triton; it serves onnx"
+    ):
         TritonRepository(tmp_path / "models")(wrong)
     assert not (tmp_path / "models").exists()

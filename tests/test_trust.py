@@ -98,7 +98,7 @@ def test_an_interrupted_export_of_somebody_else_is_resumed_with_trust_only(tmp_p
     write(Request(work, "best", (known()["onnx"],)))
     let_go(work)
     shutil.copytree(ours, theirs)
-    with pytest.raises(BadRequest, match="was not begun by you, or not there"):
+    with pytest.raises(BadRequest, match="was not begun by you in that folder"):
         interrupted(theirs, trust=False)
     done = CliRunner().invoke(app, ["resume", str(theirs)])
     assert done.exit_code == 2

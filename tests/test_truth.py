@@ -126,7 +126,7 @@ def test_both_sides_of_a_branch_are_kept_where_the_part_with_it_can_be_scripted(
 @pytest.mark.parametrize(
     ("net", "why"),
     [
-        (nn.Linear(5, 3), "forward decides nothing by its data"),
+        (nn.Linear(5, 3), "forward does not branch on its data"),
         (Branch(lambda x: x.abs().max() > 8), "torch.jit.script refuses Branch: "),
     ],
 )
@@ -147,7 +147,35 @@ def test_a_branch_on_data_that_a_trace_froze_is_told_with_its_line(tmp_path, nam
     assert verified["parity"].passed, "it is right on the first batch"
     why = routes.narrow(verified["elsewhere"], frozen, found)
     assert why.startswith("right on data like the first batch only: on ")
-    assert f"a trace keeps one side of what forward decides by its data at {Path(__file__).name}:" in why
+    assert f"forward branches on its data at {Path(__file__).name}:" in why
+
+
+class Checked(Branch):
+    """Raises where its data are wrong, and says how large they were."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        assert not torch.isnan(x).any(), "no number"
+        print(f"at most {x.abs().max().item():.3f}")
+        return super().forward(x)
+
+
+def test_what_forward_only_checks_or_prints_is_no_branch_and_a_note_tells_of_the_checks(tmp_path):
+    found = prepared(tmp_path, Checked(lambda x: False), X)
+    assert (found.read_at, found.one_side) == ((), ())
+    (note,) = [note for note in found.notes if "which no artifact does" in note]
+    assert note.startswith("forward looks at its data and raises where that is wrong (test_truth.py:")
+    verified, frozen = traced(tmp_path, found)
+    assert (verified["parity"].passed, verified["elsewhere"], routes.narrow("", frozen, found)) == (True, "", "")
+
+
+def test_both_sides_of_torch_cond_are_among_the_proofs(tmp_path):
+    class Cond(Branch):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.cond(x[0].sum() > 0, torch.sin, torch.cos, (self.head(x),))
+
+    found = prepared(tmp_path, Cond(len), X)
+    sides = {float(np.load(tmp_path / each.path)["x"][0].sum()) > 0 for each in found.batches}
+    assert sides == {True, False}
 
 
 def test_a_branch_that_no_value_reached_is_told_where_a_trace_froze_it(tmp_path):
@@ -157,9 +185,15 @@ def test_a_branch_that_no_value_reached_is_told_where_a_trace_froze_it(tmp_path)
     assert verified["elsewhere"] == ""
     why = routes.narrow("", frozen, found)
     assert why.startswith(
-        "one branch only, since forward decides by its data and every batch took the same (test_truth"
+        "one branch only: forward branches on its data, and every batch took the same branch (test_truth"
     )
     assert routes.narrow("", (), found) == "", "another route froze nothing"
+
+
+def test_a_number_that_is_read_anew_from_each_batch_and_always_used_in_one_way_is_told(tmp_path):
+    found = prepared(tmp_path, Branch(lambda x: float(x.abs().max()) * 0), X)
+    assert found.one_side == found.read_at
+    assert len(found.read_at) == 1
 
 
 @pytest.mark.parametrize(
@@ -197,7 +231,7 @@ STATES = {
 @pytest.mark.parametrize("dynamic", [True, False])
 def test_a_state_that_forward_keeps_between_calls_leaves_nothing_to_prove(tmp_path, name, dynamic):
     found = prepared(tmp_path, Keeps(STATES[name]), X, dynamic=dynamic)
-    assert found.undecidable.startswith("forward answers two calls differently")
+    assert found.undecidable.startswith("forward returns different outputs")
 
 
 def test_a_state_that_changes_no_answer_is_none(tmp_path):
@@ -279,13 +313,13 @@ def test_axes_that_differ_between_batches_are_dynamic_and_named_by_equal_sizes(t
 
 def test_a_batch_of_another_kind_is_left_out_with_a_note(tmp_path):
     found = prepared(tmp_path, Graph(), graphs(12, 30, 4), graphs(17, 41, 5)[:3])
-    assert "1 of 1 further batches are not like the first and are left out" in found.notes
+    assert "1 of 1 further batches have other arguments than the first, and are left out" in found.notes
 
 
 def test_axes_that_differ_and_are_fixed_as_asked_are_named_with_what_frees_them(tmp_path):
     net = nn.AdaptiveAvgPool1d(2)
     found = prepared(tmp_path, net, {"input": torch.rand(4, 3, 10)}, {"input": torch.rand(4, 3, 14)}, dynamic=False)
-    assert "dynamic={'input': {2: 'input_axis_2'}} frees them" in found.notes[0]
+    assert "dynamic={'input': {2: 'input_axis_2'}} makes them dynamic" in found.notes[0]
     assert "axis 2 of input (10, 14)" in found.notes[0]
     assert all(np.load(tmp_path / each.path)["input"].shape == (4, 3, 10) for each in found.batches)
 
@@ -293,8 +327,8 @@ def test_axes_that_differ_and_are_fixed_as_asked_are_named_with_what_frees_them(
 def test_what_is_fixed_is_named_with_what_to_ask_for(tmp_path):
     found = prepared(tmp_path, Graph(), graphs(12, 30, 4), graphs(17, 41, 5))
     assert routes._fixed(found.spec) == (
-        " (axis 1 of edges is 30, axis 0 of targets is 4; dynamic={'x': {0: 'batch'}, 'graph': {0: 'batch'}} asks for "
-        "the batch alone)"
+        " (axis 1 of edges is 30, axis 0 of targets is 4; dynamic={'x': {0: 'batch'}, 'graph': {0: 'batch'}} keeps "
+        "the batch axis dynamic)"
     )
 
 
@@ -304,6 +338,20 @@ def test_fixed_sizes_are_proven_on_other_values_of_those_sizes(tmp_path):
     assert {tuple(each.sizes.values()) for each in fixed} == {(12, 30, 4)}
     assert [each.label for each in fixed][1:] == ["rows mixed and negated"]
     assert all(each.real for each in proofs(found.batches, dynamic=True, made_up=False)), "of low precision"
+
+
+def test_inputs_without_axes_and_without_rows_are_traced_as_what_they_are(tmp_path):
+    class Scaled(nn.Module):
+        def forward(self, x: torch.Tensor, by: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
+            return x * by + boxes.sum()
+
+    calls = (X, torch.tensor(2.0), torch.zeros(0, 4)), (X, torch.tensor(3.0), torch.rand(3, 4))
+    found = prepared(tmp_path, Scaled(), *calls)
+    assert [tensor.shape for tensor in found.spec.inputs] == [("batch", 5), (), ("boxes_axis_0", 4)]
+    example = module.example(tmp_path / "source", found.spec)
+    assert [tuple(tensor.shape) for tensor in example] == [(6, 5), (), (2, 4)]
+    answer, _ = traced(tmp_path, found)
+    assert (answer["parity"].passed, answer["elsewhere"]) == (True, "")
 
 
 # --- what is no tensor ------------------------------------------------------------------------------------------------
@@ -324,15 +372,19 @@ def test_an_array_that_forward_reads_is_told_of_and_one_that_it_does_not_read_is
     found = prepared(tmp_path, Mixed(), (X, np.array([2.0, 3.0]), np.zeros(6)))
     told = [note for note in found.notes if "numpy array" in note]
     assert len(told) == 1
-    assert told[0].startswith("forward reads scale, a numpy array, whose numbers are constants in every artifact; give")
+    assert told[0].startswith("forward reads scale, a numpy array, which becomes a constant in every artifact; give")
     assert found.narrow == ""
 
 
 @pytest.mark.parametrize(
     ("first", "second", "why"),
     [
-        (2, 3, "right for scale=2 only: forward reads it, it is no tensor, and it is 3 in batch 2"),
-        (np.array([2.0]), np.array([3.0]), "right for scale=array([2.]) only: forward reads it, it is no tensor, and"),
+        (2, 3, "right for scale=2 only: forward reads it, it is not a tensor, and it is 3 in batch 2"),
+        (
+            np.array([2.0]),
+            np.array([3.0]),
+            "right for scale=array([2.]) only: forward reads it, it is not a tensor, and",
+        ),
         (True, False, "right for scale=True only: "),
         ("2", "none", "right for scale='2' only: "),
         (2, 2, ""),
@@ -382,7 +434,7 @@ class Narrow(nn.Module):
 
 def test_an_output_in_bfloat16_is_float32_in_artifacts_and_judged_as_such(tmp_path):
     found = prepared(tmp_path, Narrow(), X)
-    assert "output output_0 is float32 in artifacts: numpy lacks the dtype it has in PyTorch" in found.notes
+    assert "output output_0 is float32 in artifacts, since numpy lacks its dtype in PyTorch" in found.notes
     assert found.spec.outputs[0].dtype == "float32"
     answer, _ = traced(tmp_path, found)
     assert (answer["parity"].passed, answer["elsewhere"]) == (True, "")
@@ -418,7 +470,28 @@ def shifted() -> Cooled:
 def test_a_module_that_does_not_answer_what_was_trained_proves_nothing(tmp_path, trained, same):
     found = prepared(tmp_path, Cooled(), X, trained=trained)
     assert (found.undecidable == "") == same
-    assert same or "does not answer what it did in the process that trained it (output_0 is off by" in found.undecidable
+    assert same or "returns other outputs than in training (output_0 is off by" in found.undecidable
+
+
+class Bent(nn.Module):
+    """Has no weights at all, or such as are no real numbers."""
+
+    def __init__(self, by: float, weights: torch.Tensor | None = None) -> None:
+        super().__init__()
+        self.by = by
+        if weights is not None:
+            self.weights = nn.Parameter(weights)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x**self.by + (self.weights.abs().sum() if hasattr(self, "weights") else 0)
+
+
+@pytest.mark.parametrize("weights", [None, torch.tensor([1 + 2j, 3 - 1j])], ids=["none", "complex"])
+@pytest.mark.parametrize("trained", [2.0, 3.0])
+def test_a_module_of_any_weights_is_compared_with_what_was_trained(tmp_path, weights, trained):
+    found = prepared(tmp_path, Bent(2.0, weights), X, trained=Bent(trained, weights))
+    assert (found.undecidable == "") == (trained == 2.0)
+    assert not any("not compared" in note for note in found.notes)
 
 
 def test_an_answer_that_was_given_with_other_weights_tells_nothing_and_is_noted(tmp_path):
@@ -456,7 +529,7 @@ def test_a_forward_that_changes_its_inputs_is_not_compared(tmp_path):
 
     found = prepared(tmp_path, InPlace(), X, trained=InPlace())
     assert found.undecidable == ""
-    assert "not compared with the training process's own answer: forward changes its own inputs" in found.notes
+    assert "not compared with the outputs in training: forward changes its own inputs" in found.notes
 
 
 def test_asking_a_module_leaves_it_as_it_was(tmp_path):
@@ -503,7 +576,7 @@ def test_what_a_script_set_in_an_imported_file_is_set_again(tmp_path, monkeypatc
     setattr(owner, attribute, was)  # as a worker imports it
     found = reference.make(tmp_path, source, True)
     assert found.undecidable == ""
-    assert found.notes == (f"set as they were in the process that trained: {name}.{change}",)
+    assert found.notes == (f"global variables were set to their values in training: {name}.{change}",)
     np.testing.assert_allclose(np.load(tmp_path / "validation_batch.npz")["output_0"], expected, rtol=1e-5)
     setattr(owner, attribute, was)
     module.load(source)
@@ -516,4 +589,4 @@ def test_what_a_script_changed_in_a_package_leaves_nothing_to_prove(tmp_path, mo
     with monkeypatch.context() as patch:
         patch.setattr(nn.functional, "gelu", lambda x, approximate: relu(x))
         source = saved(tmp_path, net, X, trained=net)
-    assert "does not answer what it did" in reference.make(tmp_path, source, True).undecidable
+    assert "returns other outputs than in training" in reference.make(tmp_path, source, True).undecidable

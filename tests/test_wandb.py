@@ -274,7 +274,7 @@ def test_an_offline_run_is_linked_after_its_sync(tmp_path, finished, monkeypatch
         (linked,) = server.links
         assert (linked.source, linked.aliases) == ("model-one-good", ["best"])
     again = CliRunner().invoke(app, ["wandb-link", str(tmp_path)])
-    assert (again.exit_code, "remembers no registry link" in again.output) == (2, True)
+    assert (again.exit_code, "has no stored registry links" in again.output) == (2, True)
 
 
 @pytest.mark.parametrize(
@@ -310,12 +310,12 @@ except Exception as error:
 """
     with FakeWandb() as server:
         printed = client(server, proven)
-    assert (printed.strip(), server.unknown) == ("BadRequest W&B does not open the run digits/nobody:", [])
+    assert (printed.strip(), server.unknown) == ("BadRequest W&B cannot open the run digits/nobody:", [])
     assert {link.source for link in server.links} == {"model-one-good", "model-one-static"}
     assert {each.name for each in server.models} == {"model-one-good", "model-one-static"}
 
 
 @pytest.mark.parametrize("run", ["one", "/one", "digits/", "a/b/c/d", ""])
 def test_a_run_that_is_named_in_another_way_is_told(run):
-    with pytest.raises(BadRequest, match=r"names no W&B run; write PROJECT/RUN or ENTITY/PROJECT/RUN"):
+    with pytest.raises(BadRequest, match=r"is not a W&B run; write PROJECT/RUN or ENTITY/PROJECT/RUN"):
         publish_into(Report(Checkpoint(""), None, ()), run)

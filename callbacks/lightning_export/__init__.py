@@ -1,4 +1,4 @@
-"""Each new best checkpoint in every deployment format asked for, proven, measured, published."""
+"""Exports each new best checkpoint to every deployment format asked for: verified, measured, and published."""
 
 from lightning_export.callback import ExportCallback
 from polyexport.publish.bom import BillOfMaterials

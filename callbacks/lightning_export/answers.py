@@ -1,7 +1,7 @@
-"""What forward answered on the first batch of the latest validation, which a worker compares with what it rebuilds.
+"""Records what forward returned on the first batch of each validation, for a worker to compare its rebuilt module with.
 
-A hook for all modules (`register_module_forward_hook`) sees it: one on the module itself would be seen by whoever
-pickles or copies that.
+It is recorded by a global hook (`register_module_forward_hook`), since a hook on the module itself would be pickled and
+copied with it.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ from polyexport.capture.answer import Answer, answer
 
 
 def why_unrecorded(*, sharded: bool, compiled: bool) -> str:
-    """Why nothing is recorded of a module; empty where it is."""
+    """Why the outputs of a module cannot be recorded; empty if they can."""
     if compiled:
-        why = "forward is compiled (torch.compile), and compiled code calls no hook that could record it"
+        why = "forward is compiled (torch.compile), and compiled code calls no hooks that could record its output"
     elif sharded:
-        why = "each process has a part of the weights only"
+        why = "each process has only a shard of the weights"
     else:
         return ""
-    return f"not compared with the training process's own answer: {why}"
+    return f"not compared with the outputs in training: {why}"
 
 
 class Recorder:
-    """Takes a copy of the first call of `module` and of its answer, until `remove`; nothing here raises in user code.
+    """Copies the arguments and outputs of the first call of `module`, until `remove`; never raises in user code.
 
-    A strategy that wraps the module, as DDP does, calls it with the arguments of `validation_step`, and its forward is
-    Lightning's own meanwhile: that is no call of forward.
+    A strategy that wraps the module, as DDP does, calls it with the arguments of `validation_step`, while Lightning has
+    replaced its forward: such a call is ignored.
 
     Attributes:
-        answer: None as long as the module was not called, and where the call cannot be copied.
+        answer: None until the module is called, and if the call cannot be copied.
     """
 
     def __init__(self, module: nn.Module, root: nn.Module) -> None:
@@ -52,14 +52,14 @@ class Recorder:
         try:
             with torch.no_grad():
                 self.answer = answer(self._root, args, kwargs, returned)
-        except Exception:  # whatever the user's values say to a copy: then there is nothing to compare with
+        except Exception:  # the user's values may refuse to be copied: then there is nothing to compare with
             self.answer = None
 
     def remove(self) -> None:
-        """Look no longer."""
+        """Stop recording."""
         for handle in self._handles:
             handle.remove()
 
 
 _REDIRECTED = "wrapped_forward"
-"""What Lightning puts in the place of forward while a strategy's wrapper calls the module."""
+"""The name of Lightning's replacement for forward while a strategy's wrapper calls the module."""

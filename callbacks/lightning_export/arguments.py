@@ -1,4 +1,4 @@
-"""What the arguments of `ExportCallback` may be, and whether a trainer can do what they ask for."""
+"""Checks of the arguments of `ExportCallback`, alone and against the trainer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from polyexport.report.outcome import STATES
 
 
 def check(*, when: str, fail_on: Sequence[str], publish: Any, metric_batches: int) -> None:
-    """Refuse what is impossible whatever the trainer is."""
+    """Refuse values that are impossible with any trainer."""
     if when not in ("improved", "fit_end"):
         raise BadRequest(f"when={when!r}; known: 'improved', 'fit_end'")
     unknown = [state for state in ([fail_on] if isinstance(fail_on, str) else fail_on) if state not in STATES]
@@ -33,7 +33,7 @@ def check(*, when: str, fail_on: Sequence[str], publish: Any, metric_batches: in
 
 
 def check_inputs(inputs: Any, options: Options, metric_batches: int) -> None:
-    """Refuse inputs that are no batches, and steps around forward that nothing can be told of."""
+    """Refuse `inputs` that are not batches, and processing steps that other arguments do not work with."""
     if not (inputs is None or callable(inputs)) and (
         isinstance(inputs, str | Mapping | torch.Tensor) or not hasattr(inputs, "__iter__")
     ):
@@ -44,23 +44,23 @@ def check_inputs(inputs: Any, options: Options, metric_batches: int) -> None:
     steps = options.processing
     if inputs is None and not isinstance(steps.preprocess, torch.nn.Module | str | None):
         raise BadRequest(
-            "preprocess is a function, whose calls are not seen: give inputs=<a function of the batch that returns raw "
-            "inputs>, or inputs=<raw batches>, or make it a module that validation_step calls"
+            "preprocess is a function, whose calls cannot be captured: give inputs=<a function of the batch that "
+            "returns raw inputs>, or inputs=<raw batches>, or make it a module that validation_step calls"
         )
     if steps.steps and (options.budget or metric_batches):
         asked = "budget" if options.budget else "metric_batches"
         raise BadRequest(
             f"{asked} runs validation_step with each artifact in the place of forward, and with "
-            f"{' and '.join(steps.steps)} an artifact does more than forward: give two ExportCallbacks, or measure it "
+            f"{' and '.join(steps.steps)} an artifact does more than forward: use two ExportCallbacks, or measure it "
             "with polyexport.export(metric=…)"
         )
 
 
 def refuse(callback: Any, siblings: Sequence[Any], trainer: Trainer, pl_module: LightningModule) -> None:
-    """Refuse, when fit starts, an `ExportCallback` that cannot work in this trainer; warn of one without a metric."""
+    """Refuse, when fit starts, an `ExportCallback` that cannot work in this trainer; warn if no metric is monitored."""
     twins = [each for each in siblings if each.into == callback.into and each is not callback]
     if callback.into is not None and twins:
-        raise BadRequest(f"two ExportCallbacks write into {callback.into}; give each a folder of its own")
+        raise BadRequest(f"two ExportCallbacks write to {callback.into}; give each its own folder")
     if isinstance(callback.options.select, str) and not overrides(pl_module, "configure_model"):
         selected(pl_module, callback.options.select)
     steps = callback.options.processing
@@ -69,29 +69,30 @@ def refuse(callback: Any, siblings: Sequence[Any], trainer: Trainer, pl_module: 
     if not validates(trainer, pl_module) and callback.inputs is None and steps.preprocess is not None:
         raise BadRequest(
             "there is no validation batch to capture raw inputs from; give inputs=<a function of the batch that "
-            "returns them> (it then gets the first training batch), or inputs=<raw batches>"
+            "returns them> (which then gets the first training batch), or inputs=<raw batches>"
         )
     if not validates(trainer, pl_module) and callback.inputs is None and example(pl_module) is None:
         raise BadRequest(
             "ExportCallback does not know what forward takes: there is no validation batch to capture it from; "
             "give the trainer validation data, set example_input_array on the module, or give "
-            "inputs=<a function of the batch> (it then gets the first training batch)"
+            "inputs=<a function of the batch> (which then gets the first training batch)"
         )
     if callback.monitor is not None and checkpointer(callbacks(trainer), callback.monitor) is None:
         monitors = [each.monitor for each in callbacks(trainer) if "ModelCheckpoint" in bases(each)]
-        raise BadRequest(f"monitor={callback.monitor!r}: no ModelCheckpoint has it; they monitor {monitors}")
+        raise BadRequest(f"monitor={callback.monitor!r}: no ModelCheckpoint monitors it; they monitor {monitors}")
     directed(callback.options.budget, modes(trainer))
     model_checkpoint = checkpointer(callbacks(trainer), callback.monitor)
     if model_checkpoint is not None and model_checkpoint.monitor is None:
         rank_zero_warn(
-            "ExportCallback: no ModelCheckpoint monitors a metric, so the newest checkpoint counts as best; "
+            "ExportCallback: no ModelCheckpoint monitors a metric, so the newest checkpoint is taken as the best; "
             "give the trainer ModelCheckpoint(monitor=<a metric that you log>, mode='min' or 'max')"
         )
 
 
 def described(select: Select) -> Any:
-    """What of a module is exported, in words that stay the same from run to run."""
+    """Which part of a module is exported, in words that are the same in every run."""
     if not callable(select):
         return select
-    code = getattr(select, "__code__", None)  # a lambda's name tells nothing, what it reads does; a partial has no name
+    # a lambda has no name, but the attributes that it reads identify it; a partial has neither
+    code = getattr(select, "__code__", None)
     return (getattr(select, "__qualname__", type(select).__qualname__), *(code.co_names if code else ()))

@@ -9,93 +9,77 @@ from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
-from lightning_export import ranks
+from lightning_export import fit, ranks
 from lightning_export.arguments import check, check_inputs, described, refuse
 from lightning_export.best import follow, take_out
 from lightning_export.harmless import harmless
 from lightning_export.inputs import Inputs
-from lightning_export.loggers import sinks
-from lightning_export.metrics import measured, told
+from lightning_export.metrics import warn_of_unlogged
 from lightning_export.offers import Offers
-from lightning_export.trainer import (
-    KEPT_BY_LIGHTNING,
-    attached,
-    callbacks,
-    checkpoint,
-    exports_folder,
-    is_last_epoch,
-    say,
-    shards,
-)
-from polyexport import Budget, ExportFailed, Format, Report
+from lightning_export.trainer import exports_folder, is_last_epoch, say, siblings
+from polyexport import Budget, Format, Report
 from polyexport.capture.processing import Processing
 from polyexport.engine.session import Options, Session, complaint
 from polyexport.formats import resolve
 from polyexport.measure.budget import budgets
 from polyexport.publish import Sink
-from polyexport.report import console
 from polyexport.report.outcome import State
 
 
 class ExportCallback(Callback):
-    """Export each new best checkpoint to deployment formats, prove each artifact against PyTorch, time and publish it.
+    """Export each new best checkpoint to deployment formats, verify each artifact against PyTorch, time and publish it.
 
-    Everything happens in worker processes from a copy of the checkpoint; training goes on undisturbed. When `fit` ends,
-    what is still under way is finished, and the newest export, the best of the run, is timed and published.
+    Everything happens in worker processes with a copy of the checkpoint, while training goes on. When `fit` ends,
+    pending exports are finished, and the newest one, which is the best of the run, is timed and published.
 
     Args:
         formats: Names, aliases or `Format` values: `["onnx", "openvino"]`.
-        into: Folder for the exports, or an fsspec URL that the best one is copied to when `fit` ends. By default
+        into: Folder for the exports, or an fsspec URL that the best export is copied to when `fit` ends. By default
             `exports/` in the folder of the run.
-        when: `"improved"` for each new best, `"fit_end"` for the last one only.
+        when: `"improved"`: export each new best; `"fit_end"`: only the last one.
         module: What to export: None for the LightningModule's `forward`, a dotted attribute (`"model.backbone"`), or a
-            function of the LightningModule that returns a module of it.
-        inputs: None for what `forward` (or `preprocess`) received from the first validation batch, else a function of
-            that batch that returns a tensor, a tuple of positional arguments, or a dict of keyword arguments; or such
-            inputs themselves, one batch after another: a list, or a `DataLoader`.
-        dynamic: True frees the batch axis and every axis whose size differs between the validation batches that were
-            taken, False none; or input name -> {axis: name}.
-        calibration_batches: How many validation batches int8 formats take their number ranges from. Two are taken in
-            any case: an artifact has to answer the second one too.
+            function that takes the LightningModule and returns a part of it.
+        inputs: None: what `forward` (or `preprocess`) receives from the first validation batch; a function of that
+            batch that returns a tensor, a tuple of arguments, or a dict of them; or a list or `DataLoader` of these.
+        dynamic: True: the batch axis is dynamic, and all axes whose size differs between the validation batches that
+            were taken; False: all axes are static; or a mapping of input name -> {axis: name}.
+        calibration_batches: How many validation batches int8 formats are calibrated with. At least two are taken in any
+            case: every artifact is also verified with the second.
         fail_on: States that make `fit` raise `ExportFailed` once everything is written.
-        timeout: Seconds that one conversion or verification may take, without those in which training has the machine.
+        timeout: Seconds that one conversion or verification may take, not counting time in which it has no processor.
         workers: How many conversions run side by side; by default half the cores, at least two.
-        publish: Where the best export goes when `fit` ends. `"auto"`: to the trainer's `WandbLogger`,
-            `TensorBoardLogger` and `MLFlowLogger`, together with the figures of the exports before it. Or functions
-            that take the report, such as `Wandb(registry="model")`.
-        monitor: Which `ModelCheckpoint` to follow, by what it monitors, where there are several.
-        keep: How many exports stay on disk; the newest always does. By default all.
-        bench: Whether to time the artifacts when `fit` ends; `"all"` times those of every export, not of the best only.
-        metric_batches: On how many validation batches your own `validation_step` is run with each artifact in place of
-            `forward` when `fit` ends, so that the metrics that it logs stand beside PyTorch's; 0 for none, or with a
-            budget for all.
-        budget: How much worse a metric that `validation_step` logs may be than PyTorch's: `{"val_acc": 0.01}`, as a
-            share of it `{"val_loss": "2%"}`. What loses more is a `mismatch`; in int8, w8 and w4 what loses less is
-            `verified`, whatever single elements do. Which way is better tells the `ModelCheckpoint` that monitors it,
-            or `Budget(0.01, mode="max")`.
-        executor: Has the work done on other machines: anything with `submit(function, *arguments)` that returns a
-            future, such as dask's `Client.get_executor()`. Timing stays on this one.
-        staging: An fsspec URL that this machine and those reach, through which files travel; else they travel through
-            the executor.
-        labels: Names of the classes in the last axis of an output, in their order: `["cat", "dog"]`. They travel inside
-            each artifact, and `polyexport.load(…).labels` gives them back.
-        metadata: Texts by name that travel likewise.
-        preprocess: A module, or a function of tensors, that becomes the beginning of each artifact: it takes raw inputs
-            and returns what `forward` takes, so that an application gives an artifact bytes. The name of an attribute
-            of the LightningModule will do. Artifacts are proven on raw inputs: where `validation_step` does not call it
-            (as a module), `inputs` gives them.
-        postprocess: Likewise what becomes the end: it takes what `forward` returned.
+        publish: Where the best export goes when `fit` ends, with the metrics of those before it: `"auto"` for the
+            trainer's W&B, TensorBoard and MLflow loggers; or functions of the report: `[Wandb(registry="model")]`.
+        monitor: The metric of the `ModelCheckpoint` to follow, if there are several.
+        keep: How many exports stay on disk; the newest is always kept. By default all.
+        bench: Whether to time the artifacts of the best export when `fit` ends; `"all"` times those of every export.
+        metric_batches: On how many validation batches your own `validation_step` runs with each artifact in place of
+            `forward` when `fit` ends, for metrics next to PyTorch's; 0 for none, or with a budget for all.
+        budget: How much worse a metric that `validation_step` logs may be than PyTorch's: `{"val_acc": 0.01}`, or as a
+            share `{"val_loss": "2%"}`. An artifact that loses more is a `mismatch`; in int8, w8 and w4 one that loses
+            less is `verified`, whatever its single elements. Which way is better comes from the `ModelCheckpoint` that
+            monitors the metric, or from `Budget(0.01, mode="max")`.
+        executor: Runs the work on other machines: anything with `submit(function, *arguments)` that returns a future,
+            such as dask's `Client.get_executor()`. Latency is measured on this machine.
+        staging: An fsspec URL through which files travel to those machines; by default they travel by the executor.
+        labels: Names of the classes in the last axis of an output, in order: `["cat", "dog"]`. They are embedded in
+            each artifact; `polyexport.load(…).labels` returns them.
+        metadata: Further strings to be embedded, by name.
+        preprocess: A module, a function of tensors, or the name of an attribute of the LightningModule, which runs
+            before `forward` in each artifact: it takes raw inputs and returns what `forward` takes. Artifacts are
+            verified with raw inputs: if `validation_step` does not call it as a module, give them as `inputs`.
+        postprocess: The same for what runs after `forward`: it takes what `forward` returned.
 
     Attributes:
-        reports: The finished exports of this run, the oldest first; on rank zero, and not outside a spawned process.
-        session: What exports; None outside of `fit`, and on other ranks.
+        reports: The finished exports of this run, the oldest first; on rank zero only, and lost with a spawned process.
+        session: The session that exports; None outside of `fit`, and on other ranks.
 
     Raises:
-        UnknownFormat: a format's name is none.
-        BadRequest: an argument is impossible, or (when `fit` starts) nothing tells what `forward` takes.
+        UnknownFormat: a format's name is unknown.
+        BadRequest: an argument is impossible, or (when `fit` starts) there is no way to know the inputs of `forward`.
     """
 
     def __init__(
@@ -137,7 +121,7 @@ class ExportCallback(Callback):
             executor=executor,
             staging=staging,
             budget=budgets(budget),
-            labels=labels if isinstance(labels, str) else tuple(labels),  # type: ignore[arg-type]  # refused with the rest
+            labels=labels if isinstance(labels, str) else tuple(labels),  # type: ignore[arg-type]  # refused by Options
             metadata=dict(metadata) if isinstance(metadata, Mapping) else metadata or {},
             processing=Processing(preprocess, postprocess),
         )
@@ -147,7 +131,7 @@ class ExportCallback(Callback):
         self.when = when
         self.inputs = inputs
         self.fail_on = tuple(fail_on)
-        self.publish: Any = publish if publish == "auto" else list(publish)  # Hydra gives containers of its own
+        self.publish: Any = publish if publish == "auto" else list(publish)  # Hydra passes its own containers
         self.monitor = monitor
         self.metric_batches = metric_batches
         self.reports: list[Report] = []
@@ -155,7 +139,7 @@ class ExportCallback(Callback):
         self._start_afresh()
 
     def _start_afresh(self) -> None:
-        """Forget what belongs to one fit."""
+        """Reset the state of one fit."""
         self.session: Session | None = None
         self._inputs: Inputs | None = None
         self._tail: Callback | None = None
@@ -164,7 +148,7 @@ class ExportCallback(Callback):
         self._is_budget_new = True
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ExportCallback:
-        """A callback with the same arguments, for another trainer; what it exports stands in `reports` of both."""
+        """A callback with the same arguments, for another trainer; both share the list `reports`."""
         made = copy.copy(self)
         made._start_afresh()
         made._folders = list(self._folders)
@@ -173,14 +157,14 @@ class ExportCallback(Callback):
     @property
     @override
     def state_key(self) -> str:
-        """Tells the callbacks of one trainer apart, by what they export; where to may differ when a run is resumed."""
+        """Distinguishes the callbacks of a trainer by what they export, since a resumed run may have other folders."""
         names, part = [each.name for each in self.options.formats], described(self.options.select)
         steps = {"processing": around} if (around := self.options.processing.described) else {}
         return self._generate_state_key(formats=names, module=part, when=self.when, monitor=self.monitor, **steps)
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """Where exports of this run lie, so that a resumed one repeats none; what is finished, the folders tell."""
+        """The folders of this run's exports, so that a resumed run repeats none that is finished."""
         return {"folders": list(map(str, self._folders))}
 
     @override
@@ -196,24 +180,20 @@ class ExportCallback(Callback):
             return
         self._turn = ranks.turn()
         self.reports.clear()
-        refuse(self, _siblings(trainer), trainer, pl_module)
+        refuse(self, siblings(trainer, ExportCallback), trainer, pl_module)
         self._tail = follow(trainer, self.monitor, self._tail, self._look)
         if trainer.is_global_zero:
             self._open(trainer)
 
     @harmless
     def _open(self, trainer: Trainer) -> None:
-        """Make the session, and the toolchains that are missing: beside training, if there are epochs for that."""
-        self.session = Session(
+        """Make the session, and install missing toolchains: during training, if it has more than one epoch."""
+        self.session = fit.begin(
+            trainer,
             self.options,
-            lambda: exports_folder(trainer, self.into, self.monitor, _siblings(trainer).index(self)),
+            lambda: exports_folder(trainer, self.into, self.monitor, siblings(trainer, ExportCallback).index(self)),
             reports=self.reports,
             folders=self._folders,
-            sharded=shards(trainer),
-            attributes=attached,
-            ignored=KEPT_BY_LIGHTNING,
-            say=lambda line: rank_zero_info(f"ExportCallback: {line}"),
-            warn=lambda line: rank_zero_warn(f"ExportCallback: {line}"),
         )
         self._inputs = Inputs(self.session, self.inputs)
         self.session.install(wait=trainer.world_size == 1 and is_last_epoch(trainer))
@@ -254,17 +234,16 @@ class ExportCallback(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.session is not None and self.options.budget and self._is_budget_new:
             self._is_budget_new = False
-            told(trainer, self.options.budget)
+            warn_of_unlogged(trainer, self.options.budget)
 
     # --- a new best ---------------------------------------------------------------------------------------------------
 
     @harmless
     def _look(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """After each hook in which a checkpoint may have been written; must cost next to nothing."""
+        """Called after each hook in which a checkpoint may have been written, so it must cost next to nothing."""
         if self.session is None:
             return
-        while self.session.told:
-            say(trainer, self.session.told.popleft())
+        say(trainer, self.session.told)
         if self.when == "improved":
             self._offers.offer(trainer, self.session)
         else:
@@ -282,23 +261,11 @@ class ExportCallback(Callback):
             return
         try:
             if self.session is not None and self.session.captured:
-                self._finish(trainer, pl_module, self.session)
+                self._offers.offer_last(trainer, self.session)
+                fit.end(trainer, pl_module, self.session, self.reports, self.metric_batches, self.publish, self.into)
         finally:
             self._complaint = complaint(self.reports, self.fail_on)
             ranks.tell(trainer, self._turn, self._complaint)
-
-    def _finish(self, trainer: Trainer, pl_module: LightningModule, session: Session) -> None:
-        """Export the best if that was not done yet, wait for all exports, publish the last."""
-        if not self._offers.offer(trainer, session, wait=True) and not session.pending:
-            session.offer_weights(pl_module, checkpoint(trainer))
-        session.finish()
-        if not self.reports:
-            return
-        batches = self.metric_batches or (trainer.limit_val_batches if self.options.budget else 0)
-        if batches:
-            self.reports[-1] = measured(self.reports[-1], trainer, pl_module, session, batches=batches)
-        session.publish(self.reports[-1], sinks(self.publish, trainer.loggers, self.into))
-        console.show(self.reports[-1])
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -307,7 +274,7 @@ class ExportCallback(Callback):
 
     @harmless
     def _offer_last(self, trainer: Trainer) -> None:
-        """The newest is to be the one that is interrupted, though it was not its turn yet."""
+        """Offer the newest checkpoint at once, so that it is the one that can be resumed."""
         if self.session is not None and self.when == "improved":
             self._offers.offer(trainer, self.session, wait=True)
 
@@ -316,24 +283,17 @@ class ExportCallback(Callback):
         self._close()
         take_out(trainer, self._tail)
         if stage == "fit" and self._complaint:
-            for logger in trainer.loggers:  # the trainer would do so right after this hook
-                logger.finalize("success")
-            raise ExportFailed(self._complaint)
+            fit.fail(trainer, self._complaint)
 
     @harmless
     def _close(self) -> None:
-        """Leave nothing running and nothing half-written."""
+        """Stop all workers and remove unfinished files."""
         if self._inputs is not None:
             self._inputs.close()
         session, self.session, self._inputs = self.session, None, None
         if session is None:
             return
-        if session.pending:  # what was not finished is to be exported when fit goes on
+        if session.pending:  # so that what is unfinished is exported when fit is called again
             self._offers.offered = None
-        if why := session.close():  # last, since a program may have made errors of warnings
+        if why := session.close():  # last, since warnings may be errors in the user's program
             rank_zero_warn(f"ExportCallback: {why}")
-
-
-def _siblings(trainer: Trainer) -> list[Any]:
-    """The callbacks of our kind in a trainer, in its order."""
-    return [each for each in callbacks(trainer) if isinstance(each, ExportCallback)]

@@ -1,6 +1,6 @@
-"""Takes what forward (or the step before it) receives in validation, or in the first training batch, and its answer.
+"""Takes the inputs and outputs of forward (or `preprocess`) in validation, or in the first training batch.
 
-The first validation batch is the one that artifacts are judged on; further ones are calibrated with.
+Artifacts are verified with the first validation batch; further ones are for calibration.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lightning_export.capture import Called, Spy, is_compiled
 from lightning_export.trainer import example, shards, validates
 from lightning_export.watch import Call
 from polyexport import BadRequest
-from polyexport.capture.flatten import as_call, taken_apart
+from polyexport.capture.flatten import as_call, flattened_call
 from polyexport.capture.processing import Processing, entry, preprocessed, resolved, unlike
 from polyexport.capture.snapshot import selected
 from polyexport.engine.session import Session
@@ -29,8 +29,8 @@ class Inputs:
     """Watches `forward` during the validation batches whose inputs a session wants.
 
     Args:
-        session: Takes them; only rank zero has one.
-        given: The user's function from a batch to what artifacts take, or such inputs, in place of what is seen.
+        session: The session that takes them; only rank zero has one.
+        given: The user's argument `inputs`, which replaces captured inputs: a function of the batch, or inputs.
     """
 
     def __init__(self, session: Session, given: Callable[[Any], Any] | Iterable[Any] | None) -> None:
@@ -46,7 +46,7 @@ class Inputs:
     # --- one validation batch -----------------------------------------------------------------------------------------
 
     def before(self, trainer: Trainer, pl_module: LightningModule, batch_idx: int, dataloader_idx: int) -> None:
-        """Watch what will happen in this batch, if it is of use."""
+        """Watch forward in this batch, if its inputs or outputs are needed."""
         if self._records(trainer, pl_module, batch_idx, dataloader_idx):
             self._recorder = Recorder(selected(pl_module, self._select), pl_module)
         if not self._takes(batch_idx, dataloader_idx):
@@ -60,7 +60,7 @@ class Inputs:
     def after(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int
     ) -> None:
-        """Give the session what was seen."""
+        """Give the session what was captured."""
         if self._recorder is not None:
             self._session.record(self._recorder.answer)
         spy, called = self._spy, self._called
@@ -84,21 +84,21 @@ class Inputs:
             self._session.skip()
 
     def of_training(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
-        """Without validation, `inputs` and `example_input_array` are asked at the first training batch."""
+        """Without validation, take inputs from `inputs` or `example_input_array` at the first training batch."""
         if not (self._session.captured or self._refused or validates(trainer, pl_module)):
             self._take_first(pl_module, batch, None, (), early=False)
 
     def close(self) -> None:
-        """Watch nothing any more."""
+        """Stop watching."""
         for watcher in (self._spy, self._called, self._recorder):
             if watcher is not None:
                 watcher.remove()
         self._spy = self._called = self._recorder = None
 
     def _watched(self, pl_module: LightningModule) -> nn.Module | None:
-        """Whose calls are of use: of what takes the artifact's inputs; or where those are given, of forward.
+        """The module to watch: the one that takes the artifact's inputs, or if those are given, the exported one.
 
-        What forward receives of the first batch tells whether the step before it is the one of training.
+        What forward receives of the first batch shows whether `preprocess` does the same as training.
         """
         core, steps = selected(pl_module, self._select), resolved(self._session.options.processing, pl_module)
         if self._given is None:
@@ -110,7 +110,7 @@ class Inputs:
     # --- which ones ---------------------------------------------------------------------------------------------------
 
     def _records(self, trainer: Trainer, pl_module: LightningModule, batch_idx: int, dataloader_idx: int) -> bool:
-        """Whether forward's answer to this batch is recorded: the first of each validation but the sanity check."""
+        """Whether forward's outputs for this batch are recorded: the first of each validation, not of sanity checks."""
         if self._refused or batch_idx or dataloader_idx or trainer.sanity_checking:
             return False
         compiled = is_compiled(selected(pl_module, self._select), pl_module)
@@ -119,9 +119,9 @@ class Inputs:
         return not why
 
     def _takes(self, batch_idx: int, dataloader_idx: int) -> bool:
-        """Whether this batch is one to keep: the first, or the next of those to calibrate with.
+        """Whether to keep the inputs of this batch: the first, or the next one for calibration.
 
-        The sanity check may be shorter than what is wanted; then the first validation goes on where it ended.
+        The sanity check may have too few batches; the first validation then continues where it ended.
         """
         if dataloader_idx or self._refused:
             return False
@@ -138,11 +138,11 @@ class Inputs:
             call = self._arguments(pl_module, batch, seen, called)
             steps = resolved(self._session.options.processing, pl_module)
             first = entry(selected(pl_module, self._select), steps)
-            taken_apart(getattr(first, "forward", first), *call)
+            flattened_call(getattr(first, "forward", first), *call)
             if self._given is not None and steps.preprocess is not None:
                 self._try_step(steps, call, seen)
         except BadRequest as error:
-            if early:  # the sanity check: nothing is lost yet
+            if early:  # in the sanity check nothing is lost yet
                 raise
             self._refused = True
             rank_zero_warn(f"{error}. Nothing is exported.")
@@ -154,7 +154,7 @@ class Inputs:
             raise
 
     def _arguments(self, pl_module: LightningModule, batch: Any, seen: Call | None, called: Any) -> Call:
-        """From `inputs`, else as seen, else from `example_input_array`."""
+        """The inputs from `inputs`, else as captured, else from `example_input_array`."""
         step = self._session.options.processing.preprocess
         if self._given is not None:
             if (inputs := self._given(batch)) is None:
@@ -164,8 +164,8 @@ class Inputs:
             return seen
         if step is not None:
             raise BadRequest(
-                "preprocess was not called on the first validation batch, so ExportCallback does not know raw inputs; "
-                "call it in validation_step, or give inputs=<a function of the batch that returns them>, or "
+                "preprocess was not called on the first validation batch, so ExportCallback could not capture raw "
+                "inputs; call it in validation_step, or give inputs=<a function of the batch that returns them>, or "
                 "inputs=<raw batches>, such as a DataLoader"
             )
         if self._select is None and example(pl_module) is not None:
@@ -174,13 +174,13 @@ class Inputs:
         names = ", ".join(map(repr, called[:5]))
         part = "module=<the part that is called>" + (f" (called were {names})" if names else "")
         raise BadRequest(
-            f"ExportCallback does not know what to feed: {what} was not called on the first validation batch; call it "
+            f"ExportCallback could not capture inputs: {what} was not called on the first validation batch; call it "
             f"in validation_step, set example_input_array on the module, give {part}, or give "
             "inputs=<a function of the batch>"
         )
 
     def _try_step(self, steps: Processing, call: Call, seen: Call | None) -> None:
-        """See whether the step before forward takes these inputs, and makes of them what forward received."""
+        """Check that `preprocess` takes these inputs and returns what forward received; warn if it does not."""
         with isolate_rng():
             made = as_call(preprocessed(steps, *call))
         if seen is not None and (how := unlike(made, seen)):
@@ -191,7 +191,7 @@ class Inputs:
 
 
 def _one_by_one(batches: Iterable[Any]) -> Callable[[Any], Any]:
-    """A function that gives the next of them at each call, None behind the last; training's random state stays."""
+    """A function that returns the next batch at each call, and None after the last; keeps training's random state."""
     iterators: list[Iterator[Any]] = []
 
     def following(_: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Which sink belongs to which of Lightning's loggers. A logger that is not here, such as `CSVLogger`, gets nothing."""
+"""The sinks of Lightning's loggers. Nothing is published to a logger that is not here, such as `CSVLogger`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from polyexport.publish.wandb import Wandb
 
 
 def _wandb(logger: Any, options: Wandb | None = None) -> Sink:
-    """The logger's run, and the name under which it logs checkpoints, if it does."""
+    """A sink into the logger's run, which knows under which name the logger logs checkpoints, if it does."""
     options, run = options or Wandb(), logger.experiment
     name = (logger._checkpoint_name or f"model-{run.id}") if logger._log_model else None
     return options.replaced(run=run, source=options.source or name)
@@ -26,15 +26,15 @@ SINKS: Mapping[str, Callable[[Any], Sink]] = {
     "TensorBoardLogger": lambda logger: tensorboard(logger.experiment),
     "WandbLogger": _wandb,
 }
-"""By the name of the logger's class, which both Lightning namespaces have."""
+"""Sinks by the name of the logger's class, which is the same in both Lightning namespaces."""
 
 
 def sinks(
     publish: Literal["auto"] | Sequence[Sink], loggers: Sequence[Any], into: str | Path | None = None
 ) -> Iterator[Sink]:
-    """What `publish` asks for, and `into` where that is a URL.
+    """The sinks that `publish` asks for, and one for `into` if that is a URL.
 
-    A `Wandb` without a run gets that of the trainer's `WandbLogger`.
+    A `Wandb` without a run gets the run of the trainer's `WandbLogger`.
     """
     if into is not None and "://" in str(into):
         yield copy_to(str(into))

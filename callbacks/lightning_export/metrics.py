@@ -1,10 +1,10 @@
-"""The user's own validation metrics for each runtime: `validation_step` as it is, `forward` answered by an artifact.
+"""The user's own validation metrics for each runtime: `validation_step` with an artifact in place of `forward`.
 
 Requirements:
 * A copy of the module with the exported weights is validated by a trainer of its own, on the CPU, after fit: module,
   random state and loggers stay as they are.
-* PyTorch and every runtime see the same batches; a shuffling loader draws the same order for each.
-* What cannot be validated has no metrics, and a note says why.
+* PyTorch and every runtime get the same batches; a shuffling loader draws the same order for each.
+* If validation fails, there are no metrics, and a note says why.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def measured(
 ) -> Report:
     """The report with what `validation_step` logs, for PyTorch and for each artifact, judged by the budget.
 
-    `batches` is what a trainer's `limit_val_batches` may be: how many batches, or which share of them.
+    `batches` is as a trainer's `limit_val_batches`: a number of batches, or a share of them.
     """
     budget = session.options.budget
     if trainer.world_size > 1 or not validates(trainer, pl_module):
@@ -59,11 +59,11 @@ def measured(
     return session.judge(report, functools.partial(_validated, trainer, module, select, batches), modes(trainer))
 
 
-def told(trainer: Any, budget: Mapping[str, Budget]) -> None:
-    """After the first validation, tell of a budget for a metric that it does not log.
+def warn_of_unlogged(trainer: Any, budget: Mapping[str, Budget]) -> None:
+    """After the first validation, warn of a budget for a metric that was not logged.
 
     Raises:
-        BadRequest: so it is, and this is the sanity check, where nothing is lost yet.
+        BadRequest: in the sanity check, when nothing is lost yet.
     """
     why = unknown(budget, {name: None for name in trainer.callback_metrics})
     if why and trainer.sanity_checking and trainer.world_size == 1:
@@ -73,11 +73,11 @@ def told(trainer: Any, budget: Mapping[str, Budget]) -> None:
 
 
 def _copied(pl_module: Any, report: Report, trainer: Any) -> Any:
-    """The module with the weights that were exported, and the data module's say on batches."""
+    """A copy of the module with the exported weights, and with the data module's hooks for batches."""
     held = (value for part in pl_module.modules() for value in vars(part).values())
     shared = {id(value): value for value in held if is_data(value)}
     module = copy.deepcopy(pl_module, shared).cpu().float()
-    module._metric_attributes = None  # Lightning finds a metric's name by its identity, which a copy changes
+    module._metric_attributes = None  # Lightning caches a metric's name by identity, which a copy changes
     weights = torch.load(report.folder / "source" / WEIGHTS, map_location="cpu", weights_only=True)
     module.load_state_dict(weights, strict=pl_module.strict_loading)
     data = trainer.datamodule
@@ -121,7 +121,7 @@ def _validated(
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the lines that every new trainer logs about the machine; warnings are shown."""
+    """Suppress the lines that every new trainer logs about the machine, but not warnings."""
     before = logging.root.manager.disable
     logging.disable(max(before, logging.INFO))
     try:
@@ -131,13 +131,13 @@ def _quiet() -> Iterator[None]:
 
 
 def _through(part: Any, run: Runner) -> Any:
-    """A `forward` that returns what PyTorch's does, with the runtime's numbers in it."""
+    """A `forward` that returns the structure that PyTorch's returns, with the runtime's values."""
     original = part.forward
 
     @functools.wraps(original)
     def forward(*args: Any, **kwargs: Any) -> Any:
         wrapped = flat(part, args, kwargs)
-        answer = copy.deepcopy(original(*args, **kwargs))  # it may be a view of a weight or of the batch
+        answer = copy.deepcopy(original(*args, **kwargs))  # the output may be a view of a weight or of the batch
         named, _ = named_tensors(answer, taken=dict.fromkeys(wrapped.input_names))
         made = run(to_arrays(wrapped.input_names, wrapped.example))
         for name, tensor in named.items():

@@ -1,4 +1,4 @@
-"""Offers a session each new best checkpoint, with what forward answered in the validation that chose it."""
+"""Offers a session each new best checkpoint, with what forward returned in the validation that chose it."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from polyexport.engine.session import Session
 
 
 class Offers:
-    """What was offered already, so that a checkpoint is exported once, also where `fit` is called again.
+    """Offers each best checkpoint once, even if `fit` is called again.
 
     Args:
-        monitor: Which `ModelCheckpoint` to follow, by what it monitors; None for the only one, or the first.
+        monitor: The metric of the `ModelCheckpoint` to follow; None for the only one, or the first.
 
     Attributes:
-        offered: The checkpoint that was offered last; None to have it offered again.
+        offered: The checkpoint that was offered last; set to None, it is offered again.
     """
 
     def __init__(self, monitor: str | None) -> None:
@@ -29,9 +29,9 @@ class Offers:
         self._answer: Answer | None = None
 
     def meet(self, trainer: Trainer, session: Session) -> Best | None:
-        """The best checkpoint; a new one keeps what forward answered in the validation that chose it.
+        """The best checkpoint; for a new one, forward's outputs in the validation that chose it are kept.
 
-        When it is offered, training may have gone on, and later validations have had answers of other weights.
+        By the time that it is offered, later validations may have recorded the outputs of other weights.
         """
         best = best_of(trainer, self._monitor)
         if best is not None and not best.is_same(self._met):
@@ -39,20 +39,26 @@ class Offers:
         return best
 
     def offer(self, trainer: Trainer, session: Session, *, wait: bool = False) -> bool:
-        """Offer the best checkpoint if it is a new one; with `wait` though an export before it has to give way.
+        """Offer the best checkpoint if it is new; with `wait` even if it replaces an export that still waits.
 
         Returns:
-            False where there is none on disk.
+            False if there is none on disk.
         """
         if session.closed or not session.captured or trainer.sanity_checking:
             return False
         if (best := self.meet(trainer, session)) is None:
             return False
-        if best.is_same(self.offered) or not (wait or session.is_free()):  # then it comes with the next hook
+        if best.is_same(self.offered) or not (wait or session.is_free()):  # else it is offered in the next hook
             return True
         if "://" not in best.path and not os.path.exists(best.path):
-            return False  # AsyncCheckpointIO is still writing it: the next hook comes, at the latest when fit ends
+            # AsyncCheckpointIO is still writing it: try again in the next hook, at the latest when fit ends
+            return False
         self.offered = best
         session.record(self._answer)
         session.offer(trainer.lightning_module, best.path, best.name, checkpoint(trainer, best))
         return True
+
+    def offer_last(self, trainer: Trainer, session: Session) -> None:
+        """When `fit` ends, offer the best checkpoint even if another one waits, or without one the weights."""
+        if not self.offer(trainer, session, wait=True) and not session.pending:
+            session.offer_weights(trainer.lightning_module, checkpoint(trainer))

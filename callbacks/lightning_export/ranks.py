@@ -1,8 +1,8 @@
-"""Several processes that train together: rank zero exports, and the others wait for it outside of any collective.
+"""Distributed training: rank zero exports, and the other ranks wait for it outside of any collective.
 
-A collective gives up after the process group's timeout, which an export may exceed; and when `fit` ends without
-waiting, the next collective of the script (`trainer.test`, say) does. So the ranks talk through the store by which they
-found each other.
+A collective fails after the process group's timeout, which an export may exceed; and if `fit` ended without waiting,
+the next collective of the script (in `trainer.test`, for example) would. So the ranks talk through the store of the
+process group's rendezvous.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _PAUSE_SECONDS, _PATIENCE_SECONDS = 0.2, 30.0
 
 
 def turn() -> str:
-    """A name for what rank zero is to do next: all ranks run the same script, so they count alike."""
+    """A name for rank zero's next task, the same on all ranks, since they run the same script."""
     return f"lightning_export/{next(_TURNS)}"
 
 
@@ -29,9 +29,9 @@ def _store(trainer: Any) -> Any | None:
 
 
 def tell(trainer: Any, name: str, message: str) -> None:
-    """Rank zero is done with what is called `name`, and has this to say.
+    """Announce that rank zero has finished the task `name`, with a message.
 
-    It stays until all have heard it, for the store may live in this process; one that has died is not waited for long.
+    Returns when all ranks have read it, since the store may live in this process; waits only briefly for a dead rank.
     """
     store = _store(trainer)
     if store is None:
@@ -43,7 +43,7 @@ def tell(trainer: Any, name: str, message: str) -> None:
 
 
 def hear(trainer: Any, name: str) -> str:
-    """Wait until rank zero is done with what is called `name`; returns what it said.
+    """Wait until rank zero has finished the task `name`; returns its message.
 
     Raises:
         RuntimeError: rank zero is gone.
@@ -51,7 +51,7 @@ def hear(trainer: Any, name: str) -> str:
     store = _store(trainer)
     if store is None:
         return ""
-    while not store.check([name]):  # not `store.wait`, which no Ctrl-C can end
+    while not store.check([name]):  # not `store.wait`, which Ctrl-C cannot interrupt
         time.sleep(_PAUSE_SECONDS)
     message = str(store.get(name).decode())
     store.add(_heard(name), 1)

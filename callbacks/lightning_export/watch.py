@@ -1,8 +1,8 @@
-"""Sees the calls of one function with certain first arguments, and leaves no trace on either.
+"""Watches the calls of one function with given first arguments, without changing either.
 
-A wrapper in the place of the function would be seen by whoever pickles, copies, scripts or inspects it meanwhile. The
-interpreter's own report of calls (https://docs.python.org/3/library/sys.html#sys.setprofile) is seen by nobody; while
-it is on, each call in this thread takes a little longer.
+A wrapper in place of the function would be visible to code that pickles, copies, scripts or inspects it meanwhile. A
+profile function (https://docs.python.org/3/library/sys.html#sys.setprofile) is not; while it is set, each call in this
+thread takes a little longer.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from types import CellType, FrameType, FunctionType, MethodType
 from typing import Any
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
-"""Positional and keyword arguments. Which of the two an argument was passed as is not told apart."""
+"""Positional and keyword arguments. An argument may be in either, however it was passed."""
 
 
 class Watch:
-    """Has `seen` called at each call of `method` in this thread, until `seen` returns true or `end` is called.
+    """Calls `seen` at each call of `method` in this thread, until `seen` returns true or `end` is called.
 
-    `seen` gets the arguments behind those that `method` binds, without those that are the default. It runs before the
-    first line of `method` does, and what it raises is raised there.
+    `seen` gets the arguments after those that `method` binds, without those that equal the default. It runs before the
+    first line of `method`, and what it raises is raised there.
 
     Raises:
-        CannotWatch: `method` is not written in Python, or something else is told of the calls in this thread.
+        CannotWatch: `method` is not written in Python, or this thread has another profile function.
     """
 
     def __init__(self, method: Callable[..., Any], seen: Callable[[Call], bool]) -> None:
@@ -33,7 +33,7 @@ class Watch:
         self._seen = seen
         if sys.getprofile() is not None:
             raise CannotWatch("a profiler is running")
-        self._hook = self._told  # each access makes a new bound method, and `end` asks for this one
+        self._hook = self._told  # each access makes a new bound method, and `end` compares with this one
         sys.setprofile(self._hook)
 
     def _told(self, frame: FrameType, event: str, _: Any) -> None:
@@ -43,7 +43,7 @@ class Watch:
                 self.end()
 
     def end(self) -> None:
-        """Watch no longer; what another profiler has put in place of the watch meanwhile stays."""
+        """Stop watching; a profile function that was set meanwhile stays."""
         if sys.getprofile() is self._hook:
             sys.setprofile(None)
 
@@ -53,7 +53,7 @@ class CannotWatch(Exception):
 
 
 def _unbound(method: Any) -> tuple[FunctionType, tuple[Any, ...]]:
-    """The function that runs when `method` is called, and the first arguments that it then gets."""
+    """The function that a bound or wrapped method calls, and the first arguments that it passes."""
     bound: tuple[Any, ...] = ()
     while not isinstance(method, FunctionType):
         if isinstance(method, MethodType):
@@ -68,13 +68,13 @@ def _unbound(method: Any) -> tuple[FunctionType, tuple[Any, ...]]:
 
 
 def _closes_over(frame: FrameType, function: FunctionType) -> bool:
-    """Whether the free variables of a call are the function's own: wrappers of one decorator share their code."""
+    """Whether a call has the function's own closure: wrappers made by one decorator share their code object."""
     cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
     return all(cell == CellType() or frame.f_locals.get(name) is cell.cell_contents for name, cell in cells.items())
 
 
 def arguments(frame: FrameType, function: FunctionType, bound: tuple[Any, ...]) -> Call | None:
-    """What a call was made with that has just begun; None where its first arguments are not the `bound` ones."""
+    """The arguments of a call that has just begun; None if its first arguments are not `bound`."""
     code, values = frame.f_code, frame.f_locals
     names = list(code.co_varnames)
     by_position, names = names[: code.co_argcount], names[code.co_argcount :]
@@ -90,7 +90,7 @@ def arguments(frame: FrameType, function: FunctionType, bound: tuple[Any, ...]) 
         return args[len(bound) :], kwargs
     given = _without(defaults, {name: values[name] for name in by_position[len(bound) :]})
     positional = [name for name in by_position[len(bound) : code.co_posonlyargcount] if name in given]
-    # up to the first that was left out; one that cannot be passed by name needs all before it
+    # positional up to the first that was left out; a positional-only argument needs all before it
     count = next((i for i, name in enumerate(by_position[len(bound) :]) if name not in given), len(given))
     count = max([count, *(by_position.index(name) + 1 - len(bound) for name in positional)])
     split = by_position[len(bound) : len(bound) + count]

@@ -1,15 +1,16 @@
-"""The command `polyexport`: what there is, what this machine lacks, and what can be done with a finished export.
+"""The command `polyexport`: list formats, check this machine, export, and work with finished exports.
 
 Requirements:
-* Exit code 0: all went well; 1: something asked for is missing, wrong or does not run; 2: the command line is wrong.
-* Every command gives JSON on request, on standard output; everything else goes to standard error.
-* An error is one line; a traceback is a bug of ours.
+* Exit code 0: success; 1: something asked for is missing, wrong or does not run; 2: the command line is wrong.
+* Every command prints JSON on request, on standard output; everything else goes to standard error.
+* An error is one line; a traceback is a bug.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -32,7 +33,7 @@ from polyexport.engine.request import interrupted
 from polyexport.errors import BadRequest, PolyexportError
 from polyexport.format import Format
 from polyexport.formats import by_target, known, resolve
-from polyexport.measure.layers import told
+from polyexport.measure.layers import divergence
 from polyexport.publish import signed
 from polyexport.report import console, manifest, tables
 from polyexport.report.escape import printable
@@ -67,10 +68,10 @@ def _toolchains_starting(incomplete: str) -> list[str]:
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-Folder = Annotated[Path, typer.Argument(metavar="DIR", help="An export, or a folder with a best one in it.")]
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="An export, or a folder of exports: the best of them.")]
 Trust = Annotated[
     bool,
-    typer.Option("--trust", help="Unpickle what the export holds, which may run any code: if you trust who made it."),
+    typer.Option("--trust", help="Unpickle files of the export, which may run any code. Only if you trust its author."),
 ]
 Names = Annotated[
     list[str] | None, typer.Argument(metavar="FORMAT…", help="By default all.", autocompletion=_formats_starting)
@@ -85,7 +86,7 @@ def _tell_version(wanted: bool) -> None:
 
 
 Version = Annotated[
-    bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Print the version, and leave.")
+    bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Print the version and exit.")
 ]
 
 
@@ -119,7 +120,7 @@ def _format_row(each: Format) -> dict[str, Any]:
 
 
 def _record(each: Format) -> dict[str, Any]:
-    """What a program wants to know of a format."""
+    """A format's entry in the JSON output."""
     return {
         "format": each.name,
         "aliases": each.aliases,
@@ -140,14 +141,14 @@ def _record(each: Format) -> dict[str, Any]:
 
 @app.command()
 def doctor(names: Names = None, as_json: Json = False) -> None:
-    """Tell what would be skipped on this machine, and what to do about it; exit code 1 if anything would."""
+    """List what would be skipped on this machine, and what to do about it; exit code 1 if anything would be."""
     chosen = _resolved(names)
     rows = [{"format": each.name, "ready": not (lacks := _lacks(each)), "missing": lacks} for each in chosen]
     _show(rows, as_json)
     runnable = (each for each in chosen if not each.lacks())
     missing = dict.fromkeys(chain for each in runnable for chain in _needed(each) if not chain.ready)
     if room := _room(list(missing)):
-        _say(f"all that is missing together{room}")
+        _say(f"everything missing together{room}")
     if any(row["missing"] for row in rows):
         raise typer.Exit(1)
 
@@ -156,7 +157,7 @@ def doctor(names: Names = None, as_json: Json = False) -> None:
 def list_toolchains(as_json: Json = False) -> None:
     """List the toolchains, what they need, where they are, the disk they take, and when they were last used.
 
-    Below them stand environments that were made for other pins or from other training environments.
+    Below them are environments that were made for other pins or from other training environments.
     """
     made = {each.folder: each for each in toolchain.environments()}
     rows = []
@@ -185,8 +186,8 @@ def _toolchain_row(
 
 @toolchains.command("install")
 def install(names: Chains, as_json: Json = False) -> None:
-    """Make the environments of toolchains, or of what formats of these names need."""
-    with _told():
+    """Install toolchains by name, or those that formats need."""
+    with _one_line_errors():
         made = [(chain.name, chain.interpreter(_say)) for chain in _chains(names)]
     _show([{"toolchain": name, "interpreter": str(python)} for name, python in made], as_json)
 
@@ -195,12 +196,12 @@ def install(names: Chains, as_json: Json = False) -> None:
 def remove(
     names: Annotated[list[str] | None, typer.Argument(metavar="NAME…", autocompletion=_toolchains_starting)] = None,
     unused: Annotated[
-        bool, typer.Option("--unused", help=f"All that had no job for {UNUSED_DAYS} days, of other pins too.")
+        bool, typer.Option("--unused", help=f"All unused for {UNUSED_DAYS} days, those with other pins too.")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Remove the environments of toolchains; they are made again when they are needed."""
-    with _told():
+    """Remove the environments of toolchains; they are installed again when they are needed."""
+    with _one_line_errors():
         if bool(names) == unused:
             raise BadRequest(f"give names of toolchains, or --unused; known: {', '.join(toolchain.names())}")
         folders = [chain.folder for chain in _chains(names or ()) if not chain.in_host and chain.folder.exists()]
@@ -215,43 +216,41 @@ def remove(
 def export_checkpoint(
     path: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A Lightning checkpoint, or a state dict.")],
     model: Annotated[
-        str, typer.Option(help="Its class, or a function that makes it: package.module:Name, or file.py:Name.")
+        str, typer.Option(help="The model's class, or a function that makes it: package.module:Name, or file.py:Name.")
     ],
-    inputs: Annotated[Path, typer.Option(help="An .npz with forward's arguments by name, on real data.")],
+    inputs: Annotated[Path, typer.Option(help="An .npz with forward's arguments by name: real data.")],
     formats: Annotated[str, typer.Option("--formats", "-f", help="Comma-separated.", autocompletion=_formats_starting)],
     into: Annotated[Path, typer.Option(help="Folder that becomes the export.")] = Path("export"),
     arguments: Annotated[str, typer.Option(help="Keyword arguments of the class, as JSON.")] = "{}",
-    module: Annotated[str | None, typer.Option(help="What of it to export, such as model.backbone.")] = None,
+    module: Annotated[str | None, typer.Option(help="The part of the model to export, such as model.backbone.")] = None,
     calibration: Annotated[
-        list[Path] | None, typer.Option(help="Further .npz, for the number ranges of int8; repeat it for each.")
+        list[Path] | None, typer.Option(help="Another .npz to calibrate int8 with; may be repeated.")
     ] = None,
     dynamic: Annotated[
         list[str] | None,
-        typer.Option(metavar="INPUT:AXIS=NAME", help="A dynamic axis; repeat it for each. By default the batch's."),
+        typer.Option(metavar="INPUT:AXIS=NAME", help="A dynamic axis; may be repeated. By default the batch axis."),
     ] = None,
     static: Annotated[bool, typer.Option("--static", help="Fix the batch size.")] = False,
-    trust: Annotated[bool, typer.Option("--trust", help="Unpickle what the checkpoint holds beside tensors.")] = False,
+    trust: Annotated[bool, typer.Option("--trust", help="Unpickle what the checkpoint has besides tensors.")] = False,
     timeout: Annotated[float, typer.Option(help="Seconds that one conversion or verification may take.")] = 600.0,
-    labels: Annotated[
-        Path | None, typer.Option(help="A file with the names of an output's classes, one a line, to be embedded.")
-    ] = None,
+    labels: Annotated[Path | None, typer.Option(help="A file of class names to embed, one per line.")] = None,
     metadata: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=TEXT", help="What else to embed; repeat it for each.")
+        list[str] | None, typer.Option(metavar="NAME=TEXT", help="Metadata to embed; may be repeated.")
     ] = None,
     preprocess: Annotated[
-        str | None, typer.Option(help="What makes raw inputs forward's: package.module:Name or file.py:Name.")
+        str | None, typer.Option(help="Turns raw inputs into forward's: package.module:Name or file.py:Name.")
     ] = None,
     postprocess: Annotated[
-        str | None, typer.Option(help="What makes answers of what forward returns; both become part of the artifact.")
+        str | None, typer.Option(help="Turns forward's outputs into the artifact's. Both become part of each artifact.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Export a checkpoint without a trainer, prove each artifact and time it; exit code 1 if any does not agree."""
-    with _told():
+    """Export a checkpoint without a trainer, verify each artifact and time it; exit code 1 if one does not agree."""
+    with _one_line_errors():
         if static and dynamic:
-            raise BadRequest("--static and --dynamic exclude each other")
+            raise BadRequest("--static and --dynamic are mutually exclusive")
         names = [name.strip() for name in formats.split(",")]
-        resolve(names)  # before anything is loaded
+        resolve(names)  # unknown names are refused before anything is loaded
         blob = checkpoint.read(path, trust=trust)
         made = selected(checkpoint.model(path, blob, model, checkpoint.arguments(arguments)), module)
         given, *further = [_tensors(file) for file in (inputs, *(calibration or ()))]
@@ -281,16 +280,18 @@ def _tensors(file: Path) -> dict[str, Any]:
 
 @app.command()
 def resume(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run's exports, or the one it lies in.")],
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="The folder of a run's exports, or the folder of the run.")
+    ],
     timeout: Annotated[float, typer.Option(help="Seconds that one conversion or verification may take.")] = 600.0,
     trust: Trust = False,
     as_json: Json = False,
 ) -> None:
-    """Finish the export that an interrupted or killed training left; exit code 1 if a format does not agree.
+    """Finish the export that an interrupted or killed training run left; exit code 1 if a format does not agree.
 
-    It runs code that was pickled when the export began: one that somebody else began, or elsewhere, needs --trust.
+    It runs code that was pickled when the export began: one begun by somebody else or in another folder needs --trust.
     """
-    with _told(), Engine(timeout=timeout, tell=_say) as engine:
+    with _one_line_errors(), Engine(timeout=timeout, tell=_say) as engine:
         exports = run if run.name.startswith(EXPORTS) or not (run / EXPORTS).is_dir() else run / EXPORTS
         request = interrupted(exports, trust=trust)
         report = engine.submit(request).result()
@@ -302,17 +303,17 @@ def resume(
 def verify(
     folder: Folder,
     key: Annotated[
-        Path | None, typer.Option(help="Check the signature by this public key before anything is run.")
+        Path | None, typer.Option(help="Check the signature with this public key before anything is run.")
     ] = None,
     trust: Trust = False,
     as_json: Json = False,
 ) -> None:
-    """Verify every artifact of an export once more, in fresh processes; exit code 1 if any does not agree.
+    """Verify every artifact of an export again, in fresh processes; exit code 1 if one does not agree.
 
-    A format that the export did not make has no artifact, and `report` tells of it. Nothing is unpickled without
-    --trust, but a model is a program for its runtime: see SECURITY.md before you run one of somebody else.
+    A format that could not be exported has no artifact; see `report`. Nothing is unpickled without --trust, but a model
+    is a program for its runtime: see SECURITY.md before you run somebody else's.
     """
-    with _told(), Engine() as engine:
+    with _one_line_errors(), Engine() as engine:
         exported = _report(folder)
         if key is not None:
             _say(f"signed by {key}: {', '.join(signed.check(exported, key))}")
@@ -325,14 +326,14 @@ def verify(
 
 @app.command()
 def bench(folder: Folder, trust: Trust = False, as_json: Json = False) -> None:
-    """Time every artifact at batch sizes 1, 2, 4 … until throughput gains less than 5 %.
+    """Time every artifact at batch sizes 1, 2, 4 … until doubling gains less than 5 % throughput.
 
-    PyTorch is timed beside them with --trust, since its module is a pickle, which may run any code.
+    PyTorch is timed too with --trust, since its module is a pickle, which may run any code.
     """
-    with _told(), Engine() as engine:
+    with _one_line_errors(), Engine() as engine:
         report = _report(folder)
         if not trust:
-            _say("PyTorch itself is left out: its module is a pickle; give --trust if you trust who made the export")
+            _say("PyTorch is not timed: its module is a pickle; give --trust if you trust who made the export")
         found = _waited(engine, partial(engine.sweep, trust=trust), report)
     if as_json:
         _print_json([{"format": name, **encode(latency)} for name, latency in found])
@@ -359,7 +360,7 @@ def show_report(
     as_markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
 ) -> None:
     """Show the report of an export; exit code 1 if a format did not agree."""
-    with _told():
+    with _one_line_errors():
         report = _report(folder)
     if as_markdown:
         typer.echo(markdown(report))
@@ -374,11 +375,11 @@ def explain(
     trust: Trust = False,
     as_json: Json = False,
 ) -> None:
-    """Tell in which layers an artifact and PyTorch part: both run once more; exit code 1 if one is beyond tolerance.
+    """Run an artifact and PyTorch again, and show in which layers they diverge; exit code 1 if one is beyond tolerance.
 
-    PyTorch's module is a pickle, so an export that you did not make, there where it lies, needs --trust.
+    PyTorch's module is a pickle, so an export that you did not make in that folder needs --trust.
     """
-    with _told(), Engine() as engine:
+    with _one_line_errors(), Engine() as engine:
         report = _report(folder)
         trusted = trust or is_ours(report.folder, manifest.load(report.folder).seal)
         found = _waited(engine, partial(engine.layers, name=resolve([name])[0].name, trust=trusted), report)
@@ -388,31 +389,35 @@ def explain(
         _show(
             [{column: text for column, text in row.items() if column != "why"} for row in tables.layers(found)], False
         )
-        _say(told(found) or "every layer is within the tolerance")
-    raise typer.Exit(1 if told(found) else 0)
+        _say(divergence(found) or "every layer is within the tolerance")
+    raise typer.Exit(1 if divergence(found) else 0)
 
 
 @app.command()
 def compare(
-    before: Annotated[Path, typer.Argument(metavar="BEFORE", help="An export, or a folder with a best one in it.")],
-    now: Annotated[Path, typer.Argument(metavar="NOW", help="The one to judge.")],
-    slower: Annotated[float | None, typer.Option(help="How many times its median latency may be: 1.2.")] = None,
-    larger: Annotated[float | None, typer.Option(help="How many times its size may be.")] = None,
-    off: Annotated[float | None, typer.Option(help="How many times its max error may be.")] = None,
+    before: Annotated[
+        Path, typer.Argument(metavar="BEFORE", help="An export, or a folder of exports: the best of them.")
+    ],
+    now: Annotated[Path, typer.Argument(metavar="NOW", help="The export to judge.")],
+    slower: Annotated[
+        float | None, typer.Option(help="Largest allowed ratio of median latencies, such as 1.2.")
+    ] = None,
+    larger: Annotated[float | None, typer.Option(help="Largest allowed ratio of sizes.")] = None,
+    off: Annotated[float | None, typer.Option(help="Largest allowed ratio of max errors.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Compare two exports, or the best ones of two runs; exit code 1 if a state is worse, or a figure beyond a bound.
+    """Compare two exports, or the best ones of two runs; exit code 1 if a state is worse, or a ratio above its limit.
 
-    Latencies are judged only if both were measured on a quiet machine, and mean something on the same one only.
+    Latencies are judged only if both were measured on an idle machine, which has to be the same one.
     """
     from polyexport.report.compare import Bounds, compare, rows
 
-    with _told():
+    with _one_line_errors():
         one, other = _report(before), _report(now)
     found = compare(one, other, Bounds(slower, larger, off))
     _show(rows(found), as_json)
     if slower is not None and not (one.is_quiet and other.is_quiet):
-        _say("latency is not judged: it was measured on a busy machine")
+        _say("latency is not compared: it was measured on a busy machine")
     for line in (f"{each.format}: {why}" for each in found for why in each.worse):
         _say(line)
     raise typer.Exit(1 if any(each.worse for each in found) else 0)
@@ -428,8 +433,8 @@ def run(
     trust: Trust = False,
     as_json: Json = False,
 ) -> None:
-    """Run an artifact in its own toolchain; prints what comes out, in JSON with all values."""
-    with _told(), Engine() as engine:
+    """Run an artifact in its own toolchain, and print its outputs; with --json all values."""
+    with _one_line_errors(), Engine() as engine:
         with _opened(engine, artifact.absolute(), trust=trust) as runner:
             found = runner(checkpoint.inputs(inputs))
         if output is not None:
@@ -445,17 +450,20 @@ def kit(
     artifact: Annotated[
         Path, typer.Argument(metavar="ARTIFACT", help="A format's folder in an export, or the artifact in it.")
     ],
-    into: Annotated[Path | None, typer.Option(help="What to make; by default EXPORT-FORMAT-kit, here.")] = None,
-    archive: Annotated[bool, typer.Option("--zip", help="Make a .zip of it.")] = False,
+    into: Annotated[
+        Path | None,
+        typer.Option(help="The folder or archive to make; by default EXPORT-FORMAT-kit in the working folder."),
+    ] = None,
+    archive: Annotated[bool, typer.Option("--zip", help="Make a .zip archive.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Make a folder that proves and times an artifact on a machine that has only its runtime: a Mac, a Jetson, a Pi.
+    """Make a kit: a folder that verifies and times an artifact on a machine that has only its runtime, such as a Mac.
 
-    What comes back from there is `proof.json`, for `accept`.
+    The kit writes a `proof.json` there, for `accept`.
     """
     from polyexport.kit.make import make
 
-    with _told():
+    with _one_line_errors():
         made = make(artifact, into, archive=archive)
     if as_json:
         _print_json({"kit": str(made)})
@@ -467,22 +475,22 @@ def kit(
 def accept(
     proof: Annotated[Path, typer.Argument(metavar="PROOF", help="The proof.json that a kit wrote.")],
     folder: Annotated[
-        Path, typer.Argument(metavar="DIR", help="The export, or a folder that it lies in; by default this one.")
+        Path, typer.Argument(metavar="DIR", help="The export, or a folder that contains it; by default this one.")
     ] = Path(),
     run: Annotated[
         str | None,
-        typer.Option("--wandb", metavar="PROJECT/RUN", help="Publish the report into this W&B run once more."),
+        typer.Option("--wandb", metavar="PROJECT/RUN", help="Publish the report to this W&B run again."),
     ] = None,
-    registry: Annotated[str | None, typer.Option(help="Link what is verified to this registry of W&B.")] = None,
+    registry: Annotated[str | None, typer.Option(help="Link verified artifacts to this W&B registry.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Take what a kit found on another machine into the report; exit code 1 if it does not agree there."""
+    """Add the proof of a kit from another machine to the report; exit code 1 if the artifact does not agree there."""
     from polyexport.kit.accept import accept
     from polyexport.publish.wandb import publish_into
 
-    with _told():
+    with _one_line_errors():
         if registry is not None and run is None:
-            raise BadRequest("--registry links what is published: give --wandb PROJECT/RUN too")
+            raise BadRequest("--registry needs a run to publish to; give --wandb PROJECT/RUN too")
         report, name = accept(proof, folder)
         if run is not None:
             publish_into(report, run, registry)
@@ -494,7 +502,7 @@ def wandb_link(folder: Folder, as_json: Json = False) -> None:
     """Link the artifacts of offline runs to the W&B registry; run `wandb sync` first."""
     from polyexport.publish.wandb import link
 
-    with _told():
+    with _one_line_errors():
         linked = link(folder)
     if as_json:
         _print_json(linked)
@@ -506,8 +514,8 @@ def wandb_link(folder: Folder, as_json: Json = False) -> None:
 
 
 @contextlib.contextmanager
-def _told() -> Iterator[None]:
-    """Errors as one line: 2 for what was asked, 1 for what this machine cannot do."""
+def _one_line_errors() -> Iterator[None]:
+    """Print errors as one line, and exit: with 2 for a bad request, 1 for what this machine cannot do."""
     try:
         yield
     except (PolyexportError, OSError) as error:
@@ -516,7 +524,7 @@ def _told() -> Iterator[None]:
 
 
 def _waited(engine: Engine, work: Callable[[Report], T], report: Report) -> T:
-    """Let the engine work, and show on what."""
+    """Show what the engine is doing until `work` is done."""
     with ThreadPoolExecutor(1) as pool:
         try:
             return console.wait(pool.submit(work, report), lambda: engine.doing, console=_err)
@@ -526,7 +534,7 @@ def _waited(engine: Engine, work: Callable[[Report], T], report: Report) -> T:
 
 
 def _resolved(names: Sequence[str] | None) -> tuple[Format, ...]:
-    with _told():
+    with _one_line_errors():
         return resolve(names) if names else tuple(known().values())
 
 
@@ -535,7 +543,7 @@ def _say(line: str) -> None:
 
 
 def _chains(names: Sequence[str]) -> list[toolchain.Toolchain]:
-    """Toolchains by their names, or all that lie on the way to the formats of these names."""
+    """Toolchains by name, or all that formats of these names need."""
     found: list[toolchain.Toolchain] = []
     for name in names:
         if name in toolchain.names():
@@ -548,12 +556,12 @@ def _chains(names: Sequence[str]) -> list[toolchain.Toolchain]:
 
 
 def _needed(each: Format) -> list[toolchain.Toolchain]:
-    """What a format needs, and what it is made from."""
+    """The toolchains of a format and of all formats that it is made from."""
     return [chain for chains in plan.toolchains([each]).values() for chain in chains]
 
 
 def _lacks(each: Format) -> str:
-    """What a format lacks here, with the fix; empty where nothing is missing."""
+    """What a format lacks here, with the fix; empty if nothing is missing."""
     if why := each.lacks():
         return why
     missing = [chain for chain in dict.fromkeys(_needed(each)) if not chain.ready]
@@ -562,14 +570,14 @@ def _lacks(each: Format) -> str:
 
 
 def _room(missing: Sequence[toolchain.Toolchain]) -> str:
-    """What an install of these would take on the disk, and whether it is there."""
+    """The disk space that installing these takes, and whether there is enough; empty if it is none."""
     needed, free = sum(chain.room_bytes for chain in missing), free_bytes(toolchain.cache_folder())
-    short = f", and only {gigabytes(free)} are free in {toolchain.cache_folder()}" if needed > free else ""
+    short = f", but only {gigabytes(free)} free in {toolchain.cache_folder()}" if needed > free else ""
     return f" (up to {gigabytes(needed)} of disk{short})" if needed else ""
 
 
 def _opened(engine: Engine, artifact: Path, *, trust: bool) -> contextlib.AbstractContextManager[Runner]:
-    """What runs an artifact: in its export, or by itself where its folder was copied out of that."""
+    """A runner of an artifact in its export, or of one whose folder was copied elsewhere."""
     folder = artifact.parent if (artifact.parent / DESCRIPTION).is_file() else artifact
     if (folder / DESCRIPTION).is_file() and not (followed(folder.parent) / "report.json").is_file():
         return engine.opened(artifact, trust=trust)
@@ -581,7 +589,7 @@ def _report(folder: Path) -> Report:
     for candidate in (folder, folder / BEST):
         if (followed(candidate) / "report.json").is_file():
             return Report.load(candidate)
-    raise BadRequest(f"{folder} is no export, and has no best one in it: there is no report.json")
+    raise BadRequest(f"{folder} is neither an export nor a folder with a best one: there is no report.json")
 
 
 def _code(outcomes: Sequence[Outcome]) -> int:
@@ -589,7 +597,7 @@ def _code(outcomes: Sequence[Outcome]) -> int:
 
 
 def _conclude(report: Report, judged: Sequence[Outcome], as_json: bool) -> None:
-    """Show the report; the exit code tells whether all of `judged` agree."""
+    """Show the report; exit with code 0 if all of `judged` agree, else 1."""
     if as_json:
         _print_json(encode(report))
     else:
@@ -601,6 +609,10 @@ def _print_json(value: Any) -> None:
     typer.echo(json.dumps(value, indent=2))
 
 
+_UNBOUND = 10_000
+"""Columns of an output that is no terminal: a path or a link is not to be cut in pieces there."""
+
+
 def _show(rows: Sequence[dict[str, Any]], as_json: bool) -> None:
     if as_json:
         _print_json(rows)
@@ -610,7 +622,8 @@ def _show(rows: Sequence[dict[str, Any]], as_json: bool) -> None:
         table.add_column(column, overflow="fold", style="bold" if column == next(iter(rows[0])) else None)
     for row in rows:
         table.add_row(*map(_cell, row.values()))
-    _out.print(table)
+    is_piped = not (_out.is_terminal or os.environ.get("COLUMNS"))
+    (Console(width=_UNBOUND) if is_piped else _out).print(table)
 
 
 def _cell(value: Any) -> Text:

@@ -1,12 +1,12 @@
-"""What can go wrong, as one tree.
+"""The exceptions of polyexport.
 
 ```
 PolyexportError
-├── UnknownFormat      a name that is no format
-├── BadRequest         an argument, a module or an input that cannot be exported
-├── ToolMissing        a program, package or device that this machine lacks -> state `skipped`
+├── UnknownFormat      an unknown format name
+├── BadRequest         an argument, a module or an input that cannot be used
+├── ToolMissing        a program, package or device is missing here         -> state `skipped`
 ├── CannotRun          made, but nothing here can run it                    -> state `unverified`
-├── NotSigned          an export that is not what was signed
+├── NotSigned          an export that differs from what was signed
 └── ExportFailed       raised after `fit`, only where `fail_on` asks for it
 ```
 
@@ -19,13 +19,13 @@ import signal
 
 
 def line(error: BaseException, most: int | None = None) -> str:
-    """An exception as one line: its type and its message, of which `most` characters are kept."""
+    """An exception as one line, its type and its message, cut to `most` characters."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:most]}".rstrip(": ")
 
 
 def ended(code: int) -> str:
-    """How a program ended that gave this exit code: `killed by SIGSEGV`."""
-    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"it ended with exit code {code}"
+    """How a program with this exit code ended: `killed by SIGSEGV`."""
+    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
 
 
 class PolyexportError(Exception):
@@ -37,7 +37,7 @@ class UnknownFormat(PolyexportError, ValueError):
 
 
 class BadRequest(PolyexportError, ValueError):
-    """An argument, module or input that cannot be exported; the message says what to give instead."""
+    """An argument, module or input that cannot be used; the message says what to give instead."""
 
 
 class ToolMissing(PolyexportError, RuntimeError):
@@ -49,7 +49,7 @@ class CannotRun(PolyexportError, RuntimeError):
 
 
 class NotSigned(PolyexportError, RuntimeError):
-    """An export is not what was signed; the message says what differs."""
+    """An export differs from what was signed; the message says what differs."""
 
 
 class ExportFailed(PolyexportError, RuntimeError):

@@ -1,4 +1,4 @@
-"""The concepts of a format: what it is, the routes that lead to it, who opens it."""
+"""The concepts of a format: what it is, the routes that make it, and how an artifact is loaded."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Observed:
-    """What a runtime knows of itself once it was called.
+    """What is known of a runtime after its first call.
 
     Attributes:
-        verified_by: What ran the artifact, where that is not its own runtime, or one of several ways to run it.
+        verified_by: What ran the artifact, if it was not simply its own runtime, such as a stand-in or one of several
+            backends.
         device: What it runs on, as `Latency.device`.
-        first_ms: Time of the first call, where the caller could not see it; else None.
-        peak_memory_bytes: Resident peak of the runtime's process, where that is not the caller's; else None.
+        first_ms: Time of the first call in milliseconds, if the caller could not measure it; else None.
+        peak_memory_bytes: Peak resident memory of the runtime's process, if that is not the caller's; else None.
     """
 
     verified_by: str | None = None
@@ -35,17 +36,17 @@ class Observed:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """An artifact in its runtime, and what the report is to say of it; it is called like `run`.
+    """An artifact loaded in its runtime, with what the report says of it; calling it calls `run`.
 
     Attributes:
-        run: Runs it on PyTorch's named inputs; answers under PyTorch's names of the outputs.
-        signature: The artifact's own; None where it is PyTorch's.
-        shortfall: What it lacks of what was asked for, in a line; empty where nothing.
-        remark: What a reader is to know of it beside that, such as which operators stay in float; empty where nothing.
-        stand_in: Why this is not what will serve the artifact, and is not timed; empty where it is.
-        observed: Tells what is known once `run` was called.
-        labels: Names of the classes that travel with it.
-        metadata: What else does: the user's, the checkpoint's hash, versions.
+        run: Runs it on inputs under PyTorch's names, and returns the outputs under PyTorch's names.
+        signature: The artifact's own signature; None if it is PyTorch's.
+        shortfall: What it lacks of what was asked for, in a line; empty if nothing.
+        remark: What else a reader should know of it, such as which operators stay in float; or empty.
+        stand_in: Why `run` is not the artifact's own runtime, and so is not timed; empty if it is.
+        observed: Returns what is known after `run` was called.
+        labels: The labels that are embedded in it.
+        metadata: The metadata that is embedded in it: the user's, the checkpoint's hash, versions.
     """
 
     run: Runner
@@ -66,16 +67,16 @@ Convert = Callable[[Path, Path, ExportSpec], None]
 """`convert(source, target, spec)`: read the upstream artifact at `source`, write the artifact to `target`."""
 
 MODULE = "module"
-"""The upstream of a root route: the folder of a PyTorch module, read by `polyexport.capture.snapshot.load`."""
+"""The upstream of a route that reads no other format: the folder of the module (`polyexport.capture.snapshot.load`)."""
 
 
 class Load(Protocol):
-    """How a format opens an artifact."""
+    """How a format loads an artifact."""
 
     def __call__(self, path: Path, spec: ExportSpec, *, threads: int) -> Runner | Loaded:
-        """Open the artifact at `path` for CPU inference with `threads` threads.
+        """Load the artifact at `path` for CPU inference with `threads` threads.
 
-        A plain function will do where the report has nothing to say beside it.
+        A plain function is enough if the report has nothing more to say of it.
 
         Raises:
             CannotRun: nothing on this machine can run it.
@@ -83,30 +84,30 @@ class Load(Protocol):
 
 
 class Intermediates(Protocol):
-    """How a format tells what an artifact computes on its way to the outputs."""
+    """How a format reads the intermediate tensors of an artifact."""
 
     def __call__(self, path: Path, spec: ExportSpec, inputs: Arrays, *, threads: int) -> Arrays:
         """Run the artifact at `path` on PyTorch's named inputs.
 
         Returns:
             Each float tensor that depends on the inputs, by the artifact's own names, in the order of computation;
-            quantized ones as the numbers that they stand for, all in float32. Constants are left out.
+            quantized ones dequantized, all in float32. Constants are left out.
         """
 
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """One way to a format. Routes are tried in order, and parity is the judge.
+    """One way to make a format. Routes are tried in order until an artifact agrees with PyTorch.
 
     Attributes:
-        name: What the report calls it.
+        name: Its name in the report.
         upstream: What `convert` reads: `"module"`, or the name of another format.
         toolchain: What `convert` runs in: the name of a requirement file in `toolchains/`, or a `Toolchain`.
         convert: Writes the artifact.
-        static: Whether it takes fixed shapes only; it is then not tried with dynamic axes.
-        trained: Whether its scales are those that the model was trained with, in place of calibration; it is then tried
-            with such models only.
-        mends: Whether it heeds `ExportSpec.in_float`, so that a budget that was missed can be kept after all.
+        static: Whether it takes static shapes only; it is then not tried with dynamic axes.
+        trained: Whether it uses the scales that the model was trained with, instead of calibration; it is then tried
+            only with models that were trained with fake quantization.
+        mends: Whether it follows `ExportSpec.in_float`, so that a missed budget can be met with more layers in float.
     """
 
     name: str
@@ -120,10 +121,10 @@ class Route:
 
 @dataclass(frozen=True, slots=True)
 class Snippet:
-    """How an application opens the artifact and calls it, shown by the report page.
+    """Code with which an application loads and runs the artifact, shown by the report page.
 
-    `code` is a jinja2 template of `path`, the artifact's, relative to the export's folder, where the code is run; of
-    `inputs`, `TensorSpec`s whose dynamic axes are 1; of `names` and `outputs`, the names on either side; and of
+    `code` is a jinja2 template of `path`, the artifact's path relative to the export's folder, in which the code is
+    run; `inputs`, `TensorSpec`s whose dynamic axes are 1; `names` and `outputs`, the names of inputs and outputs;
     `output_dtypes` and `output_shapes`.
     """
 
@@ -136,8 +137,8 @@ class OnDevice:
     """How an artifact is run on the machine that it is made for, which has only its runtime (see `polyexport kit`).
 
     Attributes:
-        packages: What `pip` installs there beside numpy; of the first, the runtime, the version stands in the report.
-        load: Opens it there; by default the format's `load`.
+        packages: What `pip` installs there besides numpy; the first is the runtime, whose version the report has.
+        load: Loads it there; by default the format's `load`.
     """
 
     packages: tuple[str, ...]
@@ -149,10 +150,10 @@ class Triton:
     """How NVIDIA's Triton Inference Server serves an artifact.
 
     Attributes:
-        backend: What it calls the runtime.
+        backend: Triton's name of the runtime.
         file: The name that the runtime looks for in a version's folder.
-        is_platform: Whether `backend` is one of the older words, which a configuration calls `platform`.
-        indexed: Whether the runtime knows tensors by their index, which then stands behind the name: `x__0`.
+        is_platform: Whether `backend` is given as the older field `platform` of a configuration.
+        indexed: Whether the runtime needs the index of each tensor appended to its name: `x__0`.
     """
 
     backend: str
@@ -162,11 +163,11 @@ class Triton:
 
 
 _TAKEN = ("source", "logs", MODULE, "eager", "pytorch")
-"""What the export's own folders, the upstream of root routes and the baseline are called."""
+"""Names that are reserved for folders of the export, the module as an upstream, and the baseline."""
 
 
 Target = Literal["server CPU", "GPU", "phone", "browser", "microcontroller", "camera"]
-"""What an artifact is shipped to; a phone stands for boards with its processor too, a camera for what Coral is in."""
+"""What an artifact is deployed to; phones include boards with ARM processors, cameras include Coral devices."""
 
 
 def _nothing() -> str:
@@ -175,34 +176,34 @@ def _nothing() -> str:
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """A deployment format: everything the engine has to know about it.
+    """A deployment format: everything the engine needs to know about it.
 
     Attributes:
         name: Its name in `formats=[...]`, in the report and on disk.
         description: One line for a human.
         url: The vendor's page.
-        artifact: File name inside the format's folder; `"."` where the folder itself is the artifact.
-        routes: The ways to it, the preferred one first.
-        load: Opens an artifact (call `open`); None where no machine can run it.
+        artifact: File name inside the format's folder; `"."` if the folder itself is the artifact.
+        routes: The ways to make it, the preferred one first.
+        load: Loads an artifact (call `open` instead); None if no machine can run it.
         runtime: The toolchain that `load` runs in; by default that of the route that made the artifact.
-        precision: What the artifact computes in.
+        precision: The precision that the artifact computes in.
         tolerance: By default the one that belongs to `precision`.
         aliases: Other names for it.
-        uses_gpu: Whether its workers may see the GPU.
-        lacks: Tells what this machine lacks for it beside packages, such as a device or a vendor's program, and where
-            to get it, in a line; empty where nothing is missing.
-        snippets: How applications open it, the language that it is mostly used from first.
-        slow_because: Why its runtime may be slower than PyTorch on the same threads, as far as is known.
-        calibrated: Whether its routes take number ranges from real batches (`ExportSpec.calibration`).
-        triton: How Triton serves it; None where it does not.
-        intermediates: Tells what an artifact computes on its way; None where its runtime does not.
-        targets: What it is shipped to, which every format says: `polyexport formats` groups by it, and the report names
-            one artifact for each.
-        page: File beside the artifact that opens it in a browser; empty where there is none.
-        on_device: How it is run on a machine that has only its runtime; None where it has no kit.
+        uses_gpu: Whether its workers may use the GPU.
+        lacks: Returns what this machine lacks for it besides packages, such as a device or a vendor's program, and
+            where to get it, in a line; empty if nothing is missing.
+        snippets: How applications load it; the most common language first.
+        slow_because: Why its runtime may be slower than PyTorch on the same threads, if known.
+        calibrated: Whether its routes calibrate with real batches (`ExportSpec.calibration`).
+        triton: How Triton serves it; None if it does not.
+        intermediates: Reads an artifact's intermediate tensors; None if its runtime cannot.
+        targets: What it is deployed to, which every format has to say: `polyexport formats` groups by it, and the
+            report names one artifact for each.
+        page: File next to the artifact that runs it in a browser; empty if there is none.
+        on_device: How it is run on a machine that has only its runtime; None if it has no kit.
 
     Raises:
-        BadRequest: its name cannot be that of a folder in the export, or its precision is none of `PRECISIONS`.
+        BadRequest: its name cannot be a folder's in the export, or its precision is unknown.
     """
 
     name: str
@@ -229,8 +230,8 @@ class Format:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"\w[\w.-]*", self.name) or self.name in _TAKEN:
             raise BadRequest(
-                f"a format cannot be called {self.name!r}: it gives a folder of the export its name, so take letters, "
-                f"digits, '_', '-' and '.', and not {', '.join(_TAKEN)}"
+                f"a format cannot be called {self.name!r}: its name becomes a folder of the export; use letters, "
+                f"digits, '_', '-' and '.', but not {', '.join(_TAKEN)}"
             )
         if self.precision not in PRECISIONS:
             raise BadRequest(
@@ -243,7 +244,7 @@ class Format:
         return self.tolerance or Tolerance.for_precision(self.precision)
 
     def open(self, path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
-        """Open the artifact at `path` by `load`.
+        """Load the artifact at `path`.
 
         Raises:
             CannotRun: nothing on this machine can run it.
@@ -251,10 +252,10 @@ class Format:
         return self._opened(self.load, path, spec, threads)
 
     def open_on_device(self, path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
-        """Open the artifact at `path` on the machine that it is made for.
+        """Load the artifact at `path` on the machine that it is made for.
 
         Raises:
-            CannotRun: this is not one.
+            CannotRun: this is not such a machine.
         """
         return self._opened((self.on_device and self.on_device.load) or self.load, path, spec, threads)
 

@@ -1,7 +1,7 @@
-"""Any finished artifact back as a callable on named arrays.
+"""Load any exported artifact as a function of named arrays.
 
-Beside each artifact lies a `polyexport.json` that says what it is, so that a format's folder can be copied, renamed and
-downloaded by itself. No runtime reads it, and the artifact's size and SHA-256 leave it out.
+Next to each artifact is a `polyexport.json` that says what it is, so that a format's folder can be copied, renamed and
+downloaded by itself. No runtime reads it, and the artifact's size and SHA-256 exclude it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from polyexport.workers.toolchain import find
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """What an artifact is: its format, what became of it, its own signature, and PyTorch's."""
+    """What an artifact is: its format, its outcome, its own signature, and PyTorch's."""
 
     format: str
     precision: Precision
@@ -34,15 +34,16 @@ class Description:
 
     @staticmethod
     def of(outcome: Outcome, checkpoint: Checkpoint, spec: ExportSpec) -> Description:
-        """The description of a format's artifact, which goes where it goes; `spec` is PyTorch's signature."""
-        checkpoint = replace(checkpoint, path=Path(checkpoint.path).name)  # its folder is nobody's business there
-        spec = replace(spec, calibration=())  # those files stay where the export was made
+        """The description of a format's artifact, stored next to it; `spec` is PyTorch's signature."""
+        # artifacts are shared, and should not tell the folder
+        checkpoint = replace(checkpoint, path=Path(checkpoint.path).name)
+        spec = replace(spec, calibration=())  # these files stay in the export
         about = (outcome.format, outcome.precision, outcome.state, outcome.reason, checkpoint)
         return Description(*about, outcome.inputs, outcome.outputs, spec)
 
     @property
     def runner_spec(self) -> ExportSpec:
-        """The artifact's signature under PyTorch's names and with its output dtypes: what was verified."""
+        """The artifact's signature with PyTorch's names and output dtypes, as it was verified."""
         inputs = zip(self.inputs, self.spec.inputs, strict=True)
         outputs = zip(self.outputs, self.spec.outputs, strict=True)
         return ExportSpec(
@@ -54,15 +55,15 @@ class Description:
 def load(path: str | Path, *, threads: int = 1) -> Loaded:
     """Open an exported format, `load("exports/best/onnx")`, in its own runtime.
 
-    Some formats run code from the file (a `.pt2` may hold a pickle), so open what you trust; `polyexport run` asks.
+    Some formats run code from the file (a `.pt2` may hold a pickle), so load only what you trust.
 
     Args:
-        path: A format's folder, in an export or copied out of it, or the artifact in it.
-        threads: Of the runtime.
+        path: A format's folder, in an export or copied from it, or the artifact in it.
+        threads: Number of threads of the runtime.
 
     Returns:
-        It is called with named input arrays and answers named output arrays; the names stand in `polyexport.json`.
-        `labels` and `metadata` are what was embedded.
+        A function from named input arrays to named output arrays; the names are in `polyexport.json`. `labels` and
+            `metadata` are what was embedded.
 
     Raises:
         BadRequest: there is no exported format at `path`.
@@ -74,15 +75,17 @@ def load(path: str | Path, *, threads: int = 1) -> Loaded:
         opened = each.open(folder / each.artifact, about.runner_spec, threads=threads)
     except ModuleNotFoundError as error:
         needed = ", ".join(find(each.runtime or each.routes[0].toolchain).requirements)
-        raise ToolMissing(f"{each.name} runs in an environment with {needed}; here is no {error.name}") from error
+        raise ToolMissing(
+            f"{each.name} runs in an environment with {needed}; {error.name} is not installed here"
+        ) from error
     return replace(opened, labels=about.spec.labels, metadata=about.spec.metadata)
 
 
 def described(path: Path) -> tuple[Path, Description, Format]:
-    """The folder of an exported format, what lies in it, and the format; `path` is the folder or the artifact.
+    """The folder of an exported format, its description, and the format; `path` is the folder or the artifact.
 
     Raises:
-        BadRequest: it is neither, or another version's.
+        BadRequest: it is neither, or was written by another version.
     """
     path = followed(path)
     folder = path if (path / DESCRIPTION).is_file() else path.parent
@@ -94,12 +97,12 @@ def described(path: Path) -> tuple[Path, Description, Format]:
         raise BadRequest(f"{folder} is of the format {about.format!r}, which this version does not know")
     artifact = folder / each.artifact
     if path not in (folder, artifact) or not artifact.exists():
-        raise BadRequest(f"{path} is no artifact of {each.name}; that is {artifact}")
+        raise BadRequest(f"{path} is not the artifact of {each.name}; that is {artifact}")
     return folder, about, each
 
 
 def _what_instead(path: Path) -> str:
-    """Why `path` cannot be opened, and what can."""
+    """Why `path` cannot be loaded, and what can be."""
     if not path.exists():
         beside = sorted(file.parent.name for file in path.parent.glob(f"*/{DESCRIPTION}"))
         there = (
@@ -108,5 +111,5 @@ def _what_instead(path: Path) -> str:
         return f"there is no {path}; {there}"
     inside = sorted(file.parent for pattern in ("*", f"{BEST}/*") for file in path.glob(f"{pattern}/{DESCRIPTION}"))
     if inside:
-        return f"{path} is no format of an export, but has some: {', '.join(map(str, inside))}"
-    return f"{path} is no format of an export: beside the artifact lies no {DESCRIPTION}"
+        return f"{path} is not a format of an export, but contains some: {', '.join(map(str, inside))}"
+    return f"{path} is not a format of an export: there is no {DESCRIPTION} next to the artifact"

@@ -1,4 +1,4 @@
-"""Frozen records to JSON and back, for everything that travels between processes or lies on disk."""
+"""Frozen records to JSON and back, for everything that is sent between processes or stored on disk."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 def encode(value: Any) -> Any:
-    """Turn records, tuples, paths and mappings into what JSON knows; NaN and infinity become None."""
+    """Turn records, tuples, paths and mappings into JSON values; NaN and infinity become None."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {key: encode(getattr(value, name)) for name, key in _keys(type(value)).items()}
     if isinstance(value, Mapping):
@@ -32,7 +32,7 @@ def encode(value: Any) -> Any:
 
 
 def _keys(kind: Any) -> dict[str, str]:
-    """The fields of a record and what JSON calls them: by their `json` in the metadata, where False leaves one out."""
+    """The fields of a record and their JSON keys: `json` in a field's metadata is its key, or False to leave it out."""
     named = {field.name: field.metadata.get("json", field.name) for field in dataclasses.fields(kind)}
     return {name: key for name, key in named.items() if key}
 
@@ -40,7 +40,7 @@ def _keys(kind: Any) -> dict[str, str]:
 def decode(kind: type[T], data: Any) -> T:
     """Build a record of type `kind` from decoded JSON; unknown keys are dropped, so old readers read new files.
 
-    A float that is null is NaN, which JSON does not have.
+    A null where a float belongs becomes NaN, which JSON lacks.
 
     Raises:
         TypeError: a value is not of its field's type, or a field is missing; the message has the path to it.
@@ -74,7 +74,7 @@ def _decode(kind: Any, data: Any, where: str) -> Any:
     return data
 
 
-_WORDS = {int: "an integer", str: "a text", bool: "true or false"}
+_WORDS = {int: "an integer", str: "a string", bool: "true or false"}
 
 
 def _record(kind: Any, data: Any, where: str) -> Any:
@@ -94,7 +94,7 @@ def _required(kind: Any) -> list[str]:
 
 
 def _union(arguments: tuple[Any, ...], data: Any, where: str) -> Any:
-    """By the first member whose type fits."""
+    """Decode by the first member of a union whose type fits."""
     if data is None and type(None) in arguments:
         return None
     reasons = []
@@ -113,7 +113,7 @@ def _checked(fits: bool, data: Any, where: str, wanted: str) -> Any:
 
 
 def schema(kind: type) -> dict[str, Any]:
-    """The JSON Schema (draft 2020-12) of what `encode` makes of a record.
+    """The JSON Schema (draft 2020-12) of an encoded record.
 
     https://json-schema.org/draft/2020-12/schema
     """
@@ -154,12 +154,12 @@ def _schema(kind: Any, definitions: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` in one step: a reader sees the old file or the new one, never a half."""
+    """Write `value` atomically: a reader sees the old file or the new one."""
     write_text(path, json.dumps(encode(value), indent=2, allow_nan=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` in one step, as `write_json` does; a hard link to the old file keeps the old text."""
+    """Write `text` atomically; a hard link to the old file keeps the old text."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text, encoding="utf-8")
@@ -167,17 +167,17 @@ def write_text(path: Path, text: str) -> None:
 
 
 def read_record(kind: type[T], path: Path, version: int | None = None) -> T:
-    """Read a record from a file, where `version` is the one that its `version` has to be.
+    """Read a record from a file; if `version` is given, the record's must be equal.
 
     Raises:
-        BadRequest: it is no JSON, of another version, or a value in it is missing or of another type.
-        OSError: it cannot be read.
+        BadRequest: it is not JSON, is of another version, or a value in it is missing or of a wrong type.
+        OSError: the file cannot be read.
     """
     try:
         data = read_json(path)
         found = data.get("version") if isinstance(data, Mapping) else None
         if version is not None and isinstance(found, int) and found != version:
-            raise BadRequest(f"{path} is of version {found}; this release reads version {version}")
+            raise BadRequest(f"{path} has version {found}; this release reads version {version}")
         return decode(kind, data)
     except BadRequest:
         raise

@@ -14,19 +14,19 @@ import numpy as np
 S = TypeVar("S")
 
 Arrays = dict[str, np.ndarray]
-"""Named arrays: what goes into a runtime and what comes out of it."""
+"""Named arrays: the inputs or outputs of a model."""
 
 Runner = Callable[[Arrays], Arrays]
-"""A model that can be run: named arrays in, named arrays out. The only interface to a runtime."""
+"""Runs a model: named arrays in, named arrays out. The only interface to a runtime."""
 
 Precision = Literal["float32", "float16", "bfloat16", "int8", "w8", "w4"]
-"""What an artifact computes in, by its name in numpy and PyTorch.
+"""The precision that an artifact computes in, by its name in numpy and PyTorch.
 
-`w8` and `w4` have the weights alone in 8 and 4 bits; activations are float, or quantized while it runs.
+`w8` and `w4` have only the weights in 8 and 4 bits; activations are float, or quantized at run time.
 """
 
 LABELS = "labels.txt"
-"""File with the labels, one a line, inside an artifact and beside it."""
+"""File of the labels, one per line, inside an artifact and next to it."""
 
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
@@ -36,7 +36,7 @@ class TensorSpec:
     """One input or output.
 
     `shape` holds an `int` for a fixed axis and a name for a dynamic one: `("batch", 3, 224, 224)`.
-    `dtype` is numpy's name of it: `"float32"`, `"int64"`, `"bool"`.
+    `dtype` is numpy's name: `"float32"`, `"int64"`, `"bool"`.
     """
 
     name: str
@@ -58,14 +58,13 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class ExportSpec:
-    """The signature of the model that is exported, and what is to be written into the artifact beside it.
+    """The signature of the exported model, and what else is to be written into the artifact.
 
-    `sizes` gives the size that each named axis has in the validation batch.
-    `metadata` is embedded where the format has a place for it, and so are `labels`, the names of an output's classes in
-    their order; these also lie beside the artifact. `calibration` names `.npz` files with real inputs, for a
-    format that takes its number ranges from them (see the function of that name). `has_trained_scales` tells whether
-    the model was trained with fake quantization. `in_float` is the share of its layers, the costliest first, that a
-    quantizer leaves in float; 0 where it decides by the outputs.
+    `sizes` is the size of each named axis in the validation batch. `metadata` is embedded if the format has a place for
+    it, and so are `labels`, the names of an output's classes in order, which are also stored next to the artifact.
+    `calibration` names `.npz` files with real inputs for formats that need calibration (see the function of that name).
+    `has_trained_scales` is whether the model was trained with fake quantization. `in_float` is the share of its layers,
+    the costliest first, that a quantizer keeps in float; 0 where it decides by the outputs.
     """
 
     inputs: tuple[TensorSpec, ...]
@@ -79,23 +78,23 @@ class ExportSpec:
 
     @property
     def embedded(self) -> dict[str, str]:
-        """Metadata for a place that takes texts by name: the labels are among them, as a list in JSON."""
+        """Metadata as a mapping of strings, with the labels as a JSON list."""
         return {**self.metadata, **({"labels": json.dumps(self.labels, ensure_ascii=False)} if self.labels else {})}
 
     @property
     def extra_files(self) -> dict[str, str]:
-        """Metadata for a place that takes files by name: JSON, and the labels, one a line."""
+        """Metadata as files by name: a JSON file, and the labels, one per line."""
         files = {"polyexport.json": json.dumps(dict(self.metadata))}
         return files | ({LABELS: self.label_lines} if self.labels else {})
 
     @property
     def label_lines(self) -> str:
-        """The labels, one a line."""
+        """The labels, one per line."""
         return "".join(f"{label}\n" for label in self.labels)
 
     @property
     def is_dynamic(self) -> bool:
-        """Whether any input axis is free."""
+        """Whether any input axis is dynamic."""
         return any(tensor.dynamic for tensor in self.inputs)
 
     @property
@@ -105,15 +104,15 @@ class ExportSpec:
 
     @property
     def output_names(self) -> tuple[str, ...]:
-        """Names of the outputs, in forward's order."""
+        """Names of the outputs, in the order that forward returns them."""
         return tuple(tensor.name for tensor in self.outputs)
 
     def upper_bounds(self, least: int) -> dict[str, int]:
-        """A greatest size for each dynamic axis, where a converter wants one: `least`, or twice the batch's."""
+        """A maximum size for each dynamic axis, where a converter needs it: `least`, or twice the batch's if larger."""
         return {name: max(least, 2 * size) for name, size in self.sizes.items()}
 
     def one_row(self) -> ExportSpec:
-        """With every dynamic leading axis of an input at one, and all others as in the validation batch."""
+        """The static signature with each dynamic leading axis of an input at 1, others as in the validation batch."""
         leading = {tensor.dynamic[0] for tensor in self.inputs if 0 in tensor.dynamic}
         return replace(self, sizes={**self.sizes, **dict.fromkeys(leading, 1)}).static()
 
@@ -133,8 +132,8 @@ class Batch:
     Attributes:
         path: Relative to the export's folder.
         sizes: Size of each dynamic axis.
-        label: What its values are, where they are others than those of the validation batch: `rows negated`.
-        real: Whether the values are data as it came, and not made from it.
+        label: What its values are, if they are not those of the validation batch: `rows negated`.
+        real: Whether the values are original data, and not derived from it.
     """
 
     path: str
@@ -144,9 +143,9 @@ class Batch:
 
 
 def calibration(spec: ExportSpec) -> Iterator[Arrays]:
-    """The inputs of `spec.calibration`, one batch after another, in the sizes of `spec`.
+    """The inputs of `spec.calibration`, one batch after another, in the shapes of `spec`.
 
-    Where the first axis is fixed at less than a batch has, the batch comes in pieces; what is too short is repeated.
+    If the first axis is static and shorter than a batch, the batch is split; what is too short is repeated.
     """
     for path in spec.calibration:
         with np.load(path) as arrays:
@@ -158,34 +157,41 @@ def calibration(spec: ExportSpec) -> Iterator[Arrays]:
 
 
 def example(spec: ExportSpec) -> Arrays:
-    """Inputs to trace with: the validation batch, with two rows or more along a dynamic axis: tracers fix a one.
+    """Inputs to trace with: the validation batch, with two rows or more, since tracers make an axis of size 1 static.
 
-    Without a batch it is zeros.
+    Without a batch they are zeros.
     """
     sizes = {called: max(2, size) for called, size in spec.sizes.items()}
     batch = next(calibration(spec), None) or {own.name: np.zeros((), own.dtype) for own in spec.inputs}
     return {own.name: _repeated(batch[own.name], own.sized(sizes.__getitem__)) for own in spec.inputs}
 
 
+def repeated(array: np.ndarray, axis: int, size: int, start: int = 0) -> np.ndarray:
+    """`array` with that many rows along an axis, its own in turn; where it has none, zeros."""
+    if not array.shape[axis]:
+        return np.zeros((*array.shape[:axis], size, *array.shape[axis + 1 :]), array.dtype)
+    found: np.ndarray = np.take(array, (start + np.arange(size)) % array.shape[axis], axis)
+    return found
+
+
 def _repeated(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """`array` in that shape, repeated along an axis that is too short."""
     for axis, size in enumerate(shape[: array.ndim]):
-        array = np.take(array, np.arange(size) % array.shape[axis], axis)
+        array = repeated(array, axis, size)
     return np.array(np.broadcast_to(array, shape))
 
 
 def _fitted(array: np.ndarray, shape: tuple[int | str, ...], piece: int) -> np.ndarray:
     for axis, size in enumerate(shape):
         if isinstance(size, int) and array.shape[axis] != size:
-            start = 0 if axis else piece * size
-            array = np.take(array, (start + np.arange(size)) % array.shape[axis], axis)
+            array = repeated(array, axis, size, 0 if axis else piece * size)
     return array
 
 
 def in_rows(run: Runner, spec: ExportSpec) -> Runner:
-    """A runner for any number of rows, from one that takes as many as the first axes of the inputs have in `spec`.
+    """A runner for any number of rows, made from one that takes only as many rows as `spec` has.
 
-    An input without axes is given whole each time, as is one that has not that many rows in all.
+    An input without axes, or with fewer rows than that, is passed whole each time.
     """
     rows = {tensor.name: int(tensor.shape[0]) for tensor in spec.inputs if tensor.shape}
 
@@ -205,8 +211,17 @@ def in_rows(run: Runner, spec: ExportSpec) -> Runner:
     return call
 
 
+ONE_ROW = "one row per call"
+"""The remark on an artifact without a batch axis; when loaded, it takes any number of rows by `in_rows`."""
+
+
+def row_remark(spec: ExportSpec) -> str:
+    """`ONE_ROW`, unless the signature itself has only one row."""
+    return ONE_ROW if spec.one_row() != spec else ""
+
+
 def write_arrays(path: Path, arrays: Arrays) -> None:
-    """Write an `.npz`; unlike `numpy.savez` it takes any name, `file` included."""
+    """Write an `.npz`; unlike `numpy.savez` it takes any name, even `file`."""
     with ZipFile(path, "w") as archive:
         for name, array in arrays.items():
             with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
@@ -214,7 +229,7 @@ def write_arrays(path: Path, arrays: Arrays) -> None:
 
 
 def read_arrays(path: Path, names: Iterable[str] | None = None) -> Arrays:
-    """Read some arrays of an `.npz`, by default all.
+    """Read arrays of an `.npz`, by default all.
 
     Raises:
         KeyError: one of them is not in it.

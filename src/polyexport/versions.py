@@ -1,4 +1,4 @@
-"""Versions of what is installed here; the standard library only, since isolated toolchains ask too."""
+"""Versions of what is installed here; only the standard library is used, since isolated toolchains import this."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from importlib import metadata
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:
-    """The installed version of each package by name; requirements are read as their package, missing ones left out."""
+    """The installed version of each package or requirement, by the package's name; missing ones are left out."""
     found = {}
     for package in packages:
         name = re.split(r"[^\w.-]", package, maxsplit=1)[0]
@@ -23,13 +23,13 @@ def versions(packages: Iterable[str]) -> dict[str, str]:
 
 
 def environment() -> dict[str, str]:
-    """What a reader of a report has to know about this machine."""
+    """The facts about this machine that the report shows."""
     about = {"python": platform.python_version(), "platform": platform.platform(), "processor": _processor()}
     return about | versions(("lightning-export", "torch", "lightning", "numpy"))
 
 
 def machine() -> str:
-    """System and processor, in a few words: `macOS 15.2, Apple M3`."""
+    """The system and processor in a few words: `macOS 15.2, Apple M3`."""
     if sys.platform == "darwin":
         system = f"macOS {platform.mac_ver()[0]}"
     else:
@@ -41,7 +41,7 @@ def machine() -> str:
 
 
 def _board() -> str:
-    """What a single-board computer is called: `Raspberry Pi 5 Model B Rev 1.0`; empty elsewhere."""
+    """The name of a single-board computer: `Raspberry Pi 5 Model B Rev 1.0`; empty elsewhere."""
     try:
         with open("/proc/device-tree/model", encoding="utf-8") as file:
             return file.read().strip("\0\n ")

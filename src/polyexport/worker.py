@@ -1,13 +1,13 @@
-"""A worker: one job in, one result out, in a process of its own that may crash or hang without harm.
+"""A worker: runs one job in a process of its own, which may crash or hang without harm.
 
     python -m polyexport.worker EXPORT/source/jobs/onnx.dynamo.convert.json [--scratch]
 
-The job is a JSON file; its paths are relative to the export's folder. The result is written beside it, everything that
-is printed goes to the caller. `--scratch` is for people: the artifact goes to a new temporary folder instead, and the
-export stays as it is. With `--server` it does no job itself; see `polyexport.workers.server`.
+The job is a JSON file; its paths are relative to the export's folder. The result is written next to it, and output is
+printed. `--scratch` is for people: the artifact goes to a new temporary folder, and the export stays as it is. With
+`--server` it runs no job itself; see `polyexport.workers.server`.
 
-In an isolated toolchain this file is run by path, and only the standard library and numpy are there beside the
-toolchain's own packages; hence the imports inside the functions.
+In an isolated toolchain this file is run by path, and only the standard library, numpy and the toolchain's own packages
+are there; hence the imports inside functions.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ from polyexport.workers.job import (
 
 
 def main() -> int:
-    """Do the job that the command line names; the exit code is 0 when its result says so."""
+    """Run the job named on the command line; the exit code is 0 if it succeeds."""
     parser = argparse.ArgumentParser(prog="python -m polyexport.worker", description="Run one export job.")
     parser.add_argument("job", type=Path, nargs="?", help="the job's JSON file")
     parser.add_argument("--scratch", action="store_true", help="write into a new temporary folder, print everything")
@@ -89,7 +89,7 @@ def main() -> int:
 
 
 def work(path: Path) -> int:
-    """Do the job in this file, for the process that started this one; the exit code is 0 when its result says so."""
+    """Run the job in this file, for the process that started this one; the exit code is 0 if it succeeds."""
     root, job = _opened(path)
     answers, lines = _keep_stdout(), _end_with_parent()
     if isinstance(job, Bench):
@@ -100,7 +100,7 @@ def work(path: Path) -> int:
 
 
 def _opened(path: Path) -> tuple[Path, Job]:
-    """The export's folder and the job, whose import path is ours from now on."""
+    """The export's folder and the job, whose import path becomes this process's."""
     job = read_job(path)
     if not job.trusted:
         sys.addaudithook(_refuse_pickles)
@@ -114,7 +114,7 @@ _refusals: list[CannotRun] = []
 
 
 class _NotAgain:
-    """Finds no module in the script that trains: to import it, by whatever name, would be to train again."""
+    """An import finder that refuses the training script: importing it, under any name, would train again."""
 
     def __init__(self, script: str) -> None:
         self._script = script
@@ -122,11 +122,14 @@ class _NotAgain:
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
         found = PathFinder.find_spec(name, path, target)
         if found is not None and found.origin and os.path.realpath(found.origin) == self._script:
-            raise ModuleNotFoundError(f"{name} is {self._script}, the script that trains, which runs once", name=name)
+            raise ModuleNotFoundError(
+                f"{name} is the training script {self._script}, which is not imported, since that would train again",
+                name=name,
+            )
 
 
 def _refuse_pickles(event: str, arguments: tuple[Any, ...]) -> None:
-    """Stop whatever unpickles more than plain data, in this process for good (see `sys.addaudithook`)."""
+    """An audit hook (see `sys.addaudithook`) that refuses to unpickle more than plain data from now on."""
     if event == "pickle.find_class":
         _refusals.append(
             CannotRun(
@@ -138,12 +141,12 @@ def _refuse_pickles(event: str, arguments: tuple[Any, ...]) -> None:
 
 
 def _cause(error: BaseException) -> BaseException:
-    """What went wrong: a pickle that was refused, where a runtime put that into words of its own."""
+    """The cause of an error: the refused pickle, if there was one, since runtimes report that in their own words."""
     return _refusals[0] if _refusals else error
 
 
 def _done(path: Path, root: Path, job: Job) -> bool:
-    """Do one job and write its result; returns whether it went well."""
+    """Run one job and write its result; returns whether it succeeded."""
     result: dict[str, Any] = {}
     start = time.perf_counter()
     try:
@@ -158,7 +161,7 @@ def _done(path: Path, root: Path, job: Job) -> bool:
 
 
 def _value(root: Path, job: Job) -> Any:
-    """The value of a job that has one; those that are asked for answers have none."""
+    """Run a job that has one result, and return that; others answer requests."""
     match job:
         case Prepare():
             return prepare(root, job)
@@ -170,7 +173,7 @@ def _value(root: Path, job: Job) -> Any:
             return inspect(root, job)
         case Explain():
             return explain(root, job)
-    raise TypeError(f"{type(job).__name__} is asked for its answers one by one")
+    raise TypeError(f"{type(job).__name__} answers requests, and has no single result")
 
 
 # --- the jobs ---------------------------------------------------------------------------------------------------------
@@ -198,11 +201,11 @@ def convert(root: Path, job: Convert) -> Any:
         with frozen_sites() as frozen:
             route.convert(root / job.source, target, spec)
     except BaseException:
-        # it may have filled the disk, and the result needs room
+        # the artifact may have filled the disk, and the result needs space
         shutil.rmtree(target if each.artifact == "." else target.parent, ignore_errors=True)
         raise
     if not target.exists():
-        raise RuntimeError(f"the converter ended without an error, but wrote no {each.artifact}")
+        raise RuntimeError(f"the converter ended without an error but wrote no {each.artifact}")
     if job.spec.labels:
         folder = target if each.artifact == "." else target.parent
         (folder / LABELS).write_text(spec.label_lines, encoding="utf-8")
@@ -213,10 +216,10 @@ def convert(root: Path, job: Convert) -> Any:
 
 
 def _calibration(root: Path, spec: ExportSpec) -> Calibration:
-    """Which batches can be calibrated with: those without NaN or infinity, which have no place in a range.
+    """The batches that can be used for calibration: those without NaN or infinity.
 
     Raises:
-        BadRequest: none can.
+        BadRequest: there are none.
     """
     taken, left_out, rows = [], [], 0
     for path in spec.calibration:
@@ -228,7 +231,7 @@ def _calibration(root: Path, spec: ExportSpec) -> Calibration:
             left_out.append(path.as_posix())
     if not taken:
         raise BadRequest(
-            f"number ranges cannot be taken: {', '.join(left_out)} has NaN or infinity; give validation data without"
+            f"no batch to calibrate with: {', '.join(left_out)} has NaN or infinity; give validation data without them"
         )
     return Calibration(tuple(taken), rows, tuple(left_out))
 
@@ -236,7 +239,7 @@ def _calibration(root: Path, spec: ExportSpec) -> Calibration:
 def verify(root: Path, job: Verify) -> Any:
     """Load the artifact from disk, run it on every batch, compare.
 
-    Where it disagrees on batches of other values only, that is told as `elsewhere`: which, and how.
+    If it disagrees only on batches of other values, `elsewhere` says on which, and how.
     """
     from polyexport.measure.verification import fingerprint, verified
 
@@ -250,7 +253,7 @@ def verify(root: Path, job: Verify) -> Any:
 
 
 def inspect(root: Path, job: Inspect) -> Any:
-    """Write what PyTorch's layers compute, and how much of that is rounding."""
+    """Write the outputs of PyTorch's layers, and their noise floors."""
     from polyexport.capture.layers import computed
     from polyexport.capture.snapshot import load
     from polyexport.measure.layers import output
@@ -270,12 +273,12 @@ def inspect(root: Path, job: Inspect) -> Any:
 
 
 def explain(root: Path, job: Explain) -> Any:
-    """Compare what an artifact computes on its way, and its outputs, with what PyTorch's layers do."""
+    """Compare an artifact's intermediate tensors and outputs with those of PyTorch's layers."""
     from polyexport.measure.layers import compared, judged, output
 
     each, inputs, there = _format(root, job), _inputs(root / job.batch, job), root / job.layers
     if each.intermediates is None:
-        raise BadRequest(f"{each.name} does not tell what it computes on its way")
+        raise BadRequest(f"{each.name} gives no access to intermediate tensors, so layers cannot be compared")
     expected, right, noise = (read_arrays(there / name) for name in (LAYERS, OUTPUTS, NOISE))
     answer = _load(root, job)(inputs)
     outputs = [judged(output(name), right[output(name)], a, each.limits, noise, name) for name, a in answer.items()]
@@ -284,10 +287,10 @@ def explain(root: Path, job: Explain) -> Any:
 
 
 def bench(root: Path, job: Bench, lines: Iterator[bytes], answers: TextIO) -> int:
-    """Time an artifact in rounds: each line on standard input asks for one, each line of output answers it.
+    """Time an artifact in rounds: each line on standard input requests one, each line of output answers it.
 
-    The first answer comes unasked, once the artifact is loaded and warm. What only stands in for the artifact's own
-    runtime is not timed: the one answer says why. One row gets a part of the time that is left to a round.
+    The first answer is sent unasked, once the artifact is loaded and warm. A stand-in for the artifact's own runtime is
+    not timed: its only answer says why. Calls with one row get a part of the time of each round.
     """
     from polyexport.measure.dynamic_axes import one_row
     from polyexport.measure.latency import ROUNDS, SECONDS, sample_ms, timed_ms, warm_up
@@ -315,7 +318,7 @@ def bench(root: Path, job: Bench, lines: Iterator[bytes], answers: TextIO) -> in
     waited = spent = 0.0
     for _ in lines:
         start = time.perf_counter()
-        warm_up(call, count=2, seconds=0.05, at_most=left / 2)  # the runtime before may still have threads that spin
+        warm_up(call, count=2, seconds=0.05, at_most=left / 2)  # threads of the previous runtime may still be spinning
         before = first_waited_seconds()
         samples_ms = sample_ms(call, seconds=min(left, SECONDS / ROUNDS)) if left > 0 or not spent else []
         waited, spent = waited + first_waited_seconds() - before, spent + sum(samples_ms) / 1e3
@@ -328,21 +331,21 @@ def bench(root: Path, job: Bench, lines: Iterator[bytes], answers: TextIO) -> in
 
 
 def _one_row_ms(loaded: Loaded, row: Arrays, *, seconds: float) -> list[float]:
-    """Milliseconds of calls with one row; empty where the artifact does not take one."""
+    """Milliseconds of calls with one row; empty if the artifact does not take one."""
     from polyexport.measure.latency import sample_ms, warm_up
 
     try:
         warm_up(lambda: loaded(row), count=2, seconds=0.0, at_most=seconds)
         return sample_ms(lambda: loaded(row), seconds=seconds)
-    except Exception:  # a runtime refuses sizes with any exception
+    except Exception:  # a runtime may refuse a shape with any exception
         traceback.print_exc()
         return []
 
 
 def serve(root: Path, job: Serve, lines: Iterator[bytes], answers: TextIO) -> int:
-    """Run an artifact on what is asked: each line on standard input is a JSON pair of `.npz` paths, from and to.
+    """Run an artifact on request: each line on standard input is a JSON pair of `.npz` paths, of inputs and outputs.
 
-    Each line of output answers one, with an `error` where it failed; the first comes unasked, once the artifact is
+    Each line of output answers one, with an `error` if it failed; the first is sent unasked, once the artifact is
     loaded.
     """
     try:
@@ -356,7 +359,7 @@ def serve(root: Path, job: Serve, lines: Iterator[bytes], answers: TextIO) -> in
         try:
             write_arrays(Path(target), loaded(_inputs(Path(source), job)))
             _answer(answers, {})
-        except Exception as error:  # whatever a runtime says of these inputs, the next ones may do
+        except Exception as error:  # the artifact may fail on these inputs and run on the next
             traceback.print_exc()
             _answer(answers, {"error": _one_line(_cause(error))})
     return 0
@@ -389,7 +392,7 @@ def _inputs(path: Path, job: FormatJob) -> Arrays:
 
 
 def _peak_memory() -> int | None:
-    """Resident peak of this process in bytes; None where the system does not tell."""
+    """Peak resident memory of this process in bytes; None on Windows."""
     try:
         import resource
     except ImportError:  # Windows
@@ -400,7 +403,7 @@ def _peak_memory() -> int | None:
 
 def _one_line(error: BaseException) -> str:
     said = str(error)
-    if "Traceback of TorchScript" in said:  # the cause is below it, and the rest is in the log
+    if "Traceback of TorchScript" in said:  # the cause is the last line, and the rest is in the log
         said = said.strip().splitlines()[-1]
     text = " ".join(printable(said).split())
     own = isinstance(error, ToolMissing | CannotRun | BadRequest)
@@ -416,7 +419,7 @@ def _kind(error: BaseException) -> str:
 
 
 def _keep_stdout() -> TextIO:
-    """Standard output for our answers alone; what converters and runtimes print goes to standard error."""
+    """Reserve standard output for answers; what converters and runtimes print goes to standard error."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     return answers
@@ -428,15 +431,16 @@ def _answer(answers: TextIO, value: Any) -> None:
 
 
 def _end_with_parent() -> Iterator[bytes]:
-    """End this process and its children when the one that started it is gone: standard input closes, or it is orphaned.
+    """End this process and its children when its parent is gone: standard input closes, or it is orphaned.
 
-    Another child of that one may keep our standard input open. Temporary files go too, which that one would have
-    removed; an export that is not complete stays, to be resumed. Returns the lines that come until then.
+    Another child of the parent may keep standard input open, so both are watched. Temporary files are removed, which
+    the parent would have done; an incomplete export stays, to be resumed. Returns the lines that arrive until then.
     """
     lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
 
     def listen() -> None:
-        with open(0, "rb", closefd=False) as stream:  # not sys.stdin, whose lock is held when the interpreter ends
+        # not sys.stdin, whose lock would be held when the interpreter exits
+        with open(0, "rb", closefd=False) as stream:
             for line in stream:
                 lines.put(line)
         _end()
@@ -448,9 +452,9 @@ def _end_with_parent() -> Iterator[bytes]:
 
     threading.Thread(target=listen, daemon=True).start()
     parent = int(os.environ.get(PARENT, 0))
-    if parent and hasattr(os, "killpg"):  # Windows starts the Python of an environment through another process
+    if parent and hasattr(os, "killpg"):  # on Windows a venv's Python has another parent
         threading.Thread(target=watch, args=(parent,), daemon=True).start()
-    return iter(lines.get, b"")  # no line is empty: it ends with this process
+    return iter(lines.get, b"")  # never ends by itself, since no line is empty
 
 
 _WATCH_SECONDS = 0.5
@@ -460,14 +464,14 @@ def _end() -> None:
     """Remove temporary files, and end this process and its children."""
     if folder := os.environ.get(TEMPORARY):
         shutil.rmtree(folder, ignore_errors=True)
-    if hasattr(os, "killpg") and os.getpgrp() == os.getpid():  # else the group is that of who started it by hand
+    if hasattr(os, "killpg") and os.getpgrp() == os.getpid():  # else it was started by hand, in somebody else's group
         os.killpg(0, 9)
     os._exit(1)
 
 
 if __name__ == "__main__":
     code = main()
-    # not sys.exit: a runtime that crashes while it is torn down has done its job
+    # not sys.exit: a runtime that crashes at exit has done its job
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -43,7 +43,7 @@ def traced(trace: Path) -> list[str]:
 def main(folder: str, *formats: str) -> None:
     torch.manual_seed(0)
     x = torch.rand(4, 3, 8, 8)
-    # one row a call, which is all that some runtimes take; numbers' ranges are those of four
+    # one row per call, which is all that some runtimes take; numbers' ranges are those of four
     report = polyexport.export(Small(), x[:1], formats, folder, calibration=x[1:].split(1), dynamic=False, bench=False)
     for outcome in report.outcomes:
         print(outcome.format, outcome.state, outcome.reason)

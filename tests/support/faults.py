@@ -394,7 +394,7 @@ FAULTS = {
             "weights are NaN",
             "set before the first step",
             "unverified",
-            "PyTorch itself answers nothing but NaN",
+            "PyTorch itself returns only NaN",
             good="unverified",
             model=Diverges,
         ),

@@ -75,7 +75,7 @@ def outcomes() -> tuple[Outcome, ...]:
         outcome(
             "executorch",
             "degraded",
-            "static shapes only, since with dynamic axes: XNNPACK has no such pool",
+            "static shapes only; with dynamic axes: XNNPACK has no such pool",
             megabytes=102.2,
             error=3.3e-5,
             ms=14.9,

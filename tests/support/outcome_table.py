@@ -35,34 +35,80 @@ def record(path: Path, model: str, cells: dict[str, Cell]) -> None:
 
 def page(title: str, about: str, cells: Cells, models: Sequence[str], formats: Sequence[str]) -> str:
     """Markdown: a row a model, a column a format, and below it what was not verified, and why."""
-    found = [(model, name, cells[model][name]) for model in models for name in formats if name in cells.get(model, {})]
     rows = [[model, *(_state(cells, model, name) for name in formats)] for model in models]
-    totals = ["**verified**", *(share(each for _, name, each in found if name == column) for column in formats)]
+    totals = ["**verified**", *(share(_cells(cells, models, [name])) for name in formats)]
+    return _page(title, about, cells, models, formats, ["model", *formats], [*rows, totals])
+
+
+MARKS = {"verified": "✓", "degraded": "◐", "unverified": "○", "mismatch": "≠", "failed": "✗"}
+"""What stands for a state where there are many columns."""
+
+
+def page_by_format(title: str, about: str, cells: Cells, models: Sequence[str], formats: Sequence[str]) -> str:
+    """Markdown: a row a format, a column a model with a mark for each state, and below it the same as in `page`."""
+    legend = ", ".join(f"{mark} `{state}`" for state, mark in MARKS.items())
+    rows = [
+        [f"`{name}`", *(MARKS.get(_state(cells, model, name), "–") for model in models), _verified(cells, models, name)]
+        for name in formats
+    ]
+    return _page(title, f"{about} {legend}.", cells, models, formats, ["format", *models, "verified"], rows)
+
+
+def _page(
+    title: str,
+    about: str,
+    cells: Cells,
+    models: Sequence[str],
+    formats: Sequence[str],
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+) -> str:
+    found = _cells(cells, models, formats)
     lines = [
         f"# {title}",
         "",
         about,
         "",
-        f"{len(found)} of {len(models) * len(formats)} cells were run; {share(each for *_, each in found)} of them "
-        "are `verified`; `–` was not run.",
+        f"{len(found)} of {len(models) * len(formats)} cells were run; {share(found)} of them are `verified`; `–` was "
+        "not run.",
         "",
-        _row(["model", *formats]),
-        _row(["---"] * (len(formats) + 1)),
-        *map(_row, [*rows, totals]),
+        _row(header),
+        _row(["---"] * len(header)),
+        *map(_row, rows),
         "",
         "## What was not verified",
         "",
-        *(_others(found) or ["Nothing of what was run."]),
+        *(_others(cells, models, formats) or ["Nothing of what was run."]),
     ]
     return "\n".join(lines) + "\n"
 
 
-def _others(found: Iterable[tuple[str, str, Cell]]) -> list[str]:
+def _cells(cells: Cells, models: Sequence[str], formats: Sequence[str]) -> list[Cell]:
+    """What was run of these."""
+    return [cells[model][name] for model in models for name in formats if _was_run(cells, model, name)]
+
+
+def _was_run(cells: Cells, model: str, name: str) -> bool:
+    return _state(cells, model, name) not in ("–", "skipped")
+
+
+def _others(cells: Cells, models: Sequence[str], formats: Sequence[str]) -> list[str]:
+    """A line a reason, with all models that it holds for."""
+    found: dict[tuple[str, str, str], list[str]] = {}
+    for model in models:
+        for name in formats:
+            if (state := _state(cells, model, name)) not in ("verified", "–"):
+                found.setdefault((name, state, _line(cells[model][name]["reason"])), []).append(model)
+    everywhere = [*models]
     return [
-        f"* {model}, {name}: {each['state']}: {_line(each['reason'])}"
-        for model, name, each in found
-        if each["state"] != "verified"
+        f"* {name}, {'all models' if which == everywhere else ', '.join(which)}: {state}: {reason}"
+        for (name, state, reason), which in found.items()
     ]
+
+
+def _verified(cells: Cells, models: Sequence[str], name: str) -> str:
+    found = _cells(cells, models, [name])
+    return f"{sum(each['state'] == 'verified' for each in found)}/{len(found)}" if found else "–"
 
 
 def share(cells: Iterable[Cell]) -> str:

@@ -29,6 +29,11 @@ NAMES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
             "transformers.modeling_utils:PreTrainedModel._can_record_outputs",
             "torch.utils._pytree:tree_leaves",
         ),
+        "capture/part_names.py": (
+            "torch.nn:Module._modules",
+            "torch.nn:Module._parameters",
+            "torch.nn:Module._buffers",
+        ),
         "capture/unwrap.py": (
             "torch.nn:Module._modules",
             "torch.nn:Module._parameters",
@@ -96,6 +101,7 @@ NAMES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
             "torch.nn.modules.rnn:RNNBase.check_forward_args",
             "torch.nn.modules.rnn:LSTM.check_forward_args",
         ),
+        "tracing/reads.py": ("torch:_assert",),
         "lightning_export/best.py": ("lightning.pytorch.callbacks:ModelCheckpoint._last_global_step_saved",),
         "lightning_export/callback.py": ("lightning.pytorch.callbacks:Callback._generate_state_key",),
         "lightning_export/trainer.py": (

@@ -6,11 +6,11 @@ The one of TensorFlow.js has its parts only. `@tensorflow/tfjs`, which applicati
 from __future__ import annotations
 
 import contextlib
-import functools
 import http.server
 import json
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from polyexport.workers import toolchain
@@ -34,14 +34,14 @@ def node_modules(root: Path) -> None:
     (union / "dist/tf.min.js").write_text(whole, "utf-8")
 
 
-def onnx_packages(root: Path) -> None:
-    """Give a folder the packages of the toolchain of ONNX Runtime Web."""
-    chain = toolchain.find("onnx_web")
+def packages_of(name: str, root: Path) -> None:
+    """Give a folder the packages of a toolchain as they are."""
+    chain = toolchain.find(name)
     chain.interpreter()
     (root / "node_modules").symlink_to(chain.folder / "node_modules")
 
 
-PACKAGES = {"tfjs": node_modules, "onnx_web": onnx_packages}
+PACKAGES = {"tfjs": node_modules, **{name: partial(packages_of, name) for name in ("litert_web", "onnx_web")}}
 """What gives a folder the packages of a toolchain."""
 
 
@@ -49,7 +49,7 @@ PACKAGES = {"tfjs": node_modules, "onnx_web": onnx_packages}
 def served(root: Path, packages: Callable[[Path], None] = node_modules) -> Iterator[str]:
     """The address of `root`, which gets packages of a toolchain as `/node_modules`."""
     packages(root)
-    handler = functools.partial(_Quiet, directory=str(root))
+    handler = partial(_Quiet, directory=str(root))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"

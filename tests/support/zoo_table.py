@@ -1,7 +1,10 @@
-"""Exports one model of each architecture family and writes what came out as a page: `make test-zoo`.
+"""Exports many models to many formats and writes what came out as a page: `make test-zoo` and `make test-matrix`.
 
-Results are kept in the user's cache folder as one JSON line a model, so that a run which was stopped goes on where it
-was. It ends with 1 where too few cells are verified.
+    python zoo_table.py families|models [--formats F,…] [--models PART] [--again] [--page FILE]
+
+`families` is one model of each architecture family of the libraries that have most of them, in the formats that devices
+have most; `models` are those of zoo.py, in every format. Results are kept in the user's cache folder as one JSON line a
+model, so that a run which was stopped goes on where it was. It ends with 1 where too few cells are verified.
 """
 
 from __future__ import annotations
@@ -11,23 +14,93 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from platformdirs import user_cache_path
 
 import environments
-from outcome_table import Cell, Cells, cell, page, record, recorded
+import zoo
+from outcome_table import Cell, Cells, cell, page, page_by_format, record, recorded
+from polyexport import FORMATS
 
 if TYPE_CHECKING:
     from polyexport.engine.engine import Engine
 
-FORMATS = ("onnx", "openvino", "coreml", "saved_model", "tflite", "paddle")
-SHARE = 0.97
-"""The share of the asked cells that has to be verified."""
+Build = Callable[[str], tuple[Any, Any]]
+"""A model's name to the model and its inputs."""
 
-PACKAGES = ("torch", "transformers", "timm", "torchvision")
-RECORD = user_cache_path("polyexport") / "zoo.jsonl"
+
+@dataclass(frozen=True)
+class Table:
+    """Which models are exported to which formats, and what is asked of that.
+
+    Attributes:
+        share: Of the cells in the formats `asked` that has to be verified; built will do where no device is here.
+        build: Where the models come from; imported in the interpreter that has their libraries.
+    """
+
+    title: str
+    about: str
+    models: Callable[[], Sequence[str]]
+    build: Callable[[], Build]
+    formats: tuple[str, ...]
+    asked: tuple[str, ...]
+    share: float
+    page: Callable[[str, str, Cells, Sequence[str], Sequence[str]], str]
+    packages: tuple[str, ...]
+    is_layered: bool = False
+
+    @property
+    def record(self) -> Path:
+        return user_cache_path("polyexport") / f"{self.title.split()[0].lower()}.jsonl"
+
+
+def _families() -> Sequence[str]:
+    from architectures import FAMILIES
+
+    return list(FAMILIES)
+
+
+def _family() -> Build:
+    from architectures import build
+
+    return build
+
+
+COMMON = ("onnx", "openvino", "coreml", "saved_model", "tflite", "paddle")
+BUILT = {"tensorrt-rtx": ("verified", "unverified")}
+"""The states that count where no device of a format is here; else `verified` alone."""
+
+TABLES = {
+    "families": Table(
+        "Architectures",
+        "Written by `make test-zoo`: one small model of each architecture family, with random weights and a dynamic "
+        "batch, with {versions}.",
+        _families,
+        _family,
+        COMMON,
+        COMMON,
+        0.97,
+        page,
+        ("torch", "transformers", "timm", "torchvision"),
+        is_layered=True,
+    ),
+    "models": Table(
+        "Every format",
+        "Written by `make test-matrix`: the models of `tests/support/zoo.py`, small, with random weights and a dynamic "
+        "batch, with {versions}.",
+        lambda: [*zoo.GROUND, *zoo.FURTHER],
+        lambda: zoo.build,
+        tuple(FORMATS),
+        ("ncnn", "onnx-web", "aoti", "tensorrt-rtx"),
+        0.9,
+        page_by_format,
+        ("torch", "transformers"),
+    ),
+}
 
 
 def missing(found: dict[str, Cell], formats: tuple[str, ...], again: bool) -> list[str]:
@@ -35,9 +108,8 @@ def missing(found: dict[str, Cell], formats: tuple[str, ...], again: bool) -> li
     return [name for name in formats if name not in found or (again and found[name]["state"] != "verified")]
 
 
-def outcomes(model: str, formats: list[str], folder: Path, engine: Engine) -> dict[str, Cell]:
+def outcomes(build: Build, model: str, formats: list[str], folder: Path, engine: Engine) -> dict[str, Cell]:
     """Export one model; what cannot even be built is `failed` in every format."""
-    from architectures import build
     from polyexport.engine.export import requested
     from polyexport.formats import resolve
 
@@ -46,56 +118,63 @@ def outcomes(model: str, formats: list[str], folder: Path, engine: Engine) -> di
             report = engine.submit(request).result()
     except Exception as error:  # any library's model may raise anything; the page names it
         return dict.fromkeys(formats, cell("failed", f"{type(error).__name__}: {error}", None))
-    return {each.format: cell(each.state, each.reason, each.route) for each in report.outcomes}
+    return {each: cell(report[each].state, report[each].reason, report[each].route) for each in formats}
 
 
-def run(models: list[str], formats: tuple[str, ...], again: bool) -> None:
+def run(table: Table, models: Sequence[str], formats: tuple[str, ...], again: bool) -> None:
     """Export what is missing, model after model by one engine, and record each as it ends."""
     from polyexport.engine.engine import Engine
 
+    build = table.build()
     with Engine() as engine:
         for model in models:
-            asked = missing(recorded(RECORD).get(model, {}), formats, again)
+            asked = missing(recorded(table.record).get(model, {}), formats, again)
             if not asked:
                 continue
             start = time.perf_counter()
             with tempfile.TemporaryDirectory(prefix="zoo-") as folder:
-                cells = outcomes(model, asked, Path(folder, "export"), engine)
-            record(RECORD, model, cells)
+                cells = outcomes(build, model, asked, Path(folder, "export"), engine)
+            record(table.record, model, cells)
             states = " ".join(f"{name}={each['state']}" for name, each in cells.items())
             print(f"{model}: {states} ({time.perf_counter() - start:.0f} s)", flush=True)
 
 
-def enough(cells: Cells, models: list[str], formats: tuple[str, ...]) -> bool:
+def enough(cells: Cells, models: Sequence[str], formats: Sequence[str], share: float) -> bool:
     """Whether the share of verified cells is reached; a cell that was not run is not verified."""
-    states = [cells.get(model, {}).get(name, {}).get("state") for model in models for name in formats]
-    return states.count("verified") >= SHARE * len(states)
+    reached = [
+        cells.get(model, {}).get(name, {}).get("state") in BUILT.get(name, ("verified",))
+        for model in models
+        for name in formats
+    ]
+    return sum(reached) >= share * len(reached)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--formats", default=",".join(FORMATS), help="what to make, by commas")
+    parser.add_argument("table", choices=TABLES)
+    parser.add_argument("--formats", default="", help="what to make, by commas; all of the table by default")
     parser.add_argument("--models", default="", help="only models whose name contains this")
     parser.add_argument("--again", action="store_true", help="repeat what was not verified")
     parser.add_argument("--page", type=Path, help="the page to write")
     asked = parser.parse_args()
-    python = environments.interpreter("zoo", "timm==1.0.31", environments.TORCHVISION)
-    if Path(sys.executable) != python:  # all of it runs there: workers start with the interpreter that we have
-        os.execv(python, [str(python), *sys.argv])
-    from architectures import FAMILIES
+    table = TABLES[asked.table]
+    if table.is_layered:
+        python = environments.interpreter("zoo", "timm==1.0.31", environments.TORCHVISION)
+        if Path(sys.executable) != python:  # all of it runs there: workers start with the interpreter that we have
+            os.execv(python, [str(python), *sys.argv])
     from polyexport.versions import versions
 
-    models, formats = [name for name in FAMILIES if asked.models in name], tuple(asked.formats.split(","))
-    run(models, formats, asked.again)
+    formats = tuple(asked.formats.split(",")) if asked.formats else table.formats
+    models = [name for name in table.models() if asked.models in name]
+    run(table, models, formats, asked.again)
+    cells = recorded(table.record)
     if asked.page:
-        made = ", ".join(f"{name} {version}" for name, version in versions(PACKAGES).items())
-        about = (
-            "Written by `make test-zoo`: one small model of each architecture family, with random weights and a "
-            f"dynamic batch, with {made}."
-        )
+        made = ", ".join(f"{name} {version}" for name, version in versions(table.packages).items())
         asked.page.parent.mkdir(parents=True, exist_ok=True)
-        asked.page.write_text(page("Architectures", about, recorded(RECORD), list(FAMILIES), FORMATS), encoding="utf-8")
-    return 0 if enough(recorded(RECORD), models, formats) else 1
+        text = table.page(table.title, table.about.format(versions=made), cells, table.models(), table.formats)
+        asked.page.write_text(text, encoding="utf-8")
+    wanted = [name for name in table.asked if name in formats]
+    return 0 if enough(cells, models, wanted, table.share) else 1
 
 
 if __name__ == "__main__":

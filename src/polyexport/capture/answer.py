@@ -1,7 +1,7 @@
-"""What the module answered where it was trained, to be compared with what a worker rebuilds.
+"""The module's outputs in training, to be compared with those of the module that a worker rebuilds.
 
-A worker has the checkpoint and what could be pickled. An attribute that training changed since, a global of an imported
-module that the script set, a function that was replaced: none of them needs to be among that.
+A worker has the checkpoint and what could be pickled. That may lack an attribute that training changed later, a global
+of an imported module that the script set, or a function that was replaced.
 """
 
 from __future__ import annotations
@@ -27,21 +27,22 @@ if TYPE_CHECKING:
 Call = tuple[Sequence[Any], Mapping[str, Any]]
 
 ANSWER = "answer.pkl"
-"""In a module's folder: the `Answer`."""
+"""File of the `Answer` in a module's folder."""
 
 _PROBED = 32
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One call of forward in the process that trains, all tensors on the CPU.
+    """One call of forward in the training process, with all tensors on the CPU.
 
     Attributes:
         call: The arguments, as forward left them.
         outputs: The tensors that it returned, in order.
-        weights: One number of each of some parameters, by name, which tells whether a checkpoint has the same ones.
+        weights: One number of each of some parameters, by name, which tells whether a checkpoint has the same ones; of
+            buffers where there are no parameters, and none where there are neither.
         exact: Whether it was computed in float32 on a CPU, so that the same computation differs by rounding alone.
-        observed: Whether observers of fake quantization moved its scales in that call, as they do in eval mode too.
+        observed: Whether observers of fake quantization changed its scales in that call, as they do even in eval mode.
     """
 
     call: Call
@@ -52,7 +53,7 @@ class Answer:
 
 
 def answer(root: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], returned: Any) -> Answer:
-    """Take copies of a call and what it returned; `root` is the module whose checkpoint will be exported.
+    """Copy a call and what it returned; `root` is the module whose checkpoint will be exported.
 
     Raises:
         Exception: something in the call cannot be copied, or forward returned no tensor.
@@ -70,10 +71,17 @@ def answer(root: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], retu
     return Answer(
         call=call,
         outputs=tuple(map(copied, outputs)),
-        weights=_probe(root.named_parameters()),
+        weights=_probe(_weights(root)),
         exact=kinds <= {("cpu", torch.float32), ("cpu", torch.float64)} and not torch.is_autocast_enabled("cpu"),
         observed=any(map(_observes, root.modules())),
     )
+
+
+def _weights(root: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    import torch
+
+    found = list(root.named_parameters()) or root.state_dict().items()
+    return [(name, tensor) for name, tensor in found if isinstance(tensor, torch.Tensor)]
 
 
 def _observes(module: Any) -> bool:
@@ -81,7 +89,7 @@ def _observes(module: Any) -> bool:
 
 
 def _probe(parameters: Iterable[tuple[str, torch.Tensor]]) -> dict[str, float]:
-    """The number in the middle of some parameters, those that are trained first."""
+    """The middle element of some parameters, preferably trainable ones."""
     import torch
 
     from polyexport.capture.unwrap import clean_name
@@ -95,13 +103,15 @@ def _probe(parameters: Iterable[tuple[str, torch.Tensor]]) -> dict[str, float]:
 
 
 def _middle(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().reshape(-1)[tensor.numel() // 2]
+    """Of a complex one its real part."""
+    middle = tensor.detach().reshape(-1)[tensor.numel() // 2]
+    return middle.real if middle.is_complex() else middle
 
 
 def ask(module: nn.Module, call: Call, folder: Path) -> None:
-    """Call `module` in eval mode where it is, leave it as it was, and write its answer to `folder`.
+    """Call `module` on its device in eval mode, restore its state, and write the outputs to `folder`.
 
-    Nothing is written where that fails: then there is nothing to compare with.
+    If that fails nothing is written, and nothing will be compared.
     """
     import torch
     from torch.utils import _pytree as pytree
@@ -114,18 +124,18 @@ def ask(module: nn.Module, call: Call, folder: Path) -> None:
 
 
 def write(found: Answer | None, folder: Path) -> None:
-    """Put an answer among the files of a module, if it can be pickled."""
+    """Write an answer into a module's folder, if it can be pickled."""
     if found is None:
         return
     try:
         snapshot.dump(found, folder / ANSWER)
-    except Exception:  # whatever the user's values say to pickling: then there is nothing to compare with
+    except Exception:  # the user's values may not be picklable: then there is nothing to compare with
         (folder / ANSWER).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def _left_as_it_is(root: nn.Module) -> Iterator[None]:
-    """Attributes and buffers are afterwards what they are now."""
+    """Restore attributes and buffers when the context exits."""
     attributes = [(each, dict(vars(each)), dict(each._buffers)) for each in root.modules()]
     values = [(buffer, buffer.detach().clone()) for buffer in root.buffers()]
     try:
@@ -141,13 +151,13 @@ def _left_as_it_is(root: nn.Module) -> Iterator[None]:
 
 
 class NotCompared(Exception):
-    """There is an answer, and nothing can be told from it; the message says why."""
+    """There is a recorded answer, but it cannot be compared; the message says why."""
 
 
 def disagreement(folder: Path, model: Any) -> str:
-    """How the flat `model` of `folder` answers otherwise than the training process did; empty where it does not.
+    """How the outputs of the flat `model` of `folder` differ from those recorded in training; empty if they agree.
 
-    It is empty too where no answer was recorded.
+    It is empty too if no answer was recorded.
 
     Raises:
         NotCompared: the checkpoint has other weights than the module had then, or the call cannot be repeated.
@@ -157,17 +167,18 @@ def disagreement(folder: Path, model: Any) -> str:
     recorded: Answer = snapshot.restore(folder / ANSWER)
     if not _same_weights(recorded.weights, snapshot.load_weights(folder / snapshot.WEIGHTS)):
         raise NotCompared(
-            "the checkpoint has other weights than the module had when it answered: an average of them, say, or those "
-            "of another step"
+            "the checkpoint has other weights than the module had when its outputs were recorded, such as an average "
+            "or those of another step"
         )
     if recorded.observed:
         raise NotCompared(
             "the observers of fake quantization moved its scales in that call; after "
-            "module.apply(torch.ao.quantization.disable_observer) it is"
+            "module.apply(torch.ao.quantization.disable_observer) they can be compared"
         )
     try:
         found = _asked_again(model, recorded.call)
-    except Exception as error:  # forward is the user's: a trace has one batch size, one without eval mode other inputs
+    # forward may refuse: a trace has one batch size, and forward in training mode may take other inputs
+    except Exception as error:
         raise NotCompared(f"that call cannot be repeated here ({line(error, 200)})") from error
     if found is None:
         raise NotCompared("forward changes its own inputs")
@@ -178,12 +189,12 @@ def disagreement(folder: Path, model: Any) -> str:
 
 
 def _asked_again(model: Any, call: Call) -> Arrays | None:
-    """What the module of a flat `model` answers to a call; None where it changes its own inputs."""
+    """The outputs of a flat `model`'s module for a call; None if it changes its own inputs."""
     import torch
     from torch.utils import _pytree as pytree
 
     asked: Any = model
-    if isinstance(model, torch.fx.GraphModule):  # a trace, of which only the flat form is left
+    if isinstance(model, torch.fx.GraphModule):  # a trace, which exists only in flat form
         leaves = pytree.tree_leaves(opened(call))
         tensors = tuple(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
     else:
@@ -198,7 +209,7 @@ def _asked_again(model: Any, call: Call) -> Arrays | None:
 
 
 def _apart(name: str, array: np.ndarray, there: torch.Tensor, exact: bool) -> str:
-    """How an output differs from what was answered there by more than rounding."""
+    """How an output differs from the recorded one by more than rounding; empty if it does not."""
     expected = there.float().numpy() if there.is_floating_point() else there.numpy()
     if array.shape != expected.shape:
         return f"{name} has shape {list(array.shape)} in place of {list(expected.shape)}"
@@ -208,7 +219,7 @@ def _apart(name: str, array: np.ndarray, there: torch.Tensor, exact: bool) -> st
 
 
 def _distance(array: np.ndarray, expected: np.ndarray) -> float:
-    """Norm of the difference over the norm of what was expected, of finite elements."""
+    """Norm of the difference relative to the norm of `expected`, over finite elements."""
     kind = np.complex128 if np.iscomplexobj(expected) else np.float64
     found, right = array.astype(kind), expected.astype(kind)
     finite = np.isfinite(found) & np.isfinite(right)
@@ -218,4 +229,6 @@ def _distance(array: np.ndarray, expected: np.ndarray) -> float:
 
 def _same_weights(probed: Mapping[str, float], state: Mapping[str, torch.Tensor]) -> bool:
     there = {name: float(_middle(state[name])) for name in probed if name in state}
-    return bool(there) and all(np.isclose(value, probed[name], rtol=1e-6, atol=0) for name, value in there.items())
+    if probed and not there:
+        return False
+    return all(np.isclose(value, probed[name], rtol=1e-6, atol=0) for name, value in there.items())

@@ -1,4 +1,4 @@
-"""Attributes of a module that the user names by a dotted path, such as `model.backbone`."""
+"""Attributes of a module by a dotted path from the user, such as `model.backbone`."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from polyexport.errors import BadRequest
 
 
 def attribute(root: Any, path: str, argument: str) -> Any:
-    """Follow a dotted `path` from `root`; `argument` is the one that the user gave it as.
+    """Follow a dotted `path` from `root`; `argument` is the name of the user's argument, for errors.
 
     Raises:
-        BadRequest: there is no such attribute; the message has the parts that there are.
+        BadRequest: there is no such attribute; the message lists those that exist.
     """
     found = root
     for part in path.split("."):

@@ -1,4 +1,4 @@
-"""What training changes of a module beside its weights: plain attributes, and buffers that no checkpoint has."""
+"""What training changes in a module besides its weights: plain attributes and non-persistent buffers."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 
 
 def beside_weights(root: nn.Module, ignored: Collection[str] = ()) -> int:
-    """A number that changes with the plain attributes and the buffers that no checkpoint has, cheap to ask.
+    """A hash of the plain attributes and the non-persistent buffers, which is cheap to compute.
 
-    `ignored` names attributes that a trainer keeps on the module, some of them another thing in each hook.
+    `ignored` names attributes that a trainer sets on the module and may change at any time.
     """
     found: list[Any] = []
     for each in root.modules():
@@ -31,17 +31,17 @@ def beside_weights(root: nn.Module, ignored: Collection[str] = ()) -> int:
 
 
 def retake(root: nn.Module, select: Select, folder: Path, attributes: Mapping[str, Any] = MappingProxyType({})) -> None:
-    """Take the structure of `folder` anew, where it was pickled: training may have changed attributes and buffers.
+    """Pickle the structure of `folder` again, if it was pickled: training may have changed attributes and buffers.
 
-    Where that fails the one that was there stays.
+    If that fails, the previous one stays.
     """
     structure, before = folder / STRUCTURE, folder / f"{STRUCTURE}.before"
     if not structure.exists():
         return
-    structure.rename(before)  # links to what other exports have too
+    structure.rename(before)  # the files are hard links that other exports share
     (folder / OFFERED).unlink(missing_ok=True)
     try:
         save_structure(root, select, folder, attributes)
         before.unlink()
-    except Exception:  # code of the user's: what it says to pickling is not our trouble here
+    except Exception:  # the user's objects may not be picklable anymore
         before.replace(structure)

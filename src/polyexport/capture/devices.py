@@ -1,8 +1,8 @@
-"""Devices: what trained on an accelerator is rebuilt on the CPU, wherever it names its device.
+"""A module that trained on an accelerator is rebuilt on the CPU, even if its code names a device.
 
 Requirements:
-* Devices in a structure become the CPU while it is pickled: attributes, generators, streams.
-* Devices that forward itself names, as in `x.cuda()` or `torch.zeros(3, device="cuda")`, are answered by the CPU.
+* Devices in attributes, generators and streams become the CPU when a module is pickled.
+* Devices in forward, as in `x.cuda()` or `torch.zeros(3, device="cuda")`, are replaced by the CPU.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import Any
 
 _ACCELERATOR = re.compile(r"(cuda|xpu|mps|hpu|npu|xla|mtia|ipu)(:\d+)?")
 _MOVES = frozenset({"cuda", "xpu", "mps", "hpu", "npu", "ipu"})
-"""Methods of a tensor that are named as the device that they move it to."""
+"""Methods of a tensor that are named after the device that they move it to."""
 
 
 def reduced(item: Any) -> Any:
-    """How to pickle what belongs to a device, as `__reduce__` says it; NotImplemented for all else."""
+    """How to pickle an object of a device, as `__reduce__` returns it; NotImplemented for all others."""
     import torch
 
     if isinstance(item, torch.device):
@@ -28,7 +28,7 @@ def reduced(item: Any) -> Any:
 
 
 def reset_default() -> None:
-    """Make tensors on the CPU again, though a module that was imported meanwhile asked for another default."""
+    """Reset the default device to the CPU, since an imported module may have set another one."""
     import torch
 
     if torch.get_default_device().type != "cpu":
@@ -36,9 +36,9 @@ def reset_default() -> None:
 
 
 class OnTheCpu:
-    """A context in which PyTorch's functions take each accelerator for the CPU.
+    """A context in which PyTorch's functions use the CPU in place of any accelerator.
 
-    It looks at every call of a function, so it does nothing any more once it was left without having been needed.
+    It checks every function call, so it disables itself after the first use in which it was not needed.
     """
 
     def __init__(self) -> None:

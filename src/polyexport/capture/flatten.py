@@ -1,7 +1,7 @@
 """A module as a flat function: named tensors in, named tensors out.
 
-Every converter sees this form, because the tracers of TorchScript and Core ML choke on dicts. The names come from
-forward's own arguments and from the keys of what it returns.
+Every converter gets this form, because the tracers of TorchScript and Core ML do not support dicts. The names are those
+of forward's arguments and of the keys in what it returns.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
     from torch import nn
 
 _NO_AUTOGRAD = ("does not require grad", "saved for backward", "requires_grad=True on inference tensor")
-"""What PyTorch says where something is to be differentiated and autograd is off."""
+"""Parts of PyTorch's errors for differentiation with autograd off."""
 _DIFFERENTIATES = (
-    "forward differentiates (torch.autograd.grad or backward), and no deployment format has autograd: write the "
-    "derivative out in forward, or export the part that is differentiated with module=<that part>"
+    "forward differentiates (torch.autograd.grad or backward), and no deployment format supports that: write the "
+    "derivative explicitly in forward, or export the differentiated part with module=<that part>"
 )
 
 _CONSTANTS = (bool, int, float, complex, str, bytes, type(None))
@@ -38,19 +38,18 @@ _CONSTANTS = (bool, int, float, complex, str, bytes, type(None))
 def flat(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Wrap `module` as a function of the tensors in `args` and `kwargs`, by name, that returns its output tensors.
 
-    What is no tensor in the call is a constant, and kept as it is. The wrapper is in eval mode and has `input_names`,
-    the `example` that the call holds, and `output_names`, which are known once it ran. Its owner may set the names of
-    the outputs that are `kept`, and a context that it runs `within`. One output comes back as a tensor, several as a
-    tuple. What numpy has no dtype for, as bfloat16, comes back as float32, and the output's name is among the
-    `widened`.
+    Values in the call that are not tensors become constants. The wrapper is in eval mode. It has `input_names`, the
+    `example` inputs of the call, and `output_names`, which are set when it runs. Callers may set `kept`, the names of
+    the outputs to return, and `within`, a context to run in. One output is returned as a tensor, several as a tuple.
+    Outputs of dtypes that numpy lacks, such as bfloat16, are returned as float32, and their names are in `widened`.
 
     Raises:
-        BadRequest: there is no tensor in the call, or it lies in an object that cannot be opened.
+        BadRequest: there is no tensor in the call, or one is in an object that cannot be flattened.
     """
     import torch
     from torch.utils import _pytree as pytree
 
-    leaves, tree, inputs = taken_apart(module.forward, args, kwargs)
+    leaves, tree, inputs = flattened_call(module.forward, args, kwargs)
 
     class Flat(torch.nn.Module):
         def __init__(self) -> None:
@@ -85,7 +84,7 @@ def flat(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> A
             outputs = {name: t.float() if name in self.widened else t for name, t in outputs.items()}
             return tuple(outputs.values()) if len(outputs) > 1 else next(iter(outputs.values()))
 
-    # tracers read argument names from the signature, and write them into the artifact
+    # tracers take argument names from the signature
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     parameters = [inspect.Parameter(name, kind) for name in _argument_identifiers(("self", *inputs))]
     Flat.forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # any function has one
@@ -93,7 +92,7 @@ def flat(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> A
 
 
 def as_call(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Read what a user gives as inputs: a dict is keyword arguments, a tuple or list positional ones, else one."""
+    """The user's inputs as a call: a dict is keyword arguments, a tuple or list positional ones, else one argument."""
     if isinstance(inputs, Mapping):
         return (), dict(inputs)
     return (tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)), {}
@@ -107,7 +106,7 @@ def _is_narrow(tensor: torch.Tensor) -> bool:
 
 
 def constants(forward: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """What is no tensor in a call of `forward`, by name."""
+    """The values in a call of `forward` that are not tensors, by name."""
     import torch
 
     leaves, _, names = _named_leaves(forward, args, kwargs)
@@ -129,7 +128,7 @@ def with_constants(
 def _named_leaves(
     forward: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> tuple[list[Any], Any, list[str]]:
-    """The leaves of a call, the tree that they are of, and a name for each, which only tensors have for themselves."""
+    """The leaves of a call, their tree, and a name for each; only tensors' names are unique."""
     import torch
     from torch.utils import _pytree as pytree
 
@@ -144,13 +143,13 @@ def _named_leaves(
     return [leaf for _, leaf in paths], tree, names
 
 
-def taken_apart(
+def flattened_call(
     forward: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> tuple[list[Any], Any, dict[str, int]]:
-    """The leaves of a call of `forward`, the tree that they are of, and which leaf each tensor is, by name.
+    """The leaves of a call of `forward`, their tree, and the index of each tensor among the leaves, by name.
 
     Raises:
-        BadRequest: there is no tensor in the call, or it lies in an object that cannot be opened.
+        BadRequest: there is no tensor in the call, or one is in an object that cannot be flattened.
     """
     import torch
 
@@ -158,21 +157,28 @@ def taken_apart(
     inputs: dict[str, int] = {}
     for index, (name, leaf) in enumerate(zip(names, leaves, strict=True)):
         if isinstance(leaf, torch.Tensor):
+            if leaf.layout is not torch.strided or leaf.is_nested:
+                kind = "nested" if leaf.is_nested else "sparse"
+                raise BadRequest(
+                    f"forward's argument {name} is a {kind} tensor, which no converter can take; give "
+                    f"inputs=<a function of the batch> that returns dense ones, and "
+                    f"module=<a wrapper whose forward makes the {kind} one from them>"
+                )
             inputs[name] = index
         elif _holds_tensors(leaf):
             kind = type(leaf).__name__
             raise BadRequest(
-                f"forward's argument {name} is a {kind} that holds tensors, which no converter can take; give "
+                f"forward's argument {name} is a {kind} with tensors in it, which no converter supports; give "
                 "inputs=<a function of the batch> that returns tensors (or tuples and dicts of them), and "
                 f"module=<a wrapper whose forward builds the {kind} from them>"
             )
     if not inputs:
-        raise BadRequest("forward received no tensor; give inputs=<a function of the batch> that returns some")
+        raise BadRequest("forward received no tensor; give inputs=<a function of the batch> that returns tensors")
     return leaves, tree, inputs
 
 
 def _holds_tensors(leaf: Any, depth: int = 4) -> bool:
-    """Whether an object has tensors among its attributes, or theirs."""
+    """Whether an object has tensors among its attributes, or in those."""
     import torch
 
     if isinstance(leaf, torch.Tensor):
@@ -187,13 +193,13 @@ def _holds_tensors(leaf: Any, depth: int = 4) -> bool:
 
 
 def named_tensors(value: Any, taken: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The tensors in what forward returned, by name, and the names of the parts that hold none.
+    """The tensors in what forward returned, by name, and the names of leaves that are not tensors.
 
-    A dict or dataclass gives its keys, a tuple `output_0`, `output_1` …; levels are joined by `_`. A name that an input
-    has already (`taken`) gets `_output` behind it, since a graph's names are unique.
+    Names are the keys of a dict or dataclass, and `output_0`, `output_1` … for a tuple; nested ones are joined by `_`.
+    A name that an input has already (`taken`) gets the suffix `_output`, since names in a graph are unique.
 
     Raises:
-        BadRequest: there is no tensor at all.
+        BadRequest: there is no tensor.
     """
     outputs: dict[str, Any] = {}
     dropped: list[str] = []
@@ -204,7 +210,10 @@ def named_tensors(value: Any, taken: Mapping[str, Any]) -> tuple[dict[str, Any],
             clean = _identifier(name)
             outputs[_unique(f"{clean}_output" if clean in taken else clean, outputs)] = leaf
     if not outputs:
-        raise BadRequest(f"forward returned a {type(value).__name__} without a tensor in it")
+        raise BadRequest(
+            f"forward returned a {type(value).__name__} without a tensor in it; return tensors, or dicts, tuples or "
+            "dataclasses of them, or give module=<a wrapper that does>"
+        )
     return outputs, tuple(dropped)
 
 
@@ -241,7 +250,7 @@ def _argument_names(forward: Callable[..., Any], count: int) -> list[str]:
 
 
 def _argument_identifiers(names: Sequence[str]) -> list[str]:
-    """The names as arguments of the code that tracers write: none is a keyword, a builtin or a name that it uses."""
+    """The names as identifiers for generated code: none is a keyword, a builtin or a name used there."""
     import torch
 
     graph = torch.fx.Graph()
@@ -282,7 +291,7 @@ def to_arrays(names: Sequence[str], tensors: Any) -> Arrays:
 
 
 def as_runner(module: Any, spec: ExportSpec | None = None) -> Runner:
-    """A flat module as a function of named arrays; without `spec` by its own names, which it knows once it ran."""
+    """A flat module as a function of named arrays; without `spec` it uses the module's own names."""
     import torch
 
     def run(inputs: Arrays) -> Arrays:

@@ -1,4 +1,4 @@
-"""The values that a module's layers compute, by the layers' names, and which layer reads which."""
+"""The outputs of a module's layers by the layers' names, and which layer reads which."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Computed:
-    """What a module computed in one call.
+    """The intermediate results of one call of a module.
 
     Attributes:
-        values: Each layer's, in the order of computation.
-        outputs: Its outputs.
-        reads: The layers that a layer computes with, without those that lie behind these.
-        answers: The layers that an output is computed with, likewise.
+        values: The output of each layer, in the order of computation.
+        outputs: The module's outputs.
+        reads: The layers that each layer reads directly.
+        answers: The layers that each output is computed from directly.
     """
 
     values: Arrays = field(default_factory=dict)
@@ -36,11 +36,11 @@ class Computed:
 
 
 def computed(model: Any, inputs: Arrays) -> Computed:
-    """What the layers of a flat `model` (see `flat`) compute.
+    """The outputs of the layers of a flat `model` (see `flat`).
 
-    A layer is a module, or a function that a module with parts calls between them: `relu behind conv`. What it computes
-    are the float tensors that it returns. One that returns what the layer before it did, as a container or a dropout
-    does, is left out, and so is the module as a whole.
+    A layer is a module, or a function that a module with submodules calls between them: `relu behind conv`. Its outputs
+    are the float tensors that it returns. A layer that returns the previous layer's output, such as a container or a
+    dropout, is left out, and so is the module as a whole.
     """
     record = _Record()
     with record.functions(), _hooks(model, record):
@@ -49,29 +49,29 @@ def computed(model: Any, inputs: Arrays) -> Computed:
 
 
 class _Record:
-    """Writes down layers as they are computed, and what was computed with which."""
+    """Records layers as they are computed, and which layer reads which."""
 
     def __init__(self) -> None:
         from torch.utils.weak import WeakTensorKeyDictionary
 
         self.made = Computed()
-        self.running: list[nn.Module] = []  # the innermost one is the last
-        self._behind: Any = WeakTensorKeyDictionary()  # the layers right behind a tensor
-        self._modules: dict[str, tuple[str, ...]] = {}  # of a layer those modules that it is called after
+        self.running: list[nn.Module] = []  # the innermost one last
+        self._behind: Any = WeakTensorKeyDictionary()  # the layers that a tensor was computed from directly
+        self._modules: dict[str, tuple[str, ...]] = {}  # the modules after which a function layer is named
         self._latest = ""
 
     def behind(self, tensors: Sequence[torch.Tensor]) -> tuple[str, ...]:
-        """The layers that lie right behind tensors."""
+        """The layers that tensors were computed from directly."""
         return tuple(dict.fromkeys(name for tensor in tensors for name in self._behind.get(tensor, ())))
 
     def module(self, name: str, returned: Any) -> None:
-        """Write down what a module returned."""
+        """Record what a module returned."""
         tensors = _tensors(returned)
         for index, tensor in enumerate(tensors):
             self._layer(f"{name}[{index}]" if len(tensors) > 1 else name, tensor, is_module=True)
 
     def functions(self) -> AbstractContextManager[Any]:
-        """A context in which functions of PyTorch are written down, and what they return is known to be of which."""
+        """A context in which PyTorch's functions are recorded, with the layers that their results depend on."""
         from torch.overrides import TorchFunctionMode
 
         class Functions(TorchFunctionMode):
@@ -92,11 +92,11 @@ class _Record:
         if not tensor.is_floating_point() or tensor.numel() < 2:
             return
         made, reads = self.made, self.behind([tensor])
-        array = tensor.detach().float().numpy().copy()  # the next layer may compute in place
+        array = tensor.detach().float().numpy().copy()  # the next layer may change it in place
         if self._is_latest(array):
             if not is_module or self._latest in self._modules[self._latest]:
                 return
-            reads = made.reads.pop(self._latest)  # what a function returned is the module's
+            reads = made.reads.pop(self._latest)  # the module returns the function's result
             del made.values[self._latest]
         after = dict.fromkeys(module for other in reads for module in self._modules[other])
         called = _unique(name if is_module else f"{name} {', '.join(after) or 'the inputs'}", made.values)
@@ -111,7 +111,7 @@ class _Record:
 
 @contextlib.contextmanager
 def _hooks(model: Any, record: _Record) -> Iterator[None]:
-    """Write down what the modules in a flat `model` return, and what it returns itself."""
+    """Record what the modules in a flat `model` return, and what it returns itself."""
 
     def enter(module: nn.Module, _args: Any) -> None:
         record.running.append(module)
@@ -137,7 +137,7 @@ def _hooks(model: Any, record: _Record) -> Iterator[None]:
 
 
 _WHOLE, _INNER = "", "inner"
-"""What a flat model and the module in it are called among its modules."""
+"""Names of a flat model and of the module in it, among its submodules."""
 
 
 def _tensors(tree: Any) -> list[torch.Tensor]:
@@ -148,6 +148,6 @@ def _tensors(tree: Any) -> list[torch.Tensor]:
 
 
 def _unique(name: str, taken: Arrays) -> str:
-    """The name, or where a layer is called again, that with how often it was."""
+    """The name, with a counter if a layer is called again."""
     count = 1 + sum(other == name or other.startswith(f"{name} (call ") for other in taken)
     return name if count == 1 else f"{name} (call {count})"

@@ -1,4 +1,4 @@
-"""Code in another process: what it can import, from where, and what cloudpickle takes along by value instead."""
+"""Code in another process: what it can import, from where, and what cloudpickle has to pickle by value."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import threading
 from collections.abc import Callable, Iterator
 from importlib.machinery import PathFinder
 
-_ALONE = threading.RLock()  # what cloudpickle is told of a module holds for all threads
+_ALONE = threading.RLock()  # registering a module with cloudpickle affects all threads
 
 
 @contextlib.contextmanager
 def by_value() -> Iterator[Callable[[str], None]]:
-    """Give a function that names a module whose classes and functions are taken along, until this is left."""
+    """Yield a function that registers a module by name to be pickled by value, until the context exits."""
     import cloudpickle
 
     with _ALONE, contextlib.ExitStack() as stack:
@@ -30,15 +30,15 @@ def by_value() -> Iterator[Callable[[str], None]]:
 
 
 def importable(name: str) -> bool:
-    """Whether a process with this one's import path finds a module by its name, as far as that can be known.
+    """Whether a process with this one's import path can import a module by its name, as far as that is known.
 
-    It may be here and not be found: one that was loaded by its file's name, as test runners and plugins are; or one
-    that is called like a package, since in the other process the folder of the script comes behind the packages.
+    A module may be loaded here and not be importable there: if it was loaded from a path, as by test runners and
+    plugins, or is named like an installed package, since the other process searches the script's folder after packages.
     """
     if _is_called_like_a_package(name.partition(".")[0]):
         return False
     if name == "__main__" or getattr(sys.modules.get(name), "__file__", None) is None:
-        return True  # cloudpickle takes that along by itself; what is read from no file is a part of an extension
+        return True  # cloudpickle pickles `__main__` by value; a module without a file is part of an extension
     places = None
     for depth in range(1, len(parts := name.split(".")) + 1):
         partial = ".".join(parts[:depth])
@@ -60,15 +60,15 @@ def _is_called_like_a_package(name: str) -> bool:
 
 
 def import_path() -> tuple[str, ...]:
-    """Where this process finds modules, as whole paths; a program may have gone elsewhere since it named a folder."""
+    """This process's import path, as absolute paths, since a worker has another working folder."""
     finders = sys.path_importer_cache
     return tuple(getattr(finders.get(entry), "path", None) or os.path.abspath(entry) for entry in sys.path)
 
 
 def script() -> str:
-    """The file that this process runs, which no other one may import: that would be to run it again.
+    """The file that this process runs, which no other process may import, since that would run it again.
 
-    Empty where there is none, and where the program has imported it itself, so that others may as well.
+    Empty if there is none, or if the program has imported it itself, so that others may too.
     """
     main = sys.modules.get("__main__")
     file = getattr(main, "__file__", None)

@@ -1,4 +1,4 @@
-"""What an artifact does before and behind `forward`: raw inputs in, answers that an application can use out."""
+"""Processing steps before and after `forward` in an artifact, from raw inputs to results for an application."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ if TYPE_CHECKING:
 Call = tuple[Sequence[Any], Mapping[str, Any]]
 
 Step = Callable[..., Any] | str | None
-"""A module, a function of tensors, or the dotted attribute at which the module that is exported has one."""
+"""A module, a function of tensors, or the dotted name of such an attribute of the exported module."""
 
 
 @dataclass(frozen=True, slots=True)
 class Processing:
-    """The steps around `forward`.
+    """The processing steps before and after `forward`.
 
     Attributes:
         preprocess: Takes the artifact's inputs and returns what forward takes: a tensor, a tuple of positional
             arguments, or a dict of keyword arguments.
-        postprocess: Takes what forward returned, and returns what the artifact answers.
+        postprocess: Takes what forward returned, and returns the artifact's outputs.
 
     Raises:
-        BadRequest: a step is none.
+        BadRequest: a step is something else.
     """
 
     preprocess: Step = None
@@ -41,7 +41,7 @@ class Processing:
     def __post_init__(self) -> None:
         for name, step in self.steps.items():
             if isinstance(step, type):
-                raise BadRequest(f"{name}={step.__name__}, a class; give what it makes: {step.__name__}()")
+                raise BadRequest(f"{name}={step.__name__} is a class; give an instance: {step.__name__}()")
             if not (callable(step) or (isinstance(step, str) and step)):
                 raise BadRequest(
                     f"{name}={step!r}; give a module, a function of tensors, or the name of an attribute of the module"
@@ -49,7 +49,7 @@ class Processing:
 
     @property
     def steps(self) -> dict[str, Callable[..., Any] | str]:
-        """Those that there are, by name."""
+        """The steps that are given, by name."""
         both = {"preprocess": self.preprocess, "postprocess": self.postprocess}
         return {name: step for name, step in both.items() if step is not None}
 
@@ -67,7 +67,7 @@ NONE = Processing()
 
 
 def resolved(processing: Processing, root: Any) -> Processing:
-    """The steps, those that are named by an attribute taken from `root`.
+    """The steps, with attribute names resolved on `root`.
 
     Raises:
         BadRequest: there is no such attribute, or it cannot be called.
@@ -85,20 +85,20 @@ def _attribute(name: str, step: Callable[..., Any] | str, root: Any) -> Any:
 
 
 def by_name(processing: Processing, root: nn.Module) -> Processing:
-    """The steps, those that are parts of `root` by their names in it, since training goes on with them."""
+    """The steps, with submodules of `root` replaced by their names, since training changes them."""
     names = {id(part): name for name, part in root.named_modules()}
     return Processing(**{name: _by_name(step, names) for name, step in processing.steps.items()})
 
 
 def _by_name(step: Callable[..., Any] | str, names: Mapping[int, str]) -> Callable[..., Any] | str:
-    if id(getattr(step, "__self__", None)) in names:  # a method of a part
+    if id(getattr(step, "__self__", None)) in names:  # a method of a submodule
         owner, method = names[id(step.__self__)], step.__name__  # type: ignore[union-attr]  # a method has both
         return f"{owner}.{method}" if owner else method
     return names.get(id(step)) or step
 
 
 def joined(core: Any, processing: Processing) -> Any:
-    """The module with the steps around it, which takes what `preprocess` takes; without steps it is `core` itself."""
+    """The module with the steps before and after it; without steps it is `core` itself."""
     import torch
 
     if not processing.steps:
@@ -127,20 +127,20 @@ def joined(core: Any, processing: Processing) -> Any:
 def _signature(function: Any) -> inspect.Signature | None:
     try:
         return inspect.signature(function)
-    except (TypeError, ValueError):  # of one that is compiled nothing is known
+    except (TypeError, ValueError):  # compiled functions may have no signature
         return None
 
 
 def entry(core: Any, processing: Processing) -> Any:
-    """What takes the artifact's inputs: `preprocess`, or the module itself."""
+    """The first callable of the artifact: `preprocess`, or the module itself."""
     return core if processing.preprocess is None else processing.preprocess
 
 
 def preprocessed(processing: Processing, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """What `preprocess` makes of copies of raw inputs on the CPU, in eval mode; the step itself stays as it is.
+    """The result of `preprocess` on copies of raw inputs on the CPU, in eval mode; the step is not changed.
 
     Raises:
-        BadRequest: it does not take them.
+        BadRequest: it fails on them.
     """
     import copy
 
@@ -159,13 +159,11 @@ def preprocessed(processing: Processing, args: Sequence[Any], kwargs: Mapping[st
     except Exception as error:  # the user's own code
         tensors = _tensors((args, kwargs))
         given = ", ".join(f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}" for tensor in tensors)
-        raise BadRequest(
-            f"preprocess does not take the raw inputs that it was given ({given or 'no tensor'}): {line(error, 200)}"
-        ) from None
+        raise BadRequest(f"preprocess fails on the raw inputs ({given or 'no tensor'}): {line(error, 200)}") from None
 
 
 def unlike(made: Call, received: Call) -> str:
-    """How the tensors of one call of forward differ from those of another, but for rounding; empty if they do not."""
+    """How the tensors of two calls of forward differ by more than rounding; empty if they do not."""
     ours, theirs = _tensors(made), _tensors(received)
     shapes = [[tuple(tensor.shape) for tensor in tensors] for tensors in (ours, theirs)]
     if shapes[0] != shapes[1]:
@@ -179,7 +177,7 @@ def unlike(made: Call, received: Call) -> str:
 
 
 _ROUNDING, _NARROW = 1e-3, 2e-2
-"""Up to which share of their norm numbers differ by rounding: those of float32, and those of two bytes."""
+"""Largest relative difference in norm due to rounding: in float32, and in dtypes of two bytes."""
 
 
 def _tensors(call: Call) -> list[torch.Tensor]:

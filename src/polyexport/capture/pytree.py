@@ -1,7 +1,7 @@
-"""Arguments in containers that PyTorch's pytree takes for one leaf: mappings such as `BatchEncoding`, and dataclasses.
+"""Flattens containers that PyTorch's pytree treats as leaves: mappings such as `BatchEncoding`, and dataclasses.
 
-They are opened into boxes, which pytree knows, and closed into objects of their own class before forward sees them.
-Their classes are not registered with pytree, since that would hold for all of the user's process.
+They are converted to boxes, which pytree can flatten, and back to their own class before forward gets them. Their
+classes are not registered with pytree, since that would affect the user's whole process.
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """What lies in a container, by key or by field, and a container like it."""
+    """The content of a container by key or field, and a container to copy the rest from."""
 
     like: Any
     content: Mapping[str, Any]
 
 
 def opened(value: Any) -> Any:
-    """`value` with each such container in it as a `Box`, at any depth."""
+    """`value` with each such container replaced by a `Box`, at any depth."""
     return _pytree().tree_map(_box, value)
 
 
 def closed(value: Any) -> Any:
-    """`value` with each `Box` in it as the container that it was, holding what the box holds now."""
+    """`value` with each `Box` replaced by the original kind of container, with the box's content."""
     return _pytree().tree_map(
         lambda leaf: _unbox(leaf) if isinstance(leaf, Box) else leaf, value, is_leaf=lambda leaf: isinstance(leaf, Box)
     )
 
 
 def tree_map(function: Callable[[Any], Any], value: Any) -> Any:
-    """`value`, opened, with what `function` makes of each leaf."""
+    """`value`, opened, with `function` applied to each leaf."""
     return _pytree().tree_map(function, value)
 
 
@@ -61,7 +61,7 @@ def _unbox(box: Box) -> Any:
         if isinstance(made, MutableMapping):
             made[key] = item
         else:
-            object.__setattr__(made, key, item)  # a frozen one too
+            object.__setattr__(made, key, item)  # also for frozen dataclasses
     return made
 
 

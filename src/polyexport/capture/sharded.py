@@ -1,8 +1,8 @@
-"""Sharded checkpoints: a folder that several ranks wrote, to one file.
+"""Joins sharded checkpoints: from a folder that several ranks wrote to one file.
 
 Requirements:
-* Nothing but a worker reads it: joining needs the memory of the whole model.
-* It is joined by the tools of those who wrote it: PyTorch's for FSDP and tensor parallelism, DeepSpeed's for ZeRO.
+* Only workers read shards, since joining needs memory for the whole model.
+* Each kind is joined by its own tool: PyTorch's for FSDP and tensor parallelism, DeepSpeed's for ZeRO.
 
 https://docs.pytorch.org/docs/stable/distributed.checkpoint.html
 https://deepspeed.readthedocs.io/en/latest/model-checkpointing.html
@@ -19,10 +19,10 @@ from polyexport.errors import BadRequest, ToolMissing
 
 
 def join(shards: Path, target: Path) -> None:
-    """Write the weights in the folder `shards`, and what is known of when it was made, to the file `target`.
+    """Write the weights in the folder `shards`, with epoch and step if known, to the file `target`.
 
     Raises:
-        BadRequest: the folder was written by neither of the tools.
+        BadRequest: the folder was written by neither of them.
         ToolMissing: DeepSpeed wrote it, and is not installed here.
     """
     import torch
@@ -34,20 +34,20 @@ def join(shards: Path, target: Path) -> None:
     else:
         held = ", ".join(sorted(path.name for path in shards.iterdir())[:5])
         raise BadRequest(
-            f"the checkpoint is a folder with {held}; known are those of torch.distributed.checkpoint (FSDP, tensor "
-            "parallelism) and of DeepSpeed; join it yourself and give the file to `polyexport export`"
+            f"the checkpoint is a folder with {held}; supported are those of torch.distributed.checkpoint (FSDP, "
+            "tensor parallelism) and of DeepSpeed; join it yourself and give the file to `polyexport export`"
         )
     torch.save(joined, target)
 
 
 def _by_pytorch(shards: Path, whole: Path) -> dict[str, Any]:
-    """FSDP's layout in Lightning has the weights under `model`, that of ModelParallelStrategy under `state_dict`."""
+    """Join FSDP's layout in Lightning (weights under `model`) or ModelParallelStrategy's (under `state_dict`)."""
     from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
     dcp_to_torch_save(shards, whole)
     found = read_checkpoint(whole)
     joined = {"state_dict": found.get("state_dict", found.get("model", found))}
-    if (shards / "meta.pt").exists():  # what Lightning keeps beside the weights
+    if (shards / "meta.pt").exists():  # what Lightning saves besides the weights
         about = read_checkpoint(shards / "meta.pt")
         joined |= {key: about[key] for key in ("epoch", "global_step") if key in about}
     whole.unlink()
@@ -57,7 +57,7 @@ def _by_pytorch(shards: Path, whole: Path) -> dict[str, Any]:
 def _by_deepspeed(shards: Path) -> dict[str, Any]:
     if importlib.util.find_spec("deepspeed") is None:
         raise ToolMissing(
-            "the checkpoint is a folder of DeepSpeed's, and deepspeed, which joins it, is not installed; "
+            "the checkpoint is sharded by DeepSpeed, and deepspeed, which joins it, is not installed; "
             "install it (`pip install deepspeed`) and run `polyexport export` on the checkpoint"
         )
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint

@@ -1,17 +1,17 @@
-"""The PyTorch side: a module to a folder and back.
+"""Saves a PyTorch module to a folder, and loads it again.
 
 A folder holds what a worker needs to rebuild the module without the process that trained it:
 
-    structure.pkl    the module with its buffers, but of its parameters the shapes only (or a trace, structure.pt2)
-    processing.pkl   what is done before and behind forward, if anything is
-    call.pkl         the arguments that forward received, or the step before it
-    call_001.pkl …   those of further batches, where a format is calibrated
+    structure.pkl    the module with its buffers, but only the shapes of its parameters (or a trace, structure.pt2)
+    processing.pkl   the steps before and after forward, if any
+    call.pkl         the arguments of forward, or of `preprocess`
+    call_001.pkl …   those of further batches
     weights.pt       a state dict, or a Lightning checkpoint with one (or weights.shards, see `sharded`)
 
 Requirements:
-* Taking the structure neither copies a parameter nor touches the module: parameters are named by position while
+* Saving the structure neither copies a parameter nor changes the module: parameters are numbered while
   pickling (`persistent_id`), so tied weights stay tied.
-* What comes back is flat (`polyexport.capture.flatten`), in eval mode, in float32 and on the CPU.
+* The loaded module is flat (`polyexport.capture.flatten`), in eval mode, in float32 and on the CPU.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ import numpy as np
 from polyexport.capture import devices, processing, surroundings, unwrap
 from polyexport.capture.attribute import attribute
 from polyexport.capture.flatten import flat
+from polyexport.capture.part_names import make_writable
 from polyexport.capture.pickling import by_value, importable
 from polyexport.capture.processing import NONE, Processing, joined
 from polyexport.capture.pytree import closed, opened, tree_map
@@ -46,32 +47,35 @@ if TYPE_CHECKING:
     from torch import nn
 
 Select = str | Callable[[Any], Any] | None
-"""What of a module to export: a dotted attribute, a function of it, or None for itself."""
+"""The part of a module to export: a dotted attribute, a function of the module, or None for all of it."""
 
 
 WEIGHTS, SHARDS = "weights.pt", "weights.shards"
-"""The weights in a module's folder: a file, or until a worker has joined them a folder of several files."""
+"""Names in a module's folder of the weights: a file, or until a worker has joined them a folder of shards."""
 
 LACKING = "lacking.pt"
-"""What the checkpoint has no weights for, of the module that trains: a state dict, where there is any."""
+"""File with the training module's weights that the checkpoint lacks: a state dict, if there are any."""
 
 STRUCTURE = "structure.pkl"
 """The module without its weights."""
 
 PROCESSING = "processing.pkl"
-"""The steps around forward, where there are any."""
+"""The steps before and after forward, if any."""
+
+IDLE = "idle.pkl"
+"""What forward reads without effect, which a trace is given as constants, where there is any: site -> values."""
 
 UNAVAILABLE = "unavailable.txt"
-"""Stands in a module's folder in place of what could not be saved, and says why."""
+"""File in a module's folder with the reason why the module could not be saved."""
 
 
 # --- to a folder ------------------------------------------------------------------------------------------------------
 
 
 def dump(value: Any, path: Path, *, whole: bool = False) -> None:
-    """Pickle any object; parameters leave only their shape unless `whole`, other tensors a CPU copy.
+    """Pickle any object; parameters are reduced to their shapes unless `whole`, other tensors are copied to the CPU.
 
-    Code that the other process could not import goes along.
+    Code that another process could not import is pickled by value.
 
     Raises:
         Exception: whatever the object's own pickling raises.
@@ -80,7 +84,7 @@ def dump(value: Any, path: Path, *, whole: bool = False) -> None:
 
     try:
         pickled, parameters, tensors = _pickled(value)
-    except Exception as error:  # objects of the user's, and anything may be said by them
+    except Exception as error:  # the user's objects may raise anything
         raise Unpicklable(line(error, 200), _path_to_unpicklable(value)) from error
     shapes = [(unwrap.shape(p), p.dtype, p.requires_grad) for p in parameters]
     copies = [_on_the_cpu(unwrap.local(tensor).detach()) for tensor in tensors]
@@ -96,7 +100,7 @@ class Unpicklable(Exception):
 
 
 def _pickled(value: Any) -> tuple[bytes, list[torch.nn.Parameter], list[torch.Tensor]]:
-    """The pickle, in which parameters and other tensors are numbered, and both in that order."""
+    """The pickle, in which parameters and other tensors are numbers, and lists of both in that order."""
     import cloudpickle
     import torch
 
@@ -111,7 +115,7 @@ def _pickled(value: Any) -> tuple[bytes, list[torch.nn.Parameter], list[torch.Te
             if id(item) not in seen:
                 kind, shelf = ("parameter", parameters) if isinstance(item, torch.nn.Parameter) else ("tensor", tensors)
                 seen[id(item)] = (kind, len(shelf))
-                shelf.append(item)  # type: ignore[arg-type]  # the two lists differ in their element only
+                shelf.append(item)  # type: ignore[arg-type]  # the two lists differ only in their element type
             return seen[id(item)]
 
         def reducer_override(self, item: Any) -> Any:
@@ -127,7 +131,7 @@ def _pickled(value: Any) -> tuple[bytes, list[torch.nn.Parameter], list[torch.Te
 
 
 def _path_to_unpicklable(value: Any) -> str:
-    """The attributes, keys and indices that lead to the smallest part that cannot be pickled, as in `net.log[0]`."""
+    """The path of attributes, keys and indices to the smallest part that cannot be pickled, as in `net.log[0]`."""
     path, seen = "", {id(value)}
     while True:
         for step, child in unwrap.parts(value):
@@ -149,7 +153,7 @@ def _can_be_pickled(value: Any) -> bool:
 
 
 def _on_the_cpu(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy; of one without values, which only the weights have, zeros."""
+    """A copy on the CPU; zeros for a meta tensor, whose values are in the weights."""
     import torch
 
     if tensor.is_meta:
@@ -158,10 +162,10 @@ def _on_the_cpu(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def restore(path: Path) -> Any:
-    """Read what `dump` wrote; parameters come back with their shapes, and with values where those were written."""
+    """Read what `dump` wrote; parameters have their shapes, and their values if those were written."""
     import torch
 
-    # our own file, and it carries a pickle by design
+    # our own file, which is a pickle by design
     blob = torch.load(path, map_location="cpu", weights_only=False)
     made: dict[int, torch.nn.Parameter] = {}
 
@@ -195,10 +199,10 @@ def save_module(
     sharded: bool = False,
     steps: Processing = NONE,
 ) -> str:
-    """Write the structure into `folder`, and the steps around it; returns a note where it was not done the usual way.
+    """Write the structure and the processing steps into `folder`; returns a note if it was not done the usual way.
 
-    A module that cannot be pickled is traced here and now, which a `sharded` one cannot be; where that fails too, the
-    reason is written in its place.
+    A module that cannot be pickled is traced here, unless it is `sharded`; if that fails too, the reason is written
+    instead.
     """
     try:
         save_structure(root, select, folder, attributes)
@@ -206,7 +210,7 @@ def save_module(
         return ""
     except BadRequest:
         raise
-    except Exception as error:  # what is not told of as Unpicklable is found around the module, in the user's files
+    except Exception as error:  # other errors come from the user's files around the module
         why = f"the module cannot be pickled ({error})"
     for file in (STRUCTURE, PROCESSING):
         (folder / file).unlink(missing_ok=True)
@@ -215,8 +219,8 @@ def save_module(
     else:
         try:
             save_traced(root, select, args, kwargs, folder, steps)
-            return f"{why}, so it was traced where it trained"
-        except Exception as error:  # torch.export raises what it pleases
+            return f"{why}, so it was traced in the training process"
+        except Exception as error:  # torch.export raises many types
             reason = f"{why}, nor traced ({line(error, 200)})"
     (folder / UNAVAILABLE).write_text(reason, encoding="utf-8")
     return reason
@@ -225,20 +229,20 @@ def save_module(
 def save_structure(
     root: nn.Module, select: Select, folder: Path, attributes: Mapping[str, Any] = MappingProxyType({})
 ) -> None:
-    """Write `structure.pkl`: `root` without its weights, and what of it to export.
+    """Write `structure.pkl`: `root` without its weights, and the part of it to export.
 
-    `attributes` are set on it when it is back, in place of what does not survive pickling.
+    `attributes` are set on it when it is loaded, in place of those that cannot be pickled.
     """
     dump({"root": root, "select": select, "attributes": dict(attributes)}, folder / STRUCTURE)
-    with contextlib.suppress(Exception):  # a function that was put into the user's files may hold anything
+    with contextlib.suppress(Exception):  # functions in the user's files may refer to anything
         dump(surroundings.taken(root), folder / surroundings.OFFERED)
 
 
 def save_processing(steps: Processing, root: nn.Module, folder: Path) -> None:
-    """Write the steps around forward with their weights, if there are any.
+    """Write the steps before and after forward with their weights, if there are any.
 
     Raises:
-        BadRequest: one has weights of `root`, which training changes, and is no part of it.
+        BadRequest: one has weights of `root`, which training changes, but is not a part of it.
         Unpicklable: one cannot be pickled.
     """
     if not steps.steps:
@@ -248,20 +252,20 @@ def save_processing(steps: Processing, root: nn.Module, folder: Path) -> None:
     for name, step in own.items():
         if trained & set(map(id, _pickled(step)[1])):
             raise BadRequest(
-                f"{name} has weights of the module that trains, and is no part of it: give the name of one of its "
-                f"attributes, {name}='prepare' say, or a method of it"
+                f"{name} has weights of the module that trains, but is not a part of it: give the name of one of its "
+                f"attributes, such as {name}='prepare', or a method of it"
             )
 
 
 def load_processing(folder: Path, root: Any) -> Processing:
-    """The steps of `folder`; those that are parts of `root` are those of this one."""
+    """The steps of `folder`; steps that are submodules of the exported module are taken from `root`."""
     if not (folder / PROCESSING).exists():
         return NONE
     return processing.resolved(Processing(**restore(folder / PROCESSING)), root)
 
 
 def call_file(folder: Path, index: int = 0) -> Path:
-    """Where the arguments of forward lie, those of batch 0 or of a further one."""
+    """The file with the arguments of forward for batch 0 or a further one."""
     return folder / (f"call_{index:03}.pkl" if index else "call.pkl")
 
 
@@ -271,13 +275,13 @@ def further_calls(folder: Path) -> list[Path]:
 
 
 def module_files(folder: Path) -> list[Path]:
-    """What `load` and `example` read: everything but what came from further batches."""
+    """The files that `load` and `example` read: all but those of further batches."""
     further = {call.stem for call in further_calls(folder)}
     return [path for path in folder.iterdir() if path.is_file() and path.stem not in further]
 
 
 def save_call(args: Sequence[Any], kwargs: Mapping[str, Any], folder: Path, index: int = 0) -> None:
-    """Write the arguments of forward; a constant that cannot be pickled, an open file say, stays behind."""
+    """Write the arguments of forward; a constant that cannot be pickled, such as an open file, is left out."""
     call = (tuple(args), dict(kwargs))
     try:
         dump(call, call_file(folder, index))
@@ -290,10 +294,10 @@ def _or_left_behind(leaf: Any) -> Any:
 
 
 def check_call(module: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """See whether forward takes these arguments, or a function.
+    """Check that forward, or another function, takes these arguments.
 
     Raises:
-        BadRequest: it does not; the message has what it takes.
+        BadRequest: it does not; the message has its parameters.
     """
     forward = getattr(module, "forward", module)
     kind = f"{type(module).__name__}.forward"
@@ -301,20 +305,20 @@ def check_call(module: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> N
     try:
         signature = inspect.signature(forward)
     except (TypeError, ValueError):
-        return  # of a compiled one nothing is known
+        return  # compiled functions may have no signature
     try:
         signature.bind(*args, **kwargs)
     except TypeError as error:
         given = ", ".join([*(f"argument {index}" for index in range(len(args))), *map(repr, kwargs)]) or "nothing"
         takes = ", ".join(map(str, signature.parameters.values())) or "nothing"
-        raise BadRequest(f"{name} takes ({takes}), and was given {given}: {error}") from None
+        raise BadRequest(f"{name} takes ({takes}), but was given {given}: {error}") from None
 
 
 def selected(root: Any, select: Select) -> Any:
     """Follow `select` from `root` to the module to export.
 
     Raises:
-        BadRequest: no such attribute, or what is found there is no module.
+        BadRequest: there is no such attribute, or it is not a module.
     """
     import torch
 
@@ -325,7 +329,7 @@ def selected(root: Any, select: Select) -> Any:
     else:
         found = select(root)
     if not isinstance(found, torch.nn.Module):
-        raise BadRequest(f"module={select!r} leads to a {type(found).__name__}, not to a torch.nn.Module")
+        raise BadRequest(f"module={select!r} is a {type(found).__name__}, not a torch.nn.Module")
     return found
 
 
@@ -335,10 +339,10 @@ def selected(root: Any, select: Select) -> Any:
 def load(folder: Path, outputs: tuple[str, ...] | None = None) -> Any:
     """Rebuild the module of `folder` as a flat one (see `flat`): eval mode, float32, on the CPU.
 
-    `outputs` are the names of those to return, if not all: under a trace a number may be a tensor too.
+    `outputs` are the names of those to return, if not all: in a trace numbers may be tensors too.
 
     Raises:
-        BadRequest: weights that the checkpoint lacks, or a call that is not made of tensors.
+        BadRequest: the checkpoint lacks weights, or the call cannot be flattened.
     """
     import torch
 
@@ -356,7 +360,8 @@ def load(folder: Path, outputs: tuple[str, ...] | None = None) -> Any:
     vars(root).update(blueprint["attributes"])
     _tame_attributes(root)
     for name, parameter in root.named_parameters():
-        if getattr(parameter, "of_any_shape", False) and name in state:  # a scripted part's has its shape
+        # a scripted submodule's parameter already has its shape
+        if getattr(parameter, "of_any_shape", False) and name in state:
             parameter.data = torch.empty_like(state[name])
     missing, _ = root.load_state_dict(state, strict=bool(getattr(root, "strict_loading", True)))
     module = selected(root, blueprint["select"])
@@ -368,8 +373,10 @@ def load(folder: Path, outputs: tuple[str, ...] | None = None) -> Any:
     args, kwargs = restore(call_file(folder))
     wrapped = flat(joined(module, load_processing(folder, root)).float(), args, kwargs)
     wrapped.within, wrapped.kept = devices.OnTheCpu(), outputs
-    vars(wrapped)["core"] = module  # not as a part of it, which it is already
+    wrapped.idle = restore(folder / IDLE) if (folder / IDLE).exists() else {}
+    vars(wrapped)["core"] = module  # not as a submodule, which it is already
     unwrap.settle(wrapped)
+    make_writable(wrapped)
     return wrapped
 
 
@@ -383,10 +390,10 @@ def call_tensors(path: Path) -> tuple[torch.Tensor, ...]:
 
 
 def _tame_attributes(module: nn.Module) -> None:
-    """Leave properties that raise out of `dir()`, and let `__getattr__` raise nothing but an AttributeError.
+    """Hide properties that raise from `dir()`, and let `__getattr__` raise only AttributeError.
 
-    torch.jit reads every attribute that is listed, and asks for many that are not there. `LightningModule.trainer` is
-    one that raises, in a module without a trainer.
+    torch.jit reads every listed attribute, and asks for many that do not exist. `LightningModule.trainer` is one that
+    raises, in a module without a trainer.
     """
     import torch
 
@@ -409,7 +416,7 @@ def _listed(self: Any, kind: Any, broken: frozenset[str]) -> list[str]:
 
 
 def _asked(self: Any, kind: Any, name: str) -> Any:
-    """What the `__getattr__` of `kind` finds; where it fails in its own way, there is no such attribute."""
+    """The attribute that the `__getattr__` of `kind` returns; any error becomes an AttributeError."""
     try:
         return kind.__getattr__(self, name)
     except AttributeError:
@@ -419,7 +426,7 @@ def _asked(self: Any, kind: Any, name: str) -> Any:
 
 
 def _register_with_transformers(module: nn.Module) -> None:
-    """Do what transformers 5 does in `__init__` only, so that an unpickled model knows its `output_hidden_states`."""
+    """Repeat what transformers 5 does only in `__init__`, so that unpickled models support `output_hidden_states`."""
     capturing: Any = sys.modules.get("transformers.utils.output_capturing")
     registry = getattr(capturing, "_CAN_RECORD_REGISTRY", None)
     if registry is not None:
@@ -432,7 +439,7 @@ def _raises(value: Any, name: str) -> bool:
     try:
         getattr(value, name)
     except AttributeError:
-        return False  # what hasattr understands
+        return False  # as hasattr does
     except Exception:  # a property is the user's code, and may raise anything
         return True
     return False
@@ -451,20 +458,20 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
-        print(f"{path.name} holds more than tensors and was written by this run, so it is unpickled: {error}")
+        print(f"{path.name} has more than tensors, but was written by this run, so it is unpickled: {error}")
         found = torch.load(path, map_location="cpu", weights_only=False)
     return dict(found)
 
 
 def example(folder: Path, spec: ExportSpec) -> tuple[torch.Tensor, ...]:
-    """The inputs to trace `spec` with: real rows, at least two along a free axis, which a tracer would take for one."""
+    """The inputs to trace `spec` with: real rows, at least two along a dynamic axis, or a tracer makes it static."""
     import torch
 
     tensors = []
     with np.load(folder / "example.npz") as arrays:
         for tensor in spec.inputs:
             rows = tuple(slice(size if isinstance(size, int) else None) for size in tensor.shape)
-            tensors.append(torch.from_numpy(np.ascontiguousarray(arrays[tensor.name][rows])))
+            tensors.append(torch.from_numpy(np.array(arrays[tensor.name][rows], order="C")))
     return tuple(tensors)
 
 
@@ -479,9 +486,9 @@ def save_traced(
     folder: Path,
     steps: Processing = NONE,
 ) -> None:
-    """Write `structure.pt2`, for a module that cannot be pickled: traced here, with a free batch axis where it allows.
+    """Write `structure.pt2`, for a module that cannot be pickled: traced here, with a dynamic batch axis if possible.
 
-    The weights in it are replaced by those of `weights.pt` at load, by the names they have in `root`.
+    The weights in it are replaced by those of `weights.pt` at load, by their names in `root`.
     """
     import torch
 
@@ -510,11 +517,11 @@ def save_traced(
 
 
 def _trace(wrapped: Any, tensors: tuple[torch.Tensor, ...]) -> Any:
-    """With a free batch axis, or where that does not work, without."""
+    """Trace with a dynamic batch axis, or if that fails without."""
     batch = next((tensor.shape[0] for tensor in tensors if tensor.ndim), 0)
     if batch > 1:
         leading = [(0,) if tensor.ndim and tensor.shape[0] == batch else () for tensor in tensors]
-        with contextlib.suppress(Exception):  # torch.export has no error class of its own
+        with contextlib.suppress(Exception):  # torch.export raises many types
             return export_program(wrapped, tensors, leading)
     return export_program(wrapped, tensors, [()] * len(tensors))
 

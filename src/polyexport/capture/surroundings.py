@@ -1,11 +1,11 @@
-"""What the code of a module reads beside its attributes: globals of the files that it is from, and of its classes.
+"""Globals that a module's code reads: those of the files of its classes, and attributes of its classes.
 
-A script may set them (`net.SCALE = 3`, `Net.forward = mine`), and a worker imports the files as they were written.
+A script may change them (`net.SCALE = 3`, `Net.forward = mine`), but a worker imports the unchanged files.
 
 Requirements:
 * Only plain values and functions of the user's own files are taken; installed packages are the same in a worker.
-* They are offered beside the module and set only where the module does not answer as it did without them (see
-  `polyexport.measure.reference`): a global may rightly be another one in a worker, as what says that there is a GPU.
+* They are saved with the module, but set only if the module's outputs differ from training without them (see
+  `polyexport.measure.reference`): some globals must differ in a worker, such as a flag for a GPU.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 OFFERED, SET = "surroundings.offered.pkl", "surroundings.pkl"
-"""In a module's folder: what `taken` found; under the second name it is set whenever the module is loaded."""
+"""Files in a module's folder with the result of `taken`; the second is set whenever the module is loaded."""
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 
@@ -33,7 +33,7 @@ Surroundings = Mapping[str, Mapping[str, Any]]
 
 
 def taken(root: nn.Module) -> Surroundings:
-    """The plain globals of the files that the classes of `root` are from, and functions that others put there."""
+    """The plain globals of the files of the classes of `root`, and functions that were assigned there."""
     found: dict[str, dict[str, Any]] = {}
     for home in _homes(root):
         found[home.__name__] = _own(vars(home), home.__name__)
@@ -57,7 +57,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def _homes(root: nn.Module) -> Iterable[ModuleType]:
-    """The user's files that the classes of `root` are from, and those that these import."""
+    """The user's files of the classes of `root`, and those that they import."""
     waiting = [kind.__module__ for each in root.modules() for kind in type(each).__mro__]
     found: dict[str, ModuleType] = {}
     while waiting:
@@ -77,7 +77,7 @@ _INSTALLED = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib"
 
 
 def _is_users(home: ModuleType) -> bool:
-    """Whether it was read from a file of the user's that a worker imports too: a script itself is taken along."""
+    """Whether it is a user's file that a worker imports too; the script itself is pickled by value."""
     file = getattr(home, "__file__", None)
     installed = file is None or file.startswith(_INSTALLED) or "-packages" in file
     ours = home.__name__.partition(".")[0] in ("__main__", "polyexport", "lightning_export")
@@ -85,7 +85,7 @@ def _is_users(home: ModuleType) -> bool:
 
 
 def put_back(surroundings: Surroundings) -> list[str]:
-    """Set what differs here; returns the names of it."""
+    """Set the values that differ here; returns their names."""
     names = []
     for home, name, value, owner in _differing(surroundings):
         setattr(owner, name, value)
@@ -106,5 +106,5 @@ def _differing(surroundings: Surroundings) -> Iterator[tuple[str, str, Any, Any]
 
 
 def accept(folder: Path) -> None:
-    """Have what `folder` offers set whenever its module is loaded."""
+    """Set the globals of `folder` whenever its module is loaded."""
     (folder / OFFERED).rename(folder / SET)

@@ -1,9 +1,9 @@
-"""A module as its author wrote it, without what training wrapped around it.
+"""A module as its author wrote it, without the wrappers that training added.
 
-`torch.compile`, FSDP, tensor parallelism and DeepSpeed put wrappers, hooks and process groups on a module, which no
-other process can use and most of which cannot be pickled. They are left out while pickling, and so is what belongs to
-training wherever it hangs: trainers, callbacks, loggers, and data sets, which may be gigabytes. The module that trains
-stays as it is.
+`torch.compile`, FSDP, tensor parallelism and DeepSpeed add wrappers, hooks and process groups to a module, which no
+other process can use and most of which cannot be pickled. They are left out while pickling. So are objects of training,
+wherever they are: trainers, callbacks, loggers, and data sets, which may be gigabytes. The training module itself is
+not changed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import threading
 import weakref
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
-from types import MemberDescriptorType
+from types import FunctionType, MemberDescriptorType
 from typing import TYPE_CHECKING, Any
 
 from polyexport.capture import devices
@@ -27,20 +27,24 @@ if TYPE_CHECKING:
 _TRAINING_ONLY = ("torch.distributed.", "deepspeed.")
 _BACKWARD = ("_backward_hooks", "_backward_pre_hooks")
 _COMPOSABLE = "__composable_api_state_key"
-"""How names begin under which `fully_shard` and its like keep what they know of a module."""
+"""Prefixes of the attributes that `fully_shard` and similar functions set on a module."""
 _COMPILED = ("_compiled_call_impl", "_compiler_ctx")
-"""Where `Module.compile` and Lightning keep what `torch.compile` made of a module."""
+"""Attributes in which `Module.compile` and Lightning store the result of `torch.compile`."""
+_COMPILED_FROM = "_torchdynamo_orig_callable"
+"""Attribute in which a function made by `torch.compile` stores the original function."""
 
 
 def reduced(item: Any) -> Any:
-    """How to pickle a module without what training added: as `__reduce__` says it; NotImplemented for all else.
+    """How to pickle a module without what training added, as `__reduce__` returns it; NotImplemented for all else.
 
-    A global that holds a context variable, which cannot be pickled, is named: a hook of transformers refers to one.
+    A global with a context variable, which cannot be pickled, is pickled by name: a hook of transformers refers to one.
     """
     import torch
 
     if type(item) in weakref.ProxyTypes:
         return weakref.proxy, (item.__repr__.__self__,)
+    if isinstance(item, FunctionType) and _COMPILED_FROM in vars(item):
+        return _itself, (vars(item)[_COMPILED_FROM],)
     found = devices.reduced(item)
     if found is not NotImplemented:
         return found
@@ -58,28 +62,28 @@ def reduced(item: Any) -> Any:
     kind: Any = type(item)
     if kind.__reduce__ is not object.__reduce__ or kind.__reduce_ex__ is not object.__reduce_ex__:
         return NotImplemented
-    # a parametrised module refuses to tell its state, for fear of a class that is not there when it is read
+    # a parametrized module refuses `__getstate__`, since its generated class does not exist elsewhere
     state = item.__dict__ if "parametrizations" in item._modules else item.__getstate__()
     if not isinstance(state, dict):
         return NotImplemented
-    if slots := _slots(item):  # of which no module tells in its state
-        return _empty, (_own_class(kind),), (_cleaned(state), slots), None, None, _fill
-    return _empty, (_own_class(kind),), _cleaned(state)
+    if slots := _slots(item):  # which a module's state does not include
+        return _empty, (_own_class(kind),), (_cleaned(state, kind), slots), None, None, _fill
+    return _empty, (_own_class(kind),), _cleaned(state, kind)
 
 
 def _slots(item: Any) -> dict[str, Any]:
-    """What an object has in its `__slots__`."""
+    """The values of an object's `__slots__`."""
     slots = {}
     for kind in type(item).__mro__:
         for name, slot in vars(kind).items():
             if isinstance(slot, MemberDescriptorType):
-                with contextlib.suppress(AttributeError):  # it is empty
+                with contextlib.suppress(AttributeError):  # an empty slot
                     slots[name] = slot.__get__(item)
     return slots
 
 
 def _reduced_object(item: Any) -> Any:
-    """How to pickle what is no module, where it needs help."""
+    """How to pickle other objects that need help."""
     kind: Any = type(item)
     if isinstance(item, type):
         return NotImplemented
@@ -92,7 +96,7 @@ def _reduced_object(item: Any) -> Any:
     own = any(getattr(kind, name, None) is not getattr(object, name, None) for name in _PICKLING)
     if own or "__getattr__" not in {name for base in kind.__mro__ for name in vars(base)}:
         return NotImplemented
-    # pickle asks an empty object for __setstate__, and what its __getattr__ says then may be anything
+    # pickle looks up __setstate__ on an empty object, whose __getattr__ may then fail
     elements = iter(item) if isinstance(item, list) else None
     entries = iter(dict.items(item)) if isinstance(item, dict) else None  # Lightning's hparams are such a dict
     return _empty, (kind,), (dict(own_attributes(item)), _slots(item)), elements, entries, _fill
@@ -103,7 +107,7 @@ _LOCKS = (type(threading.Lock()), type(threading.RLock()))
 
 
 def _fill(item: Any, state: tuple[dict[str, Any], dict[str, Any]]) -> None:
-    """Give an object its attributes and its slots."""
+    """Set an object's attributes and slots."""
     import torch
 
     attributes, slots = state
@@ -116,14 +120,14 @@ def _fill(item: Any, state: tuple[dict[str, Any], dict[str, Any]]) -> None:
 
 
 def _weak(target: Any, method: bool) -> Any:
-    """A weak reference to what is held elsewhere, or one whose target is gone."""
+    """A weak reference to an object, or a dead one."""
     if target is None:
         return weakref.ref(LeftBehind("target that is gone"))
     return weakref.WeakMethod(target) if method else weakref.ref(target)
 
 
 def _scripted(item: Any) -> Any:
-    """What `torch.jit.script` or `trace` made: the Python function that it was made from, or its code as bytes."""
+    """A scripted or traced module or function: as the Python function it was made from, or as bytes."""
     import torch
 
     python = getattr(item, "_torchdynamo_inline", None) if isinstance(item, torch.jit.ScriptFunction) else None
@@ -142,14 +146,14 @@ def _unscripted(code: bytes, training: bool) -> Any:
 
 
 def is_data(item: Any) -> bool:
-    """Whether it is a data set or a loader, of which nobody wants a copy: it may be gigabytes, or hold an open file."""
+    """Whether it is a data set or a loader, which may be gigabytes, or have an open file."""
     from torch.utils.data import DataLoader, Dataset
 
     return isinstance(item, Dataset | DataLoader)
 
 
 def is_of_training(item: Any) -> bool:
-    """Whether it belongs to a trainer: a trainer, callback, logger, strategy or data module, of either package's."""
+    """Whether it belongs to training: a trainer, callback, logger, strategy or data module, of either Lightning."""
     bases = ((base.__module__.split(".")[0], base.__name__) for base in type(item).__mro__)
     return any(package in _TRAINERS and name in _OF_TRAINERS for package, name in bases)
 
@@ -170,13 +174,13 @@ _OF_TRAINERS = (
 
 
 class LeftBehind:
-    """Stands for what belongs to training, a data set or a callback, of which nothing was taken along.
+    """A placeholder for an object of training, such as a data set or a callback, which is not pickled.
 
     Raises:
-        AttributeError: forward asks for something of it; the message says what to do.
+        AttributeError: forward uses an attribute of it; the message says what to do.
     """
 
-    _kind = ""  # for a copy, which is asked for its methods before it has a state
+    _kind = ""  # copying looks up methods before the state is set
 
     def __init__(self, kind: str) -> None:
         self._kind = kind
@@ -187,7 +191,7 @@ class LeftBehind:
 
 
 def parts(item: Any) -> Iterator[tuple[str, Any]]:
-    """What an object holds, each with the step that leads there: `.name`, `[0]` or `['key']`."""
+    """The parts of an object, each with its path: `.name`, `[0]` or `['key']`."""
     import torch
 
     if isinstance(item, Mapping):
@@ -196,14 +200,14 @@ def parts(item: Any) -> Iterator[tuple[str, Any]]:
         yield from ((f"[{index}]", value) for index, value in enumerate(item))
     elif not isinstance(item, type):
         held = own_attributes(item)
-        if isinstance(item, torch.nn.Module):  # what is in its three dicts goes by its own name
+        if isinstance(item, torch.nn.Module):  # parameters, buffers and submodules are attributes by name
             held = {**held, **held["_modules"]}
             held = {name: value for name, value in held.items() if name not in ("_modules", "_parameters")}
         yield from ((f".{name}", value) for name, value in held.items())
 
 
 def own_attributes(item: Any) -> Mapping[str, Any]:
-    """Its `__dict__`, if it has one, without asking its `__getattr__`."""
+    """Its `__dict__`, if it has one, without calling its `__getattr__`."""
     try:
         found = object.__getattribute__(item, "__dict__")
     except AttributeError:
@@ -212,12 +216,12 @@ def own_attributes(item: Any) -> Mapping[str, Any]:
 
 
 def _empty(kind: Any) -> Any:
-    """Not `copyreg.__newobj__`, with which pickle allows no class but the object's own."""
+    """An object without `__init__`; unlike `copyreg.__newobj__`, of any class."""
     return kind.__new__(kind)
 
 
 def _named(item: Any) -> Any:
-    """An object as a global of the module that its class is from."""
+    """An object pickled by its name in the module of its class."""
     module = sys.modules.get(type(item).__module__)
     name = next((name for name, value in vars(module).items() if value is item), None) if module else None
     return NotImplemented if name is None else (getattr, (module, name))
@@ -228,7 +232,7 @@ def _itself(value: Any) -> Any:
 
 
 def _inner(module: Any) -> Any:
-    """What a wrapper of `torch.compile` or of FSDP holds."""
+    """The module inside a wrapper of `torch.compile` or FSDP."""
     name = f"{type(module).__module__}.{type(module).__qualname__}"
     if name == "torch._dynamo.eval_frame.OptimizedModule":
         return module._orig_mod
@@ -236,13 +240,13 @@ def _inner(module: Any) -> Any:
 
 
 def _own_class(kind: type) -> type:
-    """The class that `fully_shard` derived its own from, or `kind` itself."""
+    """The original class of a module that `fully_shard` changed, or `kind` itself."""
     if not any(each.__name__ == "FSDPModule" for each in kind.__bases__):
         return kind
     return next(each for each in kind.__bases__ if each.__name__ != "FSDPModule")
 
 
-def _cleaned(state: Mapping[str, Any]) -> dict[str, Any]:
+def _cleaned(state: Mapping[str, Any], owner: type) -> dict[str, Any]:
     cleaned: dict[str, Any] = {}
     kind: Any
     for name, value in state.items():
@@ -253,8 +257,8 @@ def _cleaned(state: Mapping[str, Any]) -> dict[str, Any]:
             cleaned[name] = kind()
         elif name.endswith("_hooks") and isinstance(value, Mapping):
             cleaned[name] = kind((key, hook) for key, hook in value.items() if not _of_training(hook))
-        elif not (name.startswith(_COMPOSABLE) or "_torchdynamo_orig_callable" in own_attributes(value)):
-            cleaned[name] = value  # and not a method that was compiled, in place of the class's
+        elif not (name.startswith(_COMPOSABLE) or (_COMPILED_FROM in own_attributes(value) and hasattr(owner, name))):
+            cleaned[name] = value  # but not a compiled method in place of the class's
     return cleaned
 
 
@@ -265,7 +269,7 @@ def _of_training(hook: Any) -> bool:
 
 
 def shape(parameter: torch.nn.Parameter) -> tuple[int, ...] | None:
-    """The shape of a whole parameter; None where only the checkpoint knows it, since this is a shard."""
+    """The shape of a whole parameter; None if this is a shard and only the checkpoint has it."""
     if getattr(parameter, "_fsdp_flattened", False):
         return None
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
@@ -278,15 +282,15 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def clean_name(name: str) -> str:
-    """A parameter's name without what `torch.compile` wrote into it."""
+    """A parameter's name without the prefixes of `torch.compile`."""
     return name.replace("_orig_mod.", "")
 
 
 def settle(module: torch.nn.Module) -> None:
-    """Fix what only training changes: parametrised weights become plain ones, fake quantization stops observing.
+    """Fix what only training changes: parametrized weights become plain ones, fake quantization stops observing.
 
-    Both change no answer: a parametrised weight is the same at each call in eval mode, and no validation batch is to
-    move scales that were trained.
+    Neither changes the outputs: a parametrized weight is the same at each call in eval mode, and validation batches
+    should not change trained scales.
     """
     from torch.nn.utils import parametrize
 
@@ -302,9 +306,9 @@ def settle(module: torch.nn.Module) -> None:
 
 
 def _with_batch_norm(conv: Any, x: torch.Tensor) -> torch.Tensor:
-    """What a convolution of torch.ao computes with the batch norm in it in eval mode, as one convolution.
+    """The output of a convolution of torch.ao with its batch norm folded in, in eval mode, as one convolution.
 
-    Its own forward divides by what it has multiplied the weights with, which leaves nothing to compute in integers.
+    Its own forward scales the weights and divides the result again, which leaves no integer convolution.
     """
     norm = conv.bn
     factor = norm.weight * (norm.running_var + norm.eps).rsqrt()
@@ -314,12 +318,12 @@ def _with_batch_norm(conv: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def has_fake_quantization(module: torch.nn.Module) -> bool:
-    """Whether a module that was settled (see `settle`) was trained with fake quantization."""
+    """Whether a module, after `settle`, has fake quantization."""
     return any(getattr(each, "is_fake_quantization", False) for each in module.modules())
 
 
 def _rounding(fake: Any) -> torch.nn.Module:
-    """A fake quantizer of torch.ao in arithmetic that every converter knows, with the scales it has now.
+    """A fake quantizer of torch.ao as arithmetic that every converter supports, with its present scales.
 
     https://docs.pytorch.org/docs/stable/generated/torch.fake_quantize_per_channel_affine.html
     """

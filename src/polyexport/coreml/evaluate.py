@@ -1,10 +1,10 @@
 """Evaluates a MIL program op by op with PyTorch.
 
 Requirements:
-* What a program declares is held against what comes out: dtype and shape of every value, and the bounds of every input,
+* Dtype and shape of every value, and the bounds of every input, are checked against the program's declarations,
   so that a file that Core ML would refuse does not pass here.
 * float16 is kept as storage: an op computes in float32 and its result is rounded to float16 where the program says so.
-  A device may accumulate in float16 and be less exact; this is the best case of it.
+  A device may accumulate in float16 and be less exact; this is the best case.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from polyexport.errors import CannotRun
 from polyexport.spec import Arrays
 
 Values = dict[str, Any]
-"""What is known by name: tensors, strings, and lists of tensors."""
+"""Values by name: tensors, strings, and lists of tensors."""
 
 DTYPES = {
     "BOOL": torch.bool,
@@ -41,7 +41,7 @@ def evaluator(package: Path) -> Callable[[Arrays], Arrays]:
     """Open a package as a function of named arrays.
 
     Raises:
-        CannotRun: it has ops that are not known here; the message names them.
+        CannotRun: it has ops that are not supported here; the message names them.
     """
     program, run = _opened(package)
 
@@ -53,7 +53,7 @@ def evaluator(package: Path) -> Callable[[Arrays], Arrays]:
 
 
 def intermediates(package: Path) -> Callable[[Arrays], Arrays]:
-    """Open a package as a function that answers with every float tensor of its main block, inputs and outputs too.
+    """Open a package as a function that returns every float tensor of its main block, inputs and outputs too.
 
     Raises:
         CannotRun: see `evaluator`.
@@ -68,11 +68,13 @@ def intermediates(package: Path) -> Callable[[Arrays], Arrays]:
 
 
 def _opened(package: Path) -> tuple[Program, Callable[[Arrays], Values]]:
-    """The program, and a function that computes what all the names in its main block are."""
+    """The program, and a function that computes all values of its main block by name."""
     program = read(package)
     unknown = sorted(kinds(program.main) - OPS.keys() - _CONTROL.keys() - {"const"})
     if unknown:
-        raise CannotRun(f"the MIL evaluator has no {', '.join(unknown)}; only Core ML on macOS can run this package")
+        raise CannotRun(
+            f"the MIL evaluator does not support {', '.join(unknown)}; only Core ML on macOS can run this package"
+        )
     constants: Values = {}
     main = _without_constants(program.main, constants)
 
@@ -103,7 +105,7 @@ def evaluate(block: Block, values: Values) -> list[Any]:
 
 
 def _without_constants(block: Block, constants: Values) -> Block:
-    """Take the constants out of the program's steps, so that a call does not repeat them."""
+    """Evaluate the program's constants once, instead of in each call."""
     left = []
     for operation in block.operations:
         if operation.kind == "const":
@@ -119,12 +121,12 @@ def _fed(port: Port, inputs: Arrays) -> torch.Tensor:
     array = inputs[port.name]
     tensor = torch.from_numpy(array)
     if tensor.dtype != DTYPES[port.dtype]:
-        raise ValueError(f"input {port.name} is {array.dtype}; the package takes {port.dtype}")
+        raise ValueError(f"input {port.name} is {array.dtype}, but the package takes {port.dtype}")
     fits = len(port.sizes) == array.ndim and all(
         low <= size and (high < 0 or size <= high) for size, (low, high) in zip(array.shape, port.sizes, strict=True)
     )
     if not fits:
-        raise ValueError(f"input {port.name} has the shape {array.shape}; the package takes {port.sizes}")
+        raise ValueError(f"input {port.name} has shape {array.shape}, but the package takes {port.sizes}")
     return tensor
 
 
@@ -167,17 +169,17 @@ def _declared(operation: Operation, output: Value, result: Any) -> Any:
     """The result in the dtype and of the shape that the program declares.
 
     Raises:
-        ValueError: it is of another kind or shape.
+        ValueError: it has another dtype or shape.
     """
     if not isinstance(result, torch.Tensor) or output.dtype not in DTYPES:
         return result
     sizes = zip(result.shape, output.shape, strict=False)
     if result.ndim != len(output.shape) or any(there is not None and here != there for here, there in sizes):
         shape = tuple(result.shape)
-        raise ValueError(f"{operation.kind} gives {output.name} the shape {shape}; declared is {output.shape}")
+        raise ValueError(f"{operation.kind} returns {output.name} with shape {shape}, but {output.shape} is declared")
     dtype = DTYPES[output.dtype]
     if _kind(result.dtype) != _kind(dtype):
-        raise ValueError(f"{operation.kind} gives {output.name} as {result.dtype}; declared is {output.dtype}")
+        raise ValueError(f"{operation.kind} returns {output.name} as {result.dtype}, but {output.dtype} is declared")
     return result.to(dtype)
 
 

@@ -1,4 +1,4 @@
-"""A saved `.mlpackage` as plain records: functions, operations, constants.
+"""Reads a saved `.mlpackage` as plain records: functions, operations, constants.
 
 Only the package's own files are read, with the protobuf classes and the blob reader that coremltools ships.
 
@@ -47,7 +47,7 @@ class Operation:
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """A named result; `dtype` is MIL's name of its type, empty where it is no tensor; None is a size that is free."""
+    """A named result; `dtype` is MIL's name of its type, empty if it is not a tensor; None is a dynamic size."""
 
     name: str
     dtype: str
@@ -56,14 +56,14 @@ class Value:
 
 @dataclass(frozen=True, slots=True)
 class Name:
-    """Stands in an argument's place for the value of that name."""
+    """An argument that refers to a value by name."""
 
     name: str
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Steps in order, the names that they take from outside and the names that they give."""
+    """Operations in order, with the names of the block's inputs and outputs."""
 
     inputs: tuple[str, ...]
     operations: tuple[Operation, ...]
@@ -81,7 +81,7 @@ class Port:
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """A model: its border and its main function."""
+    """A model: its inputs and outputs, and its main function."""
 
     inputs: tuple[Port, ...]
     outputs: tuple[str, ...]
@@ -92,7 +92,7 @@ def read(package: Path) -> Program:
     """Read a `.mlpackage`.
 
     Raises:
-        CannotRun: it holds something else than one ML Program.
+        CannotRun: it is not a single ML Program.
     """
     from coremltools.proto import MIL_pb2, Model_pb2
 
@@ -102,7 +102,7 @@ def read(package: Path) -> Program:
     model = Model_pb2.Model()
     model.ParseFromString((folder / root).read_bytes())
     if model.WhichOneof("Type") != "mlProgram":
-        raise CannotRun(f"the package holds a {model.WhichOneof('Type')}, not an ML Program")
+        raise CannotRun(f"the package has a {model.WhichOneof('Type')}, not an ML Program")
     function = model.mlProgram.functions["main"]
     (block,) = function.block_specializations.values()
     reader = _Reader((folder / root).parent, MIL_pb2.DataType)
@@ -114,7 +114,7 @@ def read(package: Path) -> Program:
 
 
 def float_weights(program: Program) -> tuple[int, int]:
-    """How many weights of the main function are floats as they are, and how many there are in all."""
+    """The number of elements of uncompressed float weights of the main function, and of all weights."""
     in_float = sum(
         operation.arguments["val"].size
         for operation in program.main.operations
@@ -139,7 +139,7 @@ def _port(feature: Any) -> Port:
 
 
 class _Reader:
-    """Reads blocks; keeps the weight files open."""
+    """Reads blocks, and keeps the weight files open."""
 
     def __init__(self, folder: Path, types: Any) -> None:
         self._folder = folder
@@ -183,7 +183,7 @@ class _Reader:
         if dtype == "STRING":
             return values[0] if len(values) == 1 else list(values)
         if dtype not in _IMMEDIATE:
-            raise CannotRun(f"the evaluator knows no constants of type {dtype}")
+            raise CannotRun(f"the MIL evaluator does not support constants of type {dtype}")
         if isinstance(values, bytes):
             return np.frombuffer(values, _IMMEDIATE[dtype])[: int(np.prod(shape))].reshape(shape).copy()
         return np.array(values, _IMMEDIATE[dtype]).reshape(shape)
@@ -192,13 +192,13 @@ class _Reader:
         from coremltools.libmilstoragepython import _BlobStorageReader
 
         if dtype not in _READERS:
-            raise CannotRun(f"the evaluator knows no weights of type {dtype}")
+            raise CannotRun(f"the MIL evaluator does not support weights of type {dtype}")
         path = str(self._folder / blob.fileName.removeprefix("@model_path/"))
         if path not in self._files:
             self._files[path] = _BlobStorageReader(path)
         method, numpy_dtype = _READERS[dtype]
         read = np.asarray(getattr(self._files[path], method)(blob.offset))
-        # half precision comes as its bits
+        # half precision is read as its bits
         return read.view(np.float16) if dtype == "FLOAT16" else read.astype(numpy_dtype, copy=True)
 
 

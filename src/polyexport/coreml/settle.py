@@ -1,4 +1,4 @@
-"""The same model as the same bytes: coremltools draws ids each time, and writes maps in any order."""
+"""Makes packages reproducible: coremltools writes random ids, and maps in random order."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def settle(package: Path) -> None:
-    """Write the model in one order, and give each file of the package an id of its path."""
+    """Write the model deterministically, and give each file of the package an id derived from its path."""
     from coremltools.proto import Model_pb2
 
     manifest = package / "Manifest.json"

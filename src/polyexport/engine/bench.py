@@ -1,8 +1,8 @@
 """Latency of every artifact of an export, side by side.
 
 Requirements:
-* One process per runtime, since some runtimes crash beside each other; the same inputs and threads for all.
-* Cold starts one after another, then rounds in turn, so that drift of the machine hits all alike.
+* One process per runtime, since some crash when loaded together; the same inputs and threads for all.
+* Cold starts one after another, then rounds in turn, so that a machine that slows down does so for all of them.
 * What is slower than eager PyTorch is named in the notes, with what is known of the cause.
 * A runtime that is missing here or ends while it is timed, and one that only stands in for the artifact's own, keeps
   its state, gets no latency, and is named in the notes.
@@ -52,7 +52,7 @@ def bench(report: Report, formats: Mapping[str, Format], dispatcher: Dispatcher,
     except KeyboardInterrupt:
         _noted(report, _INTERRUPTED)
         raise
-    if dispatcher.workers.closed:  # by who was interrupted while it waited for this
+    if dispatcher.workers.closed:  # by a caller that was interrupted while it waited for this
         return _noted(report, _INTERRUPTED)
     return _recorded(report, measured, why_not, {each.name: each.format.slow_because for each in runnable})
 
@@ -62,11 +62,11 @@ def sweep(
 ) -> list[tuple[str, Latency]]:
     """Time eager PyTorch and every artifact at batch sizes 1, 2, 4 … `most`, each until its throughput gains under 5 %.
 
-    Axes that are free beside the batch keep their size of the validation batch; an artifact of static shapes is left
+    Dynamic axes other than the batch keep their size of the validation batch; an artifact of static shapes is left
     out, and so is PyTorch where the export may not be unpickled. The report is not changed.
 
     Returns:
-        Format and latency, in the order measured; the batch size stands in the latency.
+        Format and latency, in the order measured; the batch size is a field of the latency.
     """
     spec = signature(report)
     axes = {tensor.name: tensor.dynamic for tensor in spec.inputs}
@@ -91,7 +91,7 @@ def sweep(
 _INTERRUPTED = "not timed: interrupted"
 
 _WORTH_IT = 1.05
-"""Throughput of a doubled batch over that of the batch, from which on the next one is tried too."""
+"""Least ratio of a doubled batch's throughput to the batch's for which the next size is tried too."""
 
 Start = Callable[[], AbstractContextManager[Conversation]]
 
@@ -106,9 +106,9 @@ def _measured(
     *,
     one_row: bool = False,
 ) -> tuple[dict[str, Latency], dict[str, str]]:
-    """Latency of eager PyTorch and of each artifact on one batch, and why there is none of the others.
+    """Latency of eager PyTorch and of each artifact on one batch, and the reason for each that has none.
 
-    With `one_row` that of the batch's first row alone stands beside it.
+    With `one_row`, calls with the batch's first row alone are timed too.
     """
     found: dict[str, dict[str, Any]] = {}
     why_not: dict[str, str] = {}
@@ -118,7 +118,8 @@ def _measured(
             watch(name, "measuring")
             try:
                 talks[name] = stack.enter_context(start())
-            except Exception as error:  # it was made on another machine, and here its environment cannot be
+            # the export was made on another machine, and its environment cannot be made here
+            except Exception as error:
                 why_not[name] = line(error)
                 continue
             found[name] = talks[name].answer() or {}
@@ -140,7 +141,7 @@ def _measured(
 def _starts(
     runnable: Sequence[Runnable], spec: ExportSpec, batch_path: str, dispatcher: Dispatcher, one_row: bool
 ) -> Iterator[tuple[str, Start]]:
-    """What is timed, by name, and how its worker is started."""
+    """The name of each thing that is timed, and how its worker is started."""
     eager = Bench(format=None, spec=spec, batch=batch_path, one_row=one_row)
     if dispatcher.trusted:  # its module is a pickle
         yield EAGER, partial(dispatcher.converse, eager, toolchain.HOST, f"{EAGER}.bench", f"logs/{EAGER}.log")
@@ -153,7 +154,7 @@ def _starts(
 
 
 def _take_turns(talks: Mapping[str, Conversation], found: dict[str, dict[str, Any]]) -> None:
-    """Rounds of calls, one runtime at a time; who does not answer is out."""
+    """Rounds of calls, one runtime at a time; one that does not answer gets no further rounds."""
     for _ in range(ROUNDS):
         for name, talk in talks.items():
             answer = talk.ask() if found[name] else None
@@ -178,7 +179,7 @@ def _recorded(
         waited = waited_by_median(measured.values())
         texts.append(
             f"latency was measured on a busy machine: runtimes waited for a processor {waited:.0%} of the time, "
-            "so none is called the fastest"
+            "so no format is called the fastest"
         )
     for outcome in outcomes:
         if (latency := outcome.latency) is not None and latency.speedup and round(latency.speedup, 2) < 1:
@@ -190,12 +191,12 @@ def _slower(name: str, latency: Latency, because: str) -> str:
     eager_ms = latency.p50_ms * (latency.speedup or 1)
     return (
         f"{name} is slower than eager PyTorch on the same {latency.threads} threads: {latency.p50_ms:.3g} ms against "
-        f"{eager_ms:.3g}; {because or 'its cause is not known'}"
+        f"{eager_ms:.3g}; {because or 'the cause is unknown'}"
     )
 
 
 def _noted(report: Report, *texts: str) -> Report:
-    """The report with notes about timing in place of those of an earlier time, saved."""
+    """The report with these notes about timing in place of earlier ones, saved."""
     kept = (note for note in report.notes if note.kind != "latency")
     report = replace(report, notes=(*kept, *notes("latency", *texts)))
     save(report)
@@ -203,7 +204,7 @@ def _noted(report: Report, *texts: str) -> Report:
 
 
 def _with_latency(outcome: Outcome, latency: Latency | None, baseline: Latency | None) -> Outcome:
-    """An outcome with its latency, and how much faster that is than the `baseline`, if it can be compared."""
+    """An outcome with its latency, and its speedup over the `baseline` where the two can be compared."""
     if latency is None:
         return outcome
     if baseline is not None and latency.waited <= QUIET:

@@ -1,4 +1,4 @@
-"""A checkpoint on disk to a module and its inputs, for whoever exports without the process that trained it."""
+"""A module and its inputs from a checkpoint on disk, for exports outside the process that trained it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def read(path: Path, *, trust: bool = False) -> Mapping[str, Any]:
         trust: Whether its pickles may run code.
 
     Raises:
-        BadRequest: there is none, or it is something else.
+        BadRequest: there is no such file, or it is not a checkpoint.
     """
     import torch
 
@@ -48,7 +48,7 @@ def read(path: Path, *, trust: bool = False) -> Mapping[str, Any]:
         if trust:
             raise BadRequest(f"{path} cannot be read: {line(error, 300)}") from None
         raise BadRequest(f"{path} holds more than tensors; if you trust who made it, give --trust") from None
-    except Exception as error:  # torch says what it pleases of a file that is no checkpoint
+    except Exception as error:  # torch.load raises many types for a file that is not a checkpoint
         raise BadRequest(f"{path} cannot be read: {line(error, 300)}") from None
     if not isinstance(blob, Mapping):
         raise BadRequest(f"{path} holds a {type(blob).__name__}, neither a checkpoint nor a state dict")
@@ -56,26 +56,26 @@ def read(path: Path, *, trust: bool = False) -> Mapping[str, Any]:
 
 
 def _something_else(path: Path) -> str:
-    """What a file is that is no checkpoint, in words; empty where it may be one."""
+    """What the file is if it is clearly not a checkpoint, in words; empty if it may be one."""
     if is_zipfile(path):
         with ZipFile(path) as archive:
             files = {name.partition("/")[2] for name in archive.namelist()}
         if "constants.pkl" in files:
-            return "a TorchScript archive, with a program of its own: `polyexport run` takes one that was exported"
+            return "a TorchScript archive, which holds a program; to run an exported one, use `polyexport run`"
         if "archive_format" in files or "serialized_exported_program.json" in files:
-            return "a torch.export program (.pt2): `polyexport run` takes one that was exported"
+            return "a torch.export program (.pt2); to run an exported one, use `polyexport run`"
         return ""
     made = {Path(each.artifact).suffix: each for each in known().values() if Path(each.artifact).suffix}
     if path.suffix == ".safetensors":
-        return "in safetensors: torch.save(safetensors.torch.load_file(path), 'weights.pt') makes a state dict of it"
+        return "in safetensors format; convert it: torch.save(safetensors.torch.load_file(path), 'weights.pt')"
     if each := made.get(path.suffix):
-        return f"an artifact of {each.name}: `polyexport run` takes one that was exported"
+        return f"an artifact of {each.name}; to run an exported one, use `polyexport run`"
     with path.open("rb") as file:
         return "" if file.read(1) == b"\x80" else "neither a zip archive nor a pickle"
 
 
 def record(path: Path, blob: Mapping[str, Any]) -> Checkpoint:
-    """What a report says of a checkpoint: where it lies, when it was made, and how good `ModelCheckpoint` found it."""
+    """A checkpoint's record in the report: its path, epoch, step, and the score that `ModelCheckpoint` gave it."""
     with path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     at = {key: blob[key] for key in ("epoch", "global_step") if isinstance(blob.get(key), int)}
@@ -94,14 +94,14 @@ def model(path: Path, blob: Mapping[str, Any], name: str, arguments: Mapping[str
     """Make the module that `name` names and give it the checkpoint's weights.
 
     Args:
-        path: Where the checkpoint lies, for messages.
+        path: The checkpoint's path, for messages.
         blob: A Lightning checkpoint, whose hyperparameters are the first keyword arguments, or a state dict.
         name: `package.module:Name` or `file.py:Name`, of a class or of a function that returns the module; the working
-            folder counts.
-        arguments: Further keyword arguments; they win over the hyperparameters.
+            folder is on the import path.
+        arguments: Further keyword arguments, which override the hyperparameters.
 
     Raises:
-        BadRequest: the checkpoint does not fit.
+        BadRequest: `name` cannot be imported or called, returns no module, or the weights do not fit it.
     """
     import torch
 
@@ -114,21 +114,21 @@ def model(path: Path, blob: Mapping[str, Any], name: str, arguments: Mapping[str
             return made
     except Exception as error:  # the user's own constructor; or weights that do not fit
         raise BadRequest(f"{name}({', '.join(given)}) does not fit {path}: {line(error, 300)}") from None
-    raise BadRequest(f"{name} made a {type(made).__name__}, which is no torch.nn.Module")
+    raise BadRequest(f"{name} returned a {type(made).__name__}, which is not a torch.nn.Module")
 
 
 def arguments(text: str) -> dict[str, Any]:
     """Keyword arguments from JSON.
 
     Raises:
-        BadRequest: it is no JSON object.
+        BadRequest: it is not a JSON object.
     """
     try:
         found = json.loads(text)
     except json.JSONDecodeError as error:
-        raise BadRequest(f"{text!r} is no JSON: {error}") from None
+        raise BadRequest(f"{text!r} is not JSON: {error}") from None
     if not isinstance(found, dict):
-        raise BadRequest(f"{text!r} is no JSON object of keyword arguments")
+        raise BadRequest(f"{text!r} is not a JSON object of keyword arguments")
     return found
 
 
@@ -136,36 +136,38 @@ def inputs(path: Path) -> Arrays:
     """Named arrays from an `.npz`.
 
     Raises:
-        BadRequest: there is none, or it is something else.
+        BadRequest: there is no such file, or it is not an `.npz` of named arrays.
     """
     try:
         arrays = np.load(path)
         if isinstance(arrays, np.ndarray):
-            raise BadRequest(f"{path} holds one array without a name; np.savez('inputs.npz', NAME=array) names it")
+            raise BadRequest(
+                f"{path} holds one array without a name; save it with one: np.savez('inputs.npz', NAME=array)"
+            )
         with arrays:
             return {name: arrays[name] for name in arrays.files}
     except BadRequest:
         raise
     except (OSError, ValueError, AttributeError, BadZipFile) as error:
-        raise BadRequest(f"{path} is no .npz of named arrays: {line(error, 300)}") from None
+        raise BadRequest(f"{path} is not an .npz of named arrays: {line(error, 300)}") from None
 
 
 def metadata(texts: Sequence[str]) -> dict[str, str]:
     """Entries from `name=text`.
 
     Raises:
-        BadRequest: one is written in another way.
+        BadRequest: an entry has another form.
     """
     if wrong := [text for text in texts if not text.partition("=")[0] or "=" not in text]:
-        raise BadRequest(f"{wrong[0]!r} is no entry of metadata; write NAME=TEXT, such as license=MIT")
+        raise BadRequest(f"{wrong[0]!r} is not a metadata entry; write NAME=TEXT, such as license=MIT")
     return {name: value for name, _, value in (text.partition("=") for text in texts)}
 
 
 def step(name: str | None) -> Any:
-    """What stands before or behind forward, by `package.module:Name` or `file.py:Name`; of a class what it makes.
+    """A processing step by `package.module:Name` or `file.py:Name`; a class is called without arguments.
 
     Raises:
-        BadRequest: there is none, or it needs arguments.
+        BadRequest: it cannot be imported, or its class needs arguments.
     """
     if name is None:
         return None
@@ -173,20 +175,20 @@ def step(name: str | None) -> Any:
     try:
         return found() if isinstance(found, type) else found
     except Exception as error:  # the user's own constructor
-        raise BadRequest(f"{name}() cannot be made: {line(error, 300)}") from None
+        raise BadRequest(f"{name}() failed: {line(error, 300)}") from None
 
 
 def dynamic(texts: Sequence[str]) -> dict[str, dict[int, str]]:
     """Dynamic axes from `input:axis=name`: `["ids:0=batch", "ids:1=length"]`.
 
     Raises:
-        BadRequest: one is written in another way.
+        BadRequest: an entry has another form.
     """
     found: dict[str, dict[int, str]] = {}
     for text in texts:
         match = re.fullmatch(r"(.+):(-?\d+)=(\w+)", text)
         if match is None:
-            raise BadRequest(f"{text!r} names no dynamic axis; write INPUT:AXIS=NAME, such as ids:1=length")
+            raise BadRequest(f"{text!r} is not a dynamic axis; write INPUT:AXIS=NAME, such as ids:1=length")
         name, axis, called = match.groups()
         found.setdefault(name, {})[int(axis)] = called
     return found
@@ -195,7 +197,7 @@ def dynamic(texts: Sequence[str]) -> dict[str, dict[int, str]]:
 def _named(name: str) -> Any:
     home, colon, attribute = name.rpartition(":")
     if not (home and colon and attribute):
-        raise BadRequest(f"{name!r} is no package.module:Name, nor a file.py:Name")
+        raise BadRequest(f"{name!r} is neither package.module:Name nor file.py:Name")
     try:
         return getattr(_of_file(Path(home)) if home.endswith(".py") else _of_path(home), attribute)
     except Exception as error:  # an import runs the user's code
@@ -209,7 +211,7 @@ def _of_path(module: str) -> Any:
 
 
 def _of_file(file: Path) -> Any:
-    """A module by its file, under its own name where that leads to it: workers import it too, or take it along."""
+    """Import a file, by its module name if that finds it, since workers import it too; else it is pickled by value."""
     if not file.is_file():
         raise FileNotFoundError(f"there is no {file}")
     file = file.resolve()

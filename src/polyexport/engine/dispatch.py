@@ -1,4 +1,4 @@
-"""Jobs of one export folder: written into it as files, done by workers, in the toolchain that each needs."""
+"""Jobs of one export folder: written into it as files, and run by workers in the toolchain that each needs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from polyexport.workers.toolchain import Toolchain
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a worker may take."""
+    """The resources that a worker may use."""
 
     timeout: float
     threads: int
@@ -29,17 +29,17 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Dispatcher:
-    """Has jobs done for one export folder.
+    """Runs jobs for one export folder.
 
     Attributes:
         root: The export's folder.
-        final: Where it will lie once it is complete.
-        workers: The processes that are running.
+        final: The folder's path once the export is complete.
+        workers: The worker processes.
         slots: Runs as many jobs at once as there are slots.
-        limits: What each worker may take.
+        limits: The resources of each worker.
         sys_path: The training process's import path.
         elsewhere: Where jobs run; None for this machine.
-        trusted: Whether what lies in the folder may be unpickled.
+        trusted: Whether files of the folder may be unpickled.
     """
 
     root: Path
@@ -52,12 +52,12 @@ class Dispatcher:
     trusted: bool = True
 
     def run(self, job: Job, chain: Toolchain, name: str, log: str, *, gpu: bool = False) -> JobResult:
-        """Have a job done when a slot is free."""
+        """Run a job when a slot is free."""
         if self.elsewhere is not None:
             return self._run_elsewhere(self.elsewhere, job, chain, name, log, gpu=gpu)
         try:
             command = chain.command(self.workers)
-        except Exception as error:  # an environment that cannot be made is a missing tool, whatever went wrong in it
+        except Exception as error:  # whatever the error, an environment that cannot be made is a missing tool
             return JobResult(error=str(error), kind="missing")
         path = self._place(job, chain, name)
         around = environment(threads=self.limits.threads, gpu=gpu, host=chain.in_host)
@@ -84,7 +84,7 @@ class Dispatcher:
 
     @contextlib.contextmanager
     def converse(self, job: Job, chain: Toolchain, name: str, log: str, *, gpu: bool = False) -> Iterator[Conversation]:
-        """Start a job that is asked for its answers one by one."""
+        """Start a job that answers requests one by one, and yield the conversation with it."""
         path = self._place(job, chain, name)
         around = environment(threads=self.limits.threads, gpu=gpu, host=chain.in_host)
         with self.workers.conversation(
@@ -98,7 +98,7 @@ class Dispatcher:
             yield talk
 
     def declared(self, each: Format) -> str | None:
-        """The file of a `Format` that is not one of ours, relative to the export's folder; see `declared`."""
+        """Path of a user's own `Format`, relative to the export's folder; None for a built-in one. See `declared`."""
         (self.root / "source").mkdir(exist_ok=True)
         path = declared(self.root, each)
         return path.relative_to(self.root).as_posix() if path else None
@@ -114,8 +114,8 @@ class Dispatcher:
 def imports(chain: Toolchain, job: Job, *, gpu: bool) -> tuple[str, ...]:
     """What a server may import before it forks for a job: nothing where that may initialize the GPU's driver.
 
-    What a format of the user's own needs of its toolchain nobody knows, so nothing is imported where that would be
-    measured as its memory.
+    Nobody knows what a user's own format needs of its toolchain, so nothing is imported for one where the imports would
+    be measured as its memory.
     """
     own = isinstance(job, FormatJob) and job.declared is not None
     if gpu or (own and isinstance(job, Bench)):
@@ -124,7 +124,7 @@ def imports(chain: Toolchain, job: Job, *, gpu: bool) -> tuple[str, ...]:
 
 
 def declared(root: Path, each: Format) -> Path | None:
-    """Write a `Format` that is not one of ours, pickled by value so that a worker needs no import of it."""
+    """Write a user's own `Format`, pickled by value so that a worker need not import it; None for a built-in one."""
     if known().get(each.name) is each:
         return None
     path = declared_file(root, each.name)
@@ -135,7 +135,7 @@ def declared(root: Path, each: Format) -> Path | None:
 
 
 def declared_file(root: Path, name: str) -> Path:
-    """Where a `Format` that is not one of ours lies in an export."""
+    """Path of the pickle of a user's own `Format` in an export."""
     return root / "source" / "formats" / f"{name}.pkl"
 
 
@@ -143,7 +143,7 @@ def _by_value(each: Format) -> bytes:
     import cloudpickle
 
     functions = [each.lacks, *(route.convert for route in each.routes), *filter(None, [each.load, each.intermediates])]
-    # toolchains by name: the module of their class needs more than an isolated toolchain has
+    # toolchains are pickled by name: the module of their class imports more than an isolated toolchain has
     routes = tuple(replace(route, toolchain=toolchain.find(route.toolchain).name) for route in each.routes)
     with by_value() as take_along:
         for name in {function.__module__ for function in functions if not function.__module__.startswith("polyexport")}:

@@ -1,10 +1,10 @@
-"""The engine: takes requests, builds them one after another in the background, and leaves finished folders behind.
+"""The engine: takes requests, and builds them one after another in the background into finished folders.
 
 Requirements:
-* `submit` returns at once. One request is built at a time; a newer one takes the place of one that still waits.
+* `submit` returns at once. One request is built at a time; a newer one replaces one that still waits.
 * A folder appears under its name only when it is complete; `best` points to the newest complete one.
-* An earlier export of the same checkpoint, with the same question asked, is not repeated where every format agreed, but
-  for those whose hardware is not there now either; what else was missing or failed then may do now.
+* An earlier export of the same checkpoint with the same request is reused if every format agreed, or was skipped for
+  hardware that is still missing. Otherwise the export is repeated, since what failed or was missing may work now.
 * Nothing is left running after `close`. The newest export that it interrupts stays, for `resume`.
 * At most two checkpoints are kept for exports at any time: the one that is exported, and the newest that waits.
 """
@@ -80,13 +80,14 @@ class Engine:
     Args:
         workers: How many jobs run side by side; by default half the cores, at least two.
         timeout: Seconds that one conversion or verification may take, without those in which it has no processor.
-        background: Whether training runs beside the workers, until `hurry` is called: they take only what it leaves.
-        executor: Has the jobs done on other machines: anything with `submit(function, *arguments)` that returns a
-            future. Timing stays on this one.
-        staging: An fsspec URL that this machine and those reach, through which files travel; else they travel through
-            the executor.
-        tell: Takes one line about each format as it comes to its end. Called from threads of the engine, so it must be
-            quick and safe there: a queue's `append`, or `print`.
+        background: Whether training runs at the same time, until `hurry` is called: workers then have the lowest
+            priority.
+        executor: Runs the jobs on other machines: anything with `submit(function, *arguments)` that returns a future.
+            Latency is measured on this machine.
+        staging: An fsspec URL that this machine and the executor's can reach, through which files travel; without one
+            they travel through the executor.
+        tell: Called with one line about each format when it is finished, from threads of the engine: it must be quick
+            and thread-safe, as a deque's `append` or `print` are.
     """
 
     def __init__(
@@ -112,8 +113,8 @@ class Engine:
         self._lock = threading.Lock()
         self._doing: dict[str, str] = {}
         self._tell = tell
-        self._unfinished: list[Path] = []  # the newest is the last
-        # freeing the last link of a large checkpoint takes longer than training may wait, and so may pickling
+        self._unfinished: list[Path] = []  # the newest last
+        # deleting the last link to a large checkpoint, or pickling, may take longer than training may wait
         self._aside = ThreadPoolExecutor(1, thread_name_prefix="polyexport-aside")
         self._removal: Future[None] | None = None
 
@@ -136,17 +137,17 @@ class Engine:
         return future
 
     def warm(self, formats: Iterable[Format]) -> threading.Thread:
-        """Have servers ready for the jobs of these formats, started one after another behind the caller's back.
+        """Start the servers for the jobs of these formats, one after another, in the background.
 
-        A toolchain that is not installed yet is left out. `submit` does it too, so this is for who knows earlier.
-        Returns the thread that does it, for who wants to wait.
+        A toolchain that is not installed yet is left out. `submit` does the same; call this where the formats are known
+        earlier. Returns the thread that does it, to be joined if needed.
         """
         thread = threading.Thread(target=self._warm, args=(tuple(formats),), name="polyexport-warm", daemon=True)
         thread.start()
         return thread
 
     def install(self, chain: Toolchain, say: Callable[[str], None], *, patience: float) -> None:
-        """Make a toolchain that is missing; `close` ends it. See `Toolchain.interpreter` for the rest."""
+        """Install a toolchain that is missing; `close` interrupts it. See `Toolchain.interpreter` for the arguments."""
         chain.interpreter(say, self._workers, patience=patience)
 
     @property
@@ -162,15 +163,16 @@ class Engine:
             if not chain.ready or self._workers.closed:
                 continue
             around = environment(threads=self._limits.threads, gpu=False, host=chain.in_host)
-            with contextlib.suppress(ToolMissing):  # who needs it is told
+            with contextlib.suppress(ToolMissing):  # the job that needs it reports it
                 self._workers.warm(chain.command(self._workers), chain.imports(converts=True), around)
                 if chain.imports(converts=False) != chain.imports(converts=True):
                     self._workers.warm(chain.command(self._workers), chain.imports(converts=False), around)
 
     def supersede(self) -> bool:
-        """Drop the request that waits, since a newer one is coming; whether nothing is left of any that was dropped.
+        """Drop the request that waits, since a newer one is coming; returns whether every dropped one has been removed.
 
-        It is removed behind the caller's back. Who takes a further checkpoint only once this is true has two at most.
+        Removal happens in the background. A caller that takes a new checkpoint only once this returns True keeps at
+        most two.
         """
         with self._lock:
             if self._waiting is not None and self._waiting[0].cancel():
@@ -179,25 +181,25 @@ class Engine:
             return self._removal is None or self._removal.done()
 
     def leftover(self, parent: Path) -> Path | None:
-        """Remove what killed runs left in `parent`, behind the caller's back.
+        """Remove what killed runs left in `parent`, in the background.
 
         Returns:
-            What stays: one export that can be resumed; None where there is none.
+            The one export among it that can be resumed, which stays; None if there is none.
         """
         return clear(parent, lambda folder: self._aside.submit(discard, folder))
 
     def hurry(self) -> None:
-        """Training is over: workers are no longer in the background."""
+        """Training is over: raise the workers to normal priority."""
         self._workers.hurry()
 
     @property
     def doing(self) -> Mapping[str, str]:
-        """What is being done right now: format name to a few words."""
+        """What is being done right now: a few words for each format name."""
         return dict(self._doing)
 
     def close(self) -> Path | None:
-        """End every worker; of unfinished folders only the newest stays, which is returned. Can be called twice."""
-        self._queue.shutdown(wait=False, cancel_futures=True)  # what waits does not begin once what runs is ended
+        """End every worker; keep only the newest unfinished folder, and return it. Can be called twice."""
+        self._queue.shutdown(wait=False, cancel_futures=True)  # no queued request starts when the current one is ended
         self._workers.end_all()
         self._queue.shutdown(wait=True)
         self._slots.shutdown(wait=True, cancel_futures=True)
@@ -227,7 +229,8 @@ class Engine:
         if not ended.ok:
             return self._finish(request, _not_rebuilt(request, ended), start)
         reference = decode(Reference, ended.value)
-        shutil.rmtree(request.work / "source" / SHARDS, ignore_errors=True)  # joined by now, here or elsewhere
+        # the shards are joined by now, here or on another machine
+        shutil.rmtree(request.work / "source" / SHARDS, ignore_errors=True)
         if (earlier := _earlier(request, reference.checkpoint_sha256)) is not None:
             return self._in_place_of(request, earlier)
         spec, unlabeled = labeled(reference.spec, request.labels, request.metadata)
@@ -240,9 +243,10 @@ class Engine:
         return self._finish(request, report, start)
 
     def _prepared(self, request: Request, dispatcher: Dispatcher) -> JobResult:
-        """Run PyTorch on the request's weights; the value is a `Reference`."""
+        """Run PyTorch on the request's weights; the result's value is a `Reference`."""
         self._watch("model", "running PyTorch")
-        if request.held and not (request.work / "source" / WEIGHTS).exists():  # one that is resumed may have it
+        # a resumed request may have the weights already
+        if request.held and not (request.work / "source" / WEIGHTS).exists():
             _fetch(request.held, request.work / "source")
         commit = git_commit() if request.commit is None else request.commit
         job = Prepare(dynamic=request.dynamic, git_commit=commit, sha256=request.checkpoint.sha256)
@@ -251,25 +255,26 @@ class Engine:
         return ended
 
     def _in_place_of(self, request: Request, earlier: Report) -> Report:
-        """Leave it at an export that was made before."""
+        """Return an earlier export instead of making a new one."""
         self._remove(request.work)
         if earlier.folder == request.final.resolve():
             self._point(request)
         return earlier
 
     def _finish(self, request: Request, report: Report, start: float) -> Report:
-        """Write the report, give the folder its name, point `best` to it, remove what is too old."""
+        """Write the report, rename the folder, point `best` to it, and remove exports beyond `keep`."""
         if self._workers.closed:
             raise InterruptedError("the engine was closed")
         report = replace(report, seconds=time.perf_counter() - start, folder=request.work)
         save(report)
-        take_place(request.work, request.final)  # another checkpoint may have had the name: the newer one has it now
+        # an export of an earlier checkpoint may have this name: the newer one replaces it
+        take_place(request.work, request.final)
         self._unfinished.remove(request.work)
-        if report.model is not None:  # else the one before is still the best, and stays
+        if report.model is not None:  # else the previous export is still the best one
             self._point(request)
             _prune(replace(report, folder=request.final), request.keep)
             if request.best:
-                clear(request.final.parent)  # what an interrupted run left, this one has superseded
+                clear(request.final.parent)  # this export supersedes what interrupted runs left
         return replace(report, folder=request.final)
 
     def _point(self, request: Request) -> None:
@@ -285,18 +290,18 @@ class Engine:
             self._tell(of + sentence(doing))
 
     def _remove(self, folder: Path) -> None:
-        with contextlib.suppress(ValueError):  # it may be in no list: `export` removes its own
+        with contextlib.suppress(ValueError):  # `export` removes its folders itself, so it may not be listed
             self._unfinished.remove(folder)
         discard(folder)
 
     def bench(self, report: Report, formats: Iterable[Format] = ()) -> Report:
         """Time every artifact that runs, and eager PyTorch, on all cores; saves the report.
 
-        Call it when the machine is quiet: nothing is in the background any more.
+        Call it when the machine is idle: all workers run at normal priority.
 
         Args:
             report: A finished export.
-            formats: The `Format` values in it that are not ours.
+            formats: The user's own `Format` values in it.
         """
         return bench(report, _by_name(formats), self._quiet(report), self._watch)
 
@@ -305,27 +310,27 @@ class Engine:
     ) -> list[tuple[str, Latency]]:
         """Time every artifact that takes any batch at growing batch sizes; see `polyexport.engine.bench.sweep`.
 
-        `trust`, here and below, tells whether what lies in the export may be unpickled, and so run code.
+        `trust`, here and below, is whether the export's files may be unpickled, which can run any code.
         """
         return sweep(report, _by_name(formats), self._quiet(report, trust=trust), self._watch, most=most)
 
     def verify(self, report: Report, formats: Iterable[Format] = (), *, trust: bool = True) -> Report:
-        """Verify every artifact once more; see `polyexport.engine.rerun.verify`."""
+        """Verify every artifact again; see `polyexport.engine.rerun.verify`."""
         return verify(report, _by_name(formats), self._quiet(report, trust=trust), self._watch)
 
     def layers(
         self, report: Report, name: str, formats: Iterable[Format] = (), *, trust: bool = True
     ) -> tuple[Layer, ...]:
-        """Each layer of the module beside what an artifact computes in its place, and the outputs at last.
+        """The error of each layer of the module in the artifact, and of the outputs, which come last.
 
         Raises:
-            BadRequest: the report has no artifact of that name that runs, or its format does not tell.
+            BadRequest: the report has no artifact of that name that runs, or its format has no `intermediates`.
             CannotRun: PyTorch or the artifact does not run.
         """
         return layers(report, self._runnable(report, name, formats), self._quiet(report, trust=trust))
 
     def explained(self, report: Report, formats: Iterable[Format] = ()) -> Report:
-        """The report with the layers of each artifact that disagrees; it is saved where there are any."""
+        """The report with the layers of each artifact that disagrees; saved if there are any."""
         found = explained(report, _by_name(formats), self._quiet(report), self._watch)
         if found is not report:
             save(found)
@@ -356,7 +361,9 @@ class Engine:
     def _runnable(self, report: Report, name: str, formats: Iterable[Format]) -> Runnable:
         found = {each.name: each for each in runnables(report, _by_name(formats))}
         if name not in found:
-            raise BadRequest(f"no artifact {name!r} that runs in {report.folder}; it has {', '.join(found) or 'none'}")
+            raise BadRequest(
+                f"{report.folder} has no artifact {name!r} that runs; those that do: {', '.join(found) or 'none'}"
+            )
         return found[name]
 
     def runner(
@@ -371,13 +378,13 @@ class Engine:
 
     @contextlib.contextmanager
     def opened(self, path: Path, *, trust: bool = True) -> Iterator[Runner]:
-        """The same of an artifact by itself: a format's folder that was copied out of its export, or a file in it.
+        """`runner` for an artifact without its export: a format's folder that was copied elsewhere, or the file in it.
 
         Raises:
-            BadRequest: there is none.
+            BadRequest: there is no artifact at `path`.
         """
         folder, about, each = described(path)
-        with tempfile.TemporaryDirectory() as root:  # for its job and its log
+        with tempfile.TemporaryDirectory() as root:  # for the job's files and its log
             for part in ("source", "logs"):
                 Path(root, part).mkdir()
             report = Report(about.checkpoint, None, (), folder=Path(root))
@@ -387,7 +394,7 @@ class Engine:
                 yield run
 
     def _quiet(self, report: Report, *, trust: bool = True) -> Dispatcher:
-        """A dispatcher for a finished export, which gets the whole machine."""
+        """A dispatcher for a finished export, whose jobs may use the whole machine."""
         self.hurry()
         whole = replace(self._limits, threads=self._cores)
         return replace(self._dispatcher(report.folder, report.folder, whole), trusted=trust)
@@ -400,10 +407,10 @@ class Engine:
 
 
 def check_limits(workers: int | None, timeout: float, executor: Any, staging: str | None) -> None:
-    """See whether an engine can be made with these.
+    """Check the arguments of an engine before anything is started.
 
     Raises:
-        BadRequest: it cannot.
+        BadRequest: a value is impossible.
     """
     if timeout <= 0 or (workers is not None and workers < 1):
         raise BadRequest(f"workers={workers}, timeout={timeout}: both must be greater than zero")
@@ -429,7 +436,7 @@ def _not_rebuilt(request: Request, ended: JobResult) -> Report:
 def _reported(
     request: Request, reference: Reference, outcomes: tuple[Outcome, ...], of_routes: Iterable[str]
 ) -> Report:
-    """The report of what was made."""
+    """The report on the outcomes."""
     at, spec = reference.checkpoint_at, reference.spec
     return Report(
         checkpoint=replace(
@@ -459,7 +466,7 @@ def _reported(
 
 
 def _describe(request: Request, report: Report, reference: Reference) -> None:
-    """Write what the export and each artifact in it are, for who finds them."""
+    """Write the manifest, and `polyexport.json` beside each artifact."""
     made = Manifest(
         report.checkpoint,
         request.question,
@@ -481,29 +488,31 @@ def _describe_artifact(root: Path, outcome: Outcome, checkpoint: Checkpoint, spe
 
 
 def _prune(newest: Report, keep: int | None) -> None:
-    """Remove the oldest exports of the run beyond `keep`; the newest, the best, always stays, and so do other runs'."""
+    """Remove the oldest exports of this run beyond `keep`; never the newest, which is the best, nor another run's."""
     older = history(newest)[:-1] if keep is not None else []
     for each in older[: max(0, len(older) + 1 - (keep or 1))]:
         shutil.rmtree(each.folder, ignore_errors=True)
 
 
 def _beside_what_is_there(request: Request) -> Request:
-    """The request under a name that takes nothing of the user's away; what keeps it from its own names is noted."""
+    """The request, renamed if its name would overwrite files that are not an export; a note says so."""
     parent, name, found = request.work.parent, request.name, request.notes
     if (free := free_name(parent, name)) != name:
-        found += (f"{parent / name} is no export and stays as it is, so this one is called {free}",)
+        found += (f"{parent / name} is not an export and is left alone, so this export is called {free}",)
     if request.best and not may_point_best(parent / BEST):
-        found += (f"{parent / BEST} points to no export and stays as it is, so nothing points to the newest",)
+        found += (
+            f"{parent / BEST} does not point to an export and is left alone, so nothing points to the newest export",
+        )
     return replace(request, name=free, notes=found)
 
 
 def _by_name(formats: Iterable[Format]) -> dict[str, Format]:
-    """Our formats, and the caller's own."""
+    """The built-in formats and the caller's own, by name."""
     return {each.name: each for each in (*known().values(), *formats)}
 
 
 def _fetch(held: str, source: Path) -> None:
-    """Bring the weights into `source`: a file, or a folder of shards."""
+    """Move or copy the weights into `source`: a file, or a folder of shards."""
     import fsspec
 
     system, path = fsspec.url_to_fs(held)
@@ -516,14 +525,14 @@ def _fetch(held: str, source: Path) -> None:
 
 
 def _earlier(request: Request, sha256: str) -> Report | None:
-    """The finished export of the same weights under the same name, if the same was asked of it and all agreed."""
+    """The finished export of the same weights, name and request, if every format in it agreed."""
     if not all(known().get(each.name) is each for each in request.formats):
-        return None  # a format of the user's own may have changed under its name
+        return None  # a user's own format may have changed under the same name
     for folder in (request.final, *(parent / request.name for parent in request.former)):
         try:
             before, report = manifest.load(folder), Report.load(folder)
         except (OSError, BadRequest):
-            continue  # there is none, or another version wrote it
+            continue  # no report, or another version's
         same = before.checkpoint.sha256 == sha256 and before.question == encode(request.question)
         if same and all(outcome.publishable or _is_still_out_of_reach(outcome) for outcome in report.outcomes):
             return report
@@ -531,6 +540,6 @@ def _earlier(request: Request, sha256: str) -> Report | None:
 
 
 def _is_still_out_of_reach(outcome: Outcome) -> bool:
-    """Whether a format was skipped for hardware or a program that this machine lacks now as it did then."""
+    """Whether a format was skipped for hardware or a program that is still missing."""
     each = known()[outcome.format]
     return outcome.state == "skipped" and bool(each.lacks())

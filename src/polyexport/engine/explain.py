@@ -1,8 +1,8 @@
-"""Where in the model an artifact and PyTorch part: both run once more, and their layers are compared.
+"""Where in the model an artifact and PyTorch diverge: both run again, and their layers are compared.
 
 Requirements:
-* The export itself is not changed, and what is written for it is removed.
-* It is a help for who looks for a fault: where it fails, the verdict on the artifact stands as it is.
+* The export itself is not changed; temporary files are removed.
+* It only helps to find a fault: if it fails, the artifact's state and reason stay as they are.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from polyexport.engine.routes import Watch
 from polyexport.errors import BadRequest, CannotRun
 from polyexport.format import Format
 from polyexport.measure.dynamic_axes import first_rows
-from polyexport.measure.layers import Layer, told
+from polyexport.measure.layers import Layer, divergence
 from polyexport.measure.reference import VALIDATION_BATCH
 from polyexport.report.outcome import Outcome
 from polyexport.report.report import Report
@@ -27,18 +27,18 @@ from polyexport.workers import toolchain
 from polyexport.workers.job import Explain, Inspect
 
 _ROWS = 4
-"""Rows of the validation batch that are enough; all of them where the batch is fixed."""
+"""Rows of the validation batch that are compared; all of them where the batch axis is static."""
 
 
 def layers(report: Report, each: Runnable, dispatcher: Dispatcher) -> tuple[Layer, ...]:
-    """Each layer of the module beside what the artifact computes in its place, and the outputs at last.
+    """The error of each layer of the module in the artifact, and of the outputs, which come last.
 
     Raises:
-        BadRequest: the format does not tell what it computes on its way.
+        BadRequest: the format has no `intermediates`.
         CannotRun: PyTorch or the artifact does not run.
     """
     if each.format.intermediates is None:
-        raise BadRequest(f"{each.name} does not tell what it computes on its way")
+        raise BadRequest(f"{each.name} gives no access to intermediate tensors, so layers cannot be compared")
     folder = f"source/explain-{each.name}"
     batch = f"{folder}/inputs.npz"
     inputs = read_arrays(report.folder / VALIDATION_BATCH, signature(report).input_names)
@@ -58,7 +58,7 @@ def layers(report: Report, each: Runnable, dispatcher: Dispatcher) -> tuple[Laye
 
 
 def explained(report: Report, formats: Mapping[str, Format], dispatcher: Dispatcher, watch: Watch) -> Report:
-    """The report with the layers of each artifact that disagrees, as far as its format tells them."""
+    """The report with the layers of each artifact that disagrees, where its format has `intermediates`."""
     wanted = {outcome.format for outcome in report.outcomes if outcome.state == "mismatch" and not outcome.layers}
     for each in runnables(report, formats) if wanted else ():
         if each.name in wanted and each.format.intermediates is not None:
@@ -76,5 +76,5 @@ def _with_layers(outcome: Outcome, report: Report, each: Runnable, dispatcher: D
         found = layers(report, each, dispatcher)
     except (CannotRun, OSError):  # the log has it
         return outcome
-    reason = "; ".join(filter(None, [outcome.reason, told(found)]))
+    reason = "; ".join(filter(None, [outcome.reason, divergence(found)]))
     return replace(outcome, layers=found, reason=reason)

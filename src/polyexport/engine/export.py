@@ -1,4 +1,4 @@
-"""The engine without a trainer: one module, exported here and now."""
+"""The engine without a trainer: export one module, and wait for it."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def export(
     preprocess: Step = None,
     postprocess: Step = None,
 ) -> Report:
-    """Export a PyTorch module: convert it, prove each artifact against it, time them.
+    """Export a PyTorch module: convert it, verify each artifact against it, measure latency.
 
     Args:
         module: A `torch.nn.Module` with its weights; it is not changed. It is exported in eval mode, as float32.
@@ -58,35 +58,36 @@ def export(
             arguments. Parity is judged on it, so give real data.
         formats: Names, aliases or `Format` values.
         into: Folder that becomes the export: a new or empty one, or an earlier export, which is replaced.
-        dynamic: True frees the batch axis and every axis whose size differs between `inputs` and `calibration`, False
-            none; or input name -> {axis: name}.
-        calibration: Further inputs, each like `inputs`; int8 formats take their number ranges from all of them, and
-            every artifact has to answer some of them.
+        dynamic: True: the batch axis is dynamic, and every axis whose size differs between `inputs` and `calibration`;
+            False: all axes are static; or a mapping of input name -> {axis: name}.
+        calibration: Further inputs, each like `inputs`. int8 formats are calibrated with all of them, and every
+            artifact is verified with some of them.
         bench: Whether to time the artifacts.
         timeout: Seconds that one conversion or verification may take.
         workers: How many jobs run side by side; by default half the cores, at least two.
-        executor: Has the jobs done on other machines; see `Engine`.
-        staging: Through which URL their files travel; see `Engine`.
-        progress: Takes one line about each format as it comes to its end: `print`, say.
-        checkpoint: Where the module's weights were read from, for the report.
-        metric: Your own metrics of what a function of named arrays answers, for PyTorch and for each artifact:
+        executor: Runs the jobs on other machines; see `Engine`.
+        staging: The URL through which their files travel; see `Engine`.
+        progress: Called with one line about each format when it is finished; for example `print`.
+        checkpoint: The checkpoint that the weights were read from, for the report.
+        metric: Your own metrics of a model, given as a function of named arrays; called with PyTorch and each artifact:
             `lambda run: {"accuracy": float((run({"x": x})["output_0"].argmax(-1) == y).mean())}`.
-        budget: How much worse each of them may be than PyTorch's: `{"accuracy": Budget(0.01, mode="max")}`. What loses
-            more is a `mismatch`; in int8, w8 and w4 what loses less is `verified`, whatever single elements do.
+        budget: How much worse each metric may be than PyTorch's: `{"accuracy": Budget(0.01, mode="max")}`. An artifact
+            that loses more is a `mismatch`; in int8, w8 and w4 one that loses less is `verified`, whatever its
+            elements.
         labels: Names of the classes in the last axis of an output, in their order, to be embedded in each artifact.
-        metadata: What else is to be embedded, by name.
-        preprocess: A module, or a function of tensors, that becomes the beginning of each artifact: it takes raw
-            inputs and returns what forward takes. The name of an attribute of the module will do.
-        postprocess: Likewise what becomes the end: it takes what forward returned.
+        metadata: Further strings to be embedded, by name.
+        preprocess: A module, or a function of tensors, that runs before forward in each artifact: it takes raw inputs
+            and returns what forward takes. Or the name of an attribute of the module.
+        postprocess: The same for what runs after forward: it takes what forward returned.
 
     Returns:
-        The report, which also lies in `into` as `report.json`, `report.md` and `report.html`.
+        The report, also saved in `into` as `report.json`, `report.md` and `report.html`.
 
     Raises:
-        UnknownFormat: a name that is none.
-        BadRequest: the module or the inputs cannot be taken apart, forward or `preprocess` takes other arguments,
-            labels or metadata are no texts, `into` is there and is no export, or a budget has no metric, or does not
-            say which way it is better.
+        UnknownFormat: a format's name is unknown.
+        BadRequest: the module's or the inputs' values cannot be flattened into tensors, forward or `preprocess` takes
+            other arguments, labels or metadata are not strings, `into` exists and is not an export, or a budget has no
+            metric or does not say which way it is better.
     """
     from polyexport.capture.flatten import as_runner
     from polyexport.capture.snapshot import load
@@ -95,7 +96,9 @@ def export(
     steps = Processing(preprocess, postprocess)
     chosen, limits = resolve(formats), directed(budgets(budget), {})
     if limits and metric is None:
-        raise BadRequest(f"budget for {', '.join(limits)}, but no metric=<a function of a runner> that measures it")
+        raise BadRequest(
+            f"a budget for {', '.join(limits)}, but no metric; give metric=, a function of a runner that measures it"
+        )
     with (
         requested(module, inputs, chosen, into, dynamic, calibration, checkpoint, steps) as request,
         Engine(workers=workers, timeout=timeout, executor=executor, staging=staging, tell=progress) as engine,
@@ -121,22 +124,24 @@ def requested(
     checkpoint: Checkpoint = _NONE,
     steps: Processing = NONE,
 ) -> Iterator[Request]:
-    """Files for an engine, of what `export` takes and with its errors; what an engine leaves of them is removed."""
+    """A request for an engine, from the arguments of `export` and with its errors; its files are removed at the end."""
     import torch
 
     from polyexport.capture.answer import ask
-    from polyexport.capture.flatten import as_call
+    from polyexport.capture.flatten import as_call, flattened_call
     from polyexport.capture.snapshot import check_call, save_call, save_module
 
     final = Path(into).resolve()
     if not may_become_export(final):
-        raise BadRequest(f"{final} is there and is no export; give a new or empty folder, or an export to replace")
+        raise BadRequest(f"{final} exists and is not an export; give a new or empty folder, or an export to replace")
     final.parent.mkdir(parents=True, exist_ok=True)
     work = unfinished(final.parent)
     try:
         found = resolved(steps, module)
         for index, call in enumerate(map(as_call, itertools.chain([inputs], calibration))):
-            check_call(entry(module, found), *call)
+            first = entry(module, found)
+            check_call(first, *call)
+            flattened_call(getattr(first, "forward", first), *call)
             save_call(*call, work / "source", index)
         received = as_call(inputs) if found.preprocess is None else as_call(preprocessed(found, *as_call(inputs)))
         check_call(module, *received)

@@ -1,11 +1,11 @@
-"""The user's own metric, of PyTorch and of each artifact, and what a budget makes of it.
+"""The user's own metric of PyTorch and of each artifact, judged by the budget.
 
 Requirements:
-* Of a low precision the budget is the judge where there is one: inside of it is `verified`, whatever single elements
+* In a low precision the budget decides, if there is one: within it an artifact is `verified`, whatever single elements
   do. Float formats have to agree element by element as well.
-* Outside of the budget is a `mismatch`, in every precision. Where a converter can, the layers that cost the most go
-  back to float first, more of them in each round, and the first artifact within the budget takes the others' place.
-* What has no metric is not said to be within the budget: it is `degraded`, with the reason.
+* Outside the budget is a `mismatch`, in every precision. If a converter can, the layers that cost the most go back to
+  float first, more of them in each round, and the first artifact within the budget is kept.
+* An artifact without a metric is not claimed to be within the budget: it is `degraded`, with the reason.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     from polyexport.engine.engine import Engine
 
 Metric = Callable[[Runner | None], Metrics]
-"""The metrics of what a runner answers; of PyTorch where there is none."""
+"""Computes the metrics of a runner; of PyTorch for None."""
 
 LOW: tuple[Precision, ...] = ("int8", "w8", "w4")
-"""Precisions whose single elements may be far off though the whole is right."""
+"""Precisions in which single elements may be far off although the model is as good."""
 
 
 def measured(
@@ -120,7 +120,7 @@ def _timed(report: Report, engine: Engine, formats: Iterable[Format]) -> Report:
 
 
 def unmeasured(report: Report, why: str, budget: Mapping[str, Budget]) -> Report:
-    """The report where no metric can be had, which a note says, and each artifact that a budget was given for."""
+    """The report where no metric could be measured: a note says why, and so does each artifact with a budget."""
     report = replace(report, outcomes=tuple(_unjudged(each, why, budget) for each in report.outcomes))
     report = _noted(report, f"no metrics: {why}")
     files.save(report)
@@ -128,13 +128,15 @@ def unmeasured(report: Report, why: str, budget: Mapping[str, Budget]) -> Report
 
 
 def judged(outcome: Outcome, reference: Metrics, budget: Mapping[str, Budget]) -> Outcome:
-    """An outcome whose metrics are known, by the budget."""
+    """An outcome with measured metrics, judged by the budget."""
     if why := overdrawn(budget, reference, outcome.metrics):
         also = f"; {outcome.reason}" if outcome.reason else ""
         return replace(outcome, state="mismatch", reason=f"outside the budget: {why}{also}", by_budget=True)
     if not _is_pardoned(outcome, budget):
         return outcome
-    remark = "; ".join(filter(None, [outcome.remark, f"within the budget, though by single elements {outcome.reason}"]))
+    remark = "; ".join(
+        filter(None, [outcome.remark, f"within the budget, although element by element: {outcome.reason}"])
+    )
     return replace(outcome, state="verified", reason="", remark=remark, by_budget=True)
 
 
@@ -143,7 +145,7 @@ def _is_measured(outcome: Outcome, budget: Mapping[str, Budget]) -> bool:
 
 
 def _is_pardoned(outcome: Outcome, budget: Mapping[str, Budget]) -> bool:
-    """Whether it disagrees in a way that a budget may allow: it runs, in low precision."""
+    """Whether it disagrees in a way that a budget may allow: a low precision that runs."""
     runs = outcome.state == "mismatch" and outcome.parity is not None
     return bool(budget) and runs and outcome.precision in LOW
 
@@ -151,7 +153,7 @@ def _is_pardoned(outcome: Outcome, budget: Mapping[str, Budget]) -> bool:
 def _unjudged(outcome: Outcome, why: str, budget: Mapping[str, Budget]) -> Outcome:
     if not (budget and outcome.publishable):
         return outcome
-    lacks = f"it is not known whether it keeps the budget: {why}"
+    lacks = f"not known to be within the budget: {why}"
     return replace(outcome, state="degraded", reason="; ".join(filter(None, [outcome.reason, lacks])))
 
 

@@ -1,4 +1,4 @@
-"""Labels and metadata of the user's, which travel inside each artifact."""
+"""The user's labels and metadata, which are embedded in each artifact."""
 
 from __future__ import annotations
 
@@ -11,41 +11,41 @@ from polyexport.errors import BadRequest
 from polyexport.spec import ExportSpec, TensorSpec
 
 _IMAGE_AXES = 4
-"""Axes of an output that has its classes second: `(N, C, H, W)`."""
+"""Number of axes of an output with its classes second: `(N, C, H, W)`."""
 
 
 def check(labels: Sequence[str], metadata: Mapping[str, str]) -> None:
     """Refuse what cannot be embedded.
 
     Raises:
-        BadRequest: a label or an entry is no text, or a label has a line break.
+        BadRequest: a label or an entry is not a string, or a label has a line break.
     """
     if isinstance(labels, str) or not all(isinstance(label, str) for label in labels):
-        raise BadRequest(f"labels={labels!r}; give a list of texts, one for each class in their order")
+        raise BadRequest(f"labels={labels!r}; give a list of strings, one for each class in order")
     if broken := [label for label in labels if "\n" in label or "\r" in label]:
-        raise BadRequest(f"labels has {broken[0]!r}; a label is one line")
+        raise BadRequest(f"the label {broken[0]!r} has a line break; give labels of one line")
     if not isinstance(metadata, Mapping) or not all(
         isinstance(part, str) for entry in metadata.items() for part in entry
     ):
-        raise BadRequest(f"metadata={metadata!r}; give a mapping of texts to texts")
+        raise BadRequest(f"metadata={metadata!r}; give a mapping of strings to strings")
 
 
 def labeled(spec: ExportSpec, labels: Sequence[str], metadata: Mapping[str, str]) -> tuple[ExportSpec, str]:
-    """The signature with what is to be embedded, and why the labels are left out, if they are.
+    """The signature with labels and metadata, and why the labels are left out, if they are.
 
-    What polyexport itself writes into `spec.metadata` stays, where the user has an entry of that name too.
+    Entries that polyexport itself writes into `spec.metadata` win over the user's of the same name.
     """
     spec = replace(spec, metadata={**metadata, **spec.metadata})
     if not labels:
         return spec, ""
     if not any(len(labels) in _classes(tensor) or _are_indices(tensor) for tensor in spec.outputs):
         outputs = "; ".join(map(str, spec.outputs))
-        return spec, f"labels are left out: there are {len(labels)}, which fit the last axis of no output ({outputs})"
+        return spec, f"labels are left out: no output has {len(labels)} classes in its last axis ({outputs})"
     return replace(spec, labels=tuple(labels)), ""
 
 
 def _classes(tensor: TensorSpec) -> tuple[int | str, ...]:
-    """The sizes that labels may have to fit."""
+    """The sizes of which one must be the number of labels."""
     return (*tensor.shape[-1:], *(tensor.shape[1:2] if len(tensor.shape) == _IMAGE_AXES else ()))
 
 

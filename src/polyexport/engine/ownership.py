@@ -1,6 +1,6 @@
-"""Whose export it is that lies in a folder: this user's, who may unpickle it, or anybody's.
+"""Who made an export: this user, who may unpickle it, or somebody else.
 
-A folder that was begun here holds a seal of its path, made with a key that lies in the user's cache folder.
+A folder that was begun here has a seal of its path, made with a key in the user's cache folder.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from platformdirs import user_cache_path
 
 
 def seal(folder: Path) -> str:
-    """What proves later that this user began the export in `folder`; empty where no key can be kept."""
+    """A seal that shows later that this user began the export in `folder`; empty if no key can be stored."""
     key = _key()
     return hmac.new(key, os.path.realpath(folder).encode(), hashlib.sha256).hexdigest() if key else ""
 
 
 def is_ours(folder: Path, sealed: str) -> bool:
-    """Whether `sealed` was made by this user for this folder, where it lies now."""
+    """Whether `sealed` was made by this user for this folder at its present path."""
     expected = seal(folder)
     return bool(expected) and hmac.compare_digest(expected, sealed)
 
 
 def _key() -> bytes:
-    """This user's key, made when it is first asked for; empty where it cannot be kept."""
+    """This user's key, made on first use; empty if it cannot be stored."""
     file = user_cache_path("polyexport") / "key"
     with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        made = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)  # by one process only
+        made = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)  # only one process can create it
         with os.fdopen(made, "wb") as opened:
             opened.write(secrets.token_bytes(32))
     try:

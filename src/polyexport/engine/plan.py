@@ -1,4 +1,4 @@
-"""Names to ordered steps: which formats have to be made for the ones asked for, and in which toolchains."""
+"""Which formats have to be made for the ones asked for, in which order and in which toolchains."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from polyexport.workers.toolchain import Toolchain, find
 def steps(formats: Sequence[Format]) -> Mapping[str, Format]:
     """The formats asked for and all that their routes may read, upstream first.
 
-    A `Format` value that was asked for takes the place of a known one of its name.
+    A `Format` value among `formats` replaces the built-in one of the same name.
 
     Raises:
         UnknownFormat: a route reads a format that does not exist.
-        BadRequest: routes that read each other in a circle.
+        BadRequest: routes form a circle.
     """
     asked = {each.name: each for each in formats}
     graph: dict[str, set[str]] = {}
@@ -32,7 +32,7 @@ def steps(formats: Sequence[Format]) -> Mapping[str, Format]:
     try:
         order = list(TopologicalSorter(graph).static_order())
     except CycleError as error:
-        raise BadRequest(f"routes read each other in a circle: {' -> '.join(error.args[1])}") from None
+        raise BadRequest(f"routes form a circle, each reading the next: {' -> '.join(error.args[1])}") from None
     return {name: _format(name, asked) for name in order}
 
 

@@ -1,4 +1,4 @@
-"""One checkpoint to export, as it is asked for, and as it lies on disk until it is done."""
+"""One checkpoint to export, as it is requested, and as it is stored on disk until it is done."""
 
 from __future__ import annotations
 
@@ -32,21 +32,20 @@ class Request:
     Attributes:
         work: The unfinished folder, from `unfinished`; its `source` has the module (see `capture.snapshot`).
         name: What the finished folder is called.
-        formats: What to make of it.
-        dynamic: Which input axes are free.
-        checkpoint: Where the weights come from, as far as it is known yet.
-        notes: What the report has to say about how it came to be.
-        held: Where the weights still are, if not in the folder: a path, which is the engine's to move or remove, or an
-            fsspec URL, to be copied.
-        best: Whether `best` beside the finished folder is to point to it.
+        formats: The formats to make, in order.
+        dynamic: Which input axes are dynamic.
+        checkpoint: The checkpoint of the weights, as far as it is known yet.
+        notes: Notes for the report about how it came to be.
+        held: Path or fsspec URL of the weights, where they are not in the folder yet. The engine may move or remove a
+            path; a URL is copied.
+        best: Whether the link `best` is to point to the finished folder.
         keep: How many finished folders may stay in the parent folder; None for all.
-        former: Further parent folders where this may have been exported under the same name, by a run that this one
-            resumes.
+        former: Parent folders of a run that this one resumes, where this may have been exported under the same name.
         sys_path: The import path of the process that trained the module.
         commit: The git commit of its code; None where that is this process's.
-        labels: Names of an output's classes, for each artifact.
-        metadata: What else is to be embedded.
-        processing: What is done before and behind forward, in words.
+        labels: Names of an output's classes, to be embedded in each artifact.
+        metadata: Further strings to be embedded, by name.
+        processing: What runs before and after forward, in words.
     """
 
     work: Path
@@ -67,12 +66,12 @@ class Request:
 
     @property
     def final(self) -> Path:
-        """Where the finished folder will lie."""
+        """Path of the finished folder."""
         return self.work.parent / self.name
 
     @property
     def question(self) -> dict[str, Any]:
-        """What makes another export of the same weights a different one."""
+        """What has to be equal for an earlier export of the same weights to be reused."""
         further = len(further_calls(self.work / "source"))
         names = sorted(each.name for each in self.formats)
         embedded = {"labels": self.labels, "metadata": self.metadata, "processing": self._processing}
@@ -80,7 +79,7 @@ class Request:
 
     @property
     def _processing(self) -> dict[str, str]:
-        """The steps in words, and what tells them from others that read alike: with other numbers, say."""
+        """The steps in words, with a hash that distinguishes steps that differ only in their numbers."""
         file = self.work / "source" / PROCESSING
         digest = {"sha256": hashlib.sha256(file.read_bytes()).hexdigest()} if file.is_file() else {}
         return {**self.processing, **digest}
@@ -88,7 +87,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A request as it lies on disk: what `resume` needs; see `Request`."""
+    """A request as it is stored on disk for `resume`; see `Request`."""
 
     name: str
     formats: tuple[str, ...]
@@ -106,7 +105,7 @@ class Asked:
 
 
 def write(request: Request) -> None:
-    """Write down what was asked for, for whoever resumes the export."""
+    """Store the request, for `resume`."""
     names = tuple(each.name for each in request.formats)
     taken = (request.dynamic, request.checkpoint, request.notes, request.held, request.best, request.keep)
     embedded = (request.labels, request.metadata, request.processing)
@@ -115,14 +114,14 @@ def write(request: Request) -> None:
 
 
 def declare(request: Request) -> None:
-    """Write down the formats of the user's own, for whoever resumes the export; what does not pickle is told then."""
+    """Store the user's own formats, for `resume`, which reports those that could not be pickled."""
     for each in request.formats:
         with contextlib.suppress(Exception):  # the user's own code
             declared(request.work, each)
 
 
 def interruption(work: Path) -> str:
-    """What to tell of an export that was interrupted: which one, what `best` is meanwhile, and what finishes it."""
+    """A line about an interrupted export: which one, what `best` is meanwhile, and the command that finishes it."""
     parent = work.parent
     try:
         best = f"best is {Report.load(parent / BEST).folder.name} until then"
@@ -130,7 +129,7 @@ def interruption(work: Path) -> str:
         best = "there is no best until then"
     try:
         name = _read(work).name
-    except BadRequest as error:  # told where a run ends, which nothing may keep from ending
+    except BadRequest as error:  # this is shown when a run ends, and must not stop that
         return f"an export was interrupted, and cannot be finished: {error}; {best}"
     return f"the export of {name} was interrupted; {best}; to finish it: polyexport resume {shlex.quote(str(parent))}"
 
@@ -144,28 +143,28 @@ def _read(work: Path) -> Asked:
 
 
 def interrupted(parent: Path, *, trust: bool = True) -> Request:
-    """The export in `parent` that a run left unfinished, which is this process's from now on.
+    """Take over the export that a run left unfinished in `parent`.
 
-    Without `trust` it has to be one that this user began, there: to finish it is to run what was pickled.
+    Without `trust` this user must have begun it in that folder, since finishing it runs what was pickled.
 
     Raises:
-        BadRequest: there is none; or it is another process's or user's; or a format of the user's own is gone.
+        BadRequest: there is none, another process or user has it, or a user's own format cannot be loaded.
     """
     work = clear(parent)
     if work is None or not take(work):
-        raise BadRequest(f"{parent} has no interrupted export; what lies there is complete, or still under way")
+        raise BadRequest(f"{parent} has no interrupted export: those in it are complete or still running")
     asked = _read(work)
     if not (trust or is_ours(work, asked.seal)):
         let_go(work)
         raise BadRequest(
-            f"the export in {parent} was not begun by you, or not there, and to finish it runs code that was pickled "
+            f"the export in {parent} was not begun by you in that folder, and finishing it runs code that was pickled "
             "when it began; if you trust who made it, give --trust"
         )
     formats = tuple(_format(work, name) for name in asked.formats)
     dynamic = asked.dynamic
     if isinstance(dynamic, Mapping):  # JSON has no numbers for keys
         dynamic = {name: {int(axis): called for axis, called in axes.items()} for name, axes in dynamic.items()}
-    told = (*asked.notes, "training was interrupted; polyexport resume has finished this export")
+    told = (*asked.notes, "training was interrupted, and polyexport resume finished this export")
     return Request(
         work,
         asked.name,
@@ -197,6 +196,7 @@ def _format(work: Path, name: str) -> Format:
     except Exception as error:  # the user's own code
         why = f"{type(error).__name__}: {error}"
         raise BadRequest(
-            f"the format {name!r} is your own: fit(ckpt_path=…) makes it, this command cannot: {why}"
+            f"the format {name!r} is your own, and this command cannot load it ({why}); "
+            "resume training with fit(ckpt_path=…)"
         ) from None
     return found

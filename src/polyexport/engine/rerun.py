@@ -1,7 +1,7 @@
-"""A finished export once more: each artifact in its own toolchain, to be verified again or used as a function.
+"""Artifacts of a finished export, each run in its own toolchain: verified again, or used as a function.
 
 Requirements:
-* Everything that is needed lies in the export's folder: signature and batches in its manifest, artifacts beside it.
+* All that is needed is in the export's folder: signature and batches in its manifest, and the artifacts.
 * The export itself is not changed; what a run prints is appended to the format's log.
 """
 
@@ -42,7 +42,7 @@ class FormatFields(TypedDict):
 
 @dataclass(frozen=True, slots=True)
 class Runnable:
-    """An artifact, at `path` relative to the export's folder, and what it takes to run it."""
+    """An artifact, at `path` relative to the export's folder, with all that is needed to run it."""
 
     path: str
     format: Format
@@ -60,7 +60,7 @@ class Runnable:
         return f"logs/{self.name}.log"
 
     def of_job(self, dispatcher: Dispatcher) -> FormatFields:
-        """What each job on the artifact is given."""
+        """The fields that each job on the artifact has."""
         return {
             "format": self.name,
             "declared": dispatcher.declared(self.format),
@@ -71,7 +71,7 @@ class Runnable:
 
 
 def signature(report: Report) -> ExportSpec:
-    """The module's own signature, which a format's may differ from.
+    """The module's signature; an artifact's own may differ.
 
     Raises:
         BadRequest: the export has no manifest that can be read.
@@ -80,7 +80,7 @@ def signature(report: Report) -> ExportSpec:
 
 
 def runnables(report: Report, formats: Mapping[str, Format]) -> list[Runnable]:
-    """Every artifact of the report that has been run before, with its format out of `formats`."""
+    """Every artifact of the report that has been run before, with its format from `formats`."""
     return [
         _runnable(report, outcome, outcome.artifact.path, formats[outcome.format])
         for outcome in report.outcomes
@@ -90,25 +90,25 @@ def runnables(report: Report, formats: Mapping[str, Format]) -> list[Runnable]:
 
 def _runnable(report: Report, outcome: Outcome, path: str, each: Format) -> Runnable:
     made_by = next((route for route in each.routes if route.name == outcome.route), each.routes[0])
-    spec = signature(report)  # PyTorch's, which a runner answers in, also where the artifact's own differs
+    spec = signature(report)  # a runner uses PyTorch's names and dtypes, even where the artifact's own differ
     if _is_static(outcome):
         spec = spec.static()
     return Runnable(path, each, toolchain.find(each.runtime or made_by.toolchain), spec)
 
 
 def _is_static(outcome: Outcome) -> bool:
-    """Whether it was made with fixed sizes, which its inputs do not tell once it was run: they are its own then."""
+    """Whether it was made with static shapes; the recorded inputs of an artifact that was run are its own."""
     if outcome.parity is None:
         return not any(tensor.dynamic for tensor in outcome.inputs)
     return len(outcome.parity.batches) == 1
 
 
 def verify(report: Report, formats: Mapping[str, Format], dispatcher: Dispatcher, watch: Watch) -> Report:
-    """Load each artifact in a fresh process and compare it with the recorded answers of PyTorch once more.
+    """Load each artifact in a fresh process and compare it with PyTorch's recorded outputs again.
 
     Returns:
-        The report with the states of today: what cannot be run today is not `verified` today, nor is an artifact that
-        is not the exported one any more.
+        The report with the states of today: an artifact that cannot be run today, or is not the exported one any more,
+            is not `verified`.
     """
     exported = manifest.load(report.folder)
 
@@ -175,37 +175,38 @@ def settled(report: Report, outcome: Outcome, each: Format) -> Outcome:
 
 
 def _not_run(before: Outcome) -> Outcome:
-    """An outcome that nothing can be run of; what is not claimed to agree stays as it is."""
+    """An outcome whose artifact cannot be run; if it was not claimed to agree, it stays as it is."""
     if not before.publishable:
         return before
-    why = f"no format {before.format!r} is known here" if before.artifact else "the report names no artifact of it"
+    why = f"the format {before.format!r} is unknown here" if before.artifact else "the report lists no artifact"
     return replace(
-        before, state="unverified", parity=None, reason=f"{before.state} at its export, not run today: {why}"
+        before, state="unverified", parity=None, reason=f"{before.state} when exported, not run today: {why}"
     )
 
 
 def _beside(before: Outcome, now: Outcome) -> Outcome:
-    """What was found today beside what was said at the export."""
+    """Today's outcome, with what was recorded at the export."""
     if _is_another(before, now):
-        changed = "the artifact is not the one that was exported: its SHA-256 has changed"
+        changed = "the artifact was changed after the export: its SHA-256 differs"
         state: State = "unverified" if now.state == "verified" else now.state
         return replace(now, state=state, reason=f"{changed}; {now.reason}" if state == now.state else changed)
     if before.by_budget and before.state == "verified" and now.state == "mismatch":
-        return replace(now, state=before.state, reason="")  # its single elements were off at the export too
+        # single elements were off at the export too, and the budget allowed them
+        return replace(now, state=before.state, reason="")
     if now.state == "verified" and (before.publishable or (before.state == "unverified" and before.parity)):
-        return replace(now, state=before.state)  # what was said of it then holds today
+        return replace(now, state=before.state)  # the limitation that was recorded then still holds
     return replace(now, reason="") if now.state == "verified" else now
 
 
 def _is_another(before: Outcome, now: Outcome) -> bool:
-    """Whether the artifact has changed; None was hashed where it could not be run."""
+    """Whether the artifact has changed; one that could not be run was not hashed."""
     hashes = [each.artifact.sha256 for each in (before, now) if each.artifact]
     return all(hashes) and len(set(hashes)) > 1
 
 
 @contextlib.contextmanager
 def runner(report: Report, each: Runnable, dispatcher: Dispatcher) -> Iterator[Runner]:
-    """An artifact as a function, run by a worker of its toolchain until the context is left.
+    """An artifact as a function, run by a worker of its toolchain until the context exits.
 
     Raises:
         CannotRun: it cannot be loaded, or (from the function) it cannot run these inputs, or its process ended.

@@ -1,10 +1,11 @@
-"""One export: every format asked for, by the first route whose artifact agrees with PyTorch.
+"""One export: each format is made by the first route whose artifact agrees with PyTorch.
 
 Requirements:
 * A format is built once per signature, however many others read it; formats that do not depend on each other run side
   by side.
-* Asked-for properties beat the order of routes: all routes are tried with the dynamic axes before any is tried without.
-* What fails stops only what depends on it, and every state has its reason.
+* What was asked for comes before the order of routes: all routes are tried with the dynamic axes before any is tried
+  without.
+* A failure stops only what depends on it, and every state has its reason.
 """
 
 from __future__ import annotations
@@ -34,20 +35,23 @@ from polyexport.workers.job import Convert, Verify, proofs
 from polyexport.workers.process import JobResult
 
 Watch = Callable[[str, str | Outcome | None], None]
-"""Takes a format's name and what is being done with it; once it is done, its outcome, or None where it has none."""
+"""Called with a format's name and what is being done with it; when it is done, with its outcome, or None."""
 
 _STATE_OF: Mapping[str, State] = {"missing": "skipped", "cannot run": "unverified"}
 
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """A format's artifact as it lies in the export's folder, and what is known of it.
+    """A format's artifact in the export's folder, and what is known of it.
 
-    `retry` tells whether static shapes may do what this did not: not where a tool is missing, nor where it hung.
-    `shortfall` is what the verified artifact lacks of what was asked for. `narrow` is that part of it which all that is
-    made from the artifact lacks too: that it is right for some data only. `frozen` are the sites in forward where a
-    trace wrote a value down. `detour` is why preferred
-    routes did not lead to it.
+    Attributes:
+        outcome: Its outcome so far.
+        path: The artifact's path, relative to the export's folder; empty where there is none.
+        retry: Whether static shapes are worth a try: not where a tool is missing, or the job timed out.
+        shortfall: What the verified artifact lacks of what was asked for, in a line.
+        narrow: Why the artifact is right for some data only, which holds for all formats made from it too.
+        frozen: The lines of forward whose values the trace fixed as constants.
+        detour: Why preferred routes were not taken.
     """
 
     outcome: Outcome
@@ -79,11 +83,11 @@ class Build:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What became of routes that were preferred to those that led to artifacts; in the order asked."""
+        """Notes on preferred routes that failed, in the order of the formats."""
         return tuple(self._detours[each.name] for each in self._asked if each.name in self._detours)
 
     def outcomes(self) -> tuple[Outcome, ...]:
-        """Build all that was asked for, side by side; in the order asked."""
+        """Build all formats in parallel; their outcomes in the order asked."""
         with ThreadPoolExecutor(len(self._asked), thread_name_prefix="polyexport-build") as pool:
             return tuple(pool.map(self._outcome, self._asked))
 
@@ -94,14 +98,14 @@ class Build:
                 built = replace(built, outcome=self._settle(each, built))
             outcome = built.outcome
             if built.detour and outcome.publishable:
-                self._detours[each.name] = f"{each.name}: made by {outcome.route}, since {built.detour}"
+                self._detours[each.name] = f"{each.name}: made by the route {outcome.route}, since {built.detour}"
         except Exception as error:  # a bug of ours must not take the other formats along
             outcome = Outcome(each.name, each.precision, "failed", f"internal error: {line(error)}")
         self._watch(each.name, outcome)
         return outcome
 
     def _best(self, each: Format) -> Built:
-        """With the dynamic axes, and where no route can, without them."""
+        """The format with dynamic axes, or without them if no route can make it with them."""
         built = self._built(each.name, dynamic=True)
         because = self._reference.static_because
         if self._reference.spec.is_dynamic and built.retry:
@@ -112,14 +116,14 @@ class Build:
                 why = f"{built.outcome.reason}; with static shapes: {static.outcome.reason}"
                 built = replace(built, outcome=replace(built.outcome, reason=why))
         fixed = _fixed(self._reference.spec)
-        lost = [f"static shapes only{fixed}, since with dynamic axes: {because}"] if because else []
+        lost = [f"static shapes only{fixed}; with dynamic axes: {because}"] if because else []
         lost += [each for each in (built.shortfall, self._reference.unlabeled) if each]
         if lost and built.outcome.state == "verified":
             built = replace(built, outcome=replace(built.outcome, state="degraded", reason="; ".join(lost)))
         return built
 
     def _built(self, name: str, *, dynamic: bool) -> Built:
-        """The memoised build of one format; whoever asks first does it, the others wait."""
+        """The memoized build of one format; the first caller builds it, others wait."""
         dynamic = dynamic and self._reference.spec.is_dynamic
         with self._lock:
             future = self._made.get((name, dynamic))
@@ -134,7 +138,7 @@ class Build:
         return future.result()
 
     def _by_routes(self, each: Format, *, dynamic: bool) -> Built:
-        """Try the routes in order until one verifies and lacks nothing; else the best, with what became of each."""
+        """Try the routes in order until one verifies without a shortfall; else the best, with a reason for each."""
         tried: list[Built] = []
         for route in each.routes:
             if (route.static and dynamic) or (route.trained and not self._reference.spec.has_trained_scales):
@@ -144,7 +148,7 @@ class Build:
             if built.outcome.state == "verified" and not built.shortfall:
                 break
         if not tried:
-            why = f"{', '.join(route.name for route in each.routes)} takes fixed shapes only"
+            why = f"{', '.join(route.name for route in each.routes)} takes static shapes only"
             return Built(Outcome(each.name, each.precision, "failed", why), "", retry=True)
         best = min(tried, key=lambda built: (STATES.index(built.outcome.state), bool(built.shortfall)))
         for built in tried:
@@ -155,7 +159,7 @@ class Build:
         return replace(best, outcome=outcome, retry=retry, detour=_detour(best, tried))
 
     def _by_route(self, each: Format, route: Route, *, dynamic: bool) -> Built:
-        """Upstream, conversion, verification: the first that fails decides."""
+        """Upstream, conversion, verification; stops at the first that fails."""
         spec = self._reference.spec if dynamic else self._reference.spec.static()
         outcome = Outcome(
             each.name, each.precision, "skipped", route=route.name, inputs=spec.inputs, outputs=spec.outputs
@@ -166,7 +170,7 @@ class Build:
         if route.upstream != MODULE:
             upstream = self._built(route.upstream, dynamic=dynamic)
             if not upstream.usable:
-                reason = f"its upstream {route.upstream} is {upstream.outcome.state}: {upstream.outcome.reason}"
+                reason = f"made from {route.upstream}, which is {upstream.outcome.state}: {upstream.outcome.reason}"
                 return Built(replace(outcome, reason=reason), "", upstream.retry)
             source = upstream.path
         static = [] if spec.is_dynamic == self._reference.spec.is_dynamic else ["static"]
@@ -178,12 +182,12 @@ class Build:
     def _converted(
         self, each: Format, route: Route, source: str, spec: ExportSpec, label: str, outcome: Outcome
     ) -> Built:
-        """Write the artifact among the intermediates; without a path where that failed."""
+        """Convert into the folder of intermediates; the path is empty if that failed."""
         chain, log = toolchain.find(route.toolchain), f"logs/{each.name}.log"
         target = Path("source", "made", label, each.artifact).as_posix()
         self._watch(each.name, f"converting ({route.name})")
-        self._discard(target)  # of a try before
-        # a job elsewhere takes along what it names: what it calibrates with, or the batch that it traces with
+        self._discard(target)  # from an earlier try
+        # a job on another machine takes along the files that it names: the batches to calibrate or to trace with
         named = spec.calibration if each.calibrated else spec.calibration[:1]
         job = Convert(
             format=each.name,
@@ -204,16 +208,16 @@ class Build:
                 calibration=None if calibrated is None else decode(Calibration, calibrated),
             )
             return Built(outcome, target, frozen=tuple(ended.value["frozen"]))
-        self._discard(target)  # half an artifact is none, and may have filled the disk
+        self._discard(target)  # a partial artifact is useless, and may have filled the disk
         state = _STATE_OF.get(ended.kind, "failed")
         retry = state == "failed" and ended.kind != "timed out"
         return Built(replace(outcome, state=state, reason=ended.error), "", retry)
 
     def _verified(self, each: Format, route: Route, spec: ExportSpec, label: str, made: Built) -> Built:
-        """Run what was converted in a process of its own, and say whether it agrees."""
+        """Run the artifact in a process of its own, and compare it with PyTorch."""
         self._watch(each.name, f"verifying ({route.name})")
         runtime, log = toolchain.find(each.runtime or route.toolchain), made.outcome.log or ""
-        # in low precision other values may leave the ranges that it was calibrated for
+        # in a low precision, other values may be outside the calibrated ranges
         batches = proofs(self._reference.batches, dynamic=spec.is_dynamic, made_up=each.precision == "float32")
         job = Verify(
             format=each.name,
@@ -236,7 +240,7 @@ class Build:
         return replace(made, outcome=outcome, retry=retry, shortfall="; ".join(lost), narrow=why)
 
     def _settle(self, each: Format, built: Built) -> Outcome:
-        """Give what was asked for its place; among the intermediates it stays too."""
+        """Hard-link the artifact from the intermediates to its final folder."""
         artifact = built.outcome.artifact
         assert artifact is not None, "only what was made is settled"
         with self._lock:
@@ -259,9 +263,9 @@ def placed(root: Path, each: Format, path: str) -> str:
 
 
 def judged(outcome: Outcome, ended: JobResult, target: str) -> Outcome:
-    """An outcome with what its verification, of the artifact at `target`, found out."""
+    """The outcome after its verification of the artifact at `target`."""
     if not ended.ok:
-        # the artifact is there; where the tool to run it is missing, that is all that can be said of it
+        # the artifact exists, and without the tool to run it no more is known
         state: State = "unverified" if ended.kind in ("missing", "cannot run") else "failed"
         word = "" if state == "unverified" else "the artifact does not run: "
         outcome = replace(outcome, state=state, reason=word + ended.error, reproduce=ended.command or outcome.reproduce)
@@ -278,7 +282,7 @@ def judged(outcome: Outcome, ended: JobResult, target: str) -> Outcome:
 
 
 def counted(root: Path, outcome: Outcome) -> Outcome:
-    """With the size and hash of an artifact that no worker could open; `root` is the export's folder."""
+    """The outcome with size and hash of an artifact that no worker could open; `root` is the export's folder."""
     if outcome.artifact is None or outcome.artifact.sha256:
         return outcome
     made = root / outcome.artifact.path
@@ -287,18 +291,18 @@ def counted(root: Path, outcome: Outcome) -> Outcome:
 
 
 def narrow(elsewhere: str, frozen: Sequence[str] = (), reference: Reference | None = None) -> str:
-    """Why an artifact is right for some data only: `elsewhere` is where it was seen to be wrong, if anywhere."""
+    """Why an artifact is right for some data only; `elsewhere` says on which data it was found wrong, if on any."""
     kept = set(frozen) & set(reference.read_at if reference else ())
     if elsewhere:
-        since = f"; a trace keeps one side of what forward decides by its data at {named(kept)}" if kept else ""
+        since = f"; forward branches on its data at {named(kept)}, and a trace keeps one branch" if kept else ""
         return f"right on data like the first batch only: {elsewhere}{since}"
     if one := kept & set(reference.one_side if reference else ()):
-        return f"one branch only, since forward decides by its data and every batch took the same ({named(one)})"
+        return f"one branch only: forward branches on its data, and every batch took the same branch ({named(one)})"
     return reference.narrow if reference else ""
 
 
 def _fixed(spec: ExportSpec) -> str:
-    """Which axes but the batch have one size where none is dynamic, and what frees the batch at least."""
+    """Which axes besides the batch became static, and the `dynamic` argument that keeps at least the batch dynamic."""
     fixed = [
         f"axis {axis} of {tensor.name} is {spec.sizes[called]}"
         for tensor in spec.inputs
@@ -307,25 +311,25 @@ def _fixed(spec: ExportSpec) -> str:
     ]
     batch = {t.name: {axis: BATCH for axis, called in t.dynamic.items() if called == BATCH} for t in spec.inputs}
     freed = {name: axes for name, axes in batch.items() if axes}
-    return f" ({', '.join(fixed)}; dynamic={freed} asks for the batch alone)" if fixed else ""
+    return f" ({', '.join(fixed)}; dynamic={freed} keeps the batch axis dynamic)" if fixed else ""
 
 
 def _reason(best: Built, tried: Sequence[Built]) -> str:
-    """Why the format is in its state: what became of the routes that were run. What is verified needs no reason."""
+    """Why the format is in its state, route by route; empty if it is verified."""
     if best.outcome.state == "verified":
         return ""
     ran = [built for built in tried if built.outcome.state != "skipped"]
     different = len({built.outcome.reason for built in tried}) > 1
-    return _told(ran) if len(ran) > 1 and different else best.outcome.reason
+    return _reasons(ran) if len(ran) > 1 and different else best.outcome.reason
 
 
 def _detour(best: Built, tried: Sequence[Built]) -> str:
-    """What became of the routes before the one that verified."""
-    return _told(tried[: tried.index(best)]) if best.outcome.state == "verified" else ""
+    """Why the routes before the one that verified were not taken."""
+    return _reasons(tried[: tried.index(best)]) if best.outcome.state == "verified" else ""
 
 
-def _told(tried: Sequence[Built]) -> str:
-    """What became of routes; of one that verified and was not taken, what its artifact lacks."""
+def _reasons(tried: Sequence[Built]) -> str:
+    """The reason of each route; for one that verified and was not taken, its shortfall."""
     return "; ".join(
         f"{built.outcome.route}: "
         + (built.shortfall if built.outcome.state == "verified" else f"{built.outcome.state}: {built.outcome.reason}")

@@ -1,12 +1,12 @@
-"""What a training run asks of the engine: take the inputs once, offer each new best checkpoint, finish, close.
+"""A training run's interface to the engine: take the inputs once, offer each new best checkpoint, finish, close.
 
-Whoever trains (Lightning, Fabric, a loop of one's own) tells a `Session` three things: what forward receives, where
-each new best checkpoint lies, and when training is over. Nothing here imports a trainer.
+A trainer (Lightning, Fabric, a loop of your own) gives a `Session` what forward receives, the path of each new best
+checkpoint, and the end of training. Nothing here imports a trainer.
 
 Requirements:
 * `take` and `offer` leave the module and the random state as they are, and cost training next to nothing.
 * At most two checkpoints are kept at any time: the one that is exported, and the newest that waits.
-* What goes wrong with one export is told by `warn`, and the others go on.
+* An error in one export is passed to `warn`, and the others go on.
 """
 
 from __future__ import annotations
@@ -47,30 +47,30 @@ if TYPE_CHECKING:
     from torch import nn
 
 _LOOK_SECONDS = 0.01
-_PATIENCE_SECONDS = 60.0  # how long training waits for another process that installs what this one needs
+_PATIENCE_SECONDS = 60.0  # how long training waits for a toolchain that another process is installing
 _CHEAP_SECONDS = 0.05
-"""The processor time that the structure may take to be taken anew at each best."""
+"""The structure is pickled again at each new best only if that takes less processor time than this."""
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What a training run wants exported, and how.
+    """What to export from a training run, and how.
 
     Attributes:
-        formats: What to make of each checkpoint.
-        select: What of the module: a dotted attribute, a function of it, or None for itself.
+        formats: The formats to make of each checkpoint.
+        select: What part of the module: a dotted attribute, a function of the module, or None for all of it.
         dynamic: Which input axes may differ from call to call; see `polyexport.export`.
-        calibration_batches: How many batches int8 formats take their number ranges from.
+        calibration_batches: How many batches int8 formats are calibrated with.
         keep: How many exports stay on disk; None for all.
-        bench: Whether to time the artifacts at the end: those of the newest export, or of `"all"`.
+        bench: Whether to time the artifacts at the end: True for those of the newest export, `"all"` for every export.
         timeout: Seconds that one conversion or verification may take.
         workers: How many jobs run side by side; by default half the cores, at least two.
-        executor: Has the jobs done on other machines; see `Engine`.
-        staging: Through which URL their files travel; see `Engine`.
-        budget: How much worse each metric of the user's own may be; see `Session.judge`.
+        executor: Runs the jobs on other machines; see `Engine`.
+        staging: The URL through which their files travel; see `Engine`.
+        budget: How much worse each of the user's own metrics may be; see `Session.judge`.
         labels: Names of an output's classes, to be embedded in each artifact.
-        metadata: What else is to be embedded.
-        processing: What becomes part of each artifact before and behind forward.
+        metadata: Further strings to be embedded, by name.
+        processing: What becomes part of each artifact before and after forward.
 
     Raises:
         BadRequest: a value is impossible.
@@ -98,13 +98,13 @@ class Options:
         if self.calibration_batches < 1:
             raise BadRequest(f"calibration_batches={self.calibration_batches}; give 1 or more")
         if self.keep is not None and self.keep < 1:
-            raise BadRequest(f"keep={self.keep}; the newest export always stays, so give 1 or more, or None for all")
+            raise BadRequest(f"keep={self.keep}; the newest export is always kept, so give 1 or more, or None for all")
         if self.bench not in (True, False, "all"):
             raise BadRequest(f"bench={self.bench!r}; known: True, False, 'all'")
 
     @property
     def batches(self) -> int:
-        """How many batches to take: two where nothing is calibrated, since an artifact has to answer the second too."""
+        """How many batches to take; at least two, since every artifact is also verified with the second."""
         calibrated = any(each.calibrated for each in plan.steps(self.formats).values())
         return max(2, self.calibration_batches) if calibrated else 2
 
@@ -114,22 +114,22 @@ class Session:
 
     Args:
         options: What to export, and how.
-        folder: Where exports lie; a function of nothing where that is not known yet. It is asked by `clear`, and once
-            more when the first inputs come.
-        reports: Takes the finished exports, the oldest first.
-        folders: Where a run that this one resumes has put its exports; takes this one's.
-        sharded: Whether this process holds only a part of the weights.
-        attributes: Gives what is set on a copy of the module in place of what does not survive pickling.
-        ignored: Names of attributes of the module that the trainer changes, as it pleases.
-        say: Takes a line for the user.
-        warn: Takes a line about something that went wrong.
+        folder: Where exports are written, or a function that returns it if it is not known yet; it is called by
+            `clear`, and again when the first inputs come.
+        reports: A list that gets the finished exports, the oldest first.
+        folders: Folders of exports of a run that this one resumes; this run's folder is added.
+        sharded: Whether this process has only a shard of the weights.
+        attributes: Returns the attributes to set on a copy of the module in place of those that cannot be pickled.
+        ignored: Names of attributes of the module that the trainer may change at any time.
+        say: Called with a line for the user.
+        warn: Called with a line about something that went wrong.
 
     Attributes:
-        told: One line about each format as it comes to its end, to be taken by whoever shows them.
-        taken: Of how many batches the inputs were taken.
-        reports: The exports that `finish` has found finished, the oldest first.
-        closed: Whether it is over.
-        answer: What forward answered last, see `record`.
+        told: One line about each finished format, to be popped and shown by the caller.
+        taken: How many batches of inputs were taken.
+        reports: The finished exports, the oldest first, filled by `finish`.
+        closed: Whether the session is closed.
+        answer: What forward returned last, see `record`.
     """
 
     def __init__(
@@ -165,7 +165,7 @@ class Session:
         )
         self._captured: Path | None = None
         self._wanted = options.batches
-        self._exports: dict[Future[Report], str] = {}  # and the names of what they export
+        self._exports: dict[Future[Report], str] = {}  # each with the name of its export
         self._notes: tuple[str, ...] = ()
         self.answer: answers.Answer | None = None
         self._beside = 0
@@ -177,12 +177,12 @@ class Session:
     # --- before training ----------------------------------------------------------------------------------------------
 
     def install(self, *, wait: bool = True) -> None:
-        """Make the toolchains that are missing, side by side, and say what will be skipped; with `wait` to the end.
+        """Install missing toolchains in parallel, and report what will be skipped; `wait` for the end.
 
-        A job that needs one which is still being made waits for it.
+        A job whose toolchain is still being installed waits for it.
         """
         if self.options.executor is not None:
-            return  # toolchains are made where the jobs land
+            return  # toolchains are installed where the jobs run
         for each in self.options.formats:
             if why := each.lacks():
                 self._warn(f"{each.name} will be skipped: {why}")
@@ -196,19 +196,19 @@ class Session:
             thread.join()
 
     def _make(self, chain: Toolchain) -> None:
-        """Make one toolchain, and have its servers ready."""
+        """Install one toolchain, and start its servers."""
         try:
             self._engine.install(chain, self._say, patience=_PATIENCE_SECONDS)
         except Busy as error:
-            self._say(f"{error}; training goes on, and what needs it waits")
+            self._say(f"{error}; training goes on, and the formats that need it wait")
         except ToolMissing as error:
             if not self.closed:
-                self._warn(f"what needs {chain.name} will be skipped: {error}")
+                self._warn(f"formats that need {chain.name} will be skipped: {error}")
         else:
             self._engine.warm(self.options.formats)
 
     def clear(self) -> None:
-        """Remove what killed runs left where exports will lie, but for one that can be resumed, which is told."""
+        """Remove what killed runs left in the folder of exports, except one that can be resumed, which is reported."""
         if (left := self._engine.leftover(self._place())) is not None:
             self._say(interruption(left))
 
@@ -219,19 +219,19 @@ class Session:
 
     @property
     def captured(self) -> bool:
-        """Whether the first inputs are taken, so that checkpoints can be offered."""
+        """Whether the first inputs were taken, so that checkpoints can be offered."""
         return self._captured is not None
 
     @property
     def wants_more(self) -> bool:
-        """Whether the inputs of a further batch are of use."""
+        """Whether the inputs of another batch are needed."""
         return self.taken < self._wanted
 
     def take(self, root: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """Take what forward received, or is to be preprocessed; with the first batch also the structure of `root`.
+        """Take the inputs of forward, or of `preprocess`; with the first batch also the structure of `root`.
 
         Raises:
-            BadRequest: what is to be exported of `root` does not exist.
+            BadRequest: the part of `root` to be exported does not exist.
             OSError: the folder cannot be written.
         """
         if self._captured is not None:
@@ -265,15 +265,15 @@ class Session:
             self.note(note)
 
     def skip(self) -> None:
-        """A batch went by whose inputs cannot be taken."""
+        """Count a batch whose inputs could not be taken."""
         self.taken += 1
 
     def record(self, answer: answers.Answer | None) -> None:
-        """What forward answered here and now, for workers to compare with what they rebuild; None where unknown."""
+        """Store what forward returned here, for workers to compare with the rebuilt module; None where unknown."""
         self.answer = answer
 
     def note(self, note: str, *, quiet: bool = False) -> None:
-        """Tell it in each report from now on, once, and unless `quiet` now."""
+        """Add a note to each report from now on, and warn now unless `quiet`; repeated notes are ignored."""
         if note not in self._notes:
             self._notes += (note,)
             if not quiet:
@@ -282,18 +282,18 @@ class Session:
     # --- a new best ---------------------------------------------------------------------------------------------------
 
     def is_free(self) -> bool:
-        """Whether a further checkpoint can be taken at once; an export that waits gives way to it meanwhile."""
+        """Whether another checkpoint can be taken at once; drops an export that waits."""
         return self._engine.supersede()
 
     def offer(self, root: nn.Module, path: str | Path, name: str, checkpoint: Checkpoint) -> None:
-        """Export a checkpoint, in the background; one that still waits is superseded.
+        """Export a checkpoint in the background; it replaces one that still waits.
 
         Args:
             root: The module that trains.
             path: The checkpoint, as PyTorch or Lightning writes it: a file, a folder of shards, or an fsspec URL. The
-                weights are held by a hard link, so it may be removed as soon as this returns.
-            name: What its export is called.
-            checkpoint: What the report says of it.
+                weights are hard-linked, so it may be removed as soon as this returns.
+            name: The name of the export's folder.
+            checkpoint: Its record in the report.
 
         Raises:
             OSError: the folder cannot be written, or the checkpoint is gone.
@@ -308,12 +308,13 @@ class Session:
             raise
         try:
             self._keep_lacking(root, str(path), work / "source")
-        except Exception as error:  # the checkpoint may be of any kind; what it lacks, the worker will tell
-            self._warn(f"what the checkpoint lacks is not known: {line(error)}")
-        self._submit(work, f"{BEST}.ckpt" if name == BEST else name, checkpoint, held)  # `best` is the newest's
+        except Exception as error:  # the checkpoint may be of any kind; the worker reports what it lacks
+            self._warn(f"could not find out which weights the checkpoint lacks: {line(error)}")
+        # the name `best` is that of the link
+        self._submit(work, f"{BEST}.ckpt" if name == BEST else name, checkpoint, held)
 
     def offer_weights(self, root: nn.Module, checkpoint: Checkpoint) -> None:
-        """Export the weights as they are now, where no checkpoint was written; `checkpoint` tells epoch and step."""
+        """Export the weights as they are now, where no checkpoint was written; `checkpoint` has epoch and step."""
         import torch
 
         name = f"epoch={checkpoint.epoch}-step={checkpoint.global_step}"
@@ -323,25 +324,26 @@ class Session:
             (work / "source" / UNAVAILABLE).write_text(reason, encoding="utf-8")
         else:
             torch.save(root.state_dict(), work / "source" / WEIGHTS)
-        self.note("there was no best checkpoint on disk: these are the weights when fit ended", quiet=True)
-        self._submit(work, name, replace(checkpoint, path=f"{name} (weights when fit ended)"), None)
+        self.note("there was no best checkpoint on disk, so these are the weights at the end of fit", quiet=True)
+        self._submit(work, name, replace(checkpoint, path=f"{name} (weights at the end of fit)"), None)
 
     def _keep_lacking(self, root: nn.Module, checkpoint: str, source: Path) -> None:
-        """Take from the module what its checkpoints leave out, frozen weights say; the first one tells for all."""
+        """Take from the module what its checkpoints leave out, such as frozen weights; only the first is checked."""
         if self._lacks == 0 or self._captured is None or self._sharded:
             return
         lacking = save_lacking(root, checkpoint, self._captured, source)
         if lacking and self._lacks is None:
             why = f"the checkpoint has no {', '.join(lacking[:3])} ({len(lacking)} weights in all)"
-            self.note(f"{why}: they are those of the module that trained", quiet=True)
+            self.note(f"{why}: they were taken from the module in training", quiet=True)
         self._lacks = len(lacking)
 
     def _work(self, root: nn.Module) -> Path:
-        """A folder for one export, with what is known of the module."""
+        """A folder for one export, with hard links to what was captured of the module."""
         if self._captured is None:
-            raise BadRequest("a checkpoint is offered before its inputs were taken")
+            raise BadRequest("a checkpoint was offered before any inputs were taken; call take first")
         work = unfinished(self._captured.parent)
-        for file in (each for each in self._captured.iterdir() if not each.name.startswith(".")):  # its lock is its own
+        # hidden files are locks
+        for file in (each for each in self._captured.iterdir() if not each.name.startswith(".")):
             link(file, work / "source" / file.name)
         if self._retakes and beside_weights(root, self._ignored) != self._beside:
             start = time.thread_time()
@@ -372,20 +374,20 @@ class Session:
 
     @property
     def doing(self) -> Mapping[str, str]:
-        """What is being done right now: format name to a few words."""
+        """What is being done right now: a few words for each format name."""
         return self._engine.doing
 
     @property
     def pending(self) -> bool:
-        """Whether a checkpoint was offered whose export `finish` has not returned."""
+        """Whether an export of an offered checkpoint is still to be finished."""
         return bool(self._exports)
 
     def hurry(self) -> None:
-        """Training rests: the workers may have the machine."""
+        """Training pauses: the workers may use the whole machine."""
         self._engine.hurry()
 
     def wait(self) -> None:
-        """Wait until all that was offered is exported, or was superseded."""
+        """Wait until every offered checkpoint is exported or superseded."""
         for future in self._exports:
             if not future.cancelled():
                 future.exception()
@@ -393,7 +395,7 @@ class Session:
     # --- the end ------------------------------------------------------------------------------------------------------
 
     def finish(self) -> list[Report]:
-        """Wait for what is under way, showing it, and time the newest export now that the machine is quiet.
+        """Wait for the exports with a progress display, then measure latency on the idle machine.
 
         Returns:
             `reports`.
@@ -415,11 +417,11 @@ class Session:
             try:
                 reports.append(future.result())
             except (CancelledError, InterruptedError):
-                continue  # a newer best took its place; what was interrupted is told when the session is closed
+                continue  # replaced by a newer best; an interrupted export is reported by `close`
             except Exception as error:  # one export that cannot be written must not hide the others
                 self._warn(f"the export of {name} was lost: {line(error)}")
         self._exports.clear()
-        # of several under one name the last has the folder, and an older one would write over its report
+        # of several with one name the last has the folder, and an older report would overwrite its own
         last = {report.folder: report for report in reports}
         reports[:] = [each for each in reports if each is last[each.folder]]
         reports[:] = [each for each in reports[:-1] if each.folder.exists()] + reports[-1:]  # see keep
@@ -430,39 +432,39 @@ class Session:
     def _timed(self, report: Report) -> Report:
         try:
             return self._engine.bench(report, self.options.formats)
-        except Exception as error:  # another run may have taken its folder away; figures are not worth the report
+        except Exception as error:  # another run may have removed the folder; the report matters more than latency
             self._warn(f"{report.folder.name} is not timed: {line(error)}")
             return report
 
     def judge(self, report: Report, metric: Metric, modes: Mapping[str, Mode] | None = None) -> Report:
-        """Measure the user's metric of PyTorch and of each artifact, and judge them by the budget; saves the report.
+        """Measure the user's metric with PyTorch and each artifact, judge artifacts by the budget, and save the report.
 
         Args:
             report: A finished export.
-            metric: The metrics of what a runner answers to the validation data, or of PyTorch where it is given None.
+            metric: Computes the metrics of a runner on the validation data, or of PyTorch when called with None.
             modes: Which way a metric is better, for budgets that do not say.
 
         Raises:
-            BadRequest: nothing tells which way a metric with a budget is better.
+            BadRequest: it is unknown which way a metric with a budget is better.
         """
         limits = directed(self.options.budget, modes or {})
         judged = measured(report, metric, self._engine, self.options.formats, limits)
         return self._engine.explained(judged, self.options.formats)
 
     def publish(self, report: Report, sinks: Iterable[Sink]) -> None:
-        """Give a report to each sink; one that fails is told, and the others go on."""
+        """Give a report to each sink; if one fails, warn and go on with the others."""
         for sink in sinks:
             try:
                 sink(report)
-            except Exception as error:  # a sink talks to the world, and the world may fail in any way
+            except Exception as error:  # a sink may talk to a service, which can fail in any way
                 name = getattr(sink, "__qualname__", type(sink).__name__).split(".")[0]
                 self._warn(f"publishing to {name} failed: {line(error)}")
 
     def close(self) -> str:
-        """Leave nothing running and nothing half-written. Can be called twice.
+        """Stop all workers and remove unfinished files. Can be called twice.
 
         Returns:
-            What to tell of an export that this interrupts, which stays to be resumed; empty where there is none.
+            A line about an interrupted export, which stays to be resumed; empty where there is none.
         """
         if not self.closed:
             self.closed = True
@@ -481,7 +483,7 @@ class Session:
 
 
 def complaint(reports: Sequence[Report], states: Collection[State]) -> str:
-    """What is wrong where the last export has a format in one of `states`; empty where all is well."""
+    """An error message if the last export has a format in one of `states`; else empty."""
     failed = [outcome for report in reports[-1:] for outcome in report.outcomes if outcome.state in states]
     listed = "; ".join(f"{outcome.format} is {outcome.shown_state}: {outcome.reason}" for outcome in failed)
     return f"fit finished, but {listed} (see {reports[-1].folder / 'report.md'})" if failed else ""
@@ -489,11 +491,11 @@ def complaint(reports: Sequence[Report], states: Collection[State]) -> str:
 
 @contextlib.contextmanager
 def _random_state_stays() -> Iterator[None]:
-    """Whatever draws random numbers in here, training draws those that it would have drawn."""
+    """Restore the random state afterwards, so that training draws the numbers that it would have drawn."""
     import numpy as np
     import torch
 
-    here, numpys = random.getstate(), np.random.get_state()  # the global one is the user's
+    here, numpys = random.getstate(), np.random.get_state()  # numpy's global state, which user code draws from
     cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # public, but untyped
     devices = range(torch.cuda.device_count()) if cuda else ()
     try:

@@ -1,4 +1,4 @@
-"""The weights of an export, while training goes on: the checkpoint's, without a copy, and what it leaves out."""
+"""The weights of an export: the checkpoint's, hard-linked instead of copied, and those that it leaves out."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 def hold(checkpoint: str, folder: Path) -> str | None:
     """Make sure that the weights survive the deletion of `checkpoint`, without reading them.
 
-    A hard link `folder/weights.pt` where that works; on another file system a hidden link beside the checkpoint, whose
-    path is returned, as is a URL; a copy only where the file system has no links. A checkpoint that is a folder of
-    shards is linked file by file, as `folder/weights.shards`.
+    This is a hard link `folder/weights.pt` where possible. On another file system it is a hidden link next to the
+    checkpoint, whose path is returned; a URL is returned as it is. It is a copy only where the file system has no
+    links. A checkpoint that is a folder of shards is linked file by file, as `folder/weights.shards`.
     """
     if "://" in checkpoint:
         return checkpoint
@@ -52,13 +52,13 @@ def _copied(source: str, target: Path, copy: Callable[[Any, Any], Any]) -> None:
 def save_lacking(root: nn.Module, checkpoint: str, captured: Path, source: Path) -> list[str]:
     """Write into `source` the weights of `root` that its checkpoint lacks, and return their names.
 
-    Of those that are frozen one copy is made, in `captured`; any others change, and are written each time.
+    Frozen ones are copied once, into `captured`; any others change, and are written each time.
     """
     import torch
 
     if not os.path.isfile(checkpoint):
         return []
-    # written by this process a moment ago; the tensors in it are mapped, not read
+    # this process has just written it, so it can be trusted; its tensors are mapped, not read
     held = torch.load(checkpoint, map_location="cpu", weights_only=False, mmap=True)
     known = {clean_name(name) for name in held.get("state_dict", held)}
     lacking = {name: tensor for name, tensor in _persistent(root) if name not in known}
@@ -74,7 +74,7 @@ def save_lacking(root: nn.Module, checkpoint: str, captured: Path, source: Path)
 
 
 def _persistent(root: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """What a state dict has by default, whatever hooks and overrides make of it."""
+    """The entries of a state dict by default, regardless of hooks and overrides."""
     for prefix, module in root.named_modules(remove_duplicate=False):
         own = {**module._parameters, **module._buffers}
         for name, tensor in own.items():

@@ -29,7 +29,7 @@ def known() -> Mapping[str, Format]:
 
 
 def by_target(formats: Iterable[Format]) -> dict[Target, tuple[Format, ...]]:
-    """Formats by what they are shipped to: targets in `Target`'s order, formats in their own, some more than once."""
+    """Formats by target, in `Target`'s order; a format may be in several groups."""
     given = tuple(formats)
     groups = {target: tuple(each for each in given if target in each.targets) for target in get_args(Target)}
     return {target: group for target, group in groups.items() if group}
@@ -39,7 +39,7 @@ def resolve(formats: Iterable[str | Format]) -> tuple[Format, ...]:
     """Names, aliases and `Format` values to formats, in the order given, each once.
 
     Raises:
-        UnknownFormat: a name that is none; the message lists the known ones.
+        UnknownFormat: a name is unknown; the message lists the known ones.
     """
     by_alias = {alias: each for each in known().values() for alias in each.aliases}
     if isinstance(formats, str | Format):
@@ -55,14 +55,14 @@ def resolve(formats: Iterable[str | Format]) -> tuple[Format, ...]:
             raise UnknownFormat(f"no format {given!r}; {meant}known formats: {names} (aliases: {aliases})")
         chosen[each.name] = each
     if not chosen:
-        raise UnknownFormat(f"no format was given; known formats: {', '.join(known())}")
+        raise UnknownFormat(f"no formats were given; known formats: {', '.join(known())}")
     return tuple(chosen.values())
 
 
 def _family(given: str, by_alias: Mapping[str, Format]) -> str:
-    """In which precisions there is the format whose name `given` begins with; empty where it begins with none."""
+    """A message on the precisions of the format whose name `given` begins with; empty if there is none."""
     base = given.rpartition("-")[0]
     found = known().get(base) or by_alias.get(base)
     if found is None:
         return ""
-    return f"{found.name} comes as {', '.join(name for name in known() if f'{name}-'.startswith(f'{found.name}-'))}; "
+    return f"{found.name} exists as {', '.join(name for name in known() if f'{name}-'.startswith(f'{found.name}-'))}; "

@@ -4,9 +4,9 @@ https://docs.pytorch.org/docs/stable/torch.compiler_aot_inductor.html
 
 Requirements:
 * It is compiled by this machine's C++ compiler, for its operating system and its version of PyTorch. On x86 it runs on
-  any CPU with AVX2 where this one has that, and not on CPUs like this one alone.
-* How many threads it takes is settled where it runs, and not where it was compiled.
-* What is written on the way, and nothing of it stays, lies in the worker's temporary folder.
+  any CPU with AVX2 if this one has that, not only on CPUs like this one.
+* The number of threads is decided where it runs, not where it was compiled.
+* Intermediate files are in the worker's temporary folder, and none are kept.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from polyexport.spec import ExportSpec, example
 from polyexport.workers import compiler
 
 _COMPILED_FOR = "compiled_for"
-"""The entry of the metadata that says what the package runs on."""
+"""The metadata entry with the machines that the package runs on."""
 
 
 def lacks() -> str:
-    """A C++ compiler, in a line."""
+    """What is missing if there is no C++ compiler, in a line."""
     return compiler.missing("C++")
 
 
 def convert(source: Path, target: Path, spec: ExportSpec) -> None:
-    """Compile the program of `torch.export`, and package the library without the C++ that it was compiled from.
+    """Compile the program of `torch.export`, and package the library without its C++ source.
 
     Raises:
         ToolMissing: there is no C++ compiler.
@@ -51,7 +51,7 @@ def convert(source: Path, target: Path, spec: ExportSpec) -> None:
     told = f"{runs_on}, by {compiler.version('C++')} and PyTorch {torch.__version__}"
     module, inputs = load_program(source).module(), tuple(map(torch.from_numpy, example(spec).values()))
     with tempfile.TemporaryDirectory() as cache:
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache  # compiled anew each time: what lies there may be another's
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache  # compiled again each time: the cache may be another user's
         settings |= {
             "aot_inductor.metadata": {**spec.embedded, _COMPILED_FOR: told},
             "cpp.cxx": _without_paths(Path(cache)),
@@ -61,7 +61,7 @@ def convert(source: Path, target: Path, spec: ExportSpec) -> None:
 
 
 def _without_paths(folder: Path) -> tuple[str]:
-    """A compiler, as Inductor's setting, that writes no path of this machine into what it compiles in `folder`."""
+    """A compiler command for Inductor that writes no path of this machine into what it compiles in `folder`."""
     import torch
 
     program = compiler.program("C++")
@@ -75,9 +75,9 @@ def _without_paths(folder: Path) -> tuple[str]:
 
 
 def _settings() -> tuple[dict[str, Any], str]:
-    """What Inductor is told, as far as this release of PyTorch takes it, and what the package will run on.
+    """Inductor's settings, as far as this release of PyTorch has them, and what the package will run on.
 
-    On x86 it is told to keep to instructions that many CPUs have; elsewhere it takes all that this one has.
+    On x86 they limit it to instructions that many CPUs have; elsewhere it uses all that this one has.
     """
     import torch
     from torch import _inductor as inductor
@@ -88,17 +88,18 @@ def _settings() -> tuple[dict[str, Any], str]:
         return settings, f"{runs_on}, CPUs like this one"
     if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
         return settings | {"cpp.march": "x86-64"}, f"{runs_on}, any CPU"
-    avx2 = {"cpp.march": "x86-64-v3", "cpp.simdlen": 256, "cpp.vec_isa_ok": True}  # it is there: none need be tried
+    # the CPU has it, so Inductor need not test for it
+    avx2 = {"cpp.march": "x86-64-v3", "cpp.simdlen": 256, "cpp.vec_isa_ok": True}
     return settings | avx2, f"{runs_on}, any CPU with AVX2"
 
 
 _SETTINGS = {
     "aot_inductor.package": True,
-    "aot_inductor.model_name_for_generated_files": "model",  # else a hash of texts in which stand temporary folders
-    "aot_inductor.precompile_headers": False,  # they take minutes, and serve a package twice
+    "aot_inductor.model_name_for_generated_files": "model",  # else a hash of text with temporary paths
+    "aot_inductor.precompile_headers": False,  # they take minutes, and are used only twice
     "aot_inductor.enable_line_tables": False,  # for debuggers
     "cpp.dynamic_threads": True,
-    "compile_threads": 1,  # more are processes, each of which imports PyTorch
+    "compile_threads": 1,  # more would be processes that each import PyTorch
 }
 
 

@@ -1,14 +1,14 @@
-"""C: one function of portable C without libraries, for microcontrollers and whatever else has a C compiler.
+"""C: one function of portable C without libraries, for microcontrollers and anything else with a C compiler.
 
 https://github.com/emmtrix/emx-onnx-cgen
 
 Requirements:
-* It takes one row at a time, since a microcontroller has no batch, and C no tensor whose size is not known. Other
-  dynamic axes have the sizes of the validation batch. Where rows are not independent the whole batch is fixed instead.
-* Weights are constants in the source; what exceeds 4 MiB lies in `model.bin`, which `model_load` reads. Buffers beyond
-  64 KiB, which no microcontroller's stack holds, come from the heap.
-* It is verified and timed as this machine's C compiler makes it with `-O2`; the report says how much flash and stack
-  it takes here.
+* It takes one row at a time, since microcontrollers have no batches, and C has no arrays of unknown size. Other dynamic
+  axes have the sizes of the validation batch. If rows are not independent, the whole batch is static instead.
+* Weights are constants in the source; those above 4 MiB are in `model.bin`, which `model_load` reads. Buffers above
+  64 KiB, which exceed a microcontroller's stack, are on the heap.
+* It is verified and timed as compiled by this machine's C compiler with `-O2`; the report says how much flash and stack
+  that takes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import numpy as np
 
 from polyexport.errors import ToolMissing
 from polyexport.format import Format, Loaded, Route, Snippet
-from polyexport.spec import Arrays, ExportSpec, TensorSpec, in_rows
+from polyexport.spec import Arrays, ExportSpec, TensorSpec, in_rows, row_remark
 from polyexport.workers import compiler
 
 if TYPE_CHECKING:
@@ -38,12 +38,12 @@ _ON_STACK_BYTES = 64 * 2**10
 
 
 def lacks() -> str:
-    """A C compiler, in a line."""
+    """What is missing if there is no C compiler, in a line."""
     return compiler.missing("C")
 
 
 def convert(source: Path, target: Path, spec: ExportSpec) -> None:
-    """Fix the shapes of the ONNX graph, write it as C, and beside that its header and what weights are too many.
+    """Fix the shapes of the ONNX graph, and write it as C, with a header and a file of weights if they are large.
 
     Raises:
         ToolMissing: there is no C compiler to verify it with.
@@ -62,14 +62,14 @@ def convert(source: Path, target: Path, spec: ExportSpec) -> None:
 
 
 def _fixed(source: Path, spec: ExportSpec) -> onnx.ModelProto:
-    """The ONNX graph for one row, with inputs that forward never reads too."""
+    """The ONNX graph for one row, including inputs that forward never reads."""
     from polyexport.lowering.fixed import set_values, with_sizes
 
     one = spec.one_row()
     model = with_sizes(source, spec, one)
     read = {value.name: value for value in model.graph.input}
     set_values(model.graph.input, [read.get(tensor.name) or _unread(tensor) for tensor in one.inputs])
-    for node in model.graph.node:  # the generator's GRU does not know the default where it is spelled out
+    for node in model.graph.node:  # the generator's GRU does not support the default value if it is given explicitly
         set_values(
             node.attribute, [each for each in node.attribute if (each.name, each.s) != ("direction", b"forward")]
         )
@@ -86,7 +86,7 @@ def _unread(tensor: TensorSpec) -> onnx.ValueInfoProto:
 # --- what was written -------------------------------------------------------------------------------------------------
 
 _DTYPES = {"float": "float32", "double": "float64", "_Float16": "float16"}
-"""numpy's names of C's types, where they are not `bool`, or those of integers without their `_t`."""
+"""numpy's names of C types that are not `bool` or integers without their `_t`."""
 
 _SIGNATURE = re.compile(r"^void model\((.*?)\) \{$", re.MULTILINE | re.DOTALL)
 _PARAMETER = re.compile(r"(const )?(\w+) (\w+)((?:\[(?:restrict )?\d+\])*)")
@@ -102,7 +102,7 @@ def _header(code: str) -> str:
 #ifdef __cplusplus
 extern "C" {{
 #endif
-bool model_load(const char *path);  // first, where there is a {_WEIGHTS}: its path
+bool model_load(const char *path);  // call it first, with the path of {_WEIGHTS} if there is one
 void model({signature});
 #ifdef __cplusplus
 }}
@@ -113,12 +113,12 @@ void model({signature});
 def _signature(code: str) -> str:
     found = _SIGNATURE.search(code)
     if found is None:
-        raise ValueError("emx-onnx-cgen wrote no function of the name and form that was asked for: void model(…) {")
+        raise ValueError("emx-onnx-cgen wrote no function with the expected signature: void model(…) {")
     return found[1]
 
 
 def _parameters(code: str) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
-    """Inputs and outputs as C has them."""
+    """The inputs and outputs of the C function."""
     inputs: list[TensorSpec] = []
     outputs: list[TensorSpec] = []
     for constant, kind, name, axes in _PARAMETER.findall(_signature(code)):
@@ -129,7 +129,7 @@ def _parameters(code: str) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ..
 
 
 def _compiled(source: Path, folder: Path) -> tuple[ctypes.CDLL, str]:
-    """The shared library, and what it takes here, in a line.
+    """The shared library, and the flash and stack that it takes, in a line.
 
     Raises:
         RuntimeError: it cannot be compiled.
@@ -170,7 +170,7 @@ def load(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
 
     def run(arrays: Arrays) -> Arrays:
         given = [
-            np.ascontiguousarray(arrays[our.name], its.dtype) for our, its in zip(spec.inputs, inputs, strict=True)
+            np.asarray(arrays[our.name], its.dtype, order="C") for our, its in zip(spec.inputs, inputs, strict=True)
         ]
         found = [np.empty(tensor.sized(int), tensor.dtype) for tensor in outputs]
         library.model(*(array.ctypes.data_as(ctypes.c_void_p) for array in (*given, *found)))
@@ -179,9 +179,8 @@ def load(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
             for our, array in zip(spec.outputs, found, strict=True)
         }
 
-    shortfall = "one row at a time: C has the sizes of its tensors written in" if spec.is_dynamic else ""
     signature = replace(spec, inputs=inputs, outputs=outputs)
-    return Loaded(in_rows(run, spec.one_row()), signature, shortfall, remark=took)
+    return Loaded(in_rows(run, spec.one_row()), signature, remark="; ".join(filter(None, (row_remark(spec), took))))
 
 
 _SNIPPETS = (

@@ -1,18 +1,18 @@
-"""Core ML: an ML Program for Apple's devices, in float32, in float16 and in what is made smaller from that.
+"""Core ML: an ML Program for Apple's devices, in float32, float16 and lower precisions.
 
 https://apple.github.io/coremltools/docs-guides/
 
 Requirements:
-* A model of Core ML has no int64 and no bool inputs and outputs: such inputs are int32, and so are integer outputs,
-  while a bool output is float32; they are cast inside the graph, so that the model computes what PyTorch does. It has
-  no input without axes either: a scalar comes as one element.
-* Names are kept, but for words of MIL's own, such as `state`, and characters that MIL has not in names: the report then
-  gives the package's own signature, and says so in a line.
-* A dynamic axis needs an upper bound in an ML Program; it gets a generous one.
-* Smaller packages compute in float16, which the Neural Engine asks for; where that disagrees, `w8` and `w4` in float32.
-* Quantized ranges come from real batches, `spec.calibration`, on which the program is evaluated.
-* On macOS the package is run by Core ML. Elsewhere it is read back and evaluated (see `polyexport.coreml`): nothing of
-  the conversion but the file takes part in that.
+* Core ML has no int64 and no bool inputs or outputs: such inputs and all integer outputs are int32, and bool outputs
+  are float32. They are cast inside the graph, so that the model computes what PyTorch does. There are no scalar inputs
+  either: they have one element.
+* Names are kept, except keywords of MIL, such as `state`, and characters that MIL does not allow: the report then shows
+  the package's own signature, and says so.
+* A dynamic axis needs an upper bound in an ML Program; it gets a large one.
+* Smaller packages compute in float16, as the Neural Engine requires; if that disagrees, `w8` and `w4` use float32.
+* Ranges for quantization come from evaluating the program on real batches, `spec.calibration`.
+* On macOS the package is run by Core ML. Elsewhere the saved package is read and evaluated (see `polyexport.coreml`),
+  independently of the conversion.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 
 def convert_trace(source: Path, target: Path, spec: ExportSpec, *, precision: str) -> None:
-    """Translate the TorchScript trace, traced once more behind the casts that Core ML's inputs and outputs need."""
+    """Convert the TorchScript trace, traced again with the casts that Core ML's inputs and outputs need."""
     import torch
 
     module, inputs = _behind_casts(torch.jit.load(str(source)), spec)
@@ -50,10 +50,10 @@ def convert_trace(source: Path, target: Path, spec: ExportSpec, *, precision: st
 
 
 def convert_program(source: Path, target: Path, spec: ExportSpec, *, precision: str) -> None:
-    """Translate the program of `torch.export`, exported once more behind the same casts and with bounds."""
+    """Convert the program of `torch.export`, exported again with the same casts and with upper bounds."""
     import torch
 
-    # functional first: constants made in forward are detached in place, which cannot be exported once more
+    # functional first: constants made in forward are detached in place, which cannot be exported again
     module, inputs = _behind_casts(torch.export.load(source).run_decompositions({}).module(), spec)
     free = {called: torch.export.Dim(called, min=1, max=upper) for called, upper in _uppers(spec).items()}
     shapes = tuple({axis: free[called] for axis, called in tensor.dynamic.items()} for tensor in spec.inputs)
@@ -62,7 +62,7 @@ def convert_program(source: Path, target: Path, spec: ExportSpec, *, precision: 
 
 
 def _known_only(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
-    """The program with every op that coremltools lacks decomposed, as far as PyTorch can."""
+    """The program with ops that coremltools lacks decomposed, as far as PyTorch can."""
     import torch
     from coremltools.converters.mil.frontend.torch.torch_op_registry import is_torch_fx_node_supported
     from torch._decomp import decomposition_table
@@ -73,7 +73,7 @@ def _known_only(program: torch.export.ExportedProgram) -> torch.export.ExportedP
     parts = {**decomposition_table, **torch.export.default_decompositions()}
     parts[torch.ops.aten.grid_sampler.default] = parts[torch.ops.aten.grid_sampler_2d.default]
     program = program.run_decompositions({})
-    for _ in range(4):  # an op's parts may be lacking too
+    for _ in range(4):  # the parts of an op may be missing too
         nodes = [node for node in program.graph.nodes if node.op == "call_function"]
         lacking = {node.target for node in nodes if not is_torch_fx_node_supported(node) or _is_bicubic_sampling(node)}
         if not lacking & parts.keys():
@@ -83,16 +83,16 @@ def _known_only(program: torch.export.ExportedProgram) -> torch.export.ExportedP
 
 
 def _is_bicubic_sampling(node: torch.fx.Node) -> bool:
-    """Whether it samples a grid of an image in the one mode that Core ML lacks."""
+    """Whether a node is a `grid_sample` in bicubic mode, which Core ML lacks."""
     import torch
 
     return node.target is torch.ops.aten.grid_sampler.default and bool(node.args[2] == 2)
 
 
 def _behind_casts(module: Any, spec: ExportSpec) -> tuple[torch.nn.Module, tuple[torch.Tensor, ...]]:
-    """The module as one that takes what Core ML can give it, and inputs to trace it with.
+    """Wrap the module to take Core ML's dtypes; returns it with inputs to trace it with.
 
-    An output is a tensor of its own, since MIL has one name for a value: not an input, nor another output.
+    Each output is a tensor of its own, not an input or another output, since MIL has one name per value.
     """
     import torch
 
@@ -121,13 +121,13 @@ def _example(spec: ExportSpec) -> Arrays:
 
 
 def _uppers(spec: ExportSpec) -> dict[str, int]:
-    """The greatest size of each dynamic axis of the inputs."""
+    """The upper bound of each dynamic axis of the inputs."""
     names = {called for tensor in spec.inputs for called in tensor.dynamic.values()}
     return {called: most for called, most in spec.upper_bounds(1024).items() if called in names}
 
 
 def as_core_ml(spec: ExportSpec) -> ExportSpec:
-    """The signature that Core ML gives a model: float32 and int32, under names that MIL can write."""
+    """The signature in Core ML: float32 and int32, with names that MIL allows."""
     from coremltools.converters.mil.mil.passes.defs.preprocess import NameSanitizer
 
     clean = NameSanitizer().sanitize_name
@@ -141,7 +141,7 @@ def as_core_ml(spec: ExportSpec) -> ExportSpec:
 
 
 def _convert(model: Any, target: Path, spec: ExportSpec, precision: str) -> None:
-    """Write a package for the oldest systems that have all its ops."""
+    """Write a package for the oldest systems that support all its ops."""
     import coremltools as ct
 
     from polyexport.coreml.patches import composite_ops, fourier, high_rank_pass, named_failures, truth_pass
@@ -156,7 +156,7 @@ def _convert(model: Any, target: Path, spec: ExportSpec, precision: str) -> None
         print(f"for iOS 18 and macOS 15 only, since: {error}")
         package = _translated(model, spec, precision, ct.target.iOS18)
     package.user_defined_metadata.update(spec.embedded)
-    if spec.labels:  # where Xcode's preview looks for them
+    if spec.labels:  # where Xcode's preview reads them
         preview = json.dumps({"labels": spec.labels}, ensure_ascii=False)
         package.user_defined_metadata["com.apple.coreml.model.preview.params"] = preview
     _save(package, target)
@@ -193,11 +193,11 @@ def _translated(model: Any, spec: ExportSpec, precision: str, oldest: Any) -> An
 # --- compression ------------------------------------------------------------------------------------------------------
 
 _FEWEST_WEIGHTS = 512
-"""Constants of fewer numbers stay as they are: it would save nothing."""
+"""Smaller constants are not compressed, since that saves nothing."""
 
 
 def quantize_weights(source: Path, target: Path, spec: ExportSpec) -> None:
-    """Store weights in int8, one scale a channel."""
+    """Store weights in int8, one scale per channel."""
     _save(_quantized_weights(_opened(source)), target)
 
 
@@ -211,9 +211,9 @@ def palettize_weights(source: Path, target: Path, spec: ExportSpec) -> None:
 
 
 def quantize(source: Path, target: Path, spec: ExportSpec) -> None:
-    """Quantize what goes into and comes out of convolutions, products, sums and pools to int8, and weights too.
+    """Quantize inputs and outputs of convolutions, products, sums and pools to int8, and weights too.
 
-    Of a package in float32 coremltools cannot: it gives some of the scales in float16.
+    coremltools cannot do this for a float32 package: it makes some of the scales float16.
     """
     from coremltools.optimize import coreml as optimize
 
@@ -242,7 +242,7 @@ _ROUNDS = 25
 
 
 def palette(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Sixteen numbers and, for each weight, the index of the one nearest to it, by k-means from equal shares."""
+    """Sixteen values, and for each weight the index of the nearest, by k-means that starts from quantiles."""
     flat = np.sort(weights, axis=None).astype(np.float64)
     sums = np.concatenate([[0], np.cumsum(flat)])
     table = flat[(np.arange(_PALETTE) * 2 + 1) * flat.size // (2 * _PALETTE)]
@@ -255,7 +255,7 @@ def palette(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def ranges(package: Path, spec: ExportSpec) -> dict[str, dict[str, float]]:
-    """Least and greatest number of each float tensor, over all batches of `spec.calibration`: `rmin` and `rmax`."""
+    """Minimum and maximum of each float tensor over all batches of `spec.calibration`: `rmin` and `rmax`."""
     from polyexport.coreml.evaluate import intermediates
 
     observe, own = intermediates(package), as_core_ml(spec)
@@ -270,14 +270,14 @@ def ranges(package: Path, spec: ExportSpec) -> dict[str, dict[str, float]]:
 
 @contextlib.contextmanager
 def _known_ranges(found: dict[str, dict[str, float]]) -> Iterator[None]:
-    """Give coremltools these ranges, where it would run the model, which only macOS can, and keep the last batch's."""
+    """Make coremltools use these ranges; it would run the model, which needs macOS, and use only the last batch's."""
     from coremltools.optimize.coreml import _post_training_quantization as quantization
 
     measure = quantization._get_activation_calibration_stats
     quantization._get_activation_calibration_stats = lambda *_: found
     try:
         yield
-    finally:  # another model may be converted in this process
+    finally:  # another model may be converted in this process later
         quantization._get_activation_calibration_stats = measure
 
 
@@ -285,22 +285,22 @@ def _known_ranges(found: dict[str, dict[str, float]]) -> Iterator[None]:
 
 
 def load(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
-    """Run it with Core ML on macOS, and by evaluating its program elsewhere."""
+    """Run it with Core ML on macOS; elsewhere evaluate its program."""
     if sys.platform == "darwin":
         return load_on_mac(path, spec, threads=threads)
     return replace(
         package(_evaluated(path, threads), spec),
-        stand_in="its program is evaluated op by op, which says nothing of Core ML's speed",
+        stand_in="its program is evaluated op by op, which says nothing about Core ML's speed",
         observed=lambda: Observed(verified_by="MIL program evaluated off-device"),
     )
 
 
 def load_compressed(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
-    """The same, and tell how many of its weights are as they were."""
+    """Like `load`, with a remark on weights in float."""
     from polyexport.coreml.program import float_weights, read
 
     opened = load(path, spec, threads=threads)
-    left = in_float(*float_weights(read(path)), "small ones and those that coremltools leaves")
+    left = in_float(*float_weights(read(path)), "small ones and those that coremltools does not compress")
     return replace(opened, remark=left.remark, shortfall="; ".join(filter(None, (opened.shortfall, left.shortfall))))
 
 
@@ -308,7 +308,7 @@ def load_on_mac(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
     """Run it with Core ML.
 
     Raises:
-        CannotRun: this is no macOS.
+        CannotRun: this is not macOS.
     """
     if sys.platform != "darwin":
         raise CannotRun("Core ML is part of macOS, so run this on a Mac")
@@ -316,7 +316,7 @@ def load_on_mac(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
 
 
 def intermediates(path: Path, spec: ExportSpec, inputs: Arrays, *, threads: int) -> Arrays:
-    """What each operation of the program gives, as it is evaluated off-device."""
+    """The output of each operation of the program, evaluated off-device."""
     import torch
 
     from polyexport.coreml.evaluate import intermediates
@@ -328,9 +328,9 @@ def intermediates(path: Path, spec: ExportSpec, inputs: Arrays, *, threads: int)
 
 
 def package(run: Runner, spec: ExportSpec) -> Loaded:
-    """A package that `run` runs under its own names and in its own dtypes, under PyTorch's names and in its dtypes.
+    """A package that `run` runs under its own names and dtypes, with PyTorch's names and dtypes.
 
-    What it returns of another kind than PyTorch stays as it is, for parity to see.
+    Outputs of another kind than PyTorch's are returned unchanged, for parity to see.
     """
     own = as_core_ml(spec)
     outputs = tuple(zip(spec.outputs, own.outputs, strict=True))
@@ -341,11 +341,11 @@ def package(run: Runner, spec: ExportSpec) -> Loaded:
         answer = run(_as_given(arrays, spec, own))
         return {our.name: _returned(answer[its.name], its.dtype, our.dtype) for our, its in outputs}
 
-    return Loaded(renaming, own, shortfall=f"names that Core ML cannot have: {renamed}" if renamed else "")
+    return Loaded(renaming, own, shortfall=f"names that Core ML does not allow: {renamed}" if renamed else "")
 
 
 def _as_given(arrays: Arrays, spec: ExportSpec, own: ExportSpec) -> Arrays:
-    """PyTorch's inputs as the package takes them."""
+    """PyTorch's inputs with the package's names and dtypes."""
     pairs = zip(spec.inputs, own.inputs, strict=True)
     return {its.name: np.atleast_1d(arrays[our.name].astype(its.dtype)) for our, its in pairs}
 

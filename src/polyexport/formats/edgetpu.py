@@ -3,10 +3,10 @@
 https://coral.ai/docs/edgetpu/compiler/
 
 Requirements:
-* What is compiled is a format of its own, `tflite-int8-nhwc`: all in int8, channels last, one row at a time, since the
-  accelerator takes nothing else. It is made and verified on the CPU, compiler or not.
-* The compiler is a program for Linux on x86-64 that the vendor's package repository has. Where it is not on PATH, the
-  outcome is `skipped`, and says what Coral's table of operations predicts.
+* It is compiled from a format of its own, `tflite-int8-nhwc`: all in int8, channels last, one row at a time, since the
+  accelerator supports nothing else. That is made and verified on the CPU, with or without the compiler.
+* The compiler is a program for Linux on x86-64 in the vendor's package repository. If it is not on PATH, the
+  outcome is `skipped`, with what Coral's table of operations predicts.
 * An operation that is not mapped runs on the CPU, and so does all that follows it; with more than a tenth of them
   there, the outcome is `degraded`.
 """
@@ -27,7 +27,7 @@ from polyexport.errors import CannotRun, ToolMissing, line
 from polyexport.format import Format, Loaded, Observed, OnDevice, Route, Snippet
 from polyexport.formats import tflite
 from polyexport.measure.weights import counted
-from polyexport.spec import Arrays, ExportSpec, TensorSpec, in_rows
+from polyexport.spec import Arrays, ExportSpec, TensorSpec, in_rows, row_remark
 from polyexport.tracing.exported_program import load_program
 
 COMPILER = "edgetpu_compiler"
@@ -41,7 +41,7 @@ _LOG = "model_edgetpu.log"
 
 
 def convert(source: Path, target: Path, spec: ExportSpec) -> None:
-    """Lower the program of `torch.export` once more, for one row and channels last, and quantize it."""
+    """Lower the program of `torch.export` again, for one row and channels last, and quantize it."""
     one = spec.one_row()
     precise = target.with_name("float32.tflite")
     tflite.lower(load_program(source).module(), precise, one, channels_last=True)
@@ -64,7 +64,7 @@ def _last(tensors: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
 
 
 def load_int8(path: Path, spec: ExportSpec, *, threads: int, delegate: Any = None) -> Loaded:
-    """Run it with LiteRT's interpreter, row by row; on the CPU but for what a `delegate` takes."""
+    """Run it with LiteRT's interpreter, row by row; on the CPU, except operations that a `delegate` runs."""
     interpreted = tflite.Interpreted(path, spec.one_row(), threads=threads, delegate=delegate)
     own = interpreted.signature
 
@@ -73,8 +73,7 @@ def load_int8(path: Path, spec: ExportSpec, *, threads: int, delegate: Any = Non
         return {name: array.transpose(tflite.TO_FIRST) if array.ndim == 4 else array for name, array in answers}
 
     signature = replace(own, inputs=_last(own.inputs), outputs=_last(own.outputs))
-    shortfall = "one row at a time: an Edge TPU has no batch axis" if spec.is_dynamic else ""
-    return Loaded(in_rows(run, spec.one_row()), signature, shortfall)
+    return Loaded(in_rows(run, spec.one_row()), signature, remark=row_remark(spec))
 
 
 # --- what would map ---------------------------------------------------------------------------------------------------
@@ -131,22 +130,23 @@ https://coral.ai/docs/edgetpu/models-intro/#supported-operations
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """How many operations run where. `on_cpu` counts by name, with the reason."""
+    """How many operations run where. `on_cpu` counts those on the CPU by name, with the reason if it is known."""
 
     total: int
     on_cpu: Counter[str]
+    accelerator: str = "the Edge TPU"
 
     def __str__(self) -> str:
         mapped = f"{self.total - self.on_cpu.total()} of {self.total} operations"
         kept = counted(self.on_cpu)
-        return f"{mapped} on the Edge TPU" + (f", on the CPU {kept}" if kept else "")
+        return f"{mapped} on {self.accelerator}" + (f", on the CPU {kept}" if kept else "")
 
 
 def predict(path: Path) -> Placement:
-    """What Coral's table says of the operations in a file.
+    """The placement of a file's operations by Coral's table.
 
-    Of the limits in the table those are checked that show in types and shapes: int8, no dynamic axis, and of the axes
-    before the last three none longer than one. Strides, sizes and the like are the compiler's own business.
+    It checks the table's limits on types and shapes: int8, no dynamic axis, and size 1 for all axes before the last
+    three. Limits on strides, sizes and so on are left to the compiler.
     """
     on_cpu: Counter[str] = Counter()
     operations = tflite.operations(path)
@@ -163,7 +163,7 @@ def predict(path: Path) -> Placement:
 
 
 def prediction(path: Path) -> str:
-    """The same in words."""
+    """`predict` in words."""
     return f"Coral's table of operations predicts {predict(path)}"
 
 
@@ -171,18 +171,18 @@ def prediction(path: Path) -> str:
 
 
 def lacks() -> str:
-    """The compiler, in a line."""
+    """What is missing if there is no compiler, in a line."""
     return "" if shutil.which(COMPILER) else f"{COMPILER} is not on PATH; it is at {URL} (Linux, x86-64)"
 
 
 def compile_int8(source: Path, target: Path, spec: ExportSpec) -> None:
-    """Have the compiler write its model and its log beside a copy of the int8 one.
+    """Run the compiler, and write its model and its log next to a copy of the int8 model.
 
     Raises:
         ToolMissing: there is no compiler.
     """
     if why := lacks():
-        agrees = "The int8 model that it would compile agrees with PyTorch on the CPU"
+        agrees = "The int8 model to be compiled agrees with PyTorch on the CPU"
         raise ToolMissing(f"{why}. {agrees}; {prediction(source)}")
     model = target.with_name(_MODEL)
     shutil.copyfile(source, model)
@@ -214,16 +214,26 @@ def read_log(text: str) -> Placement:
 
 
 def load(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
-    """Run the int8 model that was compiled, on the CPU: where there is no Edge TPU, that is what can be run."""
-    placement = read_log(path.with_name(_LOG).read_text(encoding="utf-8"))
-    int8 = load_int8(path.with_name(_MODEL), spec, threads=threads)
-    mostly_on_cpu = placement.on_cpu.total() > _ON_CPU_AT_MOST * placement.total
-    ran = f"the int8 model before compilation, on the CPU; {COMPILER} has {placement}"
+    """Run the int8 model before compilation on the CPU, since there is no Edge TPU."""
+    placed = read_log(path.with_name(_LOG).read_text(encoding="utf-8"))
+    return before_compilation(path.with_name(_MODEL), spec, threads=threads, compiler=COMPILER, placed=placed)
+
+
+def before_compilation(
+    path: Path, spec: ExportSpec, *, threads: int, compiler: str, placed: Placement, remark: str = ""
+) -> Loaded:
+    """Run the int8 model in place of the compiled one, with a remark on where operations would run."""
+    int8 = load_int8(path, spec, threads=threads)
+    mostly_on_cpu = placed.on_cpu.total() > _ON_CPU_AT_MOST * placed.total
     return replace(
         int8,
-        shortfall="; ".join(filter(None, [str(placement) if mostly_on_cpu else "", int8.shortfall])),
-        stand_in="what ran is the int8 model before compilation, on the CPU, which says nothing of an Edge TPU's speed",
-        observed=lambda: Observed(verified_by=ran),
+        shortfall=str(placed) if mostly_on_cpu else "",
+        remark="; ".join(filter(None, (int8.remark, remark))),
+        stand_in="what ran is the int8 model before compilation, on the CPU, which says nothing about the speed of "
+        f"{placed.accelerator}",
+        observed=lambda: Observed(
+            verified_by=f"the int8 model before compilation, on the CPU; {compiler} has {placed}"
+        ),
     )
 
 
@@ -231,15 +241,15 @@ def load_on_coral(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
     """Run the compiled model on the first Edge TPU.
 
     Raises:
-        CannotRun: there is none, or its library is not installed.
+        CannotRun: there is no Edge TPU, or its library is not installed.
     """
     from ai_edge_litert.interpreter import load_delegate
 
     try:
         delegate = load_delegate(_LIBRARY)
-    except (OSError, ValueError) as error:  # the second where the library finds no device
+    except (OSError, ValueError) as error:  # ValueError if the library finds no device
         raise CannotRun(
-            f"there is no Edge TPU here, or not {_LIBRARY}, which https://coral.ai/docs/accelerator/get-started/ has: "
+            f"there is no Edge TPU here, or no {_LIBRARY} (see https://coral.ai/docs/accelerator/get-started/): "
             f"{line(error, 200)}"
         ) from error
     found = load_int8(path, spec, threads=threads, delegate=delegate)
@@ -293,7 +303,7 @@ def _format(name: str, description: str, artifact: str, route: Route, load: Any,
 FORMATS = (
     _format(
         "tflite-int8-nhwc",
-        "TensorFlow Lite model in int8, channels last, one row at a time: what an Edge TPU takes",
+        "TensorFlow Lite model in int8, channels last, one row at a time, as an Edge TPU needs it",
         _MODEL,
         tflite.packed(Route("litert-torch", "pt2", "litert", convert)),
         load_int8,

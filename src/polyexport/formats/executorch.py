@@ -2,9 +2,9 @@
 
 https://docs.pytorch.org/executorch/stable/
 
-What XNNPACK does not take stays with ExecuTorch's portable kernels, inside the same file; where its partitioner fails
-on a program as a whole, they take all of it. int8 is torchao's quantization of the exported program, by the rules of
-XNNPACK's quantizer, since it is XNNPACK that has the kernels.
+Operators that XNNPACK does not support run with ExecuTorch's portable kernels, in the same file; if its partitioner
+fails on a program, all of them do. int8 is torchao's quantization of the exported program with XNNPACK's quantizer,
+since XNNPACK has the kernels.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 
 
 def convert(source: Path, target: Path, spec: ExportSpec) -> None:
-    """Lower the program with XNNPACK's kernels as far as they reach."""
+    """Lower the program with XNNPACK's kernels where possible."""
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 
     _lower(load_program(source).module(), target, spec, [XnnpackPartitioner()])
 
 
 def convert_portable(source: Path, target: Path, spec: ExportSpec) -> None:
-    """Lower the program with ExecuTorch's portable kernels alone."""
+    """Lower the program with ExecuTorch's portable kernels only."""
     _lower(load_program(source).module(), target, spec, [])
 
 
@@ -43,24 +43,24 @@ def quantize(source: Path, target: Path, spec: ExportSpec) -> None:
 
 
 def keep_trained_scales(source: Path, target: Path, spec: ExportSpec) -> None:
-    """The same with the scales of the fake quantization that it was trained with."""
+    """Like `quantize`, with the scales of the fake quantization that the model was trained with."""
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 
     _lower(with_trained_scales(source, spec).module(), target, spec, [XnnpackPartitioner()])
 
 
 def quantize_weights(source: Path, target: Path, spec: ExportSpec) -> None:
-    """Lower the program with weights in int8; XNNPACK quantizes activations while it runs."""
+    """Lower the program with weights in int8; XNNPACK quantizes activations at run time."""
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 
     _lower(_calibrated(load_program(source).module(), spec, dynamic=True), target, spec, [XnnpackPartitioner()])
 
 
 def _calibrated(module: torch.fx.GraphModule, spec: ExportSpec, *, dynamic: bool) -> torch.fx.GraphModule:
-    """The module with what XNNPACK has int8 kernels for in int8.
+    """The module with operators in int8 where XNNPACK has int8 kernels.
 
     Raises:
-        RuntimeError: it has nothing of that.
+        RuntimeError: it has no such operators.
     """
     import torch
     from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
@@ -76,7 +76,7 @@ def _calibrated(module: torch.fx.GraphModule, spec: ExportSpec, *, dynamic: bool
     quantized: torch.fx.GraphModule = convert_pt2e(observed)
     if not any("quantize" in str(node.target) for node in quantized.graph.nodes):
         raise RuntimeError(
-            "XNNPACK has int8 for products, convolutions and sums, and the model has none; take executorch"
+            "XNNPACK supports int8 for products, convolutions and sums, and the model has none; use executorch"
         )
     return quantized
 
@@ -84,8 +84,8 @@ def _calibrated(module: torch.fx.GraphModule, spec: ExportSpec, *, dynamic: bool
 def _lower(module: torch.nn.Module, target: Path, spec: ExportSpec, partitioners: list[Any]) -> None:
     from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
 
-    # its check of data types takes the first of several results for their list and asks how long it is: a free batch is
-    # free no more
+    # its check of data types takes the first of several results for their list and asks for its length, which makes a
+    # dynamic batch static
     config = EdgeCompileConfig(_check_ir_validity=False)
     edge = to_edge_transform_and_lower(_exported(module, spec), partitioner=partitioners, compile_config=config)
     target.write_bytes(edge.to_executorch().buffer)
@@ -95,7 +95,7 @@ def _exported(module: torch.nn.Module, spec: ExportSpec) -> torch.export.Exporte
     """The program of a module, with an upper bound for each dynamic axis."""
     import torch
 
-    bounds = spec.upper_bounds(64)  # memory is planned for them
+    bounds = spec.upper_bounds(64)  # memory is planned for the upper bounds
     free = {called: torch.export.Dim(called, min=1, max=most) for called, most in bounds.items()}
     shapes = tuple({axis: free[called] for axis, called in tensor.dynamic.items()} for tensor in spec.inputs)
     inputs = tuple(
@@ -106,27 +106,27 @@ def _exported(module: torch.nn.Module, spec: ExportSpec) -> torch.export.Exporte
 
 
 def load(path: Path, spec: ExportSpec, *, threads: int) -> Runner:
-    """Run it with ExecuTorch's runtime; it takes its threads from the machine."""
+    """Run it with ExecuTorch's runtime; it sets its number of threads itself."""
     import torch
     from executorch.runtime import Runtime
 
     program = Runtime.get().load_program(path)
     try:
         method = program.load_method("forward")
-    except RuntimeError as error:  # it has a number for it
+    except RuntimeError as error:  # the runtime reports only an error code
         if lacking := _lacking(path):
             raise RuntimeError(f"ExecuTorch's runtime has no kernel for {', '.join(lacking)}") from error
         raise
 
     def run(inputs: Arrays) -> Arrays:
-        answers = method.execute([torch.from_numpy(np.ascontiguousarray(inputs[name])) for name in spec.input_names])
+        answers = method.execute([torch.from_numpy(np.asarray(inputs[name], order="C")) for name in spec.input_names])
         return {name: answer.numpy() for name, answer in zip(spec.output_names, answers, strict=True)}
 
     return run
 
 
 def _lacking(path: Path) -> list[str]:
-    """The operators of a file that the runtime has not."""
+    """The operators of a file that the runtime lacks."""
     from executorch.exir._serialize._program import deserialize_pte_binary
     from executorch.runtime import Runtime
 

@@ -1,4 +1,4 @@
-"""GraphDef: TensorFlow 1's frozen graph in one file, for runtimes that never learnt SavedModel.
+"""GraphDef: TensorFlow 1's frozen graph in one file, for runtimes without support for SavedModel.
 
 https://www.tensorflow.org/api_docs/python/tf/compat/v1/GraphDef
 """
@@ -16,30 +16,30 @@ _MESSAGE_BYTES = 2**31
 
 
 def check_size(source: Path) -> None:
-    """Refuse weights that no frozen graph can hold, before memory is filled with several copies of them.
+    """Refuse weights that are too large for a frozen graph, before memory is filled with several copies of them.
 
     Raises:
         ValueError: they are larger than one protobuf message may be (https://protobuf.dev/programming-guides/encoding/).
     """
     weights = sum(file.stat().st_size for file in (source / "variables").iterdir())
     if weights >= _MESSAGE_BYTES:
-        raise ValueError(f"a frozen graph holds less than 2 GiB, and the weights take {weights / 2**30:.2f} GiB")
+        raise ValueError(f"a frozen graph is limited to 2 GiB, but the weights take {weights / 2**30:.2f} GiB")
 
 
 def convert(source: Path, target: Path, spec: ExportSpec) -> None:
-    """Freeze the SavedModel's signature: variables become constants, and its ports get forward's names."""
+    """Freeze the SavedModel's signature: variables become constants, and inputs and outputs get forward's names."""
     import tensorflow as tf
     from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
 
     check_size(source)
     loaded = tf.saved_model.load(str(source))
     frozen = convert_variables_to_constants_v2(loaded.signatures[SIGNATURE], lower_control_flow=False)
-    # a signature keeps its inputs in the order of their names when it was traced, and its outputs too
+    # a signature sorts its inputs and outputs by their names in the trace
     inputs = {
         port.op.name: name for port, (_, name) in zip(frozen.inputs, sorted(arguments(spec).items()), strict=True)
     }
     graph = frozen.graph.as_graph_def()
-    # nodes are renamed in the message itself: a graph under construction takes `x` and `X` for the same
+    # nodes are renamed in the protobuf, since graph construction does not distinguish `x` and `X`
     for node in graph.node:
         node.name = _renamed(node.name, inputs)
         node.input[:] = [_renamed(each, inputs) for each in node.input]
@@ -50,7 +50,7 @@ def convert(source: Path, target: Path, spec: ExportSpec) -> None:
 
 
 def _renamed(reference: str, inputs: Mapping[str, str]) -> str:
-    """A node's name, or an edge's (`^name`, `name:1`): inputs get forward's names, the rest goes below `model/`."""
+    """A node's name, or an edge's (`^name`, `name:1`): inputs get forward's names, the others the prefix `model/`."""
     control = "^" if reference.startswith("^") else ""
     name, colon, index = reference.removeprefix("^").partition(":")
     return f"{control}{inputs.get(name, f'model/{name}')}{colon}{index}"

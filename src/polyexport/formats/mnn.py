@@ -1,13 +1,14 @@
-"""MNN: a model for Alibaba's engine for phones and small devices, run here by its own runtime; in several precisions.
+"""MNN: a model for Alibaba's engine for phones and small devices, in several precisions; run here by its own runtime.
 
 https://mnn-docs.readthedocs.io/en/latest/
 
-Converted by the compiled converter alone: the Python command around it installs packages and reports to its makers.
+It is converted by the compiled converter only: the Python command around it installs packages and reports to its
+vendor.
 
-What MNN lacks or computes otherwise is decomposed into other operations first. The second route is an older opset,
-whose operations it knows better: of some LSTMs in the newer one it crashes.
+Operators that MNN lacks or computes differently are decomposed first. The second route is an older opset, whose
+operators it supports better: it crashes on some LSTMs in the newer one.
 
-What is smaller is made from the float32 file by the same converter: weights of convolutions, products and LSTMs alone.
+Lower precisions are made from the float32 file by the same converter: weights of convolutions, products and LSTMs only.
 int8 comes from its quantizer, which has three methods; each fails, or is far off, on some models.
 """
 
@@ -32,7 +33,8 @@ from polyexport.spec import Arrays, ExportSpec, Precision, Runner, calibration
 if TYPE_CHECKING:
     import onnx
 
-_TOOL = "import sys, _tools; getattr(_tools, sys.argv[1])(sys.argv[1:])"  # the wheel's own name for its programs
+# the module in the wheel that runs its programs
+_TOOL = "import sys, _tools; getattr(_tools, sys.argv[1])(sys.argv[1:])"
 
 
 def convert(source: Path, target: Path, spec: ExportSpec) -> None:
@@ -45,7 +47,7 @@ def convert(source: Path, target: Path, spec: ExportSpec) -> None:
 
     model = _decomposed(onnx.load(source))
     if lacking := lacking_modes(model):
-        raise RuntimeError(f"MNN has no {', '.join(lacking)}; its converter puts another operator there")
+        raise RuntimeError(f"MNN has no {', '.join(lacking)}; its converter would use another mode")
     _keep_three_axes(model)
     prepared = target.with_name("prepared.onnx")
     onnx.save(model, prepared)
@@ -61,10 +63,10 @@ def _run_converter(framework: str, source: Path, target: Path, *options: str) ->
 
 
 def _run(tool: str, *words: str, writes: Path) -> None:
-    """Run a program of MNN's in a process of its own.
+    """Run one of MNN's programs in a process of its own.
 
     Raises:
-        RuntimeError: it crashed, or wrote nothing, which it says itself only in what it prints.
+        RuntimeError: it crashed or wrote nothing, which only its output tells.
     """
     command = [sys.executable, "-c", _TOOL, tool, *words]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
@@ -75,7 +77,7 @@ def _run(tool: str, *words: str, writes: Path) -> None:
 
 
 def settle_id(path: Path) -> None:
-    """Give the file an id of its content; the converter draws one each time."""
+    """Replace the file's random id by a hash of its content."""
     content = path.read_bytes()
     form = rb"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
     for drawn in {*re.findall(form, content)}:
@@ -85,7 +87,7 @@ def settle_id(path: Path) -> None:
 
 
 def _with(*options: str) -> Convert:
-    """A conversion of the float32 file with these options of MNN's converter."""
+    """A conversion of the float32 file with options of MNN's converter."""
 
     def convert_weights(source: Path, target: Path, spec: ExportSpec) -> None:
         _run_converter("MNN", source, target, *options)
@@ -113,7 +115,7 @@ def _quantized(method: str) -> Convert:
 
 
 def _write_samples(folder: Path, spec: ExportSpec) -> int:
-    """Write each batch of `spec.calibration` as MNN's tool reads it, numbers as text; returns how many there are."""
+    """Write each batch of `spec.calibration` as text for MNN's tool; returns the number of batches."""
     count = 0
     for count, arrays in enumerate(calibration(spec), 1):
         sample = folder / str(count)
@@ -127,7 +129,7 @@ def _write_samples(folder: Path, spec: ExportSpec) -> int:
 
 
 _MODES = {("GridSample", "mode"): {b"linear", b"bilinear", b"nearest"}}
-"""The values that MNN knows of an operator's attribute; any other is taken for one of these without a word."""
+"""The values of operators' attributes that MNN supports; it silently replaces any other by one of these."""
 
 
 def lacking_modes(model: onnx.ModelProto) -> list[str]:
@@ -148,13 +150,13 @@ def _why(done: subprocess.CompletedProcess[str]) -> str:
 
 
 _FUNCTIONS = (
-    # what masked attention is made of; MNN has none
+    # used by masked attention; MNN has no IsNaN
     "IsNaN (x) => (y) { same = Equal(x, x) y = Not(same) }",
-    # MNN's is the one by tanh, also where a graph has the operations of the exact one: hence two signs for erf
+    # MNN fuses even the operations of the exact Gelu into the one by tanh; negating erf twice prevents that
     "Erf (x) => (y) { negative = Neg(x) erf = Erf(negative) y = Neg(erf) }",
     "Gelu (x) => (y) { half = Constant<value_float = 0.5>() slope = Constant<value_float = 0.70710678>() "
     "scaled = Mul(x, slope) erf = Erf(scaled) halved = Mul(erf, half) share = Add(halved, half) y = Mul(x, share) }",
-    # of these MNN looks for axes where they were before opset 18, and takes all where it finds none
+    # MNN reads the axes of these only as an attribute, as before opset 18, and else reduces all axes
     "ReduceL1 <keepdims: int = 1> (x, axes) => (y) { "
     "size = Abs(x) y = ReduceSum<keepdims: int = @keepdims>(size, axes) }",
     "ReduceL2 <keepdims: int = 1> (x, axes) => (y) { "
@@ -170,12 +172,12 @@ _FUNCTIONS = (
 
 
 def _decomposed(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model with the operations of `_FUNCTIONS` as what they are made of; MNN's Gelu by tanh is right."""
+    """The model with the operators of `_FUNCTIONS` decomposed, except Gelu by tanh, which is right in MNN."""
     return decomposed(model, _FUNCTIONS, lambda node: all(each.s != b"tanh" for each in node.attribute))
 
 
 def _keep_three_axes(model: onnx.ModelProto) -> None:
-    """Bring each output of three axes into its own shape: behind a convolution over one axis MNN gives it a fourth."""
+    """Reshape each output of three axes to its shape: after a 1D convolution MNN adds a fourth axis."""
     import onnx
     from onnx import numpy_helper
 
@@ -195,7 +197,7 @@ def _keep_three_axes(model: onnx.ModelProto) -> None:
 
 
 def load(path: Path, spec: ExportSpec, *, threads: int) -> Runner:
-    """Run it with MNN on the CPU, in full precision; what it has no type for (int64, bool) travels as int32."""
+    """Run it with MNN on the CPU, in full precision; int64 and bool, which it lacks, become int32."""
     import MNN
 
     kinds: dict[str, Any] = {"f": (MNN.expr.float, np.float32)}
@@ -205,12 +207,12 @@ def load(path: Path, spec: ExportSpec, *, threads: int) -> Runner:
 
     def given(array: np.ndarray) -> Any:
         kind, dtype = kinds.get(array.dtype.kind, (MNN.expr.int, np.int32))
-        return MNN.expr.const(np.ascontiguousarray(array, dtype), list(array.shape), MNN.expr.NCHW, kind)
+        return MNN.expr.const(np.asarray(array, dtype, order="C"), list(array.shape), MNN.expr.NCHW, kind)
 
     def run(inputs: Arrays) -> Arrays:
         answers = module.forward([given(inputs[name]) for name in names])
         if len(answers) != len(spec.outputs):
-            raise RuntimeError(f"MNN gives {len(answers)} of the {len(spec.outputs)} outputs")
+            raise RuntimeError(f"MNN returned {len(answers)} of the {len(spec.outputs)} outputs")
         return {
             tensor.name: np.array(MNN.expr.convert(answer, MNN.expr.NCHW).read(), tensor.dtype)
             for tensor, answer in zip(spec.outputs, answers, strict=True)

@@ -3,10 +3,11 @@
 https://github.com/Tencent/ncnn/wiki
 
 Requirements:
-* It is converted by pnnx, ncnn's own converter, from an ONNX graph of one row, and given a row without its batch axis.
-* ncnn computes in floats. All but the ids of an embedding is float32 in the graph before pnnx reads it, and so are the
-  artifact's inputs and outputs; what ncnn has no layer for is decomposed (see `polyexport.lowering.floats`).
-* pnnx writes down a layer that ncnn lacks all the same; here it is an error.
+* It is converted by pnnx, ncnn's own converter, from an ONNX graph of one row, and takes a row without its batch axis.
+* ncnn computes in floats. Everything except ids of an embedding is cast to float32 in the graph before pnnx reads it,
+  and so are the artifact's inputs and outputs; operators without a layer in ncnn are decomposed (see
+  `polyexport.lowering.floats`).
+* pnnx writes layers that ncnn lacks without an error; here that is an error.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import numpy as np
 
 from polyexport.errors import ended
 from polyexport.format import Convert, Format, Loaded, OnDevice, Route, Snippet
-from polyexport.spec import Arrays, ExportSpec, Precision, TensorSpec, in_rows
+from polyexport.spec import Arrays, ExportSpec, Precision, TensorSpec, in_rows, row_remark
 
 if TYPE_CHECKING:
     import onnx
@@ -40,10 +41,10 @@ def _converter(*, half: bool) -> Convert:
     """A conversion that stores the weights in float16, or in float32."""
 
     def convert(source: Path, target: Path, spec: ExportSpec) -> None:
-        """Have pnnx translate the graph of one row.
+        """Convert the graph of one row with pnnx.
 
         Raises:
-            RuntimeError: the graph is of several rows, pnnx wrote no model, or ncnn lacks a layer of it.
+            RuntimeError: the graph has several rows, pnnx wrote no model, or ncnn lacks a layer.
         """
         from polyexport.lowering.fixed import with_sizes
         from polyexport.lowering.floats import in_floats
@@ -67,19 +68,19 @@ def _converter(*, half: bool) -> Convert:
 
 
 def fixed_batch(one: ExportSpec) -> str:
-    """Why there is no graph of one row: all first axes have the same size, which is fixed; empty where there is."""
+    """Why there is no graph of one row: all first axes have the same static size; empty if there is one."""
     sizes = {tensor.shape[:1] for tensor in (*one.inputs, *one.outputs)}
     size, *others = [*sizes] or [(1,)]
     if others or size in ((), (1,)):
         return ""
-    return f"ncnn takes one row a call, and here the batch is fixed at {size[0]}; leave the first axes alone dynamic"
+    return f"ncnn takes one row per call, but the batch is fixed at {size[0]}; make only the first axes dynamic"
 
 
 def _translated(model: onnx.ModelProto, written: Path, *, half: bool) -> Path:
-    """Run pnnx, which writes seven files beside the one that it reads; `written` is one of them.
+    """Run pnnx, which writes seven files next to its input; `written` is one of them.
 
     Raises:
-        RuntimeError: there is none, or ncnn lacks a layer in it.
+        RuntimeError: pnnx wrote no model, or ncnn lacks a layer in it.
     """
     import onnx
 
@@ -105,13 +106,13 @@ def _translated(model: onnx.ModelProto, written: Path, *, half: bool) -> Path:
 
 def _program() -> str:
     found = find_spec("pnnx")  # not imported: the module imports torch
-    assert found is not None, "the toolchain has it"
+    assert found is not None, "it is in the toolchain"
     assert found.submodule_search_locations, "it is a package"
     return str(Path(found.submodule_search_locations[0], "pnnx.exe" if os.name == "nt" else "pnnx"))
 
 
 def _why(done: subprocess.CompletedProcess[str]) -> str:
-    """How pnnx ended, and the last that it said: it prints what it takes note of to the one stream, errors too."""
+    """How pnnx ended, and the last line of its output, which mixes notes and errors."""
     said = (done.stderr or done.stdout).split("\n")
     return f"{ended(done.returncode)}: {next((line.strip() for line in reversed(said) if line.strip()), '')}"
 
@@ -125,24 +126,25 @@ def lacking_layers(text: str) -> list[str]:
 
 
 def _ports(spec: ExportSpec) -> tuple[dict[str, str], dict[str, str]]:
-    """The names of inputs and of outputs in the artifact: ours, but where they cannot be told from ncnn's own."""
+    """The names of inputs and outputs in the artifact: forward's, unless ncnn cannot distinguish them from its own."""
 
     def named(kind: str, names: tuple[str, ...]) -> dict[str, str]:
-        fits = {name: re.fullmatch(r"[^\s\d]\S{0,200}", name) for name in names}  # inner blobs are numbers
+        # ncnn's own blobs have numbers as names
+        fits = {name: re.fullmatch(r"[^\s\d]\S{0,200}", name) for name in names}
         return {name: name if fits[name] else f"{kind}{index}" for index, name in enumerate(names)}
 
     return named("in", spec.input_names), named("out", spec.output_names)
 
 
 def unsqueezed(program: str, shapes: Sequence[tuple[int, ...]]) -> list[str]:
-    """The inputs of one row that have their first axis in ncnn too, since pnnx did not see that it is the batch's.
+    """The inputs of one row that keep their first axis in ncnn, since pnnx did not recognize it as the batch axis.
 
     Args:
-        program: What pnnx wrote to try the artifact, which tells.
-        shapes: Of the inputs.
+        program: The test program that pnnx wrote, which shows it.
+        shapes: Shapes of the inputs.
 
     Raises:
-        RuntimeError: it takes an axis for the batch that has more than one row.
+        RuntimeError: it takes an axis of more than one row for the batch axis.
     """
     axes = re.findall(r"ncnn\.Mat\(in\d+\.numpy\(\), batch_index=(\d+)\)", program)
     for axis, shape in zip(axes, shapes, strict=True):
@@ -153,16 +155,16 @@ def unsqueezed(program: str, shapes: Sequence[tuple[int, ...]]) -> list[str]:
 
 
 def _is_row(shape: tuple[int | str, ...]) -> bool:
-    """Whether ncnn is given a tensor without its first axis."""
+    """Whether a tensor is passed to ncnn without its first axis."""
     return len(shape) > 1 and shape[0] == 1
 
 
 _NO_AXIS = "233"
-"""ncnn's word for none."""
+"""ncnn's value for a missing parameter."""
 
 
 def lifted(text: str, names: Iterable[str]) -> str:
-    """The `.param` file with an axis put before those of some inputs, so that all of them are given as rows."""
+    """The `.param` file with a leading axis added to some inputs, so that all of them are passed as rows."""
     magic, sizes, *layers = text.splitlines()
     inner = {name: f"polyexport_row_{index}" for index, name in enumerate(names)}
     added = [f"ExpandDims {row} 1 1 {name} {row} -23303=1,0" for name, row in inner.items()]
@@ -173,7 +175,7 @@ def lifted(text: str, names: Iterable[str]) -> str:
 
 
 def rename(text: str, names: Mapping[str, str]) -> str:
-    """The `.param` file with other names for blobs."""
+    """The `.param` file with blobs renamed."""
     magic, sizes, *layers = text.splitlines()
     return "\n".join([magic, sizes, *(_renamed(line, names) for line in layers)]) + "\n"
 
@@ -190,7 +192,7 @@ def _blobs(words: list[str]) -> list[str]:
 
 
 def embedded(text: str) -> set[str]:
-    """The inputs of a `.param` file that are ids of an embedding, and so integers."""
+    """The inputs of a `.param` file that are ids of an embedding, and therefore integers."""
     layers = [line.split() for line in text.splitlines()[2:]]
     makers = {blob: words for words in layers for blob in _blobs(words)[int(words[2]) :]}
     found = set()
@@ -204,22 +206,22 @@ def embedded(text: str) -> set[str]:
 
 
 def _answer(extractor: Any, blob: str, tensor: TensorSpec) -> np.ndarray:
-    """What ncnn gives, which is all float32, in the shape and dtype that PyTorch has."""
+    """An output of ncnn, which is float32, in PyTorch's shape and dtype."""
     failed, mat = extractor.extract(blob)
     found, shape = np.array(mat), tuple(map(int, tensor.shape))
     if failed or found.size != math.prod(shape):
-        raise RuntimeError(f"ncnn gives {tensor.name} in the shape {found.shape}, PyTorch in {shape}")
+        raise RuntimeError(f"ncnn returns {tensor.name} with shape {found.shape}, PyTorch with {shape}")
     dtype = np.dtype(tensor.dtype)
     return (found if dtype.kind == "f" else np.rint(found)).reshape(shape).astype(dtype)
 
 
 def load(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
-    """Run it with ncnn on the CPU, row by row, all in float32."""
+    """Run it with ncnn on the CPU, row by row, in float32."""
     return _loaded(path, spec, threads, half=False)
 
 
 def load_half(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
-    """The same, in float16 where ncnn can on this CPU."""
+    """Like `load`, in float16 where ncnn supports that on this CPU."""
     return _loaded(path, spec, threads, half=True)
 
 
@@ -243,17 +245,17 @@ def _loaded(path: Path, spec: ExportSpec, threads: int, *, half: bool) -> Loaded
         for name, blob in read.items():
             array = inputs[name]
             if array.shape != shapes[name]:
-                raise RuntimeError(f"{name} has the shape {array.shape}; the artifact takes {shapes[name]} alone")
+                raise RuntimeError(f"{name} has shape {array.shape}; the artifact takes only {shapes[name]}")
             dtype = np.int32 if blob in ids else np.float32
             row = np.ascontiguousarray(array[0] if _is_row(array.shape) else array, dtype)  # at least of one axis
-            extractor.input(blob, ncnn.Mat(row).clone())  # a Mat does not keep the array that it looks into
+            extractor.input(blob, ncnn.Mat(row).clone())  # a Mat does not keep its array alive
         return {tensor.name: _answer(extractor, made[tensor.name], tensor) for tensor in one.outputs}
 
-    return Loaded(in_rows(run, one), _signature(one, read, ids), remark="one row a call")
+    return Loaded(in_rows(run, one), _signature(one, read, ids), remark=row_remark(spec))
 
 
 def _signature(one: ExportSpec, read: Mapping[str, str], ids: set[str]) -> ExportSpec:
-    """The artifact's own: of one row, of the inputs that are read, without other integers than ids."""
+    """The artifact's own signature: one row, only inputs that are read, and no integers other than ids."""
     inputs = tuple(
         replace(tensor, dtype="int32" if read[tensor.name] in ids else "float32")
         for tensor in one.inputs

@@ -23,16 +23,16 @@ if TYPE_CHECKING:
     import onnxruntime
     import torch
 
-_PROTOBUF_LIMIT = 2_000_000_000  # one ONNX file is one protobuf message, and that may have 2 GiB
+_PROTOBUF_LIMIT = 2_000_000_000  # an ONNX file is a protobuf message, which is limited to 2 GiB
 
 
 def convert_program(source: Path, target: Path, spec: ExportSpec) -> None:
-    """Translate the traced program with `torch.onnx`'s exporter of the dynamo era."""
+    """Translate the traced program with `torch.onnx`'s exporter for programs (`dynamo=True`)."""
     translate(load_program(source), target, spec)
 
 
 def translate(program: torch.export.ExportedProgram, target: Path, spec: ExportSpec) -> None:
-    """The same of a program in memory."""
+    """`convert_program` for a program in memory."""
     import torch
 
     program = _within_images(program)
@@ -48,7 +48,7 @@ def translate(program: torch.export.ExportedProgram, target: Path, spec: ExportS
             external_data=size > _PROTOBUF_LIMIT,
             verbose=False,
         )
-    except Exception as error:  # it says how to report it; what it is about lies at the bottom
+    except Exception as error:  # the message is mostly on how to report it; the cause is at the end of the chain
         raise RuntimeError(_bottom(error)) from error
     _finish(target, spec)
 
@@ -60,9 +60,9 @@ def _bottom(error: BaseException) -> str:
 
 
 def _within_images(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
-    """The program with average pools no larger than the padded image, as EfficientNet has one of 1280 x 1280 entries.
+    """The program with average pools no larger than the padded image; EfficientNet has one of 1280 x 1280.
 
-    What lies beyond counts for nothing, but OpenVINO refuses it, and other runtimes have to fill it with zeros.
+    What is outside has no effect, but OpenVINO refuses it, and other runtimes have to fill it with zeros.
     """
     import torch
 
@@ -77,15 +77,15 @@ def _within_images(program: torch.export.ExportedProgram) -> torch.export.Export
 
 
 def convert_trace(source: Path, target: Path, spec: ExportSpec, *, opset: int = 20) -> None:
-    """Trace and translate the module with the TorchScript exporter, which takes some models that dynamo does not."""
+    """Trace and translate the module with the TorchScript exporter, which supports some models that dynamo does not."""
     import torch
 
     from polyexport.capture import snapshot
-    from polyexport.tracing.decompositions import written_out
+    from polyexport.tracing.decompositions import decomposed
     from polyexport.tracing.exportable import exportable
 
     loaded = snapshot.load(source, spec.output_names)
-    with torch.no_grad(), written_out(), exportable(loaded) as model:
+    with torch.no_grad(), decomposed(), exportable(loaded) as model:
         _translated(model, snapshot.example(source, spec), target, spec, opset)
 
 
@@ -105,7 +105,7 @@ def _translated(model: Any, inputs: tuple[torch.Tensor, ...], target: Path, spec
     named = {kind: dict(zip(inner(kind, len(tensors)), tensors, strict=True)) for kind, tensors in ports.items()}
     axes = {name: tensor.dynamic for tensors in named.values() for name, tensor in tensors.items() if tensor.dynamic}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # it is the fallback, by intent
+        warnings.simplefilter("ignore", DeprecationWarning)  # it is used as a fallback on purpose
         torch.onnx.export(
             model,
             inputs,
@@ -135,7 +135,7 @@ def _finish(path: Path, spec: ExportSpec) -> None:
 
 
 def save(model: onnx.ModelProto, path: Path, metadata: Mapping[str, str], *remarks: str, shortfall: str = "") -> None:
-    """Write a model with its weights, beside it where they are too many for one file, and what is to be said of it."""
+    """Write a model with metadata and remarks; weights too large for one file go into a second one."""
     import onnx
 
     told = {REMARK: "; ".join(filter(None, remarks)), SHORTFALL: shortfall}
@@ -151,7 +151,7 @@ def _name_axes(value: onnx.ValueInfoProto, names: dict[int, str]) -> None:
 
 
 REMARK, SHORTFALL = "polyexport_remark", "polyexport_shortfall"
-"""The metadata that tell of a file what `Loaded` has under these names, such as which operators stay in float."""
+"""Metadata entries for `Loaded.remark` and `Loaded.shortfall`, such as which operators stay in float."""
 
 
 def load(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
@@ -162,12 +162,12 @@ def load(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
 
 
 def opened(path: Path, *, threads: int) -> Runner:
-    """The same for a converter, which wants the answers alone."""
+    """`load` as a plain runner, for converters."""
     return _runner(_session(path, threads=threads))
 
 
 def _session(path: Path, *, threads: int) -> onnxruntime.InferenceSession:
-    # since 1.32 it otherwise looks up its vendor's host and writes a device id into the home folder
+    # opts out of telemetry: since 1.32 it contacts its vendor's host and writes a device id into the home folder
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     import onnxruntime
 
@@ -182,7 +182,7 @@ def _runner(session: onnxruntime.InferenceSession) -> Runner:
     wanted = {given.name for given in session.get_inputs()}
 
     def run(inputs: Arrays) -> Arrays:
-        # an input that forward never reads is not part of the graph
+        # inputs that forward never reads are not in the graph
         feed = {name: array for name, array in inputs.items() if name in wanted}
         return dict(zip(outputs, session.run(outputs, feed), strict=True))
 
@@ -190,7 +190,7 @@ def _runner(session: onnxruntime.InferenceSession) -> Runner:
 
 
 def intermediates(path: Path, spec: ExportSpec, inputs: Arrays, *, threads: int) -> Arrays:
-    """What each node of the graph gives; ONNX Runtime merges no nodes over a tensor that it has to answer."""
+    """The output of each node of the graph; ONNX Runtime does not fuse nodes across tensors that it has to return."""
     import onnx
 
     model = onnx.load(path)

@@ -1,8 +1,8 @@
-"""ONNX of opset 15, for runtimes and converters that have learnt nothing newer, X2Paddle among them.
+"""ONNX of opset 15, for runtimes and converters that support nothing newer, such as X2Paddle.
 
 https://onnx.ai/onnx/repo-docs/Versioning.html
 
-It is traced anew rather than converted down: ONNX's own version converter lacks most steps back.
+It is traced again rather than converted down, since ONNX's version converter lacks most downgrades.
 """
 
 from __future__ import annotations

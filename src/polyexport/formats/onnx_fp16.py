@@ -2,8 +2,8 @@
 
 https://onnxruntime.ai/docs/performance/model-optimizations/float16.html
 
-Operators whose numbers leave float16's range on real batches, and those that it has no operator for, stay in float32;
-the file tells which, in its metadata. ONNX Runtime on x86 has hardly any operator in float16 and casts around each.
+Operators whose values leave float16's range on real batches, and those without a float16 kernel, stay in float32; the
+file's metadata lists them. ONNX Runtime on x86 has few float16 kernels, and casts around the others.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import onnx
 
 _GREATEST = float(np.finfo(np.float16).max) / 2
-"""Numbers beyond half of what float16 holds stay float32: other batches have greater ones."""
+"""Values above half of float16's maximum stay float32, since other batches may have larger ones."""
 
 
 def convert(source: Path, target: Path, spec: ExportSpec) -> None:
@@ -38,12 +38,12 @@ def convert(source: Path, target: Path, spec: ExportSpec) -> None:
     _keep_wide(half)
     found = Counter(node.op_type for node in wide)
     save(
-        half, target, spec.embedded, f"in float32, since beyond the range of float16: {counted(found)}" if found else ""
+        half, target, spec.embedded, f"in float32, since their values exceed float16: {counted(found)}" if found else ""
     )
 
 
 def _keep_wide(model: onnx.ModelProto) -> None:
-    """Take out what casts a number to float16 and back, as the converter does between two nodes that stay float32."""
+    """Remove casts to float16 and back, which the converter adds between two nodes that stay float32."""
     from onnx import TensorProto
     from onnxruntime.transformers.onnx_model import OnnxModel
 

@@ -1,17 +1,17 @@
-"""ONNX in eight bits, by ONNX Runtime's quantizer: `onnx-int8`, for CPUs that convolve, and `onnx-w8`, for the others.
+"""ONNX in eight bits, by ONNX Runtime's quantizer: `onnx-int8`, for convolutional networks on CPUs, and `onnx-w8`.
 
 https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html
 
 Requirements:
 * int8 is written as QuantizeLinear and DequantizeLinear around float operators (Q/DQ), with weights per channel, which
-  every runtime of ONNX reads. Number ranges come from real batches; of three ways to take them that one is kept whose
-  outputs are the nearest to the float model's on those batches. Where all are far, as for most transformers, matrices
-  alone are quantized, and of those the costliest go back to float.
-* Weights have seven bits where this machine's processor adds products of int8 in 16 bits, which eight would overflow.
-* w8 multiplies matrices in int8 with ranges taken while it runs; weights of convolutions are stored in int8, and the
-  convolution is float.
-* What was trained with fake quantization has its scales, and takes none from batches.
-* The file tells what in it stays float, in its metadata. That is no fault as long as most weights are in int8.
+  every runtime of ONNX supports. It is calibrated with real batches in three ways, of which the one with the smallest
+  error of the outputs on those batches is kept. If all errors are large, as for most transformers, only matrices are
+  quantized, and the costliest of those stay in float.
+* Weights have seven bits if this machine's processor adds int8 products in 16 bits, which eight would overflow.
+* w8 multiplies matrices in int8 with ranges taken at run time; weights of convolutions are stored in int8, and the
+  convolution is in float.
+* Models trained with fake quantization keep their scales, and are not calibrated.
+* The file's metadata lists what stays in float. That is not a fault as long as most weights are in int8.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ if TYPE_CHECKING:
     import onnx
 
 METHODS = ("MinMax", "Percentile", "Entropy")
-"""How a range is taken, by ONNX Runtime's names: all values, all but the rarest, or those that lose the least."""
+"""Calibration methods by ONNX Runtime's names: all values, all but the rarest, or the least loss of information."""
 
 _MASK = 1e9
-"""Numbers as great stand for infinity, as attention masks have them; a range with one has no steps left for others."""
+"""Larger values stand for infinity, as in attention masks; a range with one would leave no steps for others."""
 
 
 def quantize(source: Path, target: Path, spec: ExportSpec, *, methods: Iterable[str] = METHODS) -> None:
-    """Quantize weights and activations, in the way whose outputs are the nearest to the float model's."""
+    """Quantize weights and activations, in the way with the smallest error of the outputs."""
     import onnx
 
     expected = list(map(opened(source, threads=1), calibration(spec)))
@@ -86,7 +86,7 @@ def keep_trained_scales(source: Path, target: Path, spec: ExportSpec) -> None:
 
 
 def _round_biases(model: onnx.ModelProto) -> None:
-    """Store the bias of each product of integers in int32, in steps of its sums: else runtimes compute it in float."""
+    """Store the bias of each integer product in int32 with the scale of its sum, else runtimes compute it in float."""
     from onnx import helper, numpy_helper
 
     constants = {each.name: each for each in model.graph.initializer}
@@ -109,7 +109,7 @@ def _round_biases(model: onnx.ModelProto) -> None:
 
 
 def _count_from_zero(model: onnx.ModelProto) -> None:
-    """Put uint8 in the place of int8, all steps 128 higher: products of two uint8 are not added in 16 bits."""
+    """Replace int8 by uint8, shifted by 128, since products of two uint8 are not added in 16 bits."""
     from onnx import TensorProto, numpy_helper
 
     for tensor in model.graph.initializer:
@@ -121,7 +121,7 @@ def _count_from_zero(model: onnx.ModelProto) -> None:
             value.type.tensor_type.elem_type = TensorProto.UINT8
 
 
-TRAINED = "with the scales that it was trained with"
+TRAINED = "with the scales from training"
 
 
 def _layers(prepared: onnx.ModelProto) -> dict[str, str]:
@@ -132,7 +132,7 @@ def _layers(prepared: onnx.ModelProto) -> dict[str, str]:
 
 
 def float_weights(model: onnx.ModelProto) -> tuple[int, int]:
-    """How many numbers of a quantized model's weights are in float, and how many there are."""
+    """The number of elements of a quantized model's weights in float, and of all weights."""
     weights = [each for each in model.graph.initializer if is_weight(each.dims)]
     sizes = [(math.prod(each.dims), each.data_type == _FLOAT) for each in weights if each.data_type in (_FLOAT, *_INT8)]
     return sum(size for size, is_float in sizes if is_float), sum(size for size, _ in sizes)
@@ -142,25 +142,25 @@ _FLOAT, _INT8 = 1, (2, 3)  # onnx.TensorProto.FLOAT, UINT8 and INT8
 
 
 def quantize_min_max(source: Path, target: Path, spec: ExportSpec) -> None:
-    """The same by the least and the greatest values alone, which takes a fraction of the time and memory."""
+    """`quantize` by minimum and maximum only, which takes a fraction of the time and memory."""
     quantize(source, target, spec, methods=METHODS[:1])
 
 
 def _prepared(source: Path, folder: Path) -> Path:
-    """The model with constants folded and every shape inferred, as the quantizer wants it."""
+    """The model with constants folded and shapes inferred, as the quantizer needs it."""
     from onnxruntime.quantization import quant_pre_process
 
     prepared = folder / "prepared.onnx"
     try:
         quant_pre_process(str(source), str(prepared))
-    except Exception as error:  # symbolic inference lacks some operators, and raises whatever comes to its mind
+    except Exception as error:  # symbolic inference lacks some operators, and raises many types
         print(f"symbolic shapes are left out: {error}")
         quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
     return prepared
 
 
 def ranges(source: Path, spec: ExportSpec, method: str = "MinMax") -> Any:
-    """The `TensorsData` of ONNX Runtime: least and greatest value of each float tensor over all batches."""
+    """The `TensorsData` of ONNX Runtime: minimum and maximum of each float tensor over all batches."""
     from onnxruntime.quantization import CalibrationMethod
     from onnxruntime.quantization.calibrate import create_calibrator
 
@@ -169,13 +169,13 @@ def ranges(source: Path, spec: ExportSpec, method: str = "MinMax") -> Any:
         calibrator = create_calibrator(source, None, str(beside), CalibrationMethod[method])
         wanted = {given.name for given in calibrator.infer_session.get_inputs()}
         for arrays in calibration(spec):
-            # one after another: batches of different sizes make no array
+            # one by one, since batches of different sizes cannot be one array
             calibrator.collect_data(_Once({name: array for name, array in arrays.items() if name in wanted}))
         return calibrator.compute_data()
 
 
 def _all_ranges(prepared: Path, spec: ExportSpec, methods: Iterable[str]) -> Iterator[tuple[str, Any]]:
-    """By each method that can: a histogram cannot have the infinities of an attention mask."""
+    """Ranges by each method that works: histograms fail on the infinities of attention masks."""
     for method in methods:
         try:
             yield method, ranges(prepared, spec, method)
@@ -186,7 +186,7 @@ def _all_ranges(prepared: Path, spec: ExportSpec, methods: Iterable[str]) -> Ite
 
 
 class _Once:
-    """A batch in the shape of a `CalibrationDataReader`."""
+    """A batch as a `CalibrationDataReader`."""
 
     def __init__(self, batch: Arrays) -> None:
         self._left: list[Arrays] = [batch]
@@ -216,7 +216,7 @@ def _with_ranges(
         per_channel=True,
         reduce_range=overflows(),
         weight_qType=QuantType.QInt8,
-        activation_qType=QuantType.QUInt8,  # what processors have instructions for
+        activation_qType=QuantType.QUInt8,  # the type that processors have instructions for
         tensors_range=found,
         nodes_to_quantize=list(alone),
         nodes_to_exclude=[*kept, *(node.name for node in beyond(model, found, _MASK))],
@@ -229,14 +229,14 @@ def _with_ranges(
 
 
 def named(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model, each of whose nodes has a name from now on, the same ones each time."""
+    """Give each node of the model a name, in place, the same ones each time; returns the model."""
     for index, node in enumerate(model.graph.node):
         node.name = node.name or f"node_{index}"
     return model
 
 
 def beyond(model: onnx.ModelProto, found: Any, greatest: float) -> list[onnx.NodeProto]:
-    """The nodes that read or write a number above `greatest`, on the batches of `ranges` or among their weights."""
+    """The nodes that read or write a value above `greatest`, on the batches of `ranges` or in their weights."""
     from onnx import numpy_helper
 
     magnitude = {name: float(np.abs(tensor.range_value).max()) for name, tensor in found.items()}
@@ -252,7 +252,7 @@ def beyond(model: onnx.ModelProto, found: Any, greatest: float) -> list[onnx.Nod
 
 
 def overflows() -> bool:
-    """Whether this processor adds products of int8 in 16 bits: x86 without VNNI, or x86 that does not tell."""
+    """Whether this processor adds int8 products in 16 bits: x86 without VNNI, or x86 where that is unknown."""
     if platform.machine().lower() not in ("x86_64", "amd64", "i386", "i686"):
         return False
     told = Path("/proc/cpuinfo")
@@ -260,7 +260,7 @@ def overflows() -> bool:
 
 
 def seven_bits() -> str:
-    """What a report says of weights that have a bit less; empty where they have eight."""
+    """A remark on weights of seven bits; empty if they have eight."""
     return "weights in 7 bits, since this processor has no VNNI" if overflows() else ""
 
 
@@ -271,7 +271,7 @@ _COMPUTE_NOTHING = (
 
 
 def float_operators(model: onnx.ModelProto) -> str:
-    """Which operators of a Q/DQ graph compute in float32, in words; empty where none does."""
+    """A remark on operators of a Q/DQ graph that compute in float32; empty if there are none."""
     import onnx
 
     graph = onnx.shape_inference.infer_shapes(model).graph
@@ -293,17 +293,17 @@ def float_operators(model: onnx.ModelProto) -> str:
 # --- weights alone ----------------------------------------------------------------------------------------------------
 
 _DYNAMIC = ("MatMul", "LSTM", "Attention", "Gather", "EmbedLayerNormalization")
-"""Those whose weights are quantized."""
+"""Operators whose weights are quantized."""
 
 _CONVOLUTIONS = {"Conv": 0, "ConvTranspose": 1}
-"""Those whose weights are stored in int8, and the axis of the weight that the channels of the output lie on."""
+"""Operators whose weights are stored in int8, and the weight's axis of output channels."""
 
 _FEW = 256
-"""Elements below which a weight stays float: scales and what computes with them cost more."""
+"""Weights with fewer elements stay in float, since scales would cost more."""
 
 
 def quantize_weights(source: Path, target: Path, spec: ExportSpec) -> None:
-    """Quantize the weights; matrices are multiplied in int8, with the ranges of what comes in taken while it runs."""
+    """Quantize the weights; matrices are multiplied in int8, with ranges of the inputs taken at run time."""
     import onnx
     from onnxruntime.quantization import quantize_dynamic
 
@@ -318,13 +318,13 @@ def quantize_weights(source: Path, target: Path, spec: ExportSpec) -> None:
         )
         model = onnx.load(draft)
     stored = _store_convolutions(model)
-    kept = "convolutions compute in float32, of weights that are stored in int8" if stored else ""
+    kept = "convolutions compute in float32, with weights stored in int8" if stored else ""
     left = in_float(*float_weights(model), "", kept)
     save(model, target, spec.embedded, seven_bits(), left.remark, shortfall=left.shortfall)
 
 
 def _store_convolutions(model: onnx.ModelProto) -> int:
-    """Store the weights of convolutions in int8, per channel, under the names that they have; tells how many."""
+    """Store the weights of convolutions in int8, per channel, under the same names; returns how many."""
     from onnx import helper, numpy_helper
 
     graph = model.graph

@@ -3,8 +3,8 @@
 https://onnxruntime.ai/docs/tutorials/web/
 
 Requirements:
-* The graph is that of `onnx`: ONNX Runtime's own operators, compiled to WebAssembly.
-* It is one file, since a page loads one; and WebAssembly's memory is 4 GiB at most.
+* The graph is the one of `onnx`: the operators of ONNX Runtime are compiled to WebAssembly.
+* It is one file, since a page loads one, and WebAssembly's memory is limited to 4 GiB.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ _PROGRAM = Path(__file__).parents[1] / "toolchains" / "onnx_web" / "run.cjs"
 
 
 def convert(source: Path, target: Path, spec: ExportSpec) -> None:
-    """Take the graph as it is, and a page that runs it.
+    """Copy the graph, and write a page that runs it.
 
     Raises:
         RuntimeError: its weights are in a second file.
     """
     if (beside := source.with_name(f"{source.name}.data")).exists():
         raise RuntimeError(
-            f"a page loads one file of less than 2 GB, and {beside.stat().st_size:,} bytes lie beside it"
+            f"a page loads one file of less than 2 GB, but {beside.stat().st_size:,} bytes are in a second one"
         )
     shutil.copyfile(source, target)
     page.write(target, spec, "onnx_web", "onnxruntime-web")
@@ -59,7 +59,7 @@ FORMAT = Format(
     load=load,
     targets=("browser",),
     page=page.NAME,
-    slow_because="WebAssembly has vectors of 128 bits, and a CPU has longer ones",
+    slow_because="WebAssembly has vectors of 128 bits, and CPUs have longer ones",
     snippets=(
         Snippet(
             "JavaScript",

@@ -37,10 +37,10 @@ def convert_onnx(source: Path, target: Path, spec: ExportSpec) -> None:
 
 
 def split_slices(model: onnx.ModelProto) -> bool:
-    """Cut by Split what GatherElements reads from a Slice along one axis of known size; tells whether any was.
+    """Replace each Slice along one axis of known size that GatherElements reads by Split; returns whether any was.
 
-    OpenVINO takes such a Slice for superfluous, and then refuses the sizes. A model with its weights in another file,
-    which is found beside it only, stays as it is.
+    OpenVINO treats such a Slice as a no-op, and then refuses the sizes. A model with its weights in another file, which
+    has to be next to it, is not changed.
     """
     import onnx
     from onnx import helper, numpy_helper
@@ -85,7 +85,7 @@ def convert_torchscript(source: Path, target: Path, spec: ExportSpec) -> None:
 
 def without_telemetry() -> Any:
     """OpenVINO, which otherwise writes into the home folder on import, and reports each conversion to its vendor."""
-    sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # the import system's own word for "not there"
+    sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # None makes the import fail
     import openvino
 
     return openvino
@@ -97,7 +97,7 @@ def halve(source: Path, target: Path, spec: ExportSpec) -> None:
 
 
 def save(model: Any, target: Path, spec: ExportSpec, *remarks: str, half: bool = False) -> None:
-    """Name the ports, embed the metadata and what a reader is to know, write `.xml` and `.bin`.
+    """Name inputs and outputs, embed metadata and remarks, and write `.xml` and `.bin`.
 
     `half` stores float32 weights in float16.
     """
@@ -109,14 +109,14 @@ def save(model: Any, target: Path, spec: ExportSpec, *remarks: str, half: bool =
     told = "; ".join(filter(None, remarks))
     for key, value in (*spec.metadata.items(), *([(REMARK, told)] if told else [])):
         model.set_rt_info(value, ["polyexport", key])
-    if spec.labels:  # as OpenVINO's Model API reads them: blanks between, none within
+    if spec.labels:  # as OpenVINO's Model API reads them: separated by spaces, without spaces in them
         model.set_rt_info(" ".join(re.sub(r"\s", "_", label) for label in spec.labels), ["model_info", "labels"])
     _renumber(model)
     openvino.save_model(model, str(target), compress_to_fp16=half)
 
 
 def _renumber(model: Any) -> None:
-    """Number by their order the nodes that OpenVINO named itself: its counter goes on with all that a process does."""
+    """Renumber the nodes that OpenVINO named, in order, since its counter is global to the process."""
     nodes = model.get_ordered_ops()
     drawn = [node for node in nodes if re.fullmatch(rf"{node.get_type_name()}_\d+", node.friendly_name)]
     taken = {node.friendly_name for node in nodes} - {node.friendly_name for node in drawn}
@@ -134,7 +134,7 @@ def load(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
 
 
 def compiled(model: Any, spec: ExportSpec, *, threads: int) -> Runner:
-    """Run a model on the CPU; what is float in it in float32, which some processors would round to bfloat16."""
+    """Run a model on the CPU; floats in float32, which some processors would round to bfloat16."""
     program = _compiled(model, threads)
 
     def run(inputs: Arrays) -> Arrays:
@@ -145,7 +145,7 @@ def compiled(model: Any, spec: ExportSpec, *, threads: int) -> Runner:
 
 
 def _compiled(model: Any, threads: int) -> Callable[[Arrays], Any]:
-    """The same, of all that it answers, by index or name."""
+    """Like `compiled`, with all outputs by index or name."""
     core = without_telemetry().Core()
     core.set_property("CPU", {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads})
     program = core.compile_model(model, "CPU")
@@ -154,7 +154,7 @@ def _compiled(model: Any, threads: int) -> Callable[[Arrays], Any]:
 
 
 def intermediates(path: Path, spec: ExportSpec, inputs: Arrays, *, threads: int) -> Arrays:
-    """What each operation of the graph gives."""
+    """The output of each operation of the graph."""
     openvino = without_telemetry()
     model = openvino.Core().read_model(str(path))
     computed: set[str] = set()

@@ -2,15 +2,14 @@
 
 https://docs.openvino.ai/2025/openvino-workflow/model-optimization.html
 
-`openvino-int8` has weights and activations in int8, for processors and NPUs; `openvino-w8` and `openvino-w4` have the
-weights alone in 8 and in 4 bits, for transformers, which wait for memory more than they compute.
+`openvino-int8` has weights and activations in int8, for CPUs and NPUs; `openvino-w8` and `openvino-w4` have only the
+weights in 8 and in 4 bits, for transformers, which are limited by memory bandwidth.
 
 Requirements:
-* Number ranges come from real batches. Of NNCF's two schemes, the general one and the one for transformers, that one is
-  kept whose outputs are the nearest to the float model's on those batches. Where both are far, the costliest layers go
-  back to float.
-* Nothing is reported to the vendor.
-* The file tells what in it stays float, in its metadata.
+* Ranges come from real batches. Of NNCF's two schemes, the general one and the one for transformers, the one with the
+  smaller error of the outputs on those batches is kept. If both errors are large, the costliest layers stay in float.
+* Telemetry is off.
+* The file's metadata lists what stays in float.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ URL = "https://docs.openvino.ai/2025/openvino-workflow/model-optimization.html"
 
 
 def quantize(source: Path, target: Path, spec: ExportSpec) -> None:
-    """Quantize weights and activations to int8, by the scheme whose outputs are the nearest to the float model's."""
+    """Quantize weights and activations to int8, by the scheme with the smaller error of the outputs."""
     core = without_telemetry().Core()
     model = core.read_model(source)
     expected, layers = list(_answers(model, spec)), _layers(model)
@@ -55,7 +54,7 @@ def quantize(source: Path, target: Path, spec: ExportSpec) -> None:
 
 
 def convert_trained(source: Path, target: Path, spec: ExportSpec) -> None:
-    """Read the ONNX graph, with the scales that it was trained with."""
+    """Read the ONNX graph with trained scales."""
     model = without_telemetry().convert_model(str(source))
     save(model, target, spec, TRAINED, float_operators(model))
 
@@ -94,7 +93,7 @@ def _batches(model: Any, spec: ExportSpec) -> list[Arrays]:
 
 
 def _nncf() -> Any:
-    """NNCF, which reports each call to its vendor where it finds what does so."""
+    """NNCF without its telemetry."""
     without_telemetry()
     import nncf
 
@@ -105,7 +104,7 @@ _COMPUTE_NOTHING = ("Input", "Output", "Const", "Reorder", "Reshape", "Convert",
 
 
 def float_operators(model: Any) -> str:
-    """Which operators the processor computes in float32, in words; empty where none does."""
+    """A remark on operators that compute in float32; empty if there are none."""
     nodes = without_telemetry().Core().compile_model(model, "CPU").get_runtime_model().get_ops()
     about = [{key: value.astype(str) for key, value in node.get_rt_info().items()} for node in nodes]
     found = Counter(
@@ -127,7 +126,7 @@ def store_in_8_bits(source: Path, target: Path, spec: ExportSpec) -> None:
 def store_in_4_bits(source: Path, target: Path, spec: ExportSpec) -> None:
     """Store the weights of matrices in 4 bits, by groups along a channel, and the others in int8.
 
-    Scales are fitted to what the layers answer on the calibration batches.
+    Scales are fitted to the layers' outputs on the calibration batches.
     """
     nncf = _nncf()
     batches = nncf.Dataset(_batches(without_telemetry().Core().read_model(source), spec))
@@ -137,7 +136,7 @@ def store_in_4_bits(source: Path, target: Path, spec: ExportSpec) -> None:
 
 
 _GROUP = 64
-"""Weights that share a scale; fewer where a channel's do not divide."""
+"""Weights per scale; fewer if a channel's number of weights is not divisible."""
 
 
 def _stored(source: Path, mode: str, **options: Any) -> Any:
@@ -147,12 +146,12 @@ def _stored(source: Path, mode: str, **options: Any) -> Any:
 
 
 def load_quantized(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
-    """Run it on the CPU, and tell how many of its weights are float."""
+    """Run it on the CPU, with a remark on weights in float."""
     return _telling(load(path, spec, threads=threads), _weights(path))
 
 
 def load_w4(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
-    """The same, and tell how many of its weights are in 4 bits."""
+    """Run it on the CPU, with a remark on weights in 4 bits."""
     weights = _weights(path)
     kinds = Counter(kind for kind, _ in weights)
     four, eight = (kinds[f"i{bits}"] + kinds[f"u{bits}"] for bits in (4, 8))
@@ -165,7 +164,7 @@ def load_w4(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
 
 def _telling(loaded: Loaded, weights: Sequence[tuple[str, int]], *also: str) -> Loaded:
     in_floats = sum(size for kind, size in weights if kind.startswith("f"))
-    left = in_float(in_floats, sum(size for _, size in weights), "which NNCF leaves", loaded.remark, *also)
+    left = in_float(in_floats, sum(size for _, size in weights), "which NNCF does not quantize", loaded.remark, *also)
     return replace(loaded, remark=left.remark, shortfall=left.shortfall)
 
 

@@ -2,9 +2,9 @@
 
 https://www.paddlepaddle.org.cn/inference/
 
-X2Paddle comes first, and a lowering of our own where it fails or its result is not the model's. It asks for some care:
-no opset above 15, no `dilations` of all ones on a pool, no weight that two layers share, one conversion a process
-(which a worker is), and no report of what was converted to its makers.
+X2Paddle comes first, and our own lowering if it fails or its result disagrees. X2Paddle has its limits: no opset above
+15, no `dilations` of all ones on a pool, no weight that two layers share, and one conversion per process. Its telemetry
+is off.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from polyexport.format import Format, Route, Snippet
 from polyexport.spec import Arrays, ExportSpec, Runner
 
 _PREFIX = "x2paddle_"
-"""X2Paddle puts it in front of the names of inputs."""
+"""X2Paddle's prefix of the names of inputs."""
 
 
 def convert(source: Path, target: Path, spec: ExportSpec) -> None:
-    """Translate the ONNX graph with X2Paddle; of what it writes only the inference model is kept."""
+    """Translate the ONNX graph with X2Paddle; only the inference model is kept."""
     import onnx
     from x2paddle.convert import onnx2paddle
 
@@ -50,7 +50,7 @@ def convert(source: Path, target: Path, spec: ExportSpec) -> None:
 
 
 def _strip_dilations(model: Any) -> None:
-    """Take away dilations that say nothing, which X2Paddle takes for ones that it cannot do."""
+    """Remove dilations of all ones, which X2Paddle does not support."""
     for node in model.graph.node:
         if node.op_type in ("MaxPool", "AveragePool"):
             for attribute in [each for each in node.attribute if each.name == "dilations"]:
@@ -59,9 +59,9 @@ def _strip_dilations(model: Any) -> None:
 
 
 def _unshare_weights(model: Any) -> None:
-    """Give each use of a weight a weight of its own: X2Paddle takes it out of its table at the first use.
+    """Copy shared weights, one for each use: X2Paddle removes a weight from its table at the first use.
 
-    The exporter lets equal weights share one, by name or behind an Identity.
+    The exporter shares equal weights, by name or through an Identity.
     """
     graph = model.graph
     weights = {weight.name: weight for weight in graph.initializer}
@@ -111,7 +111,7 @@ def load(path: Path, spec: ExportSpec, *, threads: int) -> Runner:
     predictor = inference.create_predictor(config)
     given = {name.removeprefix(_PREFIX): predictor.get_input_handle(name) for name in predictor.get_input_names()}
     made = predictor.get_output_names()
-    names = spec.output_names if set(spec.output_names) <= set(made) else made  # X2Paddle's are its own, in order
+    names = spec.output_names if set(spec.output_names) <= set(made) else made  # X2Paddle has its own names, in order
     answers = [predictor.get_output_handle(name) for name in names]
 
     def run(inputs: Arrays) -> Arrays:

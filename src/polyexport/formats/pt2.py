@@ -12,19 +12,19 @@ from polyexport.spec import ExportSpec, Runner
 
 
 def convert(source: Path, target: Path, spec: ExportSpec) -> None:
-    """Trace the module once with `torch.export`, its dynamic axes free."""
+    """Trace the module with `torch.export` and dynamic axes."""
     import torch
 
     from polyexport.capture import snapshot
-    from polyexport.tracing.decompositions import written_out
+    from polyexport.tracing.decompositions import decomposed
     from polyexport.tracing.exportable import exportable
     from polyexport.tracing.exported_program import export_program
 
     inputs = snapshot.example(source, spec)
-    with written_out(), exportable(snapshot.load(source, spec.output_names)) as traced:
-        traced.requires_grad_(False)  # else converters choose attention that can be differentiated, of other strides
+    with decomposed(), exportable(snapshot.load(source, spec.output_names)) as traced:
+        traced.requires_grad_(False)  # else converters choose differentiable attention, which has other strides
         program = export_program(traced, inputs, [tensor.dynamic for tensor in spec.inputs])
-    program.example_inputs = None  # real rows, in a pickle that whoever loads the program would run
+    program.example_inputs = None  # real rows, in a pickle that loading the program would run
     torch.export.save(program, target, extra_files=spec.extra_files)
 
 

@@ -39,14 +39,14 @@ def convert(source: Path, target: Path, spec: ExportSpec) -> None:
     if tuple(names) != spec.input_names:
         _rename_inputs(target / "saved_model.pb", names)
     _settle_fingerprint(target / "fingerprint.pb")
-    extra = target / "assets.extra"  # a folder for files that TensorFlow leaves alone
+    extra = target / "assets.extra"  # a folder for files that TensorFlow ignores
     extra.mkdir(exist_ok=True)
     for name, text in spec.extra_files.items():
         (extra / name).write_text(text, encoding="utf-8")
 
 
 def _settle_fingerprint(path: Path) -> None:
-    """Give the SavedModel an id of its content; TensorFlow draws one each time."""
+    """Replace the SavedModel's random id by a hash of its content."""
     from tensorflow.core.protobuf.fingerprint_pb2 import FingerprintDef
 
     found = FingerprintDef()
@@ -57,20 +57,20 @@ def _settle_fingerprint(path: Path) -> None:
 
 
 def arguments(spec: ExportSpec) -> dict[str, str]:
-    """Forward's inputs by what they are called as arguments of TensorFlow's function: so too, or by names of ours.
+    """Names of the TensorFlow function's arguments by forward's inputs: the same, or generated ones.
 
-    TensorFlow takes names that differ in their case only, and all that is not ASCII, for the same.
+    TensorFlow does not distinguish names that differ only in case or in non-ASCII characters.
     """
     own = spec.input_names
     plain = all(re.fullmatch(r"[A-Za-z]\w*", name, re.ASCII) and not keyword.iskeyword(name) for name in own)
     if plain and len({name.lower() for name in own}) == len(own):
         return {name: name for name in own}
-    ours = dict(zip(sorted(own), inner("input", len(own)), strict=True))  # a signature is in the order of names
+    ours = dict(zip(sorted(own), inner("input", len(own)), strict=True))  # a signature is sorted by name
     return {ours[name]: name for name in own}
 
 
 def _rename_inputs(path: Path, names: Mapping[str, str]) -> None:
-    """Give the signature's inputs forward's names, wherever a SavedModel tells them."""
+    """Rename the signature's inputs to forward's names, wherever a SavedModel stores them."""
     from tensorflow.core.protobuf.saved_model_pb2 import SavedModel
 
     file = SavedModel()
@@ -88,7 +88,7 @@ def _rename_inputs(path: Path, names: Mapping[str, str]) -> None:
 
 
 def _rename_words(value: Any, names: Mapping[str, str]) -> None:
-    """The same in a `StructuredValue` of TensorFlow, however deep."""
+    """Rename inputs in a `StructuredValue` of TensorFlow, at any depth."""
     kind = value.WhichOneof("kind")
     if kind == "string_value":
         value.string_value = names.get(value.string_value, value.string_value)
@@ -115,7 +115,7 @@ def _rename_keys(table: Any, names: Mapping[str, str]) -> None:
 
 
 def limit_threads(threads: int) -> None:
-    """For the whole process; once TensorFlow has run something, it keeps the threads that it has."""
+    """Set the number of threads of the process; TensorFlow ignores this after it has run something."""
     import tensorflow as tf
 
     with contextlib.suppress(RuntimeError):
@@ -136,7 +136,7 @@ def load(path: Path, spec: ExportSpec, *, threads: int) -> Runner:
         answer = signature(**{name: tf.constant(inputs[name]) for name in wanted})
         return {tensor.name: answer[tensor.name].numpy() for tensor in spec.outputs}
 
-    run.loaded = loaded  # type: ignore[attr-defined]  # the variables live as long as what reads them
+    run.loaded = loaded  # type: ignore[attr-defined]  # keeps the variables alive
     return run
 
 

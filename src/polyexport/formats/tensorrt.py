@@ -3,12 +3,12 @@
 https://docs.nvidia.com/deeplearning/tensorrt/latest/
 
 Requirements:
-* Networks are strongly typed, which TensorRT 10 can do and 11 always does: the precision stands in the ONNX graph, and
-  float16 comes from `onnx-fp16`, a float16 graph with float32 inputs and outputs.
-* The library comes from the training environment: what PyPI has under its name fetches from the vendor's own index, and
-  which build fits depends on the driver, so it is not ours to install.
-* The engine file is the plan and nothing else, as trtexec and Triton read it; the GPU and the version that it was built
-  for, and the user's metadata, stand in a file beside it.
+* Networks are strongly typed, which TensorRT 10 supports and 11 requires: precision is in the ONNX graph, and float16
+  comes from `onnx-fp16`, a float16 graph with float32 inputs and outputs.
+* The library comes from the training environment: its PyPI package downloads from the vendor's index, and the right
+  build depends on the driver, so it is not installed automatically.
+* The engine file is a plain plan, as trtexec and Triton read it; the GPU and version that it was built for, and the
+  user's metadata, are in a file next to it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from polyexport.spec import Arrays, ExportSpec, Precision
 from polyexport.workers import gpu
 
 _WORKSPACE = 4 << 30
-"""Bytes of GPU memory that the builder may use for one layer, if half of what is free is not less."""
+"""Bytes of GPU memory that the builder may use for one layer, at most half of what is free."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +44,12 @@ class Device:
 
 
 def convert(source: Path, target: Path, spec: ExportSpec) -> None:
-    """Build an engine from the ONNX graph as it is."""
+    """Build an engine from the ONNX graph."""
     _build_here(source, target, spec, _library())
 
 
 def _library() -> Any:
-    """TensorRT itself.
+    """The `tensorrt` module.
 
     Raises:
         ToolMissing: there is no GPU, or no library.
@@ -57,7 +57,7 @@ def _library() -> Any:
     if why := gpu.missing():
         raise ToolMissing(why)
     try:
-        import onnx  # noqa: F401  # before tensorrt, which otherwise brings a protobuf that onnx cannot load with
+        import onnx  # noqa: F401  # before tensorrt, which would load a protobuf that is incompatible with onnx
         import tensorrt
     except ModuleNotFoundError as error:
         if error.name != "tensorrt":
@@ -72,7 +72,7 @@ _NO_LIBRARY = (
 
 
 def lacks() -> str:
-    """A GPU or the library, in a line."""
+    """What is missing if there is no GPU or no library, in a line."""
     return gpu.missing() or ("" if find_spec("tensorrt") else _NO_LIBRARY)
 
 
@@ -85,13 +85,13 @@ def device() -> Device:
     import torch
 
     if not torch.cuda.is_available():
-        raise ToolMissing("PyTorch sees no GPU: install its CUDA build, or look at CUDA_VISIBLE_DEVICES")
+        raise ToolMissing("PyTorch sees no GPU: install its CUDA build, or check CUDA_VISIBLE_DEVICES")
     about = torch.cuda.get_device_properties(0)
     return Device(about.name, f"{about.major}.{about.minor}", torch.cuda.mem_get_info(0)[0])
 
 
 def _build_here(source: Path, target: Path, spec: ExportSpec, trt: Any) -> None:
-    """Build for this machine's GPU, with the timings that an earlier build for it has left."""
+    """Build for this machine's GPU, with the timing cache of earlier builds."""
     here = device()
     cache = _cache_file(here, trt)
 
@@ -112,27 +112,27 @@ def build(
     settle: Callable[[Any], None],
     about: Mapping[str, Any],
 ) -> Any:
-    """Write the plan of an ONNX graph, and what it was built for into a JSON file beside it.
+    """Write the plan of an ONNX graph, and a JSON file next to it with what it was built for.
 
     Args:
         source: The ONNX graph, whose types the engine keeps.
         target: The plan's file.
         spec: The signature; a dynamic axis gets a profile.
         trt: The library, TensorRT or one with its interface.
-        settle: Sets in the builder's configuration what depends on the device.
-        about: What the JSON file says beside the metadata.
+        settle: Sets device-dependent options of the builder's configuration.
+        about: Entries of the JSON file besides the metadata.
 
     Returns:
-        The builder's configuration as the build has left it.
+        The builder's configuration after the build.
 
     Raises:
-        RuntimeError: the parser refuses the graph, or the builder builds none.
+        RuntimeError: the parser refuses the graph, or the builder fails.
     """
     builder = trt.Builder(trt.Logger(trt.Logger.WARNING))
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     _parse(source, network, trt)
     config = builder.create_builder_config()
-    config.clear_flag(trt.BuilderFlag.TF32)  # it keeps ten bits of a float32's mantissa
+    config.clear_flag(trt.BuilderFlag.TF32)  # TF32 has only ten bits of mantissa
     settle(config)
     if any(tensor.dynamic for tensor in spec.inputs):
         config.add_optimization_profile(_profile(builder.create_optimization_profile(), network, spec))
@@ -153,7 +153,7 @@ def _parse(source: Path, network: Any, trt: Any) -> None:
 
 
 def _profile(profile: Any, network: Any, spec: ExportSpec) -> Any:
-    """The least, the usual and the greatest shape of each input; the usual is that of the validation batch."""
+    """The minimum, optimal and maximum shape of each input; the optimal one is that of the validation batch."""
     present = {network.get_input(index).name for index in range(network.num_inputs)}
     for tensor in spec.inputs:
         if tensor.name in present:
@@ -162,12 +162,12 @@ def _profile(profile: Any, network: Any, spec: ExportSpec) -> Any:
 
 
 def _bounds(spec: ExportSpec) -> tuple[Mapping[str, int], Mapping[str, int], Mapping[str, int]]:
-    """The least size of each dynamic axis, the one to be fastest at, and the greatest."""
+    """The minimum, optimal and maximum size of each dynamic axis."""
     return dict.fromkeys(spec.sizes, 1), spec.sizes, spec.upper_bounds(64)
 
 
 def _cache_file(device: Device, trt: Any) -> Path:
-    """Where the timings of layers are kept: they hold for one GPU and one version."""
+    """Path of the timing cache, which is valid for one GPU and one version."""
     from polyexport.workers.toolchain import cache_folder
 
     name = f"{device.name}-{device.capability}-{trt.__version__}".replace(" ", "-").replace("/", "-")
@@ -183,7 +183,7 @@ def load(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
 
 
 def run_engine(path: Path, spec: ExportSpec, trt: Any, on: Device) -> Loaded:
-    """Run a plan on the GPU; a call lasts until the outputs are back in the host's memory.
+    """Run a plan on the GPU; a call returns when the outputs are in host memory.
 
     Raises:
         CannotRun: the library refuses the plan.
@@ -193,9 +193,7 @@ def run_engine(path: Path, spec: ExportSpec, trt: Any, on: Device) -> Loaded:
     runtime = trt.Runtime(trt.Logger(trt.Logger.WARNING))
     engine = runtime.deserialize_cuda_engine(path.read_bytes())
     if engine is None:
-        raise CannotRun(
-            f"TensorRT refuses the engine on {on.name}: it was built for another GPU, or by another version"
-        )
+        raise CannotRun(f"TensorRT refuses the engine on {on.name}: it was built for another GPU or by another version")
     context = engine.create_execution_context()
     names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
     given = [name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
@@ -203,7 +201,7 @@ def run_engine(path: Path, spec: ExportSpec, trt: Any, on: Device) -> Loaded:
 
     def run(inputs: Arrays) -> Arrays:
         with torch.cuda.stream(stream):
-            held = {name: torch.from_numpy(np.ascontiguousarray(inputs[name])).cuda() for name in given}
+            held = {name: torch.from_numpy(np.asarray(inputs[name], order="C")).cuda() for name in given}
             for name, tensor in held.items():
                 context.set_input_shape(name, tuple(tensor.shape))
             for name in names:
@@ -293,7 +291,7 @@ def _format(name: str, upstream: str, precision: Precision, description: str, *a
         url="https://docs.nvidia.com/deeplearning/tensorrt/latest/",
         artifact="model.engine",
         precision=precision,
-        # the training environment's own library is seen by the layer
+        # a layered environment sees the training environment's library
         routes=(Route("onnx", upstream=upstream, toolchain="onnx", convert=convert),),
         load=load,
         targets=("GPU",),

@@ -1,11 +1,11 @@
-"""TensorRT for RTX: an engine that runs on any NVIDIA RTX GPU, built ahead of time on a machine that needs none.
+"""TensorRT for RTX: an engine that runs on any NVIDIA RTX GPU, built ahead of time on a machine without one.
 
 https://docs.nvidia.com/deeplearning/tensorrt-rtx/latest/
 
 Requirements:
-* Builder, parser and engine have TensorRT's interface, so all but what follows is `polyexport.formats.tensorrt`'s.
-* The engine is built for GPUs from Ampere on (compute capability 8.0) and compiled to the end where it is loaded first.
-* The library is NVIDIA's, under a licence of its own; it is installed where this format is asked for by name.
+* Builder, parser and engine have TensorRT's interface, so most of this is in `polyexport.formats.tensorrt`.
+* The engine is built for GPUs from Ampere on (compute capability 8.0) and compiled completely when it is first loaded.
+* The library is NVIDIA's, under its own license; it is installed only if this format is asked for by name.
 * A GPU is only needed to run the engine: without one it is `unverified`.
 """
 
@@ -26,10 +26,10 @@ _CAPABILITIES = ("8.0", "8.6", "8.9", "12.0")
 
 
 def _library() -> Any:
-    """TensorRT for RTX, whose bindings find its shared libraries only where those are loaded already."""
+    """TensorRT for RTX, whose bindings find its shared libraries only if those are loaded already."""
     import ctypes
 
-    import onnx  # noqa: F401  # before TensorRT, which otherwise brings a protobuf that onnx cannot load with
+    import onnx  # noqa: F401  # before TensorRT, which would load a protobuf that is incompatible with onnx
     import tensorrt_rtx_libs
 
     (folder,) = tensorrt_rtx_libs.__path__
@@ -42,7 +42,7 @@ def _library() -> Any:
 
 
 def convert(source: Path, target: Path, spec: ExportSpec) -> None:
-    """Build an engine from the ONNX graph as it is."""
+    """Build an engine from the ONNX graph."""
     trt = _library()
 
     def settle(config: Any) -> None:
@@ -57,20 +57,20 @@ def load(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
     """Run it on the first GPU.
 
     Raises:
-        CannotRun: there is none, or it is none that the engine was built for.
+        CannotRun: there is no GPU, or the engine was not built for it.
     """
     if why := gpu.missing():
-        raise CannotRun(f"to run it, {why}")
+        raise CannotRun(f"cannot be run here: {why}")
     here = device()
     if here.capability not in _CAPABILITIES:
         known = ", ".join(_CAPABILITIES)
-        raise CannotRun(f"{here.name} has compute capability {here.capability}, and the engine is for {known}")
+        raise CannotRun(f"{here.name} has compute capability {here.capability}, but the engine is for {known}")
     return run_engine(path, spec, _library(), here)
 
 
 def lacks() -> str:
-    """A platform that the library is made for, in a line."""
-    return "" if sys.platform == "linux" else f"TensorRT for RTX is installed on Linux only, and this is {sys.platform}"
+    """What is missing on platforms without the library, in a line."""
+    return "" if sys.platform == "linux" else f"TensorRT for RTX is supported on Linux only, and this is {sys.platform}"
 
 
 def _format(name: str, upstream: str, precision: Precision, description: str) -> Format:

@@ -1,4 +1,4 @@
-"""TensorFlow.js: a graph model that runs in browsers and in Node, where it is executed here.
+"""TensorFlow.js: a graph model for browsers and Node; it is run here in Node.
 
 https://www.tensorflow.org/js/guide/conversion
 """
@@ -33,7 +33,7 @@ _PROGRAM = Path(__file__).parents[1] / "toolchains" / "tfjs" / "run.cjs"
 
 
 def convert(source: Path, target: Path, spec: ExportSpec) -> None:
-    """Let tensorflowjs freeze and optimise the SavedModel; weights go into shards of 4 MB."""
+    """Freeze and optimize the SavedModel with tensorflowjs; weights are in shards of 4 MB."""
     check_size(source)
     import_tensorflowjs()
     model = _converted(source, target, spec)
@@ -42,7 +42,7 @@ def convert(source: Path, target: Path, spec: ExportSpec) -> None:
             model = _converted(source, target, spec)
     _split_sums(model)
     model["signature"] = _named(model["signature"], spec)
-    # attributes come in another order each time; the order of the signature is that of the inputs, and stays
+    # attributes come in random order; the signature keeps its order, which is that of the inputs
     model["modelTopology"] = json.loads(json.dumps(model["modelTopology"], sort_keys=True))
     target.write_text(json.dumps(model), encoding="utf-8")
     _write_page(target, spec)
@@ -53,12 +53,12 @@ def _write_page(target: Path, spec: ExportSpec) -> None:
 
 
 _UNUSED = ("tensorflow_decision_forests", "tensorflow_hub", "jax", "jax.experimental", "jax.experimental.jax2tf")
-"""What tensorflowjs imports at once for sources that are no SavedModel; its toolchain is half the size without them."""
+"""Modules that tensorflowjs imports only for other sources; without them its toolchain is half the size."""
 
 
 def import_tensorflowjs() -> None:
-    """Import tensorflowjs with empty modules for what its SavedModel conversion has no use for."""
-    importlib.import_module("keras")  # which looks for jax itself, and takes an empty one for the real
+    """Import tensorflowjs with empty modules in place of those that converting a SavedModel does not need."""
+    importlib.import_module("keras")  # it looks for jax, and must not find an empty one
     empty = {name: ModuleType(name) for name in _UNUSED}
     vars(empty["jax.experimental"])["jax2tf"] = empty["jax.experimental.jax2tf"]
     sys.modules.update(empty)
@@ -70,10 +70,10 @@ def import_tensorflowjs() -> None:
 
 
 def store_weights_as(dtype: str) -> Convert:
-    """A conversion of the float32 model that stores its weights, all but vectors and single numbers, in a smaller type.
+    """A conversion of the float32 model that stores its weights, except vectors and scalars, in a smaller type.
 
-    `dtype` is `float16`, or `uint8`, which counts steps between the least and the greatest number of a tensor.
-    TensorFlow.js makes them float32 again when it loads them.
+    `dtype` is `float16`, or `uint8`, which has 256 steps between the minimum and maximum of a tensor. TensorFlow.js
+    converts them to float32 when it loads them.
     """
 
     def convert_weights(source: Path, target: Path, spec: ExportSpec) -> None:
@@ -111,7 +111,7 @@ def _converted(source: Path, target: Path, spec: ExportSpec) -> dict[str, Any]:
 
 
 _FUSED = {"BiasAdd", "Relu", "Relu6", "Elu", "Prelu", "LeakyRelu", "Sigmoid"}
-"""What TensorFlow.js' kernels take fused to a convolution or a product."""
+"""Operators that TensorFlow.js' kernels can have fused to a convolution or product."""
 
 
 def _activations(model: dict[str, Any]) -> set[str]:
@@ -125,7 +125,7 @@ def _fused(node: dict[str, Any]) -> list[str]:
 
 @contextlib.contextmanager
 def _fusing_nothing() -> Iterator[None]:
-    """Take the optimiser that fuses out of tensorflowjs' list: it fuses tanh and gelu, which no kernel then takes."""
+    """Remove the fusing optimizer from tensorflowjs' list: it fuses tanh and gelu, which no kernel supports."""
     from tensorflowjs.converters import tf_saved_model_conversion_v2 as conversion
 
     run = conversion._run_grappler
@@ -138,7 +138,7 @@ def _fusing_nothing() -> Iterator[None]:
     conversion._run_grappler = without
     try:
         yield
-    finally:  # another model may be converted in this process
+    finally:  # another model may be converted in this process later
         conversion._run_grappler = run
 
 
@@ -150,9 +150,9 @@ _UNFUSED = {
 
 
 def _split_sums(model: dict[str, Any]) -> None:
-    """Take apart what was fused with a whole tensor for a bias, as at the end of a residual block.
+    """Split ops that were fused with a whole tensor as a bias, as at the end of a residual block.
 
-    TensorFlow's optimiser fuses it, TensorFlow.js' CPU backend adds it, and its wasm and WebGL backends refuse it.
+    TensorFlow's optimizer fuses it, TensorFlow.js' CPU backend supports it, but its wasm and WebGL backends refuse it.
     """
     vectors = {w["name"] for group in model["weightsManifest"] for w in group["weights"] if len(w["shape"]) == 1}
     nodes: list[dict[str, Any]] = []
@@ -174,10 +174,10 @@ def _split_sums(model: dict[str, Any]) -> None:
 
 
 def _named(signature: dict[str, Any], spec: ExportSpec) -> dict[str, Any]:
-    """The signature under forward's names; tensorflowjs gives up on names where two tensors have one shape.
+    """The signature under forward's names; tensorflowjs loses names of tensors with the same shape.
 
-    Placeholders carry the names of the SavedModel's arguments; it numbers its outputs `Identity`, `Identity_1` … in
-    the order of their names.
+    Placeholders have the names of the SavedModel's arguments; outputs are numbered `Identity`, `Identity_1` … in the
+    order of their names.
     """
     names = arguments(spec)
     ports = {names[entry["name"].split(":")[0]]: entry for entry in signature.get("inputs", {}).values()}
@@ -191,7 +191,7 @@ def _number(name: str) -> int:
 
 
 Ask = Callable[[str, Arrays], tuple[Arrays, int]]
-"""Runs the model on one of TensorFlow.js' backends, `cpu` or `wasm`; tells Node's peak memory in bytes too."""
+"""Runs the model on one of TensorFlow.js' backends, `cpu` or `wasm`; also returns Node's peak memory in bytes."""
 
 
 def load(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
@@ -202,7 +202,7 @@ def load(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
     def ask(backend: str, inputs: Arrays) -> tuple[Arrays, int]:
         given = {name: _narrow(array) for name, array in inputs.items()}
         found, peak_memory_bytes = node.ask(given, spec.output_names, backend=backend)
-        # JavaScript has no 64-bit integers: what was int64 has been computed as int32
+        # JavaScript has no 64-bit integers: int64 was computed as int32
         return {name: array.astype(dtypes[name]) for name, array in found.items()}, peak_memory_bytes
 
     run = _Faster(ask)
@@ -210,11 +210,11 @@ def load(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
 
 
 class _Faster:
-    """Runs a model on both backends once, and from then on where it was faster; wasm has to agree with cpu.
+    """Runs a model on both backends once, and then on the faster one; wasm has to agree with cpu.
 
     Attributes:
-        observed: The backend that is used, what became of the other one, the time of the first call on it, and Node's
-            memory; known once it was called.
+        observed: The backend that is used, the result of the other one, the time of the first call on it, and Node's
+            memory; known after the first call.
     """
 
     def __init__(self, ask: Ask) -> None:
@@ -227,7 +227,7 @@ class _Faster:
             return self._choose(inputs)
         try:
             return self._run(self._backend, inputs)
-        except RuntimeError as error:  # what wasm could do for one batch size, it may not for another
+        except RuntimeError as error:  # wasm may support one batch size but not another
             if self._backend == "cpu":
                 raise
             self._settle("cpu", f"wasm cannot run it at every size: {error}")
@@ -243,7 +243,7 @@ class _Faster:
         backend = "cpu"
         try:
             found, wasm_first_ms, wasm_ms = self._timed("wasm", inputs)
-        except RuntimeError as error:  # the backend lacks an operator, or takes it in another form only
+        except RuntimeError as error:  # the backend lacks an operator, or a form of it
             other = f"wasm cannot run it: {error}"
         else:
             other = f"cpu {cpu_ms:.3g} ms, wasm {wasm_ms:.3g} ms a call, and they agree"
@@ -257,13 +257,13 @@ class _Faster:
         return answer
 
     def _settle(self, backend: str, other: str) -> None:
-        """Use a backend from now on, and say what became of the other one."""
+        """Use a backend from now on, and record the result of the other one."""
         self._backend = backend
         told = f"TensorFlow.js in Node, {backend} backend ({other})"
         self.observed = replace(self.observed, verified_by=told, device=f"cpu ({backend} backend)")
 
     def _timed(self, backend: str, inputs: Arrays) -> tuple[Arrays, float, float]:
-        """The answer, and the milliseconds of a first and of a second call."""
+        """The outputs, and the milliseconds of a first and a second call."""
         first_ms = timed_ms(lambda: self._run(backend, inputs))
         start = time.perf_counter()
         answer = self._run(backend, inputs)
@@ -271,9 +271,9 @@ class _Faster:
 
 
 def _narrow(array: np.ndarray) -> np.ndarray:
-    """As one of TensorFlow.js' three types."""
+    """The array in one of TensorFlow.js' three types."""
     kinds: dict[str, Any] = {"f": np.float32, "b": np.bool_}
-    return np.ascontiguousarray(array, kinds.get(array.dtype.kind, np.int32))
+    return np.asarray(array, kinds.get(array.dtype.kind, np.int32), order="C")
 
 
 _SNIPPETS = (
@@ -323,13 +323,13 @@ FORMATS = (
     _format(
         "tfjs-fp16",
         "float16",
-        "TensorFlow.js graph model that loads half the bytes",
+        "TensorFlow.js graph model with weights in float16, half the download",
         Route("weights", "tfjs", "tensorflow", store_weights_as("float16")),
     ),
     _format(
         "tfjs-w8",
         "w8",
-        "TensorFlow.js graph model that loads a quarter of the bytes",
+        "TensorFlow.js graph model with weights in 8 bits, a quarter of the download",
         Route("weights", "tfjs", "tensorflow", store_weights_as("uint8")),
     ),
 )

@@ -1,13 +1,13 @@
-"""TensorFlow Lite, now LiteRT: one file for phones and small devices; in float32, in float16 and in int8.
+"""TensorFlow Lite, now LiteRT: one file for phones and small devices; in float32, float16 and lower precisions.
 
 https://ai.google.dev/edge/litert
 
 Requirements:
-* Only LiteRT's own operators. What needs TensorFlow's besides (`SELECT_TF_OPS`) fails and says so: a device that has
-  the interpreter alone could not run it.
-* The artifact's own dtypes stand in the report: a route may narrow int64 to int32, and int8 takes quantized numbers.
-  The runner takes PyTorch's and converts.
-* Quantized ranges come from real batches, `spec.calibration`.
+* Only LiteRT's own operators are used. A model that needs TensorFlow's too (`SELECT_TF_OPS`) fails, since a device with
+  only the interpreter could not run it.
+* The report shows the artifact's own dtypes: a route may narrow int64 to int32, and int8 takes quantized inputs. The
+  runner takes PyTorch's and converts.
+* Ranges for quantization come from real batches, `spec.calibration`.
 """
 
 from __future__ import annotations
@@ -38,18 +38,26 @@ ARTIFACT = "model.tflite"
 
 
 def convert_program(source: Path, target: Path, spec: ExportSpec) -> None:
-    """Lower the program of `torch.export` with litert-torch, which takes fixed shapes only."""
+    """Lower the program of `torch.export` with litert-torch, which supports static shapes only."""
     lower(load_program(source).module(), target, spec)
 
 
-def lower(module: Any, target: Path, spec: ExportSpec, *, channels_last: bool = False) -> None:
-    """Write a module with the signature `spec`, whose shapes are fixed, under its own names; float64 becomes float32.
+def lower(
+    module: Any,
+    target: Path,
+    spec: ExportSpec,
+    *,
+    channels_last: bool = False,
+    narrow: Callable[[str], str] = lambda dtype: dtype,
+) -> None:
+    """Write a module with the static signature `spec`, under its own names; float64 becomes float32.
 
     Args:
-        module: A program's; takes tensors in forward's order, returns one or a tuple.
+        module: The module of a program; takes tensors in forward's order, returns one or a tuple.
         target: The file.
-        spec: Of the module, not of the artifact.
-        channels_last: Whether tensors of four axes, read as images, have their channels last in the artifact.
+        spec: The module's signature, not the artifact's.
+        channels_last: Whether tensors of four axes, taken as images, have channels last in the artifact.
+        narrow: The type of a tensor in the artifact, for its type in PyTorch.
     """
     import litert_torch
     import torch
@@ -61,17 +69,18 @@ def lower(module: Any, target: Path, spec: ExportSpec, *, channels_last: bool = 
         def __init__(self) -> None:
             super().__init__()
             self.inner = module
-            self.training = False  # not eval(), which a program of torch.export refuses
+            self.training = False  # eval() is not supported by a program of torch.export
 
         def forward(self, **tensors: torch.Tensor) -> dict[str, torch.Tensor]:
-            given = (tensors[name] for name in spec.input_names)
+            given = (_as(tensors[t.name], narrow(t.dtype), t.dtype) for t in spec.inputs)
             found = self.inner(*(_permuted(t, TO_FIRST) if channels_last else t for t in given))
             listed = (found,) if isinstance(found, torch.Tensor) else tuple(found)
-            outputs = zip(spec.output_names, listed, strict=True)
-            return {name: _permuted(t, TO_LAST) if channels_last else t for name, t in outputs}
+            outputs = zip(spec.outputs, listed, strict=True)
+            narrowed = {tensor.name: _as(t, tensor.dtype, narrow(tensor.dtype)) for tensor, t in outputs}
+            return {name: _permuted(t, TO_LAST) if channels_last else t for name, t in narrowed.items()}
 
     inputs = {
-        tensor.name: torch.zeros([int(size) for size in tensor.shape], dtype=getattr(torch, tensor.dtype))
+        tensor.name: torch.zeros([int(size) for size in tensor.shape], dtype=getattr(torch, narrow(tensor.dtype)))
         for tensor in spec.inputs
     }
     if channels_last:
@@ -80,6 +89,12 @@ def lower(module: Any, target: Path, spec: ExportSpec, *, channels_last: bool = 
 
 
 TO_FIRST, TO_LAST = (0, 3, 1, 2), (0, 2, 3, 1)
+
+
+def _as(tensor: torch.Tensor, dtype: str, narrow: str) -> torch.Tensor:
+    import torch
+
+    return tensor if narrow == dtype else tensor.to(getattr(torch, narrow))
 
 
 def _permuted(tensor: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
@@ -92,7 +107,7 @@ def convert_saved_model(source: Path, target: Path, spec: ExportSpec) -> None:
 
 
 def halve_saved_model(source: Path, target: Path, spec: ExportSpec) -> None:
-    """The same with its weights in float16."""
+    """Like `convert_saved_model`, with weights in float16."""
     import tensorflow as tf
 
     converter = _converter(source)
@@ -102,7 +117,7 @@ def halve_saved_model(source: Path, target: Path, spec: ExportSpec) -> None:
 
 
 def quantize_weights_of_saved_model(source: Path, target: Path, spec: ExportSpec) -> None:
-    """The same with its weights in int8; the runtime quantizes activations while it runs."""
+    """Like `convert_saved_model`, with weights in int8; the runtime quantizes activations at run time."""
     import tensorflow as tf
 
     converter = _converter(source)
@@ -111,7 +126,7 @@ def quantize_weights_of_saved_model(source: Path, target: Path, spec: ExportSpec
 
 
 def quantize_saved_model(source: Path, target: Path, spec: ExportSpec) -> None:
-    """The same with weights and activations in int8, inputs and outputs too."""
+    """Like `convert_saved_model`, with weights and activations in int8, and inputs and outputs."""
     import tensorflow as tf
 
     converter = _converter(source)
@@ -134,14 +149,14 @@ def _converter(source: Path) -> Any:
 
 
 def _converted(converter: Any) -> bytes:
-    """What TensorFlow's converter writes.
+    """The output of TensorFlow's converter.
 
     Raises:
-        RuntimeError: operators that LiteRT has not, by name; the converter says it in a page.
+        RuntimeError: LiteRT lacks operators; the message has their names, the log the converter's full message.
     """
     try:
         return bytes(converter.convert())
-    except Exception as error:  # it has a class of its own for this, deep inside
+    except Exception as error:  # the converter's own exception class is private
         if lacking := sorted(set(re.findall(_LACKING, str(error)))):
             raise RuntimeError(f"LiteRT's own operators lack TensorFlow's {', '.join(lacking)}") from error
         raise
@@ -167,23 +182,23 @@ def halve(source: Path, target: Path, spec: ExportSpec) -> None:
 
 
 def quantize_weights(source: Path, target: Path, spec: ExportSpec) -> None:
-    """Store the weights of a float32 file in int8; the runtime quantizes activations while it runs."""
+    """Store the weights of a float32 file in int8; the runtime quantizes activations at run time."""
     from ai_edge_quantizer import recipe
 
     _apply(recipe.dynamic_wi8_afp32(), source, target)
 
 
 _BLOCK = 32
-"""How many weights in four bits share a scale."""
+"""The number of four-bit weights per scale."""
 
 
 def quantize_weights_to_four_bits(source: Path, target: Path, spec: ExportSpec) -> None:
-    """Store what fully connected layers and embeddings hold in four bits, all else as `quantize_weights` does.
+    """Store weights of fully connected layers and embeddings in four bits, all others as `quantize_weights` does.
 
-    So it is of those, too, whose rows do not divide into blocks.
+    Weights whose rows are not divisible into blocks count as others.
 
     Raises:
-        RuntimeError: no row does.
+        RuntimeError: no rows are divisible.
     """
     from ai_edge_quantizer import recipe
     from ai_edge_quantizer.qtyping import TFLOperationName
@@ -196,14 +211,14 @@ def quantize_weights_to_four_bits(source: Path, target: Path, spec: ExportSpec) 
     ]
     if not rules:
         raise RuntimeError(
-            f"LiteRT takes four bits in fully connected layers and embeddings whose rows are a multiple of {_BLOCK} "
-            "long, and the model has none; take tflite-w8"
+            f"LiteRT supports four bits in fully connected layers and embeddings whose rows are a multiple of {_BLOCK} "
+            "long, and the model has none; use tflite-w8"
         )
     _apply([*recipe.dynamic_wi8_afp32(), *rules], source, target)
 
 
 def _in_blocks(path: Path, kind: str) -> list[str]:
-    """The outputs of those operations of a kind whose weights are rows of whole blocks."""
+    """The outputs of operations of a kind whose weights have rows of whole blocks."""
     return [
         each.tensors[-1]["name"]
         for each in operations(path)
@@ -212,7 +227,7 @@ def _in_blocks(path: Path, kind: str) -> list[str]:
 
 
 def _apply(recipe: Any, source: Path, target: Path) -> None:
-    """Quantize a file by a recipe that needs no number ranges."""
+    """Quantize a file by a recipe without calibration."""
     from ai_edge_quantizer import quantizer
 
     quantizer.Quantizer(str(source), recipe).quantize().export_model(str(target), overwrite=True)
@@ -223,7 +238,7 @@ def quantize(
 ) -> None:
     """Quantize weights and activations of a float32 file to int8, as far as there are int8 operators.
 
-    `prepare` brings a batch into the artifact's layout.
+    `prepare` converts a batch to the artifact's layout.
     """
     from ai_edge_quantizer import quantizer, recipe, recipe_manager
     from ai_edge_quantizer.calibrator import Calibrator
@@ -234,7 +249,7 @@ def quantize(
     details = interpreter.get_signature_runner(signature).get_input_details()
     manager = recipe_manager.RecipeManager()
     manager.load_quantization_recipe(recipe.static_wi8_ai8())
-    # the range of all batches; by default it is a moving average, which one row after another leaves far too narrow
+    # the range over all batches; the default is a moving average, which is far too narrow for single rows
     ranges = Calibrator(str(source), num_threads=1, qsv_update_func=min_max_update)
     batches = [_to_artifact(prepare(arrays), details) for arrays in calibration(spec)]
     ranges.calibrate({signature: batches}, manager)
@@ -244,10 +259,10 @@ def quantize(
 
 
 def _settle_outputs(path: Path) -> None:
-    """Let the graph return the tensors that its signature names.
+    """Make the graph return the tensors that its signature names.
 
-    The quantizer returns a float32 copy instead where the model reads its own output, as for an argmax beside the
-    logits; an interpreter with a delegate then finds nothing under the signature's name.
+    If the model reads its own output, as for an argmax besides the logits, the quantizer returns a float32 copy
+    instead; an interpreter with a delegate then finds no tensor under the signature's name.
     """
     from ai_edge_quantizer.utils import tfl_flatbuffer_utils as flatbuffers
 
@@ -263,14 +278,14 @@ def _settle_outputs(path: Path) -> None:
 # --- running ----------------------------------------------------------------------------------------------------------
 
 Detail = Mapping[str, Any]
-"""What the interpreter tells of a tensor."""
+"""The interpreter's details of a tensor."""
 
 
 class Interpreted:
-    """A file in LiteRT's interpreter, on the CPU but for what a `delegate` takes, the library of an accelerator.
+    """A file in LiteRT's interpreter, on the CPU, except operations that a `delegate` (an accelerator's library) runs.
 
     Attributes:
-        signature: The artifact's own.
+        signature: The artifact's own signature.
     """
 
     def __init__(self, path: Path, spec: ExportSpec, *, threads: int, delegate: Any = None) -> None:
@@ -284,7 +299,7 @@ class Interpreted:
         )
 
     def __call__(self, inputs: Arrays) -> Arrays:
-        """Run it on PyTorch's inputs; an output that is quantized comes back as float32."""
+        """Run it on PyTorch's inputs; quantized outputs are returned as float32."""
         answer = self._runner(**_to_artifact(inputs, self._in))
         return {
             tensor.name: _from_artifact(answer[tensor.name], self._out[tensor.name], tensor.dtype)
@@ -299,24 +314,24 @@ def load(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
 
 
 def load_int8(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
-    """The same, and tell which of its operators are not in int8."""
+    """Like `load`, with a remark on operators that are not in int8."""
     return _telling(load(path, spec, threads=threads), path, float_operations(path))
 
 
 def load_weights(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
-    """The same, and tell which of its weights are not in integers."""
+    """Like `load`, with a remark on weights that are not in integers."""
     return _telling(load(path, spec, threads=threads), path)
 
 
 def _telling(loaded: Loaded, path: Path, *also: str) -> Loaded:
-    """With what stayed in float as a remark, or where that is most of it as a shortfall."""
+    """Add what stays in float as a remark, or as a shortfall if that is most of it."""
     weights, total, kinds = float_weights(path)
-    left = in_float(weights, total, f"since there is no int8 for them: {kinds}", *also)
+    left = in_float(weights, total, f"since int8 is not supported for them: {kinds}", *also)
     return replace(loaded, remark=left.remark, shortfall=left.shortfall)
 
 
 class Operation(NamedTuple):
-    """One operation of a file's main graph: what it computes with and what it gives, and its constants."""
+    """One operation of a file's main graph: its inputs, outputs and constants."""
 
     kind: str
     tensors: list[Detail]
@@ -327,7 +342,7 @@ def operations(path: Path) -> list[Operation]:
     """The operations of a file's main graph in order."""
     interpreter = _interpreter(path, threads=1)
     tensors = {detail["index"]: detail for detail in interpreter.get_tensor_details()}
-    listed = interpreter._get_ops_details()  # the interpreter tells it nowhere else
+    listed = interpreter._get_ops_details()  # there is no public way to list operations
     computed = {detail["index"] for detail in interpreter.get_input_details()}
     computed |= {index for each in listed for index in each["outputs"]}
 
@@ -343,7 +358,7 @@ def operations(path: Path) -> list[Operation]:
 
 
 def intermediates(path: Path, spec: ExportSpec, inputs: Arrays, *, threads: int) -> Arrays:
-    """What each operation gives in LiteRT's own kernels, without XNNPACK, which keeps its tensors to itself."""
+    """The output of each operation in LiteRT's own kernels, without XNNPACK, whose tensors cannot be read."""
     from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
     interpreter = Interpreter(
@@ -368,17 +383,17 @@ _COMPUTE_NOTHING = ("DEQUANTIZE", "QUANTIZE", "SHAPE")
 
 
 def float_operations(path: Path) -> str:
-    """Which operators compute in float32, in words; empty where none does."""
+    """A remark on operators that compute in float32; empty if there are none."""
     found = Counter(
         each.kind
         for each in operations(path)
         if each.kind not in _COMPUTE_NOTHING and any(tensor["dtype"] == np.float32 for tensor in each.tensors)
     )
-    return f"in float32, since there is no int8 for it: {counted(found)}" if found else ""
+    return f"in float32, since int8 is not supported for it: {counted(found)}" if found else ""
 
 
 def float_weights(path: Path) -> tuple[int, int, str]:
-    """How many numbers of its weights are in float32, how many there are, and which operators have those in float32."""
+    """The number of elements of weights in float32, of all weights, and the operators of those in float32."""
     weights = [
         (each.kind, int(np.prod(weight["shape"])), weight["dtype"] == np.float32)
         for each in operations(path)
@@ -396,25 +411,25 @@ def _interpreter(path: Path, *, threads: int, delegate: Any = None) -> Any:
 
 
 def _described(tensor: TensorSpec, details: Mapping[str, Detail]) -> TensorSpec:
-    """As the artifact has it; an input that the artifact does not read stays as it is."""
+    """The artifact's signature of a tensor; unchanged for an input that the artifact does not read."""
     found = details.get(tensor.name)
     return replace(tensor, dtype=np.dtype(found["dtype"]).name) if found else tensor
 
 
 def _to_artifact(inputs: Arrays, details: Mapping[str, Detail]) -> Arrays:
-    """PyTorch's arrays as the artifact takes them: narrowed, or quantized with its own scale."""
+    """PyTorch's arrays in the artifact's dtypes: narrowed, or quantized with its scale."""
     given = {}
     for name, detail in details.items():
         array, dtype, scales = inputs[name], np.dtype(detail["dtype"]), _scales(detail)
         if scales.size and array.dtype.kind == "f":
             limits = np.iinfo(detail["dtype"])
             array = np.clip(np.round(array / scales) + _zeros(detail), limits.min, limits.max)
-        given[name] = np.ascontiguousarray(array, dtype)
+        given[name] = np.asarray(array, dtype, order="C")
     return given
 
 
 def _from_artifact(array: np.ndarray, detail: Detail, dtype: str) -> np.ndarray:
-    """An output in PyTorch's dtype; one of another kind stays as it is, for parity to see."""
+    """An output in PyTorch's dtype; one of another kind is returned unchanged, for parity to see."""
     scales = _scales(detail)
     if scales.size and array.dtype.kind in "iu":
         return np.asarray((array - _zeros(detail)) * scales, np.float32)
@@ -440,7 +455,7 @@ runner = Interpreter("{{ path }}").get_signature_runner()
 batch = np.load("validation_batch.npz")
 
 
-def quantized(x, detail):  # int8 counts steps of a scale from a zero point
+def quantized(x, detail):  # int8 values are steps of a scale from a zero point
     scale, zero = detail["quantization"]
     if scale:
         x = np.clip(np.round(x / scale) + zero, np.iinfo(detail["dtype"]).min, np.iinfo(detail["dtype"]).max)
@@ -482,7 +497,7 @@ val output{{ loop.index0 }} = outputs[{{ loop.index0 }}].read
 
 
 def packed(route: Route) -> Route:
-    """The route, with labels and metadata as files in an archive behind the model, where TensorFlow's tools look.
+    """The route, with labels and metadata in a zip archive appended to the model, where TensorFlow's tools read them.
 
     https://ai.google.dev/edge/litert/conversion/tensorflow/metadata (associated files)
     """
@@ -551,7 +566,7 @@ FORMATS = (
         Route("tensorflow", "saved_model", "tensorflow", quantize_saved_model),
         load=load_int8,
         calibrated=True,
-        slow_because="LiteRT advises static int8 for NPUs, and int8 weights alone for CPUs",
+        slow_because="LiteRT recommends static int8 for NPUs, and int8 weights only for CPUs",
         targets=("phone", "microcontroller"),
     ),
 )

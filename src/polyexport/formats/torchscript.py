@@ -17,32 +17,32 @@ if TYPE_CHECKING:
 
 
 def convert(source: Path, target: Path, spec: ExportSpec) -> None:
-    """Trace the module with `torch.jit.trace`; all axes stay as free as the module's own code leaves them."""
+    """Trace the module with `torch.jit.trace`; axes stay dynamic unless the module's code fixes them."""
     from polyexport.capture import snapshot
-    from polyexport.tracing.decompositions import written_out
+    from polyexport.tracing.decompositions import decomposed
     from polyexport.tracing.exportable import exportable
 
-    with written_out(), exportable(snapshot.load(source, spec.output_names)) as model:
+    with decomposed(), exportable(snapshot.load(source, spec.output_names)) as model:
         _trace(model, snapshot.example(source, spec), target, spec)
 
 
 def convert_script(source: Path, target: Path, spec: ExportSpec) -> None:
-    """Trace the module with its data-dependent parts scripted, so that both sides of a branch are kept."""
+    """Trace the module with its data-dependent submodules scripted, so that both branches are kept."""
     from polyexport.capture import snapshot
     from polyexport.capture.flatten import to_arrays
-    from polyexport.tracing.decompositions import written_out
+    from polyexport.tracing.decompositions import decomposed
     from polyexport.tracing.exportable import exportable
     from polyexport.tracing.scripted import script_branches
 
     inputs = snapshot.example(source, spec)
     model = snapshot.load(source, spec.output_names)
     script_branches(model, to_arrays(spec.input_names, inputs))
-    with written_out(), exportable(model):
+    with decomposed(), exportable(model):
         _trace(model, inputs, target, spec)
 
 
 def convert_program(source: Path, target: Path, spec: ExportSpec) -> None:
-    """Trace the program of `torch.export`, which is operators only: a trace of Python refuses functions of autograd."""
+    """Trace the program of `torch.export`, which has operators only: tracing Python fails on functions of autograd."""
     import torch
 
     from polyexport.tracing.exported_program import load_program
@@ -52,14 +52,15 @@ def convert_program(source: Path, target: Path, spec: ExportSpec) -> None:
 
 
 def _operators(program: torch.export.ExportedProgram) -> torch.fx.GraphModule:
-    """The program as a module whose sizes a trace can follow.
+    """The program as a module whose sizes can be traced.
 
-    They are tensors then, which an overload takes for no number; the function of the same name in Python does.
+    Traced sizes are tensors, which the overloads of operators refuse, but the Python functions of the same names
+    accept.
     """
     import torch
 
     module = program.module(check_guards=False)
-    graph = torch.fx.GraphModule(module, module.graph)  # without the hooks that look at inputs, which no trace follows
+    graph = torch.fx.GraphModule(module, module.graph)  # without the hooks that check inputs, which cannot be traced
     for node in graph.graph.nodes:
         if node.target is torch.ops.aten.sym_size.int:
             node.target = _size
@@ -84,7 +85,8 @@ def _trace(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], target: Pa
     import torch
 
     with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore", DeprecationWarning)  # it is frozen, and still what mobile and C++ run
+        # TorchScript is deprecated, but mobile and C++ still run it
+        warnings.simplefilter("ignore", DeprecationWarning)
         traced = torch.jit.trace(module, inputs, strict=False, check_trace=False)
         torch.jit.save(traced, str(target), _extra_files=spec.extra_files)
 
@@ -105,7 +107,7 @@ CPP_INPUTS = """\
     {{- input.dtype | capitalize | replace("Ui", "UI") | replace("Bf", "BF") }}),  // {{ input.name }}
 {%- endfor %}
 """
-"""A tensor of zeros for each input, in libtorch's words; a part of a snippet."""
+"""Code for a tensor of zeros for each input in libtorch; a part of snippets."""
 
 _SNIPPETS = (
     Snippet(

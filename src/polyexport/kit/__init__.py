@@ -1,1 +1,1 @@
-"""An artifact proven where its runtime is: a folder to take there, and what comes back from it."""
+"""Verification on another machine, which has the artifact's runtime: a kit to copy there, and the proof it returns."""

@@ -1,4 +1,4 @@
-"""What came back from a kit, taken into the report of the export that it was made of."""
+"""The proof that a kit wrote, added to the report of the export that the kit was made from."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from polyexport.serialization import read_record, write_json
 
 
 def accept(path: Path, where: Path = Path()) -> tuple[Report, str]:
-    """Take `proof.json` into the report of its export.
+    """Add `proof.json` to the report of its export.
 
     Args:
-        path: The proof.
-        where: The export, or a folder that it lies in, at any depth.
+        path: The `proof.json`.
+        where: The export, or a folder that contains it at any depth.
 
     Returns:
         The report, saved, and the format that was proven.
 
     Raises:
-        BadRequest: it is no proof of this version, or of no artifact in `where`; or the artifact, the data or the
-            tolerance is not the export's.
+        BadRequest: it is not a proof of this version, or not of an artifact in `where`; or the artifact, the data or
+            the tolerance is not the export's.
     """
     proof = read_record(Proof, path, VERSION)
     report = _export(proof, where)
@@ -50,10 +50,10 @@ def accept(path: Path, where: Path = Path()) -> tuple[Report, str]:
 
 
 def settled(outcome: Outcome, proof: Proof) -> Outcome:
-    """The outcome with one more proof, which replaces an earlier one of the same runtime on the same machine.
+    """The outcome with one more proof, which replaces an earlier one by the same runtime on the same machine.
 
-    It is as good as the worst that was found anywhere; what only stood in for a runtime here, or was not run at all,
-    counts no more.
+    Its state is the worst that was found anywhere. What only a stand-in found here counts no more, nor does a state
+    that it had because it was not run.
     """
     here = outcome.here or Judgement(outcome.state, outcome.reason, outcome.parity)
     ran_here = here.parity is not None and not here.parity.off_device
@@ -67,7 +67,7 @@ def settled(outcome: Outcome, proof: Proof) -> Outcome:
 
 
 def _judgement(proof: Proof) -> Judgement:
-    """What a proof says by itself."""
+    """The state and reason that the proof alone gives."""
     if not proof.parity.passed:
         return Judgement("mismatch", f"on {proof.verified_by}: {proof.parity.reason}", proof.parity)
     if lost := "; ".join(filter(None, [proof.elsewhere, proof.shortfall])):
@@ -76,7 +76,7 @@ def _judgement(proof: Proof) -> Judgement:
 
 
 def _check(report: Report, outcome: Outcome, proof: Proof) -> None:
-    """Refuse a proof of something else."""
+    """Refuse a proof with other data or another tolerance than the export's."""
     exported = manifest.load(report.folder)
     known_files = {*(batch.path for batch in exported.batches), exported.noise} - {""}
     needed = {exported.batches[0].path}
@@ -91,7 +91,7 @@ def _check(report: Report, outcome: Outcome, proof: Proof) -> None:
     each = known().get(proof.format)
     if each is None or proof.tolerance != each.limits:
         raise BadRequest(
-            f"the proof of {proof.format} was judged by another tolerance than this version has; make the kit anew"
+            f"the proof of {proof.format} was judged by another tolerance than this version has; make the kit again"
         )
 
 
@@ -101,15 +101,15 @@ def _export(proof: Proof, where: Path) -> Report:
     if not found:
         raise BadRequest(
             f"no export in {where.absolute()} has a {proof.format} with SHA-256 {proof.sha256[:12]}…: "
-            "the artifact was changed, or the export lies elsewhere; give its folder"
+            "the artifact was changed, or the export is in another folder; give that"
         )
     if len(found) > 1:
-        raise BadRequest(f"several exports have that {proof.format}; give one: {', '.join(map(str, found))}")
+        raise BadRequest(f"several exports have that {proof.format}; give one of them: {', '.join(map(str, found))}")
     return Report.load(found[0])
 
 
 def _exports(where: Path) -> Iterator[Path]:
-    """`where`, its best export, or all below it."""
+    """`where` if it is an export, or its best export, or all exports below it."""
     for folder in (where, followed(where / BEST)):
         if (folder / "report.json").is_file():
             yield folder.resolve()

@@ -1,12 +1,12 @@
-"""A kit: a folder that proves an artifact on a machine that has only its runtime.
+"""A kit: a folder that verifies and times an artifact on a machine that has only its runtime.
 
 ```
 digits-coreml-kit/
     README.md               five lines: what to install, what to run, what to send back
-    prove.pyz               the program, one file: `polyexport.kit.prove` and what it imports, as they are
-    kit.json                what is to be proven (see `Kit`)
+    prove.pyz               the program, one file: `polyexport.kit.prove` and what it imports, unchanged
+    kit.json                what to verify (see `Kit`)
     coreml/                 the artifact
-    validation_batch.npz    inputs with PyTorch's answers; further batches in source/
+    validation_batch.npz    inputs with PyTorch's outputs; further batches in source/
 ```
 """
 
@@ -40,26 +40,26 @@ _MAIN = """\
 import sys
 
 if sys.version_info < (3, 10):
-    sys.exit("this needs Python 3.10 or newer, and here is " + sys.version.split()[0])
+    sys.exit("this needs Python 3.10 or newer, but this is " + sys.version.split()[0])
 
 from pathlib import Path
 
 try:
     from polyexport.kit.prove import main
 except ModuleNotFoundError as error:
-    sys.exit(f"there is no {error.name} here: pip install PACKAGES")
+    sys.exit(f"{error.name} is not installed: pip install PACKAGES")
 
 sys.exit(main(Path(sys.argv[0]).resolve().parent))
 """
 
 _README = """\
-This folder proves an artifact of the format {format} on the machine that it is made for, and times it there.
+This folder verifies an artifact of the format {format} on the machine that it is made for, and times it there.
 
-1. Copy it there. It needs Python 3.10 or newer, and nothing of the environment that made it.
+1. Copy it there. It needs Python 3.10 or newer, but nothing of the environment that made it.
 2. `pip install {packages}`
-3. `python {program}` prints what it finds and writes `{proof}`.
-4. Send `{proof}` back to where the export lies.
-5. `polyexport accept {proof}` there puts the machine and what it found into the export's report.
+3. `python {program}` prints the result and writes `{proof}`.
+4. Copy `{proof}` back to the machine with the export.
+5. `polyexport accept {proof}` there adds the machine and its result to the export's report.
 """
 
 
@@ -68,14 +68,14 @@ def make(path: Path, into: Path | None = None, *, archive: bool = False) -> Path
 
     Args:
         path: A format's folder in an export, or the artifact in it.
-        into: The folder to make, or the archive; by default `<export>-<format>-kit` in the working folder.
+        into: The folder or archive to make; by default `<export>-<format>-kit` in the working folder.
         archive: Whether to make a `.zip` of it instead of a folder.
 
     Returns:
-        What was made.
+        Path of the kit.
 
     Raises:
-        BadRequest: there is no artifact in an export, its format has no kit, or something else is in the way.
+        BadRequest: there is no exported artifact at `path`, its format has no kit, or `into` exists and is not a kit.
     """
     folder, about, each = described(path)
     if each.on_device is None:
@@ -90,10 +90,10 @@ def make(path: Path, into: Path | None = None, *, archive: bool = False) -> Path
     _, found = fingerprint(folder, DESCRIPTION)
     outcome = Report.load(export)[each.name]
     if outcome.by_budget and outcome.parity is not None and not outcome.parity.passed:
-        raise BadRequest(f"{each.name} is {outcome.state} by your own metric, which a kit cannot measure")
+        raise BadRequest(f"{each.name} is {outcome.state} by your own metric; a kit cannot measure that")
     made_as = outcome.artifact
-    if made_as is not None and made_as.sha256 not in ("", found):  # it is not hashed where it could not be run
-        raise BadRequest(f"{folder} is not the artifact that was exported: its SHA-256 has changed")
+    if made_as is not None and made_as.sha256 not in ("", found):  # an artifact that could not be run has no hash
+        raise BadRequest(f"the artifact in {folder} was changed after the export: its SHA-256 differs")
     artifact = f"{each.name}/{each.artifact}" if each.artifact != "." else each.name
     kit = Kit(each.name, artifact, found, about.checkpoint, spec, batches, exported.noise, data)
     into = into or Path(f"{export.name}-{each.name}-kit")
@@ -101,7 +101,7 @@ def make(path: Path, into: Path | None = None, *, archive: bool = False) -> Path
     target = made.with_name(f"{made.name}.zip") if archive else made
     for taken in {made, target}:
         if taken.exists() and not _is_kit(taken):
-            raise BadRequest(f"{taken} is there and is no kit; give another name with --into")
+            raise BadRequest(f"{taken} exists and is not a kit; give another name with --into")
     shutil.rmtree(made, ignore_errors=True)
     shutil.copytree(folder, made / each.name)
     for file in files:
@@ -123,7 +123,7 @@ def _is_kit(path: Path) -> bool:
 
 
 def program(each: Format, packages: str) -> bytes:
-    """The program as one file that Python runs: an archive of our own modules."""
+    """The program as one file that Python runs: a zip archive of polyexport's own modules."""
     held = io.BytesIO()
     with zipfile.ZipFile(held, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr(zipfile.ZipInfo("__main__.py"), _MAIN.replace("PACKAGES", packages))
@@ -135,7 +135,7 @@ def program(each: Format, packages: str) -> bytes:
 
 
 def _declaring(each: Format) -> str:
-    """The module of a format."""
+    """The name of the module that declares a format."""
     for info in pkgutil.iter_modules(polyexport.formats.__path__, "polyexport.formats."):
         module = import_module(info.name)
         if each in (getattr(module, "FORMATS", None) or (module.FORMAT,)):
@@ -144,7 +144,7 @@ def _declaring(each: Format) -> str:
 
 
 def _closure(*files: Path) -> set[Path]:
-    """The files, and what of the package they import when they are imported themselves; the package's own not."""
+    """The files, and all files of polyexport that importing them imports, without its own `__init__.py`."""
     found: set[Path] = set()
     todo = [*files]
     while todo:
@@ -162,7 +162,7 @@ def _imported(file: Path) -> Iterator[Path]:
 
 
 def _files(module: str) -> Iterator[Path]:
-    """The file of a module, and those of the packages that it lies in; none where it is no module."""
+    """The file of a module and the `__init__.py` of its packages; none if it is not a module."""
     inner = module.split(".")[1:]
     for depth in range(1, len(inner) + 1):
         place = _PACKAGE.joinpath(*inner[:depth])

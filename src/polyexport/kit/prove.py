@@ -1,11 +1,11 @@
-"""The program of a kit: runs an artifact on the machine that it is made for, and writes `proof.json`.
+"""The program of a kit: verifies an artifact on the machine that it is made for, and writes `proof.json`.
 
     python prove.pyz [--threads N]
 
 Requirements:
-* The standard library, numpy and the artifact's own runtime are all that is there; Python may be 3.10.
-* What judges here is what judges in a worker: this file is shipped with the modules that it imports, as they are.
-* Nothing is run that is not what the export has: hashes are looked at first.
+* Only the standard library, numpy and the artifact's own runtime are there; Python may be 3.10.
+* It verifies by the same code as a worker: the kit has the modules that this file imports, unchanged.
+* Only what is identical to the export is run: hashes are checked first.
 """
 
 from __future__ import annotations
@@ -33,23 +33,23 @@ from polyexport.versions import machine, versions
 
 KIT, PROOF, PROGRAM = "kit.json", "proof.json", "prove.pyz"
 VERSION = 1
-"""Of the form of `kit.json` and of `proof.json`."""
+"""Version of the form of `kit.json` and `proof.json`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Kit:
-    """What is to be proven; paths are relative to the kit's folder, as in the export.
+    """What to verify; paths are relative to the kit's folder, and the same as in the export.
 
     Attributes:
         format: The format's name.
         artifact: The artifact's path.
-        sha256: Of the artifact's folder, as `Artifact.sha256`.
-        checkpoint: Where the weights come from.
+        sha256: Hash of the artifact's folder, as `Artifact.sha256`.
+        checkpoint: The checkpoint of the weights.
         spec: The artifact's signature under PyTorch's names.
-        batches: Inputs with PyTorch's answers, the validation batch first.
-        noise: File with the noise floor of the validation batch; empty where it is unknown.
-        data: SHA-256 of each of these files.
-        version: Of this record's form.
+        batches: Inputs with PyTorch's outputs, the validation batch first.
+        noise: File with the noise floor of the validation batch; empty if it is unknown.
+        data: SHA-256 of each file of batches and noise, by path.
+        version: The version of this record's form.
     """
 
     format: str
@@ -64,9 +64,11 @@ class Kit:
 
 
 def main(folder: Path) -> int:
-    """Prove what lies in `folder`; the exit code is 0 when it agrees with PyTorch."""
+    """Verify the kit in `folder`; the exit code is 0 if the artifact agrees with PyTorch."""
     parser = argparse.ArgumentParser(prog=f"python {PROGRAM}", description="Run and time the artifact of this kit.")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of the runtime; by default all cores")
+    parser.add_argument(
+        "--threads", type=int, default=os.cpu_count() or 1, help="threads of the runtime; by default one per core"
+    )
     threads = parser.parse_args().threads
     each, kit = None, None
     try:
@@ -75,7 +77,7 @@ def main(folder: Path) -> int:
         proof = prove(folder, kit, each, threads)
     except ModuleNotFoundError as error:
         packages = " ".join(each.on_device.packages) if each and each.on_device else "numpy"
-        print(f"there is no {error.name} here: pip install {packages} numpy", file=sys.stderr)
+        print(f"{error.name} is not installed: pip install {packages} numpy", file=sys.stderr)
         return 1
     except Exception as error:  # a runtime refuses an artifact with any exception
         what = str(error) if isinstance(error, PolyexportError) else f"the artifact does not run: {line(error)}"
@@ -90,15 +92,15 @@ def prove(folder: Path, kit: Kit, each: Format, threads: int) -> Proof:
     """Run the artifact on every batch, compare, and time it.
 
     Raises:
-        BadRequest: what lies in the kit is not what was put there.
-        CannotRun: this is no machine for it.
+        BadRequest: a file of the kit was changed.
+        CannotRun: this machine cannot run it.
     """
     artifact = folder / kit.artifact
     _, found = fingerprint(folder / kit.format, DESCRIPTION)
     data = {path: sha256(folder / path) for path in kit.data}
     changed = [kit.artifact] if found != kit.sha256 else [path for path in data if data[path] != kit.data[path]]
     if changed:
-        raise BadRequest(f"{changed[0]} is not what was put into the kit: its SHA-256 has changed; make the kit anew")
+        raise BadRequest(f"{changed[0]} was changed after the kit was made: its SHA-256 differs; make the kit again")
     start = time.perf_counter()
     loaded = each.open_on_device(artifact, kit.spec, threads=threads)
     load_seconds = time.perf_counter() - start
@@ -140,14 +142,14 @@ def prove(folder: Path, kit: Kit, each: Format, threads: int) -> Proof:
 
 
 def _runtime(each: Format) -> str:
-    """The runtime's package with its version; some vendors install theirs without a record of it."""
+    """The runtime's package with its version, if installed as a package; some vendors' runtimes are not."""
     name = each.on_device.packages[0] if each.on_device else each.name
     found = versions((name,)).get(name)
     return f"{name} {found or getattr(import_module(name), '__version__', '')}".strip()
 
 
 def table(proof: Proof) -> list[str]:
-    """What was found, line by line."""
+    """The result, line by line."""
     rows = [("output", "max error", "elements off", "cosine")]
     for name, output in proof.parity.outputs.items():
         cosine = "" if output.cosine is None else f"{output.cosine:.6f}"

@@ -1,7 +1,7 @@
-"""What the operators need of a framework: the primitives that all others are composed of.
+"""The primitives of a framework that operators are composed of.
 
-An operator is written once, in `polyexport.lowering.operators`, where it is a composition of these; each framework's
-folder builds its `Backend`, and has the operators that the frameworks really do differently.
+An operator is written once, in `polyexport.lowering.operators`, if it is a composition of these; each framework's
+folder builds its `Backend`, and has the operators that need other code in each framework.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from typing import Any
 import numpy as np
 
 Value = Any
-"""A `polyexport.lowering.value.Value`, which stands on this module."""
+"""A `polyexport.lowering.value.Value`, whose module imports this one."""
 
 Tensor = Any
 """A tensor of the target framework; Python's arithmetic and comparisons work on it, and so do slices."""
 
 Size = Any
-"""The size of an axis: an `int` where it is known before the run, else a scalar tensor of the type `Backend.index`."""
+"""The size of an axis: an `int` if it is known before the run, else a scalar tensor of the type `Backend.index`."""
 
 Order = tuple[int, ...]
-"""Which logical axis lies at each stored position: `(0, 2, 3, 1)` is NCHW stored as NHWC."""
+"""The logical axis at each stored position: `(0, 2, 3, 1)` is NCHW stored as NHWC."""
 
 State = list[Tensor]
 
@@ -40,7 +40,7 @@ class Backend:
     """The primitives of one framework; types are numpy's, axes of tensors are counted from the first.
 
     Attributes:
-        name: Of the framework, for messages.
+        name: The framework's name, for messages.
         types: The types that it computes with, by ONNX's numbers of element types.
         index: The type of its sizes and indices.
 
@@ -48,16 +48,16 @@ class Backend:
         shape: A tensor's static shape: None for unknown sizes, None altogether for unknown rank.
         dtype: A tensor's type.
         evaluate: Runs a function of constants now; its tensors come back as numpy arrays.
-        set_shape: Tells the framework sizes that it could not infer; returns the tensor.
+        set_shape: Sets sizes that the framework could not infer; returns the tensor.
         scope: The graph under construction; a tensor of a branch must not be used outside of it.
         computed_in: The type that a value is cast to for an operator without kernels for its own; None for its own.
         sizes: The sizes of a value's axes.
 
-        full: A tensor of some sizes that is a number everywhere, of a type.
-        zeros_like: Of a tensor's shape, of a type.
+        full: A tensor of some sizes and type filled with a number.
+        zeros_like: Zeros of a tensor's shape, and of a type.
         range: The integers from a size up to another one, of the type `index`.
-        normal: Drawn normally: sizes, mean, deviation, seed or None, type.
-        uniform: Drawn evenly: sizes, lower and upper bound, seed or None, type.
+        normal: Normal random numbers: sizes, mean, deviation, seed or None, type.
+        uniform: Uniform random numbers: sizes, lower and upper bound, seed or None, type.
 
         transpose: Tensor and permutation to tensor.
         reshape: To sizes of which one may be -1.
@@ -68,24 +68,24 @@ class Backend:
         stack: Tensors along a new axis.
         split: Into parts of some sizes along an axis.
         tile: Each axis so many times.
-        repeat: Each entry of an axis n times.
-        flip: Turned round along axes.
-        pad: By known amounts before and after each axis, negative ones cut, filled with a number or a scalar tensor.
+        repeat: Each element of an axis n times.
+        flip: Reversed along axes.
+        pad: By known amounts before and after each axis, negative ones crop; filled with a number or a scalar tensor.
 
-        gather: Entries along an axis, in the shape of the indices; these may be a numpy array.
-        gather_nd: Entries, or slices, by the last axis of the indices.
-        take_along: One entry along an axis for each index, whose tensor has the result's shape.
+        gather: Elements along an axis, in the shape of the indices, which may be a numpy array.
+        gather_nd: Elements or slices, by the last axis of the indices.
+        take_along: One element along an axis for each index; the indices have the result's shape.
         from_end: A value's indices, negative ones counted from a size, or from sizes; as the gathers take them.
         scatter_add: Zeros of a first size, with rows `(n, ...)` added at positions `(n,)`.
         nonzero: The indices of what is not zero, `(count, axes)`, int64.
         one_hot: Of indices from 0 up to a size, along a new axis: bool.
-        reverse_within: The first entries of each sequence turned round: tensor, lengths, time axis, batch axis, which
+        reverse_within: The first elements of each sequence reversed: tensor, lengths, time axis, batch axis, which
             are the first two axes.
 
         cast: To a type.
         where: The second where the first is true, else the third, a tensor or a number.
-        equal: Entry by entry, as are all that follow.
-        add: As ONNX's Add has it; in compositions `+` is enough.
+        equal: Element by element, as are all that follow.
+        add: ONNX's Add; in compositions `+` is enough.
         add_n: The sum of several tensors of one shape.
         maximum: Of a tensor, and a tensor or a number.
         minimum: See maximum.
@@ -97,24 +97,24 @@ class Backend:
         fourier: A transform: tensor `(..., n, ..., 1 or 2)`, its axis, whether it is the inverse, and how many
             frequencies are kept; `(..., kept, ..., 2)`.
 
-        sum: Over axes; the last argument says whether they stay, of size 1.
+        sum: Over axes; the last argument is whether they are kept with size 1.
         mean: See sum.
         prod: See sum.
-        max: See sum; of bools it is an or.
+        max: See sum; for bools it is an or.
         min: See sum.
         peak: As max, over axes that are not empty.
         log_sum_exp: See sum.
-        argmax: The first index along one axis; the last argument says whether it stays.
+        argmax: The first index along one axis; the last argument is whether the axis is kept.
         argmin: See argmax.
         matmul: Of tensors of any rank, one included, and of integers.
         einsum: Equation, with its output, and tensors.
 
         cond: A scalar bool, and what is built for each branch: a list of tensors.
-        loop: The most turns; the first flag, None for turns without one; states; a step from turn and states to a list
-            of the next flag, the next states and the scan outputs; how many these are. The last states and the
-            stacked scan outputs.
+        loop: The maximum number of iterations; the first condition or None; states; a step from iteration and states to
+            a list of the next condition, the next states and the scan outputs; the number of scan outputs. Returns the
+            last states and the stacked scan outputs.
         steps: A step, from turn and row and states to output and states, along the first axis of a tensor.
-        resize: Of a value, its resized axes and the mode, by the framework's own operator where that computes the same;
+        resize: Of a value, its resized axes and the mode, by the framework's own operator if that computes the same;
             else None.
         grid_sample: The same for GridSample: value, grid, mode, padding mode, whether corners are aligned.
     """
@@ -210,10 +210,10 @@ class Backend:
     grid_sample: Callable[[Value, Value, str, str, bool], Tensor | None]
 
     def type_of(self, number: int) -> np.dtype[Any]:
-        """The type that ONNX gives a number.
+        """The type of an ONNX element type number.
 
         Raises:
-            NotImplementedError: the framework computes with no such type.
+            NotImplementedError: the framework cannot compute with this type.
         """
         if number not in self.types:
             raise NotImplementedError(f"{self.name} has no arithmetic for ONNX's element type {number}")
@@ -225,7 +225,7 @@ class Backend:
         return self.full([], size, kind) if isinstance(size, int | float) else self.cast(size, kind)
 
     def column(self, line: Tensor, axis: int, rank: int) -> Tensor:
-        """A tensor of one axis, which lies along one axis of tensors of a rank."""
+        """A vector reshaped to broadcast along one axis of tensors of a rank."""
         return self.reshape(line, [1] * axis + [-1] + [1] * (rank - axis - 1))
 
 
@@ -235,5 +235,5 @@ def is_known(size: Size) -> bool:
 
 
 def is_float(dtype: np.dtype[Any]) -> bool:
-    """Whether a type is real or complex, and no integer or bool; bfloat16 is of no kind of numpy's own."""
+    """Whether a type is real or complex, not integer or bool; numpy has no kind for bfloat16."""
     return dtype.kind not in "biu"

@@ -1,4 +1,4 @@
-"""An ONNX graph whose sizes are all known, for runtimes and generators that take no others."""
+"""An ONNX graph with static sizes only, for runtimes and generators that support no others."""
 
 from __future__ import annotations
 
@@ -14,22 +14,23 @@ if TYPE_CHECKING:
 
 
 def with_sizes(source: Path, spec: ExportSpec, fixed: ExportSpec, *, without: Sequence[str] = ()) -> onnx.ModelProto:
-    """The graph with its dynamic axes at the sizes in `fixed`, and all that depends on constants alone folded.
+    """The graph with its dynamic axes at the sizes in `fixed`, and with constants folded.
 
-    ONNX Runtime does both; it drops inputs that nothing reads.
+    ONNX Runtime does both; it removes inputs that nothing reads.
 
     Args:
         source: The graph of `spec`.
-        spec: Names its dynamic axes.
-        fixed: The same signature without any.
-        without: Names of ONNX Runtime's optimizers that are not to run.
+        spec: The signature with its dynamic axes.
+        fixed: The same signature without dynamic axes.
+        without: Names of ONNX Runtime's optimizers to disable.
     """
     import onnx
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    options.log_severity_level = 3  # it warns that the file is for this machine, which is so of later levels only
+    # it warns that the file is specific to this machine, which is true of higher levels only
+    options.log_severity_level = 3
     for tensor, sized in zip(spec.inputs, fixed.inputs, strict=True):
         for axis, name in tensor.dynamic.items():
             options.add_free_dimension_override_by_name(name, int(sized.shape[axis]))
@@ -40,13 +41,14 @@ def with_sizes(source: Path, spec: ExportSpec, fixed: ExportSpec, *, without: Se
         )
         model = onnx.load(options.optimized_model_filepath)
     made = {name for node in model.graph.node for name in node.output}
-    sized_values = [value for value in model.graph.value_info if value.name in made]  # those of what is gone have none
+    # values that were removed have none
+    sized_values = [value for value in model.graph.value_info if value.name in made]
     set_values(model.graph.value_info, sized_values)
     return model
 
 
 def set_values(field: Any, values: Iterable[Any]) -> None:
-    """Give a repeated field of a message these values alone."""
+    """Replace the values of a repeated field of a message."""
     kept = list(values)
     del field[:]
     field.extend(kept)

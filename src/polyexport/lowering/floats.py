@@ -1,11 +1,11 @@
-"""An ONNX graph in float32 alone, for runtimes that know no other type and pick nothing by index.
+"""Converts an ONNX graph to float32 only, for runtimes without other types and without gathers.
 
 Requirements:
-* Shapes are static and what depends on constants alone is folded already.
-* A truth value is 0 or 1, an integer a whole number; sizes, axes and the like stay as the operators take them.
-* An input that does nothing but pick rows of a table stays an integer (an embedding's ids).
-* What is picked by constant indices becomes slices; a maximum along axes becomes a pool.
-* Infinity, which 0 times is not 0, becomes the greatest number where it is chosen by a condition.
+* Shapes are static, and constants are folded already.
+* Booleans are 0 or 1, integers are floats with integer values; sizes, axes and so on stay as operators need them.
+* An input that only indexes rows of a table (ids of an embedding) stays an integer.
+* Gathers with constant indices become slices; a maximum along axes becomes a pool.
+* Infinity in a Where becomes the largest finite number, since 0 times infinity is not 0.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _FUNCTIONS = (
     "one = Constant<value_float = 1.0>() y = Sub(one, above) }",
     "Where (c, a, b) => (y) { one = Constant<value_float = 1.0>() rest = Sub(one, c) "
     "chosen = Mul(c, a) other = Mul(rest, b) y = Add(chosen, other) }",
-    # as it is written down, its exponential leaves float32
+    # by its definition, the exponential overflows float32
     "Softplus (x) => (y) { one = Constant<value_float = 1.0>() size = Abs(x) below = Neg(size) power = Exp(below) "
     "sum = Add(power, one) log = Log(sum) above = Relu(x) y = Add(above, log) }",
 )
@@ -50,22 +50,22 @@ _STRUCTURAL: Mapping[str, tuple[int, ...]] = {
 """The inputs of operators that are sizes, axes or indices."""
 
 _ORDERLY = ("Cast", "Expand", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
-"""What moves numbers about and computes none."""
+"""Operators that only move elements."""
 
 _MOST_SLICES = 64
 
 
 def in_floats(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The graph with float32 as its only type; inputs that are embedded alone stay integers.
+    """The graph with float32 as its only type; inputs that are only ids of embeddings stay integers.
 
     Raises:
-        RuntimeError: a part of it has no such form.
+        RuntimeError: a part of it cannot be converted.
     """
     return decomposed(_Rewrite(model).model(), _FUNCTIONS)
 
 
 class _Rewrite:
-    """A graph that is written anew, node by node."""
+    """A graph that is rewritten node by node."""
 
     def __init__(self, model: onnx.ModelProto) -> None:
         import onnx
@@ -90,7 +90,7 @@ class _Rewrite:
         self._made: dict[str, np.ndarray] = {}
 
     def model(self) -> onnx.ModelProto:
-        """The graph anew."""
+        """The new graph."""
         import onnx
         from onnx import TensorProto, numpy_helper
 
@@ -117,7 +117,7 @@ class _Rewrite:
         return found
 
     def _copy(self, node: onnx.NodeProto) -> None:
-        """The same node, its constants in float32 but for sizes and the like."""
+        """The same node, with its constants in float32 except sizes and so on."""
         structural = _STRUCTURAL.get(node.op_type, ())
         names = [name if index in structural else self.number(name) for index, name in enumerate(node.input)]
         copied = type(node)()
@@ -126,7 +126,7 @@ class _Rewrite:
         self._nodes.append(copied)
 
     def _is_id(self, name: str) -> bool:
-        """Whether a tensor of integers does nothing but pick rows of constant tables."""
+        """Whether an integer tensor is only used to index rows of constant tables."""
         users = self._users.get(name, [])
         return bool(users) and all(
             (node.op_type == "Gather" and index == 1 and node.input[0] in self._weights and not _axis(node))
@@ -135,7 +135,7 @@ class _Rewrite:
         )
 
     def stays_integer(self, name: str) -> bool:
-        """Whether a tensor is an input that is embedded alone, moved about at most."""
+        """Whether a tensor is an input that is only used as ids of embeddings, possibly reshaped."""
         while name in self._makers and self._makers[name].op_type in _ORDERLY:
             name = self._makers[name].input[0]
         return name in self._ids
@@ -145,12 +145,12 @@ class _Rewrite:
         return self._shapes[name]
 
     def type(self, name: str) -> int:
-        """The type of a tensor of the old graph, as ONNX numbers it."""
+        """The type of a tensor of the old graph, as ONNX's number."""
         found: int = self._types.get(name, 0)
         return found
 
     def maker(self, name: str) -> onnx.NodeProto | None:
-        """The old graph's node that makes a tensor."""
+        """The old graph's node that computes a tensor."""
         return self._makers.get(name)
 
     def weight(self, name: str) -> np.ndarray | None:
@@ -158,7 +158,7 @@ class _Rewrite:
         return self._weights.get(name)
 
     def number(self, name: str) -> str:
-        """A tensor, of a constant its numbers in float32."""
+        """The name of a tensor; a constant is added in float32."""
         array = self._weights.get(name)
         if array is None or array.dtype == np.float32:
             return name
@@ -171,7 +171,7 @@ class _Rewrite:
         return name
 
     def add(self, op: str, *inputs: str, **attributes: Any) -> str:
-        """What a new node computes."""
+        """The output's name of a new node."""
         import onnx
 
         name = f"polyexport_float_{len(self._nodes)}"
@@ -179,18 +179,18 @@ class _Rewrite:
         return name
 
     def reshape(self, x: str, *shape: int) -> str:
-        """A tensor in another shape."""
+        """A reshaped tensor."""
         return self.add("Reshape", x, self.constant(np.asarray(shape, np.int64)))
 
     def pick(self, x: str, indices: np.ndarray, axis: int, size: int) -> str:
-        """The entries of an axis of `size` at constant `indices` of one axis, as slices.
+        """The elements of an axis of `size` at constant one-dimensional `indices`, as slices.
 
         Raises:
             RuntimeError: there would be more than `_MOST_SLICES`.
         """
         runs = np.split(indices, np.flatnonzero(np.diff(indices) != 1) + 1)
         if len(runs) > _MOST_SLICES:
-            raise RuntimeError(f"{len(runs)} pieces of {size} are picked one by one, and there is no gather")
+            raise RuntimeError(f"a gather of {len(runs)} separate pieces from an axis of size {size} is not supported")
         if len(runs) == 1 and len(indices) == size:
             return x
         parts = [self._slice(x, int(run[0]), int(run[-1]) + 1, axis) for run in runs]
@@ -200,7 +200,7 @@ class _Rewrite:
         return self.add("Slice", x, *(self.constant(np.array([number], np.int64)) for number in (start, end, axis)))
 
     def greatest(self, x: str, shape: tuple[int, ...], axes: tuple[int, ...]) -> str:
-        """The maximum along axes, which stay with the size 1: a pool, of one axis behind the others."""
+        """The maximum along axes, which are kept with size 1, as a pool."""
         rest = [axis for axis in range(len(shape)) if axis not in axes]
         order = [*rest, *axes]
         if order != sorted(order):
@@ -223,7 +223,7 @@ def _axis(node: onnx.NodeProto) -> int:
 
 
 Rule = Callable[[_Rewrite, "onnx.NodeProto", dict[str, Any]], str | None]
-"""Writes what a node computes, and gives its name; None where the node stays as it is."""
+"""Rewrites a node and returns its output's name; None if the node is unchanged."""
 
 
 def _cast(graph: _Rewrite, node: onnx.NodeProto, attributes: dict[str, Any]) -> str | None:
@@ -242,7 +242,7 @@ def _cast(graph: _Rewrite, node: onnx.NodeProto, attributes: dict[str, Any]) -> 
 
 
 def _where(graph: _Rewrite, node: onnx.NodeProto, attributes: dict[str, Any]) -> str | None:
-    """Without the guard of a softmax against rows of nothing but infinities, which there are none any more."""
+    """Remove a softmax's guard against rows of only infinities, which do not occur anymore."""
     condition, chosen, other = node.input
     maker = graph.maker(condition)
     if maker is not None and maker.op_type == "IsNaN" and maker.input[0] == other:
@@ -256,7 +256,7 @@ def _where(graph: _Rewrite, node: onnx.NodeProto, attributes: dict[str, Any]) ->
 
 
 def _divide(graph: _Rewrite, node: onnx.NodeProto, attributes: dict[str, Any]) -> str | None:
-    """Integers are divided towards zero."""
+    """Integer division truncates toward zero."""
     from onnx import TensorProto
 
     if graph.type(node.output[0]) not in (TensorProto.INT32, TensorProto.INT64):
@@ -275,7 +275,8 @@ def _gather(graph: _Rewrite, node: onnx.NodeProto, attributes: dict[str, Any]) -
     if graph.weight(data) is None or axis or indices is not None:
         return None
     if graph.stays_integer(index):
-        return graph.add("Gather", graph.number(data), index)  # with an axis, be it 0, pnnx knows no embedding in it
+        # with an axis attribute, even 0, pnnx does not recognize an embedding
+        return graph.add("Gather", graph.number(data), index)
     one = graph.constant(np.ones((), np.float32))
     column = graph.reshape(index, *graph.shape(index), 1)
     apart = graph.add("Abs", graph.add("Sub", column, graph.constant(np.arange(size, dtype=np.float32))))
@@ -297,7 +298,7 @@ def _gather_nd(graph: _Rewrite, node: onnx.NodeProto, attributes: dict[str, Any]
 
 
 def _picked(graph: _Rewrite, node: onnx.NodeProto, pick: Callable[[np.ndarray], np.ndarray]) -> str:
-    """What constant indices pick out of a tensor: `pick` does it with a tensor whose entries are numbered."""
+    """The result of indexing a tensor by constants; `pick` applies it to a tensor of element numbers."""
     data = node.input[0]
     count = math.prod(graph.shape(data))
     places = pick(np.arange(count).reshape(graph.shape(data)))
@@ -306,7 +307,7 @@ def _picked(graph: _Rewrite, node: onnx.NodeProto, pick: Callable[[np.ndarray], 
 
 
 def _reduce(graph: _Rewrite, node: onnx.NodeProto, attributes: dict[str, Any]) -> str | None:
-    """By the four reductions that pnnx knows, over the axis of the row too: one axis alone it takes for none."""
+    """By the four reductions that pnnx supports, over the row's axis too: it ignores a reduction of a single axis."""
     before, kind, after = _REDUCTIONS[node.op_type.removeprefix("Reduce")]
     shape, axes = _axes(graph, node, attributes)
     x = graph.number(node.input[0])
@@ -319,7 +320,7 @@ def _reduce(graph: _Rewrite, node: onnx.NodeProto, attributes: dict[str, Any]) -
 
 
 def _axes(graph: _Rewrite, node: onnx.NodeProto, attributes: dict[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The shape that a reduction is given, and the axes that it goes along: all where it names none."""
+    """The input shape of a reduction, and its axes: all if it names none."""
     shape = graph.shape(node.input[0])
     given = graph.weight(node.input[1]) if len(node.input) > 1 else attributes.get("axes")
     if given is None or not len(given):
@@ -337,7 +338,7 @@ _REDUCTIONS: Mapping[str, tuple[str, str, str]] = {
     "Sum": ("", "Sum", ""),
     "SumSquare": ("Mul", "Sum", ""),
 }
-"""What a reduction does before and after one of those that pnnx knows; `Mul` is a square."""
+"""The operators before and after one of the reductions that pnnx supports; `Mul` is a square."""
 
 
 def _reduce_max(graph: _Rewrite, node: onnx.NodeProto, attributes: dict[str, Any]) -> str | None:
@@ -363,7 +364,7 @@ def _arg_min(graph: _Rewrite, node: onnx.NodeProto, attributes: dict[str, Any]) 
 
 
 def _arg(graph: _Rewrite, node: onnx.NodeProto, attributes: dict[str, Any], x: str) -> str:
-    """The least index, or the greatest, of those where `x` is its maximum: all others are moved beyond the end."""
+    """The first or last index at which `x` is its maximum; all other indices are moved past the end."""
     shape = graph.shape(node.input[0])
     axis = attributes.get("axis", 0) % len(shape)
     size, last = shape[axis], attributes.get("select_last_index", 0)

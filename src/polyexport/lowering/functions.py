@@ -1,4 +1,4 @@
-"""Operators of an ONNX graph in terms of others, for runtimes that lack them."""
+"""Decomposes operators of an ONNX graph into others, for runtimes that lack them."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ def _every(node: onnx.NodeProto) -> bool:
 def decomposed(
     model: onnx.ModelProto, functions: Iterable[str], applies: Callable[[onnx.NodeProto], bool] = _every
 ) -> onnx.ModelProto:
-    """The model with each operator that one of `functions` is named after as what that is made of.
+    """The model with each operator replaced by the function of the same name in `functions`.
 
     Args:
-        model: Is changed.
-        functions: In ONNX's text form, `Not (x) => (y) { … }`. One is used where a node has as many inputs as it has.
+        model: The model, which is changed.
+        functions: In ONNX's text form, `Not (x) => (y) { … }`. One is used if it has as many inputs as the node.
         applies: Whether a node is to be replaced.
     """
     import onnx

@@ -1,9 +1,9 @@
-"""The walk over an ONNX graph, node by node, whatever framework it is lowered to.
+"""Walks an ONNX graph node by node to lower it to a framework.
 
 Requirements:
-* An operator is found by its name and opset version. One that the target has no function for is replaced by its
-  definition in ONNX's own standard, where that has one; else one line names it, and nothing is written.
-* What depends on constants alone is computed now, so that shapes are static wherever they can be.
+* An operator is found by its name and opset version. One without a lowering is replaced by its function body in the
+  ONNX standard, if it has one; else an error names it, and nothing is written.
+* What depends only on constants is computed at once, so that shapes are static where possible.
 * Functions of the model are inlined; the graphs of If, Loop and Scan see the values around them.
 """
 
@@ -26,18 +26,18 @@ if TYPE_CHECKING:
     import onnx
 
 Flow = Any
-"""What an edge carries: a `Value`, a list of them (an ONNX sequence), or None (an optional without content)."""
+"""What an edge carries: a `Value`, a list of them (an ONNX sequence), or None (an empty optional)."""
 
 Scope = dict[str, Flow]
 
-_FOLD_LIMIT = 1 << 24  # entries; a constant that is computed now is written into the artifact
+_FOLD_LIMIT = 1 << 24  # elements; folded constants are written into the artifact
 _DRAWING = {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial"}
 _NEVER_FOLDED = _DRAWING | {"If", "Loop", "Scan", "SequenceMap"}
 
 
 @dataclass(frozen=True)
 class Node:
-    """A node as an operator's function sees it."""
+    """A node, as it is passed to an operator's function."""
 
     proto: onnx.NodeProto
     version: int
@@ -51,15 +51,15 @@ class Node:
 
     @property
     def outputs(self) -> int:
-        """Number of outputs that the node names."""
+        """Number of outputs of the node."""
         return len(self.proto.output)
 
     def wants(self, index: int) -> bool:
-        """Whether the node's output `index` is asked for."""
+        """Whether the node's output `index` is used."""
         return index < self.outputs and bool(self.proto.output[index])
 
     def lower(self, op: str, *inputs: Flow, **attributes: Any) -> Any:
-        """What another operator of the same opset computes."""
+        """The result of another operator of the same opset."""
         operator = self.lowering.table.find("", op, self.version)
         if operator is None:
             raise self.unsupported(f"it is composed of {op}, and there is no lowering for that")
@@ -85,7 +85,7 @@ class Node:
 
 
 class Lowering:
-    """One model on its way to one framework."""
+    """The lowering of one model to one framework."""
 
     def __init__(self, ops: Backend, table: Operators, model: onnx.ModelProto) -> None:
         self.ops = ops
@@ -116,7 +116,7 @@ class Lowering:
         return [scope[output.name] for output in graph.output]
 
     def _weight(self, weight: onnx.TensorProto) -> Value:
-        """The same value whenever a subgraph is lowered again, so that its tensor is shared."""
+        """A constant's value, the same one whenever a subgraph is lowered again, so that its tensor is shared."""
         from onnx import numpy_helper
 
         key = (weight.name, id(weight))
@@ -133,7 +133,7 @@ class Lowering:
             outputs = self._expanded(node, inputs) if operator is None else self._lowered(node, operator, inputs)
         except UnsupportedOp:
             raise
-        except Exception as error:  # whatever the framework says, the reader wants to know of which node
+        except Exception as error:  # whatever the framework raises, the message must name the node
             shapes = ", ".join(str(value.shape) if isinstance(value, Value) else "-" for value in inputs)
             why = " ".join(str(error).split())[:300]
             raise node.unsupported(f"with inputs of shapes {shapes}: {type(error).__name__}: {why}") from error
@@ -141,7 +141,7 @@ class Lowering:
             if name:
                 scope[name] = self._refined(output, claims.get(name))
                 if isinstance(output, Value) and scope[name].rank is None:
-                    raise node.unsupported("how many axes its result has is not known before the run")
+                    raise node.unsupported("the rank of its result is not known before the run")
 
     def _lowered(self, node: Node, operator: Operator, inputs: list[Flow]) -> list[Flow]:
         attributes: Mapping[str, Any] = {each.name: _attribute(each) for each in node.proto.attribute}
@@ -164,7 +164,7 @@ class Lowering:
         return found
 
     def _folded(self, values: Callable[[], list[Flow]], given: Sequence[Flow]) -> list[Flow] | None:
-        """The outputs of constants, computed now; None where they are too large to be worth it."""
+        """The outputs for constant inputs, computed now; None if they are too large."""
 
         def outputs() -> list[Any]:
             return [value.tensor if isinstance(value, Value) and value.known is None else value for value in values()]
@@ -187,7 +187,7 @@ class Lowering:
         return Value(self.ops, value.tensor, sizes=sizes)
 
     def _refined(self, value: Flow, claim: onnx.ValueInfoProto | None) -> Flow:
-        """With the sizes that the exporter wrote down and that the framework could not infer."""
+        """Outputs with sizes that the exporter recorded and the framework could not infer."""
         if claim is None or not isinstance(value, Value) or value.known is not None or value.order:
             return value
         shape = value.shape
@@ -203,10 +203,10 @@ class Lowering:
         return Value(self.ops, self.ops.set_shape(value.tensor, merged), sizes=value.sizes)
 
     def _expanded(self, node: Node, inputs: list[Flow]) -> list[Flow]:
-        """An operator by the function that ONNX's standard defines it with.
+        """Lower an operator by its function body in the ONNX standard.
 
-        Not by `onnx.inliner`: that of the Paddle toolchain's ONNX (1.17) inlines a model's own functions only, and none
-        knows before the walk the types that a definition may depend on.
+        `onnx.inliner` is not used: in the Paddle toolchain's ONNX (1.17) it inlines only a model's own functions, and
+        none knows the types that a definition may depend on before the walk.
         """
         body, defaults = _definition(node, inputs)
         if body is None:
@@ -226,11 +226,11 @@ class Lowering:
 def call(operator: Operator, node: Node, inputs: Sequence[Flow], attributes: Mapping[str, Any]) -> Any:
     """Call an operator's function on a node.
 
-    Inputs of types that the framework hardly has kernels for are cast to a wider one, and the outputs that ONNX defines
-    to be of such an input's type are cast back to it.
+    Inputs of types with few kernels in the framework are cast to a wider type, and outputs that ONNX defines to have
+    such an input's type are cast back.
 
     Raises:
-        UnsupportedOp: the node has inputs or attributes that the function does not know.
+        UnsupportedOp: the node has inputs or attributes that the function does not support.
     """
     wider = [None if operator.narrow or not isinstance(x, Value) else node.ops.computed_in(x) for x in inputs]
     if all(dtype is None for dtype in wider):
@@ -259,7 +259,7 @@ def _bind(operator: Operator, node: Node, inputs: Sequence[Flow], attributes: Ma
 
 
 def _types(node: Node, cast: Sequence[np.dtype[Any] | None]) -> Mapping[int, np.dtype[Any]]:
-    """For each output that ONNX defines to be of the type of an input that was cast: which type that is."""
+    """The original type of each output that ONNX defines to have the type of an input that was cast."""
     import onnx
 
     schema: Any = onnx.defs.get_schema(node.proto.op_type, node.version, _domain(node.proto.domain))
@@ -279,12 +279,12 @@ def _narrowed(result: Any, dtype: np.dtype[Any] | None, node: Node) -> Any:
 
 
 def read(path: Path) -> onnx.ModelProto:
-    """An ONNX file with its weights, the functions that it brings along inlined."""
+    """Read an ONNX file with its weights, and inline its functions."""
     import onnx
     from onnx.external_data_helper import load_external_data_for_model
 
     model = onnx.load(path, load_external_data=False)
-    if model.functions:  # before the weights come: the inliner takes no more than 2 GB
+    if model.functions:  # before weights are loaded, since the inliner is limited to 2 GB
         from onnx.inliner import inline_local_functions
 
         model = inline_local_functions(model)
@@ -293,7 +293,7 @@ def read(path: Path) -> onnx.ModelProto:
 
 
 def _definition(node: Node, inputs: list[Flow]) -> tuple[Any, Mapping[str, onnx.AttributeProto]]:
-    """The function body of a node's operator, None where the standard has none, and its attributes' defaults."""
+    """The function body of a node's operator in the standard, or None, and its attributes' defaults."""
     import onnx
 
     try:
@@ -321,14 +321,14 @@ def _type(value: Flow) -> onnx.TypeProto:
     from onnx import helper
 
     if not isinstance(value, Value):
-        return onnx.TypeProto()  # a sequence, or an optional input that is not there: of no known type
+        return onnx.TypeProto()  # a sequence or a missing optional input has no known type
     return helper.make_tensor_type_proto(helper.np_dtype_to_tensor_dtype(value.dtype), value.shape)
 
 
 def _bound(
     proto: onnx.NodeProto, caller: onnx.NodeProto, defaults: Mapping[str, onnx.AttributeProto]
 ) -> onnx.NodeProto:
-    """A node of a function body with the attributes that it takes from its caller."""
+    """A node of a function body with the attributes that refer to its caller's."""
     import onnx
 
     if not any(attribute.ref_attr_name for attribute in proto.attribute):

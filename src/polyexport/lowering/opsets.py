@@ -1,7 +1,7 @@
-"""Older forms of operators as the forms of today, so that each operator has one function.
+"""Converts older forms of operators to the newest, so that each operator has one function.
 
-What an older opset has as an attribute and a newer one as an input becomes a constant input; a tensor that lay at an
-axis of the other one gets axes of size 1 behind its own; attributes that say nothing any more are dropped.
+Attributes that became inputs are converted to constant inputs; a second input with an `axis` attribute gets trailing
+axes of size 1; attributes that have no effect anymore are dropped.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ _BECAME_INPUTS: Mapping[str, tuple[int, Mapping[str, int]]] = {
     "Upsample": (9, {"scales": 1}),
     **{f"Reduce{name}": (18, {"axes": 1}) for name in _REDUCTIONS},
 }
-"""For each operator the opset since which some of its attributes are inputs, and the positions of these."""
+"""For each operator, the opset since which attributes are inputs, and the positions of those."""
 
 _DEFAULTS: Mapping[str, Mapping[str, Any]] = {"DFT": {"axis": 1}}
-"""Where an attribute that is not given is not the same as an input that is not given."""
+"""Operators for which a missing attribute differs from a missing input."""
 
 _OF_THE_DATA = {"min", "max", "value"}
-"""Attributes whose inputs have the type of the operator's first one."""
+"""Attributes that become inputs of the first input's type."""
 
 _AT_AN_AXIS = {"Add", "And", "Div", "Equal", "Greater", "Less", "Mul", "Or", "Pow", "Sub", "Xor"}
-"""Operators whose second input had an axis, before opset 7."""
+"""Operators whose second input was aligned by an `axis` before opset 7."""
 
 
 def current(
     op: str, version: int, inputs: list[Any], attributes: Mapping[str, Any]
 ) -> tuple[list[Any], Mapping[str, Any]]:
-    """Inputs and attributes of a node in the form that the newest opset has for them."""
+    """Inputs and attributes of a node in the newest opset's form."""
     given = {name: content for name, content in attributes.items() if name not in ("consumed_inputs", "is_test")}
     inputs = list(inputs)
     until, positions = _BECAME_INPUTS.get(op, (0, {}))
@@ -70,7 +70,7 @@ def _constant(name: str, content: Any, x: Value) -> Value:
 
 
 def _at_axis(x: Value, other: Value, axis: int) -> Value:
-    """The other tensor with as many axes of size 1 behind its own as the first one has behind them."""
+    """The second input with trailing axes of size 1, as many as the first one has after the aligned axes."""
     rank, own = x.rank or 0, other.rank or 0
     behind = range(own, rank - axis % max(rank, 1))
     if other.known is not None:

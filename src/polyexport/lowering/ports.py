@@ -1,7 +1,7 @@
-"""The names of an ONNX graph's inputs and outputs, set once the graph is there.
+"""Names of an ONNX graph's inputs and outputs, set after the export.
 
-Exporters name inner values after the operators that compute them (`linear`, `embedding`), and so do users their
-outputs. A graph's names are unique: the graph is made under names of ours, and gets the user's at the end.
+Exporters name inner values after operators (`linear`, `embedding`), and users may name their outputs the same. Names in
+a graph are unique, so the graph is exported with generated names, and gets the user's at the end.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 
 def inner(kind: str, count: int) -> list[str]:
-    """Names for a graph's inputs or outputs that no exporter gives to anything else; sorted, they keep their order."""
+    """Generated names for a graph's inputs or outputs, which no exporter uses and which sort in order."""
     return [f"polyexport_{kind}_{index:04}" for index in range(count)]
 
 
 def rename_ports(model: onnx.ModelProto, inputs: Mapping[str, str], outputs: Sequence[str]) -> None:
     """Rename inputs (old to new) and outputs (in order); an inner value that has one of the new names gets another.
 
-    An output that is an input, a weight or another output as well comes by an Identity of its own.
+    An output that is also an input, a weight or another output gets an Identity.
     """
     import onnx
 

@@ -1,7 +1,7 @@
-"""The contents of shapes, entry by entry, through the operators that models compute shapes with.
+"""Tracks the contents of shapes, element by element, through the operators that models compute shapes with.
 
-A rule takes what is known of a node's inputs and gives what is known of its output: an object array of `int` and None.
-A rule may raise whatever numpy raises where it does not apply; then nothing is known.
+A rule maps what is known of a node's inputs to what is known of its output: an object array of `int` and None.
+A rule may raise any error of numpy if it does not apply; then nothing is known.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Rule = Callable[..., Any]
 
 
 def infer(op: str, inputs: list[Value | None], attributes: Mapping[str, Any]) -> Sizes | None:
-    """What is known of the integers that a node computes; None where nothing is."""
+    """What is known of the integers that a node computes; None if nothing is."""
     rule = _RULES.get(op)
     if rule is None:
         return None

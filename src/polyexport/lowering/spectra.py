@@ -1,4 +1,4 @@
-"""What operators on signals compute from their parameters alone, by numpy."""
+"""Constants of signal operators, computed by numpy."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 LARGEST_TABLE = 1 << 22
-"""Entries; a Fourier transform with a larger one is left to the framework's own."""
+"""The largest matrix in elements; a larger Fourier transform is left to the framework's own."""
 
 
 def fourier_table(have: int, points: int, wanted: int, *, parts: int, inverse: bool = False) -> np.ndarray | None:

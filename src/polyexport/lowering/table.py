@@ -26,7 +26,7 @@ Int = Annotated[int, "known before the run"]
 
 
 class UnsupportedOp(Exception):
-    """An operator, or a use of one, that the lowering does not carry; the message names node and opset."""
+    """An operator, or a use of one, that the lowering does not support; the message names node and opset."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +35,9 @@ class Operator:
 
     Attributes:
         function: See the module's docstring.
-        signature: Of the function.
+        signature: The function's signature.
         known: The inputs that must be known before the run, and whether each is a single integer.
-        narrow: Whether it takes all element types itself, even those that the framework hardly has kernels for.
+        narrow: Whether it supports all element types itself, even those with few kernels in the framework.
     """
 
     function: Function
@@ -51,10 +51,10 @@ class Operator:
 
 
 class Operators:
-    """The operators that one framework has functions for, and those that it shares with the others.
+    """The operators of one framework, and those shared by all frameworks.
 
     Args:
-        shared: What is looked up too; complete when this table is made.
+        shared: The table of shared operators, complete when this one is made.
     """
 
     def __init__(self, shared: Operators | None = None) -> None:
@@ -63,10 +63,10 @@ class Operators:
             self._table = {name: dict(versions) for name, versions in shared._table.items()}
 
     def op(self, *names: str, since: int = 1, domain: str = "", narrow: bool = False) -> Callable[[F], F]:
-        """Declare the function of one operator, or of several that differ in nothing but their name.
+        """Register the function of one operator, or of several that differ only in their name.
 
         Raises:
-            ValueError: one of them has a function for this opset version already.
+            ValueError: one of them already has a function for this opset version.
         """
 
         def declare(function: F) -> F:
@@ -76,7 +76,7 @@ class Operators:
         return declare
 
     def elementwise(self, *names: str, since: int = 1) -> Callable[[F], F]:
-        """Declare an operator that works element by element: its function gets tensors, stored all in one order."""
+        """Register an element-wise operator: its function gets tensors that are all stored in one order."""
 
         def declare(function: F) -> F:
             self._add(names, since, "", _operator(_aligned(function), function, False))
@@ -85,7 +85,7 @@ class Operators:
         return declare
 
     def functions(self, **named: Callable[[Tensor], Tensor]) -> None:
-        """Declare functions of one tensor that work element by element, by their operators' names."""
+        """Register element-wise functions of one tensor, by their operators' names."""
         for name, function in named.items():
             self.elementwise(name)(_unary(function))
 
@@ -115,7 +115,7 @@ def _operator(function: Function, declared: Function, narrow: bool) -> Operator:
 
 
 def _unary(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """With a signature of one tensor, since frameworks' own functions have further parameters."""
+    """A function of one tensor, since frameworks' functions have further parameters."""
 
     def apply(x: Tensor) -> Tensor:
         return function(x)
@@ -135,6 +135,6 @@ def _aligned(function: Function) -> Function:
 
 
 def integers(value: Value, single: bool) -> int | list[int] | None:
-    """The content of an input that must be known before the run; None where it is not."""
+    """The content of an input that must be known before the run; None if it is not."""
     found = static(value)
     return found[0] if single and found else found

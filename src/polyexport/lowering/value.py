@@ -1,8 +1,8 @@
-"""What flows along the edges of a graph while it is lowered.
+"""The values on the edges of a graph while it is lowered.
 
 Requirements:
-* What is known while lowering stays known: constants are numpy arrays until an operator wants a tensor, and the
-  contents of shapes are followed entry by entry, so that a dynamic batch leaves the other sizes static.
+* Known values stay known: constants are numpy arrays until an operator needs a tensor, and the
+  contents of shapes are tracked element by element, so that a dynamic batch leaves the other sizes static.
 * Layout is lazy: a tensor is stored in any order of its axes, and is transposed only for an operator that asks for
   another one. Transposes that meet cancel, whether they come from the model or from a convolution's layout.
 """
@@ -41,7 +41,7 @@ class Value:
 
     @property
     def shape(self) -> tuple[int | None, ...] | None:
-        """Static sizes; None for a dynamic one, None altogether where not even the rank is known."""
+        """Static sizes; None for a dynamic one, None if not even the rank is known."""
         if self.known is not None:
             return tuple(self.known.shape)
         stored = self.backend.shape(self._stored)
@@ -61,21 +61,21 @@ class Value:
 
     @property
     def order(self) -> Order | None:
-        """How it is stored; None where its axes lie as ONNX counts them."""
+        """The order of the stored axes; None if it is ONNX's."""
         return None if self._order is None or self._order == tuple(sorted(self._order)) else self._order
 
     @property
     def stored(self) -> Tensor:
-        """The tensor as it lies, in `order`."""
+        """The tensor as it is stored, in `order`."""
         return self.backend.constant(self.known) if self.known is not None else self._stored
 
     @property
     def tensor(self) -> Tensor:
-        """The tensor with its axes as ONNX counts them."""
+        """The tensor with its axes in ONNX's order."""
         return self.stored if self.order is None else self.in_order(tuple(sorted(self.order)))
 
     def in_order(self, order: Order) -> Tensor:
-        """The tensor stored in another order; transposed once, however often it is asked for."""
+        """The tensor stored in another order; transposed only once."""
         if self.known is not None:
             return self.backend.constant(self.known.transpose(order))
         have = self._order or tuple(range(len(order)))
@@ -88,7 +88,7 @@ class Value:
         return self._transposed[key]
 
     def permuted(self, permutation: Sequence[int]) -> Value:
-        """ONNX's Transpose: nothing moves, only the count of the axes changes."""
+        """ONNX's Transpose: only the order is changed, and nothing is moved."""
         if self.known is not None:
             return Value(self.backend, known=self.known.transpose(permutation))
         have = self._order or tuple(range(len(permutation)))
@@ -105,7 +105,7 @@ class Value:
         return Value(self.backend, self.backend.unsqueeze(self.tensor, range(missing)))
 
     def cast(self, dtype: np.dtype[Any]) -> Value:
-        """In another type, now where it is known."""
+        """Cast to another type, now if it is known."""
         if self.dtype == dtype:
             return self
         if self.known is not None:
@@ -113,14 +113,14 @@ class Value:
         return Value(self.backend, self.backend.cast(self._stored, dtype), self._order)
 
     def without(self, gone: Sequence[int]) -> Order | None:
-        """How what is left is stored when some axes are gone."""
+        """The order of the remaining axes when some are removed."""
         if self.order is None:
             return None
         left = [axis for axis in self.order if axis not in gone]
         return tuple(sorted(left).index(axis) for axis in left)
 
     def placed(self, axis: int) -> int:
-        """Where an axis, negative ones included, lies in the stored tensor."""
+        """The position of an axis, which may be negative, in the stored tensor."""
         if axis < 0:
             axis += len(self.shape or ())
         return axis if self._order is None else self._order.index(axis)

@@ -1,6 +1,6 @@
-"""Where the windows of convolutions and pools lie, whatever framework runs them.
+"""The windows of convolutions and pools, for any framework.
 
-A size is an `int` where it is known, else a scalar tensor of the target framework, whose operators Python's call.
+A size is an `int` if it is known, else a scalar tensor of the target framework.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from polyexport.lowering.backend import Backend
 
 Sides = list[tuple[Any, Any]]
-"""How much is padded, or cut, before and after each spatial axis."""
+"""How much is padded, or cropped, before and after each spatial axis."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,7 @@ class Windows:
         strides: From the start of one window to the next.
         dilations: From one entry of a window to the next.
         sides: The padding that the model asks for.
-        tails: What is missing after that padding for a last window that `ceil_mode` asks for.
+        tails: Extra padding after that for the last window of `ceil_mode`.
     """
 
     kernel: list[int]
@@ -41,11 +41,11 @@ class Windows:
 
 
 Along = Callable[[Any, int, Windows], list[Any]]
-"""Of a tensor, for every entry of the kernel along one spatial axis, what it meets in all windows."""
+"""For every element of the kernel along one spatial axis, the tensor's elements at it in all windows."""
 
 
 def window_entries(data: Any, where: Windows, along: Along) -> list[Any]:
-    """For every entry of the kernel what it meets in all windows."""
+    """For every element of the kernel, the elements of all windows at it."""
     found = [data]
     for axis in range(len(where.kernel)):
         found = [each for part in found for each in along(part, axis, where)]
@@ -53,7 +53,7 @@ def window_entries(data: Any, where: Windows, along: Along) -> list[Any]:
 
 
 def reduce_windows(data: Any, where: Windows, along: Along, combine: Callable[[Any, Any], Any]) -> Any:
-    """One value a window, one axis after the other: by a maximum or a sum, which take entries in any order."""
+    """One value per window, one axis after the other: by a maximum or a sum, which are independent of order."""
     for axis in range(len(where.kernel)):
         data = functools.reduce(combine, along(data, axis, where))
     return data
@@ -70,7 +70,7 @@ def windows(
     auto_pad: str = "NOTSET",
     ceil_mode: int = 0,
 ) -> Windows:
-    """The windows over axes of some sizes that an ONNX node's attributes, as ONNX names them, ask for."""
+    """The windows over axes of given sizes, by the attributes of an ONNX node."""
     count = len(kernel_shape)
     strides, dilations = strides or [1] * count, dilations or [1] * count
     reach = spans(kernel_shape, dilations)
@@ -83,7 +83,7 @@ def windows(
 
 
 def spans(kernel: Sequence[int], dilations: Sequence[int]) -> list[int]:
-    """From the first to behind the last entry of a window, along each axis."""
+    """The extent of a window along each axis, dilation included."""
     return [(k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True)]
 
 
@@ -118,7 +118,7 @@ def _not_negative(ops: Backend, amount: Any) -> Any:
 
 
 def _tail(ops: Backend, size: Any, span: int, stride: int, before: Any, after: Any) -> Any:
-    """What is missing for the last window, which must begin inside the axis or in the padding before it."""
+    """The extra padding for the last window, which must begin inside the axis or in the padding before it."""
     wanted = -(-(size + before + after - span) // stride) + 1
     starts = (size + before - 1) // stride + 1
     count = wanted - _not_negative(ops, wanted - starts)
@@ -138,8 +138,8 @@ def transposed_windows(
 ) -> tuple[Windows, list[Any]]:
     """The windows of a transposed convolution, and the sizes of its whole result.
 
-    Of that, `sides` falls away before and after each axis; `tails` is the node's `output_padding`, which counts as if
-    it lay behind the whole result. `output_shape` may begin with batch and channels.
+    `sides` is cropped before and after each axis; `tails` is the node's `output_padding`, which is added after the
+    whole result. `output_shape` may begin with batch and channels.
     """
     count = len(kernel_shape)
     strides, dilations = list(strides or [1] * count), list(dilations or [1] * count)

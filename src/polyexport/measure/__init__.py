@@ -1,1 +1,1 @@
-"""Does an artifact agree with PyTorch, and how fast is it?"""
+"""Whether an artifact agrees with PyTorch, and how fast it is."""

@@ -11,10 +11,10 @@ from typing import Literal
 from polyexport.errors import BadRequest
 
 Mode = Literal["min", "max"]
-"""Whether less of a metric is better, or more; the words of Lightning's `ModelCheckpoint`."""
+"""Whether a lower or a higher metric is better, as in Lightning's `ModelCheckpoint`."""
 
 Metrics = Mapping[str, float | None]
-"""What was measured, by name; None where it was no finite number."""
+"""Metrics by name; None if a value is not a finite number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,11 +22,11 @@ class Budget:
     """How much worse a metric may be than PyTorch's, and which way is worse.
 
     Attributes:
-        most: The difference that is allowed, or as a text a share of PyTorch's value: `"2%"`.
-        mode: Whether a better value is smaller or greater; None where whoever is asked has to know.
+        most: The allowed difference, or as a string a share of PyTorch's value: `"2%"`.
+        mode: Whether a lower or a higher value is better; None to take it from the trainer's callbacks.
 
     Raises:
-        BadRequest: it is no such number.
+        BadRequest: a value is impossible.
     """
 
     most: float | str
@@ -34,12 +34,14 @@ class Budget:
 
     def __post_init__(self) -> None:
         if not (_is_share(self.most) or (_is_number(self.most) and float(self.most) >= 0)):
-            raise BadRequest(f"budget {self.most!r}; give how much worse it may be, as 0.01, or a share of it, as '2%'")
+            raise BadRequest(
+                f"budget {self.most!r}; give how much worse the metric may be, such as 0.01, or a share, such as '2%'"
+            )
         if self.mode not in (None, "min", "max"):
-            raise BadRequest(f"budget mode={self.mode!r}; known: 'min' where less is better, 'max' where more is")
+            raise BadRequest(f"budget mode={self.mode!r}; known: 'min' if lower is better, 'max' if higher is")
 
     def allowed(self, beside: float) -> float:
-        """The difference that is allowed from PyTorch's value."""
+        """The allowed difference from PyTorch's value."""
         return abs(beside) * float(self.most.strip(" %")) / 100 if isinstance(self.most, str) else self.most
 
     def __str__(self) -> str:
@@ -55,14 +57,14 @@ def _is_number(value: object) -> bool:
 
 
 Given = Budget | float | str
-"""A budget as it is given: 0.01 and `"2%"` leave it open which way is better."""
+"""A budget as the user gives it: 0.01 and `"2%"` have no mode."""
 
 
 def budgets(given: Mapping[str, Given] | None) -> dict[str, Budget]:
     """The budgets by metric.
 
     Raises:
-        BadRequest: one is no number, or no mapping was given.
+        BadRequest: a value is not a budget, or `given` is not a mapping.
     """
     if not isinstance(given or {}, Mapping):
         raise BadRequest(f"budget={given!r}; give a metric's name and how much worse it may be: {{'val_acc': 0.01}}")
@@ -70,23 +72,23 @@ def budgets(given: Mapping[str, Given] | None) -> dict[str, Budget]:
 
 
 def directed(budgets: Mapping[str, Budget], known: Mapping[str, Mode]) -> dict[str, Budget]:
-    """The budgets with the mode that is `known` of a metric, where they have none.
+    """The budgets, with modes from `known` where they have none.
 
     Raises:
-        BadRequest: nothing tells which way a metric is better.
+        BadRequest: the mode of a metric is unknown.
     """
     made = {name: replace(each, mode=each.mode or known.get(name)) for name, each in budgets.items()}
     for name, each in made.items():
         if each.mode is None:
             raise BadRequest(
-                f"nothing tells which way {name} is better; give "
-                f"budget={{{name!r}: Budget({each.most!r}, mode='max')}} where more is, mode='min' where less is"
+                f"it is unknown which way {name} is better; give "
+                f"budget={{{name!r}: Budget({each.most!r}, mode='max')}} if higher is, mode='min' if lower is"
             )
     return made
 
 
 def unknown(budgets: Mapping[str, Budget], measured: Metrics) -> str:
-    """What to say where a budget is for a metric that was not measured; empty where each was."""
+    """A message about budgets for metrics that were not measured; empty if all were."""
     lacking = [name for name in budgets if name not in measured]
     if not lacking:
         return ""
@@ -94,7 +96,7 @@ def unknown(budgets: Mapping[str, Budget], measured: Metrics) -> str:
 
 
 def losses(budgets: Mapping[str, Budget], reference: Metrics, found: Metrics) -> dict[str, float | None]:
-    """How much worse each metric is than PyTorch's: negative where it is better, None where one is no number."""
+    """How much worse each metric is than PyTorch's: negative if it is better, None if either is not a number."""
     return {name: _loss(each, reference.get(name), found.get(name)) for name, each in budgets.items()}
 
 
@@ -105,7 +107,7 @@ def _loss(budget: Budget, reference: float | None, found: float | None) -> float
 
 
 def overdrawn(budgets: Mapping[str, Budget], reference: Metrics, found: Metrics) -> str:
-    """Which metrics are outside of their budget, with both values; empty where none is."""
+    """A message about metrics outside their budget, with both values; empty if there are none."""
     lost = losses(budgets, reference, found)
     return "; ".join(
         f"{name} is {_shown(found.get(name))}, PyTorch has {_shown(reference.get(name))}, the budget is {each}"
@@ -115,7 +117,7 @@ def overdrawn(budgets: Mapping[str, Budget], reference: Metrics, found: Metrics)
 
 
 _ROUNDOFF = 1e-6
-"""Share of the metric's value by which a sum of float32 may differ though nothing was lost."""
+"""Share of the metric's value by which rounding in float32 alone may change it."""
 
 
 def _is_within(budget: Budget, lost: float | None, beside: float | None) -> bool:

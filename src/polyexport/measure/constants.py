@@ -1,7 +1,7 @@
-"""What forward receives beside tensors, which every artifact keeps as it is in the first batch: a constant.
+"""Arguments of forward that are not tensors: every artifact has their values of the first batch as constants.
 
-A number, a word or a switch is the model's configuration. An array is data, and so is whatever another batch has
-otherwise: if forward reads it, artifacts are right for its first value only.
+A number, a string or a flag is configuration of the model. An array is data, and so is any value that differs in
+another batch: if forward reads it, artifacts are right only for its first value.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ _ADVICE = "give inputs=<a function of the batch> that makes it a tensor"
 
 @dataclass(frozen=True, slots=True)
 class Frozen:
-    """What artifacts cannot be given, though forward reads it.
+    """The arguments that forward reads but that are constants in artifacts.
 
     Attributes:
-        notes: On arrays.
-        narrow: Why artifacts are right for the first batch's constants only; empty where no other ones were seen.
+        notes: Notes on arrays.
+        narrow: Why artifacts are right only for the first batch's constants; empty if no others were seen.
     """
 
     notes: tuple[str, ...] = ()
@@ -35,9 +35,10 @@ class Frozen:
 
 
 def frozen(source: Path, model: Any, outputs: Arrays, within: Callable[[Runner], Runner]) -> Frozen:
-    """What forward of the flat `model` of `source` reads beside tensors; `outputs` are its answers to the first batch.
+    """Find the constants that forward of the flat `model` of `source` reads.
 
-    `within` is the setting in which they were computed. Of a trace, whose constants are written down, nothing is known.
+    `outputs` are the model's for the first batch, and `within` sets up the context in which they were computed. Nothing
+    is found for a trace, which has no such arguments.
     """
     if not hasattr(model, "inner"):
         return Frozen()
@@ -50,25 +51,25 @@ def frozen(source: Path, model: Any, outputs: Arrays, within: Callable[[Runner],
         if found := _culprits(reads, other):
             had = ", ".join(f"{name}={_told(first[name])}" for name in found)
             has = ", ".join(_told(other[name]) for name in found)
-            why = f"right for {had} only: forward reads it, it is no tensor, and it is {has} in batch {index}"
+            why = f"right for {had} only: forward reads it, it is not a tensor, and it is {has} in batch {index}"
             return Frozen(narrow=f"{why}; {_ADVICE}")
     arrays = {name: _changed(value) for name, value in first.items() if _holds_numbers(value)}
     return Frozen(
         tuple(
-            f"forward reads {name}, a numpy array, whose numbers are constants in every artifact; {_ADVICE}"
+            f"forward reads {name}, a numpy array, which becomes a constant in every artifact; {_ADVICE}"
             for name in _culprits(reads, arrays)
         )
     )
 
 
 _TRIED = 3
-"""How many further batches are looked at."""
+"""How many further batches are checked."""
 _NAMED = 4
-"""How many constants are told of."""
+"""How many constants are reported."""
 
 
 def _culprits(reads: Callable[[Mapping[str, Any]], bool], changed: Mapping[str, Any]) -> list[str]:
-    """Those of the changed constants that forward reads, or the first few of them."""
+    """The changed constants that forward reads, at most the first few."""
     if not changed or not reads(changed):
         return []
     alone = [name for name in list(changed)[:_SINGLY] if reads({name: changed[name]})]
@@ -81,12 +82,12 @@ _SINGLY = 16
 def _reads(
     model: Any, call: Any, outputs: Arrays, within: Callable[[Runner], Runner], changed: Mapping[str, Any]
 ) -> bool:
-    """Whether forward answers otherwise, or not at all, where some constants are others."""
+    """Whether forward returns something else, or fails, with the changed constants."""
     other = flat(model.inner, *with_constants(model.inner.forward, call, changed))
     other.within, other.kept = model.within, tuple(outputs)
     try:
         answer = within(as_runner(other))(to_arrays(other.input_names, other.example))
-    except Exception:  # forward is the user's, and another value may be none for it
+    except Exception:  # forward is the user's, and may refuse another value
         return True
     return not all(
         np.array_equal(answer[name], array, equal_nan=array.dtype.kind in "fc") for name, array in outputs.items()
@@ -96,7 +97,7 @@ def _reads(
 def _constants(model: Any, path: Path) -> dict[str, Any]:
     try:
         return constants(model.inner.forward, *snapshot.restore(path))
-    except Exception:  # as in `_other_batches`, a call of another kind is left out
+    except Exception:  # a call with other arguments is left out, as in `_other_batches`
         return {}
 
 
@@ -105,7 +106,7 @@ def _holds_numbers(value: Any) -> bool:
 
 
 def _changed(array: np.ndarray) -> np.ndarray:
-    """Other numbers in its place."""
+    """An array of other numbers."""
     found: np.ndarray = ~array if array.dtype.kind == "b" else array + array.dtype.type(1)
     return found
 
@@ -115,7 +116,7 @@ def _same(one: Any, other: Any) -> bool:
         return type(one) is type(other) and bool(np.array_equal(one, other))
     try:
         return type(one) is type(other) and (not isinstance(one, _PLAIN) or bool(one == other))
-    except Exception:  # an object of the user's own need not be comparable
+    except Exception:  # the user's objects may not be comparable
         return True
 
 

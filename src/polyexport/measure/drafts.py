@@ -1,4 +1,4 @@
-"""Which of several ways to quantize a model is kept, and which layers go back to float: what the outputs tell."""
+"""Chooses between ways to quantize a model, and which layers stay in float, by the error of the outputs."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ import numpy as np
 from polyexport.spec import Arrays
 
 NEAR = 0.05
-"""Relative error of the outputs up to which nothing more is tried."""
+"""Relative error of the outputs below which nothing more is tried."""
 
 SHARES = (1 / 8, 1 / 4, 1 / 2)
 """The costliest eighth of the layers is put back to float, then the costliest quarter, then half of them."""
 
 _SECONDS = 120.0
-"""How long the cost of single layers is looked for; a large model has more than fit."""
+"""Time for measuring the cost of single layers; for a large model it is enough for some of them."""
 
 
 _WRAPPER = "inner."
-"""What the names of a module's own parts begin with in what is exported, see `capture.flatten`."""
+"""Prefix of the names of the module's own submodules in what is exported, see `capture.flatten`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,10 +31,10 @@ class Draft:
     """A quantized model.
 
     Attributes:
-        model: In its framework's own form.
-        how: In which way it was made.
-        error: How far its outputs are from the float model's, see `distance`.
-        kept: The layers that stay in float on purpose.
+        model: The model, in its framework's type.
+        how: The way it was quantized.
+        error: The error of its outputs, see `distance`.
+        kept: The layers that were kept in float on purpose.
     """
 
     model: Any
@@ -45,7 +45,7 @@ class Draft:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """A layer, what it is called in a report, and the error of the outputs where it alone is quantized."""
+    """A layer, its name in the report, and the error of the outputs if only it is quantized."""
 
     layer: str
     called: str
@@ -53,7 +53,7 @@ class Cost:
 
 
 def distance(expected: Iterable[Arrays], found: Iterable[Arrays]) -> float:
-    """Norm of the errors of all float outputs, each relative to that of the output; infinite where one is NaN."""
+    """Norm of the errors of all float outputs, each relative to the output's norm; infinite if one is NaN."""
     least = float(np.finfo(np.float32).tiny)
     errors = [
         float(np.linalg.norm(theirs[name] - array)) / max(float(np.linalg.norm(array)), least)
@@ -65,7 +65,7 @@ def distance(expected: Iterable[Arrays], found: Iterable[Arrays]) -> float:
 
 
 def best(drafts: Iterable[Draft]) -> Draft:
-    """The draft whose outputs are the nearest."""
+    """The draft with the smallest error."""
     return min(drafts, key=lambda each: each.error)
 
 
@@ -75,13 +75,13 @@ def mended(
     make: Callable[[Sequence[str], Sequence[str]], Draft],
     share: float = 0.0,
 ) -> tuple[Draft, str]:
-    """The best draft, after layers that cost the most were put back to float where it is far; and what was done.
+    """The best draft, in which the costliest layers are kept in float if the error is large; and a note on that.
 
     Args:
-        drafts: What was made so far.
-        layers: Those that can be kept in float, and what each is called in a report.
-        make: `make(kept, alone)` quantizes all layers but `kept`, or where it is given `alone`, on the first batch.
-        share: Of the layers that are put back to float, however near the drafts are; 0 where that decides.
+        drafts: The models made so far.
+        layers: The layers that can be kept in float, each with its name in the report.
+        make: `make(kept, alone)` quantizes all layers but `kept`, or only `alone` if that is given, on the first batch.
+        share: The share of the layers that are kept in float, however small the error is; 0 to decide by the error.
     """
     if best(drafts).error <= NEAR and not share:
         return best(drafts), ""
@@ -96,11 +96,11 @@ def mended(
         f"{each.called.removeprefix(_WRAPPER)} ({each.error:.1%})" for each in costs if each.layer in chosen.kept
     )
     errors = ", then ".join(f"{each.error:.1%}" for each in (best(drafts), *rounds))
-    return chosen, f"back to float32, by the error that each makes alone: {kept} (error of the outputs {errors})"
+    return chosen, f"kept in float32, each with the error that it alone causes: {kept} (error of the outputs: {errors})"
 
 
 def _costs(layers: Mapping[str, str], make: Callable[[Sequence[str], Sequence[str]], Draft]) -> list[Cost]:
-    """The costliest first, of as many as fit in `_SECONDS`."""
+    """The costs of as many layers as fit in `_SECONDS`, the highest first."""
     start, found = time.monotonic(), []
     for layer, called in layers.items():
         if time.monotonic() - start < _SECONDS:
@@ -111,7 +111,7 @@ def _costs(layers: Mapping[str, str], make: Callable[[Sequence[str], Sequence[st
 def _rounds(
     costs: Sequence[Cost], make: Callable[[Sequence[str], Sequence[str]], Draft], shares: Iterable[float]
 ) -> Iterator[Draft]:
-    """Drafts with more and more of the costliest layers in float, until one is near."""
+    """Drafts with more and more of the costliest layers in float, until the error is small."""
     for count in sorted({math.ceil(len(costs) * share) for share in shares} - {0}):
         draft = make([each.layer for each in costs[:count]], ())
         yield draft

@@ -1,4 +1,4 @@
-"""Which axes of a module's inputs are dynamic, and at which sizes that is proven."""
+"""Which axes of a module's inputs are dynamic, and the sizes at which that is verified."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 
 from polyexport.errors import BadRequest, line
-from polyexport.spec import Arrays, ExportSpec, Runner, TensorSpec
+from polyexport.spec import Arrays, ExportSpec, Runner, TensorSpec, repeated
 
 Dynamic = bool | Mapping[str, Mapping[int, str]]
 """Which input axes are dynamic: True for the batch axis and all whose size differs between batches, False for none, or
@@ -19,7 +19,7 @@ Axes = Mapping[str, Mapping[int, str]]
 
 
 def chosen(inputs: Arrays, others: Sequence[Arrays], dynamic: Dynamic) -> Axes:
-    """Input name -> {axis: name}, for the axes that are to be dynamic; `others` are the inputs of further batches."""
+    """The dynamic axes as input name -> {axis: name}; `others` are the inputs of further batches."""
     if isinstance(dynamic, Mapping):
         return _asked(inputs, dynamic)
     return _found(inputs, others) if dynamic else {}
@@ -38,13 +38,13 @@ def _asked(inputs: Arrays, dynamic: Mapping[str, Mapping[int, str]]) -> Axes:
 
 
 def _found(inputs: Arrays, others: Sequence[Arrays]) -> Axes:
-    """The batch axis, and every axis whose size differs between batches; those of equal size in each have one name."""
+    """The batch axis, and every axis whose size differs between batches; axes of equal sizes share a name."""
     names: dict[tuple[int, ...], str] = {}
     axes: dict[str, dict[int, str]] = {}
     for name, array in inputs.items():
         for axis in range(array.ndim):
             sizes = tuple(batch[name].shape[axis] for batch in (inputs, *others))
-            names = names or {sizes: BATCH}  # the first axis of the first input that has one
+            names = names or {sizes: BATCH}  # the first axis of the first input that has axes
             if len(set(sizes)) > 1 or (axis == 0 and sizes in names):
                 axes.setdefault(name, {})[axis] = names.setdefault(sizes, f"{name}_axis_{axis}")
     return axes
@@ -67,7 +67,7 @@ def varying(inputs: Arrays, others: Sequence[Arrays], axes: Axes) -> dict[str, d
 
 
 def fitting(batch: Arrays, inputs: Arrays, axes: Axes) -> dict[str, int] | None:
-    """Size of each named axis in another batch; None where it differs from `inputs` in an axis that has no name."""
+    """Size of each named axis in another batch; None if it differs from `inputs` in a static axis."""
     sizes: dict[str, int] = {}
     for name, array in inputs.items():
         for axis, size in enumerate(array.shape):
@@ -85,27 +85,28 @@ def sizes_of(inputs: Arrays, axes: Axes) -> dict[str, int]:
         for axis, called in named.items():
             size = inputs[name].shape[axis]
             if sizes.setdefault(called, size) != size:
-                raise BadRequest(f"dynamic: {called!r} is {sizes[called]} in one input and {size} in {name}")
+                raise BadRequest(
+                    f"dynamic: the axis {called!r} has size {sizes[called]} in one input and {size} in {name}"
+                )
     return sizes
 
 
 def resized(inputs: Arrays, axes: Axes, sizes: Mapping[str, int]) -> Arrays:
-    """The same inputs at other sizes: rows are taken in turn, so that every row is a real one."""
+    """The same inputs at other sizes: rows are repeated in order, so that every row is a real one; zeros if none is."""
     batch = dict(inputs)
     for name, named in axes.items():
         for axis, called in named.items():
-            rows = np.arange(sizes[called]) % inputs[name].shape[axis]
-            batch[name] = np.take(batch[name], rows, axis)
+            batch[name] = repeated(batch[name], axis, sizes[called])
     return batch
 
 
 def one_row(inputs: Arrays, spec: ExportSpec) -> Arrays | None:
-    """A batch's first row; None where it has one only, its first axis is fixed, or first axes are of several kinds."""
+    """A batch's first row; None if it has only one, its first axis is static, or first axes have different names."""
     return first_rows(inputs, spec, 1)
 
 
 def first_rows(inputs: Arrays, spec: ExportSpec, count: int) -> Arrays | None:
-    """A batch's first rows; None where it has no more, its first axis is fixed, or first axes are of several kinds."""
+    """A batch's first rows; None if it has no more, its first axis is static, or first axes have different names."""
     axes = {tensor.name: tensor.dynamic for tensor in spec.inputs}
     leading = {called for named in axes.values() for axis, called in named.items() if axis == 0}
     if len(leading) != 1 or spec.sizes[called := leading.pop()] <= count:
@@ -114,9 +115,9 @@ def first_rows(inputs: Arrays, spec: ExportSpec, count: int) -> Arrays | None:
 
 
 def _candidates(axes: Axes, sizes: Mapping[str, int]) -> Iterator[dict[str, int]]:
-    """Sizes to try beside those of the validation batch: small batches, other axes doubled, halved and as they are.
+    """Sizes to try besides those of the validation batch: small batches, with other axes doubled, halved and unchanged.
 
-    At last greater ones: the nodes of a graph may grow, but not vanish under its edges.
+    Larger ones come last: a graph may get more nodes, but not fewer than its edges refer to.
     """
     leading = {called for named in axes.values() for axis, called in named.items() if axis == 0}
     scales: tuple[Callable[[int], int], ...] = (lambda n: 2 * n, lambda n: max(n // 2, 1), lambda n: n)
@@ -125,7 +126,7 @@ def _candidates(axes: Axes, sizes: Mapping[str, int]) -> Iterator[dict[str, int]
         for index, rows in enumerate((1, 3, 2, 5))
         for scale in (scales[index:] if len(leading) < len(sizes) else scales[2:])
     ]
-    for more in (1, 2):  # not twice as many, which a fixed batch may happen to divide
+    for more in (1, 2):  # not doubled, since a fixed batch size might divide that
         candidates.append({called: size + more if called in leading else size for called, size in sizes.items()})
     yielded = [dict(sizes)]
     for tried in candidates:
@@ -137,7 +138,7 @@ def _candidates(axes: Axes, sizes: Mapping[str, int]) -> Iterator[dict[str, int]
 def further(
     run: Runner, inputs: Arrays, outputs: Arrays, axes: Axes, sizes: Mapping[str, int]
 ) -> tuple[list[tuple[dict[str, int], Arrays]], str]:
-    """Two further batches with their reference outputs, or the reason why the module itself cannot run them."""
+    """Two further batches with their reference outputs, or the reason why the module cannot run other sizes."""
     found: list[tuple[dict[str, int], Arrays]] = []
     why = ""
     for tried in _candidates(axes, sizes):
@@ -153,10 +154,10 @@ def further(
 
 
 def answered(run: Runner, batch: Arrays, outputs: Arrays, where: str) -> Arrays | str:
-    """What the module answers, if that has the names and ranks of `outputs`; else what it does `where`."""
+    """The module's outputs if they have the names and ranks of `outputs`; else a reason that says `where`."""
     try:
         answer = run(batch)
-    except Exception as error:  # forward is the user's; whatever it raises here means that it cannot do it
+    except Exception as error:  # forward is the user's, and any exception means that it cannot run this
         return f"PyTorch itself fails at {where}: {line(error, 200)}"
     ranks = {name: (array.ndim, outputs[name].ndim) for name, array in answer.items() if name in outputs}
     if answer.keys() != outputs.keys() or any(here != there for here, there in ranks.values()):
@@ -165,14 +166,14 @@ def answered(run: Runner, batch: Arrays, outputs: Arrays, where: str) -> Arrays 
 
 
 def describe(name: str, array: np.ndarray, named: Mapping[int, str]) -> TensorSpec:
-    """The signature of an array, its dynamic axes `named`."""
+    """The signature of an array whose dynamic axes are `named`."""
     return TensorSpec(name, str(array.dtype), tuple(named.get(axis, size) for axis, size in enumerate(array.shape)))
 
 
 def describe_outputs(
     outputs: Arrays, sizes: Mapping[str, int], further: Sequence[tuple[Mapping[str, int], Arrays]]
 ) -> tuple[tuple[TensorSpec, ...], dict[str, int]]:
-    """Outputs with the axes named that changed with the batch, and the sizes of those that follow no input axis."""
+    """Signatures of outputs, with names for the axes that changed, and the sizes of axes that follow no input axis."""
     described, own = [], {}
     for name, array in outputs.items():
         named: dict[int, str] = {}

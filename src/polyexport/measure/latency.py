@@ -1,4 +1,4 @@
-"""How long one call takes. Pure functions over callables and samples; the machine's clock is an argument."""
+"""Latency of one call. Pure functions over callables and samples; the clock is an argument."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ MIN_SAMPLES = 100
 ROUNDS = 5
 
 SECONDS = 10.0
-"""How long all calls of one runtime may take; one that has begun is finished. Loading is not among them."""
+"""Time for all calls of one runtime, without loading; the last call may exceed it."""
 
 QUIET = 0.2
-"""Share of its time that a runtime may have waited for others, by the median, on a machine that passes for quiet.
+"""The greatest median share of time that runtimes may wait for a processor on a machine that counts as idle.
 
-Two cores with nothing else to do gave 0.03 to 0.08, and with two busy programs 0.3.
+An idle machine with two cores gave 0.03 to 0.08, and one with two busy programs 0.3.
 """
 
 
@@ -27,12 +27,12 @@ class Latency:
     """Wall-clock time of one call on the validation batch, named numpy arrays in to named numpy arrays out.
 
     Percentiles are over the raw calls in `samples_ms`, taken in rounds that alternate with the other formats', so that
-    drift of the machine hits all alike; of slow ones there are fewer, and `p99_ms` is None below 100. `load_seconds`
-    and `first_ms` are the cold start. `peak_memory_bytes` is the resident peak of the whole process that served the
-    calls. `speedup` is eager PyTorch's median over this one's, from the same rounds; None where the machine was not
-    quiet. `waited` is the share of the time in which its first thread was ready to run and others had the processor; 0
-    where the system does not tell. `batch_1_p50_ms` is the median of calls with one row, from the same rounds; None
-    where `batch` is 1 already, and where the artifact does not take one row.
+    a machine that slows down does so for all of them. Slow runtimes have fewer samples; `p99_ms` is None below 100.
+    `load_seconds` and `first_ms` are the cold start. `peak_memory_bytes` is the peak resident memory of the process
+    that ran the calls. `speedup` is eager PyTorch's median divided by this one, from the same rounds; None if the
+    machine was busy. `waited` is the share of time in which the main thread was ready to run but had no processor; 0
+    where the system does not report it. `batch_1_p50_ms` is the median of calls with one row, from the same rounds;
+    None if `batch` is 1 already, or the artifact does not take one row.
     """
 
     p50_ms: float
@@ -72,7 +72,7 @@ def warm_up(
     at_most: float = SECONDS / ROUNDS,
     clock: Callable[[], float] = time.perf_counter,
 ) -> int:
-    """Call until both `count` calls and `seconds` have gone by, or `at_most` seconds; returns how many it took."""
+    """Call until both `count` calls and `seconds` have passed, or `at_most` seconds; returns the number of calls."""
     start, calls = clock(), 0
     while (calls < count or clock() - start < seconds) and clock() - start < at_most:
         call()
@@ -87,7 +87,7 @@ def sample_ms(
     seconds: float = SECONDS / ROUNDS,
     clock: Callable[[], float] = time.perf_counter,
 ) -> list[float]:
-    """Milliseconds of each of `count` calls, or of those until `seconds` have gone by; at least one."""
+    """Milliseconds of each of `count` calls, or of those until `seconds` have passed; at least one."""
     samples = [timed_ms(call, clock)]
     while len(samples) < count and sum(samples) < seconds * 1e3:
         samples.append(timed_ms(call, clock))
@@ -95,12 +95,12 @@ def sample_ms(
 
 
 def is_quiet(measured: Iterable[Latency]) -> bool:
-    """Whether the machine had little else to do while these were measured, so that they can be compared."""
+    """Whether the machine was idle enough during these measurements to compare them."""
     return waited_by_median(measured) <= QUIET
 
 
 def waited_by_median(measured: Iterable[Latency]) -> float:
-    """Share of their time that the runtimes waited for others; 0 where there are none."""
+    """Median share of time that the runtimes waited for a processor; 0 if there are none."""
     return statistics.median([latency.waited for latency in measured] or [0.0])
 
 

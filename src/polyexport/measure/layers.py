@@ -1,8 +1,8 @@
-"""Layer by layer: what a module computes on its way, and what an artifact has in the same places.
+"""Layer by layer: the outputs of a module's layers, and the tensors of an artifact that correspond to them.
 
-No two formats name their tensors alike, and converters merge, split, rename and transpose layers. The values tell: what
-agrees belongs together. From the first fault on nothing agrees any more, so what is left is paired by its order, such
-that the differences are the least in all.
+No two formats name their tensors alike, and converters merge, split, rename and transpose layers. So tensors are
+matched by their values. After the first wrong layer no values agree any more, so the rest is matched in order, such
+that the sum of differences is the least.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from polyexport.spec import Arrays
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One layer of the module beside the tensor that the artifact has in its place.
+    """One layer of the module, and the artifact's tensor that corresponds to it.
 
     Attributes:
         name: The layer's name in the module: `body.0.conv`.
-        merged: The layers before it that the artifact computes together with it, and has no values of their own of.
-        tensor: What the artifact calls its values.
-        shape: Of PyTorch's.
+        merged: Layers before it that the artifact computes together with it, so that they have no tensors of their own.
+        tensor: The name of the artifact's tensor.
+        shape: Shape of PyTorch's output.
         error: Norm of the difference, relative to the norm of PyTorch's values.
-        reason: In which way it is beyond the format's tolerance; empty where it is within.
+        reason: How it is beyond the format's tolerance; empty if it is within.
     """
 
     name: str
@@ -44,21 +44,21 @@ class Layer:
 
 
 Reads = Mapping[str, Sequence[str]]
-"""The layers that a layer computes with (see `polyexport.capture.layers`)."""
+"""The layers that each layer reads (see `polyexport.capture.layers`)."""
 
 
 def compared(
     expected: Arrays, found: Arrays, reads: Reads, tolerance: Tolerance, noise: Arrays | None, outputs: Sequence[Layer]
 ) -> tuple[Layer, ...]:
-    """Each layer that the artifact has a tensor of, in the order in which the module computes them, and the outputs.
+    """Each layer with a tensor in the artifact, in the order in which the module computes them, and the outputs.
 
     Args:
-        expected: PyTorch's values by the layer's name, in their order.
-        found: The artifact's by its own names, in their order.
-        reads: Which layer or output reads which.
-        tolerance: What is to be within it.
-        noise: The noise floor of PyTorch's values, as far as it is known.
-        outputs: The outputs, beside those of the artifact.
+        expected: PyTorch's values by layer name, in order of computation.
+        found: The artifact's values by its own tensor names, in order of computation.
+        reads: The layers that each layer or output reads.
+        tolerance: The limits for errors.
+        noise: The noise floor of PyTorch's values, None if it is unknown.
+        outputs: The outputs, compared already.
     """
     partners = paired(expected, found, reads, {output.name for output in outputs if output.reason})
     rows = (
@@ -70,7 +70,7 @@ def compared(
 
 
 def _merged(name: str, partners: Mapping[str, str], reads: Reads) -> tuple[str, ...]:
-    """The layers without a tensor that lie between a layer and those before it that have one; the first one first."""
+    """The layers without a tensor between a layer and those before it that have one, in order of computation."""
     found: dict[str, None] = {}
     for other in reads.get(name, ()):
         if other not in partners:
@@ -87,8 +87,8 @@ def judged(
     tensor: str,
     merged: tuple[str, ...] = (),
 ) -> Layer:
-    """A layer beside the artifact's tensor for it, in whichever layout that is."""
-    limits = replace(tolerance, top1=0.0)  # the greatest of a layer's numbers decides on nothing
+    """A layer compared with the artifact's tensor for it, in whichever layout fits best."""
+    limits = replace(tolerance, top1=0.0)  # the largest element of a hidden layer is not a class
     theirs = min(_layouts(found, expected.shape), key=lambda laid_out: relative_error(expected, laid_out))
     parity = compare({name: theirs.astype(expected.dtype)}, {name: expected}, limits, noise)
     reason = parity.reason.removeprefix(f"{name}: ")
@@ -96,7 +96,7 @@ def judged(
 
 
 def output(name: str) -> str:
-    """What an output is called among layers."""
+    """An output's name among layers."""
     return f"output {name}"
 
 
@@ -106,13 +106,13 @@ def first(layers: Sequence[Layer]) -> Layer | None:
 
 
 def worst(layers: Sequence[Layer]) -> Layer | None:
-    """Of the layers beyond the tolerance the one with the greatest error, of those that are told alike the first."""
+    """The layer beyond the tolerance with the largest error; of those that print the same error, the first."""
     beyond = [layer for layer in layers if layer.reason]
     return max(beyond, key=lambda layer: float(f"{np.nan_to_num(layer.error, nan=np.inf):.2g}"), default=None)
 
 
-def told(layers: Sequence[Layer]) -> str:
-    """Where the values part, in words; empty where all are within the tolerance."""
+def divergence(layers: Sequence[Layer]) -> str:
+    """Where artifact and PyTorch diverge, in words; empty if all layers are within the tolerance."""
     one, most = first(layers), worst(layers)
     if one is None or most is None:
         return ""
@@ -121,7 +121,7 @@ def told(layers: Sequence[Layer]) -> str:
 
 
 def relative_error(expected: np.ndarray, found: np.ndarray) -> float:
-    """Norm of the difference over the norm of what was expected, of its finite elements; infinite for a NaN."""
+    """Norm of the difference relative to the norm of `expected`, over its finite elements; infinite for a NaN."""
     finite = np.isfinite(expected)
     right = expected[finite].astype(np.float64)
     difference = float(np.linalg.norm(found[finite].astype(np.float64) - right))
@@ -132,22 +132,22 @@ def relative_error(expected: np.ndarray, found: np.ndarray) -> float:
 # --- which belongs to which -------------------------------------------------------------------------------------------
 
 _NEAR = 0.1
-"""Relative error up to which two tensors are taken for the same, wherever they stand."""
+"""Relative error up to which two tensors are taken to correspond, regardless of order."""
 
 _SAMPLES = 4096
-"""Elements of two tensors that are compared to see whether they belong together."""
+"""Number of elements that are compared to see whether two tensors correspond."""
 
 _ALONE = 2.01
-"""What it costs in the order to leave a layer without a tensor: more than any tensor of its size."""
+"""The cost of leaving a layer without a tensor in the alignment: more than any tensor of its size."""
 
 
 def paired(expected: Arrays, found: Arrays, reads: Reads, wrong: Collection[str]) -> dict[str, str]:
-    """The tensor of the artifact that belongs to each layer, as far as there is one; none belongs to two.
+    """The artifact's tensor for each layer that has one; no tensor belongs to two layers.
 
     Args:
         expected: As in `compared`.
-        found: Likewise.
-        reads: Likewise.
+        found: As in `compared`.
+        reads: As in `compared`.
         wrong: The outputs that are beyond the tolerance.
     """
     errors, order = _errors(expected, found), list(found)
@@ -162,7 +162,7 @@ def paired(expected: Arrays, found: Arrays, reads: Reads, wrong: Collection[str]
 
 
 def _behind(reads: Reads, near: Mapping[str, str], order: Sequence[str]) -> dict[str, int]:
-    """The index of the last tensor that a layer is computed with, as far as it is known; -1 where none is."""
+    """The index of the last matched tensor that each layer depends on; -1 if there is none."""
     index = {name: order.index(other) for name, other in near.items()}
     found: dict[str, int] = {}
     for name, others in reads.items():
@@ -171,24 +171,24 @@ def _behind(reads: Reads, near: Mapping[str, str], order: Sequence[str]) -> dict
 
 
 def _suspects(expected: Arrays, near: Mapping[str, str], reads: Reads, wrong: Collection[str]) -> list[str]:
-    """The layers that have no tensor near them and are read by what is not right.
+    """The layers that match no tensor and are read by something wrong.
 
-    What a right one reads is right too: it was merged into that, as a convolution is into its batch norm.
+    A layer that is read by a correct one is correct too, and was merged into it, as a convolution into its batch norm.
     """
     suspected: set[str] = set()
     cleared: set[str] = set(near)
-    for name in reversed([*reads]):  # who reads comes behind
+    for name in reversed([*reads]):  # readers come after what they read
         is_wrong = name in wrong if name not in expected else name in suspected - cleared
         (suspected if is_wrong else cleared).update(reads[name])
     return [name for name in expected if name in suspected - cleared]
 
 
 Errors = Mapping[str, Mapping[str, float]]
-"""How unlike each layer and each tensor of its size are: up to 1 the relative error, see `_unlikeness`."""
+"""The difference of each layer and each tensor of its size: up to 1 the relative error, see `_unlikeness`."""
 
 
 def _errors(expected: Arrays, found: Arrays) -> Errors:
-    """On samples of the elements, the same ones for all of one size."""
+    """Compares samples of the elements, the same ones for all tensors of one size."""
     random = np.random.default_rng(0)
     sizes = {array.size for array in expected.values() if array.size}
     chosen = {n: np.arange(n) if n <= _SAMPLES else random.integers(0, n, _SAMPLES) for n in sorted(sizes)}
@@ -208,24 +208,25 @@ def _errors(expected: Arrays, found: Arrays) -> Errors:
 
 
 def _unlikeness(expected: np.ndarray, found: np.ndarray) -> float:
-    """The relative error, from 1 on by how the numbers are spread: in a swapped channel they are the same ones."""
+    """The relative error; from 1 on the difference of sorted values, which is small if channels were swapped."""
     error = relative_error(expected, found)
     return error if error < 1 else 1 + min(relative_error(np.sort(expected), np.sort(found)), 1.0)
 
 
 def _layouts(array: np.ndarray, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
-    """The array in `shape`: as it lies, and with its last axis as the channels, which PyTorch has second."""
+    """The array reshaped to `shape`, and the same with its last axis moved to where PyTorch has the channels."""
     yield array.reshape(shape)
     if array.ndim > 2:
         yield np.moveaxis(array, -1, 1).reshape(shape)
 
 
 def _nearest(errors: Errors) -> dict[str, str]:
-    """Pairs that are near, the nearest first."""
+    """Pairs of similar tensors, the most similar first."""
     pairs = [(error, name, other) for name, row in errors.items() for other, error in row.items()]
     made: dict[str, str] = {}
     taken: set[str] = set()
-    for error, name, other in sorted(pairs, key=lambda pair: pair[0]):  # of copies the first one, as they are in order
+    # of copies the first one, since they are in order
+    for error, name, other in sorted(pairs, key=lambda pair: pair[0]):
         if error <= _NEAR and name not in made and other not in taken:
             made[name] = other
             taken.add(other)
@@ -233,7 +234,7 @@ def _nearest(errors: Errors) -> dict[str, str]:
 
 
 def _in_order(errors: Errors, others: Sequence[str]) -> dict[str, str]:
-    """The pairs of both orders with the least errors in all (an alignment, by dynamic programming)."""
+    """Pairs that keep both orders and have the least sum of errors (an alignment, by dynamic programming)."""
     names = list(errors)
     cost = np.zeros((len(names) + 1, len(others) + 1))
     cost[:, 0] = _ALONE * np.arange(len(names) + 1)

@@ -1,4 +1,4 @@
-"""What rounding alone does to a module's answers: the same module in float32 and in float64."""
+"""The effect of rounding alone on a module's outputs: the same module in float32 and in float64."""
 
 from __future__ import annotations
 
@@ -20,35 +20,35 @@ if TYPE_CHECKING:
 
 
 def rounding(model: torch.nn.Module, inputs: Arrays, outputs: Arrays) -> tuple[Arrays, str]:
-    """The noise floor of each element of `outputs`, which `model` answers to `inputs`; and a note on how it was found.
+    """The noise floor of each element of `outputs`, which `model` returns for `inputs`, and a note on how it was found.
 
-    A module that has no float64 twin, since it fixes a dtype in forward, is run with weights and inputs that are moved
-    by one rounding each. So is one that answers integers: what float64 decides alike may be a tie all the same.
+    A module that does not run in float64, since forward fixes a dtype, is run again with weights and inputs that are
+    each changed by one rounding. So is one with integer outputs, which may depend on ties that float64 does not show.
     """
     found, why, note = [], "", ""
     try:
         with _masks_as_queries():
             found.append(_run(model.double(), _as(np.float64, inputs)))
-    except Exception as error:  # a fixed dtype in forward is no failure
+    except Exception as error:  # a fixed dtype in forward is not an error
         why = f"the module does not run in float64 ({type(error).__name__})"
-        note = f"{why}: the noise floor is that of weights moved by one rounding"
+        note = f"{why}, so the noise floor is the effect of changing each weight by one rounding"
     finally:
-        model.float()  # every float32 has a float64 of its own, so nothing is lost on the way there and back
+        model.float()  # float32 converts to float64 and back without loss
     if why or any(array.dtype.kind in "biu" for array in outputs.values()):
         try:
             rng = np.random.default_rng(0)
             move = functools.partial(_moved, rng)
             with _moved_weights(model, move):
                 found.append(_run(model, {name: move(array) for name, array in inputs.items()}))
-        except Exception as error:  # the module refuses other numbers than its own
-            note = f"no noise floor: {why}, nor with other weights ({type(error).__name__})" if why else ""
+        except Exception as error:  # the module refuses other weights
+            note = f"no noise floor: {why}, nor with changed weights ({type(error).__name__})" if why else ""
     return noise_floor(outputs, *found) | _ties(model, inputs, outputs), note
 
 
 def _ties(model: torch.nn.Module, inputs: Arrays, outputs: Arrays) -> Arrays:
-    """Of each integer in `outputs` the least rounding that moves it, of weights and inputs to a low precision.
+    """For each integer in `outputs`, the least rounding of weights and inputs to a low precision that changes it.
 
-    It is asked `_DRAWS` times of each; a module that refuses other numbers than its own has no ties.
+    Each precision is tried `_DRAWS` times; a module that refuses changed weights has no ties.
     """
     integers = {name: array for name, array in outputs.items() if array.dtype.kind in "biu"}
     ties = {name: np.full(array.shape, np.inf) for name, array in integers.items()}
@@ -69,7 +69,7 @@ _DRAWS = 2
 
 
 def _rounded(rng: np.random.Generator, precision: Precision, array: np.ndarray) -> np.ndarray:
-    """Float32 numbers as rounding to a precision may leave them; steps of integers are relative to the greatest."""
+    """Float32 values after random rounding to a precision; steps of int8 are relative to the largest value."""
     if array.dtype != np.float32:
         return array
     most = np.abs(array).max(initial=0.0) if precision in ("int8", "w4") else np.abs(array)
@@ -78,7 +78,7 @@ def _rounded(rng: np.random.Generator, precision: Precision, array: np.ndarray) 
 
 
 def _run(model: torch.nn.Module, inputs: Arrays) -> Arrays:
-    """What the module answers, on copies of the inputs, which forward may change in place."""
+    """The module's outputs, on copies of the inputs, which forward may change in place."""
     return plain_attention()(as_runner(model))({name: array.copy() for name, array in inputs.items()})
 
 
@@ -87,7 +87,7 @@ def _as(dtype: Any, inputs: Arrays) -> Arrays:
 
 
 def _moved(rng: np.random.Generator, array: np.ndarray) -> np.ndarray:
-    """Float32 numbers, each as it is or the next one to either side."""
+    """Float32 values, each unchanged or replaced by a neighboring float32."""
     if array.dtype != np.float32:
         return array
     ways = rng.integers(-1, 2, array.shape)
@@ -115,14 +115,14 @@ def _moved_weights(model: torch.nn.Module, move: Callable[[np.ndarray], np.ndarr
 
 @contextlib.contextmanager
 def _masks_as_queries() -> Iterator[None]:
-    """Attention with masks in the dtype of its queries.
+    """Cast attention masks to the dtype of the queries.
 
-    On CPUs PyTorch (2.13) reads a float32 mask beside float64 queries as if it were float64, and answers anything.
+    On CPUs PyTorch (2.13) reads a float32 mask with float64 queries as if it were float64, and returns garbage.
     """
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    class MasksAsQueries(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has not typed it
+    class MasksAsQueries(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped in torch
         def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             given = dict(kwargs or {})
             if "scaled_dot_product" in str(function):

@@ -1,6 +1,6 @@
-"""Other values than those of the validation batch, in its shapes: what shows that an artifact is right for those only.
+"""Batches of other values in the shapes of the validation batch, which show whether an artifact fixed its values.
 
-Integers stay within the range that was seen, or between it and zero: they may be indices.
+Integers stay within the range seen in the data, or between it and zero, since they may be indices.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ Change = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 
 
 def kind(arrays: Sequence[np.ndarray]) -> Kind:
-    """What an input's values look like over several batches: a mask holds 0 and 1 only."""
+    """The kind of an input's values over several batches; a mask has only 0 and 1."""
     if all(np.isin(array, (0, 1)).all() for array in arrays):
         return "mask"
     return "real" if np.issubdtype(arrays[0].dtype, np.inexact) else "integer"
 
 
 def changed(inputs: Arrays, others: Sequence[Arrays] = ()) -> Iterator[tuple[str, Arrays]]:
-    """Label and values of one change after another, the most telling first; `others` are further real batches.
+    """Label and values of one change after another, the most revealing first; `others` are further real batches.
 
-    A change that leaves every input as it is, is left out; an input without elements stays as it is.
+    Changes that have no effect on any input are left out; an input without elements is not changed.
     """
     filled = {name: array for name, array in inputs.items() if array.size}
     kinds = {name: kind([array, *(other[name] for other in others)]) for name, array in filled.items()}
@@ -42,7 +42,7 @@ def changed(inputs: Arrays, others: Sequence[Arrays] = ()) -> Iterator[tuple[str
 
 
 def jittered(inputs: Arrays) -> Arrays:
-    """The same but for a millionth of each real number: what such a change moves far, rounding moves too."""
+    """The inputs with real values changed by a millionth: outputs that this changes much are sensitive to rounding."""
     random = np.random.default_rng(0)
     return {
         name: np.asarray(array * (1 + 1e-6 * random.choice((-1, 1), array.shape)), array.dtype)
@@ -57,7 +57,7 @@ def _shuffled(array: np.ndarray, random: np.random.Generator) -> np.ndarray:
 
 
 def _mixed(array: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """Each row half and half with the one before, or a single row with itself backwards; every second one negated."""
+    """Each row averaged with the one before, or a single row with itself reversed; every second row negated."""
     if not array.ndim:
         return -array
     rows = (array + (np.roll(array, 1, 0) if len(array) > 1 else np.flip(array, -1))) / 2
@@ -79,7 +79,7 @@ def _constant(choose: Callable[[np.ndarray], np.ndarray]) -> Change:
 
 
 def _lengths(array: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """Ones up to a place in each row of the last axis, which is another one from row to row."""
+    """Ones up to an index along the last axis, which differs from row to row."""
     if not array.ndim:
         return array
     length = array.shape[-1]

@@ -1,6 +1,6 @@
-"""Does an artifact agree with PyTorch? Pure functions over named arrays.
+"""Whether an artifact agrees with PyTorch. Pure functions over named arrays.
 
-Every check here has a test that feeds it a wrong answer and sees it fail.
+Every check here has a test that passes it a wrong output and sees it fail.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from polyexport.spec import Arrays
 
 @dataclass(frozen=True, slots=True)
 class OutputParity:
-    """One output against PyTorch's float32 reference; figures are None where they have no meaning.
+    """One output against PyTorch's float32 reference; measures are None where they do not apply.
 
     Attributes:
-        max_abs_error: Greatest absolute difference over the finite elements.
-        scale: Greatest absolute finite element of the reference, which `atol` is relative to.
+        max_abs_error: Largest absolute difference over the finite elements.
+        scale: Largest absolute finite element of the reference.
         misses: Share of elements outside the tolerance.
         cosine: Cosine similarity of the flattened output with the reference.
         snr_db: 10 log10 of reference power over error power; None for a bit-equal output.
-        top1: Share of rows whose greatest element is the reference's, ties within the tolerance counted as equal; of
-            images the share of pixels, whose classes PyTorch has on the second axis.
-        noise_floor: Greatest absolute difference between float32 and float64 PyTorch: what rounding alone does.
+        top1: Share of rows whose largest element is the reference's, ties within the tolerance counted as equal; for
+            images, whose classes PyTorch has on the second axis, the share of pixels.
+        noise_floor: Largest absolute difference between float32 and float64 PyTorch: the effect of rounding alone.
     """
 
     max_abs_error: float | None
@@ -46,10 +46,10 @@ class Parity:
 
     Attributes:
         passed: Whether every check of every output passed.
-        reason: What failed of the first output that did, in words; empty when all passed.
-        outputs: The figures by output name, on the validation batch.
-        batches: The sizes of the dynamic axes that were run.
-        verified_by: What ran the artifact, where that is not its own runtime, or one of several ways to run it.
+        reason: The failed checks in words, the first output first; empty if all passed.
+        outputs: The measures by output name, on the validation batch.
+        batches: The sizes of the dynamic axes in each batch.
+        verified_by: What ran the artifact, if it was not simply its own runtime.
         off_device: Whether that was a stand-in for the runtime that will serve the artifact, which is not on this
             machine.
     """
@@ -63,12 +63,12 @@ class Parity:
 
     @property
     def max_abs_error(self) -> float | None:
-        """The worst output's."""
+        """That of the worst output."""
         return _worst(output.max_abs_error for output in self.outputs.values())
 
     @property
     def noise_floor(self) -> float | None:
-        """The worst output's."""
+        """That of the worst output."""
         return _worst(output.noise_floor for output in self.outputs.values())
 
 
@@ -86,12 +86,16 @@ def compare(
 ) -> Parity:
     """Compare what an artifact returned with the reference: names first, then dtypes and shapes, then values.
 
-    `noise` is what `noise_floor` found on the validation batch, as far as it is known, and of integers the `TIES`;
-    and what is `NARROW`.
-    `whole` is the reference on the validation batch, where this is another one. A batch of one row may be the row that
-    the tolerance lets go, or lie so near zero that a similarity says nothing: it may lose as many rows as the whole, if
-    that is not more than half of its own, and its error is held against the power that as many elements of the whole
-    have.
+    Args:
+        actual: What the artifact returned.
+        reference: PyTorch's outputs.
+        tolerance: The limits.
+        noise: What `noise_floor` found on the validation batch, as far as it is known; for integers the `TIES`, and the
+            outputs that are `NARROW`.
+        whole: The reference on the validation batch, if this is another batch. A batch of one row may be the row that
+            the tolerance allows to fail, or be so near zero that a similarity is meaningless. So it may lose as many
+            rows as the whole, up to half of its own, and its error is judged relative to the power that as many
+            elements of the whole have.
     """
     missing = [name for name in reference if name not in actual]
     surplus = [name for name in actual if name not in reference]
@@ -106,7 +110,7 @@ def compare(
         elif found.shape != expected.shape:
             reasons.append(f"{name} has shape {list(found.shape)}, PyTorch has {list(expected.shape)}")
         else:
-            beside, floors = None if whole is None else whole[name], noise or {}
+            beside, floors = None if whole is None or not whole[name].size else whole[name], noise or {}
             known, allowed = floors.get(name), tolerance
             if name + NARROW in floors:
                 allowed = tolerance.or_looser(Tolerance.for_precision("bfloat16"))
@@ -122,7 +126,7 @@ def compare(
 
 
 def merge(results: Sequence[Parity], batches: Sequence[Mapping[str, int]]) -> Parity:
-    """One verdict over several batches; the figures are those of the first, the validation batch."""
+    """One result for several batches; its measures are those of the first, the validation batch."""
     first = replace(results[0], batches=tuple(dict(sizes) for sizes in batches))
     for result, sizes in zip(results[1:], batches[1:], strict=True):
         if first.passed and not result.passed:
@@ -132,17 +136,17 @@ def merge(results: Sequence[Parity], batches: Sequence[Mapping[str, int]]) -> Pa
 
 
 TIES = "@ties"
-"""Behind an integer output's name: the least `Tolerance.roundoff` that moves each of its elements, infinite if none."""
+"""Suffix of an integer output's name: the least `Tolerance.roundoff` that changes each element, infinite if none."""
 
 
 NARROW = "@bfloat16"
-"""Behind the name of an output that PyTorch itself rounds to bfloat16; what it holds says nothing."""
+"""Suffix of the name of an output that PyTorch itself rounds to bfloat16; the value has no meaning."""
 
 
 def noise_floor(float32: Arrays, *others: Arrays) -> Arrays:
-    """Greatest absolute difference, element by element, between a model in float32 and the same but for rounding.
+    """Largest absolute difference, element by element, between a model in float32 and variants that differ by rounding.
 
-    Of integers it is not 0 where they hang on a tie, as an argmax does.
+    For integers it is nonzero at ties, as of an argmax.
     """
     floors: Arrays = {}
     for name, low in float32.items():
@@ -158,21 +162,23 @@ def says_little(reference: Arrays) -> Iterator[str]:
     """A note for each output on which agreement proves little."""
     for name, array in reference.items():
         what = "agreement"
-        if array.size > 1 and (array == array.flat[0]).all():
-            why = f"PyTorch itself answers {array.flat[0]} everywhere"
+        if not array.size:
+            why = "PyTorch itself returns no element"
+        elif array.size > 1 and (array == array.flat[0]).all():
+            why = f"PyTorch itself returns {array.flat[0]} everywhere"
         elif array.ndim < 2 or len(array) < _FEW:
             continue
         elif (array == array[:1]).all():
-            why = "PyTorch itself answers the same for every row"
+            why = "PyTorch itself returns the same for every row"
         elif (column := _only_class(array)) is not None:
-            what, why = "top-1 agreement", f"in every row PyTorch's greatest is column {column}"
+            what, why = "top-1 agreement", f"in every row the largest element of PyTorch's is column {column}"
         else:
             continue
-        yield f"{what} on {name} proves little: {why}; a batch with other answers proves more"
+        yield f"{what} on {name} proves little: {why}; a batch with more varied outputs would prove more"
 
 
 def _only_class(array: np.ndarray) -> int | None:
-    """The column with the greatest element of every row, if there is one and it may be a class."""
+    """The column with the largest element of every row, if it is the same and may be a class."""
     if array.ndim != 2 or array.dtype.kind != "f" or array.shape[1] < 2:
         return None
     classes = np.argmax(array, -1)
@@ -180,7 +186,7 @@ def _only_class(array: np.ndarray) -> int | None:
 
 
 _FEW = 8
-"""Rows below which it is chance that they are alike."""
+"""Below this number of rows, equal rows may be chance."""
 
 
 def _compare_output(
@@ -190,7 +196,7 @@ def _compare_output(
     noise: np.ndarray | None,
     whole: np.ndarray | None,
 ) -> tuple[OutputParity, str]:
-    """Figures of one output, and the reason why it fails, if it does."""
+    """The measures of one output, and the reason why it fails; empty if it passes."""
     floor = None if noise is None or whole is not None else float(noise.max(initial=0.0))
     beside = reference if whole is None else whole
     if reference.dtype == np.float16:
@@ -224,7 +230,7 @@ def _compare_output(
 
 
 def _unlike_specials(y: np.ndarray, ref: np.ndarray) -> np.ndarray:
-    """Where one side is NaN or infinite and the other is not the same."""
+    """A mask of where one side is NaN or infinite and the other is different."""
     infinite = np.isinf(y) | np.isinf(ref)
     unequal: np.ndarray = (np.isnan(y) != np.isnan(ref)) | (infinite & (y != ref) & ~(np.isnan(y) & np.isnan(ref)))
     return unequal
@@ -237,7 +243,7 @@ def _power(array: np.ndarray) -> float:
 
 
 def _cosine(y: np.ndarray, ref: np.ndarray, least: float) -> float:
-    """Where the reference has less power than `least`, both sides are extended by one element that makes it up."""
+    """Cosine similarity; if the reference has less power than `least`, both get one more element that adds the rest."""
     power, found = float(np.linalg.norm(ref)) ** 2, float(np.linalg.norm(y)) ** 2
     lack = max(0.0, least - power)
     norms = np.sqrt((power + lack) * (found + lack))
@@ -248,23 +254,23 @@ def _cosine(y: np.ndarray, ref: np.ndarray, least: float) -> float:
 
 
 def _classes(array: np.ndarray) -> int:
-    """The axis that looks like classes."""
+    """The axis that seems to be that of classes."""
     return 1 if array.ndim > 3 else -1
 
 
 def _rows(array: np.ndarray) -> int:
-    """How many times there is a greatest element."""
+    """The number of rows, each of which has a largest element."""
     return array.size // max(1, array.shape[_classes(array)]) if array.ndim else 1
 
 
 def _top1(y: np.ndarray, ref: np.ndarray, limit: np.ndarray) -> float | None:
-    """Share of rows with the same greatest element; two elements closer than their limits count as a tie."""
+    """Share of rows with the same largest element; elements that differ by less than their limits are a tie."""
     axis = _classes(ref)
     if ref.ndim < 2 or ref.shape[axis] < 2 or np.iscomplexobj(ref):
         return None
     y, ref, limit = (np.moveaxis(array, axis, -1) for array in (y, ref, limit))
     chosen, expected = np.argmax(y, -1)[..., None], np.argmax(ref, -1)[..., None]
-    ref = np.nan_to_num(ref, posinf=1e300, neginf=-1e300)  # infinities have no difference
+    ref = np.nan_to_num(ref, posinf=1e300, neginf=-1e300)  # infinities cannot be subtracted
     behind = np.take_along_axis(ref, expected, -1) - np.take_along_axis(ref, chosen, -1)
     slack = np.take_along_axis(limit, expected, -1) + np.take_along_axis(limit, chosen, -1)
     tie = np.isfinite(slack) & (behind <= slack)
@@ -289,9 +295,9 @@ def _failed(
 
 
 def _loses(share: float, may_lose: float, count: int, whole: int) -> bool:
-    """Whether a share of `count` rows is more than `may_lose` of them, and of `whole` or than half of several."""
+    """Whether more rows fail than allowed: `may_lose` of `count`, or as many as of `whole` up to half of several."""
     allowed = max(may_lose * count, min(may_lose * whole, max(1, count / 2)))
-    return share * count > allowed + 1e-6  # which the share is not exact to
+    return share * count > allowed + 1e-6  # the share has a rounding error
 
 
 def _compare_discrete(
@@ -302,9 +308,9 @@ def _compare_discrete(
     ties: np.ndarray | None,
     whole: int,
 ) -> tuple[OutputParity, str]:
-    """Integers and booleans: exact but for ties, which rounding in the artifact's precision moves.
+    """Compare integers and booleans: exact but for ties, which rounding in the artifact's precision changes.
 
-    Rounding was tried a few times only, so as many others may differ as were seen to be ties, if top-1 may lose them.
+    Rounding was tried only a few times, so as many others may differ as ties were found, if top-1 may lose them.
     """
     difference = np.abs(actual.astype(np.float64) - reference.astype(np.float64))
     off = difference > _of_rows(noise, reference, 0.0)
@@ -319,11 +325,11 @@ def _compare_discrete(
 
 
 _UNSEEN = 2.0
-"""How many ties there may be to one that was seen: of two draws of noise one moves it, and batches differ."""
+"""How many ties to expect for each that was found: about half of the draws of noise change one, and batches differ."""
 
 
 def _of_rows(noise: np.ndarray | None, reference: np.ndarray, unknown: float) -> np.ndarray:
-    """Noise of the validation batch for a batch of the same rows in turn; `unknown` where they are others."""
+    """The noise of the validation batch for a batch of the same rows repeated; `unknown` if the rows are others."""
     if noise is None or noise.shape[1:] != reference.shape[1:]:
         return np.full(reference.shape, unknown)
     return np.resize(noise, reference.shape)

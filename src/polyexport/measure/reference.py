@@ -1,6 +1,6 @@
-"""The reference: what the untouched checkpoint answers on the validation batch, at further sizes and on other values.
+"""The reference: PyTorch's outputs with the checkpoint on the validation batch, at other sizes and on other values.
 
-Runs in a worker. Everything that the later steps have to know about the model is found out here, by running it.
+Runs in a worker. All that later steps need to know about the model is found here, by running it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ from polyexport.measure.parity import NARROW, compare, says_little
 from polyexport.measure.tolerance import Tolerance
 from polyexport.spec import Arrays, Batch, ExportSpec, Runner, write_arrays
 from polyexport.tracing.decompositions import plain_attention
-from polyexport.tracing.reads import FailedAt, Reads, reads
+from polyexport.tracing.forward import uncompiled
+from polyexport.tracing.idle_reads import Idle, idle
+from polyexport.tracing.reads import FailedAt, Reads, named, reads
 from polyexport.versions import environment
 
 if TYPE_CHECKING:
@@ -42,24 +44,24 @@ NOISE = "source/noise.npz"
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """What the worker found out about the model.
+    """What running the model has shown.
 
     Attributes:
         spec: The signature.
-        class_name: The module's class, with where it is from.
-        parameters: How many.
-        checkpoint_sha256: Of the file as it came.
-        checkpoint_at: The `epoch` and `global_step` that stand in the checkpoint, where they do.
-        batches: What an artifact has to answer, the validation batch first.
-        noise: The file with the noise floor of each element of the validation batch's outputs, as far as it is known.
+        class_name: The module's class, with its module.
+        parameters: Number of parameters.
+        checkpoint_sha256: SHA-256 of the checkpoint file.
+        checkpoint_at: The `epoch` and `global_step` of the checkpoint, if it has them.
+        batches: The batches to verify artifacts with, the validation batch first.
+        noise: The file with the noise floor of each element of the validation batch's outputs, if known.
         environment: Versions, commit and threads.
-        static_because: Set when a dynamic axis was asked for that the module itself cannot do.
-        undecidable: Set when it does not agree with itself.
-        read_at: The sites (`file:line`) at which forward reads numbers or truth values of its inputs into Python.
-        one_side: Those of them of which every batch took the same side.
-        narrow: Why artifacts are right for some data only, by what forward receives beside tensors.
-        unlabeled: Why the user's labels are in no artifact.
-        notes: What the report has to say.
+        static_because: Why no axis is dynamic although one was asked for; else empty.
+        undecidable: Why nothing can be verified, since PyTorch does not agree with itself; else empty.
+        read_at: The lines (`file:line`) at which forward reads numbers or booleans of its inputs into Python.
+        one_side: Those lines at which every batch took the same branch.
+        narrow: Why artifacts are right for some data only, because of arguments that are not tensors; else empty.
+        unlabeled: Why the user's labels are in no artifact; else empty.
+        notes: Notes for the report.
     """
 
     spec: ExportSpec
@@ -81,7 +83,7 @@ class Reference:
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """Inputs together with what PyTorch answers; the rest as in `Batch`."""
+    """Inputs with PyTorch's outputs; other fields as in `Batch`."""
 
     arrays: Arrays
     sizes: Mapping[str, int] = field(default_factory=dict)
@@ -89,15 +91,16 @@ class Answered:
     real: bool = True
 
 
+@uncompiled()
 def make(root: Path, source: Path, dynamic: Dynamic, commit: str = "", *, sha256: str = "") -> Reference:
-    """Run the module of `source`; write `validation_batch.npz`, further batches and the example to trace with.
+    """Run the module of `source`, and write `validation_batch.npz`, further batches and the example to trace with.
 
-    `commit` is the code's, of which this machine need not have a repository; `sha256` the checkpoint's, where the
-    weights are not the checkpoint itself.
+    `commit` is the git commit of the code, whose repository this machine may not have; `sha256` is the checkpoint's, if
+    the weights are not in the checkpoint file itself.
 
     Raises:
-        BadRequest: the module cannot be rebuilt, or its inputs cannot be fed to a converter.
-        ToolMissing: the checkpoint is in shards, and what joins them is not installed.
+        BadRequest: the module cannot be rebuilt, or its inputs cannot be passed to a converter.
+        ToolMissing: the checkpoint is sharded, and the package that joins shards is not installed.
     """
     import torch
 
@@ -114,6 +117,8 @@ def make(root: Path, source: Path, dynamic: Dynamic, commit: str = "", *, sha256
     spec = _spec(root, inputs, outputs, others, asked)
     write_arrays(source / "example.npz", _example(inputs, asked))
     undecidable = unlike_trained or _undecidable(outputs, (again, *_in_between(run, inputs)))
+    unused = plain_attention()(idle)(model, inputs, asked.tried.one_side())
+    _write_idle(source / modules.IDLE, unused)
     narrow = frozen(source, model, outputs, lambda run: plain_attention()(_on_copies(run)))
     noise, how = _noise(model, inputs, outputs)
     write_arrays(root / NOISE, noise)
@@ -128,8 +133,8 @@ def make(root: Path, source: Path, dynamic: Dynamic, commit: str = "", *, sha256
         environment=about | {"git_commit": commit, "threads": str(torch.get_num_threads())},
         static_because=asked.static_because,
         undecidable=undecidable,
-        read_at=tuple(asked.tried.values),
-        one_side=asked.tried.one_side(),
+        read_at=tuple(site for site in asked.tried.values if site not in unused.values),
+        one_side=tuple(site for site in asked.tried.one_side() if site not in unused.values),
         narrow=narrow.narrow,
         notes=(
             *as_trained,
@@ -138,9 +143,10 @@ def make(root: Path, source: Path, dynamic: Dynamic, commit: str = "", *, sha256
             *_fixed_though_varying(inputs, others, asked.axes, dynamic),
             *_as_in_training(model.input_names, model.output_names),
             *says_little(outputs),
+            *_unchecked(unused.checks),
             *narrow.notes,
             *(
-                f"output {name} is float32 in artifacts: numpy lacks the dtype it has in PyTorch"
+                f"output {name} is float32 in artifacts, since numpy lacks its dtype in PyTorch"
                 for name in model.widened
             ),
             *([how] if how else []),
@@ -148,24 +154,38 @@ def make(root: Path, source: Path, dynamic: Dynamic, commit: str = "", *, sha256
     )
 
 
+def _write_idle(path: Path, found: Idle) -> None:
+    path.unlink(missing_ok=True)  # one that is resumed may have it
+    if found.values:
+        modules.dump(found.values, path)
+
+
+def _unchecked(sites: Sequence[str]) -> Iterator[str]:
+    if sites:
+        yield f"forward looks at its data and raises where that is wrong ({named(set(sites))}), which no artifact does"
+
+
 def _of_the_model(model: Any, own: Runner, inputs: Arrays, outputs: Arrays) -> list[str]:
-    """Notes on what is in the model; `own` may take PyTorch's fused paths, `outputs` are without them."""
+    """Notes on the model; `own` may use PyTorch's fused paths, `outputs` were computed without them."""
     import torch
 
     notes: list[str] = []
     if any(isinstance(each, torch.nn.TransformerEncoder) for each in model.modules()):
         notes += _fused_apart(own(inputs), outputs)
-    return [*notes, *(f"output {name} is left out: no tensor, dict, tuple or dataclass" for name in model.dropped)]
+    return [
+        *notes,
+        *(f"output {name} is left out: it is not a tensor, dict, tuple or dataclass" for name in model.dropped),
+    ]
 
 
 def _noise(model: Any, inputs: Arrays, outputs: Arrays) -> tuple[Arrays, str]:
-    """The noise floor of the outputs, as it lies on disk; and a note on how it was found, or an empty text."""
+    """The noise floor of the outputs, as it is stored on disk, and a note on how it was found, which may be empty."""
     noise, how = rounding(model, inputs, outputs)
     return {**noise, **{name + NARROW: np.ones(()) for name in model.widened}}, how
 
 
 def _loaded(source: Path) -> tuple[Any, str, Mapping[str, int]]:
-    """The flat module, the SHA-256 of its checkpoint, and when that was made."""
+    """The flat module, the SHA-256 of its checkpoint, and the checkpoint's epoch and step."""
     weights = source / modules.WEIGHTS
     if (source / modules.SHARDS).exists():
         sharded.join(source / modules.SHARDS, weights)
@@ -174,14 +194,14 @@ def _loaded(source: Path) -> tuple[Any, str, Mapping[str, int]]:
 
 
 def _as_trained(source: Path, model: Any) -> tuple[str, tuple[str, ...]]:
-    """Why nothing can be proven, where the training process answered otherwise with the same weights; and a note.
+    """Why nothing can be verified, if the module returned other outputs in training with the same weights; and notes.
 
-    Where globals of the user's files are what makes the difference, they are set from now on.
+    If global variables of the user's files make the difference, they are set to their values in training.
     """
     try:
         why = _disagreement(source, model)
     except NotCompared as error:
-        return "", (f"not compared with the training process's own answer: {error}",)
+        return "", (f"not compared with the outputs in training: {error}",)
     if not why:
         return "", ()
     names: list[str] = []
@@ -189,17 +209,17 @@ def _as_trained(source: Path, model: Any) -> tuple[str, tuple[str, ...]]:
         names = surroundings.put_back(modules.restore(source / surroundings.OFFERED))
     if names and not _disagreement(source, model):
         surroundings.accept(source)
-        return "", (f"set as they were in the process that trained: {', '.join(names)}",)
+        return "", (f"global variables were set to their values in training: {', '.join(names)}",)
     return (
-        f"the module that is rebuilt here does not answer what it did in the process that trained it ({why}): forward "
+        f"the module rebuilt in a worker returns other outputs than in training ({why}): forward "
         "depends on something that is neither in the checkpoint nor an attribute of the module"
     ), ()
 
 
 def _disagreement(source: Path, model: Any) -> str:
-    """With PyTorch's fused path for transformers, which it may have taken, or without it.
+    """How the outputs differ from those in training, with PyTorch's fused path for transformers or without it.
 
-    Asked twice, since that path is not taken while `devices.OnTheCpu` looks on, which it does no more once a call has
+    It is run twice, since the fused path is not taken while `devices.OnTheCpu` is active, which ends once a call has
     shown that forward names no device.
     """
     return (
@@ -208,22 +228,22 @@ def _disagreement(source: Path, model: Any) -> str:
 
 
 def _undecidable(outputs: Arrays, later: Iterable[Arrays]) -> str:
-    """Why nothing can be proven, where the module answers later calls with the same inputs differently."""
+    """Why nothing can be verified, if later calls with the same inputs return other outputs; else empty."""
     for answer in later:
         found = compare(answer, outputs, Tolerance.for_precision("float32"))
         if not found.passed:
             return (
-                "forward answers two calls differently in eval mode: by chance, or by a state that it keeps, which "
-                f"would have to be an input and an output ({found.reason})"
+                "forward returns different outputs for the same inputs in eval mode: because of random numbers, or "
+                f"of a state that it keeps, which would have to be an input and an output ({found.reason})"
             )
     return ""
 
 
 def _in_between(run: Runner, inputs: Arrays) -> Iterator[Arrays]:
-    """Answers to the same inputs after all that was run, and once more after others."""
+    """Outputs for the same inputs after all previous runs, and again after a run with other inputs."""
     yield run(inputs)
     for _, values in itertools.islice(changed(inputs), 1):
-        with contextlib.suppress(Exception):  # forward is the user's, and need not take them
+        with contextlib.suppress(Exception):  # forward is the user's, and may not take them
             run(values)
         yield run(inputs)
 
@@ -237,13 +257,13 @@ def _written_batches(root: Path, batches: Sequence[Answered]) -> tuple[Batch, ..
 
 
 def _written(root: Path, path: str, arrays: Arrays) -> Path:
-    """Write a batch to `path`, relative to `root`, which is returned."""
+    """Write a batch to `path`, relative to `root`; returns `path`."""
     write_arrays(root / path, arrays)
     return Path(path)
 
 
 def _call_arrays(index: int) -> str:
-    """Where the inputs of a further call lie as arrays."""
+    """The file with the inputs of a further call as arrays."""
     return modules.call_file(Path("source"), index).with_suffix(".npz").as_posix()
 
 
@@ -252,14 +272,14 @@ def _call_arrays(index: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Asked:
-    """What artifacts will be asked.
+    """The batches that artifacts are verified with.
 
     Attributes:
         axes: The dynamic axes.
         sizes: Their sizes in the validation batch.
         batches: The validation batch, batches of other sizes, of the data, and of other values.
-        static_because: Why no axis is dynamic though one was to be; else empty.
-        tried: What forward read of their data.
+        static_because: Why no axis is dynamic although one was asked for; else empty.
+        tried: What forward read of their values.
     """
 
     axes: Axes
@@ -279,7 +299,7 @@ def _asked(
 
 
 def _spec(root: Path, inputs: Arrays, outputs: Arrays, others: Mapping[int, Arrays], asked: _Asked) -> ExportSpec:
-    """The signature; the batches that int8 is calibrated with are written."""
+    """The signature; writes the batches for calibration."""
     further = [(each.sizes, each.arrays) for each in asked.batches[1:]]
     described, own_sizes = dynamic_axes.describe_outputs(outputs, asked.sizes, further)
     return ExportSpec(
@@ -291,12 +311,12 @@ def _spec(root: Path, inputs: Arrays, outputs: Arrays, others: Mapping[int, Arra
 
 
 def _example(inputs: Arrays, asked: _Asked) -> Arrays:
-    """What is traced with: two of each dynamic axis at least, since a tracer takes a size of one for a constant."""
+    """Inputs to trace with: at least 2 along each dynamic axis, since a tracer takes a size of 1 for a constant."""
     return resized(inputs, asked.axes, {name: max(2, size) for name, size in asked.sizes.items()})
 
 
 def _other_batches(source: Path, names: Sequence[str], inputs: Arrays) -> tuple[dict[int, Arrays], tuple[str, ...]]:
-    """The inputs of further saved calls, by index; those that are not of the first one's kind are left out."""
+    """The inputs of further saved calls, by index; those with other arguments than the first are left out."""
     alike: dict[int, Arrays] = {}
     calls = modules.further_calls(source)
     for call in calls:
@@ -305,7 +325,9 @@ def _other_batches(source: Path, names: Sequence[str], inputs: Arrays) -> tuple[
         if arrays and all((a.dtype, a.ndim) == (inputs[name].dtype, inputs[name].ndim) for name, a in arrays.items()):
             alike[int(call.stem.removeprefix("call_"))] = arrays
     lost = len(calls) - len(alike)
-    return alike, (f"{lost} of {len(calls)} further batches are not like the first and are left out",) * bool(lost)
+    return alike, (
+        f"{lost} of {len(calls)} further batches have other arguments than the first, and are left out",
+    ) * bool(lost)
 
 
 def _sized(
@@ -313,7 +335,7 @@ def _sized(
 ) -> tuple[Axes, dict[str, int], list[Answered], str]:
     """Dynamic axes, their sizes in the validation batch, batches of other sizes and values, and why no axis is dynamic.
 
-    Of further batches these are the first, the smallest and the largest.
+    Of the further batches, the first, the smallest and the largest are used.
     """
     axes = dynamic_axes.chosen(inputs, tuple(others.values()), dynamic)
     sizes = dynamic_axes.sizes_of(inputs, axes)
@@ -328,7 +350,7 @@ def _sized(
 
 
 def _real(run: Runner, inputs: Arrays, outputs: Arrays, others: Mapping[int, Arrays], axes: Axes) -> list[Answered]:
-    """Of further batches the first, the smallest and the largest, as far as they fit and PyTorch answers them."""
+    """Of further batches the first, the smallest and the largest, if they fit and PyTorch can run them."""
     fitting: dict[int, dict[str, int]] = {}
     for index, batch in others.items():
         sizes = dynamic_axes.fitting(batch, inputs, axes)
@@ -345,7 +367,7 @@ def _real(run: Runner, inputs: Arrays, outputs: Arrays, others: Mapping[int, Arr
 
 
 def _fixed_though_varying(inputs: Arrays, others: Mapping[int, Arrays], axes: Axes, dynamic: Dynamic) -> list[str]:
-    """A note on axes that differ between batches and are fixed, and what frees them."""
+    """A note on axes that differ between batches but are static, and the argument that makes them dynamic."""
     left = dynamic_axes.varying(inputs, tuple(others.values()), axes)
     if dynamic is True or not left:
         return []
@@ -355,17 +377,20 @@ def _fixed_though_varying(inputs: Arrays, others: Mapping[int, Arrays], axes: Ax
         for axis in named
     ]
     wanted = {name: {**axes.get(name, {}), **left.get(name, {})} for name in {**axes, **left}}
-    return [f"of other sizes in other batches, and fixed as asked: {'; '.join(seen)}; dynamic={wanted} frees them"]
+    return [
+        f"axes that differ between batches, but are static as asked: {'; '.join(seen)}; dynamic={wanted} makes them "
+        "dynamic"
+    ]
 
 
 _ENOUGH = 6
-"""How many changes of values a forward has to answer that reads data; of one that reads none it is one."""
+"""How many changes of values are tried if forward reads data into Python; else it is one."""
 _A_TENTH = replace(Tolerance.for_precision("float32"), rtol=1e-4, atol=1e-5)
-"""Of what an artifact may be off."""
+"""A tenth of the float32 tolerance: outputs that rounding changes more are not used."""
 
 
 class _Tried:
-    """What forward read in the batches that artifacts have to answer, and the ways that it took."""
+    """What forward read of the values of each batch, and the branches that it took."""
 
     def __init__(self) -> None:
         self.values: dict[str, set[tuple[str, ...]]] = {}
@@ -378,32 +403,38 @@ class _Tried:
             self.values.setdefault(site, set()).add(values)
 
     def is_news(self, told: Reads) -> bool:
-        """Whether it takes another way, or reads another value where there was one only."""
+        """Whether it takes another branch, or reads another value where there was only one."""
         return told.path not in self.paths or any(
             values not in self.values.get(site, ()) and len(self.values.get(site, ())) < 2
             for site, values in told.values.items()
         )
 
     def one_side(self) -> tuple[str, ...]:
-        """Sites of which one side was seen: of truth values that one; of numbers one, or several but one way.
+        """Lines at which only one branch was seen: always the same boolean, or numbers that led to one branch.
 
-        A site counts as tried too where another reading makes forward raise.
+        A line counts as tried too if another value makes forward raise.
         """
         return tuple(
             site
             for site, found in self.values.items()
             if site not in self.refused
-            and (len(found) == 1 or (len(self.paths) == 1 and not {"True", "False"}.issuperset(*found)))
+            and (
+                len(found) == 1 or (len(self.paths) == 1 and not {"True", "False"}.issuperset(itertools.chain(*found)))
+            )
         )
+
+
+def _are_truth_values(found: Iterable[tuple[str, ...]]) -> bool:
+    return {"True", "False"}.issuperset(itertools.chain.from_iterable(found))
 
 
 def _with_other_values(
     model: Any, run: Runner, inputs: Arrays, outputs: Arrays, real: Sequence[Arrays]
 ) -> tuple[list[Answered], _Tried]:
-    """Batches with values made from the data, and what forward read in them: those changes that make a difference."""
+    """Batches with values made from the data, and what forward read in them: only changes that make a difference."""
     tried = _Tried()
     for batch in (inputs, *real):
-        with contextlib.suppress(FailedAt):  # it ran before, so that only the watching fails
+        with contextlib.suppress(FailedAt):  # it ran before, so only the recording fails
             tried.add(_reads(model, batch))
     found: list[Answered] = []
     for label, values in changed(inputs, [{name: batch[name] for name in inputs} for batch in real]):
@@ -412,8 +443,10 @@ def _with_other_values(
         try:
             told = _reads(model, values)
         except FailedAt as error:
-            tried.refused.add(error.site)
-            continue
+            if isinstance(dynamic_axes.answered(run, values, outputs, ""), str):
+                tried.refused.add(error.site)
+                continue
+            told = Reads({}, 0)  # it was the watch that failed
         answer = _sound(run, values, outputs) if not found or tried.is_news(told) else None
         if answer is not None:
             found.append(Answered(values | answer, label=label, real=False))
@@ -426,7 +459,7 @@ def _reads(model: Any, inputs: Arrays) -> Reads:
 
 
 def _sound(run: Runner, inputs: Arrays, outputs: Arrays) -> Arrays | None:
-    """What PyTorch answers, if it is finite as far as `outputs` are, and moves no more than rounding may move it."""
+    """PyTorch's outputs, if they are finite where `outputs` are, and not sensitive to rounding; else None."""
     answer = dynamic_axes.answered(run, inputs, outputs, "")
     moved = dynamic_axes.answered(run, jittered(inputs), outputs, "")
     if isinstance(answer, str) or isinstance(moved, str):
@@ -451,29 +484,29 @@ _LOSSES = re.compile(r"(.*_)?(loss|losses)(_\w+)?")
 
 
 def _as_in_training(inputs: Sequence[str], outputs: Sequence[str]) -> Iterator[str]:
-    """A note where forward takes targets or answers with a loss, which whoever calls an artifact has no use for."""
+    """A note if forward takes targets or returns a loss, which an application has no use for."""
     takes, returns = filter(_TARGETS.fullmatch, inputs), filter(_LOSSES.fullmatch, outputs)
     told = [f"{word} {', '.join(names)}" for word, names in (("takes", [*takes]), ("returns", [*returns])) if names]
     if told:
         yield (
             f"forward {' and '.join(told)}, as in training, and so does every artifact; "
-            "inputs=<a function of the batch> that leaves targets out makes one for inference, where forward allows"
+            "inputs=<a function of the batch> without targets exports one for inference, if forward allows that"
         )
 
 
 def _fused_apart(fused: Arrays, outputs: Arrays) -> list[str]:
-    """A note where PyTorch's fused path for transformers answers otherwise, as it does at masked positions."""
+    """A note if PyTorch's fused path for transformers returns other outputs, as it does at masked positions."""
     apart = compare(fused, outputs, Tolerance.for_precision("float32"))
     if apart.passed:
         return []
     return [
-        "PyTorch's fused path for nn.TransformerEncoder answers otherwise where a padding mask masks (zeros); "
-        f"the reference is its plain path, the one that was trained: {apart.reason}"
+        "PyTorch's fused path for nn.TransformerEncoder returns other values (zeros) at masked positions; "
+        f"the reference is the plain path, which was trained: {apart.reason}"
     ]
 
 
 def _on_copies(run: Runner) -> Runner:
-    """For a forward that changes its inputs in place, which are those of later calls too."""
+    """A runner on copies of the inputs, since forward may change them in place."""
     return lambda inputs: run({name: array.copy() for name, array in inputs.items()})
 
 
@@ -492,14 +525,14 @@ def _sha256(path: Path) -> str:
 
 
 def _keep_only_weights(path: Path) -> dict[str, int]:
-    """Replace a checkpoint by its state dict, since optimizer states serve no export; returns when it was made."""
+    """Replace a checkpoint by its state dict, since optimizer states are not needed; returns its epoch and step."""
     import torch
 
     blob = modules.read_checkpoint(path)
     temporary = path.with_suffix(".tmp")
     torch.save(blob.get("state_dict", blob), temporary)
     at = {key: blob[key] for key in ("epoch", "global_step") if isinstance(blob.get(key), int)}
-    del blob  # Windows replaces no file that is mapped into memory
+    del blob  # Windows cannot replace a file that is mapped into memory
     temporary.replace(path)
     return at
 

@@ -1,11 +1,11 @@
 """Which elements of an output are the same quantity, and how large each quantity is.
 
-Nobody says which axis carries features: `(N, F)`, `(N, L, F)`, `(N, C, H, W)`, and of detectors both `(N, 4 + C, A)`
-and `(N, A, 4 + C)`. So an output is cut along every axis but the first, and into the positions of all of them
-together. Any of these cuts may be the one that tells boxes in pixels from scores between 0 and 1, and a correct
-artifact keeps the limits in each of them: where a slice cannot be held to its own scale, since rounding alone moves it
-further, its noise floor tells. The first axis is that of the batch, whose rows are alike; it is cut only between rows
-that are `_APART`, as in an output without a batch.
+It is unknown which axis is that of features: `(N, F)`, `(N, L, F)`, `(N, C, H, W)`, and in detectors both
+`(N, 4 + C, A)` and `(N, A, 4 + C)`. So an output is sliced along every axis but the first, and along all of them at
+once. Any of these slicings may separate boxes in pixels from scores between 0 and 1, and a correct artifact is within
+the limits of each of them: the noise floor of a slice shows if it cannot be held to its own scale, since rounding alone
+changes it more. The first axis is the batch, whose rows are alike; it is sliced only between rows whose scales are
+`_APART`, as in an output without a batch axis.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ import numpy as np
 from polyexport.measure.tolerance import Tolerance
 
 Axes = tuple[int, ...]
-"""The axes that an output is cut along; a slice is what remains at one index of each."""
+"""The axes that an output is sliced along; a slice has one index along each."""
 
 _APART = 100.0
-"""Ratio of two neighboring scales from which on they are of different quantities, where rows are all that tells."""
+"""Ratio of two neighboring scales from which rows count as different quantities."""
 
 _MARGIN = 8.0
-"""How many times its noise floor an artifact may be off: the floor is the greatest of few samples."""
+"""How many times the noise floor an error may be, since the floor is the maximum of few samples."""
 
 _MANY = 2**20
-"""Positions beyond which an output is not cut into them: what is that large is an image or a signal."""
+"""Number of positions above which an output is not sliced into them, since it is an image or a signal."""
 
 _FLOAT32 = 2.0**-24
 
@@ -37,15 +37,15 @@ _TINY = 1e-6  # an all-zero reference would otherwise allow no rounding at all
 def limits(
     ref: np.ndarray, tolerance: Tolerance, noise: np.ndarray | None = None, whole: np.ndarray | None = None
 ) -> np.ndarray:
-    """The greatest error that each element of `ref` may have: the least that any of the cuts allows.
+    """The largest error that each element of `ref` may have: the least that any of the slicings allows.
 
     Args:
-        ref: The reference; what is not finite in it has no scale.
-        tolerance: With `rtol` and `atol`.
-        noise: What float32 alone does to each element of the validation batch, absolute. Where it is None, or less than
-            one rounding, it is one rounding of the slice's greatest element. Of a batch of greater numbers it is as
-            much greater.
-        whole: The reference of the validation batch where `ref` is of another one; its slices are as large as these.
+        ref: The reference; only its finite elements have a scale.
+        tolerance: The limits; `rtol` and `atol` must be set.
+        noise: The effect of float32 rounding on each element of the validation batch, absolute. If it is None, or less
+            than one rounding of the slice's largest element, it is that rounding. For a batch of larger values it grows
+            with them.
+        whole: The reference of the validation batch, if `ref` is of another batch; scales are taken from both.
     """
     assert tolerance.atol is not None, "a check that is switched off has no limits"
     assert tolerance.rtol is not None, "as above"
@@ -58,21 +58,21 @@ def limits(
         scale, floor = _slices(magnitude, beside, noise, along)
         rounding = _MARGIN * tolerance.roundoff / _FLOAT32 * _shared(scale, floor, tolerance)
         own = tolerance.atol * scale + rounding
-        allowed = np.minimum(allowed, np.where(scale > 0, own, np.inf))  # what is all zero has no scale of its own
+        allowed = np.minimum(allowed, np.where(scale > 0, own, np.inf))  # a slice of zeros has no scale of its own
     found: np.ndarray = allowed + tolerance.rtol * magnitude + tolerance.smallest
     return found
 
 
 def is_broken(off: np.ndarray) -> bool:
-    """Whether most of what is `off` may be one slice, however few its elements are beside those of the output."""
+    """Whether one slice may be mostly `off`, however small a part of the output it is."""
     shares = [(share, off.shape[axis] / off.size) for axis, share in _shares(off) if axis]
     return any((share > max(_BROKEN, one_element)).any() for share, one_element in shares)
 
 
 def where(off: np.ndarray, magnitude: np.ndarray) -> str:
-    """The slices with most of what is `off`: ` in column 4 of axis 1 (100% of it, at a scale of 0.9)`.
+    """The slices with most of the elements that are `off`: ` in column 4 of axis 1 (100% of it, at a scale of 0.9)`.
 
-    Empty where all are alike.
+    Empty if all slices are alike.
     """
     axis, share = max(_shares(off), key=lambda found: float(found[1].max()), default=(0, np.zeros(0)))
     worst = np.flatnonzero(share >= max(share.max(initial=0.0) / 2, off.mean()))
@@ -85,7 +85,7 @@ def where(off: np.ndarray, magnitude: np.ndarray) -> str:
 
 
 _BROKEN = 0.25
-"""Share of a slice that may be off where few elements of the output may."""
+"""Share of a slice that may be off if a few elements of the output may."""
 
 _NAMED = 8
 
@@ -97,14 +97,14 @@ def _shares(off: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
 
 
 def _cuts(shape: tuple[int, ...]) -> Iterator[Axes]:
-    """The ways to cut an output."""
+    """The ways to slice an output."""
     yield from ((axis,) for axis in range(len(shape)))
     if len(shape) > 2 and math.prod(shape[1:]) <= _MANY:
         yield tuple(range(1, len(shape)))
 
 
 def _greatest(magnitude: np.ndarray, along: Axes) -> np.ndarray:
-    """The greatest element of each slice, with the axes that are not cut of size 1."""
+    """The largest element of each slice; the other axes have size 1."""
     rest = tuple(axis for axis in range(magnitude.ndim) if axis not in along)
     found: np.ndarray = magnitude.max(axis=rest, keepdims=True, initial=0.0)
     return found
@@ -133,9 +133,9 @@ def _slices(
 
 
 def _shared(scale: np.ndarray, floor: np.ndarray, tolerance: Tolerance) -> np.ndarray:
-    """Each slice's floor, or the greatest of slices of its size: one sample may happen to have no noise.
+    """Each slice's floor, or the largest of slices of similar scale: a single sample may happen to have no noise.
 
-    Those are of its size whose noise cannot excuse more than `rtol` does.
+    Only slices count whose noise cannot excuse more than `rtol` does.
     """
     assert tolerance.rtol is not None, "as above"
     reach = max(1.0, tolerance.rtol / tolerance.roundoff / _MARGIN)
@@ -147,9 +147,9 @@ def _shared(scale: np.ndarray, floor: np.ndarray, tolerance: Tolerance) -> np.nd
 
 
 def _grouped(scale: np.ndarray, scales: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """For rows of `scale` the greatest of `values` in their group, which belong to `scales`.
+    """For rows of `scale`, the largest of the `values` of the `scales` in their group.
 
-    Sorted by scale, a group ends where the next row is `_APART`.
+    Rows are sorted by scale; a group ends where the next row is `_APART`.
     """
     order = np.argsort(scales, axis=None)
     ordered = scales.ravel()[order]

@@ -1,4 +1,4 @@
-"""How far an artifact may be from PyTorch, by the precision that it computes in."""
+"""How far an artifact's outputs may be from PyTorch's, by the precision that it computes in."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from polyexport.spec import Precision
 class Tolerance:
     """How far an output may be from PyTorch's; None switches a check off.
 
-    An element passes when `|y - ref| <= atol * scale + rtol * |ref|` and some of the noise floor, where `scale` is the
-    greatest magnitude of its own column, channel or position (see `polyexport.measure.slices`).
+    An element passes if `|y - ref| <= atol * scale + rtol * |ref|` and some of the noise floor, where `scale` is the
+    largest magnitude of its own column, channel or position (see `polyexport.measure.slices`).
 
     Attributes:
         rtol: Relative to the element.
         atol: Relative to the scale.
         misses: Share of all elements that may fail.
         cosine: Least cosine similarity of a whole output.
-        top1: Least share of rows whose greatest element stays where it was (where the last axis looks like classes).
-        roundoff: Greatest relative error of rounding one number in the precision; the noise floor grows with it.
-        smallest: Spacing of the smallest numbers that the precision has, which rounding may lose whole.
+        top1: Least share of rows whose largest element is at the same index (if an axis seems to be that of classes).
+        roundoff: Largest relative error of rounding one number in the precision; the noise floor is scaled with it.
+        smallest: Spacing of the smallest numbers of the precision; rounding may lose that much absolutely.
         tie: Two elements closer than this share of the scale are a tie for `top1`; None for the limits of the two.
     """
 
@@ -36,7 +36,7 @@ class Tolerance:
     tie: float | None = None
 
     def or_looser(self, other: Tolerance) -> Tolerance:
-        """Of each limit the one that allows more; what either switches off is off."""
+        """The looser of each limit; a check that either switches off is off."""
         off = None in (self.rtol, self.atol, other.rtol, other.atol)
         return Tolerance(
             rtol=None if off else max(self.rtol or 0.0, other.rtol or 0.0),
@@ -56,7 +56,7 @@ class Tolerance:
 
 
 _STEP = 1 / 127
-"""One step of int8, relative to the greatest number."""
+"""One step of int8, relative to the largest number."""
 
 _INT8 = Tolerance(rtol=0.1, atol=0.1, misses=0.02, cosine=0.99, top1=0.95, roundoff=_STEP / 2, tie=_STEP)
 
@@ -67,6 +67,6 @@ _TOLERANCES: Mapping[Precision, Tolerance] = {
     ),
     "bfloat16": Tolerance(rtol=5e-2, atol=2e-2, misses=1e-2, cosine=0.999, top1=0.98, roundoff=2.0**-8),
     "int8": _INT8,
-    "w8": _INT8,  # a runtime may quantize the activations while it runs, and then computes as in int8
+    "w8": _INT8,  # a runtime may quantize activations at run time, and then computes as in int8
     "w4": Tolerance(rtol=0.15, atol=0.15, misses=0.02, cosine=0.97, top1=0.9, roundoff=_STEP, tie=2 * _STEP),
 }

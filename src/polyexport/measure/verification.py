@@ -1,4 +1,4 @@
-"""An artifact on every recorded batch, against what PyTorch answered: by a worker here, by a kit on another machine."""
+"""Runs an artifact on every recorded batch, and compares it with PyTorch's outputs; used by workers and by kits."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from polyexport.spec import Batch, ExportSpec, Runner, read_arrays
 def verified(
     run: Runner, folder: Path, batches: Sequence[Batch], spec: ExportSpec, limits: Tolerance, noise: str
 ) -> tuple[Parity, str]:
-    """Compare what `run` answers with the batches in `folder`, the validation batch first.
+    """Compare the outputs of `run` with the batches in `folder`, the validation batch first.
 
     `noise` is the file with the noise floor of each element of the validation batch, empty where it is unknown.
 
     Returns:
-        The verdict, and where the artifact disagrees on batches of other values only: which, and how.
+        The result; and if the artifact disagrees only on batches of other values, on which and how, else empty.
 
     Raises:
-        CannotRun: PyTorch's answers prove nothing.
+        CannotRun: PyTorch's outputs are all NaN or infinite, so nothing can be verified.
     """
     floors = read_arrays(folder / noise) if noise else {}
     whole = read_arrays(folder / batches[0].path, spec.output_names)
@@ -36,7 +36,7 @@ def verified(
         inputs = read_arrays(folder / batch.path, spec.input_names)
         reference = read_arrays(folder / batch.path, whole)
         if not any(_says_something(array) for array in reference.values()):
-            raise CannotRun("PyTorch itself answers nothing but NaN or infinity, which proves nothing")
+            raise CannotRun("PyTorch itself returns only NaN or infinity, which proves nothing")
         return compare(run(inputs), reference, limits, floors, None if batch is batches[0] else whole)
 
     sized = [batch for batch in batches if not batch.label]
@@ -48,10 +48,10 @@ def verified(
 
 
 def _apart(compared: Callable[[Batch], Parity], batch: Batch) -> str:
-    """How an artifact disagrees with PyTorch on a batch of other values; empty where it agrees."""
+    """How an artifact disagrees with PyTorch on a batch of other values; empty if it agrees."""
     try:
         why = compared(batch).reason
-    except Exception as error:  # a runtime refuses sizes with any exception
+    except Exception as error:  # a runtime may refuse sizes with any exception
         traceback.print_exc()
         why = line(error, 500)
     where = ", ".join([batch.label, *(f"{name}={size}" for name, size in batch.sizes.items())])
@@ -63,7 +63,7 @@ def _says_something(array: np.ndarray) -> bool:
 
 
 def fingerprint(folder: Path, without: str) -> tuple[int, str]:
-    """Bytes and SHA-256 of all files of a folder, names included, but for the file `without` in it."""
+    """Size in bytes and SHA-256 of all files of a folder, names included, except the file named `without`."""
     digest, count = hashlib.sha256(), 0
     for file in sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / without):
         digest.update(file.relative_to(folder).as_posix().encode())

@@ -1,4 +1,4 @@
-"""Where a report can go: one file per place. A sink is a function of the report, called once it is complete."""
+"""Places to publish a report to, one file each. A sink is a function that is called with the complete report."""
 
 from __future__ import annotations
 
@@ -7,4 +7,4 @@ from collections.abc import Callable
 from polyexport.report.report import Report
 
 Sink = Callable[[Report], None]
-"""Takes a complete report; what it raises is told to the user and harms nobody."""
+"""Takes a complete report; what it raises becomes a warning, and does not stop training."""

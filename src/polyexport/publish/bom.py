@@ -1,8 +1,8 @@
-"""`bom.json`: what an export consists of and was made with, as a CycloneDX bill of materials for models (ML-BOM).
+"""`bom.json`: the files of an export and the packages that made it, as a CycloneDX bill of materials (ML-BOM).
 
 https://cyclonedx.org/docs/1.6/json/
 
-The same export gives the same bytes: no time of day, and a serial number that follows from the content.
+The same export gives the same bytes: there is no timestamp, and the serial number is a hash of the content.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from polyexport.spec import TensorSpec
 BOM = "bom.json"
 _MODEL = "model"
 _FIGURES = ("state", "precision", "route", "bytes", "max_abs_error", "noise_floor", "p50_ms", "batch")
-"""Figures of an artifact that become properties of its component."""
+"""Measurements of an artifact that become properties of its component."""
 
 
 class BillOfMaterials:
-    """A sink into the export's own folder: `bom.json`."""
+    """A sink that writes `bom.json` into the export's folder."""
 
     def __call__(self, report: Report) -> None:
         """Write the bill of materials of a report."""
@@ -77,7 +77,7 @@ def _tensor(tensor: TensorSpec) -> dict[str, str]:
 
 
 def _artifact(report: Report, outcome: Outcome) -> dict[str, Any]:
-    """An artifact, what was measured of it, and its files."""
+    """The component of an artifact, with its measurements and files."""
     measured = next(row for row in figures(report) if row["format"] == outcome.format)
     files = sorted(path for path in (report.folder / outcome.format).rglob("*") if path.is_file())
     return {
@@ -90,7 +90,7 @@ def _artifact(report: Report, outcome: Outcome) -> dict[str, Any]:
 
 
 def _evidence(folder: Path) -> Iterator[dict[str, Any]]:
-    """What the artifacts were compared with: the manifest, and the batches with PyTorch's answers."""
+    """What the artifacts were verified with: the manifest, and the batches with PyTorch's outputs."""
     for file in sorted([*folder.glob(MANIFEST), *folder.glob("*.npz")]):
         yield _file(folder, file)
 
@@ -105,7 +105,7 @@ def _hash(content: str) -> dict[str, str]:
 
 
 def _packages(outcome: Outcome) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The packages of the toolchain that made it, by their URL (https://github.com/package-url/purl-spec)."""
+    """The packages of the toolchain that made an artifact, by their package URL (https://github.com/package-url/purl-spec)."""
     for name, version in (outcome.toolchain.packages if outcome.toolchain else {}).items():
         kept = version.replace("+", "%2B")
         url = f"pkg:pypi/{re.sub(r'[-_.]+', '-', name).lower()}@{kept}"

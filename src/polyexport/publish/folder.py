@@ -1,4 +1,4 @@
-"""Any place that fsspec knows (`s3://`, `gs://`, `memory://` …): a copy of the finished export."""
+"""Copies the finished export to any fsspec URL (`s3://`, `gs://`, `memory://` …)."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from polyexport.publish import Sink
 from polyexport.report.manifest import MANIFEST, load
 from polyexport.report.report import Report
 
-_MADE_HERE = ("source/made", "source/jobs")  # they serve to reproduce a step on the machine that made it
+_MADE_HERE = ("source/made", "source/jobs")  # only for reproducing a step on the machine that made it
 
 
 def copy_to(url: str, *, source: bool = False) -> Sink:
     """A sink that copies the export to `<url>/<its name>`, and its name into the file `<url>/best`, last.
 
-    `source/` stays here unless `source` asks for it: the module with its hyperparameters and globals, which may hold
-    what is nobody else's, such as tokens. Of it go only the batches that artifacts are verified with.
+    `source/` is not copied unless `source` is True: it has the module with its hyperparameters and globals, which may
+    contain secrets such as tokens. Only the batches in it that artifacts are verified with are copied.
     """
     left_here = _MADE_HERE if source else ("source/",)
 
@@ -37,5 +37,5 @@ def copy_to(url: str, *, source: bool = False) -> Sink:
 
 
 def _batches(folder: Path) -> set[str]:
-    """The files that the manifest names as batches; there is none where the module could not be rebuilt."""
+    """The files that the manifest names as batches; none without a manifest, if the module could not be rebuilt."""
     return {batch.path for batch in load(folder).batches} if (folder / MANIFEST).exists() else set()

@@ -1,12 +1,12 @@
-"""A model repository on the Hugging Face Hub: what agreed with PyTorch, and a card that says how well.
+"""A model repository on the Hugging Face Hub: the artifacts that agree with PyTorch, and a model card.
 
 https://huggingface.co/docs/huggingface_hub/guides/upload
 
 Requirements:
-* One commit has all of it, so that a repository never holds half an export; artifacts of formats that are not in this
-  one go with it.
-* No validation data and no path of this machine goes there: neither `source/` nor the report itself.
-* The Hub may be slow, refuse or be gone: all of it takes at most `timeout` seconds, and what went wrong is told.
+* One commit has all of it, so that a repository never holds half an export; it also removes artifacts of formats that
+  are not in this export.
+* Neither validation data nor paths of this machine are uploaded: neither `source/` nor the report itself.
+* The Hub may be slow, refuse or be down: publishing takes at most `timeout` seconds, and errors are reported.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ from polyexport.report.report import Report
 
 
 class HuggingFace:
-    """A sink into a repository of the Hugging Face Hub, or of a server that answers as it does (`HF_ENDPOINT`).
+    """A sink into a repository of the Hugging Face Hub, or of a compatible server (`HF_ENDPOINT`).
 
-    Who may write there, `huggingface_hub` finds out in its own way: `hf auth login`, or the variable `HF_TOKEN`.
+    Authentication is `huggingface_hub`'s: `hf auth login`, or the variable `HF_TOKEN`.
 
-    No dataclass, since Hydra takes one for a part of the configuration.
+    Not a dataclass, since Hydra takes those for a part of the configuration.
 
     Args:
-        repository: `"user/model"`; it is made if it is not there.
-        private: Whether one that is made is private.
-        use: What the model is for, and what not, for the card; Markdown.
-        license_id: Its license, by the Hub's identifier: `"apache-2.0"`.
+        repository: `"user/model"`; created if it does not exist.
+        private: Whether a repository that is created is private.
+        use: Intended and out-of-scope uses, in Markdown, for the model card.
+        license_id: The model's license, by the Hub's identifier: `"apache-2.0"`.
         revision: The branch.
-        timeout: Seconds that all of it may take.
+        timeout: Seconds that publishing may take.
 
     Raises:
-        BadRequest: `repository` is no `"user/model"`, or `huggingface_hub` is not installed.
+        BadRequest: `repository` is not of the form `"user/model"`, or `huggingface_hub` is not installed.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class HuggingFace:
         if not isinstance(repository, str) or not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
             raise BadRequest(f"repository={repository!r}; give 'user/model'")
         if timeout <= 0:
-            raise BadRequest(f"timeout={timeout:g}; give the seconds that all of it may take")
+            raise BadRequest(f"timeout={timeout:g}; give the seconds that publishing may take")
         if find_spec("huggingface_hub") is None:
             raise BadRequest(
                 "HuggingFace requires huggingface_hub; install with `pip install lightning-export[huggingface]` or "
@@ -76,12 +76,12 @@ class HuggingFace:
 
         Raises:
             BadRequest: none of them agrees with PyTorch.
-            ConnectionError: they did not get there in time, or the Hub refused them.
+            ConnectionError: the upload did not finish in time, or the Hub refused it.
         """
         if not report.publishable:
             raise BadRequest("no artifact agrees with PyTorch")
         left = [f"not finished after {self.timeout:g} s"]
-        # some calls of the client have no bound of their own; a thread that is never joined ends with the process
+        # some calls of the client have no timeout; a daemon thread ends with the process
         work = threading.Thread(target=self._publish, args=(report, left), name="polyexport-huggingface", daemon=True)
         work.start()
         work.join(self.timeout)
@@ -89,7 +89,7 @@ class HuggingFace:
             raise ConnectionError(f"{self.repository}: {left[0]}")
 
     def _publish(self, report: Report, left: list[str]) -> None:
-        """Send everything; `left` is empty once it is there, and else says why it is not."""
+        """Upload everything; `left` has the reason why it is not finished, and is empty once it is."""
         try:
             self._commit(report)
         except Exception as error:  # the network may fail in any way, and so may the client
@@ -119,7 +119,7 @@ class HuggingFace:
 
 
 def published(report: Report) -> Iterator[Path]:
-    """The files of the artifacts that agree with PyTorch, and what signs and lists them."""
+    """The files of the artifacts that agree with PyTorch, the signature and the bill of materials."""
     for outcome in report.publishable:
         yield from sorted(path for path in (report.folder / outcome.format).rglob("*") if path.is_file())
     yield from (path for path in (report.folder / BOM, report.folder / SIGNATURE) if path.is_file())

@@ -1,4 +1,4 @@
-"""MLflow: each figure of each format as a metric over the checkpoints of the run, the best export's files as artifacts.
+"""MLflow: measurements of each format as metrics over the checkpoints of the run, the best export's files as artifacts.
 
 https://mlflow.org/docs/latest/ml/tracking
 """
@@ -12,13 +12,13 @@ from polyexport.publish import Sink
 from polyexport.report.manifest import MANIFEST
 from polyexport.report.report import Report, figures, history
 
-_LONGEST_TAG = 5000  # characters that MLflow takes
+_LONGEST_TAG = 5000  # characters that MLflow allows
 
 
 def mlflow(client: Any, run_id: str) -> Sink:
     """A sink into an MLflow run (`experiment` and `run_id` of Lightning's `MLFlowLogger`).
 
-    Metrics are called `export/<format>/<figure>`, tags `export/<format>/state` and `export/notes`. Artifacts lie under
+    Metrics are named `export/<format>/<measurement>`, tags `export/<format>/state` and `export/notes`. Artifacts are in
     `export`: the report, and a folder for each format that agreed with PyTorch.
     """
 

@@ -1,13 +1,12 @@
-"""A signature over an export, by which a reader knows that it is whole and whose it is: OpenSSF Model Signing.
+"""Signatures of exports, which show that one is complete and who made it: OpenSSF Model Signing.
 
 https://github.com/sigstore/model-transparency, whose `model_signing verify key` checks it too
 
 Requirements:
-* What is signed are the artifacts that agree with PyTorch and `bom.json`, which has the hashes of what they were
-  compared with. The report is not: a new timing changes it. A proof from another machine changes what is said beside
-  the artifact too: sign it again then.
-* A file that was added to an artifact's folder, changed or taken away is found, and so is an artifact that was not
-  signed.
+* The signature covers the artifacts that agree with PyTorch, and `bom.json`, which has the hashes of the batches that
+  they were verified with. It does not cover the report, since a new timing changes that. A proof from another machine
+  changes the `polyexport.json` of an artifact: sign again then.
+* A file that was added to an artifact's folder, changed or removed is found, and so is an artifact that was not signed.
 """
 
 from __future__ import annotations
@@ -26,14 +25,14 @@ SIGNATURE = "model.sig"
 
 
 class Signed:
-    """A sink into the export's own folder: `bom.json`, and `model.sig` over the artifacts and it.
+    """A sink that writes `bom.json`, and `model.sig` over the artifacts and that, into the export's folder.
 
-    No dataclass, since Hydra takes one for a part of the configuration.
+    Not a dataclass, since Hydra takes those for a part of the configuration.
 
     Args:
         key: File with a private key on an elliptic curve, in PEM: `openssl ecparam -name prime256v1 -genkey -noout -out
             key.pem`.
-        password: What the key is encrypted with, if it is.
+        password: The key's password, if it is encrypted.
 
     Raises:
         BadRequest: there is no such file, or `model-signing` is not installed.
@@ -48,7 +47,7 @@ class Signed:
         """Sign the artifacts of a report.
 
         Raises:
-            BadRequest: none of them agrees with PyTorch, or the key is none.
+            BadRequest: none of them agrees with PyTorch, or the file is not a private key that can sign.
         """
         from model_signing import signing
 
@@ -59,13 +58,13 @@ class Signed:
         config = signing.Config().set_hashing_config(_hashing(report.folder, names))
         try:
             config.use_elliptic_key_signer(private_key=self.key, password=self.password)
-        except Exception as error:  # cryptography says what it pleases of a file that is no key
-            raise BadRequest(f"{self.key} is no private key that signs: {line(error, 200)}") from None
+        except Exception as error:  # cryptography raises many types for a file that is not a key
+            raise BadRequest(f"{self.key} is not a private key that can sign: {line(error, 200)}") from None
         config.sign(report.folder, report.folder / SIGNATURE)
 
 
 def check(report: Report, key: Path) -> tuple[str, ...]:
-    """Check the signature of an export, and that what is in it is what was signed.
+    """Check the signature of an export, and that its artifacts are those that were signed.
 
     Args:
         report: The export's.
@@ -75,8 +74,8 @@ def check(report: Report, key: Path) -> tuple[str, ...]:
         The formats that are signed.
 
     Raises:
-        BadRequest: there is no signature, or no such key.
-        NotSigned: it is not by this key, or something was changed, added or taken away.
+        BadRequest: there is no signature, or no such key file.
+        NotSigned: it is by another key, or a file was changed, added or removed.
     """
     _check_installed()
     from model_signing import verifying
@@ -92,18 +91,18 @@ def check(report: Report, key: Path) -> tuple[str, ...]:
         config.set_hashing_config(_hashing(report.folder, signed)).verify(report.folder, signature)
     except BadRequest:
         raise
-    except Exception as error:  # it says in its own words, and with any exception, what does not fit
+    except Exception as error:  # the library raises many types for what does not fit
         raise NotSigned(f"{report.folder} is not what was signed by {key}: {line(error, 300)}") from None
     for each in listed.values():
         if each["type"] == "file" and sha256(report.folder / each["name"]) != each["hashes"][0]["content"]:
-            raise NotSigned(f"{report.folder / each['name']} is not what was signed: its SHA-256 has changed")
+            raise NotSigned(f"{report.folder / each['name']} was changed after it was signed: its SHA-256 differs")
     if unsigned := [outcome.format for outcome in report.publishable if outcome.format not in signed]:
         raise NotSigned(f"{report.folder} has artifacts that are not signed: {', '.join(unsigned)}")
     return tuple(signed)
 
 
 def _hashing(folder: Path, names: list[str]) -> Any:
-    """How the folder is hashed: artifacts and `bom.json`, without all else that lies beside them."""
+    """How the folder is hashed: artifacts and `bom.json`, without everything else in it."""
     from model_signing import hashing
 
     others = [path for path in folder.iterdir() if path.name not in (*names, BOM)]

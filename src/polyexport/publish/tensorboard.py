@@ -1,4 +1,4 @@
-"""TensorBoard: each figure of each format as a scalar over the checkpoints of the run, the report as text.
+"""TensorBoard: each measurement of each format as a scalar over the checkpoints of the run, the report as text.
 
 https://www.tensorflow.org/tensorboard
 """
@@ -14,7 +14,7 @@ from polyexport.report.report import Report, figures, history, markdown
 def tensorboard(writer: Any) -> Sink:
     """A sink into a `SummaryWriter` (the `experiment` of Lightning's `TensorBoardLogger`).
 
-    Scalars are called `export/<format>/<figure>`; their steps are those of the checkpoints.
+    Scalars are named `export/<format>/<measurement>`; their steps are those of the checkpoints.
     """
 
     def publish(report: Report) -> None:

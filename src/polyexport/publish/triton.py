@@ -1,4 +1,4 @@
-"""A model repository of NVIDIA's Triton Inference Server: a versioned folder for each artifact, and what it answers to.
+"""A model repository of NVIDIA's Triton Inference Server: a versioned folder for each artifact, and its configuration.
 
 https://docs.nvidia.com/deeplearning/triton-inference-server/user-guide/docs/user_guide/model_configuration.html
 """
@@ -33,12 +33,12 @@ _TYPES = {"bool": "BOOL", "bfloat16": "BF16"} | {
 class TritonRepository:
     """A sink into a model repository: each artifact that agrees with PyTorch is the next version of a model.
 
-    No dataclass, since Hydra takes one for a part of the configuration.
+    Not a dataclass, since Hydra takes those for a part of the configuration.
 
     Args:
         folder: The model repository.
-        name: What the models are called: `<name>_<format>`.
-        max_batch_size: Greatest batch that Triton may make of requests, where the batch axis is dynamic.
+        name: The models are named `<name>_<format>`.
+        max_batch_size: The largest batch that Triton may make of requests, if the batch axis is dynamic.
     """
 
     def __init__(self, folder: str | Path, *, name: str = "model", max_batch_size: int = 64) -> None:
@@ -50,18 +50,18 @@ class TritonRepository:
         """Publish the artifacts of a report.
 
         Raises:
-            BadRequest: none of them agrees and is served by Triton.
+            BadRequest: none of them agrees with PyTorch and can be served by Triton.
         """
         served = [(outcome, triton) for outcome in report.publishable if (triton := _served(outcome)) is not None]
         if not served:
             having = ", ".join(each.name for each in known().values() if each.triton)
-            raise BadRequest(f"no artifact that agrees with PyTorch is served by Triton; it serves {having}")
+            raise BadRequest(f"no artifact that agrees with PyTorch can be served by Triton; it serves {having}")
         for outcome, triton in served:
             self._publish(report, outcome, triton)
 
     def _publish(self, report: Report, outcome: Outcome, triton: Triton) -> None:
         """Add a version; it appears at once, and Triton takes the newest."""
-        assert outcome.artifact is not None, "what agrees was made"
+        assert outcome.artifact is not None, "an outcome that agrees has an artifact"
         model = Path(self.folder) / f"{self.name}_{outcome.format}"
         model.mkdir(parents=True, exist_ok=True)
         artifact = report.folder / outcome.artifact.path
@@ -72,7 +72,7 @@ class TritonRepository:
         if artifact.is_dir():
             shutil.copytree(artifact, unfinished / triton.file)
         else:
-            for file in artifact.parent.iterdir():  # weights may lie beside it
+            for file in artifact.parent.iterdir():  # weights may be in files of their own
                 if file.name not in (DESCRIPTION, LABELS):
                     shutil.copyfile(file, unfinished / (triton.file if file == artifact else file.name))
         if (artifact.parent / LABELS).exists():
@@ -90,7 +90,7 @@ def _served(outcome: Outcome) -> Triton | None:
 def config(name: str, outcome: Outcome, triton: Triton, max_batch_size: int, labels: int = 0) -> str:
     """`config.pbtxt` of an artifact, in protobuf's text form.
 
-    Triton makes batches where the first axis of every input and output is the same dynamic one; it is then left out of
+    Triton makes batches if the first axis of every input and output is the same dynamic one; it is then left out of
     the dimensions.
     """
     leading = {tensor.dynamic.get(0) for tensor in (*outcome.inputs, *outcome.outputs)}
@@ -114,7 +114,7 @@ def _tensor(direction: str, name: str, tensor: TensorSpec, shape: tuple[int | st
     yield f"  name: {_text(name)}"
     yield f"  data_type: TYPE_{_TYPES[tensor.dtype]}"
     yield f"  dims: [ {dims or 1} ]"
-    if not shape:  # Triton has no tensors without axes
+    if not shape:  # Triton has no scalars
         yield "  reshape { shape: [ ] }"
 
 

@@ -1,18 +1,18 @@
-"""Weights & Biases: an artifact per format that agreed with PyTorch, tables over all checkpoints, registry links.
+"""Weights & Biases: an artifact per format that agrees with PyTorch, tables over all checkpoints, registry links.
 
 https://docs.wandb.ai/guides/artifacts, https://docs.wandb.ai/guides/registry
 
 Requirements:
-* W&B may be slow, refuse or be gone: all of it together takes at most `timeout` seconds, and what did not get there is
-  told. An upload is waited for, since W&B says of a failed one only then that it failed.
-* A table is logged whole and new each time: W&B shows the first state of one that grows.
-* Nothing is logged with `step=`: Lightning's logger counts its own, and W&B drops what comes late.
-* Nothing stays in the user's home, where W&B would stage a copy of each file. Online, artifacts are read from the
+* W&B may be slow, refuse or be down: publishing takes at most `timeout` seconds, and what was not uploaded is reported.
+  Uploads are waited for, since W&B reports a failure only to a caller that waits.
+* A table is logged whole each time: W&B shows only the first state of one that grows.
+* Nothing is logged with `step=`: Lightning's logger has its own steps, and W&B drops what comes late.
+* Nothing is left in the user's home, where W&B would stage a copy of each file. Online, artifacts are read from the
   export. Offline the run's own folder gets hard links to them: `wandb sync` finds those after the export was pruned,
-  and they go when the run's folder goes. What W&B stages for tables lies in the run's folder too, unless
-  `WANDB_DATA_DIR` says where; of tables its cache, which it empties itself, keeps some kilobytes.
-* The registry gets what is `verified`, nothing else. W&B cannot link offline (it would log the artifact twice), so the
-  export remembers its links for `link`.
+  and they are removed with the run's folder. What W&B stages for tables is in the run's folder too, unless
+  `WANDB_DATA_DIR` is set; W&B's cache, which it prunes itself, keeps some kilobytes of tables.
+* Only `verified` artifacts are linked to the registry. W&B cannot link offline (it would log the artifact twice), so
+  the export stores its links for `link`.
 """
 
 from __future__ import annotations
@@ -47,30 +47,30 @@ _LINES = ("p50_ms", "max_abs_error")
 
 
 class Wandb:
-    """A sink into a W&B run, online or offline; the attributes are its options.
+    """A sink into a W&B run, online or offline.
 
-    No dataclass, since Hydra takes one for a part of the configuration.
+    Not a dataclass, since Hydra takes those for a part of the configuration.
 
-    Artifacts are called `model-<run id>-<format>`, of type `model`, one for each format that agreed with PyTorch, with
-    the aliases `latest`, `best` and `parity-passed`, and `fastest` for the `verified` one with the lowest median. The
-    page and its notes are one more, `report-<run id>`, of type `report`.
+    Artifacts are named `model-<run id>-<format>`, of type `model`, one for each format that agrees with PyTorch, with
+    the aliases `latest`, `best` and `parity-passed`, and `fastest` for the `verified` one with the lowest median
+    latency. The page and its notes are another one, `report-<run id>`, of type `report`.
 
     Args:
         registry: Where verified artifacts are linked: `"<registry>/<collection>"`, or `"<registry>"` for collections
-            with the project's name. Each format has a collection of its own, `<collection>-onnx`, in which `latest` and
-            `best` are its newest.
-        upload: True for the files of the best checkpoint, `"all"` for those of every export of the run in turn (as
-            `log_model` of Lightning's `WandbLogger` has it), False for figures only.
+            with the project's name. Each format has its own collection, `<collection>-onnx`, in which `latest` and
+            `best` are its newest version.
+        upload: True for the files of the best export, `"all"` for those of every export of the run in turn (as
+            `log_model` of Lightning's `WandbLogger` does), False for metrics only.
         aliases: Further aliases of the best checkpoint's artifacts.
-        tags: Further tags, beside the format, the precision and the state.
+        tags: Further tags, besides the format, the precision and the state.
         ttl_days: After how many days W&B may delete a version; None for the team's policy.
-        old_ttl_days: The same for versions that a newer one takes the place of; None leaves them alone.
-        timeout: Seconds that all of it may take.
-        source: The artifact with the checkpoint. It stands in the metadata and becomes an input of this run, so that
-            lineage leads from it to the exports: as it is where it has a version (`"entity/project/name:v3"`), else the
-            version that has this checkpoint, once that is in W&B.
-        alert: Whether to send an alert where a format's state is worse than at the best checkpoint before.
-        run: The run; None for the trainer's `WandbLogger`'s, or the one that is active.
+        old_ttl_days: The same for versions that are replaced by a newer one; None leaves them alone.
+        timeout: Seconds that publishing may take.
+        source: The artifact with the checkpoint. It is named in the metadata and becomes an input of this run, so that
+            lineage leads from it to the exports. A name with a version (`"entity/project/name:v3"`) is used as it is;
+            else it is the version with this checkpoint, once that is in W&B.
+        alert: Whether to send an alert if a format's state is worse than at the previous best checkpoint.
+        run: The run; None for that of the trainer's `WandbLogger`, or the active one.
 
     Raises:
         BadRequest: an option that W&B would refuse.
@@ -102,7 +102,7 @@ class Wandb:
         self._check()
 
     def replaced(self, **options: Any) -> Wandb:
-        """The same with other options."""
+        """A copy with other options."""
         return Wandb(**(vars(self) | options))
 
     def _check(self) -> None:
@@ -110,10 +110,10 @@ class Wandb:
             raise BadRequest(f"upload={self.upload!r}; known: True, False, 'all'")
         for alias in self.aliases:
             if not re.fullmatch(r"(?!v\d+$)[^/:]+", alias):
-                raise BadRequest(f"alias {alias!r}: W&B takes no '/', no ':' and no version such as 'v2'")
+                raise BadRequest(f"alias {alias!r}: W&B allows no '/', no ':' and no version such as 'v2'")
         for tag in self.tags:
             if not re.fullmatch(r"[-\w]+( +[-\w]+)*", tag):
-                raise BadRequest(f"tag {tag!r}: W&B takes letters, digits, '-', '_' and single words between blanks")
+                raise BadRequest(f"tag {tag!r}: W&B allows letters, digits, '-', '_', and spaces between words")
         if self.registry is not None and not re.fullmatch(r"[-\w]+(/[-.\w]+)?", self.registry):
             raise BadRequest(f"registry={self.registry!r}; give '<registry>' or '<registry>/<collection>'")
         if min(self.timeout, self.ttl_days or 1, self.old_ttl_days or 1) <= 0:
@@ -123,17 +123,17 @@ class Wandb:
         """Publish a report.
 
         Raises:
-            ConnectionError: something did not get there in time; all the rest did.
+            ConnectionError: something was not uploaded in time; everything else was.
         """
         import wandb as sdk
 
         run = self.run or sdk.run
         if run is None:
-            raise BadRequest("there is no W&B run: give the trainer a WandbLogger, or Wandb(run=…)")
+            raise BadRequest("there is no W&B run; give the trainer a WandbLogger, or use Wandb(run=…)")
         if run.disabled:
             return
         left: dict[str, str] = {}
-        # some calls of W&B have no bound of their own; a thread that is never joined ends with the process
+        # some calls of W&B have no timeout; a daemon thread ends with the process
         arguments = (self, run, history(report), left)
         work = threading.Thread(target=_publish, args=arguments, name="polyexport-wandb", daemon=True)
         work.start()
@@ -144,7 +144,7 @@ class Wandb:
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """A registry link that an offline run could not make. `digest` tells the version, which has no number yet."""
+    """A registry link that an offline run could not make. `digest` identifies the version, which has no number yet."""
 
     artifact: str
     digest: str
@@ -155,19 +155,19 @@ class Link:
 
 
 def link(folder: Path) -> tuple[str, ...]:
-    """Make the registry links that offline runs remembered in the exports under `folder`, after `wandb sync`.
+    """Make the registry links that offline runs stored in the exports under `folder`, after `wandb sync`.
 
     Returns:
-        Where each went: `<collection>:<alias> <- <artifact>`.
+        Each link: `<collection>:<alias> <- <artifact>`.
 
     Raises:
-        BadRequest: there are none; or an artifact is not in W&B, or is another one there by now.
+        BadRequest: there are none, or an artifact is not in W&B, or was replaced there by a newer version.
     """
     import wandb as sdk
 
     files = sorted({path.resolve() for path in (folder / LINKS, *folder.rglob(LINKS)) if path.exists()})
     if not files:
-        raise BadRequest(f"{folder} remembers no registry link; an offline run leaves {LINKS} in its export")
+        raise BadRequest(f"{folder} has no stored registry links; an offline run writes {LINKS} into its export")
     api, made = sdk.Api(), []
     for file in files:
         for each in [decode(Link, data) for data in read_json(file)]:
@@ -185,27 +185,27 @@ def link(folder: Path) -> tuple[str, ...]:
 
 
 def publish_into(report: Report, run: str, registry: str | None = None) -> None:
-    """Publish a report into a run that is over: after a proof from another machine, artifacts of it are new versions.
+    """Publish a report to a finished run: after a proof from another machine, its artifacts are new versions.
 
     Args:
         report: An export of that run.
         run: `"project/run id"`, or `"entity/project/run id"`.
-        registry: Where what is verified is linked, as for `Wandb`.
+        registry: Where verified artifacts are linked, as in `Wandb`.
 
     Raises:
-        BadRequest: `run` or `registry` is written in another way, or W&B has no such run.
-        ConnectionError: something did not get there.
+        BadRequest: `run` or `registry` has another form, or W&B has no such run.
+        ConnectionError: something was not uploaded.
     """
     import wandb as sdk
 
     options = Wandb(registry=registry)
     *entity, project, name = ["", "", *run.split("/")][-3:] if run.count("/") in (1, 2) else ["", "", ""]
     if not (project and name):
-        raise BadRequest(f"{run!r} names no W&B run; write PROJECT/RUN or ENTITY/PROJECT/RUN, with the run's id")
+        raise BadRequest(f"{run!r} is not a W&B run; write PROJECT/RUN or ENTITY/PROJECT/RUN, with the run's id")
     try:
         found = sdk.init(entity=entity[0] or None, project=project, id=name, resume="must")
     except sdk.errors.Error as error:
-        raise BadRequest(f"W&B does not open the run {run}: {line(error)}") from error
+        raise BadRequest(f"W&B cannot open the run {run}: {line(error)}") from error
     with found:
         options.replaced(run=found)(report)
 
@@ -214,11 +214,11 @@ def publish_into(report: Report, run: str, registry: str | None = None) -> None:
 
 
 Uploads = Mapping[str, tuple[Report, Outcome]]
-"""The artifacts to send, by the name that a failure is told under: `<export>/<format>`."""
+"""The artifacts to upload, by their name in error messages: `<export>/<format>`."""
 
 
 def _publish(options: Wandb, run: Any, reports: Sequence[Report], left: dict[str, str]) -> None:
-    """Send everything; `left` says at any moment what is not there yet, and why."""
+    """Upload everything; `left` has at any moment what is not uploaded yet, and why."""
     deadline = time.monotonic() + options.timeout
     newest = reports[-1]
     exports = {True: reports[-1:], False: [], "all": reports}[options.upload]
@@ -254,7 +254,7 @@ def _publish(options: Wandb, run: Any, reports: Sequence[Report], left: dict[str
 
 
 def _alert(run: Any, reports: Sequence[Report]) -> None:
-    """Say what is worse than at the checkpoint before, if anything is."""
+    """Send an alert if a format's state is worse than at the previous checkpoint."""
     worse = [
         f"{each.format}: {why}"
         for before, now in zip(reports[-2:-1], reports[-1:], strict=False)
@@ -274,7 +274,7 @@ def _uploads(exports: Sequence[Report]) -> Uploads:
 
 
 def _log_artifacts(options: Wandb, run: Any, uploads: Uploads, newest: Report, left: dict[str, str]) -> dict[str, Any]:
-    """Begin every upload; the artifacts that W&B took, by name."""
+    """Start every upload; returns the artifacts that W&B accepted, by name."""
     sent = {}
     for what, (report, outcome) in uploads.items():
         with _telling(left, what, done=False):
@@ -285,7 +285,7 @@ def _log_artifacts(options: Wandb, run: Any, uploads: Uploads, newest: Report, l
 def _arrived(
     options: Wandb, run: Any, outcome: Outcome, artifact: Any, deadline: float, *, newest: bool
 ) -> Iterator[Link]:
-    """Wait for an artifact and link it; offline, the link that has to be remembered."""
+    """Wait for an artifact and link it; offline, yield the link to be stored."""
     target = _link(options, run, outcome, artifact) if newest else None
     if run.offline:
         yield from [target] if target else []
@@ -298,16 +298,16 @@ def _arrived(
 
 
 def _wait(artifact: Any, deadline: float) -> None:
-    """Wait for an upload: its version is known, and its failure told, to nobody else."""
+    """Wait for an upload: only then is its version known, or its failure raised."""
     artifact.wait(timeout=max(1, int(deadline - time.monotonic())))
 
 
 @contextmanager
 def _telling(left: dict[str, str], what: str, *, done: bool = True) -> Iterator[None]:
-    """Note why `what` failed, or strike it off when it is `done`."""
+    """Record in `left` why `what` failed, or remove it from there when it is `done`."""
     try:
         yield
-    except Exception as error:  # W&B's client raises its own, its server's and its parsers' exceptions
+    except Exception as error:  # W&B's client raises exceptions of many libraries
         left[what] = line(error)
     else:
         if done:
@@ -316,7 +316,7 @@ def _telling(left: dict[str, str], what: str, *, done: bool = True) -> Iterator[
 
 @contextmanager
 def _staging(run: Any) -> Iterator[None]:
-    """Let W&B stage files in the run's folder; it asks the environment at each file."""
+    """Let W&B stage files in the run's folder; it reads the environment variable for each file."""
     ours = str(Path(run.dir).parent / "staging")
     os.environ.setdefault("WANDB_DATA_DIR", ours)
     try:
@@ -337,9 +337,7 @@ def _log_figures(run: Any, reports: Sequence[Report]) -> None:
     for row in newest:
         for key in _SUMMARY:
             name = f"export/{row['format']}/{key}"
-            if (
-                row[key] is not None or run.summary.get(name) is not None
-            ):  # of an export before, which is not this one's
+            if row[key] is not None or run.summary.get(name) is not None:  # of an earlier export, not of this one
                 run.summary[name] = row[key]
     run.summary["export/notes"] = "\n".join(map(str, report.notes))
     best = report.best()
@@ -392,7 +390,7 @@ def _parity(report: Report) -> Iterator[dict[str, Figure]]:
 def _table(rows: Sequence[Mapping[str, Figure]]) -> Any:
     import wandb as sdk
 
-    # None where there is no number: a column of W&B has one type
+    # None if it is not a number, since a W&B column has one type
     return sdk.Table(columns=list(rows[0]), data=[list(encode(row).values()) for row in rows])
 
 
@@ -423,7 +421,7 @@ def _log_artifact(options: Wandb, run: Any, report: Report, outcome: Outcome, *,
 
 
 def _log_page(options: Wandb, run: Any, report: Report) -> Any:
-    """The report as a page, as text with its notes and how to reproduce each step, and as records."""
+    """Upload the report as a page, as Markdown and as JSON."""
     import wandb as sdk
 
     about = {"notes": list(map(str, report.notes)), "checkpoint_sha256": report.checkpoint.sha256}
@@ -436,10 +434,10 @@ def _log_page(options: Wandb, run: Any, report: Report) -> Any:
 
 
 def _add(artifact: Any, run: Any, report: Report, folder: Path, files: Sequence[Path]) -> None:
-    """Add files under their names in `folder`; offline, hard links to them, since finished exports never change."""
+    """Add files under their paths in `folder`; offline as hard links, since finished exports never change."""
     for file in sorted(files):
         there = file
-        if run.offline:  # beside the run's `files`, which W&B uploads whole
+        if run.offline:  # next to the run's `files`, which W&B uploads completely
             there = Path(run.dir).parent / "exports" / report.folder.name / file.relative_to(report.folder)
             there.parent.mkdir(parents=True, exist_ok=True)
             there.unlink(missing_ok=True)
@@ -448,15 +446,15 @@ def _add(artifact: Any, run: Any, report: Report, folder: Path, files: Sequence[
 
 
 def _word(text: str) -> str:
-    """`text` in the letters that W&B takes in names, tags and aliases alike."""
+    """`text` in characters that W&B allows in names, tags and aliases."""
     return re.sub(r"[^A-Za-z0-9_-]+", "-", text).strip("-")[:128]
 
 
 def _use_checkpoint(source: str, run: Any, report: Report) -> str:
-    """Make the checkpoint's artifact an input of the run; returns its name, with its version where that is known.
+    """Make the checkpoint's artifact an input of the run; returns its name, with its version if that is known.
 
-    A name without a version is that of this run's own: its `best`, if it has this checkpoint. Lightning may log that
-    one after us, when the run ends, and then there is no edge.
+    A name without a version is an artifact of this run: its `best`, if that has this checkpoint. Lightning may log it
+    later, when the run ends; then there is no lineage.
     """
     import wandb as sdk
 
@@ -474,7 +472,7 @@ def _use_checkpoint(source: str, run: Any, report: Report) -> str:
 
 
 def _expire_predecessor(artifact: Any, days: float) -> None:
-    """Give the version before this one a time to live."""
+    """Set the time to live of the previous version."""
     import wandb as sdk
 
     number = int(artifact.version.removeprefix("v"))
@@ -486,7 +484,7 @@ def _expire_predecessor(artifact: Any, days: float) -> None:
 
 
 def _link(options: Wandb, run: Any, outcome: Outcome, artifact: Any) -> Link | None:
-    """Where an artifact belongs in the registry; None where it does not."""
+    """The registry link of an artifact; None if it has none."""
     if options.registry is None or outcome.state != "verified":
         return None
     registry, _, collection = options.registry.partition("/")
@@ -495,10 +493,10 @@ def _link(options: Wandb, run: Any, outcome: Outcome, artifact: Any) -> Link | N
 
 
 def _metadata(options: Wandb, report: Report, outcome: Outcome) -> dict[str, Any]:
-    """What W&B shows beside the files; nested, since W&B takes 100 top-level keys, and free of infinities."""
+    """The metadata of an artifact: nested, since W&B allows 100 top-level keys, and without infinities."""
     latency = encode(outcome.latency)
     if latency is not None:
-        del latency["samples_ms"]  # they stand in report.json; here they would bury the rest
+        del latency["samples_ms"]  # report.json has them; here they would hide the rest
     checkpoint = report.checkpoint
     metadata: dict[str, Any] = encode(
         {

@@ -1,1 +1,1 @@
-"""What came out of an export: as records, tables, pages and files."""
+"""The results of an export: as records, tables, pages and files."""

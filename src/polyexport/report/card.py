@@ -1,4 +1,4 @@
-"""A model card: the report for whoever finds the artifacts on a model hub.
+"""A model card: the report for readers on a model hub.
 
 https://huggingface.co/docs/hub/model-cards
 """
@@ -17,26 +17,26 @@ _COLUMNS = ("format", "state", "size", "max error", "p50 ms", "p95 ms", "batch-1
 
 
 def card(report: Report, repository: str, *, use: str = "", license_id: str = "") -> str:
-    """The card of the artifacts that agree with PyTorch, as Markdown with its metadata in front.
+    """The card of the artifacts that agree with PyTorch, as Markdown with a YAML header.
 
     Args:
         report: A finished export.
-        repository: Where they are found: `user/model`.
-        use: What the model is for, and what not, in the user's own words.
+        repository: The repository of the artifacts: `user/model`.
+        use: Intended and out-of-scope uses, in the user's words.
         license_id: The license, by the hub's identifier: `apache-2.0`.
     """
     agreed = report.publishable
     lines = [*_metadata(agreed, license_id), f"# {escape.markdown(repository)}", ""]
-    lines += [*_about(report), "", "## Intended use", "", use.strip() or "Its author has not stated any.", ""]
+    lines += [*_about(report), "", "## Intended use", "", use.strip() or "Not stated by the author.", ""]
     lines += ["## Inputs and outputs", "", *_signature(report), "", "## Artifacts", "", *_artifacts(report, agreed)]
     if report.metrics:
-        lines += ["## Metrics", "", "Of the author's own validation, with each runtime in the place of PyTorch:", ""]
+        lines += ["## Metrics", "", "From the author's own validation, with each runtime in place of PyTorch:", ""]
         lines += [*tables.markdown(_of(agreed, metrics(report))), ""]
     return "\n".join([*lines, "## How to load", "", *_loading(agreed, repository)])
 
 
 def _metadata(agreed: Sequence[Outcome], license_id: str) -> Iterator[str]:
-    """The part that the hub reads: YAML, of which JSON is a part."""
+    """The header that the hub reads, in YAML, of which JSON is a subset."""
     yield "---"
     if license_id:
         yield f"license: {json.dumps(license_id)}"
@@ -64,11 +64,11 @@ def _signature(report: Report) -> Iterator[str]:
 
 
 def _artifacts(report: Report, agreed: Sequence[Outcome]) -> Iterator[str]:
-    """The table, and what each figure means."""
+    """The table, and what its columns mean."""
     shown = [{name: row[name] for name in _COLUMNS} for row in rows(report)]
     yield from tables.markdown(_of(agreed, shown))
     yield ""
-    yield "Each was loaded in a new process, in its own runtime, and compared with PyTorch on validation data."
+    yield "Each artifact was loaded by its own runtime in a new process, and compared with PyTorch on validation data."
     for outcome in agreed:
         if outcome.reason:
             yield f"{outcome.format} is {outcome.shown_state}: {escape.markdown(outcome.reason)}."
@@ -78,7 +78,7 @@ def _artifacts(report: Report, agreed: Sequence[Outcome]) -> Iterator[str]:
 
 
 def _of(agreed: Sequence[Outcome], table: list[dict[str, str]]) -> list[dict[str, str]]:
-    """The rows of PyTorch and of artifacts that are here."""
+    """The rows of PyTorch and of the artifacts in `agreed`."""
     names = {"eager", *(outcome.format for outcome in agreed)}
     return [row for row in table if row["format"] in names]
 

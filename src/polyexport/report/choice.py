@@ -1,4 +1,4 @@
-"""Which artifact to ship for each target, and why: what a reader asks first."""
+"""Which artifact to ship to each target, and why."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from polyexport.report.report import Report
 from polyexport.report.tables import error, milliseconds, size
 
 _TIMED_HERE: tuple[Target, ...] = ("server CPU", "GPU")
-"""Targets that latency on this machine says something about; for the others the smallest artifact counts."""
+"""Targets for which latency on this machine matters; for others the smallest artifact is chosen."""
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The artifact for a target.
+    """The artifact to ship to a target.
 
     Attributes:
-        target: What it is to run on.
-        outcome: The format; None where no artifact for that target agrees with PyTorch.
-        why: Why this one, or why none, in a line.
+        target: What it will run on.
+        outcome: The format; None if no artifact for that target agrees with PyTorch.
+        why: The reason for the choice, or why there is none, in a line.
     """
 
     target: Target
@@ -32,9 +32,9 @@ class Choice:
 
 
 def choices(report: Report) -> Iterator[Choice]:
-    """The artifact for each target that a format was asked for, those that lack nothing preferred.
+    """The artifact for each target that a format was asked for; `verified` ones are preferred.
 
-    For a server it is the fastest, where latency was measured on a quiet machine, else the smallest.
+    For servers it is the fastest, if latency was measured on an idle machine, else the smallest.
     """
     ours = (known()[each.format] for each in report.outcomes if each.format in known())
     for target, formats in by_target(ours).items():
@@ -72,5 +72,5 @@ def _why(chosen: Outcome, among: int, *, by_time: bool) -> str:
     if chosen.state != "verified":
         parts.append(chosen.reason)
     if chosen.shown_state != chosen.state:
-        parts.append("run off-device: prove it there with polyexport kit")
+        parts.append("not run on the device: verify it there with polyexport kit")
     return "; ".join(parts)

@@ -12,12 +12,12 @@ from polyexport.report.tables import error, milliseconds, size
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """How many times its earlier value a figure may be; None lets it be anything.
+    """The largest allowed ratios of later to earlier values; None for no limit.
 
     Attributes:
-        slower: Median latency. It is judged only where both were measured on quiet machines.
-        larger: Size.
-        off: Greatest absolute error.
+        slower: Of median latencies; checked only if both were measured on idle machines.
+        larger: Of sizes.
+        off: Of largest absolute errors.
     """
 
     slower: float | None = None
@@ -27,9 +27,9 @@ class Bounds:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """One format in both; None where one has it not.
+    """One format in both reports; None if one lacks it.
 
-    `worse` says what is beyond the bounds; empty where nothing is.
+    `worse` says what is beyond the limits; empty if nothing is.
     """
 
     format: str
@@ -39,7 +39,7 @@ class Difference:
 
 
 def compare(before: Report, now: Report, bounds: Bounds) -> list[Difference]:
-    """Every format of either, in the order of the later one. A worse state is beyond any bounds."""
+    """Every format of either, in the order of the later one. A worse state is beyond any limits."""
     names = dict.fromkeys([*(each.format for each in now.outcomes), *(each.format for each in before.outcomes)])
     timed = before.is_quiet and now.is_quiet
     return [_difference(name, _of(before, name), _of(now, name), bounds, timed=timed) for name in names]
@@ -56,7 +56,7 @@ def _difference(name: str, before: Outcome | None, now: Outcome | None, bounds: 
 
 def _worse(before: Outcome, now: Outcome | None, bounds: Bounds, *, timed: bool) -> Iterator[str]:
     if now is None:
-        yield f"it is gone, and was {before.shown_state}"
+        yield f"it is missing, and was {before.shown_state}"
         return
     if STATES.index(now.state) > STATES.index(before.state):
         yield f"{before.shown_state} became {now.shown_state}" + (f": {now.reason}" if now.reason else "")
@@ -66,7 +66,7 @@ def _worse(before: Outcome, now: Outcome | None, bounds: Bounds, *, timed: bool)
         ("less exact", bounds.off, _error(before), _error(now), error),
     ):
         if limit is not None and then is not None and after is not None and after > limit * then:
-            yield f"{what}: {written(then)} became {written(after)}, more than {limit:g} times as much"
+            yield f"{what}: {written(then)} became {written(after)}, more than {limit:g} times"
 
 
 def _p50(outcome: Outcome) -> float | None:
@@ -82,7 +82,7 @@ def _error(outcome: Outcome) -> float | None:
 
 
 def rows(differences: list[Difference]) -> list[dict[str, str]]:
-    """A table with both sides of each figure."""
+    """A table with both values of each measure."""
     return [
         {
             "format": each.format,

@@ -1,4 +1,4 @@
-"""What a terminal shows: the table, and what is being done while one waits."""
+"""Output on a terminal: the table, and progress while waiting."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ _WITH_ROUTES = 100
 
 
 def table(report: Report, width: int) -> Table:
-    """The report as a table; empty columns are left out, reasons stand below it (see `show`).
+    """The report as a table; empty columns are left out, and reasons are printed below it (see `show`).
 
-    The route goes first where `width`, in characters, is too little: it has been told when the format was finished.
+    If `width`, in characters, is too small, the route's column is dropped: it was printed when the format finished.
     """
     found = rows(report)
     left_out = {"reason"} if width >= _WITH_ROUTES else {"reason", "route"}
@@ -54,7 +54,7 @@ def table(report: Report, width: int) -> Table:
         header = column.replace(" ", "\n").replace("-", "-\n")
         drawn.add_column(header, justify=justify, no_wrap=True)
     for row in found:
-        # as texts, since a table takes a string for markup
+        # as Text, since a table reads strings as markup
         drawn.add_row(*(Text(row[column]) for column in shown), style=_STYLES[row["state"].split()[0]])
     return drawn
 
@@ -70,7 +70,7 @@ def _plain(title: str, found: Sequence[Mapping[str, str]]) -> Table:
 
 
 def show(report: Report, console: Console | None = None) -> None:
-    """Print the table, the reasons, the notes and where everything lies."""
+    """Print the table, the reasons, the notes and the folder."""
     console = console or Console()
     console.print(table(report, console.width))
     if report.metrics:
@@ -89,13 +89,13 @@ def wait(
     told: deque[str] | None = None,
     console: Console | None = None,
 ) -> T:
-    """Wait for `work`, with a line for everything that is being done, and above them what is `told`, line by line.
+    """Wait for `work`, with a progress line for each thing being done, and print the lines that arrive in `told`.
 
-    What cannot be shown, as on a terminal that was closed, is done all the same.
+    If the display fails, as on a closed terminal, waiting goes on.
     """
     try:
         _follow(work, doing, deque() if told is None else told, console)
-    except (Exception, SystemExit) as error:  # rich leaves the program where its pipe is closed
+    except (Exception, SystemExit) as error:  # rich exits the program if its pipe is closed
         warnings.warn(f"the progress cannot be shown: {errors.line(error)}", stacklevel=2)
     return work.result()
 
@@ -105,7 +105,7 @@ def _follow(work: Future[T], doing: Callable[[], Mapping[str, str]], told: deque
     columns = (SpinnerColumn(), what, TimeElapsedColumn())
     progress = Progress(*columns, console=console, transient=True)
     with contextlib.ExitStack() as shown:
-        with contextlib.suppress(LiveError):  # rich < 14.1 has one display at a time, and the trainer's is still there
+        with contextlib.suppress(LiveError):  # rich < 14.1 allows one display at a time, and the trainer's still exists
             shown.enter_context(progress)
         lines: dict[str, TaskID] = {}
         while not work.done() or told:
@@ -122,5 +122,5 @@ def _follow(work: Future[T], doing: Callable[[], Mapping[str, str]], told: deque
 
 
 def say(console: Console, line: str, style: str | None = None) -> None:
-    """As it is: paths are not broken into lines, brackets are not markup, escape sequences not obeyed."""
+    """Print a line unchanged: long paths are not wrapped, brackets are not markup, escape sequences have no effect."""
     console.print(escape.printable(line), style=style, highlight=False, markup=False, soft_wrap=True)

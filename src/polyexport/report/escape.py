@@ -1,6 +1,6 @@
-"""Text of others on its way to a reader: names, reasons and notes, which are anything that a model or a converter says.
+"""Escapes text from outside before it is shown: names, reasons and notes may be anything.
 
-A terminal must not obey it, and Markdown must show it as it is.
+A terminal must not interpret it, and Markdown must show it unchanged.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ import re
 import unicodedata
 
 _SEQUENCES = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b[\]PX^_].*?(?:\x07|\x1b\\|\x9c|$)|\x1b.", re.DOTALL)
-_JOINERS = "\u200c\u200d"  # of Persian words and of emoji
+_JOINERS = "\u200c\u200d"  # used in Persian words and in emoji
 
 
 def printable(text: str) -> str:
-    """`text` without what a terminal obeys: escape sequences, control characters, overrides of direction."""
+    """`text` without what a terminal interprets: escape sequences, control characters, direction overrides."""
     return "".join(map(_shown, _SEQUENCES.sub("", text)))
 
 
@@ -30,13 +30,13 @@ _MARKUP = re.compile(r"[\\`*|\[\]~]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
 
 
 def markdown(text: str) -> str:
-    """`text` in one line of Markdown that shows it as it is, also in the cell of a table."""
+    """`text` as one line of Markdown that shows it unchanged, even in a table cell."""
     escaped = printable(text).replace("&", "&amp;").replace("<", "&lt;")
     return _MARKUP.sub(r"\\\g<0>", " ".join(escaped.split()))
 
 
 def fence(text: str, least: int = 1) -> str:
-    """As many backticks as it takes to put `text` between them."""
+    """Enough backticks to enclose `text`, at least `least`."""
     return "`" * max([least, *(len(run) + 1 for run in re.findall("`+", text) if len(run) >= least)])
 
 

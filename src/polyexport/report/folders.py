@@ -1,7 +1,7 @@
-"""Folders of exports: a new one, the finished ones, which is the best, which are too old.
+"""Folders of exports: making, locking, finishing and finding them.
 
-A folder that is not complete is locked by the process that fills it, for as long as that lives: the kernel lets go of
-what a killed one held. What nobody holds is a leftover.
+A folder that is not complete is locked by the process that fills it, for the life of the process: the kernel releases
+the lock of a killed one. An incomplete folder that is not locked is a leftover.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ from polyexport.errors import BadRequest
 
 try:
     import fcntl
-except ImportError:  # Windows: nothing is locked, and no leftover is known to be one
+except ImportError:  # Windows: nothing is locked, so leftovers are not recognized
     fcntl = None  # type: ignore[assignment]
 
 BEST = "best"
 EXPORTS = "exports"
-"""The folder of exports in a run's."""
+"""Name of the folder of exports in a run's folder."""
 
 DESCRIPTION = "polyexport.json"
-"""File beside an artifact that says what it is (see `polyexport.load`); no part of the artifact."""
+"""File next to an artifact that describes it (see `polyexport.load`); not a part of the artifact."""
 
-UNFINISHED, CAPTURE = ".unfinished-", ".capture-"  # how names of folders begin that nobody but the engine may see
+UNFINISHED, CAPTURE = ".unfinished-", ".capture-"  # prefixes of the engine's hidden folders
 REQUEST = Path("source", "request.json")
-"""File of an export that says what was asked for."""
+"""File of an export that stores the request."""
 
 _LOCK, _ELSEWHERE = ".lock", "source/elsewhere.txt"
 _ATTEMPTS = 100
-_LONGEST_NAME = 255  # bytes of a file's name
+_LONGEST_NAME = 255  # of a file name, in bytes
 _HERE, _RENAME_EXCHANGE = -100, 2  # AT_FDCWD of fcntl.h, and a flag of renameat2
 
 
 def unfinished(parent: Path) -> Path:
-    """A new folder in `parent` for an export that is not complete yet; it is locked, see `discard`.
+    """Make a locked folder in `parent` for a new export; see `discard`.
 
     Raises:
         OSError: the folder cannot be written.
@@ -53,7 +53,7 @@ def unfinished(parent: Path) -> Path:
 
 
 def locked(parent: Path, prefix: str) -> Path:
-    """A new folder in `parent` that no other process takes for a leftover, until it is discarded or this one ends."""
+    """Make a folder in `parent`, locked until it is discarded or this process ends."""
     name = secrets.token_hex(4)
     made = parent / f".new-{name}"
     made.mkdir(parents=True)
@@ -64,11 +64,11 @@ def locked(parent: Path, prefix: str) -> Path:
     return folder
 
 
-_locks: dict[Path, int] = {}  # file descriptors of what this process has locked
+_locks: dict[Path, int] = {}  # file descriptors of the folders that this process has locked
 
 
 def take(folder: Path) -> bool:
-    """Lock a folder for this process; False where it is another's, or where there are no locks."""
+    """Lock a folder for this process; False if another process has the lock, or where there are no locks."""
     if fcntl is None:
         return False
     try:
@@ -85,7 +85,7 @@ def take(folder: Path) -> bool:
 
 
 def let_go(folder: Path) -> None:
-    """Unlock a folder; it stays."""
+    """Unlock a folder, without removing it."""
     with contextlib.suppress(KeyError):
         os.close(_locks.pop(folder))
 
@@ -95,30 +95,30 @@ def _close_locks() -> None:
         let_go(folder)
 
 
-if hasattr(os, "register_at_fork"):  # a child that outlives this process holds nothing for it
+if hasattr(os, "register_at_fork"):  # a child that outlives this process must not keep its locks
     os.register_at_fork(after_in_child=_close_locks)
 
 
 def discard(folder: Path) -> None:
-    """Remove a folder that is not complete, and the link to its weights that may lie elsewhere."""
+    """Remove an incomplete folder, and the link to its weights if that is elsewhere."""
     with contextlib.suppress(OSError):
         elsewhere = Path((folder / _ELSEWHERE).read_text(encoding="utf-8"))
         shutil.rmtree(elsewhere, ignore_errors=True)
-        elsewhere.unlink(missing_ok=True)  # a file; where it was a folder, it is gone by now
+        elsewhere.unlink(missing_ok=True)  # a file; if it was a folder, it is removed by now
     shutil.rmtree(folder, ignore_errors=True)
     let_go(folder)
 
 
 def lies_elsewhere(folder: Path, weights: Path) -> None:
-    """Note, before it is made, that a link to the weights of an export lies outside of its folder."""
+    """Record, before it is made, that a link to the weights of an export is outside of its folder."""
     (folder / _ELSEWHERE).write_text(str(weights), encoding="utf-8")
 
 
 def clear(parent: Path, remove: Callable[[Path], object] = discard) -> Path | None:
-    """Remove what processes that are gone left in `parent`, by `remove`.
+    """Remove what dead processes left in `parent`, by `remove`.
 
     Returns:
-        What stays: the newest export that was asked for, if none that was asked for later is complete.
+        The leftover that stays: the newest request, if no later one is complete; else None.
     """
     taken = [each for prefix in (UNFINISHED, CAPTURE) for each in parent.glob(f"{prefix}*") if take(each)]
     left = max(filter(_asked, taken), key=_asked, default=None)
@@ -133,7 +133,7 @@ def clear(parent: Path, remove: Callable[[Path], object] = discard) -> Path | No
 
 
 def _asked(folder: Path) -> int:
-    """When an export was asked for, in nanoseconds; 0 where that is not known."""
+    """When an export was requested, in nanoseconds; 0 if unknown."""
     try:
         return (folder / REQUEST).stat().st_mtime_ns
     except OSError:
@@ -141,7 +141,7 @@ def _asked(folder: Path) -> int:
 
 
 def link(source: str | Path, target: str | Path) -> None:
-    """Have a file under a second name, where it costs nothing: a copy where the file system has no hard links."""
+    """Hard-link a file; copy it if the file system has no hard links."""
     try:
         os.link(source, target)
     except OSError:
@@ -149,9 +149,9 @@ def link(source: str | Path, target: str | Path) -> None:
 
 
 def take_place(work: Path, final: Path) -> None:
-    """Give a complete folder its name; an earlier one under that name goes, also where several runs do so at once.
+    """Rename a complete folder; it replaces an earlier one of that name, even if several runs do so at once.
 
-    Whoever reads meanwhile finds one of them, where the system can swap two names.
+    A concurrent reader finds one of the two, if the system can swap two names.
 
     Raises:
         OSError: the folder cannot be written.
@@ -170,13 +170,13 @@ def take_place(work: Path, final: Path) -> None:
             discard(work)
             return
         stale = unfinished(final.parent)
-        with contextlib.suppress(FileNotFoundError):  # the other run has just moved it away
+        with contextlib.suppress(FileNotFoundError):  # another run has just moved it away
             final.rename(stale / "old")
         discard(stale)
 
 
 def is_export(folder: Path) -> bool:
-    """Whether a folder has a report of ours, of whatever version; other tools write a `report.json` too."""
+    """Whether a folder has a report of polyexport, of any version; other tools write a `report.json` too."""
     try:
         found = json.loads((folder / "report.json").read_bytes())
     except (OSError, ValueError):
@@ -185,20 +185,20 @@ def is_export(folder: Path) -> bool:
 
 
 def may_become_export(folder: Path) -> bool:
-    """Whether nothing of the user's is lost when an export takes this name: it is missing, empty, or an export."""
+    """Whether an export may replace this folder: it is missing, empty, or an export."""
     if folder.is_symlink() or not folder.is_dir():
         return not os.path.lexists(folder)
     return is_export(folder) or next(folder.iterdir(), None) is None
 
 
 def free_name(parent: Path, name: str) -> str:
-    """`name`, or with the first number behind it that lets an export in `parent` have it."""
+    """`name`, or if it is taken in `parent`, with the first free number appended."""
     names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
     return next(each for each in names if may_become_export(parent / each))
 
 
 def _swap(one: Path, other: Path) -> bool:
-    """Exchange two names in one step; False where that cannot be done (https://man7.org/linux/man-pages/man2/rename.2.html)."""
+    """Exchange two names atomically; False if that is not possible (https://man7.org/linux/man-pages/man2/rename.2.html)."""
     try:
         renameat2 = ctypes.CDLL(None).renameat2
     except (AttributeError, OSError, TypeError):  # only Linux has it
@@ -212,13 +212,13 @@ def finished(parent: Path) -> list[Path]:
     written: dict[Path, int] = {}
     for report in parent.glob("*/report.json"):
         if not (report.parent.is_symlink() or report.parent.name.startswith(UNFINISHED)):
-            with contextlib.suppress(FileNotFoundError):  # another run has just removed it
+            with contextlib.suppress(FileNotFoundError):  # another run may have just removed it
                 written[report.parent] = report.stat().st_mtime_ns
     return sorted(written, key=written.__getitem__)
 
 
 def followed(path: Path) -> Path:
-    """`path`, where a `best` on the way to it that is a file is taken as the link that it stands for."""
+    """`path`, in which a `best` that is a file is resolved like the link that it replaces."""
     for pointer in (path, *path.parents):
         if pointer.name == BEST and pointer.is_file():
             return pointer.parent / pointer.read_text(encoding="utf-8").strip() / path.relative_to(pointer)
@@ -226,7 +226,7 @@ def followed(path: Path) -> Path:
 
 
 def may_point_best(best: Path) -> bool:
-    """Whether `best` is ours to replace: missing, or it names an export beside it; a link's may be gone by now."""
+    """Whether `best` may be replaced: it is missing, names an export next to it, or is a dangling link."""
     if not os.path.lexists(best):
         return True
     if best.is_symlink():
@@ -236,21 +236,21 @@ def may_point_best(best: Path) -> bool:
 
 
 def inside(folder: Path, path: str) -> Path:
-    """`path`, relative to `folder`, where a record says that a file is.
+    """The absolute path of a file that a record names relative to `folder`.
 
     Raises:
-        BadRequest: it lies elsewhere, by its name or by a link on the way: the record is somebody's who may not say so.
+        BadRequest: it is outside of `folder`, by its name or by a link on the way; records may come from anybody.
     """
     found = folder / path
     if not found.resolve().is_relative_to(folder.resolve()):
-        raise BadRequest(f"{path!r} lies outside of the export {folder}")
+        raise BadRequest(f"{path!r} is outside of the export {folder}")
     return found
 
 
 def point_best(folder: Path) -> None:
-    """Let `best` beside `folder` point to it: a link, or where links do not work, a file with the folder's name.
+    """Make `best` next to `folder` point to it: a link, or where links do not work, a file with the folder's name.
 
-    See `may_point_best` for whether it may.
+    Check `may_point_best` first.
     """
     best = folder.parent / BEST
     temporary = folder.parent / f".{BEST}-{secrets.token_hex(4)}"

@@ -1,12 +1,13 @@
-"""`report.html`: the report as one page that needs nothing but itself.
+"""`report.html`: the report as one self-contained page.
 
 Requirements:
-* One file of some ten kilobytes: no library, no network (the page forbids it itself), script for sorting and copying.
-* Readable on a phone, in dark mode, by keyboard, by a screen reader and in print; no meaning by colour alone.
-* What users named is escaped, everywhere.
+* One file of some ten kilobytes: no library, no network (its content security policy forbids it), and only a script for
+  sorting and copying.
+* Readable on a phone, in dark mode, by keyboard, by a screen reader and in print; color alone has no meaning.
+* Names from users are escaped everywhere.
 
-The pictures are SVG of our own (see `polyexport.report.svg`), since a page is written for each new best, twice for the
-last, and a charting library would put megabytes into each.
+The pictures are SVG from `polyexport.report.svg`, since a page is written for each new best, and a charting library
+would add megabytes to each.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from jinja2 import Environment
 
 HISTORY = 30
-"""How many exports of a run the page looks back on."""
+"""How many exports of a run the page lists."""
 
 
 def page(report: Report) -> str:
@@ -84,7 +85,7 @@ def _environment() -> Environment:
 
 
 def title(report: Report) -> str:
-    """The checkpoint's name, or the module's where the weights came from no file."""
+    """The checkpoint's name, or the module's if the weights are not from a file."""
     if report.checkpoint.path:
         return Path(report.checkpoint.path).name.removesuffix(".ckpt")
     return report.model.class_name.rpartition(".")[2] if report.model else "export"
@@ -100,7 +101,7 @@ def _table(report: Report) -> Iterator[tuple[Outcome, Mapping[str, str]]]:
 
 @dataclass(frozen=True, slots=True)
 class Highlight:
-    """One thing to know before everything else."""
+    """A key result at the top of the page."""
 
     label: str
     figure: str
@@ -141,7 +142,7 @@ def _pictures(report: Report) -> Iterator[Picture]:
         samples = {o.format: o.latency.samples_ms for o in timed if o.latency}
         yield Picture(
             "Latency",
-            "Every timed call; box: quartiles, whiskers: 5 to 95 %. Logarithmic, less is better.",
+            "Every timed call; box: quartiles, whiskers: 5 to 95 %. Logarithmic; lower is better.",
             svg.boxes(samples, _ms),
         )
     judged = [outcome for outcome in report.outcomes if outcome.parity and _is_drawable(outcome.parity.max_abs_error)]
@@ -149,12 +150,12 @@ def _pictures(report: Report) -> Iterator[Picture]:
         errors = {o.format: (o.parity.max_abs_error or 0.0, o.parity.noise_floor) for o in judged if o.parity}
         yield Picture(
             "Error against noise floor",
-            "Dot: greatest difference from PyTorch; line: what float32 rounding alone does to PyTorch.",
+            "Dot: largest difference from PyTorch; line: the effect of float32 rounding alone on PyTorch.",
             svg.dots(errors, _error),
         )
     made = {o.format: float(o.artifact.bytes) for o in report.outcomes if o.artifact and o.artifact.bytes}
     if made:
-        yield Picture("Size", "What has to be shipped, all files of the format.", svg.bars(made, _bytes))
+        yield Picture("Size", "Of all files of the format that have to be shipped.", svg.bars(made, _bytes))
     yield from _choice(report)
     for outcome in (each for each in report.outcomes if each.rounds):
         yield from (_rounds(report, outcome, name) for name in report.budget)
@@ -165,7 +166,7 @@ def _is_drawable(error: float | None) -> bool:
 
 
 def _choice(report: Report) -> Iterator[Picture]:
-    """Latency against what it costs, over the artifacts that one may choose from."""
+    """Latency against size and error, for the artifacts to choose from."""
     best = report.best()
     candidates = [o for o in report.outcomes if o.state == "verified" and o.latency and o.artifact and o.parity]
     if len(candidates) < 2 or not report.is_quiet:
@@ -206,7 +207,7 @@ def _bytes(value: float) -> str:
 
 @dataclass(frozen=True, slots=True)
 class History:
-    """The exports of a run, the oldest first; `picture` draws the score where there is one."""
+    """The exports of a run, the oldest first; `picture` draws the score, if there is one."""
 
     reports: Sequence[Report]
     formats: Sequence[str]
@@ -214,7 +215,7 @@ class History:
 
 
 def _history(report: Report) -> History | None:
-    """This export and the ones of the same run before it; None where it is alone."""
+    """This export and earlier ones of the same run; None if there are none."""
     found = history(report)[-HISTORY:]
     if len(found) < 2:
         return None
@@ -233,7 +234,7 @@ def _history(report: Report) -> History | None:
 
 
 def snippets(outcome: Outcome) -> tuple[Snippet, ...]:
-    """How to open the artifact, for its own names and shapes; none for a format that is not ours."""
+    """Code that loads the artifact, with its names and shapes; none for a user's own format."""
     each = known().get(outcome.format)
     if each is None or outcome.artifact is None:
         return ()
@@ -249,7 +250,7 @@ def snippets(outcome: Outcome) -> tuple[Snippet, ...]:
 
 
 def browser_page(outcome: Outcome) -> str:
-    """The page that runs the artifact in a browser, relative to the export's folder; empty where there is none."""
+    """The page that runs the artifact in a browser, relative to the export's folder; empty if there is none."""
     each = known().get(outcome.format)
     if each is None or outcome.artifact is None or not each.page:
         return ""
@@ -260,4 +261,4 @@ def browser_page(outcome: Outcome) -> str:
 def _plain() -> Environment:
     from jinja2 import Environment
 
-    return Environment(autoescape=False)  # a snippet is code; the page escapes what comes out
+    return Environment(autoescape=False)  # a snippet is code; the page escapes the result

@@ -1,6 +1,6 @@
-"""`manifest.json` (version 1): what an export was asked for and what every artifact of it has to answer.
+"""`manifest.json` (version 1): the request of an export, and the batches that every artifact is verified with.
 
-Whoever finds an artifact learns here where it comes from and how it is called; `polyexport verify` and `bench` read it.
+It says where an artifact comes from and what its inputs are; `polyexport verify` and `bench` read it.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from polyexport.spec import Batch, ExportSpec, Precision, TensorSpec
 
 MANIFEST = "manifest.json"
 VERSION = 1
-"""Of the form of `manifest.json`."""
+"""Version of the form of `manifest.json`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """An artifact: where it lies, relative to the export's folder, and its own signature."""
+    """An artifact: its path relative to the export's folder, and its own signature."""
 
     path: str
     precision: Precision
@@ -43,18 +43,19 @@ class Made:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What someone has to know who finds an artifact.
+    """The origin and signature of the artifacts.
 
     Attributes:
-        checkpoint: Where the weights come from.
-        question: What makes another export of the same weights a different one: formats, dynamic axes, calibration.
+        checkpoint: The checkpoint of the weights.
+        question: What has to be equal for an export of the same weights to be reused: formats, dynamic axes,
+            calibration.
         spec: PyTorch's own signature.
-        batches: Inputs with PyTorch's answers, the validation batch first.
-        noise: File with the noise floor of each element of the validation batch's outputs; empty where it is unknown.
-        environment: Versions of the packages and the machine that computed the answers.
-        artifacts: What was made, by format.
-        seal: Proves to the user who made it that it is theirs (see `polyexport.engine.ownership`); of no use to others.
-        version: Of this record's form.
+        batches: Inputs with PyTorch's outputs, the validation batch first.
+        noise: File with the noise floor of each element of the validation batch's outputs; empty if it is unknown.
+        environment: Versions of the packages and the machine that computed the outputs.
+        artifacts: The artifacts, by format.
+        seal: Shows the user who made the export that it is theirs (see `polyexport.engine.ownership`).
+        version: The version of this record's form.
     """
 
     checkpoint: Checkpoint
@@ -77,8 +78,8 @@ def load(folder: Path) -> Manifest:
     """Read the manifest of the export in `folder`.
 
     Raises:
-        BadRequest: there is none, since the module could not be rebuilt; or it is no manifest of this version, or names
-            files outside of `folder`.
+        BadRequest: there is none, since the module could not be rebuilt; or it is not a manifest of this version, or
+            names files outside of `folder`.
     """
     file = folder / MANIFEST
     if not file.exists():

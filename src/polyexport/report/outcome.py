@@ -1,4 +1,4 @@
-"""What became of each format of an export, and what was exported: the records that a report is made of."""
+"""The result of each format of an export, and what was exported: the records of a report."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from polyexport.measure.tolerance import Tolerance
 from polyexport.spec import ExportSpec, Precision, TensorSpec
 
 State = Literal["verified", "degraded", "unverified", "mismatch", "failed", "skipped"]
-"""What may be said of a format.
+"""The state of a format.
 
 `verified`: loaded from disk in a fresh process and agreed with PyTorch. `degraded`: verified, but something asked for
 was dropped. `unverified`: made, but nothing here can prove it. `mismatch`: runs, disagrees. `failed`: the conversion
-failed, crashed or hung. `skipped`: a tool is missing, or its upstream failed.
+failed, crashed or hung. `skipped`: a tool is missing, or the format that it is made from failed.
 """
 
 STATES: tuple[State, ...] = get_args(State)
@@ -29,7 +29,7 @@ PUBLISHABLE: tuple[State, ...] = ("verified", "degraded")
 
 @dataclass(frozen=True, slots=True)
 class Artifact:
-    """What lies in a format's folder. `path` is relative to the report's folder; `sha256` covers names and contents."""
+    """The artifact of a format. `path` is relative to the report's folder; `sha256` covers file names and contents."""
 
     path: str
     bytes: int
@@ -46,12 +46,12 @@ class Toolchain:
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """Which batches the number ranges were taken from.
+    """The batches that a format was calibrated with.
 
     Attributes:
         batches: The files, relative to the export's folder.
-        rows: How many rows they have together.
-        left_out: Files that were not taken, since they hold NaN or infinity.
+        rows: Their total number of rows.
+        left_out: Files that were not used, since they have NaN or infinity.
     """
 
     batches: tuple[str, ...]
@@ -59,10 +59,10 @@ class Calibration:
     left_out: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        """In words, as a note has it."""
+        """In words, for a note."""
         taken = f"{_counted(len(self.batches), 'batch', 'batches')} of {_counted(self.rows, 'row', 'rows')} in all"
         without = f"; {', '.join(self.left_out)} left out, which has NaN or infinity" if self.left_out else ""
-        return f"number ranges from {taken} ({', '.join(self.batches)}){without}"
+        return f"calibrated with {taken} ({', '.join(self.batches)}){without}"
 
 
 def _counted(count: int, one: str, many: str) -> str:
@@ -71,21 +71,21 @@ def _counted(count: int, one: str, many: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """What an artifact did on another machine: `proof.json`, which `polyexport accept` takes (see `polyexport.kit`).
+    """The result of an artifact on another machine: `proof.json`, for `polyexport accept` (see `polyexport.kit`).
 
     Attributes:
         format: The format's name.
-        sha256: Of the artifact's folder there, as `Artifact.sha256`.
+        sha256: Hash of the artifact's folder there, as `Artifact.sha256`.
         data: SHA-256 of each file that it was compared with, by its path in the export.
-        tolerance: What it was judged by.
+        tolerance: The tolerance that parity was judged by.
         runtime: The package that ran it, with its version: `onnxruntime 1.23.2`.
         machine: System and processor: `macOS 15.2, Apple M3`.
-        parity: Against PyTorch's answers.
-        elsewhere: Where it disagrees on batches of other values only, and how; empty where it does not.
-        shortfall: What it lacks there of what was asked for; empty where nothing.
-        latency: Of the validation batch, on that machine, which nothing here is compared with.
-        signature: The artifact's own, where it is not PyTorch's.
-        version: Of this record's form.
+        parity: Agreement with PyTorch's outputs.
+        elsewhere: If it disagrees only on batches of other values, on which and how; else empty.
+        shortfall: What it lacks there of what was asked for; empty if nothing.
+        latency: Latency of the validation batch on that machine, which is not compared with others.
+        signature: The artifact's own signature; None if it is PyTorch's.
+        version: The version of this record's form.
     """
 
     format: str
@@ -130,7 +130,7 @@ class Round:
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """What is said of a format: its state with the reason, and how it agrees with PyTorch if it was run."""
+    """The state of a format with its reason, and its parity if it was run."""
 
     state: State
     reason: str
@@ -139,16 +139,15 @@ class Judgement:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of one format.
+    """The result of one format.
 
     `seconds` has `convert`, `verify` and `bench`. `log` and `artifact.path` are relative to the report's folder;
-    `reproduce` is a shell command that runs the deciding step again and prints what it says. `metrics` are what the
-    user's own validation found with the artifact in place of PyTorch, where that was asked for. `remark` is what a
-    reader is to know of the artifact that it does not lack, such as which operators stay in float. `by_budget` tells
-    whether a budget of the user's own metric decided on the state, and not parity. `proofs` are those of other
-    machines, one for each, the oldest first; `here` is what was said before the first of them. `layers` are the
-    module's beside the artifact's, where that is a `mismatch`. `rounds` are the artifacts that were tried where the
-    first one was outside a budget.
+    `reproduce` is a shell command that runs the deciding step again and prints its output. `metrics` are those of the
+    user's own validation with the artifact in place of PyTorch, if that was asked for. `remark` is what else a reader
+    should know of the artifact, such as which operators stay in float. `by_budget` is whether a budget for the user's
+    own metric decided on the state, and not parity. `proofs` are those of other machines, one for each, the oldest
+    first; `here` is the judgement before the first of them. `layers` are the module's compared with the artifact's, if
+    that is a `mismatch`. `rounds` are the artifacts that were tried because the first one was outside a budget.
     """
 
     format: str
@@ -181,14 +180,14 @@ class Outcome:
 
     @property
     def shown_state(self) -> str:
-        """The state as every table, page, tag and line shows it: `verified off-device` where a stand-in agreed."""
+        """The state as it is shown everywhere: `verified off-device` if a stand-in for the runtime agreed."""
         off_device = self.publishable and not self.proofs and self.parity is not None and self.parity.off_device
         return f"{self.state} off-device" if off_device else self.state
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """The weights that were exported. `score` is the value of `monitor`; None where nothing was monitored."""
+    """The weights that were exported. `score` is the value of `monitor`; None if nothing was monitored."""
 
     path: str
     _: KW_ONLY
@@ -201,9 +200,9 @@ class Checkpoint:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """The exported module: its class, its parameter count, its signature, and what its user had embedded.
+    """The exported module: its class, its parameter count, its signature, and the embedded labels and metadata.
 
-    `processing` has the steps before and behind forward, in words.
+    `processing` has the steps before and after forward, in words.
     """
 
     class_name: str = field(metadata={"json": "class"})
@@ -218,15 +217,15 @@ class Model:
 NoteKind = Literal["capture", "batch", "route", "precision", "latency", "metrics"]
 """What a note is about.
 
-`capture`: what was exported and how it was asked for. `batch`: the validation batch and PyTorch's own answer. `route`:
-what became of a route that was preferred. `precision`: what a low precision was made with. `latency`: how the formats
-were timed. `metrics`: the user's own validation.
+`capture`: what was exported and with which arguments. `batch`: the validation batch and PyTorch's outputs. `route`:
+why a preferred route was not taken. `precision`: how a low precision was made. `latency`: how formats were timed.
+`metrics`: the user's own validation.
 """
 
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """Something that a reader of the report has to know and that belongs to no format's state."""
+    """Something that a reader of the report should know and that is not part of a format's state."""
 
     kind: NoteKind
     text: str
@@ -242,7 +241,7 @@ def notes(kind: NoteKind, *texts: str) -> tuple[Note, ...]:
 
 
 def of_precisions(outcomes: Iterable[Outcome]) -> Iterator[str]:
-    """What is to be said of how low precisions were made: formats that were calibrated alike stand in one line."""
+    """Notes on how low precisions were made, one for all formats that were calibrated with the same batches."""
     alike: dict[str, list[str]] = {}
     for outcome in (each for each in outcomes if each.artifact):
         calibrated = [str(outcome.calibration)] if outcome.calibration else []

@@ -1,4 +1,4 @@
-"""What came out of an export: the record behind `report.json` (version 2), and its tables."""
+"""The report of an export: the record behind `report.json` (version 2), and its tables."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from polyexport.report.outcome import Checkpoint, Model, Note, Outcome
 from polyexport.serialization import read_record
 
 VERSION = 2
-"""Of the form of `report.json`."""
+"""Version of the form of `report.json`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
     """Everything about one export.
 
-    `metrics` are PyTorch's own, beside which an outcome's stand; `budget` is how much worse those may be. `folder` is
-    where it lies and is not part of the file.
+    `metrics` are PyTorch's own, to compare those of outcomes with; `budget` is how much worse those may be. `folder` is
+    the export's folder and not part of the file.
     """
 
     checkpoint: Checkpoint
@@ -55,10 +55,10 @@ class Report:
         """The report as Markdown, as in `report.md`."""
         return markdown(self)
 
-    _repr_markdown_ = __str__  # a notebook draws it
+    _repr_markdown_ = __str__  # used by notebooks
 
     def _repr_html_(self) -> str | None:
-        """The page, as a notebook shows it; None where it was not written, and Markdown is shown."""
+        """The page for a notebook; None if it was not written, and Markdown is shown."""
         try:
             page = (self.folder / "report.html").read_text(encoding="utf-8")
         except OSError:
@@ -67,21 +67,21 @@ class Report:
 
     @property
     def is_quiet(self) -> bool:
-        """Whether latencies can be compared: the machine had little else to do while they were measured."""
+        """Whether latencies can be compared: the machine was idle while they were measured."""
         timed = [self.baseline, *(outcome.latency for outcome in self.outcomes)]
         return is_quiet(latency for latency in timed if latency is not None)
 
     def pareto(self) -> tuple[Outcome, ...]:
-        """The `verified` artifacts that no other one beats: in median latency, max error and size at once.
+        """The `verified` artifacts that no other one beats in median latency, max error and size at once.
 
-        A latency that was measured on a busy machine does not count.
+        Latencies that were measured on a busy machine do not count.
         """
         costs = [(outcome, self._costs(outcome)) for outcome in self.outcomes if outcome.state == "verified"]
         return tuple(one for one, cost in costs if not any(_beats(other, cost) for _, other in costs))
 
     @property
     def fastest(self) -> Outcome | None:
-        """The fastest `verified` artifact; None where nothing was timed on a quiet machine."""
+        """The fastest `verified` artifact; None if nothing was timed on an idle machine."""
         best = self.best()
         return best if best is not None and best.latency is not None and self.is_quiet else None
 
@@ -100,16 +100,16 @@ class Report:
     ) -> Outcome | None:
         """The artifact to deploy: the fastest `verified` one within the limits, then the closest, then the smallest.
 
-        It lies on the Pareto front. `degraded` ones are left out, since they lack something that was asked for.
+        It is on the Pareto front. `degraded` ones are left out, since they lack something that was asked for.
 
         Args:
-            max_error: Greatest allowed `parity.max_abs_error`.
-            max_ms: Greatest allowed median latency.
-            max_bytes: Greatest allowed size.
-            max_drop: Most that each metric with a budget may be worse than PyTorch's, in its own unit.
+            max_error: Largest allowed `parity.max_abs_error`.
+            max_ms: Largest allowed median latency in milliseconds.
+            max_bytes: Largest allowed size in bytes.
+            max_drop: How much worse each metric with a budget may be than PyTorch's, in its own unit.
 
         Returns:
-            None where none keeps the limits; a figure that was not measured, or on a busy machine, keeps no limit.
+            None if none is within the limits; a value that was not measured, or on a busy machine, is within no limit.
         """
         limits = (max_ms, max_error, max_bytes)
         fitting = [
@@ -121,12 +121,12 @@ class Report:
         return min(fitting, key=self._costs, default=None)
 
     def _drop(self, outcome: Outcome) -> float:
-        """How much worse the worst metric with a budget is than PyTorch's; infinite where it was not measured."""
+        """How much worse the worst metric with a budget is than PyTorch's; infinite if it was not measured."""
         lost = losses(self.budget, self.metrics, outcome.metrics).values()
         return max((math.inf if each is None else each for each in lost), default=math.inf)
 
     def _costs(self, outcome: Outcome) -> tuple[float, float, float]:
-        """Median latency, max error and size: less is better; infinite where it was not measured."""
+        """Median latency, max error and size: lower is better; infinite if not measured."""
         measured = (
             outcome.latency.p50_ms if outcome.latency and self.is_quiet else None,
             outcome.parity.max_abs_error if outcome.parity else None,
@@ -137,11 +137,11 @@ class Report:
 
     @staticmethod
     def load(folder: str | Path) -> Report:
-        """Read the report in `folder`: an export, or the `best` beside it.
+        """Read the report in `folder`: an export, or the link `best`.
 
         Raises:
-            FileNotFoundError: there is none.
-            BadRequest: it is no report of this version, or names files outside of `folder`.
+            FileNotFoundError: there is no report.
+            BadRequest: it is not a report of this version, or names files outside of `folder`.
         """
         folder = followed(Path(folder))
         report = replace(read_record(Report, folder / "report.json", VERSION), folder=folder.resolve())
@@ -157,24 +157,24 @@ def _beats(ours: tuple[float, float, float], theirs: tuple[float, float, float])
 
 
 def history(report: Report) -> list[Report]:
-    """The exports of one training run, by step, with `report` as the last: those that lie beside it on disk.
+    """The exports of one training run, by step, with `report` as the last: those that are next to it on disk.
 
-    Those of an earlier part of a resumed run are among them, and those of other runs in the same folder are not: they
-    come from another folder of checkpoints.
+    It includes exports from before the run was resumed, but not those of other runs in the same folder, whose
+    checkpoints are in another folder.
     """
     run, found = _run(report), []
     for folder in finished(report.folder.parent) if report.checkpoint.path else ():
         try:
             each = Report.load(folder)
         except (OSError, BadRequest):
-            continue  # it was removed a moment ago, or another version wrote it
+            continue  # it was just removed, or written by another version
         if each.folder != report.folder.resolve() and _run(each) == run:
             found.append(each)
     return [*sorted(found, key=lambda each: each.checkpoint.global_step or 0), report]
 
 
 def _run(report: Report) -> Path:
-    """The folder of a run's checkpoints: above the parts of a path that the export is called by."""
+    """The folder of a run's checkpoints: the checkpoint's path without the parts that name the export."""
     path = Path(report.checkpoint.path)
     for depth, folder in enumerate(path.parents):
         if "-".join([*path.parts[len(path.parts) - depth - 1 : -1], path.stem]) == report.folder.name:
@@ -183,7 +183,7 @@ def _run(report: Report) -> Path:
 
 
 def eager(report: Report) -> Outcome | None:
-    """PyTorch itself in the shape of a format, where it was timed."""
+    """PyTorch itself as an outcome, if it was timed."""
     if report.baseline is None:
         return None
     return Outcome(
@@ -192,10 +192,10 @@ def eager(report: Report) -> Outcome | None:
 
 
 def figures(report: Report) -> list[dict[str, tables.Figure]]:
-    """What every sink shows: one row per format in the order of the report, eager PyTorch first where it was timed.
+    """The rows that every sink shows: one per format in the order of the report, eager PyTorch first if it was timed.
 
-    A figure that was not measured is None; errors and the noise floor are absolute, latencies in milliseconds for the
-    rows of `batch`.
+    A value that was not measured is None; errors and the noise floor are absolute, latencies are in milliseconds for
+    `batch` rows.
     """
     table = [tables.figures(outcome) | {"metric_change": _change(report, outcome)} for outcome in report.outcomes]
     baseline = eager(report)
@@ -205,23 +205,23 @@ def figures(report: Report) -> list[dict[str, tables.Figure]]:
 
 
 def _change(report: Report, outcome: Outcome) -> str | None:
-    """By how much each metric with a budget differs from PyTorch's; None where it was not measured."""
+    """The difference of each metric with a budget from PyTorch's; None if it was not measured."""
     found = ((name, outcome.metrics.get(name), report.metrics.get(name)) for name in report.budget)
     return ", ".join(f"{name} {tables.change(mine, ours)}" for name, mine, ours in found if mine is not None) or None
 
 
 def columns(report: Report) -> Mapping[str, tables.Column]:
-    """The columns of the report's table: a metric's change has one where there is a budget."""
+    """The columns of the report's table: with a budget, metric changes have one too."""
     return {name: column for name, column in tables.COLUMNS.items() if report.budget or name != tables.CHANGE}
 
 
 def rows(report: Report) -> list[dict[str, str]]:
-    """The figures as they are written in a table."""
+    """The figures, formatted for a table."""
     return [tables.written(row, columns(report)) for row in figures(report)]
 
 
 def metrics(report: Report) -> list[dict[str, str]]:
-    """The validation metrics of PyTorch and of every runtime that has some, with the difference from PyTorch's."""
+    """The validation metrics of PyTorch and of every runtime that has them, with the difference from PyTorch's."""
     if not report.metrics:
         return []
     table = [{"format": "eager", **{name: tables.metric(value) for name, value in report.metrics.items()}}]
@@ -250,7 +250,7 @@ def rounds(report: Report, outcome: Outcome) -> list[dict[str, str]]:
 
 
 def proofs(report: Report) -> list[dict[str, str]]:
-    """What each artifact did on other machines, one row for each proof that came from there."""
+    """The results on other machines, one row for each proof."""
     return [
         {
             "format": outcome.format,
@@ -284,14 +284,14 @@ def markdown(report: Report) -> str:
     lines += [*tables.markdown(rows(report)), ""]
     if report.metrics:
         lines += [
-            "Validation metrics, with `forward` answered by each runtime:",
+            "Validation metrics, with each runtime in place of `forward`:",
             "",
             *tables.markdown(metrics(report)),
             "",
         ]
     for outcome in (each for each in report.outcomes if each.rounds):
-        about = f"Rounds of {outcome.format}, which was outside the budget as it was first made:"
-        lines += [about, "", *tables.markdown(rounds(report, outcome)), ""]
+        title = f"Rounds of {outcome.format}, which was outside the budget at first:"
+        lines += [title, "", *tables.markdown(rounds(report, outcome)), ""]
     if elsewhere := proofs(report):
         lines += ["On other machines, by `polyexport kit`:", "", *tables.markdown(elsewhere), ""]
     if report.baseline:

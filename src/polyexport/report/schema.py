@@ -1,6 +1,6 @@
 """The JSON Schemas of `report.json` and `manifest.json`, which ship with the package.
 
-`python -m polyexport.report.schema` writes both anew, after a change of the records.
+`python -m polyexport.report.schema` writes both again, after a change of the records.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ RECORDS: Mapping[str, type] = {"report.schema.json": Report, "manifest.schema.js
 
 
 def shipped(name: str) -> Path:
-    """Where a schema lies."""
+    """The path of a schema."""
     return Path(__file__).with_name(name)
 
 
 def text(name: str) -> str:
-    """What the file has to hold."""
+    """The content of the file."""
     return json.dumps(schema(RECORDS[name]), indent=2) + "\n"
 
 

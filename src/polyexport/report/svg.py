@@ -1,8 +1,8 @@
-"""The pictures of the report page as inline SVG: a few kilobytes each, sharp in print, coloured by the page's own CSS.
+"""The pictures of the report page as inline SVG: a few kilobytes each, sharp in print, colored by the page's CSS.
 
-A charting library would put megabytes of script into each page for five still pictures. Every picture is `WIDTH` units
-wide, so that its text stays readable on a phone; every mark carries its figures as a `<title>`, for pointers and screen
-readers. `ElementTree` escapes what users named.
+A charting library would add megabytes of script to each page for five still pictures. Every picture is `WIDTH` units
+wide, so that its text stays readable on a phone; every mark has its values as a `<title>`, for pointers and screen
+readers. `ElementTree` escapes names from users.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ WIDTH = 400
 _ROW = 26
 _RIGHT = 16
 _LETTER = 6.9  # width of a letter at the font size of the pictures
-_LONGEST = 16  # letters of a name that a picture has room for
+_LONGEST = 16  # letters of a name that fit in a picture
 
 Say = Callable[[float], str]
-"""A figure in words, with its unit."""
+"""Formats a value with its unit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class Axis:
     log: bool
 
     def __call__(self, value: float) -> float:
-        """The pixel of a value; one outside the axis is put at its end."""
+        """The pixel of a value; values outside the axis are at its ends."""
         low, high, at = (math.log10(v) if self.log else v for v in (self.low, self.high, self._inside(value)))
         return self.start + (self.end - self.start) * (at - low) / (high - low)
 
@@ -60,7 +60,7 @@ class Axis:
 
 
 def axis(values: Sequence[float], start: float, end: float, *, log: bool) -> Axis:
-    """An axis with room for all values; a logarithmic one takes those greater than zero."""
+    """An axis with room for all values; a logarithmic one ignores those not greater than zero."""
     values = [value for value in values if value > 0] if log else values
     low, high = min(values, default=1.0), max(values, default=1.0)
     if log:
@@ -81,7 +81,7 @@ def boxes(samples: Mapping[str, Sequence[float]], say: Say) -> str:
         p5, p25, p50, p75, p95 = (float(value) for value in np.percentile(samples[name], [5, 25, 50, 75, 95]))
         title = f"{name}: median {say(p50)}, quartiles {say(p25)} to {say(p75)}, 5 to 95 % {say(p5)} to {say(p95)}"
         group = _titled(svg, title)
-        # dots are spread by their order, so that drift of the machine shows as a slope
+        # dots are spread in the order of the calls, so that a machine that slows down shows as a slope
         spread = [y - 7 + 14 * (index % 20) / 19 for index in range(len(samples[name]))]
         path = "".join(f"M{x(v):.1f} {at:.1f}h0" for v, at in zip(samples[name], spread, strict=True))
         _add(group, "path", "raw", d=path)
@@ -92,10 +92,10 @@ def boxes(samples: Mapping[str, Sequence[float]], say: Say) -> str:
 
 
 def dots(errors: Mapping[str, tuple[float, float | None]], say: Say) -> str:
-    """Error of each row as a dot, and the noise floor, what rounding alone does, as a line across it."""
+    """The error of each row as a dot, and the noise floor as a line across it."""
     left = _left(errors)
     figures = [value for pair in errors.values() for value in pair if value]
-    # what is exactly zero has no place on a logarithmic axis: it gets one at the left
+    # zero is not on a logarithmic axis, so it is drawn at the left end
     exact = left + 8
     x = axis(figures, left + 34, WIDTH - _RIGHT, log=True)
     svg, rows = _rows(errors, x, say, left)
@@ -113,7 +113,7 @@ def dots(errors: Mapping[str, tuple[float, float | None]], say: Say) -> str:
 
 
 def bars(values: Mapping[str, float], say: Say) -> str:
-    """One bar a row, from zero, with its figure behind it."""
+    """One bar per row, from zero, with its value after it."""
     left = _left(values)
     x = Axis(0.0, max(values.values(), default=1.0) or 1.0, left, WIDTH - 74, log=False)
     svg, rows = _rows(values, None, say, left)
@@ -126,7 +126,7 @@ def bars(values: Mapping[str, float], say: Say) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """A mark in a plane; `chosen` for the one to take."""
+    """A mark in a plane; `chosen` for the recommended one."""
 
     name: str
     x: float
@@ -135,12 +135,12 @@ class Point:
 
 
 def plane(points: Sequence[Point], x_name: str, y_name: str, say_x: Say, say_y: Say) -> str:
-    """Two costs against each other, both logarithmic: the nearer to the lower left corner, the better.
+    """Two costs against each other, both logarithmic: the closer to the lower left corner, the better.
 
-    Filled, and joined by a line, are those that no other one beats in both.
+    Points that no other one beats in both are filled, and joined by a line.
     """
     top, bottom, left = 30, 262, 62
-    exact = any(point.y == 0 for point in points)  # such a one has no place on a logarithmic axis: it gets one below
+    exact = any(point.y == 0 for point in points)  # zero is not on a logarithmic axis, so it is drawn below
     x = axis([point.x for point in points], left, WIDTH - _RIGHT, log=True)
     y = axis([point.y for point in points], bottom - 30 if exact else bottom, top, log=True)
     svg = _svg(bottom + 40)
@@ -169,7 +169,7 @@ def plane(points: Sequence[Point], x_name: str, y_name: str, say_x: Say, say_y: 
         if point.chosen:
             _add(group, "circle", "ring", cx=at, cy=height, r=9)
         _label(group, _short(point.name), at, height, left, taken)
-    marks[:] = reversed(marks)  # labelled first, drawn last: what matters lies on top
+    marks[:] = reversed(marks)  # labeled first, drawn last: the important marks are on top
     return _text_of(svg)
 
 
@@ -178,7 +178,7 @@ def _beats(one: Point, other: Point) -> bool:
 
 
 def curve(points: Sequence[tuple[float, float, str]], x_name: str, y_name: str) -> str:
-    """Figures over steps, each with a few words about it; the last one is marked."""
+    """Values over steps, each with a description; the last one is marked."""
     top, bottom, left = 30, 150, 62
     x = axis([at for at, _, _ in points], left, WIDTH - _RIGHT, log=False)
     y = axis([value for _, value, _ in points], bottom, top, log=False)
@@ -219,7 +219,7 @@ def _rows(
 
 
 def _left(names: Mapping[str, Any]) -> float:
-    """Where the names end."""
+    """The x coordinate where the names end."""
     return 16 + _LETTER * max((len(_short(name)) for name in names), default=0)
 
 
@@ -230,7 +230,7 @@ def _short(name: str) -> str:
 def _label(
     group: ElementTree.Element, text: str, x: float, y: float, left: float, taken: list[tuple[float, float, float]]
 ) -> None:
-    """Write beside a mark, on the side and at the height where no other label is yet."""
+    """Label a mark, on the side and at the height where there is no other label yet."""
     width = _LETTER * len(text)
     places = [(x + side, y + shift) for shift in (4, -10, 18, -22, 30, -34, 42) for side in (12, -12 - width)]
     inside = [place for place in places if left <= place[0] <= WIDTH - width]

@@ -1,4 +1,4 @@
-"""How figures are written: the columns of every table, numbers in their units, the line about one format."""
+"""Formatting of values: the columns of every table, numbers in their units, the line about one format."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def milliseconds(value: float | None) -> str:
 
 
 def error(value: float | None) -> str:
-    """Two digits and the power of ten, which is what counts; `0` for bit-equal."""
+    """Two digits and the power of ten; `0` for bit-equal."""
     return "" if value is None else f"{value:.1e}" if value else "0"
 
 
 def size(count: int | None) -> str:
-    """Bytes in the unit that a reader expects: `1.6 MB` (powers of 1000)."""
+    """Bytes in a suitable unit: `1.6 MB` (powers of 1000)."""
     if count is None:
         return ""
     for unit, step in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
@@ -35,7 +35,7 @@ def size(count: int | None) -> str:
 
 
 def sentence(outcome: Outcome) -> str:
-    """One line about a format that has come to its end: `onnx (dynamo): verified in 4.1 s, 93.2 kB`."""
+    """One line about a finished format: `onnx (dynamo): verified in 4.1 s, 93.2 kB`."""
     route = f" ({outcome.route})" if outcome.route else ""
     spent = f" in {sum(outcome.seconds.values()):.1f} s" if outcome.seconds else ""
     made = f", {size(outcome.artifact.bytes)}" if outcome.artifact and outcome.artifact.bytes else ""
@@ -44,7 +44,7 @@ def sentence(outcome: Outcome) -> str:
 
 
 def figures(outcome: Outcome) -> dict[str, Figure]:
-    """The figures of one format, by name; None where one was not measured."""
+    """The values of one format by name; None if not measured."""
     artifact, parity, latency = outcome.artifact, outcome.parity, outcome.latency
     return {
         "format": outcome.format,
@@ -67,10 +67,10 @@ def figures(outcome: Outcome) -> dict[str, Figure]:
 
 
 Column = tuple[str, Callable[[Any], str]]
-"""Which figure, and how it is written."""
+"""The name of a value, and how it is formatted."""
 
 CHANGE = "metric change"
-"""The column that stands in the table of a report with a budget."""
+"""The column that is in the table only if there is a budget."""
 
 COLUMNS: Mapping[str, Column] = {
     "format": ("format", str),
@@ -86,7 +86,7 @@ COLUMNS: Mapping[str, Column] = {
     "speed-up": ("speedup", lambda factor: f"{factor:.2f}×" if factor else ""),
     "reason": ("reason", str),
 }
-"""The columns of the terminal's table, `report.md`'s and the page's: which figure, and how it is written."""
+"""The columns of the terminal's table, `report.md`'s and the page's: the name of a value, and how it is formatted."""
 
 
 def _number(figure: str) -> Callable[[Outcome], Any]:
@@ -98,23 +98,23 @@ NUMBERS: Mapping[str, Callable[[Outcome], float | None]] = {
     for column, (figure, _) in COLUMNS.items()
     if column not in ("format", "state", "route", CHANGE, "reason")
 }
-"""The figures behind the columns that hold numbers."""
+"""The values of the columns with numbers."""
 
 
 def written(row: Mapping[str, Figure], columns: Mapping[str, Column] = COLUMNS) -> dict[str, str]:
-    """A row of figures as it is written in a table."""
+    """A row of values, formatted for a table."""
     return {name: escape.printable(write(row[figure])) for name, (figure, write) in columns.items()}
 
 
 def change(value: float | None, beside: float | None) -> str:
-    """A metric's difference from PyTorch's, with its sign; a question mark where one is no finite number."""
+    """A metric's difference from PyTorch's, with its sign; a question mark if either is not a finite number."""
     if value is None or beside is None or not math.isfinite(value - beside):
         return "?"
     return f"{value - beside:+.2g}" if value != beside else "0"
 
 
 def metric(value: float | None, beside: float | None = None) -> str:
-    """A value of the user's own metric, and its difference from `beside`; empty where it is no finite number."""
+    """A value of the user's own metric, and its difference from `beside`; empty if it is not a finite number."""
     if value is None or not math.isfinite(value):
         return ""
     if beside is None or not math.isfinite(beside):
@@ -123,7 +123,7 @@ def metric(value: float | None, beside: float | None = None) -> str:
 
 
 def layers(found: Sequence[Layer]) -> list[dict[str, str]]:
-    """A module's layers beside an artifact's: where they are, how far they are off, and which of them tell the most."""
+    """A table of a module's layers: the artifact's tensor, the error, and which are the first and the worst."""
     marks = {id(worst(found)): "worst", id(first(found)): "first beyond tolerance"}
     return [
         {
@@ -139,7 +139,7 @@ def layers(found: Sequence[Layer]) -> list[dict[str, str]]:
 
 
 def embedded(model: Model) -> str:
-    """What the user had embedded in each artifact: `labels: cat, dog; license: MIT`; empty where nothing."""
+    """What is embedded in each artifact: `labels: cat, dog; license: MIT`; empty if nothing."""
     shown = ", ".join(model.labels[:_LABELS]) + (f" … ({len(model.labels)})" if len(model.labels) > _LABELS else "")
     steps = {name: textwrap.shorten(text, _STEP, placeholder=" …") for name, text in model.processing.items()}
     parts = {**({"labels": shown} if model.labels else {}), **model.metadata, **steps}
@@ -149,7 +149,7 @@ def embedded(model: Model) -> str:
 _LABELS = 10
 """How many labels are shown."""
 _STEP = 160
-"""How many characters of a step before or behind forward are shown."""
+"""How many characters of a step before or after forward are shown."""
 
 
 def markdown(table: Sequence[Mapping[str, str]]) -> Iterator[str]:

@@ -1,1 +1,1 @@
-"""Module to graph: what every tracer is shown."""
+"""Preparing a module for tracers, and reading traced programs."""

@@ -1,8 +1,8 @@
-"""What tracers and converters do not see through, written out in functions that they do, while a module is traced.
+"""Functions that tracers or converters do not support, decomposed into supported ones while a module is traced.
 
 Requirements:
-* The reference is made without the functions that are written out here, so that parity judges them too.
-* A function is taken apart only as far as its answer stays the same; every other call of it goes through unchanged.
+* The reference is computed without these decompositions, so that parity judges them too.
+* A call is decomposed only if the result stays the same; every other call is left unchanged.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def plain_attention() -> Iterator[None]:
-    """`torch.nn`'s transformers without their fused inference path, which is known to PyTorch alone.
+    """Disable the fused inference path of `torch.nn`'s transformers, which only PyTorch supports.
 
-    It answers the same but for positions that `src_key_padding_mask` masks: the fused path fills them with zeros, and
-    training does not. Nor is a mask compared with the causal one, for a hint that a trace cannot follow.
+    Results are the same except at positions that `src_key_padding_mask` masks: the fused path fills them with zeros,
+    and training does not. Masks are not compared with the causal one either, which a trace cannot follow.
     """
     import torch
     from torch.nn.modules import transformer
@@ -44,12 +44,13 @@ def plain_attention() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def written_out() -> Iterator[None]:
-    """Plain attention, and every function of the table below in parts."""
+def decomposed() -> Iterator[None]:
+    """Plain attention, and every function of the table below decomposed."""
     import torch
     from torch.overrides import TorchFunctionMode
 
     functions: Mapping[Any, Callable[..., Any]] = {
+        torch.Tensor.data.__get__: lambda x: x.detach(),  # type: ignore[attr-defined]  # of a property; no trace follows it
         torch.nn.functional.embedding_bag: embedding_bag,
         torch.cdist: cdist,
         torch.diag_embed: diag_embed,
@@ -110,7 +111,7 @@ def written_out() -> Iterator[None]:
         },
     }
 
-    class WrittenOut(TorchFunctionMode):
+    class Decomposed(TorchFunctionMode):
         def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             written, given = functions.get(function, function), dict(kwargs or {})
             if written is not function:
@@ -118,12 +119,12 @@ def written_out() -> Iterator[None]:
                 named = {
                     "x" if name == "input" and "x" in signature.parameters else name: given[name] for name in given
                 }
-                with contextlib.suppress(TypeError):  # a way to call it that is not foreseen below
+                with contextlib.suppress(TypeError):  # called with arguments that are not supported below
                     signature.bind(*args, **named)
                     return written(*args, **named)
             return function(*args, **given)
 
-    with plain_attention(), packed.sizes_unchecked(), WrittenOut():
+    with plain_attention(), packed.sizes_unchecked(), Decomposed():
         yield
 
 
@@ -143,10 +144,10 @@ def embedding_bag(
     include_last_offset: bool = False,
     padding_idx: int | None = None,
 ) -> torch.Tensor:
-    """`torch.nn.functional.embedding_bag` by lookup and reduction; bags lie in rows, or begin at `offsets`."""
+    """`torch.nn.functional.embedding_bag` by lookup and reduction; bags are rows, or begin at `offsets`."""
     import torch
 
-    if max_norm is not None:  # it writes into the weights
+    if max_norm is not None:  # it changes the weights in place
         return torch.nn.functional.embedding_bag(
             input,
             weight,
@@ -166,7 +167,7 @@ def embedding_bag(
     member = torch.ones_like(input, dtype=torch.bool)
     if padding_idx is not None:
         member = input != padding_idx % weight.shape[0]
-    if offsets is not None:  # which bag each row is of, and each row once for every bag
+    if offsets is not None:  # the bag of each row, then each row once per bag
         starts = offsets[:-1] if include_last_offset else offsets
         bag = (torch.arange(input.shape[0]).unsqueeze(1) >= starts).sum(1) - 1
         member = member & (bag == torch.arange(starts.shape[0]).unsqueeze(1))
@@ -179,13 +180,13 @@ def embedding_bag(
     return total if mode == "sum" else total / kept.sum(1).clamp(min=1).to(total.dtype)
 
 
-_MANY = 25  # rows, from which on PyTorch multiplies matrices for Euclidean distances
+_MANY = 25  # number of rows above which PyTorch uses a matrix product for Euclidean distances
 
 
 def cdist(
     x1: torch.Tensor, x2: torch.Tensor, p: float = 2.0, compute_mode: str = "use_mm_for_euclid_dist_if_necessary"
 ) -> torch.Tensor:
-    """`torch.cdist`, by differences, or for many rows by products as PyTorch itself does it."""
+    """`torch.cdist`, by differences, or for many rows by a matrix product as PyTorch does."""
     import torch
 
     counts = (x1.shape[-2], x2.shape[-2])
@@ -205,7 +206,7 @@ _NEVER = "donot_use_mm_for_euclid_dist"
 
 
 def diag_embed(x: torch.Tensor, offset: int = 0, dim1: int = -2, dim2: int = -1) -> torch.Tensor:
-    """`torch.diag_embed` on the main diagonal of two last axes by a choice, which needs no shape."""
+    """`torch.diag_embed` on the main diagonal of two last axes by `where`, which needs no shape."""
     import torch
 
     if offset or (dim1, dim2) != (-2, -1):
@@ -217,7 +218,7 @@ def diag_embed(x: torch.Tensor, offset: int = 0, dim1: int = -2, dim2: int = -1)
 def scatter_reduce(
     x: torch.Tensor, dim: int, index: torch.Tensor, src: torch.Tensor, reduce: str, *, include_self: bool = True
 ) -> torch.Tensor:
-    """`torch.scatter_reduce` without a mean, and with each entry among its own sources: ONNX has nothing else."""
+    """`torch.scatter_reduce` without mean, and with each element among its own sources, as in ONNX."""
     import torch
 
     if reduce == "prod" or not x.is_floating_point():
@@ -234,7 +235,7 @@ def scatter_reduce(
 
 
 def unfold(x: torch.Tensor, dimension: int, size: int, step: int) -> torch.Tensor:
-    """`Tensor.unfold` by lookup: windows of an axis in its place, their entries in a new last axis."""
+    """`Tensor.unfold` by lookup: windows in place of an axis, their elements in a new last axis."""
     import torch
 
     axis = dimension % x.dim()
@@ -246,7 +247,7 @@ def unfold(x: torch.Tensor, dimension: int, size: int, step: int) -> torch.Tenso
 def bucketize(
     input: torch.Tensor, boundaries: torch.Tensor, *, out_int32: bool = False, right: bool = False
 ) -> torch.Tensor:
-    """`torch.bucketize` by counting the boundaries below."""
+    """`torch.bucketize` by counting the smaller boundaries."""
     return searchsorted(boundaries, input, out_int32=out_int32, right=right)
 
 
@@ -259,7 +260,7 @@ def searchsorted(
     side: str | None = None,
     sorter: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`torch.searchsorted` by counting the entries below, or for `right` those that are not above."""
+    """`torch.searchsorted` by counting the smaller elements, or for `right` those that are not greater."""
     import torch
 
     if sorter is not None or not isinstance(input, torch.Tensor):
@@ -272,21 +273,21 @@ def searchsorted(
 
 
 def diagonal(x: torch.Tensor, offset: int = 0, dim1: int = 0, dim2: int = 1) -> torch.Tensor:
-    """`torch.diagonal` by lookup, where the sizes are known."""
+    """`torch.diagonal` by lookup, if the sizes are known."""
     import torch
 
     sizes = x.shape[dim1], x.shape[dim2]
-    if not all(type(size) is int for size in sizes):  # free, or followed by a trace
+    if not all(type(size) is int for size in sizes):  # dynamic, or a traced value
         return torch.diagonal(x, offset, dim1, dim2)
     rows = torch.arange(max(0, -offset), max(0, -offset, min(sizes[0], sizes[1] - offset)))
     return movedim(x, (dim1, dim2), (-2, -1))[..., rows, rows + offset]
 
 
-_LONGEST = 512  # entries; their products are a square of that side
+_LONGEST = 512  # elements; the decomposition needs a square matrix of this size
 
 
 def cumprod(x: torch.Tensor, dim: int, **more: Any) -> torch.Tensor:
-    """`torch.cumprod` as products of the first, the first two … entries; the TorchScript exporter has none."""
+    """`torch.cumprod` as products of the first, the first two … elements; the TorchScript exporter lacks it."""
     import torch
 
     count = int(x.shape[dim]) if not isinstance(x.shape[dim], torch.SymInt) else _LONGEST + 1
@@ -298,7 +299,7 @@ def cumprod(x: torch.Tensor, dim: int, **more: Any) -> torch.Tensor:
 
 
 def cummax(x: torch.Tensor, dim: int) -> Any:
-    """`torch.cummax` as the greatest of the first, the first two … entries, and the index of the last such one."""
+    """`torch.cummax` as the maximum of the first, the first two … elements, and the index of its last occurrence."""
     import torch
 
     count = int(x.shape[dim]) if not isinstance(x.shape[dim], torch.SymInt) else _LONGEST + 1
@@ -313,7 +314,7 @@ def cummax(x: torch.Tensor, dim: int) -> Any:
 
 
 def cummin(x: torch.Tensor, dim: int) -> Any:
-    """`torch.cummin` as the greatest of what is negated."""
+    """`torch.cummin` as `cummax` of the negated tensor."""
     import torch
 
     if not x.is_floating_point():
@@ -323,10 +324,10 @@ def cummin(x: torch.Tensor, dim: int) -> Any:
 
 
 def masked_scatter(x: torch.Tensor, mask: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
-    """`torch.masked_scatter` by lookup: where the mask is set for the nth time stands the nth entry of `source`."""
+    """`torch.masked_scatter` by lookup: the nth position where the mask is set gets the nth element of `source`."""
     import torch
 
-    x, mask = torch.broadcast_tensors(x, mask)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    x, mask = torch.broadcast_tensors(x, mask)  # type: ignore[no-untyped-call]  # untyped in torch
     index = (mask.flatten().to(torch.int64).cumsum(0) - 1).clamp(min=0)
     return torch.where(mask, source.flatten()[index].reshape(mask.shape), x)
 
@@ -334,7 +335,7 @@ def masked_scatter(x: torch.Tensor, mask: torch.Tensor, source: torch.Tensor) ->
 def quantile(
     x: torch.Tensor, q: Any, dim: int | None = None, keepdim: bool = False, *, interpolation: str = "linear"
 ) -> torch.Tensor:
-    """`torch.quantile` between two sorted entries, of numbers that are all numbers."""
+    """`torch.quantile` by interpolation between two sorted elements, without NaN."""
     import torch
 
     if isinstance(q, torch.Tensor) or interpolation != "linear":
@@ -350,7 +351,7 @@ def quantile(
 
 
 def median(x: torch.Tensor, dim: int | None = None, keepdim: bool = False) -> Any:
-    """`torch.median`: the lower middle of the sorted entries, and along an axis its place."""
+    """`torch.median`: the lower middle of the sorted elements, and along an axis its index."""
     import torch
 
     if dim is None:
@@ -359,7 +360,7 @@ def median(x: torch.Tensor, dim: int | None = None, keepdim: bool = False) -> An
 
 
 def kthvalue(x: torch.Tensor, k: int, dim: int = -1, keepdim: bool = False) -> Any:
-    """`torch.kthvalue`: the `k`th of the sorted entries, and its place."""
+    """`torch.kthvalue`: the `k`th of the sorted elements, and its index."""
     import torch
 
     values, places = (movedim(each, dim, -1)[..., k - 1] for each in x.sort(dim))
@@ -369,14 +370,14 @@ def kthvalue(x: torch.Tensor, k: int, dim: int = -1, keepdim: bool = False) -> A
 
 
 def topk(x: torch.Tensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> Any:
-    """`torch.topk`, in order even where any order will do: Core ML before iOS 16 has no other."""
+    """`torch.topk`, always sorted, since Core ML before iOS 16 has nothing else."""
     import torch
 
     return torch.topk(x, k, dim, largest, sorted=True)
 
 
 def movedim(x: torch.Tensor, source: Any, destination: Any) -> torch.Tensor:
-    """`torch.movedim` as a permutation, which every converter knows."""
+    """`torch.movedim` as a permutation, which every converter supports."""
     pairs = zip(*([each] if isinstance(each, int) else each for each in (source, destination)), strict=True)
     placed = {to % x.dim(): from_ % x.dim() for from_, to in pairs}
     rest = iter([axis for axis in range(x.dim()) if axis not in placed.values()])
@@ -384,7 +385,7 @@ def movedim(x: torch.Tensor, source: Any, destination: Any) -> torch.Tensor:
 
 
 def pad(x: torch.Tensor, pad: Any, mode: str = "constant", value: float | None = None) -> torch.Tensor:
-    """`torch.nn.functional.pad` in circles by joining slices; hardly a converter knows that mode."""
+    """`torch.nn.functional.pad` in circular mode by concatenating slices; few converters support that mode."""
     import torch
 
     if mode != "circular" or any(not isinstance(each, int) or each < 0 for each in pad):
@@ -406,7 +407,7 @@ def conv_transpose3d(
     groups: int = 1,
     dilation: Any = 1,
 ) -> torch.Tensor:
-    """`torch.conv_transpose3d` with its output cut to size by slices, where Core ML's converter knows no other way."""
+    """`torch.conv_transpose3d` with its output cropped by slices, where Core ML's converter cannot crop otherwise."""
     import torch
 
     cut, more = ((each,) * 3 if isinstance(each, int) else tuple(each) for each in (padding, output_padding))
@@ -419,7 +420,7 @@ def conv_transpose3d(
 
 
 def take_along_dim(x: torch.Tensor, indices: torch.Tensor, dim: int | None = None) -> torch.Tensor:
-    """`torch.take_along_dim` as a gather, which compares no axes; one of size 1 is repeated as the other needs."""
+    """`torch.take_along_dim` as a gather, which does not broadcast; axes of size 1 are repeated."""
     import torch
 
     if dim is None:
@@ -433,7 +434,7 @@ def take_along_dim(x: torch.Tensor, indices: torch.Tensor, dim: int | None = Non
 
 
 def _logical(operator: Callable[..., Any], named: Callable[..., Any]) -> Callable[..., Any]:
-    """An operator as the function that it is for booleans; Core ML's converter knows no `__or__`."""
+    """An operator as its function for booleans; Core ML's converter lacks `__or__`."""
 
     def apply(x: torch.Tensor, other: Any) -> Any:
         import torch
@@ -445,7 +446,7 @@ def _logical(operator: Callable[..., Any], named: Callable[..., Any]) -> Callabl
 
 
 def _of_long_sizes(function: Callable[..., Any], first: int, last: int | None) -> Callable[..., Any]:
-    """A function whose sizes, its arguments from `first` to `last`, are int64: ONNX joins them, and mixes no types."""
+    """A function with its sizes, the arguments from `first` to `last`, as int64: ONNX needs one type to join them."""
 
     def long(size: Any) -> Any:
         import torch
@@ -464,7 +465,7 @@ def _of_long_sizes(function: Callable[..., Any], first: int, last: int | None) -
 
 
 def total(x: torch.Tensor, *rest: Any, **more: Any) -> torch.Tensor:
-    """`torch.sum`, of booleans as the integers that it gives; Core ML's converter gives floats."""
+    """`torch.sum`, of booleans as integers; Core ML's converter returns floats."""
     import torch
 
     return torch.sum(x.to(torch.int64) if x.dtype == torch.bool else x, *rest, **more)

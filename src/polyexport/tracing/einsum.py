@@ -1,6 +1,6 @@
-"""`torch.einsum` in products of matrices, sums and permutations, which converters know where they have no Einsum.
+"""`torch.einsum` as matrix products, sums and permutations, for converters without Einsum.
 
-No shape is asked for, so that dynamic axes stay dynamic: an axis is moved or added, never joined with another one.
+No sizes are read, so that dynamic axes stay dynamic: axes are moved or added, never merged.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def einsum(equation: Any, *operands: Any) -> torch.Tensor:
-    """`torch.einsum`, two operands after another; diagonals, and axes of size 1 that stand for more, stay with it."""
+    """`torch.einsum`, two operands at a time; equations with diagonals or broadcast axes of size 1 stay as they are."""
     import torch
 
     tensors = operands[0] if len(operands) == 1 and isinstance(operands[0], list | tuple) else operands
@@ -31,7 +31,7 @@ def einsum(equation: Any, *operands: Any) -> torch.Tensor:
 
 
 def _parsed(equation: str, ranks: Sequence[int]) -> tuple[list[str], str] | None:
-    """The letters of each operand and of the result, those that `...` stands for in full; None for a diagonal."""
+    """The letters of each operand and of the result, with `...` expanded; None for a diagonal."""
     left, arrow, wanted = equation.replace(" ", "").partition("->")
     terms = left.split(",")
     if len(terms) != len(ranks):
@@ -55,7 +55,7 @@ def _same_sizes(terms: Sequence[str], tensors: Sequence[torch.Tensor]) -> bool:
     sizes: dict[str, set[int]] = {}
     for term, tensor in zip(terms, tensors, strict=True):
         for axis, size in zip(term, tensor.shape, strict=True):
-            if type(size) is int:  # not one that a trace follows
+            if type(size) is int:  # not a traced value
                 sizes.setdefault(axis, set()).add(size)
     return all(len(found) == 1 for found in sizes.values())
 
@@ -83,7 +83,7 @@ def _product(
 
 
 _ADDED = "."
-"""An axis of size 1 that a vector gets to be a matrix."""
+"""The letter of an axis of size 1 that is added to make a vector a matrix."""
 
 
 def _summed(tensor: torch.Tensor, axes: str, kept: Collection[str]) -> tuple[torch.Tensor, str]:
@@ -92,7 +92,7 @@ def _summed(tensor: torch.Tensor, axes: str, kept: Collection[str]) -> tuple[tor
 
 
 def _laid(tensor: torch.Tensor, axes: str, wanted: Sequence[str]) -> torch.Tensor:
-    """With the axes in another order, those that it has not of size 1."""
+    """The tensor with its axes in the order `wanted`, missing ones of size 1."""
     tensor = tensor.permute([axes.index(axis) for axis in wanted if axis in axes])
     for index, axis in enumerate(wanted):
         if axis not in axes:

@@ -1,8 +1,8 @@
-"""The switches that model libraries have for an export, set while a model is traced.
+"""Options of model libraries for exports, set while a model is traced.
 
-https://huggingface.co/docs/transformers: a module's `config` chooses among implementations that compute the same, some
-of which no exporter takes. The reference is made without them, so that parity judges what they change. timm's
-`set_exportable` is read while a model is built, too early for us.
+https://huggingface.co/docs/transformers: a module's `config` selects one of several equivalent implementations, some of
+which exporters do not support. The reference is computed without these options, so that parity judges their effect.
+timm's `set_exportable` must be set before a model is built, so it cannot be used here.
 """
 
 from __future__ import annotations
@@ -11,22 +11,24 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from polyexport.tracing.forward import uncompiled
+from polyexport.tracing.idle_reads import idle_reads_given
 from polyexport.tracing.sizes import lengths_followed
 
 if TYPE_CHECKING:
     from torch import nn
 
 _SETTINGS: Mapping[str, tuple[Callable[[Any], bool], Any]] = {
-    # `grouped_mm` is an operator that PyTorch alone has; loops over the experts that were chosen ask for data
+    # only PyTorch has the operator `grouped_mm`; loops over the chosen experts depend on data
     "_experts_implementation": (lambda now: now is not None, "batched_mm"),
     # overlapping chunks by `unfold` in place of `as_strided`
     "onnx_export": (lambda now: now is False, True),
 }
-"""What is changed in a `config`: where which value stands, and the one that takes its place."""
+"""Changes to a `config`: attribute, present value, new value."""
 
 
 def _now(config: Any, name: str) -> Any:
-    """What a config has under a name; one of the user's own may answer in any way."""
+    """The value of a config's attribute; a user's own config may raise anything."""
     try:
         return getattr(config, name, None)
     except Exception:
@@ -35,9 +37,9 @@ def _now(config: Any, name: str) -> Any:
 
 @contextlib.contextmanager
 def exportable(model: nn.Module) -> Iterator[nn.Module]:
-    """The model as exporters take it: its switches set, sizes followed, no checks of distributions' parameters.
+    """The model as exporters need it: options set, `len` traced, nothing compiled, distributions and data not checked.
 
-    All is as before when the block ends.
+    Everything is restored when the context exits.
     """
     configs = {id(part.config): part.config for part in model.modules() if hasattr(part, "config")}
     before = [
@@ -49,7 +51,7 @@ def exportable(model: nn.Module) -> Iterator[nn.Module]:
     for config, name, _ in before:
         setattr(config, name, _SETTINGS[name][1])
     try:
-        with lengths_followed(model), _distributions_unchecked():
+        with uncompiled(), lengths_followed(model), _distributions_unchecked(), idle_reads_given(model):
             yield model
     finally:
         for config, name, value in reversed(before):
@@ -58,7 +60,7 @@ def exportable(model: nn.Module) -> Iterator[nn.Module]:
 
 @contextlib.contextmanager
 def _distributions_unchecked() -> Iterator[None]:
-    """Let `torch.distributions` take their parameters without looking at them, which `torch.export` refuses."""
+    """Disable the checks of `torch.distributions` parameters, which `torch.export` does not support."""
     from torch.distributions import Distribution
 
     before = Distribution._validate_args

@@ -1,20 +1,19 @@
 """Programs of `torch.export`: how they are traced, and how converters read them.
 
 Requirements:
-* A program holds what runs without autograd and nothing of autograd itself: under it, `torch.export` refuses to write
-  into a view, and writes down each change of the mode, which some versions of it cannot load again.
+* A program is traced without autograd, and has no trace of it: with autograd on, `torch.export` refuses writes into a
+  view, and records each change of the grad mode, which some versions of it cannot load again.
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import inspect
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from polyexport.errors import line
+from polyexport.tracing.forward import within
 from polyexport.tracing.reads import named, site_of
 
 if TYPE_CHECKING:
@@ -24,24 +23,24 @@ if TYPE_CHECKING:
 def export_program(
     module: torch.nn.Module, inputs: Sequence[torch.Tensor], dynamic: Sequence[Iterable[int]]
 ) -> torch.export.ExportedProgram:
-    """Trace `module` with the axes in `dynamic`, those of each input, free.
+    """Trace `module` with the axes in `dynamic`, given for each input, dynamic.
 
     Raises:
-        Exception: whatever `torch.export` raises, also where the trace fixes an axis that is to be free.
+        Exception: whatever `torch.export` raises, also if the trace makes an axis static that should be dynamic.
     """
     import torch
 
-    free = torch.export.Dim.DYNAMIC  # not AUTO: an axis that the trace fixes must be an error here, no surprise later
+    free = torch.export.Dim.DYNAMIC  # not AUTO: an axis that becomes static must be an error here
     shapes = tuple(dict.fromkeys(axes, free) for axes in dynamic)
-    copies = tuple(tensor.clone() for tensor in inputs)  # what is traced is marked with its free axes, and stays so
+    copies = tuple(tensor.clone() for tensor in inputs)  # tracing marks the inputs with their dynamic axes for good
     with torch.no_grad(), _grad_mode_left_alone(module):
         try:
             return torch.export.export(module, copies, dynamic_shapes=shapes or None, strict=False)
         except Exception as error:
             if scripted := _scripted(module):
                 raise RuntimeError(
-                    f"torch.export takes no part that torch.jit.script made ({scripted}); a trace does, and so does "
-                    "what is made from TorchScript; for the rest leave that part as it is in Python"
+                    f"torch.export cannot export parts that torch.jit.script made ({scripted}); TorchScript and "
+                    "formats made from it can; for the others keep that part in Python"
                 ) from error
             if site := site_of(error):
                 raise RuntimeError(_refused(error, named({site}))) from error
@@ -49,19 +48,19 @@ def export_program(
 
 
 def _refused(error: Exception, site: str) -> str:
-    """Why `torch.export` does not take what forward does at `site`."""
+    """Why `torch.export` refuses what forward does at `site`."""
     from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
     if isinstance(error, GuardOnDataDependentSymNode):
         return (
-            f"forward reads a value of its data into Python ({site}), which torch.export refuses; torch.where and "
-            "torch.cond keep both sides of a branch"
+            f"forward reads a value of its data into Python ({site}), which torch.export refuses; use torch.where or "
+            "torch.cond, which keep both branches"
         )
     return f"torch.export refuses {site}: {line(error)}"
 
 
 def _scripted(module: torch.nn.Module) -> str:
-    """The names of the outermost scripted parts."""
+    """The names of the outermost scripted submodules."""
     import torch
 
     parts = module.named_modules()
@@ -69,9 +68,8 @@ def _scripted(module: torch.nn.Module) -> str:
     return ", ".join(name for name in names if not any(name.startswith(f"{other}.") for other in names))
 
 
-@contextlib.contextmanager
-def _grad_mode_left_alone(module: torch.nn.Module) -> Iterator[None]:
-    """Let `torch.no_grad`, `enable_grad` and `set_grad_enabled` in `module` do nothing."""
+def _grad_mode_left_alone(module: torch.nn.Module) -> AbstractContextManager[None]:
+    """Make `torch.no_grad`, `enable_grad` and `set_grad_enabled` in `module` no-ops."""
     import torch
     from torch.overrides import TorchFunctionMode
 
@@ -79,27 +77,13 @@ def _grad_mode_left_alone(module: torch.nn.Module) -> Iterator[None]:
         def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             return None if function is torch._C._set_grad_enabled else function(*args, **(kwargs or {}))
 
-    own, forward = module.__dict__.get("forward"), module.forward
-
-    @functools.wraps(forward)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        with LeftAlone():  # within forward, so that it is asked before what `torch.export` records with
-            return forward(*args, **kwargs)
-
-    run.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]  # any function has one
-    module.__dict__["forward"] = run
-    try:
-        yield
-    finally:
-        del module.__dict__["forward"]
-        if own is not None:
-            module.__dict__["forward"] = own
+    return within(module, lambda _: LeftAlone())
 
 
 def load_program(path: Path) -> torch.export.ExportedProgram:
-    """The program of a `.pt2`, with adaptive max pools as maxima of slices, where nobody asks for their places.
+    """The program of a `.pt2`, with adaptive max pools as maxima of slices, if their indices are not used.
 
-    Constants that forward made (`torch.tensor([…])`) are no longer detached in place, which cannot be exported again.
+    In-place detaches of constants that forward made (`torch.tensor([…])`) are removed: they cannot be exported again.
     """
     import torch
 
@@ -112,12 +96,12 @@ def load_program(path: Path) -> torch.export.ExportedProgram:
     nodes = [node for node in program.graph.nodes if node.target in pools]
     if not nodes or any(user.args[1] and user.users for node in nodes for user in node.users):
         return program
-    taken_apart: torch.export.ExportedProgram = program.run_decompositions(dict.fromkeys(pools, _adaptive_maxima))
-    return taken_apart
+    decomposed: torch.export.ExportedProgram = program.run_decompositions(dict.fromkeys(pools, _adaptive_maxima))
+    return decomposed
 
 
 def in_float32(module: torch.fx.GraphModule) -> torch.fx.GraphModule:
-    """The module of a program with float32 in the place of float64, which small devices have not; changed in place."""
+    """A program's module with float32 instead of float64, which small devices lack; changed in place."""
     import torch
     from torch.fx.node import map_aggregate
 
@@ -139,7 +123,7 @@ def in_float32(module: torch.fx.GraphModule) -> torch.fx.GraphModule:
 
 
 def _adaptive_maxima(x: torch.Tensor, sizes: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The maxima of parts as even as they can be, one axis after the other, and no places."""
+    """The maxima of nearly equal slices, one axis after the other, without indices."""
     import torch
 
     for axis, count in enumerate(sizes, x.dim() - len(sizes)):

@@ -1,7 +1,7 @@
-"""Fake quantization in a traced module, as the operations that backends turn into integer arithmetic.
+"""Fake quantization in a traced module, as operations that backends compile to integer arithmetic.
 
-What trained with torch.ao's fake quantization is traced as rounding in float32 (see `polyexport.capture.unwrap`), which
-is right everywhere. Here such a rounding becomes `quantize` and `dequantize` with the scales that were trained.
+Fake quantization of torch.ao is traced as rounding in float32 (see `polyexport.capture.unwrap`), which is correct in
+every format. Here such a rounding becomes `quantize` and `dequantize` with the trained scales.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ class Rounding:
     """`(clamp(round(x / scale) + zero, low, high) - zero) * scale`, all of it in float32.
 
     Attributes:
-        x: What is rounded.
-        last: The node that has the result.
-        scale: One number, or as many axes as `x` with all of length one but that of the channels.
+        x: The node that is rounded.
+        last: The node of the result.
+        scale: One number, or an array with the rank of `x` that has the size 1 on all axes but the channels'.
         zero: Of the same shape.
-        low: The least step.
-        high: The greatest step.
+        low: The lowest integer.
+        high: The highest integer.
     """
 
     x: Node
@@ -41,26 +41,26 @@ class Rounding:
 
 
 def with_trained_scales(source: Path, spec: ExportSpec) -> torch.export.ExportedProgram:
-    """The program of a `.pt2`, with `quantize` and `dequantize` in the place of its fake quantization.
+    """The program of a `.pt2`, with `quantize` and `dequantize` in place of its fake quantization.
 
     Raises:
-        RuntimeError: it has none that is known here.
+        RuntimeError: it has no fake quantization of torch.ao.
     """
     import torch
 
     module = load_program(source).module()
     if not with_integers(module):
         raise RuntimeError(
-            "the fake quantization that it was trained with is not as torch.ao's, and has no scales here"
+            "the model was trained with fake quantization other than torch.ao's, whose scales are unknown"
         )
     inputs = tuple(map(torch.from_numpy, example(spec).values()))
     return export_program(module, inputs, [tensor.dynamic for tensor in spec.inputs])
 
 
 def with_integers(module: GraphModule) -> bool:
-    """Put `quantize` and `dequantize` in the place of each rounding, in int8; constants are stored as integers.
+    """Replace each rounding by `quantize` and `dequantize` in int8; constants are stored as integers.
 
-    Steps that do not begin below zero are counted from -128 on. What is computed of constants alone becomes one.
+    Unsigned integers are shifted to begin at -128. Nodes that depend only on constants become constants.
     Returns whether there was any; changes `module` in place.
     """
     constants = _constants(module)
@@ -79,7 +79,7 @@ def with_integers(module: GraphModule) -> bool:
 
 
 def _fold(module: GraphModule, constants: dict[Node, Any]) -> None:
-    """Store what is computed of constants alone and read by what is not, such as a bias with a batch norm in it."""
+    """Store nodes that depend only on constants and are read by others, such as a bias with a folded batch norm."""
     for node, value in constants.items():
         if node.op == "call_function" and node.users.keys() - constants.keys():
             with module.graph.inserting_before(node):
@@ -87,7 +87,7 @@ def _fold(module: GraphModule, constants: dict[Node, Any]) -> None:
 
 
 def _carry_on(graph: Graph) -> None:
-    """Quantize again, to the same steps, behind what only moves elements: a layer wants integers right before it."""
+    """Repeat the quantization after nodes that only move elements, since layers need integers right before them."""
     import torch
 
     ops, aten = torch.ops.quantized_decomposed, torch.ops.aten
@@ -104,14 +104,14 @@ def _carry_on(graph: Graph) -> None:
 
 
 def _buffer(module: GraphModule, tensor: torch.Tensor) -> Node:
-    """A node of a new buffer."""
+    """The node of a new buffer."""
     name = f"folded_{sum(1 for _ in module.buffers())}"
     module.register_buffer(name, tensor.detach().clone())
     return module.graph.get_attr(name)
 
 
 def _constants(module: GraphModule) -> dict[Node, Any]:
-    """What the nodes are that depend on no input."""
+    """The values of nodes that depend on no input."""
     import torch
     from torch.fx.node import map_arg
 
@@ -151,7 +151,7 @@ def _shift(rounding: Rounding) -> int:
 
 
 def _quantized(module: GraphModule, rounding: Rounding) -> Node:
-    """The nodes that quantize a tensor that is computed; backends know one scale for it."""
+    """The nodes that quantize a computed tensor; backends support only one scale for it."""
     import torch
     import torch.ao.quantization.fx._decomposed  # registers the operations
 

@@ -1,7 +1,7 @@
-"""Packed sequences as padded ones, which tracers and converters see through, and the recurrent layers over them.
+"""Packed sequences as padded ones, which tracers and converters support, and recurrent layers over them.
 
-A `torch.nn.utils.rnn.PackedSequence` holds the padded sequence here: its `data` is (T, B, *), of which what lies beyond
-a sequence's end means nothing. `batch_sizes` has the attribute `rows`, which is B.
+Here a `torch.nn.utils.rnn.PackedSequence` has the padded sequence as its `data`, (T, B, *), whose values after a
+sequence's end are arbitrary. `batch_sizes` has the attribute `rows`, which is B.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     import torch
 
 _SHUT = 100.0
-"""Of it a sigmoid is exactly 1, and of its negative next to 0."""
+"""The sigmoid of this is exactly 1, and that of its negative almost 0."""
 
 
 def functions() -> Mapping[Any, Callable[..., Any]]:
-    """By PyTorch's own function: the one that takes its place, with the same signature."""
+    """PyTorch's functions, and their replacements with the same signatures."""
     import torch
 
     return {
@@ -31,7 +31,7 @@ def functions() -> Mapping[Any, Callable[..., Any]]:
 
 @contextlib.contextmanager
 def sizes_unchecked() -> Iterator[None]:
-    """Without the look of a recurrent layer at its states' sizes, which reads a number from `batch_sizes`."""
+    """Disable recurrent layers' check of the states' sizes, which reads a number from `batch_sizes`."""
     from torch.nn.modules import rnn
 
     before = {layer: layer.check_forward_args for layer in (rnn.RNNBase, rnn.LSTM)}
@@ -45,13 +45,13 @@ def sizes_unchecked() -> Iterator[None]:
 
 
 def pack(input: torch.Tensor, lengths: torch.Tensor, batch_first: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of an input of (T, B, *) and lengths in descending order."""
+    """Pack an input of (T, B, *) with lengths in descending order."""
     import torch
 
     x = input.transpose(0, 1) if batch_first else input
     sizes = (torch.arange(x.shape[0])[:, None] < lengths).sum(1)
     if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]  # public, but untyped
-        sizes = sizes[: lengths[0]]  # as PyTorch has it; `torch.export` follows no size that data decides
+        sizes = sizes[: lengths[0]]  # as PyTorch does; `torch.export` does not support sizes that depend on data
     sizes.rows = x.shape[1]  # type: ignore[attr-defined]
     return x, sizes
 
@@ -59,7 +59,7 @@ def pack(input: torch.Tensor, lengths: torch.Tensor, batch_first: bool) -> tuple
 def pad(
     data: torch.Tensor, batch_sizes: torch.Tensor, batch_first: bool, padding_value: float, total_length: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The padded sequence, with `padding_value` beyond each end, and the lengths."""
+    """The padded sequence, with `padding_value` after each end, and the lengths."""
     import torch
 
     lengths, x = _lengths(data, batch_sizes), data[:total_length]
@@ -96,7 +96,7 @@ def _layers(
     train: bool,
     bidirectional: bool,
 ) -> Any:
-    """Each layer and direction by itself over padded rows; backwards each sequence begins at its own end."""
+    """Run each layer and direction over padded rows; in reverse each sequence begins at its own end."""
     import torch
 
     x, lengths = data, _lengths(data, sizes)
@@ -125,13 +125,13 @@ def _one(
     weights: Sequence[torch.Tensor],
     has_biases: bool,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Outputs of one layer in one direction, and of an LSTM the last cell state (1, B, H)."""
+    """Outputs of one layer in one direction, and for an LSTM the last cell state (1, B, H)."""
     import torch
 
     how = (has_biases, 1, 0.0, False, False, False)
     if len(start) == 1:
         return layer(x, start[0], weights, *how)[0], []
-    # beyond the end a further input shuts the gate that reads and opens the one that keeps; unused, it is dropped
+    # after the end an extra input closes the input gate and opens the forget gate; it is omitted if unused
     gates = ((-_SHUT, 1), (_SHUT, 1), (0.0, 2))  # in, forget, then cell and out
     size = weights[0].shape[0] // 4
     shut = torch.cat([torch.full((size * count, 1), value, dtype=x.dtype) for value, count in gates])
@@ -145,5 +145,5 @@ def _one(
 
 
 def _in_turn(x: torch.Tensor, time: torch.Tensor | None) -> torch.Tensor:
-    """The rows of (T, B, H) at the times (*, B)."""
+    """The rows of (T, B, H) at the time steps (*, B)."""
     return x if time is None else x.gather(0, time[..., None].expand(-1, -1, x.shape[-1]))

@@ -1,21 +1,24 @@
 """What forward reads from its inputs into Python: the branches, loops and numbers that a trace freezes.
 
 Requirements:
-* Sizes are no data: what depends on the shape of an input alone is not listed.
-* A site is `file:line` of the caller, the same one for a read in PyTorch and for the tracer's warning of it.
+* Sizes are not data: what depends only on the shape of an input is not listed.
+* A site is `file:line` of the caller, the same for a read in PyTorch and for the tracer's warning about it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
+import dis
 import functools
 import os
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.util import find_spec
+from types import FrameType, MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,15 +31,25 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Reads:
-    """What one call of forward read, and the way that it took.
+    """What one call of forward read, and the path that it took.
 
     Attributes:
-        values: Site -> what was read there, in order.
-        path: A number that is another one where other functions were called, or from other lines.
+        values: The values read at each site, in order, as text.
+        path: A hash of the functions called and of the lines that called them.
+        objects: The same values as objects.
+        outputs: What forward returned.
     """
 
     values: Mapping[str, tuple[str, ...]]
     path: int
+    objects: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    outputs: tuple[torch.Tensor, ...] = ()
+
+
+class Followed(str):
+    """What depends on values and is no constant in a trace: a size, or the side that `torch.cond` takes."""
+
+    __slots__ = ()
 
 
 _READERS = {
@@ -50,25 +63,39 @@ _READERS = {
     "item",
     "tolist",
     "numpy",
+    "__format__",
+    "_assert",
     "equal",
     "allclose",
     "is_nonzero",
 }
 _SIZED_BY_DATA = {"nonzero", "argwhere", "masked_select", "unique", "unique_consecutive"}
-"""What they return has a size that depends on values, which is then read without a call."""
+"""Functions whose results have sizes that depend on values; the sizes are then read without a call."""
 _WARNING = "Converting a tensor to a "
 
 
 class FailedAt(Exception):
-    """Forward raised; `site` is the last one that it read at, and None where it had read nothing."""
+    """Forward raised.
 
-    def __init__(self, site: str | None) -> None:
+    Attributes:
+        site: The last one that it read at, or None if it had read nothing.
+        checked: Whether it was raised by a `raise` or `assert` in a frame of the last read, without reading further
+            truth values.
+    """
+
+    def __init__(self, site: str | None, *, checked: bool = False) -> None:
         super().__init__(site)
         self.site = site
+        self.checked = checked
 
 
-def reads(model: Any, inputs: Arrays) -> Reads:
-    """Run a flat module once and list what its forward reads of values that depend on `inputs`.
+Given = Mapping[str, Sequence[Any]]
+"""The values that forward gets at each site, in order, in place of those that it would read."""
+NOTHING: Given = MappingProxyType({})
+
+
+def reads(model: Any, inputs: Arrays, given: Given = NOTHING) -> Reads:
+    """Run a flat module once, and list the values that forward reads and that depend on `inputs`.
 
     Raises:
         FailedAt: forward raised.
@@ -76,17 +103,34 @@ def reads(model: Any, inputs: Arrays) -> Reads:
     import torch
 
     tensors = [torch.from_numpy(inputs[name].copy()) for name in model.input_names]
-    watch = _watch(tensors)
+    watch = watching(tensors, given)
     try:
         with torch.inference_mode(), watch:
-            model(*tensors)
+            answer = model(*tensors)
     except Exception as error:  # forward is the user's, and may raise anything
-        raise FailedAt(next(reversed(watch.found), None)) from error
-    return Reads({site: tuple(values) for site, values in watch.found.items()}, watch.path)
+        checked = not watch.decided and _raised_by(watch.reading, error)
+        raise FailedAt(next(reversed(watch.found), None), checked=checked) from error
+    objects = {site: tuple(values) for site, values in watch.found.items()}
+    texts = {site: tuple(map(_plain, values)) for site, values in objects.items()}
+    outputs = answer if isinstance(answer, tuple) else (answer,)
+    return Reads(texts, watch.path, objects, tuple(tensor.clone() for tensor in outputs))
 
 
-def _watch(inputs: list[torch.Tensor]) -> Any:
-    """A mode in which values that depend on `inputs` are followed through every function of torch."""
+def _raised_by(frames: Sequence[FrameType], error: BaseException) -> bool:
+    """Whether the innermost frame of an error is one of `frames`, at a `raise` or `assert` statement."""
+    steps = error.__traceback__
+    while steps is not None and steps.tb_next is not None:
+        steps = steps.tb_next
+    if steps is None or not any(steps.tb_frame is frame for frame in frames):
+        return False
+    return dis.opname[steps.tb_frame.f_code.co_code[steps.tb_lasti]] == "RAISE_VARARGS"
+
+
+def watching(inputs: Sequence[torch.Tensor], given: Given = NOTHING) -> Any:
+    """A mode that tracks values that depend on `inputs` through every function of torch.
+
+    The first reads at a site that is in `given` return those values, without a call.
+    """
     import torch
     from torch.overrides import TorchFunctionMode
     from torch.utils import _pytree as pytree
@@ -105,17 +149,34 @@ def _watch(inputs: list[torch.Tensor]) -> Any:
         def __init__(self) -> None:
             super().__init__()
             self.path = 0
-            self.found: dict[str, list[str]] = {}
+            self.found: dict[str, list[Any]] = {}
+            self.reading: tuple[FrameType, ...] = ()
+            self.decided = False
 
         def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            name, site = getattr(function, "__name__", ""), _site()
+            if torch.compiler.is_dynamo_compiling():  # as in torch.cond: what is compiled is code, and is looked at too
+                return function(*args, **(kwargs or {}))
+            name, frames = getattr(function, "__name__", ""), _frames()
+            site = _at(frames[-1])
             self.path = hash((self.path, name, site))
+            depends = any(tensor in dependent for tensor in tensors((args, kwargs)))
+            if depends and name in _READERS:
+                there, self.reading = self.found.setdefault(site, []), frames
+                known = given.get(site, ())
+                if len(there) < len(known):
+                    there.append(known[len(there)])
+                    self.decided = False
+                    return None if function is torch._assert else there[-1]
             answer = function(*args, **(kwargs or {}))
-            if any(tensor in dependent for tensor in tensors((args, kwargs))):
+            self.decided |= isinstance(answer, bool)
+            if depends:
                 if name in _READERS:
-                    self.found.setdefault(site, []).append(_plain(answer))
+                    there.append(copy.copy(answer))  # an array looks into a tensor that may change
                 elif name in _SIZED_BY_DATA:
-                    self.found.setdefault(site, []).append(str([tuple(tensor.shape) for tensor in tensors(answer)]))
+                    sizes = [tuple(tensor.shape) for tensor in tensors(answer)]
+                    self.found.setdefault(site, []).append(Followed(sizes))
+                elif name == "cond" and args[0] in dependent:
+                    self.found.setdefault(site, []).append(Followed(bool(args[0])))
                 mark(answer)
                 if name.endswith("_") or name == "__setitem__":  # in place
                     mark(args[0])
@@ -130,15 +191,24 @@ def _plain(value: Any) -> str:
 
 
 def _site() -> str:
-    """Where the code that is neither torch's nor ours is."""
-    passed, frame = _not_the_users(), sys._getframe(1)
-    while frame.f_back and frame.f_code.co_filename.startswith(passed):
-        frame = frame.f_back
+    """The site of the innermost caller outside of torch and polyexport."""
+    return _at(_frames()[-1])
+
+
+def _at(frame: FrameType) -> str:
     return f"{frame.f_code.co_filename}:{frame.f_lineno}"
 
 
+def _frames() -> tuple[FrameType, ...]:
+    """The frames from our caller to the innermost one whose code is neither torch's nor ours."""
+    passed, frames = _not_the_users(), [sys._getframe(1)]
+    while (outer := frames[-1].f_back) and frames[-1].f_code.co_filename.startswith(passed):
+        frames.append(outer)
+    return tuple(frames)
+
+
 def site_of(error: BaseException) -> str:
-    """The innermost site that an error passed; empty where it passed none."""
+    """The innermost site in an error's traceback; empty if there is none."""
     passed = _not_the_users()
     frames = traceback.walk_tb(error.__traceback__)
     sites = [f"{code.co_filename}:{line}" for code, line in ((frame.f_code, line) for frame, line in frames)]
@@ -147,14 +217,14 @@ def site_of(error: BaseException) -> str:
 
 @functools.cache
 def _not_the_users() -> tuple[str, ...]:
-    """How the files begin that are torch's, what it computes sizes with, what it goes through, or ours."""
+    """Path prefixes of the files of torch, its dependencies, the standard library and polyexport."""
     packages = (os.path.dirname(str(find.origin)) for find in map(find_spec, ("torch", "sympy")) if find)
     return (*packages, os.path.dirname(os.path.dirname(__file__)), warnings.__file__, contextlib.__file__)
 
 
 @contextlib.contextmanager
 def frozen_sites() -> Iterator[set[str]]:
-    """The sites at which `torch.jit` warns, meanwhile, that it writes a value into a trace as a constant."""
+    """Collect the sites at which `torch.jit` warns that it records a value as a constant."""
     found: set[str] = set()
 
     def show(message: Any, *rest: Any, **more: Any) -> None:
@@ -169,5 +239,5 @@ def frozen_sites() -> Iterator[set[str]]:
 
 
 def named(sites: set[str]) -> str:
-    """Sites for a reader: file names without folders, in order."""
+    """Sites for messages: file names without folders, in order."""
     return ", ".join(sorted(os.path.basename(site) for site in sites))

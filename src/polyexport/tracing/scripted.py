@@ -1,4 +1,4 @@
-"""Both sides of what forward decides by its data: the parts that do are scripted, and a trace around them keeps that.
+"""Keeps both branches of data-dependent decisions: submodules that have some are scripted before the module is traced.
 
 https://docs.pytorch.org/docs/stable/jit.html#mixing-tracing-and-scripting
 """
@@ -17,33 +17,33 @@ if TYPE_CHECKING:
 
 
 def script_branches(model: Any, inputs: Arrays) -> None:
-    """Put a script in the place of each part of the flat `model` whose forward reads values of `inputs`.
+    """Replace each submodule of the flat `model` whose forward reads values of `inputs` by its script.
 
     Raises:
-        RuntimeError: no part does, so that there is nothing to gain; or `torch.jit.script` refuses one.
+        RuntimeError: there is no such submodule, or `torch.jit.script` refuses one.
     """
     import torch
 
     sites = _sites(model, inputs)
     if not sites:
-        raise RuntimeError("forward decides nothing by its data, so a script keeps nothing that a trace loses")
+        raise RuntimeError("forward does not branch on its data, so a script would be the same as a trace")
     for parent, name, part in list(_deciding(model, sites)):
         try:
             setattr(parent, name, torch.jit.script(part))
-        except Exception as error:  # the compiler has many classes of errors; the first line says what it refuses
+        except Exception as error:  # the compiler raises many types; the first line says what it refuses
             why = str(error).strip().split("\n", 1)[0]
             raise RuntimeError(f"torch.jit.script refuses {type(part).__name__}: {why}") from error
 
 
 def _sites(model: Any, inputs: Arrays) -> set[str]:
     try:
-        return set(reads(model, inputs).values)
+        return set(reads(model, inputs).values) - set(getattr(model, "idle", ()))
     except FailedAt as error:
         return {error.site} if error.site else set()
 
 
 def _deciding(model: Any, sites: Collection[str]) -> Iterator[tuple[nn.Module, str, nn.Module]]:
-    """The outermost parts with a site in their forward, each with its parent and its name there; else the whole."""
+    """The outermost submodules with a site in their forward, each with its parent and name; else the whole model."""
     found = list(_holding(model, sites))
     yield from found or [(model, "inner", model.inner)]
 
@@ -57,11 +57,11 @@ def _holding(parent: nn.Module, sites: Collection[str]) -> Iterator[tuple[nn.Mod
 
 
 def _lies_in(site: str, part: nn.Module) -> bool:
-    """Whether `file:line` is in the forward of a part."""
+    """Whether `file:line` is in the forward of a submodule."""
     try:
         lines, first = inspect.getsourcelines(type(part).forward)
         file = inspect.getsourcefile(type(part).forward)
-    except (TypeError, OSError):  # it was not made from a file
+    except (TypeError, OSError):  # its source is not in a file
         return False
     path, _, line = site.rpartition(":")
     return path == file and first <= int(line) < first + len(lines)

@@ -1,6 +1,6 @@
-"""`len(tensor)` as the size that a trace follows, as `tensor.shape[0]` is.
+"""Traces `len(tensor)` as a dynamic size, like `tensor.shape[0]`.
 
-Python's own `len` gives a number whatever it is asked, so the batch of the trace stays in the artifact as a constant.
+Python's `len` always returns a plain number, so the batch size of the trace would be a constant in the artifact.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ _NOT_THE_USERS = frozenset({"torch", "polyexport"}) | sys.stdlib_module_names
 
 @contextlib.contextmanager
 def lengths_followed(model: nn.Module) -> Iterator[None]:
-    """Let the code that the parts of `model` come from find a `len` whose answer for a tensor is traced.
+    """Replace `len`, in the code that the submodules of `model` come from, by one whose result for a tensor is traced.
 
-    It stands in the globals of that code until the block ends; only a worker may do so, where nothing else runs.
+    It is set in the globals of that code until the context exits; only a worker may do so, where nothing else runs.
     """
     changed = [each for each in _globals(model) if "len" not in each]
     for each in changed:
@@ -34,7 +34,7 @@ def lengths_followed(model: nn.Module) -> Iterator[None]:
 
 
 def _globals(model: nn.Module) -> list[dict[str, Any]]:
-    """The globals of the packages that the classes of `model` come from, and of classes pickled by value."""
+    """The globals of the packages that the classes of `model` come from, and those of classes pickled by value."""
     kinds = {kind for part in model.modules() for kind in type(part).__mro__}
     own = [kind for kind in kinds if kind.__module__.split(".")[0] not in _NOT_THE_USERS]
     packages = {kind.__module__.split(".")[0] for kind in own}

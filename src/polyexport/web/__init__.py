@@ -1,1 +1,1 @@
-"""What is made for the web: Node, which runs it here, and the page that runs it in a browser."""
+"""Formats for the web: Node, which runs their artifacts here, and the page that runs them in a browser."""

@@ -1,4 +1,4 @@
-"""A program in Node that answers frames of arrays: how what is made for the web is run here.
+"""A Node process that runs a model on frames of arrays: how artifacts for the web are run here.
 
 The frames are described in `toolchains/frames.cjs`.
 """
@@ -18,31 +18,31 @@ from polyexport.spec import Arrays
 
 
 class Node:
-    """A program that runs one model, in a process that ends with this one.
+    """A Node process that runs one model, and ends with this process.
 
     Args:
-        runtime: What its errors call it.
-        program: In JavaScript; it is given the folder of this toolchain's packages, and `words`.
-        words: The model, and what else the program takes.
+        runtime: The runtime's name, for errors.
+        program: The JavaScript file; its arguments are the folder of this toolchain's packages, and `words`.
+        words: The model, and further arguments of the program.
 
     Raises:
-        RuntimeError: it could not load the model.
+        RuntimeError: the model could not be loaded.
     """
 
     def __init__(self, runtime: str, program: Path, *words: str) -> None:
         self._runtime = runtime
         command = [executable(), str(program), sys.prefix, *words]
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        assert process.stdin is not None, "it was asked for a pipe"
-        assert process.stdout is not None, "it was asked for a pipe"
+        assert process.stdin is not None, "opened with a pipe"
+        assert process.stdout is not None, "opened with a pipe"
         self._to, self._answers = process.stdin, process.stdout
-        self._read()  # the model is loaded
+        self._read()  # wait until the model is loaded
 
     def ask(self, arrays: Arrays, outputs: tuple[str, ...], **about: str) -> tuple[Arrays, int]:
-        """The model's outputs for its inputs, and Node's peak memory in bytes.
+        """Run the model; returns its outputs, and Node's peak memory in bytes.
 
         Raises:
-            RuntimeError: it could not run the model, or ended.
+            RuntimeError: the model could not be run, or the process ended.
         """
         listed = [
             {"name": name, "dtype": str(array.dtype), "shape": array.shape, "bytes": array.nbytes}

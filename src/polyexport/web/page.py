@@ -15,14 +15,14 @@ _HERE = Path(__file__).parent
 
 
 def write(artifact: Path, spec: ExportSpec, toolchain: str, package: str, pinned: str = "") -> None:
-    """Write it.
+    """Write `index.html` next to an artifact.
 
     Args:
-        artifact: What it stands beside.
-        spec: PyTorch's names, dtypes and shapes.
+        artifact: The artifact's path.
+        spec: The signature with PyTorch's names.
         toolchain: The folder of `page.js`, which opens the artifact, and of `package.json`, which pins the runtime.
-        package: What npm calls the runtime.
-        pinned: The package whose version is the runtime's, where that is a part of it; by default itself.
+        package: The runtime's npm package.
+        pinned: The package whose version is pinned, if the runtime is a part of that; by default `package`.
     """
     folder = _HERE.parent / "toolchains" / toolchain
     pins = json.loads((folder / "package.json").read_text(encoding="utf-8"))["dependencies"]
@@ -38,10 +38,10 @@ def write(artifact: Path, spec: ExportSpec, toolchain: str, package: str, pinned
 
 
 def _about(tensor: TensorSpec) -> dict[str, Any]:
-    """An input of one row, and of size 1 along what else is dynamic."""
+    """The signature of an input with size 1 along every dynamic axis."""
     return {"name": tensor.name, "dtype": tensor.dtype, "shape": tensor.sized(lambda _: 1)}
 
 
 def _script(value: Any) -> str:
-    """JSON inside a script, which nothing in it ends."""
+    """JSON that is safe inside a `<script>` element."""
     return json.dumps(value).replace("<", "\\u003c")

@@ -1,1 +1,1 @@
-"""Processes: where jobs run, what they may take, and the packages that they find."""
+"""Worker processes: where jobs run, their resources, and their packages."""

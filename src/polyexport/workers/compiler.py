@@ -1,4 +1,4 @@
-"""The system's C and C++ compilers: which programs they are, and what to do where there is none."""
+"""The system's C and C++ compilers: which programs they are, and what to do if there is none."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ _VARIABLES: dict[Language, str] = {"C": "CC", "C++": "CXX"}
 
 
 def program(language: Language) -> str:
-    """Its compiler: what `CC` or `CXX` names, else what the platform calls it."""
+    """The compiler: what `CC` or `CXX` names, else the platform's default name."""
     on_macos = platform.system() == "Darwin"
     usual = {"C": "cc", "C++": "clang++" if on_macos else "g++"}
     return os.environ.get(_VARIABLES[language]) or usual[language]
 
 
 def missing(language: Language) -> str:
-    """Why nothing can be compiled here, with what to install, in a line; empty where it can."""
+    """Why nothing can be compiled here, with what to install, in a line; empty if it can."""
     name = program(language)
     if platform.system() == "Windows":
-        return f"{language} is compiled on Linux and macOS only, and this is Windows"
+        return f"compiling {language} is supported on Linux and macOS only"
     if shutil.which(name):
         return ""
     how = "xcode-select --install" if platform.system() == "Darwin" else "apt install g++, or dnf install gcc-c++"
     return (
-        f"a compiler of {language} is needed, and {name} is not on PATH ({how}; {_VARIABLES[language]} names another)"
+        f"it needs a {language} compiler, and {name} is not on PATH ({how}; or set {_VARIABLES[language]} to another)"
     )
 
 
 def version(language: Language) -> str:
-    """Its own first line."""
+    """The first line of the compiler's `--version`."""
     said = subprocess.run([program(language), "--version"], capture_output=True, text=True, check=True).stdout
     return said.partition("\n")[0]

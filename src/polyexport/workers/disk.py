@@ -1,4 +1,4 @@
-"""What environments of toolchains take on the disk, and when they were last used."""
+"""Disk space of toolchains' environments, and their last use."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ class Environment:
 
 
 def environments(cache: Path, marker: str) -> Iterator[Environment]:
-    """The complete environments in a cache folder, by name; `marker` is the file that says so."""
+    """The complete environments in a cache folder, by name; `marker` is the file that marks complete ones."""
     for file in sorted(cache.glob(f"*/{marker}")):
-        with contextlib.suppress(FileNotFoundError):  # another process has just removed it
+        with contextlib.suppress(FileNotFoundError):  # another process may have just removed it
             yield Environment(file.parent, size_bytes(file.parent), file.stat().st_mtime)
 
 
 def size_bytes(folder: Path) -> int:
-    """What the files of a folder take; a file that uv has linked from its cache counts in full."""
+    """Size of the files of a folder; files that uv has linked from its cache count in full."""
     total = 0
     for inner, _, names in os.walk(folder):
         for name in names:
@@ -48,17 +48,17 @@ def size_bytes(folder: Path) -> int:
 
 
 def free_bytes(folder: Path) -> int:
-    """What is free on the disk of a folder that may not exist yet."""
+    """Free space on the disk of a folder, which may not exist yet."""
     there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
     return shutil.disk_usage(there).free
 
 
 def gigabytes(count: int) -> str:
-    """A number of bytes for a reader who has little disk."""
+    """A number of bytes in gigabytes, with one digit."""
     return f"{count / 1e9:.2g} GB"
 
 
 def use(marker: Path) -> None:
-    """Note that an environment has a job now; one that cannot be written keeps the time it has."""
+    """Record that an environment is used now; if it cannot be written to, its time is unchanged."""
     with contextlib.suppress(OSError):
         os.utime(marker)

@@ -1,4 +1,4 @@
-"""What is asked of a worker, as it lies on disk: one record for each kind of job."""
+"""Jobs for workers, as they are stored on disk: one record for each kind."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from polyexport.serialization import decode, encode, read_json, write_json
 from polyexport.spec import Batch, ExportSpec
 
 TEMPORARY = "POLYEXPORT_TEMPORARY"
-"""The variable that tells a worker its own folder for temporary files, which it may remove."""
+"""The environment variable with a worker's own folder for temporary files, which it may remove."""
 
 PARENT = "POLYEXPORT_PARENT"
-"""The variable that tells a worker the id of the process that started it, with which it ends."""
+"""The environment variable with the id of the process that started a worker, with which it ends."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """What every job has. Its files are named relative to the export's folder.
+    """The fields of every job. Paths are relative to the export's folder.
 
     Attributes:
-        source: What is read: an artifact, or the folder of a module.
-        threads: Of the runtime.
+        source: What it reads: an artifact, or the folder of a module.
+        threads: Number of threads of the runtime.
         sys_path: The training process's import path, for modules that are pickled by reference.
-        script: The file that the training process runs, which no worker may import; empty where it may.
-        trusted: Whether what it reads may be unpickled, and so run code: not in an export of somebody else.
+        script: The file that the training process runs, which no worker may import; empty if it may.
+        trusted: Whether the files that it reads may be unpickled, which can run any code.
     """
 
     source: str = "source"
@@ -48,7 +48,7 @@ class Prepare(Job):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inspect(Job):
-    """Run PyTorch and write what its layers compute; see `polyexport.capture.layers`.
+    """Run PyTorch and write the outputs of its layers; see `polyexport.capture.layers`.
 
     Attributes:
         batch: File with the inputs.
@@ -60,16 +60,16 @@ class Inspect(Job):
 
 
 INSPECTED = LAYERS, OUTPUTS, NOISE, READS = "layers.npz", "outputs.npz", "noise.npz", "reads.json"
-"""What PyTorch's layers compute, its outputs, how much of both is rounding, and which layer reads which."""
+"""Files with the outputs of PyTorch's layers, its outputs, the noise floors, and which layer reads which."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FormatJob(Job):
-    """What concerns one format.
+    """A job for one format.
 
     Attributes:
-        format: Its name; None where PyTorch itself is meant, as a runtime like the others.
-        declared: File with the pickled `Format`, for one that is not ours.
+        format: Its name; None for PyTorch itself as a runtime.
+        declared: File with the pickled `Format`, if it is the user's own; else None.
         spec: The signature.
     """
 
@@ -84,8 +84,8 @@ class Convert(FormatJob):
 
     Attributes:
         route: The route's name.
-        target: The artifact.
-        packages: Requirements whose versions the report is to name.
+        target: The artifact's path.
+        packages: Requirements whose versions the report lists.
     """
 
     route: str
@@ -99,7 +99,7 @@ class Verify(FormatJob):
 
     Attributes:
         batches: Arrays with inputs and reference outputs, the validation batch first, each with its dynamic sizes.
-        noise: File with the noise floor of each element of the validation batch's outputs; empty where it is unknown.
+        noise: File with the noise floor of each element of the validation batch's outputs; empty if it is unknown.
     """
 
     batches: tuple[Batch, ...]
@@ -108,11 +108,11 @@ class Verify(FormatJob):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bench(FormatJob):
-    """Time an artifact on the inputs in the file `batch`, in rounds that are asked for.
+    """Time an artifact on the inputs in the file `batch`, in rounds on request.
 
     Attributes:
-        batch: The file.
-        one_row: Whether its first row alone is timed too, where the artifact takes that.
+        batch: File with the inputs.
+        one_row: Whether calls with its first row are timed too, if the artifact takes that.
     """
 
     batch: str
@@ -121,11 +121,11 @@ class Bench(FormatJob):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Explain(FormatJob):
-    """Compare what an artifact computes on its way with PyTorch's layers.
+    """Compare an artifact's intermediate tensors with PyTorch's layers.
 
     Attributes:
         batch: File with the inputs.
-        layers: Folder with what `Inspect` wrote of them.
+        layers: Folder with the files of an `Inspect` job.
     """
 
     batch: str
@@ -134,11 +134,11 @@ class Explain(FormatJob):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Serve(FormatJob):
-    """Run an artifact on whatever is asked."""
+    """Run an artifact on inputs on request."""
 
 
 def proofs(batches: Sequence[Batch], *, dynamic: bool, made_up: bool) -> tuple[Batch, ...]:
-    """The batches that an artifact has to answer: of fixed sizes those of the first; `made_up` values only if asked."""
+    """The batches to verify an artifact with: static ones need the first's sizes; `made_up` values only if asked."""
     return tuple(batch for batch in batches if (dynamic or batch.sizes == batches[0].sizes) and (made_up or batch.real))
 
 
@@ -159,7 +159,7 @@ def read_job(path: Path) -> Job:
 
 
 def files_named_by(job: Job) -> list[str]:
-    """The files that a job reads beside its source."""
+    """The files that a job reads besides its source."""
     named: list[str] = []
     if isinstance(job, FormatJob):
         named += [*filter(None, [job.declared]), *(path.as_posix() for path in job.spec.calibration)]
@@ -173,10 +173,10 @@ def files_named_by(job: Job) -> list[str]:
 
 
 def result_path(job_path: Path) -> Path:
-    """Where a job's result is written."""
+    """Path of a job's result."""
     return job_path.with_suffix(".result.json")
 
 
 def reproduce(command: tuple[str, ...], job_path: Path) -> str:
-    """The shell command that runs a job again without touching the export."""
+    """The shell command that runs a job again without changing the export."""
     return shlex.join([*command, str(job_path), "--scratch"])

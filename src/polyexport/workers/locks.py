@@ -3,8 +3,8 @@
 `toolchains/NAME.lock` is written by `make lock`, by uv's universal resolution: for Linux, macOS and Windows, and for
 every Python that the toolchain allows. Its first lines are comments that `read` understands:
 
-    # polyexport: bytes 123       what an environment of it takes on the disk, measured when the lock was made
-    # polyexport: needs NAME >=1  a package, and what the others in the lock ask of it
+    # polyexport: bytes 123       the disk space of its environment, measured when the lock was made
+    # polyexport: needs NAME >=1  a package, and the versions that others in the lock allow
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 ALWAYS = ("numpy", "cloudpickle")
-"""What each environment has, whatever its toolchain asks for: a user's own `Format` travels by value."""
+"""Packages in every environment: a user's own `Format` is pickled by value."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,9 +28,9 @@ class Lock:
     """A lock file.
 
     Attributes:
-        text: Its requirements with their hashes, as pip and uv read them.
-        bytes: What an environment of it takes on the disk where it was made.
-        needs: Name and PEP 440 specifier of each package, as the others ask for it, of torch too.
+        text: Requirements with hashes, as pip and uv read them.
+        bytes: Disk space of its environment, as measured when the lock was made.
+        needs: Name and PEP 440 specifier of each package that others require, torch included.
     """
 
     text: str
@@ -39,12 +39,12 @@ class Lock:
 
     @property
     def packages(self) -> tuple[Requirement, ...]:
-        """The pinned requirements, with their markers; a package has one for each range of Pythons."""
+        """The pinned requirements, with their markers; one for each range of Python versions."""
         return tuple(Requirement(pin) for pin in _pins(self.text))
 
     @property
     def here(self) -> dict[str, str]:
-        """Name and version of what is installed by this Python on this platform."""
+        """Name and version of what this Python on this platform installs."""
         found = (pin for pin in self.packages if pin.marker is None or pin.marker.evaluate())
         return {pin.name: next(iter(pin.specifier)).version for pin in found}
 
@@ -62,13 +62,13 @@ def read(text: str) -> Lock:
 
 
 def write(lock: Lock) -> str:
-    """What `read` reads."""
+    """The content of a lock file."""
     needs = [f"# polyexport: needs {name} {need}".rstrip() for name, need in lock.needs]
     return "\n".join(["# made by `make lock`", f"# polyexport: bytes {lock.bytes}", *needs, lock.text])
 
 
 def overrides(requirements: Iterable[str], unheard: Iterable[str]) -> str:
-    """Overrides for uv: of the packages `unheard` only what `requirements` ask for counts, if they ask for any."""
+    """Overrides for uv: packages in `unheard` get the version that `requirements` ask for, or are left out."""
     ours = list(requirements)
     named = {name: [line for line in ours if Requirement(line).name == name] for name in unheard}
     return "".join("".join(f"{line}\n" for line in found) or left_out(name) for name, found in named.items())
@@ -81,9 +81,9 @@ def left_out(name: str) -> str:
 
 @cache
 def provided(lock: Lock) -> Mapping[str, str]:
-    """Name and version of the locked packages that the training environment has, at versions that fit the others.
+    """Name and version of the locked packages that the training environment has, at compatible versions.
 
-    Those need not be installed over it, and so do not hide what the user's module was written for.
+    They need not be installed again, so the user's module finds the versions that it was written for.
     """
     installed = {name: found for name, _ in lock.needs if (found := _installed(name)) is not None}
     fits = {name for name, need in lock.needs if name in installed and _contains(need, installed[name])}
@@ -94,14 +94,14 @@ def provided(lock: Lock) -> Mapping[str, str]:
 
 
 def misfit(lock: Lock, name: str) -> str:
-    """What the lock asks of a package of the training environment that it does not have; empty where it is content."""
+    """Why a package of the training environment does not satisfy the lock; empty if it does."""
     need = dict(lock.needs).get(name, "")
     found = _installed(name)
     return "" if found is None or _contains(need, found) else f"it needs {name} {need}, and this is {name} {found}"
 
 
 def _pins(text: str) -> dict[str, str]:
-    """The requirement and whole text of each entry, which goes on in lines that begin with a blank."""
+    """The requirement and full text of each entry, whose continuation lines begin with a space."""
     entries = re.findall(r"^\S.*\n(?:[ \t]+.*\n)*", text, re.MULTILINE)
     return {entry.split("\\\n")[0].split(" --hash")[0].strip(): entry for entry in entries}
 
@@ -118,7 +118,7 @@ def _contains(need: str, version: str) -> bool:
 
 
 def _content(name: str, beside: Iterable[str], locked: Mapping[str, str]) -> bool:
-    """Whether a package of the training environment can stay, where what is locked comes in but for those `beside`."""
+    """Whether a package of the training environment can be kept if all locked packages but `beside` are installed."""
     asked = (Requirement(line) for line in metadata.requires(name) or ())
     needed = (each for each in asked if each.marker is None or each.marker.evaluate({"extra": ""}))
     over = ((each, canonicalize_name(each.name)) for each in needed)

@@ -1,6 +1,6 @@
-"""When memory runs out, a worker goes and training stays, and the report says why.
+"""When memory runs out, a worker is killed and not training, and the report says why.
 
-Linux ends the process that holds the most, which beside a large conversion may well be the one that trains
+Linux kills the process with the most memory, which may be the one that trains
 (https://docs.kernel.org/filesystems/proc.html, `oom_score_adj`). Elsewhere nothing here has an effect.
 """
 
@@ -11,13 +11,13 @@ from pathlib import Path
 
 
 def set_oom_score(process: int) -> None:
-    """Have the kernel end this process, and those that it starts, before any other one."""
+    """Have the kernel kill this process, and those that it starts, before any other one."""
     with contextlib.suppress(OSError):
         Path(f"/proc/{process}/oom_score_adj").write_text("1000")
 
 
 def free_bytes() -> int:
-    """Memory that may still be taken before any runs out: of the machine, and of each group of processes with a limit.
+    """Free memory in bytes: the least of the machine's and of every cgroup's limit.
 
     https://docs.kernel.org/admin-guide/cgroup-v2.html, and version 1's `memory.limit_in_bytes`.
     """
@@ -49,5 +49,5 @@ def _lines(file: str | Path) -> list[str]:
 
 
 def oom_kill_count() -> int:
-    """How many processes this machine has ended because memory ran out, in containers too; 0 where it does not tell."""
+    """How many processes this machine has killed because memory ran out, in containers too; 0 if unknown."""
     return sum(int(line.split()[1]) for line in _lines("/proc/vmstat") if line.startswith("oom_kill "))

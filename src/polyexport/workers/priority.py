@@ -1,11 +1,11 @@
-"""Beside training: a worker takes what training leaves of the machine, and is not blamed for having to wait.
+"""Priorities: a worker uses only what training leaves of the machine, and waiting for that is not a timeout.
 
 Requirements:
-* Niceness alone is not enough: where the kernel groups processes by session (autogroup in sched(7)), it counts within
-  the session only, and a worker has one of its own. There the session has a niceness too.
-* When training is over, workers that still run are like any other process, as far as the system allows it: a session's
-  niceness may be taken back by anyone, a process's by the privileged only.
-* Time in which others had the processor is no sign of a hang.
+* Niceness alone is not enough: if the kernel groups processes by session (autogroup in sched(7)), it counts within
+  the session only, and a worker has its own session. So the session's niceness is set too.
+* When training is over, workers that still run get normal priority, as far as the system allows it: anyone may raise a
+  session's priority, but only privileged users a process's.
+* Time without a processor does not count toward a timeout.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _LOWEST = 19
-_BETWEEN_SECONDS, _TRIES = 0.1, 20  # the kernel takes ten changes a second from all that are unprivileged
+_BETWEEN_SECONDS, _TRIES = 0.1, 20  # the kernel allows ten changes per second from all unprivileged users
 
 
 def step_back(process: int) -> None:
-    """Give a process that has just begun its session the lowest priority; those that it starts inherit it."""
+    """Give a process that leads a new session the lowest priority, which its children inherit."""
     _nice_session(process, _LOWEST)
     _nice(process, _LOWEST)
 
 
 def restore_priority(session: int) -> None:
-    """Give the processes of a session the priority that this process has."""
+    """Give the processes of a session the priority of this process."""
     own, of_session = 0, 0
     with contextlib.suppress(OSError, AttributeError, ValueError, IndexError):  # see _nice
         own = os.getpriority(os.PRIO_PROCESS, 0)
@@ -38,19 +38,19 @@ def restore_priority(session: int) -> None:
 
 
 def waited_seconds(session: int) -> float:
-    """How long the processes of a session were ready to run while others ran: the greatest of all their threads.
+    """How long the processes of a session waited for a processor: the maximum over their threads.
 
-    0.0 where the system does not tell (https://docs.kernel.org/scheduler/sched-stats.html).
+    0.0 if the system does not report it (https://docs.kernel.org/scheduler/sched-stats.html).
     """
     waited = 0.0
     for process in _of(session):
-        with contextlib.suppress(OSError, IndexError):  # it ended meanwhile
+        with contextlib.suppress(OSError, IndexError):  # the process ended meanwhile
             waited = max([waited, *map(_waited_seconds, Path(f"/proc/{process}/task").iterdir())])
     return waited
 
 
 def processor_seconds(process: int) -> float:
-    """How long a process has run; 0.0 where the system does not tell."""
+    """Processor time of a process; 0.0 if the system does not report it."""
     try:
         fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")  # utime and stime of proc_pid_stat(5)
@@ -59,7 +59,7 @@ def processor_seconds(process: int) -> float:
 
 
 def first_waited_seconds() -> float:
-    """The same of this process's first thread alone, since those beside it wait for each other too."""
+    """`waited_seconds` of this process's main thread only, since other threads also wait for each other."""
     try:
         return _waited_seconds(Path(f"/proc/self/task/{os.getpid()}"))
     except (OSError, IndexError):
@@ -77,7 +77,7 @@ def _nice_session(process: int, niceness: int) -> None:
             return
         except BlockingIOError:
             time.sleep(_BETWEEN_SECONDS)
-        except OSError:  # no such file but on Linux
+        except OSError:  # the file exists on Linux only
             return
 
 
@@ -88,6 +88,6 @@ def _nice(process: int, niceness: int) -> None:
 
 def _of(session: int) -> Iterator[int]:
     for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # it ended meanwhile
+        with contextlib.suppress(OSError):  # the process ended meanwhile
             if os.getsid(int(folder.name)) == session:
                 yield int(folder.name)

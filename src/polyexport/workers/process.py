@@ -1,6 +1,7 @@
-"""One worker process: started, watched, ended, and its end put into words.
+"""Worker processes: starting, watching and ending them, and describing how they ended.
 
-Workers are processes of their own sessions, never multiprocessing: that would run the user's unguarded script again.
+Workers are processes of their own sessions, never multiprocessing, which would run a user's script without a `__main__`
+guard again.
 """
 
 from __future__ import annotations
@@ -41,9 +42,9 @@ _DISTRIBUTED = (
     "PL_",
     "SLURM_",
 )
-# the last, set in many images, would make each worker compile all that it imports anew
+# PYTHONDONTWRITEBYTECODE, set in many images, would make each worker compile all its imports
 _OF_THE_HOST = ("PYTHONPATH", "PYTHONHOME", "PYTHONSTARTUP", "VIRTUAL_ENV", "PYTHONDONTWRITEBYTECODE")
-# what keeps runtimes from telling their vendors of each run; they read it when they are imported
+# opt out of runtimes' telemetry; they read this when they are imported
 _NO_TELEMETRY = {"ORT_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1"}
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "TF_NUM_INTRAOP_THREADS")
 
@@ -52,9 +53,9 @@ _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "TF_NU
 class JobResult:
     """How a job ended.
 
-    `value` is its result. Without one, `error` says why in a line, and `kind` is `raised`, `missing` (a tool),
+    `value` is its result. Without one, `error` is the reason in a line, and `kind` is `raised`, `missing` (a tool),
     `bad request`, `cannot run`, `crashed`, `timed out` or `cancelled`. `command` runs the job again in a shell; empty
-    where it never had one.
+    if no job was started.
     """
 
     value: Any = None
@@ -74,9 +75,9 @@ _shared: Servers | None = None
 
 @contextlib.contextmanager
 def shared_servers() -> Iterator[None]:
-    """In here all engines of this process have their jobs forked by the same servers, which end on leaving.
+    """In this context all engines of this process share their servers, which end when it exits.
 
-    For who exports one module after another: what each toolchain imports is paid for once.
+    Use it to export one module after another: each toolchain's imports are then paid for once.
     """
     global _shared
     owner = Workers()
@@ -89,10 +90,10 @@ def shared_servers() -> Iterator[None]:
 
 
 class Workers:
-    """The processes that are running, so that all can be ended at once.
+    """The running worker processes, which can all be ended at once.
 
     Args:
-        background: Whether training runs beside them, so that they may take only what it leaves.
+        background: Whether training runs at the same time, so that they have the lowest priority.
     """
 
     def __init__(self, *, background: bool = False) -> None:
@@ -105,7 +106,7 @@ class Workers:
 
     @property
     def closed(self) -> bool:
-        """Whether all were ended."""
+        """Whether `end_all` was called."""
         return self._closed
 
     def run(
@@ -118,9 +119,9 @@ class Workers:
         environment: Mapping[str, str],
         imports: Sequence[str] = (),
     ) -> JobResult:
-        """Run one job to its end; nothing it does raises here.
+        """Run one job to its end; never raises for what the job does.
 
-        With `imports` its process is forked by a server that has imported them, where there can be one.
+        With `imports` its process is forked by a server that has imported them, if possible.
         """
         log.parent.mkdir(parents=True, exist_ok=True)
         result_path(job).unlink(missing_ok=True)
@@ -152,7 +153,7 @@ class Workers:
         environment: Mapping[str, str],
         imports: Sequence[str] = (),
     ) -> Iterator[Conversation]:
-        """A job that is asked for its answers one by one; the rest as in `run`."""
+        """Start a job that answers requests one by one; arguments as in `run`."""
         with (
             log.open("ab") as stream,
             self._working(command, job, subprocess.PIPE, stream, environment, imports) as process,
@@ -160,7 +161,7 @@ class Workers:
             yield Conversation(process, timeout)
 
     def warm(self, command: Sequence[str], imports: Sequence[str], environment: Mapping[str, str]) -> None:
-        """Have a server ready that jobs will ask for; this waits for it."""
+        """Start a server that jobs will need, and wait until it is ready."""
         self._servers.warm(command, imports, environment)
 
     @property
@@ -169,10 +170,10 @@ class Workers:
         return self._servers.ready
 
     def output(self, *command: str, environment: Mapping[str, str] = MappingProxyType({})) -> str:
-        """Run a program to its end, with `environment` added to ours, and return what it printed.
+        """Run a program to its end, with `environment` added to this process's, and return its output.
 
         Raises:
-            ToolMissing: it failed; in its own words.
+            ToolMissing: the program failed; the message is its output.
         """
         with (
             tempfile.TemporaryFile() as errors,
@@ -180,7 +181,7 @@ class Workers:
         ):
             if process is None or process.stdin is None or process.stdout is None:
                 raise ToolMissing("cancelled")
-            process.stdin.close()  # nobody is there to answer a question
+            process.stdin.close()  # the program must not wait for input
             said = process.stdout.read().decode(errors="replace")
             if code := process.wait():
                 errors.seek(0)
@@ -189,7 +190,7 @@ class Workers:
         return said
 
     def hurry(self) -> None:
-        """Training is over: those that run and those to come have the machine to themselves."""
+        """Training is over: raise running and future workers to normal priority."""
         with self._lock:
             self._background = False
             running = tuple(self._running)
@@ -197,7 +198,7 @@ class Workers:
             restore_priority(process.pid)
 
     def end_all(self) -> None:
-        """Kill every running worker with its children, and start no more."""
+        """Kill every running worker with its children, and refuse to start more."""
         with self._lock:
             self._closed = True
             running = tuple(self._running)
@@ -216,7 +217,7 @@ class Workers:
         environment: Mapping[str, str],
         imports: Sequence[str],
     ) -> Iterator[Process | None]:
-        """The process of a job, forked where there is a server for it; which way it is made stands in its log."""
+        """The process of a job, forked if there is a server for it; the log says which."""
         with self._servers.lent(command, imports, environment) as (server, how):
 
             def start(around: Mapping[str, str]) -> Process:
@@ -246,9 +247,9 @@ class Workers:
 
     @contextlib.contextmanager
     def _started(self, start: Callable[[Mapping[str, str]], P], environment: Mapping[str, str]) -> Iterator[P | None]:
-        """A process in a session of its own, killed with its children on leaving; None once all were ended.
+        """A process in its own session, killed with its children when the context exits; None after `end_all`.
 
-        It has a folder of its own for temporary files: converters leave gigabytes, and one that is killed all of them.
+        It has its own folder for temporary files: converters leave gigabytes, and a killed one all of its files.
         """
         with tempfile.TemporaryDirectory(prefix="polyexport-", ignore_cleanup_errors=True) as temporary:
             with self._lock:
@@ -286,22 +287,22 @@ def _spawn(
 
 
 class Conversation:
-    """Asks a worker for one answer at a time; a worker that does not answer in time is killed."""
+    """Requests one answer at a time from a worker; a worker that does not answer in time is killed."""
 
     def __init__(self, process: Process | None, timeout: float) -> None:
         self._process = process
         self._timeout = timeout
 
     def ask(self, line: str = "round") -> Any:
-        """Ask for the next answer, and return it; None when the worker died or took too long."""
+        """Request the next answer and return it; None if the worker died or took too long."""
         if self._process is not None and self._process.stdin is not None:
-            with contextlib.suppress(OSError):  # a dead worker shows when its answer is read
+            with contextlib.suppress(OSError):  # a dead worker is noticed when its answer is read
                 self._process.stdin.write(line.encode() + b"\n")
                 self._process.stdin.flush()
         return self.answer()
 
     def answer(self) -> Any:
-        """The answer that comes unasked, once the worker is ready; None when it died or took too long."""
+        """The next answer without a request, such as the one of a ready worker; None if it died or took too long."""
         if self._process is None or self._process.stdout is None:
             return None
         watchdog = threading.Timer(self._timeout, _kill, [self._process])
@@ -314,9 +315,9 @@ class Conversation:
 
 
 def environment(*, threads: int, gpu: bool, host: bool) -> dict[str, str]:
-    """The environment of a worker: bounded threads, no GPU unless needed, nothing of a distributed run, no telemetry.
+    """The environment of a worker: bounded threads, no GPU unless needed, no distributed run, no telemetry.
 
-    `host` tells whether it is the training environment's interpreter; another one must not see its import path.
+    `host` is whether it runs the training environment's interpreter; others must not get its import path.
     """
     kept = {name: value for name, value in os.environ.items() if not name.startswith(_DISTRIBUTED)}
     if not host:
@@ -328,7 +329,7 @@ def environment(*, threads: int, gpu: bool, host: bool) -> dict[str, str]:
 
 
 def _ends_within(process: Process, timeout: float) -> bool:
-    """Wait for the end of a process; seconds in which others had its processor do not count."""
+    """Wait for the end of a process; time without a processor does not count."""
     start, left = time.monotonic(), timeout
     while left > 0:
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -339,7 +340,7 @@ def _ends_within(process: Process, timeout: float) -> bool:
 
 
 def _read(result: Path, returncode: int, ran_out: int) -> JobResult:
-    """What a job left; `ran_out` tells how often memory had run out before it."""
+    """The result of a job; `ran_out` is how often memory had run out before it."""
     if result.exists():
         found = read_json(result)
         return JobResult(found.get("value"), found.get("error", ""), found.get("error_kind", ""), found["seconds"])
@@ -358,7 +359,7 @@ def _signal(number: int) -> str:
 
 
 def _kill(process: Process) -> None:
-    """End a worker and all that it started; one that has ended already leaves only its children to end."""
+    """Kill a worker and its children; if it has ended already, only its children."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         if hasattr(os, "killpg"):
             os.killpg(process.pid, signal.SIGKILL)

@@ -1,10 +1,10 @@
-"""Jobs on other machines, by an executor of the user's: dask's, Ray's, submitit's, or any other with `submit`.
+"""Jobs on other machines, run by the user's executor: dask's, Ray's, submitit's, or any other with `submit`.
 
 Requirements:
-* An executor is whatever has `submit(function, *arguments)`, which returns something with `done()` and `result()`.
+* An executor is any object with `submit(function, *arguments)`, which returns something with `done()` and `result()`.
 * The files that a job reads travel with it, and those that it wrote travel back, as bytes through the executor, or
-  through a folder that both sides reach, by fsspec URL. The export's own folder need not be reachable.
-* The toolchain is made where the job lands. A job that is lost with its worker is tried once more.
+  through a folder that both sides can reach, by fsspec URL. The export's own folder need not be reachable.
+* The toolchain is installed where the job runs. A job that is lost with its worker is tried once more.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _LOOK_SECONDS = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Elsewhere:
-    """An executor, and the fsspec URL of a folder that both sides reach; None where jobs travel as bytes."""
+    """An executor, and the fsspec URL of a folder that both sides can reach; None if files travel as bytes."""
 
     executor: Any
     staging: str | None = None
@@ -43,15 +43,15 @@ class Elsewhere:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What travels beside the files.
+    """What travels besides the files.
 
     Attributes:
         job: The job's file, and `log` its log, relative to the export's folder.
         final: The job's file once the export is complete.
-        chain: What it runs in.
-        timeout: Seconds that it may take.
-        threads: That it may use.
-        gpu: Whether it needs one.
+        chain: The toolchain that it runs in.
+        timeout: Timeout in seconds.
+        threads: Number of threads that it may use.
+        gpu: Whether it needs a GPU.
     """
 
     job: str
@@ -64,7 +64,7 @@ class Task:
 
 
 def run(elsewhere: Elsewhere, root: Path, job: Job, task: Task, cancelled: Callable[[], bool]) -> JobResult:
-    """Have a job done by the executor."""
+    """Run a job by the executor."""
     why = ""
     for _ in range(_TRIES):
         try:
@@ -80,13 +80,13 @@ def run(elsewhere: Elsewhere, root: Path, job: Job, task: Task, cancelled: Calla
             with _archive(made):
                 _unpack(made, root, log=task.log)
             return ended
-        except Exception as lost:  # an executor's own word for a worker that is gone, whatever its class
+        except Exception as lost:  # each executor has its own exceptions for a lost worker
             why = line(lost)
     return JobResult(error=f"lost {_TRIES} times by the executor: {why}", kind="crashed")
 
 
 def work(archive: Archive, task: Task, staging: str | None) -> tuple[JobResult, Archive]:
-    """Do a job where it landed: in a new folder, in a worker process like any other."""
+    """Run a job on the executor's machine: in a new folder, in a worker process like any other."""
     with tempfile.TemporaryDirectory(prefix="polyexport-") as folder:
         root = Path(folder)
         _unpack(archive, root)
@@ -99,7 +99,7 @@ def work(archive: Archive, task: Task, staging: str | None) -> tuple[JobResult, 
         workers = Workers()
         ended = workers.run(command, root / task.job, root / task.log, timeout=task.timeout, environment=around)
         ended = replace(ended, command=reproduce(command, Path(task.final)))
-        if not _is_there(archive):  # who sent it waits no longer, and nobody would take away the answer
+        if not _is_there(archive):  # the sender has given up, and would not remove the answer
             return ended, b""
         made = [root / name for name, state in _files(root).items() if before.get(name) != state]
         return ended, _pack(root, made, staging)
@@ -120,13 +120,13 @@ def _read_by(root: Path, job: Job, task: Task) -> list[Path]:
 
 
 def _files(root: Path) -> Mapping[str, tuple[int, int]]:
-    """Size and time of change of every file, by its path."""
+    """Size and modification time of every file, by path."""
     found = [(file, file.stat()) for file in root.rglob("*") if file.is_file()]
     return {file.relative_to(root).as_posix(): (about.st_size, about.st_mtime_ns) for file, about in found}
 
 
 def _pack(root: Path, files: Iterable[Path], staging: str | None) -> Archive:
-    """A archive of files below `root`; one that travels by URL is never whole in memory."""
+    """An archive of files in `root`; one that travels by URL is never in memory as a whole."""
     if staging is None:
         buffer = io.BytesIO()
         _zip(root, files, buffer)
@@ -157,7 +157,7 @@ def _is_there(archive: Archive) -> bool:
 
 @contextlib.contextmanager
 def _archive(archive: Archive) -> Iterator[Archive]:
-    """A archive; where it travels by URL it is removed on leaving."""
+    """An archive; one that travels by URL is removed when the context exits."""
     try:
         yield archive
     finally:
@@ -169,7 +169,7 @@ def _archive(archive: Archive) -> Iterator[Archive]:
 
 
 def _unpack(archive: Archive, root: Path, *, log: str = "") -> None:
-    """Write a archive's files below `root`, where `log` is continued."""
+    """Write an archive's files into `root`; `log` is appended to."""
     if isinstance(archive, bytes):
         _unzip(io.BytesIO(archive), root, log)
         return
@@ -183,11 +183,11 @@ def _unzip(stream: BinaryIO, root: Path, log: str) -> None:
     with zipfile.ZipFile(stream) as archive:
         for name in archive.namelist():
             if not (root / name).resolve().is_relative_to(root.resolve()):
-                raise ValueError(f"a archive has the file {name!r}, which lies outside of the export")
+                raise ValueError(f"an archive has the file {name!r}, which is outside of the export")
             if name == log:
                 (root / log).parent.mkdir(parents=True, exist_ok=True)
                 with (root / log).open("ab") as file:
                     file.write(archive.read(name))
             else:
-                (root / name).unlink(missing_ok=True)  # it may be a hard link of the user's checkpoint
+                (root / name).unlink(missing_ok=True)  # it may be a hard link to the user's checkpoint
                 archive.extract(name, root)

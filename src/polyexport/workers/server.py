@@ -3,12 +3,12 @@
     python -m polyexport.worker --server torch onnx
 
 Requirements:
-* Nothing is ever converted or run here, so that a child is as fresh as a new process. What is imported here is named on
-  the command line; a module of the user's is imported in the child.
+* Nothing is ever converted or run here, so a child is as fresh as a new process. What is imported here is named on the
+  command line; a user's modules are imported in the child.
 * A child has its own session, standard streams, environment and temporary folder; it ends with this process, and this
   process ends with the one that started it.
-* Only the thread that forks goes on in a child: the server says which threads it has, and the engine forks nothing
-  where there are others.
+* Only the thread that forks survives in a child: the server reports its threads, and the engine does not fork if there
+  are others.
 
 Only the standard library is imported, as in `polyexport.worker`.
 """
@@ -50,14 +50,14 @@ class Order:
 
 
 def send(connection: socket.socket, order: Order, streams: Sequence[int], told: int) -> None:
-    """Ask for a child.
+    """Request a child process.
 
     Args:
-        connection: To the server.
+        connection: The connection to the server.
         order: The job.
-        streams: What becomes its standard input, output and error.
-        told: The end of a pipe that gets two lines: the child's process id, and then its exit code as that of
-            `subprocess.Popen`; it is closed with nothing more where the server ends first.
+        streams: File descriptors of its standard input, output and error.
+        told: The write end of a pipe that gets two lines: the child's process id, and then its exit code as in
+            `subprocess.Popen`; it is closed without them if the server ends first.
     """
     content = json.dumps([order.job, order.folder, dict(order.environment)]).encode()
     socket.send_fds(connection, [_LENGTH.pack(len(content))], [*streams, told])
@@ -65,7 +65,7 @@ def send(connection: socket.socket, order: Order, streams: Sequence[int], told: 
 
 
 def _receive(connection: socket.socket) -> tuple[Order, list[int]] | None:
-    """The next order and its four files; None where nobody is there to send one."""
+    """The next order and its four files; None if the connection is closed."""
     head, files, _, _ = socket.recv_fds(connection, _LENGTH.size, _STREAMS + 1)
     if len(head) < _LENGTH.size:
         return None
@@ -79,19 +79,19 @@ def _receive(connection: socket.socket) -> tuple[Order, list[int]] | None:
 
 
 def run(imports: Sequence[str], work: Callable[[Path], int]) -> int:
-    """Be the server whose connection is standard input; `work` does a job in a child and returns its exit code.
+    """Run a server whose connection is standard input; `work` runs a job in a child and returns its exit code.
 
-    The first line that is sent tells the names of the threads beside this one, and the bytes of memory.
+    The first line that it sends has the names of its other threads, and its memory in bytes.
     """
     parent = int(os.environ.get(PARENT, 0)) or os.getppid()
     with _ends_with(parent):
         for name in imports:
             try:
                 importlib.import_module(name)
-            except Exception:  # whoever needs it meets the same error, and tells it as his own
+            except Exception:  # a job that needs the module raises the same error, and reports it
                 traceback.print_exc()
     gc.collect()
-    gc.freeze()  # a child's collections leave the pages alone that it shares with this process
+    gc.freeze()  # so that a child's garbage collection does not copy the shared pages
     sys.stdout.flush()
     sys.stderr.flush()
     with socket.socket(fileno=os.dup(0)) as connection:
@@ -102,7 +102,7 @@ def run(imports: Sequence[str], work: Callable[[Path], int]) -> int:
 
 @contextlib.contextmanager
 def _ends_with(parent: int) -> Iterator[None]:
-    """This process ends with its parent, watched by a thread that is gone on leaving."""
+    """End this process with its parent, watched by a thread that stops when the context exits."""
     over = threading.Event()
 
     def watch() -> None:
@@ -164,14 +164,14 @@ def _serve(connection: socket.socket, parent: int, work: Callable[[Path], int]) 
 
 @dataclass(frozen=True, slots=True)
 class _Forked:
-    """A child that runs: the pipe that is told its end, and its folder for temporary files."""
+    """A running child: the pipe for its exit code, and its folder for temporary files."""
 
     told: int
     temporary: str
 
 
 def _become(order: Order, files: Sequence[int]) -> None:
-    """Make this process, just forked, what a new one would be."""
+    """Make this forked process like a new one."""
     os.setsid()
     os.write(files[-1], f"{os.getpid()}\n".encode())
     for number, file in enumerate(files[:-1]):
@@ -182,23 +182,23 @@ def _become(order: Order, files: Sequence[int]) -> None:
     os.environ.update({**order.environment, PARENT: str(os.getppid())})
     sys.argv[1:] = [order.job]
     tempfile.tempdir = None
-    with contextlib.suppress(OSError):  # it is gone, as it may be for the one who asks
+    with contextlib.suppress(OSError):  # the working folder may be gone, as it may be for a new process
         os.chdir(order.folder)
 
 
 def _reap(children: dict[int, _Forked]) -> None:
-    """Tell the end of every child that has ended."""
+    """Report the exit code of every child that has ended."""
     for pid in tuple(children):
         found, status = os.waitpid(pid, os.WNOHANG)
         if found:
             told = children.pop(pid).told
-            with contextlib.suppress(OSError):  # nobody waits for it any more
+            with contextlib.suppress(OSError):  # nobody waits for it anymore
                 os.write(told, f"{os.waitstatus_to_exitcode(status)}\n".encode())
             os.close(told)
 
 
 def _further_threads() -> list[str]:
-    """The names of this process's threads beside the first."""
+    """The names of this process's threads other than the main one."""
     own = str(os.getpid())
     threads = (thread for thread in Path("/proc/self/task").iterdir() if thread.name != own)
     return sorted((thread / "comm").read_text().strip() for thread in threads)

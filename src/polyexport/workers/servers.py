@@ -1,7 +1,7 @@
-"""The servers of an engine: which there are, what memory they may hold, and children of theirs as processes.
+"""The servers of an engine: their life, their memory limit, and their children as processes.
 
-A server (see `polyexport.workers.server`) is kept for each set of imports. It is there only to save time: where there
-is none, for whatever reason, a job's process is spawned.
+A server (see `polyexport.workers.server`) is kept for each set of imports. It only saves time: if there is none, for
+whatever reason, a job's process is spawned.
 """
 
 from __future__ import annotations
@@ -27,28 +27,28 @@ from polyexport.workers.priority import processor_seconds
 from polyexport.workers.server import Order, send
 
 SWITCH = "POLYEXPORT_SERVERS"
-"""The variable that turns servers off: 0."""
+"""The environment variable that turns servers off: 0."""
 
 _SHARE = 0.25
-"""Of the memory that is free with no server running, what all servers together may hold."""
+"""Share of the memory that is free without servers which all servers together may use."""
 
 _STANDS_STILL_SECONDS, _STARTS_WITHIN_SECONDS = 30.0, 300.0
-"""A server is waited for until it has used no processor for so long, or was started so long ago."""
+"""A server is waited for until it has been idle for so long, or was started so long ago."""
 
 _LOOK_SECONDS = 1.0
 
 _NO_THREADS = {"OPENBLAS_NUM_THREADS": "1"}
-"""What would start threads when it is imported."""
+"""Modules that would start threads when they are imported."""
 
 
 class Child:
-    """A job's process that a server forked, with what `subprocess.Popen` has of it.
+    """A job's process that a server forked, with the interface of `subprocess.Popen`.
 
     Attributes:
-        pid: Its id, that of its session and of its process group.
+        pid: The id of the process, its session and its process group.
         stdin: Its standard input.
-        stdout: Its standard output, where that is a pipe.
-        returncode: Its exit code, or minus the signal that ended it; None while it runs.
+        stdout: Its standard output, if that is a pipe.
+        returncode: Its exit code, or the negative number of the signal that ended it; None while it runs.
         lost: Whether its server ended before it.
     """
 
@@ -84,11 +84,11 @@ class Child:
             return self.returncode
 
     def kill(self) -> None:
-        """End it alone."""
+        """Kill it, but not its children."""
         os.kill(self.pid, signal.SIGKILL)
 
     def _line(self, timeout: float | None) -> int | None:
-        """The next number that is told of it; None where the server ended first."""
+        """The next number that the server sends about it; None if the server ended first."""
         end = None if timeout is None else time.monotonic() + timeout
         while b"\n" not in self._lines:
             if not _readable(self._told, None if end is None else end - time.monotonic()):
@@ -102,7 +102,7 @@ class Child:
 
 
 def _readable(file: IO[bytes] | socket.socket, seconds: float | None) -> bool:
-    """Whether a read does not block, within so many seconds; None for any number."""
+    """Whether a read will not block, after waiting at most so many seconds; None for no limit."""
     poll = select.poll()
     poll.register(file, select.POLLIN)
     return bool(poll.poll(None if seconds is None else max(0.0, seconds) * 1e3))
@@ -111,7 +111,7 @@ def _readable(file: IO[bytes] | socket.socket, seconds: float | None) -> bool:
 Process = subprocess.Popen[bytes] | Child
 
 Start = Callable[[Sequence[str], int, Mapping[str, str]], AbstractContextManager[subprocess.Popen[bytes] | None]]
-"""Starts a process of these words, standard input and environment, ended on leaving; None where all were ended."""
+"""Starts a process with a command, standard input and environment; None after all were ended."""
 
 
 @dataclass(slots=True)
@@ -119,11 +119,11 @@ class Server:
     """One server, as the engine sees it.
 
     Attributes:
-        words: What starts it.
-        why_not: Why it forks nothing; empty where it does, None before it is ready.
-        held_bytes: The memory that it holds.
-        users: How many jobs have or will have a child of it.
-        used: When a job last asked for it, on the monotonic clock.
+        words: The command that starts it.
+        why_not: Why it cannot fork; empty if it can, None before it is ready.
+        held_bytes: Its memory in bytes.
+        users: How many jobs have or will get a child of it.
+        used: When a job last requested it, on the monotonic clock.
     """
 
     words: tuple[str, ...]
@@ -138,7 +138,7 @@ class Server:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def start(self, start: Start, environment: Mapping[str, str]) -> str:
-        """Start it, if it never was, and wait until it is ready, as long as it goes on; returns `why_not`."""
+        """Start it if needed, and wait until it is ready, as long as it makes progress; returns `why_not`."""
         with self._lock:
             if self.why_not is None and self._connection is None:
                 self._begin(start, environment)
@@ -146,7 +146,7 @@ class Server:
         ready = connection is None or self._answers(connection)
         with self._lock:
             if self.why_not is None and connection is not None:
-                self.why_not = self._greeted(connection) if ready else "its server stood still while it started"
+                self.why_not = self._greeted(connection) if ready else "its server made no progress while it started"
                 if self.why_not:
                     self._opened.close()
             return self.why_not or ""
@@ -163,9 +163,10 @@ class Server:
         self._connection, self._pid, self._began = ours, process.pid, time.monotonic()
 
     def _answers(self, connection: socket.socket) -> bool:
-        """Whether it says something; a new process for the job would have the same to import, and nothing of it yet."""
+        """Whether it answers; waiting is worth it, since a new process would have to import the same."""
         used, since = 0.0, time.monotonic()
-        with contextlib.suppress(ValueError):  # it is closed: the server was ended meanwhile, which `why_not` tells
+        # the connection is closed: the server was ended meanwhile, and `why_not` says so
+        with contextlib.suppress(ValueError):
             while not _readable(connection, min(_LOOK_SECONDS, _STANDS_STILL_SECONDS)):
                 before, used, now = used, processor_seconds(self._pid), time.monotonic()
                 since = now if used > before else since
@@ -174,19 +175,19 @@ class Server:
         return True
 
     def _greeted(self, connection: socket.socket) -> str:
-        """Read its first line, which is there; returns why it cannot fork."""
+        """Read its first line, which has arrived; returns why it cannot fork."""
         with connection.makefile("rb") as stream:
             line = stream.readline()
         if not line:
             return "its server ended"
         about = json.loads(line)
         if about["threads"]:
-            return f"its server has further threads ({', '.join(about['threads'])}), beside which no fork is safe"
+            return f"its server has other threads ({', '.join(about['threads'])}), so a fork is not safe"
         self.held_bytes = about["bytes"]
         return ""
 
     def fork(self, job: Path, stdout: Any, stderr: IO[bytes], environment: Mapping[str, str]) -> Child:
-        """A child that does a job.
+        """Fork a child for a job.
 
         Raises:
             OSError: the server has ended.
@@ -210,14 +211,14 @@ class Server:
                 raise
 
     def end(self, why: str) -> None:
-        """End it, and fork nothing from now on; its children end with it."""
+        """End it and its children, and fork no more; `why` becomes `why_not`."""
         with self._lock:
             self.why_not, self.held_bytes, self._connection = why, 0, None
             self._opened.close()
 
 
 def _pipe() -> tuple[IO[bytes], IO[bytes]]:
-    """Where to read, and where to write."""
+    """The read end and the write end of a pipe."""
     read, write = os.pipe()
     return os.fdopen(read, "rb"), os.fdopen(write, "wb")
 
@@ -227,7 +228,7 @@ class Servers:
 
     Args:
         start: Starts a process; see `Start`.
-        on: Whether there are any; by default as the environment says.
+        on: Whether servers are used; by default as the environment variable says.
     """
 
     def __init__(self, start: Start, *, on: bool | None = None) -> None:
@@ -240,7 +241,7 @@ class Servers:
     def lent(
         self, command: Sequence[str], imports: Sequence[str], environment: Mapping[str, str]
     ) -> Iterator[tuple[Server | None, str]]:
-        """A server for one job, started now if there is none yet; and how the job's process is made, in a line."""
+        """A server for one job, started now if needed, or None; and a line on how the job's process is made."""
         if why_not := self._cannot(imports):
             yield None, f"spawned, since {why_not}"
             return
@@ -258,7 +259,7 @@ class Servers:
                 server.users -= 1
 
     def warm(self, command: Sequence[str], imports: Sequence[str], environment: Mapping[str, str]) -> None:
-        """Start a server that will be asked for, and wait until it is ready."""
+        """Start a server that will be needed, and wait until it is ready."""
         if not self._cannot(imports):
             server = self._of(command, imports, environment)
             if not server.start(self._start, environment):
@@ -266,19 +267,19 @@ class Servers:
 
     @property
     def ready(self) -> tuple[Server, ...]:
-        """Those that can fork."""
+        """The servers that can fork."""
         with self._lock:
             return tuple(each for each in self._servers.values() if each.held_bytes)
 
     def close(self) -> None:
-        """End all of them."""
+        """End all servers."""
         with self._lock:
             servers = tuple(self._servers.values())
         for server in servers:
             server.end("all were ended")
 
     def _of(self, command: Sequence[str], imports: Sequence[str], environment: Mapping[str, str]) -> Server:
-        """The server of a command and its imports, which are found by the import path of the environment."""
+        """The server of a command and its imports, for the import path in the environment."""
         words = (*command, "--server", *imports)
         with self._lock:
             return self._servers.setdefault((environment.get("PYTHONPATH", ""), *words), Server(words))
@@ -291,9 +292,9 @@ class Servers:
         return "" if imports else "no imports are declared for it"
 
     def _without_memory(self, server: Server, *, users: int) -> str:
-        """Why this one ended, where all together hold more than their share: the least lately used ends first.
+        """Why this server was ended, if all together exceed their limit: the least recently used is ended first.
 
-        None ends that a job runs on; of those of `server` so many have no child yet.
+        Servers with running jobs are not ended; `users` of `server` are jobs without a child yet.
         """
         with self._lock:
             running = [each for each in reversed(self._servers.values()) if each.held_bytes]

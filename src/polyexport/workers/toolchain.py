@@ -1,18 +1,18 @@
-"""Toolchains: the packages that a route needs, pinned, and an interpreter that has them.
+"""Toolchains: the pinned packages that a route needs, and an interpreter that has them.
 
-A toolchain is a requirement file in `toolchains/`, and a lock file beside it. If the training environment satisfies the
-first, that environment serves. If not, an environment of its own is made with uv under the user's cache folder, once
-per set of pins, of what the second locks (see `polyexport.workers.locks`). The training environment is never changed.
+A toolchain is a requirement file in `toolchains/`, with a lock file next to it. If the training environment satisfies
+the requirements, it is used. If not, uv makes an environment under the user's cache folder, once per set of pins, with
+the locked packages (see `polyexport.workers.locks`). The training environment is never changed.
 
-Six lines in the file's comments are read by us:
+Six directives may be in the file's comments:
 
-    # polyexport: layered              over the training environment's packages, so that torch is the same one
-    # polyexport: without a b          packages that others ask for and no route imports
-    # polyexport: python >=3.11,<3.13  the interpreter it needs, where that differs from the training environment's
+    # polyexport: layered              on top of the training environment's packages, so that torch is the same
+    # polyexport: without a b          packages that others require and no route imports
+    # polyexport: python >=3.11,<3.13  the interpreter it needs, if that differs from the training environment's
     # polyexport: npm                  npm packages too, by toolchains/NAME/package-lock.json
-    # polyexport: convert-imports a b? what its conversions import, so that a server may have it ready (see
+    # polyexport: convert-imports a b? modules that its conversions import, for a server to import (see
                                        `polyexport.workers.server`); with ? only if this process has imported it
-    # polyexport: run-imports a        likewise what its runtime needs, and nothing else, since its memory is measured
+    # polyexport: run-imports a        the same for its runtime, and nothing else, since its memory is measured
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _WORKER = Path(__file__).parents[1] / "worker.py"
 _PATIENCE_SECONDS, _LOOK_SECONDS = 900.0, 0.2
 
 Say = Callable[[str], None]
-"""Takes one line for the user."""
+"""Called with a line for the user."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,16 +54,16 @@ class Toolchain:
     """A named set of pins.
 
     Attributes:
-        name: The requirement file's name without its ending.
+        name: The requirement file's name without its extension.
         requirements: PEP 508 requirements.
-        layered: Whether an environment made for it sees the training environment's packages below its own.
-        python: A PEP 440 specifier of the interpreter, or None for the training environment's own.
-        npm: Content of the npm lock file, empty where no npm packages are needed.
-        without: Packages that are left out, or taken as `requirements` say, whatever the others ask of them.
-        lock: Its whole tree of packages; None where versions are chosen when it is made.
-        convert_imports: Modules that a server has imported when it forks for a conversion; with `?` at its end only
-            where this process has imported it.
-        run_imports: Likewise for what runs an artifact.
+        layered: Whether its environment has the training environment's packages below its own.
+        python: A PEP 440 specifier of the interpreter, or None for the training environment's.
+        npm: Content of the npm lock file, empty if no npm packages are needed.
+        without: Packages that are left out, or installed as `requirements` say, whatever others require of them.
+        lock: All of its packages with versions; None if versions are resolved at installation.
+        convert_imports: Modules that a server imports before it forks for a conversion; those with `?` at the end only
+            if this process has imported them.
+        run_imports: The same for running an artifact.
     """
 
     name: str
@@ -82,12 +82,12 @@ class Toolchain:
 
     @property
     def in_host(self) -> bool:
-        """Whether the training environment serves."""
+        """Whether the training environment satisfies the requirements."""
         return not self.npm and not self.unmet()
 
     @property
     def folder(self) -> Path:
-        """Where its own environment lies or will lie; its name changes with every pin."""
+        """Path of its own environment, made or not; the name changes with every pin."""
         below = [sys.prefix, *versions(("torch",)).values(), *self.provided.items()] if self.layered else []
         tree = [] if self.lock is None else [self.lock.text]
         pins = "\n".join(map(str, [sys.version, self.python, *self.requirements, *below, self.npm, *tree]))
@@ -95,35 +95,35 @@ class Toolchain:
 
     @property
     def overrides(self) -> str:
-        """What uv is told of packages that others ask for: a layer leaves torch alone."""
+        """Overrides for uv: a layered environment installs no torch, and `without` is left out."""
         return locks.overrides(self.requirements, self.without) + (locks.left_out("torch") if self.layered else "")
 
     @property
     def provided(self) -> Mapping[str, str]:
-        """Name and version of the packages in its lock that need no installing over the training environment."""
+        """Name and version of the locked packages that the training environment provides."""
         return locks.provided(self.lock) if self.lock is not None and self.layered else {}
 
     @property
     def room_bytes(self) -> int:
-        """What its own environment will take on the disk, at most; 0 where it is made already, or nobody knows."""
+        """Disk space that its environment will take at most; 0 if it exists already, or the size is unknown."""
         return 0 if self.ready or self.lock is None else self.lock.bytes
 
     @property
     def ready(self) -> bool:
-        """Whether an interpreter that satisfies it exists already; `interpreter` looks whether its packages do."""
+        """Whether its interpreter exists already; `interpreter` also checks its packages."""
         return self.in_host or ((self.folder / _COMPLETE).exists() and _python(self.folder).exists())
 
     def interpreter(
         self, say: Say = lambda line: None, workers: Workers | None = None, *, patience: float = _PATIENCE_SECONDS
     ) -> Path:
-        """The Python that satisfies the pins, made now if there is none yet; the installer ends with `workers`.
+        """The Python that satisfies the pins, installed now if there is none yet; `workers` can end the installer.
 
         Safe to call from several processes at once, and after an interrupted call: the environment counts only once its
-        marker is written, under a lock, for which this waits `patience` seconds. One that is damaged is made anew.
+        marker is written, under a lock, which this waits for at most `patience` seconds. A damaged one is made again.
 
         Raises:
-            Busy: another process is still making it.
-            ToolMissing: it cannot be made; the message has the installer's own words.
+            Busy: another process is still installing it.
+            ToolMissing: it cannot be installed; the message has the installer's output.
         """
         if self.in_host:
             return Path(sys.executable)
@@ -132,7 +132,7 @@ class Toolchain:
             folder.parent.mkdir(parents=True, exist_ok=True)
             with _alone(self.name, folder, say, workers, patience):
                 if not _is_whole(folder, workers):
-                    damaged = "what is there is damaged; " if (folder / _COMPLETE).exists() else ""
+                    damaged = "the existing environment is damaged; " if (folder / _COMPLETE).exists() else ""
                     say(f"{self.name}: {damaged}installing {self._what} into {folder}")
                     provision(self, folder, workers, say)
         disk.use(folder / _COMPLETE)
@@ -140,21 +140,21 @@ class Toolchain:
 
     @property
     def _what(self) -> str:
-        """What an install brings, and the disk it takes where that is known."""
+        """What will be installed, and the disk space if known."""
         read = map(Requirement, self.requirements)
         asked = ", ".join(f"{each.name}{each.specifier}" for each in read if not each.marker or each.marker.evaluate())
         if self.lock is None:
             return asked
         count = len(self.lock.here.keys() - self.provided.keys())
-        return f"{asked} (with what they need {count} packages, up to {disk.gigabytes(self.lock.bytes)} of disk)"
+        return f"{asked} ({count} packages with dependencies, up to {disk.gigabytes(self.lock.bytes)} of disk)"
 
     def imports(self, *, converts: bool) -> tuple[str, ...]:
-        """What a server imports before it forks for a job that converts, or that runs."""
+        """The modules that a server imports for conversions, or for running artifacts."""
         listed = self.convert_imports if converts else self.run_imports
         return tuple(name.rstrip("?") for name in listed if not name.endswith("?") or name.rstrip("?") in sys.modules)
 
     def command(self, workers: Workers | None = None) -> tuple[str, ...]:
-        """The words that start a worker in it; the job file follows.
+        """The command that starts a worker in it; a job file is to be appended.
 
         Raises:
             ToolMissing: see `interpreter`.
@@ -165,12 +165,12 @@ class Toolchain:
                 "-P",
                 "-m",
                 "polyexport.worker",
-            )  # -P: what lies in the working folder is no package
-        # by path, so that nothing of the training environment is importable there; -P keeps our folder off sys.path
+            )  # -P: files in the working folder must not shadow packages
+        # by path, so that nothing of the training environment is importable; -P keeps this folder off sys.path
         return (str(self.interpreter(workers=workers)), "-P", str(_WORKER))
 
 
-_LIGHTNING = ("lightning.pytorch?", "pytorch_lightning?")  # what the module of a training is made of
+_LIGHTNING = ("lightning.pytorch?", "pytorch_lightning?")  # the base classes of modules
 
 HOST = Toolchain(
     "host",
@@ -178,10 +178,10 @@ HOST = Toolchain(
     convert_imports=("torch", "torch._dynamo", "torch.onnx", *_LIGHTNING),
     run_imports=("torch", "torch._dynamo?", "torch.onnx?", *_LIGHTNING),
 )
-"""The training environment itself."""
+"""The toolchain that is the training environment itself."""
 
 _COMPLETE = ".complete"
-"""An environment's marker: what `_WHOLE` found in it when it was made."""
+"""The marker of a complete environment, with the output of `_WHOLE` when it was made."""
 
 _LOCK = "package-lock.json"
 
@@ -200,12 +200,12 @@ for package in glob.glob("node_modules/**/package.json", root_dir=sys.prefix, re
 
 
 class Busy(ToolMissing):
-    """Another process is making the toolchain."""
+    """Another process is installing the toolchain."""
 
 
 @contextlib.contextmanager
 def _alone(name: str, folder: Path, say: Say, workers: Workers, patience: float) -> Iterator[None]:
-    """Nobody else makes this environment meanwhile. Tells whom it waits for, and ends with `workers`."""
+    """Lock an environment while it is made; reports what it waits for, and stops with `workers`."""
     lock, owner = FileLock(folder.with_suffix(".lock")), folder.with_suffix(".owner")
     end, told = time.monotonic() + patience, False
     while True:
@@ -228,11 +228,11 @@ def _alone(name: str, folder: Path, say: Say, workers: Workers, patience: float)
         lock.release()
 
 
-_found_whole: set[Path] = set()  # a process looks once
+_found_whole: set[Path] = set()  # checked once per process
 
 
 def _is_whole(folder: Path, workers: Workers) -> bool:
-    """Whether an environment is complete and nothing was removed since: its Python starts, its files are there."""
+    """Whether an environment is complete and undamaged: its Python starts, and its files exist."""
     marker = folder / _COMPLETE
     if not (marker.exists() and _python(folder).exists()):
         return False
@@ -250,7 +250,7 @@ def _is_whole(folder: Path, workers: Workers) -> bool:
 
 
 def find(toolchain: str | Toolchain) -> Toolchain:
-    """The toolchain of a requirement file; a `Toolchain` value is itself.
+    """The toolchain of a requirement file by name; a `Toolchain` is returned as it is.
 
     Raises:
         KeyError: there is no such file; a bug in a format.
@@ -278,12 +278,12 @@ def _of_file(name: str) -> Toolchain:
 
 
 def lock_file(name: str) -> Path:
-    """Where the lock of a toolchain of ours lies."""
+    """Path of the lock file of a built-in toolchain."""
     return Path(str(resources.files("polyexport"))) / "toolchains" / f"{name}.lock"
 
 
 def parse(name: str, text: str) -> Toolchain:
-    """Read a requirement file: one requirement a line, `#` comments, and our directives."""
+    """Read a requirement file: one requirement per line, `#` comments, and directives."""
     lines = [line.split(" #")[0].strip() for line in text.splitlines()]
     directives = [match.group(1).strip() for line in lines if (match := re.match(r"#\s*polyexport:(.*)", line))]
     python = next((each.removeprefix("python").strip() for each in directives if each.startswith("python")), None)
@@ -302,17 +302,17 @@ def parse(name: str, text: str) -> Toolchain:
 
 
 def _listed(what: str, directives: Sequence[str]) -> tuple[str, ...]:
-    """The words of the directive that begins with `what`."""
+    """The arguments of the directive `what`."""
     return tuple(word for line in directives if line.split()[0] == what for word in line.split()[1:])
 
 
 def environments() -> tuple[disk.Environment, ...]:
-    """The environments in the cache folder, those of other pins and other training environments included."""
+    """The environments in the cache folder, including those of other pins and training environments."""
     return tuple(disk.environments(cache_folder(), _COMPLETE))
 
 
 def cache_folder() -> Path:
-    """Where environments are kept: `$POLYEXPORT_CACHE`, or the user's cache folder."""
+    """The folder of environments: `$POLYEXPORT_CACHE`, or the user's cache folder."""
     given = os.environ.get("POLYEXPORT_CACHE")
     return Path(given) if given else user_cache_path("polyexport") / "toolchains"
 
@@ -328,10 +328,10 @@ def _satisfied(line: str) -> bool:
 
 
 def provision(toolchain: Toolchain, folder: Path, workers: Workers, say: Say = lambda line: None) -> None:
-    """Make the environment of a toolchain, whatever is there.
+    """Make the environment of a toolchain; an existing one is replaced.
 
     Raises:
-        ToolMissing: it cannot be made; nothing is left then.
+        ToolMissing: it cannot be installed; nothing is left then.
     """
     shutil.rmtree(folder, ignore_errors=True)
     try:
@@ -353,24 +353,24 @@ def provision(toolchain: Toolchain, folder: Path, workers: Workers, say: Say = l
 
 
 def _check_room(toolchain: Toolchain, folder: Path) -> None:
-    """Refuse what would fill the disk, which the checkpoints of a training may lie on too."""
+    """Refuse an install that would fill the disk, since checkpoints may be on the same one."""
     needed, free = toolchain.room_bytes, disk.free_bytes(folder)
     if free < needed:
         raise ToolMissing(
-            f"it takes {disk.gigabytes(needed)} of disk, and {disk.gigabytes(free)} are free where {folder} would be; "
-            "make room, with `polyexport toolchain remove --unused` too, or set POLYEXPORT_CACHE to a folder elsewhere"
+            f"it takes {disk.gigabytes(needed)} of disk, but {disk.gigabytes(free)} are free for {folder}; "
+            "make room, for example by `polyexport toolchain remove --unused`, or set POLYEXPORT_CACHE to another disk"
         )
 
 
 def _install(toolchain: Toolchain, folder: Path, workers: Workers, say: Say) -> None:
-    """Install what the lock says, with its hashes, or else what the requirements say."""
+    """Install the locked packages, with hashes, or without a usable lock the requirements."""
     command = (uv(), "pip", "install", "--quiet", "--python", str(_python(folder)))
     if toolchain.lock is not None:
         pins = folder / "locked.txt"
         pins.write_text(toolchain.lock.without(toolchain.provided), encoding="utf-8")
         locked = (*command, "--no-deps", "--require-hashes", "-r", str(pins))
         if why_not := _no_cover(toolchain, locked, workers):
-            say(f"{toolchain.name}: its lock does not serve here, so versions are chosen now: {why_not}")
+            say(f"{toolchain.name}: its lock cannot be used here, so versions are resolved now: {why_not}")
         else:
             workers.output(*locked, environment=_variables())
             return
@@ -381,7 +381,7 @@ def _install(toolchain: Toolchain, folder: Path, workers: Workers, say: Say) -> 
 
 
 def _variables() -> dict[str, str]:
-    """What uv is told by variables; bytecode is no option, which it refuses beside the variable that images set."""
+    """Environment variables for uv; compiling is not given as an option, since some images set the variable."""
     return {**pip_indexes(), "UV_COMPILE_BYTECODE": "0"}
 
 
@@ -395,18 +395,18 @@ for module in tuple(sys.modules.values()):
     if file.startswith(sys.prefix) and file.endswith(".py"):
         py_compile.compile(file, quiet=2)
 """
-"""Compiles what the modules of these names import, of what lies in the environment itself."""
+"""Compiles all that these modules import, if it is in the environment itself."""
 
 
 def _compile_imports(toolchain: Toolchain, folder: Path, workers: Workers) -> None:
-    """Compile what routes import first, so that a toolchain is ready early; a worker compiles what else it needs."""
+    """Compile what routes import, so that a toolchain is ready early; workers compile the rest when needed."""
     names = sorted({*toolchain.imports(converts=True), *toolchain.imports(converts=False)})
     if names:
         workers.output(str(_python(folder)), "-I", "-c", _COMPILE, *names)
 
 
 def _no_cover(toolchain: Toolchain, locked: Sequence[str], workers: Workers) -> str:
-    """Why the lock does not serve this Python, platform and torch; empty where it does, whatever the files hold."""
+    """Why the lock cannot be used with this Python, platform and torch; empty if it can."""
     if toolchain.lock is not None and toolchain.layered and (misfit := locks.misfit(toolchain.lock, "torch")):
         return misfit
     try:
@@ -423,7 +423,7 @@ def _npm(name: str) -> Path:
 
 
 def _install_npm(name: str, folder: Path, python: Path, workers: Workers) -> None:
-    """Install what the lock file names into `node_modules` beside the interpreter; none of its scripts run."""
+    """Install the npm packages of the lock file into `node_modules` of the environment, without their scripts."""
     for file in ("package.json", _LOCK):
         shutil.copy(_npm(name) / file, folder / file)
     wheel = Path(
@@ -433,7 +433,7 @@ def _install_npm(name: str, folder: Path, python: Path, workers: Workers) -> Non
     node = wheel / ("node.exe" if windows else "bin/node")
     npm = wheel / ("node_modules" if windows else "lib/node_modules") / "npm" / "bin" / "npm-cli.js"
     workers.output(str(node), str(npm), "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--prefix", str(folder))
-    for for_debuggers in (folder / "node_modules").rglob("*.map"):  # half of it
+    for for_debuggers in (folder / "node_modules").rglob("*.map"):  # half of the size
         for_debuggers.unlink()
 
 
@@ -442,7 +442,7 @@ def _layer(python: Path, workers: Workers) -> None:
     site = workers.output(str(python), "-I", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
     hosts = dict.fromkeys(sysconfig.get_path(kind) for kind in ("purelib", "platlib"))
     # addsitedir, so that the editable installs of the training environment work too
-    # in ASCII, since Python before 3.13 reads such a file in the encoding of the machine
+    # in ASCII, since Python before 3.13 reads .pth files in the locale's encoding
     lines = [f"import site; site.addsitedir({host!a})" for host in hosts]
     Path(site, "_polyexport_layer.pth").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
@@ -452,10 +452,10 @@ def _python(folder: Path) -> Path:
 
 
 def uv() -> str:
-    """The installer.
+    """Path of uv, which installs packages.
 
     Raises:
-        ToolMissing: it is not there.
+        ToolMissing: it is not installed.
     """
     try:
         from uv import find_uv_bin
@@ -478,10 +478,10 @@ _INDEXES = {
 def pip_indexes() -> dict[str, str]:
     """Pip's variables under uv's names, so that a private index keeps working; uv's own win.
 
-    In the environment, not on the command line: an index's URL may hold a password, and whoever is on the machine reads
-    the command lines of others.
+    They are set in the environment, not on the command line: an index's URL may have a password, and other users of the
+    machine can read command lines.
     """
     found = {uvs: " ".join(os.environ.get(pips, "").split()) for pips, uvs in _INDEXES.items()}
-    # uv wants commas between the folders of packages, pip blanks
+    # uv separates folders by commas, pip by spaces
     found["UV_FIND_LINKS"] = found["UV_FIND_LINKS"].replace(" ", ",")
     return {name: value for name, value in found.items() if value and name not in os.environ}

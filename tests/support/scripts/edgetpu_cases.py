@@ -5,6 +5,7 @@ python edgetpu_cases.py EXPORT FOLDER
 
 import json
 import os
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +30,7 @@ def job(name):
     return read_job(next((root / "source" / "jobs").glob(f"{name}.*.verify.json")))
 
 
-jobs = {name: job(name) for name in ("tflite", "tflite-int8", "edgetpu")}
+jobs = {name: job(name) for name in ("tflite", "tflite-int8", "edgetpu", "ethosu")}
 
 
 def verify(name, source):
@@ -73,6 +74,11 @@ found["wrong ranges"] = verify("tflite-int8", elsewhere / "tiny.tflite")
 found["not in int8"] = verify("tflite-int8", root / "tflite" / "model.tflite")
 found["unlike"] = verify("tflite", root / "edgetpu" / "model.tflite")
 found["refused"] = verify("edgetpu", elsewhere / "refused" / "model_edgetpu.tflite")
+
+shutil.copytree(root / "ethosu", elsewhere / "sine")
+summary = read_json(root / "ethosu" / "vela.json") | {"operations": 4, "on_cpu": {"SIN": 3}}
+(elsewhere / "sine" / "vela.json").write_text(json.dumps(summary))
+found["sine"] = verify("ethosu", elsewhere / "sine" / "model_vela.tflite")
 
 os.environ["PATH"] = ""
 try:

@@ -3,7 +3,7 @@
 https://apple.github.io/coremltools/source/coremltools.converters.mil.mil.ops.defs.html
 
 Arguments are tensors (half precision already widened to float32), strings, or lists of tensors. The caller rounds and
-checks the result, so an index may be int64 here. What samples at random has no place: it cannot be compared.
+checks the result, so an index may be int64 here. Random ops are not supported, since they cannot be compared.
 """
 
 from __future__ import annotations

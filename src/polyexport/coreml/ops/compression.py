@@ -1,4 +1,4 @@
-"""Constants that a package stores smaller than they are, and quantisation while the model runs."""
+"""Compressed constants, and quantization at run time."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def constexpr_affine_dequantize(quantized_data: Tensor, zero_point: Tensor, scal
 
 
 def dequantize(
-    input: Tensor,  # the op calls it so
+    input: Tensor,  # the op's own name
     scale: Tensor,
     zero_point: Tensor | None = None,
     axis: Tensor | None = None,
@@ -32,7 +32,7 @@ def dequantize(
 
 
 def quantize(
-    input: Tensor,  # the op calls it so
+    input: Tensor,  # the op's own name
     scale: Tensor,
     output_dtype: str,
     zero_point: Tensor | None = None,
@@ -69,7 +69,7 @@ def constexpr_lut_to_dense(
         bits = int(math.log2(lut.numel()))
         return lut[_unpacked(indices, bits, math.prod(sizes))].reshape(sizes)
     if lut.shape[-1] != 1:
-        raise CannotRun("the MIL evaluator has no lookup tables of vectors")
+        raise CannotRun("the MIL evaluator does not support lookup tables of vectors")
     tables = _blown_up_tables(lut.squeeze(-1), indices.shape)
     return torch.gather(tables, -1, indices.long().unsqueeze(-1)).squeeze(-1)
 

@@ -30,7 +30,7 @@ def _points(size: int, wanted: int, mode: str) -> Tensor:
     elif mode == "UNALIGN_CORNERS":
         points = (steps + 0.5) * (size / wanted) - 0.5
     else:
-        raise CannotRun(f"the MIL evaluator has no sampling mode {mode}")
+        raise CannotRun(f"the MIL evaluator does not support the sampling mode {mode}")
     return points.clamp(0, size - 1)
 
 
@@ -50,7 +50,9 @@ def _nearest(x: Tensor, axis: int, wanted: int) -> Tensor:
     """By a whole factor up or down: for any other the reference does not say which pixel is the nearest."""
     size = x.shape[axis]
     if wanted % size and size % wanted:
-        raise CannotRun(f"the MIL evaluator has no nearest resize of {size} to {wanted}, which no whole factor divides")
+        raise CannotRun(
+            f"the MIL evaluator has no nearest resize of {size} to {wanted}, which is not by an integer factor"
+        )
     return x.index_select(axis, torch.arange(wanted) * size // wanted)
 
 
@@ -108,7 +110,7 @@ def resize(
         elif sampling_mode == "DEFAULT":
             x = _nearest(x, axis, wanted)
         else:
-            raise CannotRun(f"the MIL evaluator has no nearest resize in sampling mode {sampling_mode}")
+            raise CannotRun(f"the MIL evaluator does not support a nearest resize in sampling mode {sampling_mode}")
     return x
 
 

@@ -38,7 +38,7 @@ def gather_along_axis(
 def gather_nd(
     x: Tensor, indices: Tensor, batch_dims: Tensor | int = 0, validate_indices: Tensor | bool | None = None
 ) -> Tensor:
-    """The last axis of `indices` is a place in the leading axes of `x`."""
+    """The last axis of `indices` is an index into the leading axes of `x`."""
     if int(batch_dims):
         rows = [
             gather_nd(row, index, int(batch_dims) - 1, validate_indices) for row, index in zip(x, indices, strict=True)
@@ -81,7 +81,7 @@ def scatter(
     mode: str = "add",
     validate_indices: Tensor | bool | None = None,
 ) -> Tensor:
-    """The vector `indices` says where along `axis` each slice of `updates` goes."""
+    """The vector `indices` has the index along `axis` of each slice of `updates`."""
     dim = int(axis) % data.ndim
     shape = [-1 if each == dim else 1 for each in range(data.ndim)]
     spread = [*data.shape[:dim], indices.numel(), *data.shape[dim + 1 :]]
@@ -92,7 +92,7 @@ def scatter(
 def scatter_nd(
     data: Tensor, indices: Tensor, updates: Tensor, mode: str = "add", validate_indices: Tensor | bool | None = None
 ) -> Tensor:
-    """The last axis of `indices` is a place in the leading axes of `data`."""
+    """The last axis of `indices` is an index into the leading axes of `data`."""
     depth = indices.shape[-1]
     leading, rest = data.shape[:depth], math.prod(data.shape[depth:])
     flat = torch.zeros(indices.shape[:-1], dtype=torch.long)
@@ -146,7 +146,7 @@ def slice_by_index(
 
 
 def slice_by_size(x: Tensor, begin: Tensor, size: Tensor) -> Tensor:
-    """A size of -1 is all that is left."""
+    """A size of -1 is the rest of the axis."""
     for axis, (first, count) in enumerate(zip(ints(begin), ints(size), strict=True)):
         first = first % x.shape[axis] if first else 0
         x = x.narrow(axis, first, x.shape[axis] - first if count == -1 else count)

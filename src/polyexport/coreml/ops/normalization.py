@@ -1,4 +1,4 @@
-"""Normalisations; the channels lie along axis 1."""
+"""Normalizations; the channels are axis 1."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def layer_norm(
     beta: Tensor | None = None,
     epsilon: Tensor | float = 1e-5,
 ) -> Tensor:
-    """`gamma` and `beta` have the shape of the axes that are normalised."""
+    """`gamma` and `beta` have the shape of the normalized axes."""
     chosen = [axis % x.ndim for axis in ints(axes)] if axes is not None else list(range(x.ndim))
     shape = [size if axis in chosen else 1 for axis, size in enumerate(x.shape)]
     result = _standardised(x, chosen, epsilon)

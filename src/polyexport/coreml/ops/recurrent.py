@@ -1,8 +1,8 @@
 """Recurrent layers, step by step: `x` is `(S, N, I)`, a state `(N, H)`.
 
-Where documents of Apple's do not agree, nothing is computed: `clip` bounds the new cell values of an LSTM in the
-reference of MIL, and what goes into each activation in NeuralNetwork.proto; a GRU's reset comes before or behind the
-product with the weights. The converter writes neither. `scaled_tanh` has no formula at all.
+Nothing is computed where Apple's documents disagree: `clip` bounds the new cell values of an LSTM in the reference of
+MIL, but the input of each activation in NeuralNetwork.proto; a GRU's reset gate is applied before or after the product
+with the weights. The converter writes neither. `scaled_tanh` has no documented formula.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 def _activation(name: str) -> Callable[[Tensor], Tensor]:
     if name not in _ACTIVATIONS:
-        raise CannotRun(f"the MIL evaluator has no recurrent layer with {name}")
+        raise CannotRun(f"the MIL evaluator does not support a recurrent layer with {name}")
     return _ACTIVATIONS[name]
 
 
@@ -91,9 +91,9 @@ def lstm(
 ) -> tuple[Tensor, ...]:
     """Gates in the order input, forget, output, cell; both directions lie side by side in the states."""
     if peephole is not None or peephole_back is not None:
-        raise CannotRun("the MIL evaluator has no lstm with peepholes")
+        raise CannotRun("the MIL evaluator does not support an lstm with peepholes")
     if clip is not None:
-        raise CannotRun("the MIL evaluator has no lstm with clip")
+        raise CannotRun("the MIL evaluator does not support an lstm with clip")
     gate, cell, out = (_activation(name) for name in (recurrent_activation, cell_activation, activation))
 
     def stepper(ih: Tensor, hh: Tensor, own: Tensor | None) -> Step:

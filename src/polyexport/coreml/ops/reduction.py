@@ -22,7 +22,7 @@ def _over_axes(function: Callable[[Tensor, list[int]], Tensor]) -> Callable[...,
 
 
 def _over_axis(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The index of the first of several that are equal; Core ML says of none which one it gives."""
+    """The first index of equal elements; Core ML does not document which one it returns."""
 
     def reduce(
         x: Tensor, axis: Tensor | int = -1, keep_dims: Tensor | bool = False, output_dtype: str = "int32"

@@ -1,4 +1,4 @@
-"""Shapes: making tensors, joining, cutting, repeating and rearranging them."""
+"""Creating, concatenating, splitting, repeating and rearranging tensors."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def squeeze(x: Tensor, axes: Tensor | None = None) -> Tensor:
 
 
 def reshape(x: Tensor, shape: Tensor) -> Tensor:
-    """0 keeps the size of the axis at that place."""
+    """0 keeps the size of the axis at that index."""
     sizes = ints(shape)
     return x.reshape([x.shape[axis] if size == 0 and axis < x.ndim else size for axis, size in enumerate(sizes)])
 
@@ -127,7 +127,7 @@ def reverse(x: Tensor, axes: Tensor | None = None) -> Tensor:
 
 
 def reverse_sequence(x: Tensor, lengths: Tensor, seq_axis: Tensor | int = 0, batch_axis: Tensor | int = 0) -> Tensor:
-    """Of each entry of the batch only its first `lengths` steps are turned round."""
+    """Only the first `lengths` steps of each sequence are reversed."""
     moved = x.movedim((int(batch_axis), int(seq_axis)), (0, 1))
     rows = [torch.cat([row[:n].flip(0), row[n:]]) for row, n in zip(moved, ints(lengths), strict=True)]
     return torch.stack(rows).movedim((0, 1), (int(batch_axis), int(seq_axis)))
@@ -144,7 +144,7 @@ def band_part(x: Tensor, lower: Tensor | int = -1, upper: Tensor | int = -1) -> 
 
 
 def depth_to_space(x: Tensor, block_size: Tensor) -> Tensor:
-    """The block is the slowest part of the channels, as in TensorFlow."""
+    """The block is the slowest-changing part of the channels, as in TensorFlow."""
     n, c, h, w = x.shape
     block = int(block_size)
     parts = x.reshape(n, block, block, c // block**2, h, w)

@@ -1,4 +1,4 @@
-"""Order: sorting, the greatest, and where something is."""
+"""Sorting, top-k, and indices of elements."""
 
 from __future__ import annotations
 

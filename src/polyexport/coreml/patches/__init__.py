@@ -1,1 +1,1 @@
-"""What coremltools lacks."""
+"""Translations and passes that coremltools lacks or gets wrong."""

@@ -50,7 +50,7 @@ def rsub(context: Any, node: Any) -> None:
 
 
 def _scaled(context: Any, node: Any, plain: Any, combine: Binary, *, scales_first: bool = False) -> None:
-    """By coremltools where there is no factor, which it refuses or drops."""
+    """By coremltools if there is no factor, which it refuses or drops."""
     from coremltools.converters.mil import Builder as mb
 
     x, y, alpha = _arguments(context, node, "alpha", default=1)
@@ -84,7 +84,7 @@ def _added(context: Any, node: Any, combine: Binary) -> None:
 
 
 def mul(context: Any, node: Any) -> None:
-    """A product, also of complex numbers, which coremltools only adds."""
+    """A product, also of complex numbers, which coremltools does not multiply."""
     from coremltools.converters.mil import Builder as mb
     from coremltools.converters.mil.frontend.torch import ops
 
@@ -146,12 +146,12 @@ def _rounded(context: Any, node: Any, x: Any, y: Any, divide: Binary) -> None:
 
 
 def floored(mb: Any, x: Any, y: Any) -> Any:
-    """Of numbers by a floor of its own: coremltools takes a `floor_div` by one for nothing."""
+    """Floats by division and floor: coremltools removes a `floor_div` by one."""
     return mb.floor_div(x=x, y=y) if "int" in _kind(x) else mb.floor(x=mb.real_div(x=x, y=y))
 
 
 def truncated(mb: Any, x: Any, y: Any) -> Any:
-    """The quotient, rounded to zero; MIL's floor is of numbers only, and its division of integers says nothing."""
+    """The quotient, rounded to zero; MIL's floor is for floats only, and its integer division is not documented."""
     if "int" not in _kind(x):
         quotient = mb.real_div(x=x, y=y)
         return mb.mul(x=mb.sign(x=quotient), y=mb.floor(x=mb.abs(x=quotient)))
@@ -161,7 +161,7 @@ def truncated(mb: Any, x: Any, y: Any) -> Any:
 
 
 def power(context: Any, node: Any) -> None:
-    """A power; of two by `exp2`, since Core ML takes `pow` with a constant 2 on either side for a square.
+    """A power; of two by `exp2`, since Core ML computes `pow` with a constant 2 on either side as a square.
 
     https://github.com/apple/coremltools/issues/2628
     """
@@ -198,7 +198,7 @@ def matmul(context: Any, node: Any) -> None:
 
 
 def outer(context: Any, node: Any) -> None:
-    """The products of every entry of one vector with every entry of another, of one dtype."""
+    """The outer product of two vectors of one dtype."""
     from coremltools.converters.mil import Builder as mb
     from coremltools.converters.mil.frontend.torch.ops import _get_inputs
 
@@ -214,7 +214,7 @@ def mean(context: Any, node: Any) -> None:
 
 
 def total(context: Any, node: Any) -> None:
-    """Likewise a sum, which of truth values is an integer."""
+    """A sum likewise; of booleans it is an integer."""
     from coremltools.converters.mil import Builder as mb
 
     _reduced(context, node, mb.reduce_sum, of_truth="int32")

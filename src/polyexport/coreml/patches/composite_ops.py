@@ -1,4 +1,4 @@
-"""PyTorch ops that coremltools has no translation for, or only one with fixed shapes, put together from MIL ops.
+"""PyTorch ops that coremltools cannot translate, or only with static shapes, composed of MIL ops.
 
 https://apple.github.io/coremltools/docs-guides/source/composite-operators.html
 """
@@ -44,7 +44,7 @@ def _cast_name(like: Any) -> str:
 
 
 def _as_vector(shape: Any) -> Any:
-    """A shape of tensors and numbers; a free size goes as it is, else its axis would count as another one's."""
+    """A shape of tensors and numbers; a dynamic size keeps its symbol, or its axis would count as another one."""
     from coremltools.converters.mil import Builder as mb
 
     if not isinstance(shape, list | tuple):
@@ -56,7 +56,7 @@ def _as_vector(shape: Any) -> Any:
 
 
 def group_norm(context: Any, node: Any) -> None:
-    """Channels in groups, each group normalised over its channels and all spatial axes; any axis may be free."""
+    """Each group of channels normalized over its channels and all spatial axes; any axis may be dynamic."""
     from coremltools.converters.mil import Builder as mb
     from coremltools.converters.mil.frontend.torch.ops import _get_inputs
 
@@ -75,7 +75,7 @@ def group_norm(context: Any, node: Any) -> None:
 
 
 def instance_norm(context: Any, node: Any) -> None:
-    """By the statistics that training gathered where the layer keeps them, which coremltools overlooks."""
+    """With running statistics if the layer has them, which coremltools ignores."""
     from coremltools.converters.mil import Builder as mb
     from coremltools.converters.mil.frontend.torch import ops
 
@@ -103,14 +103,14 @@ def rms_norm(context: Any, node: Any) -> None:
 
 
 def affine_grid(context: Any, node: Any) -> None:
-    """The places to sample an image at, moved by a matrix for each; coremltools has it for a fixed batch only."""
+    """Sampling positions transformed by a matrix per image; coremltools supports only a static batch."""
     from coremltools.converters.mil import Builder as mb
     from coremltools.converters.mil.frontend.torch.ops import _get_inputs
 
     theta, size, corners = _get_inputs(context, node)
     sizes: list[Any] = [getattr(each, "val", each) for each in (size if isinstance(size, list) else size.val)][2:]
     if None in sizes or len(sizes) != 2:
-        raise NotImplementedError("affine_grid over other than two axes of known size")
+        raise NotImplementedError("affine_grid over axes other than two of known size")
     lines = [_places(int(count), bool(corners.val)) for count in sizes]
     rows, columns = np.meshgrid(*lines, indexing="ij")
     places = np.stack([columns, rows, np.ones_like(rows)], -1).reshape(-1, 3).astype(np.float32)
@@ -119,14 +119,14 @@ def affine_grid(context: Any, node: Any) -> None:
 
 
 def _places(count: int, corners: bool) -> np.ndarray:
-    """From -1 to 1, the centres of the first and the last pixel (`corners`) or their outer sides."""
+    """From -1 to 1, the centers of the first and the last pixel (`corners`) or their outer sides."""
     if corners:
         return np.linspace(-1, 1, count) if count > 1 else np.zeros(1)
     return (2 * np.arange(count) + 1) / count - 1
 
 
 def unfold(context: Any, node: Any) -> None:
-    """The blocks of an image as columns, by a convolution that picks each place of a block; the batch may be free."""
+    """The blocks of an image as columns, by a convolution per position of a block; the batch may be dynamic."""
     from coremltools.converters.mil import Builder as mb
     from coremltools.converters.mil.frontend.torch.ops import _get_inputs
 
@@ -147,7 +147,7 @@ def unfold(context: Any, node: Any) -> None:
 
 
 def fold(context: Any, node: Any) -> None:
-    """Columns laid back as the blocks of an image, added where they overlap, by the convolution turned round."""
+    """Columns put back as blocks of an image, added where they overlap, by the transposed convolution."""
     from coremltools.converters.mil import Builder as mb
     from coremltools.converters.mil.frontend.torch.ops import _get_inputs
 
@@ -166,7 +166,7 @@ def fold(context: Any, node: Any) -> None:
     )
     wide = [(counts[i] - 1) * strides[i] + dilations[i] * (kernel[i] - 1) + 1 for i in (0, 1)]
     missing = [max(sizes[i] + padding[i] - wide[i], 0) for i in (0, 1)]
-    if any(missing):  # what no block reaches
+    if any(missing):  # pixels outside of all blocks
         image = mb.pad(x=image, pad=[0, 0, 0, 0, 0, missing[0], 0, missing[1]], mode="constant", constant_val=0.0)
     begin, end = [0, 0, *padding], [0, 0, *(size + before for size, before in zip(sizes, padding, strict=True))]
     context.add(mb.slice_by_index(x=image, begin=begin, end=end, end_mask=[True, True, False, False], name=node.name))
@@ -178,7 +178,7 @@ def _pair(sizes: Any) -> list[int]:
 
 
 def _picking(channels: int, kernel: list[int]) -> np.ndarray:
-    """Kernels `(channels * places, 1, *kernel)` of which each has a one at a place of its own."""
+    """One-hot kernels `(channels * positions, 1, *kernel)`."""
     places = kernel[0] * kernel[1]
     return np.tile(np.eye(places, dtype=np.float32).reshape(places, 1, *kernel), (channels, 1, 1, 1))
 
@@ -217,7 +217,7 @@ def prod(context: Any, node: Any) -> None:
 
 
 def where(context: Any, node: Any) -> None:
-    """A choice whose result has the shape of all three inputs; MIL's has that of the two that are chosen from."""
+    """A choice whose result has the shape of all three inputs; MIL's has only that of the two choices."""
     from coremltools.converters.mil import Builder as mb
     from coremltools.converters.mil.frontend.torch import ops
     from coremltools.converters.mil.mil.types.symbolic import any_symbolic
@@ -242,7 +242,7 @@ def where(context: Any, node: Any) -> None:
 
 
 def clone(context: Any, node: Any) -> None:
-    """A value with a name of its own, by which a model gives one tensor as two outputs, or an input as it came."""
+    """A copy of a value under its own name, for outputs that are the same tensor, or an input."""
     from coremltools.converters.mil import Builder as mb
     from coremltools.converters.mil.frontend.torch.ops import _get_inputs
 
@@ -250,7 +250,7 @@ def clone(context: Any, node: Any) -> None:
 
 
 def unsafe_chunk(context: Any, node: Any) -> None:
-    """Even parts along an axis, as the cells of recurrent layers ask for."""
+    """Equal parts along an axis, as cells of recurrent layers need them."""
     from coremltools.converters.mil import Builder as mb
     from coremltools.converters.mil.frontend.torch.ops import _get_inputs
 
@@ -259,7 +259,7 @@ def unsafe_chunk(context: Any, node: Any) -> None:
 
 
 def bilinear(context: Any, node: Any) -> None:
-    """By coremltools, and what it refuses, sizes that the scale does not divide, by matrices."""
+    """By coremltools, or by matrices for sizes that the scale does not divide, which it refuses."""
     from coremltools.converters.mil.frontend.torch import ops
 
     try:
@@ -269,7 +269,7 @@ def bilinear(context: Any, node: Any) -> None:
 
 
 def resampled(context: Any, node: Any) -> None:
-    """A resize that weighs rows and columns each on their own, by a matrix for each: what it makes of the identity."""
+    """A separable resize as two matrix products; the matrices are its results for the identity."""
     import torch
     from coremltools.converters.mil import Builder as mb
     from coremltools.converters.mil.frontend.torch.ops import _get_inputs
@@ -277,7 +277,7 @@ def resampled(context: Any, node: Any) -> None:
     x, size, corners, *scales = _get_inputs(context, node)
     counts = x.shape[-2:]
     if not all(isinstance(count, int | np.integer) for count in counts):
-        raise NotImplementedError(f"{node.kind} of an image of free size")
+        raise NotImplementedError(f"{node.kind} of an image of dynamic size")
     scales = _numbers(scales[0] if len(scales) == 1 else scales) or [None, None]
     sizes = _numbers(size) or [math.floor(count * scale) for count, scale in zip(counts, scales, strict=True)]
     resize = getattr(torch.ops.aten, node.kind.split(".")[0])
@@ -290,7 +290,7 @@ def resampled(context: Any, node: Any) -> None:
 
 
 def nearest(context: Any, node: Any) -> None:
-    """By coremltools where factors are whole; else by PyTorch's indices along each axis, since MIL tells none."""
+    """By coremltools where factors are whole; else by PyTorch's indices along each axis, since MIL documents none."""
     import torch
     from coremltools.converters.mil import Builder as mb
     from coremltools.converters.mil.frontend.torch import ops
@@ -304,7 +304,7 @@ def nearest(context: Any, node: Any) -> None:
         getattr(ops, kind)(context, node)
         return
     if not known:
-        raise NotImplementedError(f"{node.kind} of an image of free size")
+        raise NotImplementedError(f"{node.kind} of an image of dynamic size")
     along = getattr(torch.ops.aten, f"{kind[:-2]}1d")
     for axis, (count, many, scale) in enumerate(zip(counts, wanted, scales, strict=True), 2):
         index = along(torch.arange(float(count))[None, None], [math.floor(many)], scale)[0, 0]
@@ -320,7 +320,7 @@ def _numbers(values: Any) -> list[Any]:
 
 
 def max_pool_with_places(context: Any, node: Any) -> None:
-    """The greatest of each block and its place in the image, of known size and without padding; else no places."""
+    """The maximum of each window and its index, which needs known sizes and no padding; else no indices."""
     from coremltools.converters.mil import Builder as mb
     from coremltools.converters.mil.frontend.torch import ops
     from coremltools.converters.mil.mil.types.symbolic import any_symbolic
@@ -353,14 +353,14 @@ def max_pool_with_places(context: Any, node: Any) -> None:
 
 
 def adaptive_avg_pool(context: Any, node: Any) -> None:
-    """Means of parts as even as they can be, over one to three axes; the batch may be free."""
+    """Means of nearly equal parts, over one to three axes; the batch may be dynamic."""
     from coremltools.converters.mil import Builder as mb
 
     _adaptive(context, node, mb.reduce_mean)
 
 
 def adaptive_max_pool(context: Any, node: Any) -> None:
-    """Likewise the greatest of each part; its place is not given."""
+    """The same for maxima, without indices."""
     from coremltools.converters.mil import Builder as mb
 
     _adaptive(context, node, mb.reduce_max)
@@ -434,5 +434,5 @@ def register() -> None:
         def translate(context: Any, node: Any, composite: Callable[[Any, Any], None] = composite) -> None:
             composite(context, node)
 
-        translate.__name__ = name  # it is registered by that
+        translate.__name__ = name  # the name that it is registered by
         register_torch_op(_func=translate, override=True)

@@ -124,7 +124,7 @@ def relu(context: Any, node: Any) -> None:
 
 
 def rounded(context: Any, node: Any) -> None:
-    """To the nearest, of two to the even one; MIL's `round` leaves that to the device.
+    """Round half to even; with MIL's `round` it depends on the device.
 
     https://github.com/webmachinelearning/webnn/issues/817
     """
@@ -147,7 +147,7 @@ def rounded(context: Any, node: Any) -> None:
 
 
 def log_softmax(context: Any, node: Any) -> None:
-    """Without the logarithm of a softmax, which is of nothing where one is far below the greatest."""
+    """Not the logarithm of a softmax, which is -inf for elements far below the maximum."""
     from coremltools.converters.mil import Builder as mb
     from coremltools.converters.mil.frontend.torch.ops import _get_inputs
 
@@ -159,7 +159,7 @@ def log_softmax(context: Any, node: Any) -> None:
 
 
 def triu(context: Any, node: Any) -> None:
-    """The upper triangle by a choice: coremltools subtracts the lower one, which makes NaN of infinities."""
+    """The upper triangle by `select`: coremltools subtracts the lower one, which turns infinities into NaN."""
     _triangle(context, node, upper=True)
 
 
@@ -169,7 +169,7 @@ def tril(context: Any, node: Any) -> None:
 
 
 def _triangle(context: Any, node: Any, *, upper: bool) -> None:
-    """MIL's bands hold the diagonal: a triangle that does not is what the band of the other one leaves out."""
+    """MIL's bands include the diagonal: a triangle without it is the complement of the other band."""
     from coremltools.converters.mil import Builder as mb
     from coremltools.converters.mil.frontend.torch.ops import _get_inputs
 

@@ -1,4 +1,4 @@
-"""Fourier transforms by the matrix of each, for any batch; coremltools' own reshapes to sizes that it has to know."""
+"""Fourier transforms by the matrix of each, for any batch; coremltools' own needs static sizes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 
 def register() -> None:
-    """Set it in place of coremltools' own, in this process."""
+    """Replace coremltools' own, in this process."""
     from coremltools.converters.mil.mil.passes.defs import lower_complex_dialect_ops
 
     lower_complex_dialect_ops._fft_1d = transformed
@@ -44,7 +44,7 @@ def transformed(real: Any, imag: Any, n: Any, dim: Any, norm: Any, inverse: bool
 
 
 def _matrices(count: int, size: int, norm: str, inverse: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Cosines and sines `(size, count)` of a transform, scaled; the products are cut to a turn while they are whole."""
+    """Cosines and sines `(size, count)` of a transform, scaled; the integer products are reduced modulo one turn."""
     turns = np.outer(np.arange(size), np.arange(count)) % count / count
     angle = 2 * math.pi * turns * (1 if inverse else -1)
     scaled = {"backward": count if inverse else 1, "forward": 1 if inverse else count, "ortho": math.sqrt(count)}

@@ -1,7 +1,7 @@
-"""A pass over a MIL program: reshape, transpose and reshape through more than five axes, which is all that Core ML has.
+"""A pass over a MIL program: replaces reshape, transpose and reshape through more than five axes, Core ML's maximum.
 
-It takes the place of coremltools' own, `common::expand_high_rank_reshape_and_transpose`, which leaves a model with a
-free axis as it is: windows of attention over a free batch.
+It replaces coremltools' own, `common::expand_high_rank_reshape_and_transpose`, which does not change a model with a
+dynamic axis, such as window attention over a dynamic batch.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _MOST = 5
 
 
 def register() -> None:
-    """Set it in place of coremltools' own, in this process."""
+    """Replace coremltools' own, in this process."""
     from coremltools.converters.mil.mil.passes.graph_pass import AbstractGraphPass
     from coremltools.converters.mil.mil.passes.pass_registry import register_pass
 
@@ -37,7 +37,7 @@ def _lower(block: Any) -> None:
 
 
 def _chain(operation: Any) -> list[Any]:
-    """The reshape, the transpose and the reshape that it begins, where they go through too many axes; else nothing."""
+    """The chain of reshape, transpose and reshape that starts here, if it has too many axes; else nothing."""
     chain = [operation]
     for kind in ("transpose", "reshape"):
         users = chain[-1].outputs[0].child_ops if chain[-1].outputs else []
@@ -60,7 +60,7 @@ def _replace(block: Any, into: Any, turn: Any, back: Any) -> None:
 
 
 def _merged(sizes: Sequence[Any], order: Sequence[int]) -> tuple[list[int], list[int]]:
-    """Axes that stay beside each other, as one."""
+    """Merge axes that stay adjacent."""
     runs: list[list[int]] = []
     for axis in order:
         if runs and axis == runs[-1][-1] + 1:
@@ -91,7 +91,7 @@ def _permuted(x: Any, sizes: Sequence[int], order: Sequence[int], before: Any) -
 
 
 def _product(sizes: Iterable[Any]) -> int:
-    """The size of axes as one; -1 where one of them is free."""
+    """The size of axes as one; -1 if one of them is dynamic."""
     listed = list(sizes)
     return -1 if any(map(_free, listed)) else math.prod(map(int, listed))
 

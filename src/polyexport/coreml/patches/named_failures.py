@@ -1,4 +1,4 @@
-"""The operator that coremltools stumbles over, by name and with its constants, in place of a bare `KeyError`."""
+"""Names the operator that coremltools fails on, with its constants, instead of a bare `KeyError`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from polyexport.errors import line
 
 
 def register() -> None:
-    """Let coremltools' translation of a single operator say so, in this process."""
+    """Make errors of coremltools' translations name the operator, in this process."""
     from coremltools.converters.mil.frontend.torch import ops
 
     if getattr(ops.convert_single_node, "__module__", "") == __name__:
@@ -24,17 +24,17 @@ def register() -> None:
             given = ", ".join(_constants(context, node))
             where = f"{node.kind}({given})" if given else node.kind
             why = line(error)
-            raise RuntimeError(f"coremltools does not translate PyTorch's {where}: {why}") from error
+            raise RuntimeError(f"coremltools cannot translate PyTorch's {where}: {why}") from error
 
     ops.convert_single_node = convert_single_node
 
 
 _WORDLESS = (LookupError, TypeError, AttributeError, AssertionError, ArithmeticError)
-"""What an operator raises that did not expect what it was given, which says nothing of the model."""
+"""Errors of an operator on unexpected arguments, which say nothing about the model."""
 
 
 def _constants(context: Any, node: Any) -> list[str]:
-    """Those numbers among an operator's inputs that are known, as `interpolation_mode=2` where its schema is."""
+    """The constants among an operator's inputs, such as `interpolation_mode=2` if its schema is known."""
     found = [(index, _plain(_value(context, name))) for index, name in enumerate(node.inputs)]
     names = _argument_names(node.kind)
     return [
@@ -47,7 +47,7 @@ def _value(context: Any, name: Any) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """A number, a word or a few numbers as Python has them; None for what is larger."""
+    """A number, a string or a few numbers as text; None for anything larger."""
     if isinstance(value, np.ndarray | np.generic):
         return value.tolist() if value.size <= _FEW else None
     return value if isinstance(value, bool | int | float | str) else None

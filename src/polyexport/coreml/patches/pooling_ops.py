@@ -1,7 +1,7 @@
-"""Pools of one to three axes whose last window may hang over the edge, by padding; registered by `composite_ops.py`.
+"""Pools of one to three axes with `ceil_mode`, by padding; registered by `composite_ops.py`.
 
-MIL's own `ceil_mode` is not PyTorch's: it counts what hangs over as padding, so that an average is too small on a
-device, and where there is no padding it keeps a window that lies beyond the edge altogether. So it is never written.
+MIL's own `ceil_mode` differs from PyTorch's: it counts the part beyond the edge as padding, so that an average is too
+small on a device, and without padding it keeps a window that is completely beyond the edge. So it is never written.
 
 https://github.com/apple/coremltools/issues/2772
 """
@@ -22,7 +22,7 @@ from polyexport.coreml.patches.scatter_ops import _sizes
 class Windows:
     """The windows of a pool: their size, steps and padding along each axis, and what hangs over behind each.
 
-    A dynamic axis gets what the last window may need at most, which adds no window.
+    A dynamic axis gets the maximum that the last window may need, which adds no window.
     """
 
     kernel: Sequence[int]
@@ -52,10 +52,10 @@ def _ints(given: Any, count: int, default: Any) -> list[int]:
 
 
 def _overhang(size: int, kernel: int, stride: int, padding: int) -> int:
-    """What PyTorch's last window needs behind the padding; a size of -1 is dynamic.
+    """The extra padding for PyTorch's last window; a size of -1 is dynamic.
 
     Raises:
-        NotImplementedError: a dynamic axis whose last window may begin beyond the edge, where PyTorch drops it.
+        NotImplementedError: a dynamic axis whose last window may begin beyond the edge, which PyTorch drops.
     """
     if size == -1:
         if kernel < stride + padding:
@@ -100,7 +100,7 @@ def _padded(x: Any, widths: Sequence[int], value: float = 0.0) -> Any:
 
 
 def max_pool(context: Any, node: Any) -> None:
-    """The greatest of each window; its index is not given.
+    """The maximum of each window, without its index.
 
     Raises:
         NotImplementedError: the windows are dilated.

@@ -7,12 +7,12 @@ from typing import Any
 
 
 def index_put(context: Any, node: Any) -> None:
-    """`x[:, places] = y`, where the axes that are indexed lie side by side, as one scatter along them as one axis.
+    """`x[:, indices] = y` with adjacent indexed axes, as one scatter along their merged axis.
 
-    Where every axis or none has places of its own coremltools does it; of what lies between it makes something else.
+    coremltools does it if all axes or none have indices; other cases it gets wrong.
 
     Raises:
-        NotImplementedError: the axes lie apart or are free, or there is a mask or a table of places.
+        NotImplementedError: the axes are not adjacent or are dynamic, or there is a mask or an index of several axes.
     """
     from coremltools.converters.mil import Builder as mb
     from coremltools.converters.mil.frontend.torch import ops
@@ -34,7 +34,7 @@ def index_put(context: Any, node: Any) -> None:
         raise NotImplementedError(f"{node.kind} at {[None if each is None else each.shape for each in indices]}")
     place = 0
     for axis in axes:
-        inside = mb.mod(x=mb.cast(x=indices[axis], dtype="int32"), y=sizes[axis])  # a place may count from the end
+        inside = mb.mod(x=mb.cast(x=indices[axis], dtype="int32"), y=sizes[axis])  # an index may count from the end
         place = mb.add(x=mb.mul(x=place, y=sizes[axis]), y=inside)
     merged = mb.reshape(x=x, shape=[*sizes[:first], math.prod(sizes[first:last]), *sizes[last:]])
     updates = _spread(values, mb.gather(x=merged, indices=place, axis=first), _kind(x))
@@ -53,7 +53,7 @@ def _masked(context: Any, node: Any, x: Any, mask: Any, value: Any) -> None:
 
 
 def index_add(context: Any, node: Any) -> None:
-    """Slices added to those at places along an axis."""
+    """Slices added to those at indices along an axis."""
     from coremltools.converters.mil import Builder as mb
     from coremltools.converters.mil.frontend.torch import ops
 
@@ -65,7 +65,7 @@ def index_add(context: Any, node: Any) -> None:
 
 
 def index_copy(context: Any, node: Any) -> None:
-    """Slices in place of those at places along an axis."""
+    """Slices that replace those at indices along an axis."""
     from coremltools.converters.mil import Builder as mb
     from coremltools.converters.mil.frontend.torch.ops import _get_inputs
 
@@ -74,7 +74,7 @@ def index_copy(context: Any, node: Any) -> None:
 
 
 def scatter(context: Any, node: Any) -> None:
-    """Entries at their places along an axis: one value for all of them too, for any batch, and booleans."""
+    """Elements written at indices along an axis: also one value for all, for any batch, and booleans."""
     from coremltools.converters.mil import Builder as mb
     from coremltools.converters.mil.frontend.torch import ops
 
@@ -90,7 +90,7 @@ def scatter(context: Any, node: Any) -> None:
 
 
 def _spread(values: Any, like: Any, kind: str) -> Any:
-    """`values` in the shape of another tensor, which may be free."""
+    """`values` in the shape of another tensor, which may be dynamic."""
     from coremltools.converters.mil import Builder as mb
 
     nothing = mb.cast(x=mb.fill_like(ref_tensor=like, value=0), dtype=kind)
@@ -98,7 +98,7 @@ def _spread(values: Any, like: Any, kind: str) -> Any:
 
 
 def _beside(x: Any, index: Any, along: int) -> Any:
-    """The index with the sizes of `x` beside `along`, where a free one has another name: names are what is compared."""
+    """The index with the sizes of `x` except `along`, since dynamic sizes are compared by their symbols."""
     from coremltools.converters.mil import Builder as mb
 
     def size(axis: int) -> Any:
@@ -114,7 +114,7 @@ def _beside(x: Any, index: Any, along: int) -> Any:
 
 
 def _like(updates: Any, index: Any) -> Any:
-    """The sources with the free sizes of their index under one name with it, for the same reason."""
+    """The sources with the symbols of their index's dynamic sizes, for the same reason."""
     from coremltools.converters.mil import Builder as mb
 
     pairs = zip(_sizes(updates), _sizes(index), updates.shape, index.shape, strict=True)
@@ -128,7 +128,7 @@ _MODES = {"sum": "add", "prod": "mul", "amax": "max", "amin": "min"}
 
 
 def scatter_add(context: Any, node: Any) -> None:
-    """Each entry and the sources that go to its place, added up."""
+    """Each element plus the sources at its index."""
     from coremltools.converters.mil.frontend.torch.ops import _get_inputs
 
     x, axis, index, updates = _get_inputs(context, node)[:4]
@@ -136,10 +136,10 @@ def scatter_add(context: Any, node: Any) -> None:
 
 
 def scatter_reduce(context: Any, node: Any) -> None:
-    """Each entry and the sources that go to its place, added up, multiplied, or the greatest or least of them.
+    """Each element and the sources at its index: their sum, product, maximum or minimum.
 
     Raises:
-        NotImplementedError: their mean, or without the entry; `polyexport.tracing.decompositions` writes these out.
+        NotImplementedError: their mean, or without the element; `polyexport.tracing.decompositions` decomposes these.
     """
     from coremltools.converters.mil.frontend.torch import ops
 
@@ -151,7 +151,7 @@ def scatter_reduce(context: Any, node: Any) -> None:
 
 
 def _scattered(context: Any, node: Any, x: Any, axis: Any, index: Any, updates: Any, reduce: str) -> None:
-    """Computed here where all is constant: coremltools then replaces, whatever is asked for."""
+    """Computed here if all inputs are constant: coremltools would replace values in any mode."""
     import torch
     from coremltools.converters.mil import Builder as mb
 
@@ -166,7 +166,7 @@ def _scattered(context: Any, node: Any, x: Any, axis: Any, index: Any, updates: 
 
 
 def _sizes(x: Any) -> list[int]:
-    """Sizes of the axes, -1 for a free one."""
+    """Sizes of the axes, -1 for a dynamic one."""
     from coremltools.converters.mil.mil.types.symbolic import is_symbolic
 
     return [-1 if is_symbolic(size) else int(size) for size in x.shape]

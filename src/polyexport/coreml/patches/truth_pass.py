@@ -1,6 +1,6 @@
-"""A pass over a MIL program: what is true as a comparison with zero, which no fusion of casts loses.
+"""A pass over a MIL program: casts to bool become comparisons with zero, which the fusion of casts keeps.
 
-coremltools makes one cast of two, so that 0.5 → int → bool comes out true; it runs in front of that pass.
+coremltools fuses two casts, so that 0.5 → int → bool becomes true; this pass runs before that one.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from polyexport.coreml.patches.scatter_ops import _kind
 
 
 def register() -> None:
-    """Put it in front of coremltools' fusion of casts, in this process."""
+    """Insert it before coremltools' fusion of casts, in this process."""
     from coremltools.converters.mil.mil.passes.defs.optimize_repeat_ops import cast_optimization
     from coremltools.converters.mil.mil.passes.pass_registry import register_pass
 

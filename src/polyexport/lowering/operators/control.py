@@ -1,6 +1,6 @@
 """If, Loop, Scan, and the sequences and optionals that they and PyTorch's exporters pass around.
 
-A sequence is a Python list while the graph is built: how many tensors it has must be known before the run.
+A sequence is a Python list while the graph is built, so its length must be known before the run.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from polyexport.lowering.value import Value
 
 @SHARED.op("If", narrow=True)
 def if_(ops: Backend, condition: Value, *, then_branch: Any, else_branch: Any, node: Node) -> Any:
-    """A condition that is known chooses now; else both branches go into the graph."""
+    """A constant condition chooses now; else both branches go into the graph."""
     if condition.known is not None:
         return tuple(node.run(then_branch if bool(condition.known.ravel()[0]) else else_branch, []))
     flag = ops.reshape(condition.tensor, [])
@@ -28,7 +28,7 @@ def if_(ops: Backend, condition: Value, *, then_branch: Any, else_branch: Any, n
 def _tensors(node: Node, graph: Any, inputs: Sequence[Tensor]) -> list[Tensor]:
     found = node.run(graph, [node.value(each) for each in inputs])
     if not all(isinstance(each, Value) for each in found):
-        raise node.unsupported("a sequence leaves a branch that only the run chooses")
+        raise node.unsupported("a branch whose condition is not known before the run returns a sequence")
     return [each.tensor for each in found]
 
 
@@ -36,11 +36,11 @@ def _tensors(node: Node, graph: Any, inputs: Sequence[Tensor]) -> list[Tensor]:
 def loop(
     ops: Backend, count: Value | None, condition: Value | None, *carried: Any, body: Any, node: Node
 ) -> tuple[Any, ...]:
-    """A loop whose number of turns is known and that carries sequences is unrolled; others run as a loop."""
+    """A loop that carries sequences and has a known number of iterations is unrolled; others run as a loop."""
     if any(not isinstance(each, Value) for each in carried):
         going = condition is None or (condition.known is not None and bool(condition.known.ravel()[0]))
         if count is None or count.known is None or not going:
-            raise node.unsupported("it carries a sequence, and the number of turns is not known before the run")
+            raise node.unsupported("it carries a sequence, and its number of iterations is not known before the run")
         return _unrolled(ops, int(count.known.item()), list(carried), body, node)
     most = np.array(np.iinfo(np.int64).max)
     limit = ops.constant(most) if count is None else ops.reshape(ops.cast(count.tensor, most.dtype), [])
@@ -77,7 +77,7 @@ def scan(
     scan_output_directions: list[int] | None = None,
     node: Node,
 ) -> tuple[Any, ...]:
-    """Along an axis of each scanned input, states carried on; states keep their shape."""
+    """Scan along an axis of each scanned input; states keep their shape."""
     states = [each.tensor for each in values[: len(values) - num_scan_inputs]]
     scanned, count = values[len(states) :], len(body.output) - len(states)
     axes, turned = scan_input_axes or [0] * num_scan_inputs, scan_input_directions or [0] * num_scan_inputs
@@ -94,7 +94,7 @@ def scan(
 
 
 def _led(ops: Backend, x: Value, axis: int, turned: int) -> Tensor:
-    """The tensor with an axis first, turned round if it is scanned backwards."""
+    """The tensor with an axis moved to the front, reversed if it is scanned backward."""
     rank = x.rank or 1
     led = x.permuted([axis % rank, *(i for i in range(rank) if i != axis % rank)]).tensor
     return ops.flip(led, [0]) if turned else led
@@ -147,7 +147,7 @@ def sequence_erase(sequence: list[Value], position: Int | None = None) -> list[V
 
 @SHARED.op("SequenceAt", narrow=True)
 def sequence_at(ops: Backend, sequence: list[Value], position: Value) -> Any:
-    """A position that only the run knows needs tensors of one shape."""
+    """A position that is not known before the run needs tensors of one shape."""
     if position.known is not None:
         return sequence[int(position.known)]
     index = ops.reshape(position.tensor, [])
@@ -157,7 +157,7 @@ def sequence_at(ops: Backend, sequence: list[Value], position: Value) -> Any:
 
 @SHARED.op("SequenceMap", narrow=True)
 def sequence_map(*inputs: Any, body: Any, node: Node) -> tuple[list[Value], ...]:
-    """A graph on each tensor of a sequence; inputs that are no sequence are the same every time."""
+    """A graph applied to each tensor of a sequence; other inputs are the same every time."""
     found = []
     for index in range(len(inputs[0])):
         found.append(node.run(body, [each[index] if isinstance(each, list) else each for each in inputs]))

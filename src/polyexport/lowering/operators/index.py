@@ -1,6 +1,6 @@
-"""Operators that look entries up and count them.
+"""Operators that gather and count elements.
 
-Scatters, sorts and Unique differ too much: each framework's folder has its own.
+Scatters, sorts and Unique differ too much between frameworks: each folder has its own.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def reverse_sequence(ops: Backend, x: Value, lengths: Value, *, batch_axis: int 
 
 @SHARED.op("OneHot")
 def one_hot(ops: Backend, indices: Value, depth: Value, values: Value, *, axis: int = -1) -> Tensor:
-    """Indices from -depth to depth - 1 are lit, others are not."""
+    """Indices from -depth to depth - 1 give a one, others do not."""
     known = static(depth)
     count = known[0] if known else ops.cast(ops.reshape(depth.tensor, []), ops.index)
     positions = ops.cast(indices.tensor, np.dtype(np.int64))

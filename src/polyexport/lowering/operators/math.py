@@ -1,4 +1,4 @@
-"""Operators that work element by element; most elementary functions stand in each framework's own folder."""
+"""Operators that work element by element; most elementary functions are in each framework's folder."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def equal(ops: Backend, a: Tensor, b: Tensor) -> Tensor:
 
 @SHARED.elementwise("Pow")
 def power(ops: Backend, a: Tensor, b: Tensor) -> Tensor:
-    """Of the base's type, whatever the exponent's."""
+    """The result has the base's type, whatever the exponent's."""
     base, exponent = ops.dtype(a), ops.dtype(b)
     if base == exponent:
         return a**b
@@ -151,7 +151,7 @@ def swish(ops: Backend, x: Tensor, *, alpha: float = 1.0) -> Tensor:
 
 @SHARED.elementwise("Shrink")
 def shrink(ops: Backend, x: Tensor, *, bias: float = 0.0, lambd: float = 0.5) -> Tensor:
-    """Towards zero by `bias`; zero within `lambd`."""
+    """Shifted toward zero by `bias`; zero within `lambd`."""
     low, high, offset = (ops.full([], number, ops.dtype(x)) for number in (-lambd, lambd, bias))
     return ops.where(x < low, x + offset, ops.where(x > high, x - offset, 0))
 
@@ -168,9 +168,9 @@ def _is(bound: Value | None, number: float) -> bool:
 
 @SHARED.op("Clip")
 def clip(ops: Backend, x: Value, low: Value | None = None, high: Value | None = None) -> Value:
-    """Either bound may be missing; where they cross, the upper one wins.
+    """Either bound may be missing; if they cross, the upper one wins.
 
-    Between 0 and 6 it is what runtimes fuse to a convolution.
+    Between 0 and 6 it is an operator that runtimes fuse to a convolution.
     """
     if _is(low, 0.0) and _is(high, 6.0) and is_float(x.dtype):
         return Value(ops, ops.relu6(x.stored), x.order)
@@ -184,7 +184,7 @@ def clip(ops: Backend, x: Value, low: Value | None = None, high: Value | None = 
 
 @SHARED.op("Cast", since=6, narrow=True)
 def cast(ops: Backend, x: Value, *, to: int, saturate: int = 1, round_mode: str = "up") -> Value:
-    """Floats are truncated towards zero on their way to integers."""
+    """Floats are truncated toward zero when cast to integers."""
     return x.cast(ops.type_of(to))
 
 
@@ -198,15 +198,15 @@ def cast_like(x: Value, other: Value, *, saturate: int = 1, round_mode: str = "u
 def dropout(
     ops: Backend, x: Value, ratio: Any = None, training: Value | None = None, *, seed: int = 0, node: Node
 ) -> Any:
-    """Nothing, since a model is exported for inference.
+    """The input itself, since a model is exported for inference.
 
     Raises:
-        UnsupportedOp: it is left in training mode.
+        UnsupportedOp: it is in training mode.
     """
     if training is not None and (training.known is None or bool(training.known)):
         share = 0.5 if ratio is None else ratio.known
         if share is None or float(share) > 0:
-            raise node.unsupported("it drops at random, since it is in training mode")
+            raise node.unsupported("it drops elements at random, since it is in training mode")
     return (x, ops.full(ops.sizes(x), True, np.dtype(bool))) if node.wants(1) else x
 
 

@@ -1,4 +1,4 @@
-"""Pools that need no window, and the inverse of a pool."""
+"""Global pools, and the inverse of a pool."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def max_unpool(
     strides: list[int] | None = None,
     node: Node,
 ) -> Tensor:
-    """Each entry back to the flat index that MaxPool gave; the indices are those of the unpadded result."""
+    """Put each element back at the flat index that MaxPool returned; indices are those of the unpadded result."""
     count = len(kernel_shape)
     strides, pads = strides or [1] * count, pads or [0] * (2 * count)
     batch, channels, *sizes = ops.sizes(x)

@@ -1,4 +1,4 @@
-"""Operators that go to integers and back."""
+"""Operators that quantize and dequantize."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _INT32, _SINGLE, _DOUBLE = np.dtype(np.int32), np.dtype(np.float32), np.dtype(np
 
 
 def _spread(ops: Backend, value: Value, x: Value, axis: int, block: int, dtype: np.dtype[Any] = _SINGLE) -> Tensor:
-    """A scale or zero point, so that it combines with the tensor: one for all, per axis, or per block of an axis."""
+    """A scale or zero point, reshaped to broadcast with the tensor: one for all, per axis, or per block of an axis."""
     rank = x.rank or 0
     scale = ops.cast(value.tensor, dtype)
     if value.rank == 0:
@@ -29,7 +29,7 @@ def _spread(ops: Backend, value: Value, x: Value, axis: int, block: int, dtype: 
 
 
 def _levels(ops: Backend, data: Tensor, zero: Tensor | float, dtype: np.dtype[Any]) -> Tensor:
-    """Rounded half to even, and kept within the type."""
+    """Round half to even, and clip to the type's range."""
     limits = np.iinfo(dtype)
     return ops.cast(ops.clip(ops.round(data) + zero, float(limits.min), float(limits.max)), dtype)
 
@@ -47,7 +47,7 @@ def quantize(
     output_dtype: int = 0,
     precision: int = 0,
 ) -> Tensor:
-    """To the type of the zero point, or the one that is named."""
+    """To the type of the zero point, or to `output_dtype`."""
     dtype = zero.dtype if zero is not None else ops.type_of(output_dtype or 2)
     point = 0.0 if zero is None else _spread(ops, zero, x, axis, block_size)
     return _levels(ops, ops.cast(x.tensor, _SINGLE) / _spread(ops, scale, x, axis, block_size), point, dtype)
@@ -84,7 +84,7 @@ def quantized_matmul(
     y_scale: Value,
     y_zero: Value,
 ) -> Tensor:
-    """Back to floats, multiplied, and to integers again."""
+    """Dequantize, multiply, and quantize again."""
 
     def column(value: Value, dtype: np.dtype[Any]) -> Tensor:
         tensor = ops.cast(value.tensor, dtype)
@@ -113,7 +113,7 @@ def quantized_convolution(
     node: Node,
     **attributes: Any,
 ) -> Tensor:
-    """Sums of integers, which float64 holds exactly."""
+    """Integer sums in float64, which is exact."""
     data = ops.cast(x.tensor, _DOUBLE) - ops.cast(x_zero.tensor, _DOUBLE)
     kernel = ops.cast(w.tensor, _DOUBLE) - _spread(ops, w_zero, w, 0, 0, _DOUBLE)
     made = _convolved(data, ops.set_shape(kernel, w.shape or ()), node, attributes)
@@ -140,7 +140,7 @@ def convolve_integer(
     node: Node,
     **attributes: Any,
 ) -> Tensor:
-    """Each side less its zero point; in float64, which holds every sum exactly, since no CPU kernel takes integers."""
+    """Subtract the zero points, and compute in float64, which is exact, since there are no integer CPU kernels."""
 
     def less(value: Value, zero: Value | None) -> Tensor:
         tensor = ops.cast(value.tensor, _DOUBLE)
@@ -151,7 +151,7 @@ def convolve_integer(
 
 @SHARED.op("DynamicQuantizeLinear")
 def dynamic_quantize(ops: Backend, x: Value) -> tuple[Tensor, Tensor, Tensor]:
-    """To bytes, by the tensor's own range, zero included."""
+    """Quantize to uint8 by the tensor's own range, zero included."""
     every = list(range(x.rank or 0))
     low = -ops.maximum(ops.peak(-x.tensor, every, False), 0.0)
     high = ops.maximum(ops.peak(x.tensor, every, False), 0.0)

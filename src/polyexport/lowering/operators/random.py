@@ -1,4 +1,4 @@
-"""Operators that draw at random. ONNX does not say which numbers they draw, only how they are spread."""
+"""Random operators. ONNX defines only the distribution of their numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LSTM, GRU and RNN: a loop over time for each direction, whatever framework runs the loop."""
+"""LSTM, GRU and RNN: a loop over time for each direction, in any framework."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from polyexport.lowering.value import Value
 Step = Callable[[Tensor, State], State]
 Function = Callable[[Tensor], Tensor]
 Ahead = Callable[[Tensor], Tensor]
-"""What is done for all steps at once."""
+"""Computes something for all steps at once."""
 
 Cell = Callable[["_Layer", int], tuple[Ahead, Step]]
 """Of a layer and a direction: what is done for all steps at once, and the step."""
 
 UNROLLED = 32
-"""Steps up to which a sequence of known length is unrolled, which every runtime runs and runs faster."""
+"""Sequences of known length up to this are unrolled, which every runtime supports and runs faster."""
 
 _DEFAULTS: Mapping[str, tuple[float, float]] = {
     "affine": (1.0, 0.0),
@@ -53,7 +53,7 @@ def _activation(ops: Backend, name: str, alpha: float, beta: float) -> Function:
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    """Inputs and attributes that the three layers share, as ONNX names them."""
+    """Inputs and attributes that the three layers share, by ONNX's names."""
 
     ops: Backend
     x: Value
@@ -71,7 +71,7 @@ class _Layer:
 
     @property
     def width(self) -> int:
-        """Entries of the state."""
+        """The size of the state."""
         return self.hidden_size or int((self.r.shape or ())[-1])  # type: ignore[arg-type]  # static
 
     def chosen(self, index: int) -> list[Function]:
@@ -99,11 +99,11 @@ class _Layer:
         return x if self.clip is None else self.ops.clip(x, -self.clip, self.clip)
 
     def split(self, x: Tensor, count: int) -> Sequence[Tensor]:
-        """The gates `(batch, width)` that lie side by side."""
+        """The gates `(batch, width)` of a tensor that has them concatenated."""
         return self.ops.split(x, [self.width] * count, 1)
 
     def run(self, cell: Cell) -> tuple[Tensor, ...]:
-        """Each direction by itself.
+        """Run each direction.
 
         Returns:
             `(time, directions, batch, width)` and for each state `(directions, batch, width)`, or with `layout` 1
@@ -136,14 +136,14 @@ class _Layer:
 
 
 def _turned(ops: Backend, x: Tensor, lengths: Tensor | None) -> Tensor:
-    """A sequence `(time, batch, width)` turned round, each within its length where lengths are given."""
+    """A sequence `(time, batch, width)` reversed, each within its length if lengths are given."""
     return ops.flip(x, [0]) if lengths is None else ops.reverse_within(x, lengths, 0, 1)
 
 
 def _scanned(ops: Backend, x: Tensor, state: State, step: Step, lengths: Tensor | None) -> tuple[Tensor, State]:
     """The first state after each step along the first axis, and the last states.
 
-    Beyond its length a sequence keeps its state, and its output is zero.
+    After its length a sequence keeps its state, and its output is zero.
     """
 
     def masked(i: Any, row: Tensor, old: State) -> tuple[Tensor, State]:
@@ -165,7 +165,7 @@ def _scanned(ops: Backend, x: Tensor, state: State, step: Step, lengths: Tensor 
 
 
 def _part(value: Value | None, index: int, transposed: bool = False) -> Any:
-    """One direction's share of a weight; of a known one it is cut now."""
+    """One direction's part of a weight; a constant one is sliced now."""
     if value is None:
         return None
     if value.known is not None:
@@ -176,7 +176,7 @@ def _part(value: Value | None, index: int, transposed: bool = False) -> Any:
 
 
 def _ahead(weight: Tensor, bias: Tensor | None) -> Ahead:
-    """The inputs' share of the gates, for all steps in one product."""
+    """The inputs' contribution to the gates, for all steps in one product."""
     return lambda x: x @ weight if bias is None else x @ weight + bias
 
 
@@ -195,7 +195,7 @@ def lstm(
     input_forget: int = 0,
     **attributes: Any,
 ) -> tuple[Tensor, ...]:
-    """Gates lie in the order input, output, forget, cell."""
+    """Gates are in the order input, output, forget, cell."""
 
     def cell(layer: _Layer, index: int) -> tuple[Ahead, Step]:
         width = layer.width
@@ -233,7 +233,7 @@ def gru(
     linear_before_reset: int = 0,
     **attributes: Any,
 ) -> tuple[Tensor, ...]:
-    """Gates lie in the order update, reset, hidden."""
+    """Gates are in the order update, reset, hidden."""
 
     def cell(layer: _Layer, index: int) -> tuple[Ahead, Step]:
         width = layer.width

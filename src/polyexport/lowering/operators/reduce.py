@@ -1,4 +1,4 @@
-"""Operators that make axes smaller, or run along them."""
+"""Reductions, cumulative operators and matrix products."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ for _name, _reduce in _REDUCTIONS.items():
 
 
 def _extreme(find: Callable[[Backend], Callable[[Tensor, int, bool], Tensor]]) -> Callable[..., Tensor]:
-    """The index of the first, or the last, of the extreme entries."""
+    """The first or last index of the extreme element."""
 
     def apply(ops: Backend, x: Value, *, axis: int = 0, keepdims: int = 1, select_last_index: int = 0) -> Tensor:
         axis = axis % (x.rank or 1)
@@ -116,7 +116,7 @@ for _name, _function in _ALONG.items():
 
 @SHARED.op("LpNormalization")
 def norm(ops: Backend, x: Value, *, axis: int = -1, p: int = 2) -> Tensor:
-    """Along one axis, to length 1; what has no length stays zero."""
+    """Along one axis, to length 1; zero vectors stay zero."""
     entries, axes = x.tensor, [axis % (x.rank or 1)]
     total = ops.sum(ops.abs(entries) if p == 1 else entries * entries, axes, True)
     length = total if p == 1 else ops.sqrt(total)
@@ -164,7 +164,7 @@ def _times(ops: Backend, tensor: Tensor, factor: float) -> Tensor:
 
 @SHARED.op("Einsum")
 def einsum(ops: Backend, *operands: Value, equation: str) -> Tensor:
-    """Capital letters, spaces and an output that is left out included."""
+    """Including capital letters, spaces and an omitted output."""
     return ops.einsum(_with_output(equation.replace(" ", "")), [operand.tensor for operand in operands])
 
 

@@ -1,7 +1,7 @@
-"""Resize and Upsample in all of ONNX's modes, whatever framework gathers and weighs.
+"""Resize and Upsample in all of ONNX's modes, for any framework.
 
-Every mode is a few source entries for each result entry, with weights, one axis after the other. What is known of the
-sizes is computed now, by numpy; what only the run knows, by the framework.
+Every mode is a weighted sum of a few source elements for each result element, one axis after the other. Known sizes are
+computed now by numpy; others at run time by the framework.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from polyexport.lowering.value import Value
 
 @dataclass(frozen=True, slots=True)
 class _Arithmetic:
-    """What is computed by numpy where it is known before the run, and by the framework where it is not.
+    """Functions that numpy computes if their inputs are known before the run, else the framework.
 
     Attributes:
-        floor: Of each entry, as are ceil, maximum and minimum.
+        floor: Element by element, as are ceil, maximum and minimum.
         ceil: See floor.
         maximum: See floor; of two tensors, or of a tensor and a number.
         minimum: See maximum.
@@ -80,7 +80,7 @@ def _arithmetic(ops: Backend) -> _Arithmetic:
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """One axis that is resized; what only the run knows is a tensor. `scale` is the nominal one."""
+    """One resized axis; values that are not known before the run are tensors. `scale` is the nominal one."""
 
     index: int
     size: Any
@@ -90,13 +90,13 @@ class Axis:
 
     @property
     def is_known(self) -> bool:
-        """Whether nothing of it is left to the run."""
+        """Whether all of it is known before the run."""
         return all(is_known(each) for each in (self.size, self.target, self.scale, *(self.region or ())))
 
 
 @dataclass(frozen=True, slots=True)
 class Mode:
-    """Resize's attributes of how entries are found and weighed, as ONNX names them."""
+    """Resize's attributes on coordinates and weights, by ONNX's names."""
 
     mode: str = "nearest"
     coordinate_transformation_mode: str = "half_pixel"
@@ -108,7 +108,7 @@ class Mode:
 
 
 def native_kind(x: Value, plan: list[Axis], how: Mode) -> tuple[list[int], str] | None:
-    """The last two sizes of the result, and how a framework's own operator computes it; None where none might.
+    """The last two sizes of the result, and how a framework's own operator may compute it; None if it cannot.
 
     That is "nearest" by whole factors, or linear with "half_pixel", "align_corners" or "asymmetric" coordinates, of
     float32 images whose sizes are known before the run and scaled by exactly their ratio.
@@ -191,9 +191,9 @@ def _plan(
 
 
 def _is_batch(axis: int, size: Any, sizes: Value | None, rank: int | None) -> bool:
-    """Whether it is an axis before those of the image whose target is as unknown as its size, unlike other targets.
+    """Whether it is an axis before the image's whose size and target are both unknown, unlike other targets.
 
-    Exporters write out the whole shape, and none of theirs resizes batch or channels.
+    Exporters write the whole shape, and never resize batch or channels.
     """
     if is_known(size) or sizes is None or sizes.sizes is None or len(sizes.sizes) != rank:
         return False

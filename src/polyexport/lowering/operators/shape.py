@@ -1,6 +1,6 @@
-"""Operators that move, pad, join and fill.
+"""Operators that reorder, pad, concatenate and fill.
 
-Reshape, Slice, Expand and what else meets sizes that only the run knows in a way of its own stand in each framework's
+Reshape, Slice, Expand and others that handle sizes unknown before the run in their own way are in each framework's
 folder.
 """
 
@@ -19,16 +19,16 @@ from polyexport.lowering.value import Value, align
 
 
 def entries(ops: Backend, shape: Value, node: Node) -> list[Size]:
-    """What a shape says, entry by entry: an `int` where it is known, else a scalar tensor.
+    """The elements of a shape: an `int` if known, else a scalar tensor.
 
     Raises:
-        UnsupportedOp: not even the number of entries is known.
+        UnsupportedOp: not even the number of elements is known.
     """
     if shape.sizes is not None and None not in shape.sizes:
         return [int(entry) for entry in shape.sizes.ravel()]
     count = (shape.shape or (None,))[0]
     if count is None:
-        raise node.unsupported("how many axes its result has is not known before the run")
+        raise node.unsupported("the rank of its result is not known before the run")
     content = ops.cast(shape.tensor, ops.index)
     sizes = [None] * count if shape.sizes is None else shape.sizes
     return [content[i] if size is None else int(size) for i, size in enumerate(sizes)]
@@ -48,7 +48,7 @@ def size(ops: Backend, x: Value) -> Any:
 
 @SHARED.op("Flatten", narrow=True)
 def flatten(ops: Backend, x: Value, *, axis: int = 1) -> Tensor:
-    """Two axes: what lies before `axis`, and the rest."""
+    """Two axes: all before `axis`, and the rest."""
     own, axis = x.shape or (), axis + (x.rank or 0) if axis < 0 else axis
     if None not in own[axis:] and 0 not in own:
         return ops.reshape(x.tensor, [-1, product(own[axis:])])
@@ -177,7 +177,7 @@ def pad(
     mode: str = "constant",
     node: Node,
 ) -> Value:
-    """Negative amounts cut; but for constants by index, since no framework has all the modes and unknown amounts."""
+    """Negative amounts crop. Modes other than constant use gathers, since no framework supports all of them."""
     rank = x.rank or 0
     chosen, amounts = list(range(rank)) if axes is None else axes, entries(ops, pads, node)
     sides: list[tuple[Size, Size]] = [(0, 0)] * rank

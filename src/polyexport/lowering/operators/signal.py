@@ -1,4 +1,4 @@
-"""Fourier transforms, windows, and images from blocks."""
+"""Fourier transforms, windows, and Col2Im."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def short_transform(
     data = signal.tensor if signal.rank == 3 else ops.unsqueeze(signal.tensor, [2])
     span = length if length is not None or window is None else (window.shape or (None,))[0]
     if span is None:
-        raise node.unsupported("its frames' length is not known before the run")
+        raise node.unsupported("the length of its frames is not known before the run")
     batch, time = ops.sizes(signal)[:2]
     count = (time - span) // step + 1
     positions = ops.unsqueeze(ops.range(0, count) * step, [1]) + ops.unsqueeze(ops.range(0, span), [0])

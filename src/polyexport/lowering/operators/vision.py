@@ -1,4 +1,4 @@
-"""Operators of sampling; detection's own differ too much, and stand in each framework's folder."""
+"""Sampling operators; those of detection differ too much, and are in each framework's folder."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ def grid_sample(
 
 
 def within(ops: Backend, at: Tensor, size: Tensor) -> Tensor:
-    """A position, moved to the next one that lies in an axis."""
+    """A position clamped to an axis."""
     return ops.minimum(ops.maximum(at, 0.0), size - 1)
 
 
 def _moved(ops: Backend, at: Tensor, size: Tensor, mode: str, align_corners: bool) -> Tensor:
-    """Positions beyond the tensor, moved into it as `padding_mode` says."""
+    """Positions outside of the tensor, moved into it as `padding_mode` says."""
     if mode == "border":
         return within(ops, at, size)
     if mode == "reflection":
@@ -91,7 +91,7 @@ def sampled(
 
 
 def _taps(ops: Backend, at: Tensor, mode: str) -> list[tuple[Tensor, Tensor]]:
-    """The entries that count at a position, with their weights."""
+    """The elements that contribute to a position, with their weights."""
     if mode == "nearest":
         return [(ops.round(at), ops.zeros_like(at, ops.dtype(at)) + 1)]
     low = ops.floor(at)
@@ -102,7 +102,7 @@ def _taps(ops: Backend, at: Tensor, mode: str) -> list[tuple[Tensor, Tensor]]:
 
 
 def corners(ops: Backend, images: Tensor, batch: Tensor, ys: Tensor, xs: Tensor) -> list[Tensor]:
-    """The four neighbors of each sample, weighed; a sample further out than one pixel counts as zero.
+    """The four neighbors of each sample, weighted; a sample further out than one pixel counts as zero.
 
     Args:
         ops: The framework.

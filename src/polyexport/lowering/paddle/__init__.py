@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Lowered:
-    """A program, its weights in a scope of its own, and the tensors that go in and out, by name."""
+    """A program, its weights in their own scope, and its input and output tensors by name."""
 
     program: Program
     scope: Any
@@ -52,7 +52,7 @@ class Lowered:
     outputs: Mapping[str, Tensor]
 
     def save(self, prefix: Path) -> None:
-        """Write an inference model, `<prefix>.json` and `<prefix>.pdiparams`, that calls its outputs by their names."""
+        """Write an inference model, `<prefix>.json` and `<prefix>.pdiparams`, with the outputs' names."""
         read = inference.read(self.inputs, self.outputs, self.program)
         with paddle.static.scope_guard(self.scope):
             program = paddle.static.normalize_program(self.program, read, list(self.outputs.values()))
@@ -73,7 +73,7 @@ def lower(path: Path, inputs: list[InputSpec]) -> Lowered:
         inputs: Name, type and shape of forward's inputs; one that the graph does not read is accepted and ignored.
 
     Raises:
-        UnsupportedOp: the graph has an operator, or a use of one, that the table does not carry.
+        UnsupportedOp: the graph has an operator, or a use of one, that is not supported.
     """
     return lower_model(read(path), inputs)
 
@@ -96,5 +96,5 @@ def lower_model(model: onnx.ModelProto, inputs: list[InputSpec]) -> Lowered:
 
 def _tensor(name: str, content: Any) -> Tensor:
     if not isinstance(content, Value):
-        raise NotImplementedError(f"the output {name!r} is a sequence, and Paddle's programs answer with tensors only")
+        raise NotImplementedError(f"the output {name!r} is a sequence, and Paddle's programs return only tensors")
     return content.tensor

@@ -1,6 +1,6 @@
-"""Convolutions and pools, with the channels where ONNX has them: Paddle's kernels want them there too.
+"""Convolutions and pools, with channels second as in ONNX, which Paddle's kernels need too.
 
-A convolution of one axis runs as one of two, the first of size 1: Paddle has no kernel of its own for it.
+A 1D convolution runs as a 2D one with a first axis of size 1: Paddle has no 1D kernel.
 """
 
 from __future__ import annotations
@@ -77,13 +77,13 @@ def convolve(
 def convolve_transposed(
     x: Value, weight: Value, bias: Value | None = None, *, group: int = 1, node: Node, **attributes: Any
 ) -> Tensor:
-    """Kernels are `(in, out / group, *spatial)`; the whole result is made, and its sides are cut by the pads."""
+    """Kernels are `(in, out / group, *spatial)`; the full result is computed, and cropped by the pads."""
     count = (x.rank or 0) - 2
     if not 1 <= count <= 3:
         raise node.unsupported(f"a transposed convolution over {count} axes")
     where, _ = transposed_windows(sizes_of(x)[2:], **kernel_of(weight, attributes))
     data, sides, extra = x.tensor, where.sides, where.tails
-    if (x.shape or ())[1] is None:  # which Paddle wants to know
+    if (x.shape or ())[1] is None:  # which Paddle needs to know
         data = set_shape(paddle.assign(data), [None, (weight.shape or ())[0], *[None] * count])
     even = are_known(sides) and all(before == after >= 0 for before, after in sides)
     if even and not any(extra):  # as most decoders have it: Paddle's kernel cuts itself
@@ -109,7 +109,7 @@ def _transposed(
 
 
 def _along(data: Tensor, axis: int, where: Windows) -> list[Tensor]:
-    """For every entry of the kernel along one spatial axis what it meets in all windows."""
+    """For every element of the kernel along one spatial axis, the elements of all windows at it."""
     (span,) = spans(where.kernel[axis : axis + 1], where.dilations[axis : axis + 1])
     stride, position = where.strides[axis], axis + 2
     size = data.shape[position] if data.shape[position] >= 0 else cast(paddle.shape(data)[position], "int64")
@@ -133,7 +133,7 @@ def _summed(data: Tensor, where: Windows) -> Tensor:
 
 
 def _is_native(x: Value, where: Windows) -> bool:
-    """Whether Paddle's own pools take it: windows without gaps, padding that is known."""
+    """Whether Paddle's own pools support it: windows without dilation, known padding."""
     return is_float(x.dtype) and set(where.dilations) == {1} and len(where.kernel) <= 3 and are_known(where.whole)
 
 
@@ -166,7 +166,7 @@ def max_pool(x: Value, *, storage_order: int = 0, node: Node, **attributes: Any)
 
 
 def _lowest_around(x: Value, sides: Sides, node: Node) -> Tensor:
-    """Padded by what is less than every entry: minus infinity, which no attribute of a saved program can hold."""
+    """Padded with minus infinity, which an attribute of a saved program cannot hold."""
     if not is_float(x.dtype):
         return pad(node.ops, x.tensor, sides, float(np.iinfo(x.dtype).min))
     inside = pad(node.ops, paddle.ones([1, 1, *sizes_of(x)[2:]]), sides)

@@ -30,7 +30,7 @@ def gather_nd(x: Value, indices: Value, *, batch_dims: int = 0, node: Node) -> T
 def _depth(indices: Value, node: Node) -> int:
     depth = (indices.shape or (None,))[-1]
     if depth is None:
-        raise node.unsupported("how many axes its indices count is not known before the run")
+        raise node.unsupported("the last size of its indices is not known before the run")
     return depth
 
 
@@ -70,7 +70,7 @@ def scatter_nd(x: Value, indices: Value, updates: Value, *, reduction: str = "no
 
 @OPS.op("TopK", since=10)
 def top_k(x: Value, k: Value, *, axis: int = -1, largest: int = 1, sorted: int = 1) -> Any:
-    """Values and indices; among equals the first comes first, which Paddle's own does not promise."""
+    """Values and indices; equal values keep their order, which Paddle's own does not guarantee."""
     axis = axis % (x.rank or 1)
     known = static(k)
     count = known[0] if known else paddle.reshape(paddle.cast(k.tensor, "int64"), [])

@@ -1,14 +1,14 @@
-"""What Paddle Inference would break of a program that Paddle's executor runs rightly, mended while it is made.
+"""Workarounds for passes of Paddle Inference that break programs which Paddle's executor runs correctly.
 
-On a CPU the runtime's defaults compute by oneDNN, and two passes over a program go wrong there:
+On CPUs the runtime uses oneDNN by default, and two of its passes are wrong:
 
-* An operator may overwrite its input where no later one reads it. A tensor goes from oneDNN to an operator without a
-  kernel of oneDNN's under a name of its own but without a copy, and the pass looks at the names: in `y = x * 3;
-  z = floor(y) + y` the last y is floor(y) already.
-* Operators that oneDNN can run as one become one, whatever the type. oneDNN has kernels for float32; of any other type
-  the first operator alone is run, or none: of integers `(a - b) * 2` is `a - b`.
+* An operator may overwrite its input if no later one reads it. A tensor passed from oneDNN to an operator without a
+  oneDNN kernel gets another name but no copy, and the pass compares names: in `y = x * 3; z = floor(y) + y` the last y
+  is floor(y) already.
+* Operators that oneDNN can fuse are fused for any type. oneDNN has kernels for float32; for other types only the first
+  operator is run, or none: for integers `(a - b) * 2` is `a - b`.
 
-A copy by `tile`, which oneDNN does not know, no operator overwrites and no pass takes away, stops both.
+A copy by `tile`, which oneDNN lacks, which no operator overwrites and no pass removes, prevents both.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ _FUSED = {
     *("concat", "conv2d", "conv2d_transpose", "conv3d", "conv3d_transpose", "depthwise_conv2d", "gelu", "hardsigmoid"),
     *("hardswish", "leaky_relu", "matmul", "mish", "relu6", "silu", "softplus", "squeeze", "swish", "unsqueeze"),
 }
-"""Operators that a pass may make one of with the one before or behind."""
+"""Operators that a pass may fuse with the one before or after."""
 
 
 def guard(program: Program) -> None:
-    """Copy what an operator would overwrite or be made one of wrongly."""
+    """Copy tensors that an operator would overwrite or be fused with wrongly."""
     pir = paddle.base.libpaddle.pir
     for op in list(_operations(program.global_block())):
         for index, tensor in enumerate(op.operands_source()):
@@ -50,8 +50,8 @@ def guard(program: Program) -> None:
 def distinct(outputs: Mapping[str, Tensor], program: Program) -> dict[str, Tensor]:
     """The outputs as tensors of their own.
 
-    A pass of the runtime computes only once what a program computes twice, and of two outputs that it makes one of, one
-    name is lost: what may be equal to an output before it is copied once more than that one.
+    A pass of the runtime computes duplicates only once, and if two outputs become one, a name is lost: an output that
+    may equal an earlier one is copied once more than that.
     """
     keys, seen = _keys(program), Counter[int]()
     found = {}
@@ -65,7 +65,7 @@ def distinct(outputs: Mapping[str, Tensor], program: Program) -> dict[str, Tenso
 
 
 def _keys(program: Program) -> Any:
-    """A number for each tensor; those that a program computes twice have the same, and a few others too."""
+    """A number for each tensor, equal for duplicates, and for a few others."""
     from paddle.autograd.backward_utils import ValueDict
 
     keys = ValueDict()
@@ -85,7 +85,7 @@ def _operations(block: Any) -> Iterator[Any]:
 
 
 def _is_copied(tensor: Tensor) -> bool:
-    """Whether `tile` takes it."""
+    """Whether `tile` supports the tensor."""
     types = (paddle.bool, paddle.int32, paddle.int64, paddle.float32, paddle.float64)
     return bool(tensor.initialized()) and tensor.is_dense_tensor_type() and tensor.dtype in types and tensor.ndim < 8
 
@@ -95,18 +95,18 @@ def _name(op: Any) -> str:
 
 
 def _is_in_danger(tensor: Tensor, op: Any) -> bool:
-    """Whether an operator needs a tensor of its own: oneDNN computes in float32, and casts from there."""
+    """Whether an operator needs a copy of a tensor: oneDNN computes in float32, and casts from there."""
     name, source = _name(op), _name(tensor.get_defining_op())
     if tensor.dtype != paddle.float32 and name in _FUSED and source in _FUSED:
         return True
-    if source == "transpose" and name == "reshape":  # made one it keeps a shape by which a product behind it is judged
+    if source == "transpose" and name == "reshape":  # fused, it keeps a shape that a later product is checked against
         return not (tensor.ndim == 4 and list(op.result(0).shape[:-1]) == list(tensor.shape[:2]))
     overwrites = name not in _OVERWRITING and hasattr(paddle._C_ops, f"{name}_")
     return overwrites and not tensor.has_one_use() and (tensor.dtype == paddle.float32 or source == "cast")
 
 
 def read(inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor], program: Program) -> list[Tensor]:
-    """The inputs that an output depends on; Paddle saves no program with another one."""
+    """The inputs that an output depends on; Paddle cannot save a program with others."""
     from paddle.autograd.backward_utils import ValueSet, get_real_op_inputs, get_real_op_outputs, some_in_set
 
     needed = ValueSet(outputs.values())

@@ -1,4 +1,4 @@
-"""Operators that meet sizes which only the run knows in a way of Paddle's own."""
+"""Operators that handle sizes unknown before the run in Paddle's own way."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from polyexport.lowering.value import Value, static
 
 @OPS.op("Transpose", narrow=True)
 def transpose(x: Value, *, perm: list[int] | None = None) -> Any:
-    """All axes turned round, if none is named."""
+    """All axes reversed, if none is named."""
     order = list(range(x.rank or 0))[::-1] if perm is None else perm
     if x.known is not None:
         return x.permuted(order)
@@ -30,7 +30,7 @@ def transpose(x: Value, *, perm: list[int] | None = None) -> Any:
 
 @OPS.op("Shape", narrow=True)
 def shape(x: Value, *, start: int = 0, end: int | None = None) -> Any:
-    """Known where the sizes are static, and then no tensor is asked for anything."""
+    """Known if the sizes are static; then no tensor is read."""
     wanted = (x.shape or ())[start:end]
     if None not in wanted:
         return np.array(wanted, np.int64)
@@ -39,7 +39,7 @@ def shape(x: Value, *, start: int = 0, end: int | None = None) -> Any:
 
 @OPS.op("Reshape", since=5, narrow=True)
 def reshape_(x: Value, shape: Value, *, allowzero: int = 0, node: Node) -> Tensor:
-    """0 keeps a size unless `allowzero`, -1 is what is left; any size may be unknown before the run."""
+    """0 keeps a size unless `allowzero`, -1 is the remaining size; any size may be unknown before the run."""
     target, own = entries(node.ops, shape, node), sizes_of(x)
     if allowzero:
         return reshape(x.tensor, target)
@@ -55,22 +55,22 @@ def reshape_(x: Value, shape: Value, *, allowzero: int = 0, node: Node) -> Tenso
 
 
 def _nonzero(wanted: Tensor, own: Any) -> Tensor:
-    """What the run's shape says, or the size that is there where it says 0."""
+    """The size in a shape that is not known before the run; 0 keeps the tensor's own."""
     return paddle.where(wanted == 0, paddle.full([], own, "int64") if is_known(own) else own, wanted)
 
 
-_SLICED_RANK = 6  # Paddle slices no tensor of more axes
+_SLICED_RANK = 6  # the maximum rank that Paddle can slice
 
 
 @OPS.op("Slice")
 def slice_(
     x: Value, starts: Value, ends: Value, axes: Ints | None = None, steps: Value | None = None, *, node: Node
 ) -> Tensor:
-    """Bounds beyond the tensor are cut to it, negative ones count from its end."""
+    """Bounds are clamped to the tensor, negative ones count from its end."""
     begin, end, stride = static(starts), static(ends), None if steps is None else static(steps)
     count = (starts.shape or (None,))[0]
     if count is None:
-        raise node.unsupported("how many axes it slices is not known before the run")
+        raise node.unsupported("the number of axes that it slices is not known before the run")
     chosen = [axis % (x.rank or 1) for axis in (range(count) if axes is None else axes)]
     too_many = (x.rank or 0) > _SLICED_RANK
     if begin is None or end is None or too_many or (stride is None and steps is not None):
@@ -87,7 +87,7 @@ def slice_(
 
 
 def _bounds(first: int, last: int, step: int, size: int | None) -> tuple[int, int, int]:
-    """As Paddle understands them, which takes -1 for the end of the axis in either direction."""
+    """The bounds in Paddle's form, in which -1 is the end of the axis in either direction."""
     if size is None:
         return max(min(first, FAR), -FAR), max(min(last, FAR), -FAR), step
     start, stop, step = slice(first, last, step).indices(size)

@@ -29,7 +29,7 @@ def non_max_suppression(
     center_point_box: int = 0,
     node: Node,
 ) -> Tensor:
-    """Rows of (batch, class, box); a box falls away when it overlaps a better one of its class by more than `iou`."""
+    """Rows of (batch, class, box); a box is suppressed if it overlaps a better one of its class by more than `iou`."""
     count = sizes_of(scores)[2]
     limit = paddle.minimum(_scalar(most, 0, "int64", node), vector([count])[0])
     least = _scalar(score, -np.inf, "float32", node)
@@ -56,7 +56,7 @@ def _corners(boxes: Tensor, is_centered: bool) -> tuple[Tensor, Tensor]:
 def _picked(
     low: Tensor, high: Tensor, scores: Value, limit: Tensor, overlap: Tensor, least: Tensor, node: Node
 ) -> Tensor:
-    """The best boxes that are left, step by step, `(step, batch, class)`; -1 where none is.
+    """The best remaining box in each step, `(step, batch, class)`; -1 if there is none.
 
     All classes of all images take their best box in the same step, and as many steps are made as boxes are asked for.
     """
@@ -110,7 +110,7 @@ def roi_align(
     bins = (output_height, output_width)
     if mode == "max":
         return _greatest(x, rois.tensor, batch.tensor, bins, sampling_ratio, spatial_scale, half)
-    # Paddle wants the regions image by image, and how many each has
+    # Paddle needs the regions sorted by image, and their number for each
     images = line(0, sizes_of(x)[0])
     index = paddle.cast(batch.tensor, "int64")
     order = paddle.argsort(index, stable=True)
@@ -169,7 +169,7 @@ def deformable_convolution(
 ) -> Tensor:
     """A convolution whose kernel's positions are moved, each by an offset of its own, and weighed by a mask."""
     if x.rank != 4:
-        raise node.unsupported("a deformable convolution over other than two axes")
+        raise node.unsupported("a deformable convolution with a number of spatial axes other than two")
     pads = pads or [0] * 4
     # beyond its sides the tensor counts as zero, padded or not
     data = pad(x.tensor, [(0, 0), (0, 0), (pads[0], pads[2]), (pads[1], pads[3])], 0)

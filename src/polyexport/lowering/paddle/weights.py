@@ -1,7 +1,7 @@
-"""Paddle's types and weights, and what is computed of constants while a program is made.
+"""Paddle's types and weights, and constant folding while a program is built.
 
-What Paddle's CPU kernels leave open is settled here once: a type that has hardly a kernel is widened around an
-operator, and a constant that a saved program would change is kept beside it as a parameter.
+It handles gaps of Paddle's CPU kernels: a type with few kernels is widened around an operator, and a constant that
+saving would change is stored as a parameter.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ _WIDE = {
     np.dtype(np.uint8): np.dtype(np.int32),
     np.dtype(np.int16): np.dtype(np.int32),
 }
-"""Types that Paddle stores and casts but has hardly a CPU kernel for, and the type that is computed in instead."""
+"""Types that Paddle stores and casts but has few CPU kernels for, and the type to compute in instead."""
 
-ONEDNN_AXES = 6  # more than that it does not take; its kernels are of float32, so that float64 goes past it
+ONEDNN_AXES = 6  # its maximum rank; it has only float32 kernels, so float64 is not computed by it
 
 _PARAMETER_FROM = 64  # entries; smaller constants are written into the program, where the runtime can fold them
 
@@ -31,7 +31,7 @@ _EXACT = 2**53  # a program's constants are saved as doubles
 
 
 class Weights:
-    """The parameters of one program: each is made once, however often its array is used."""
+    """The parameters of one program, one for each array."""
 
     def __init__(self) -> None:
         self.arrays: dict[str, np.ndarray] = {}
@@ -48,7 +48,7 @@ class Weights:
             plain = array if array.dtype not in _WIDE else array.astype(_WIDE[array.dtype])
             return paddle.cast(paddle.assign(np.ascontiguousarray(plain).reshape(plain.shape)), dtype)
         base = array if array.base is None else array.base
-        program = paddle.static.default_main_program()  # the body of a loop is built once beside the one that is kept
+        program = paddle.static.default_main_program()  # the body of a loop is built once more and discarded
         key = hash((id(program), id(base), array.shape, array.strides, array.__array_interface__["data"][0]))
         if key not in self._made:
             name = paddle.utils.unique_name.generate("weight")
@@ -61,7 +61,7 @@ class Weights:
             pir.set_insertion_point(place)
             made.stop_gradient = True
             self.arrays[name] = array
-            self._made[key] = ((program, array), made)  # they are kept, so that their addresses stay their own
+            self._made[key] = ((program, array), made)  # kept alive, so that their ids are not reused
         return self._made[key][1]
 
 

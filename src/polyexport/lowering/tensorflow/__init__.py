@@ -38,12 +38,12 @@ def lower_model(model: onnx.ModelProto, inputs: list[tf.TensorSpec]) -> tf.Modul
     """A module whose `forward` computes a model's graph: tensors in, a dict of named tensors out.
 
     Args:
-        model: As `polyexport.lowering.graph.read` gives it, its functions inlined.
+        model: The model from `polyexport.lowering.graph.read`, with functions inlined.
         inputs: Name, type and shape of forward's inputs, in the order of its arguments; one that the graph does not
             read is accepted and ignored.
 
     Raises:
-        UnsupportedOp: the graph has an operator, or a use of one, that the table does not carry.
+        UnsupportedOp: the graph has an operator, or a use of one, that is not supported.
     """
     weights = Weights()
     names = [output.name for output in model.graph.output]
@@ -62,5 +62,5 @@ def lower_model(model: onnx.ModelProto, inputs: list[tf.TensorSpec]) -> tf.Modul
 
 def _named(name: str, content: Any) -> Any:
     if not isinstance(content, Value):
-        raise NotImplementedError(f"the output {name!r} is a sequence, and TensorFlow's signatures have tensors only")
+        raise NotImplementedError(f"the output {name!r} is a sequence, and TensorFlow's signatures have only tensors")
     return tf.identity(content.tensor)

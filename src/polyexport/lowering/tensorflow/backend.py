@@ -1,4 +1,4 @@
-"""TensorFlow's `Backend`, and the table that the operators of this folder write themselves into."""
+"""TensorFlow's `Backend`, and the table in which this folder's operators register."""
 
 from __future__ import annotations
 

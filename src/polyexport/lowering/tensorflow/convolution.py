@@ -1,6 +1,6 @@
-"""Convolutions and pools. They run with the channels last, where CPUs, TensorFlow.js and TFLite want them.
+"""Convolutions and pools. They run with channels last, as CPUs, TensorFlow.js and TFLite need it.
 
-A convolution of one axis runs as one of two, the first of size 1: TensorFlow and its relatives are quickest there.
+A 1D convolution runs as a 2D one with a first axis of size 1, which is fastest in TensorFlow and TFLite.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def _convolved(data: Tensor, kernel: Tensor, strides: list[int], dilations: list
 
 
 def _dilated(kernel: Tensor, dilations: list[int]) -> Tensor:
-    """With zeros between its entries, for kernels of TensorFlow that know no dilation on a CPU."""
+    """A kernel with zeros between its elements, since TensorFlow's CPU kernels have no dilation here."""
     for axis, dilation in enumerate(dilations):
         if dilation > 1:
             sizes = kernel.shape.as_list()
@@ -116,7 +116,7 @@ def _dilated(kernel: Tensor, dilations: list[int]) -> Tensor:
 def convolve_transposed(
     x: Value, weight: Value, bias: Value | None = None, *, group: int = 1, node: Node, **attributes: Any
 ) -> Value:
-    """Kernels are `(in, out / group, *spatial)`; the whole result is made, and its sides are cut by the pads."""
+    """Kernels are `(in, out / group, *spatial)`; the full result is computed, and cropped by the pads."""
     rank = x.rank or 0
     if not 3 <= rank <= 5:
         raise node.unsupported(f"a transposed convolution over {rank - 2} axes")
@@ -136,7 +136,7 @@ def convolve_transposed(
 
 
 def _cut(made: Tensor, where: Windows) -> Tensor:
-    """By amounts that only the run knows."""
+    """Crop by amounts that are not known before the run."""
     made = _pad(made, [(0, more) for more in where.tails])
     for axis, (before, after) in enumerate(where.sides, 1):
         size = tf.shape(made)[axis]
@@ -150,7 +150,7 @@ def _cut(made: Tensor, where: Windows) -> Tensor:
 def _transposed(
     data: Tensor, kernel: Tensor, group: int, strides: list[int], dilations: list[int], sizes: list[Any]
 ) -> Tensor:
-    """The whole result; TensorFlow's kernel is `(*spatial, out, in)`."""
+    """The full result; TensorFlow's kernel is `(*spatial, out, in)`."""
     if len(strides) == 1:
         wide = [sizes[0], 1, *sizes[1:]]
         return tf.squeeze(_transposed(data[:, None], kernel[None], group, [1, *strides], [1, *dilations], wide), 1)
@@ -168,7 +168,7 @@ def _transposed(
 
 
 def _along(data: Tensor, axis: int, where: Windows) -> list[Tensor]:
-    """For every entry of the kernel along one spatial axis what it meets in all windows."""
+    """For every element of the kernel along one spatial axis, the elements of all windows at it."""
     kernel, stride, dilation = where.kernel[axis], where.strides[axis], where.dilations[axis]
     if kernel == stride == 1:
         return [data]
@@ -180,7 +180,7 @@ def _along(data: Tensor, axis: int, where: Windows) -> list[Tensor]:
 def _pool(
     data: Tensor, where: Windows, native: Callable[..., Tensor], combine: Callable[[Tensor, Tensor], Tensor]
 ) -> Tensor:
-    """By TensorFlow's own pool; what that does not take, one axis after the other."""
+    """By TensorFlow's own pool if possible, else one axis after the other."""
     kernel, strides = where.kernel, where.strides
     if set(where.dilations) != {1} or len(kernel) > 3 or data.dtype not in (tf.float32, tf.float64, tf.float16):
         return reduce_windows(data, where, _along, combine)

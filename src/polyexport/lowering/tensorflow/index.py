@@ -25,7 +25,7 @@ def gather_nd(x: Value, indices: Value, *, batch_dims: int = 0) -> Tensor:
     return tf.gather_nd(x.tensor, positions, batch_dims=batch_dims)
 
 
-# a scatter into zeros adds up what meets, and TensorFlow.js and TFLite have it where they lack the one into a tensor
+# a scatter into zeros adds duplicates; TensorFlow.js and TFLite have it, but not a scatter into a tensor
 _SCATTER = {
     "none": tf.tensor_scatter_nd_update,
     "add": lambda tensor, positions, updates: (
@@ -60,7 +60,7 @@ def scatter_nd(x: Value, indices: Value, updates: Value, *, reduction: str = "no
     """Entries or slices written, or combined with what is there."""
     depth = (indices.shape or (None,))[-1]
     if depth is None:
-        raise node.unsupported("how many axes its indices count is not known before the run")
+        raise node.unsupported("the last size of its indices is not known before the run")
     positions = tf.convert_to_tensor(from_end(indices, sizes_of(x)[:depth]))
     return set_shape(_scattered(x.tensor, positions, updates.tensor, reduction), x.shape)
 
@@ -90,7 +90,7 @@ def tensor_scatter(
 
 @OPS.op("TopK", since=10)
 def top_k(x: Value, k: Value, *, axis: int = -1, largest: int = 1, sorted: int = 1) -> Any:
-    """Values and indices; among equals the first comes first."""
+    """Values and indices; equal values keep their order."""
     rank = x.rank or 1
     axis = axis % rank
     last = [i for i in range(rank) if i != axis] + [axis]

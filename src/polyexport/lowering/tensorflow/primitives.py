@@ -1,6 +1,6 @@
 """TensorFlow's primitives, as `Backend` describes them.
 
-TensorFlow.js and TFLite run what is made of them: an operator that one of the two lacks is composed of others.
+They are limited to operators that TensorFlow.js and TFLite have; others are composed of those.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def static_of(sizes: Sequence[Size]) -> list[int | None]:
 
 
 def reshape(tensor: Tensor, sizes: Sequence[Size]) -> Tensor:
-    """One size that is not known before the run is what the others leave."""
+    """A single size that is not known before the run becomes -1."""
     known = [size for size in sizes if is_known(size)]
     if len(known) == len(sizes) - 1 and 0 not in known and -1 not in known:
         return tf.reshape(tensor, [size if is_known(size) else -1 for size in sizes])
@@ -54,7 +54,7 @@ def reshape(tensor: Tensor, sizes: Sequence[Size]) -> Tensor:
 
 
 def full(sizes: Sequence[Size], content: Any, dtype: np.dtype[Any]) -> Tensor:
-    """One number everywhere; a constant where the sizes are known and small."""
+    """A tensor filled with a number; a constant if the sizes are known and small."""
     entry = tf.constant(np.asarray(content).astype(dtype))
     if all(map(is_known, sizes)):
         small = math.prod(sizes) < VARIABLE_FROM
@@ -141,12 +141,12 @@ def where(condition: Tensor, this: Tensor, that: Any) -> Tensor:
 
 
 def elu(x: Tensor, alpha: float) -> Tensor:
-    """TensorFlow has it for an alpha of 1."""
+    """TensorFlow's elu has an alpha of 1."""
     return tf.nn.elu(x) if alpha == 1 else tf.where(x < 0, alpha * tf.math.expm1(x), x)
 
 
 def wide(reduce: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """In at least 32 bits: TensorFlow has no kernel for shorter integers, and ONNX's max of bools is an or."""
+    """Computed in at least 32 bits: TensorFlow has no kernel for shorter integers, and ONNX's max of bools is an or."""
 
     def apply(x: Tensor, axes: Sequence[int], keepdims: bool) -> Tensor:
         if x.dtype in (tf.bool, tf.int8, tf.uint8, tf.int16, tf.uint16):
@@ -187,7 +187,7 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
 
 
 def fourier(data: Tensor, axis: int, inverse: bool, kept: Size) -> Tensor:
-    """Of known sizes a product with a table: TFLite and TensorFlow.js have hardly an operator for complex numbers."""
+    """For known sizes a matrix product: TFLite and TensorFlow.js have few operators for complex numbers."""
     rank, points, parts = data.shape.rank, data.shape[axis], data.shape[-1]
     if parts is None:
         raise NotImplementedError("whether the signal is real or complex, its last axis, must be known before the run")
@@ -214,7 +214,7 @@ def _leading(data: Tensor) -> list[Size]:
 
 
 def drawn(draw: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A function of TensorFlow's that draws, for sizes of which some may be scalar tensors."""
+    """A random function of TensorFlow, for sizes of which some may be scalar tensors."""
 
     def apply(sizes: Sequence[Size], first: float, second: float, seed: float | None, dtype: np.dtype[Any]) -> Tensor:
         drawn = draw(vector(sizes), first, second, tf.as_dtype(dtype), None if seed is None else int(seed))

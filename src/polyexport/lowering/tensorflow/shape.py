@@ -1,4 +1,4 @@
-"""Operators that meet sizes which only the run knows in a way of TensorFlow's own."""
+"""Operators that handle sizes unknown before the run in TensorFlow's own way."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from polyexport.lowering.value import Value, static
 
 @OPS.op("Transpose")
 def transpose(x: Value, *, perm: list[int] | None = None) -> Value:
-    """Nothing moves yet; see `Value.permuted`."""
+    """Nothing is transposed yet; see `Value.permuted`."""
     return x.permuted(perm if perm is not None else list(range(x.rank or 0))[::-1])
 
 
 @OPS.op("Shape")
 def shape(x: Value, *, start: int = 0, end: int | None = None) -> Any:
-    """Known where the sizes are static, and then no tensor is asked for anything."""
+    """Known if the sizes are static; then no tensor is read."""
     if x.shape is None:
         return tf.shape(x.tensor, out_type=tf.int64)[start:end]
     wanted = x.shape[start:end]
@@ -35,7 +35,7 @@ def shape(x: Value, *, start: int = 0, end: int | None = None) -> Any:
 
 @OPS.op("Reshape", since=5)
 def reshape(x: Value, shape: Value, *, allowzero: int = 0) -> Tensor:
-    """0 keeps a size unless `allowzero`, -1 is what is left; one size may be unknown before the run."""
+    """0 keeps a size unless `allowzero`, -1 is the remaining size; one size may be unknown before the run."""
     target = None if shape.sizes is None else [None if each is None else int(each) for each in shape.sizes]
     if target is None:
         return tf.reshape(x.tensor, _kept(x, shape.tensor, allowzero))
@@ -69,7 +69,7 @@ def _kept(x: Value, shape: Tensor, allowzero: int) -> Tensor:
 def slice_(
     x: Value, starts: Value, ends: Value, axes: Value | None = None, steps: Value | None = None, *, node: Node
 ) -> Value:
-    """Bounds beyond the tensor are cut to it, negative ones count from its end."""
+    """Bounds are clamped to the tensor, negative ones count from its end."""
     rank = x.rank or 0
     chosen = list(range(rank)) if axes is None else static(axes)
     stride = [1] * rank if steps is None else static(steps)

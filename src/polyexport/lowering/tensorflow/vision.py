@@ -25,7 +25,7 @@ def non_max_suppression(
     *,
     center_point_box: int = 0,
 ) -> Tensor:
-    """Rows of (batch, class, box); a box falls away when it overlaps a better one of its class by more than `iou`."""
+    """Rows of (batch, class, box); a box is suppressed if it overlaps a better one of its class by more than `iou`."""
     count = tf.cast(tf.shape(scores.tensor)[2], tf.int64)
     limit = tf.cast(tf.minimum(_scalar(most, 0, tf.int64), count), tf.int32)
     overlap, least = _scalar(iou, 0.0, tf.float32), _scalar(score, -np.inf, tf.float32)
@@ -38,7 +38,7 @@ def _scalar(value: Value | None, default: float, dtype: tf.DType) -> Tensor:
 
 
 def _as_corners(boxes: Tensor, is_centered: bool) -> Tensor:
-    """Boxes by two corners, which are given so, or as a center and a size."""
+    """Boxes as two corners; they are given so, or as a center and a size."""
     if not is_centered:
         return boxes
     center, half = boxes[..., :2], boxes[..., 2:] / 2
@@ -46,7 +46,7 @@ def _as_corners(boxes: Tensor, is_centered: bool) -> Tensor:
 
 
 def _picked(boxes: Tensor, scores: Tensor, limit: Tensor, overlap: Tensor, least: Tensor) -> Tensor:
-    """The boxes that are left of each class of each image, one class after another."""
+    """The remaining boxes of each class of each image, one class after another."""
     batch, classes = tf.shape(scores)[0], tf.shape(scores)[1]
 
     def step(i: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,7 +86,7 @@ def roi_align(
 
     if sampling_ratio > 0:
         return node.value(aligned(rois.tensor, batch.tensor, (sampling_ratio, sampling_ratio)), last(4))
-    # as many samples as a region has pixels in a bin: another number for each region, so one after another
+    # the number of samples depends on a region's pixels per bin, so regions are computed one by one
     _, size = _extent(rois.tensor, spatial_scale, offset)
     counts = tf.maximum(tf.cast(tf.math.ceil(size / tf.constant(bins, size.dtype)), tf.int32), 1)
     made = tf.map_fn(
@@ -154,7 +154,7 @@ def deformable_convolution(
 ) -> Tensor:
     """A convolution whose kernel's positions are moved, each by an offset of its own, and weighed by a mask."""
     if x.rank != 4:
-        raise node.unsupported("a deformable convolution over other than two axes")
+        raise node.unsupported("a deformable convolution with a number of spatial axes other than two")
     dilations, strides, pads = dilations or [1, 1], strides or [1, 1], pads or [0] * 4
     outputs, depth, *kernel = (int(each) for each in weight.shape or ())  # type: ignore[arg-type]  # static
     batch, channels, height, width = sizes_of(x)

@@ -1,4 +1,4 @@
-"""TensorFlow's weights, and what is computed of constants while a graph is made."""
+"""TensorFlow's weights, and constant folding while a graph is built."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ VARIABLE_FROM = 1024  # entries; smaller weights are written into the graph, whe
 
 
 class Weights:
-    """The variables of one module, each made once however often its array is used.
+    """The variables of one module, one for each array.
 
-    They are made while the graph is traced; `tf.Variable` would have `tf.function` trace it all a second time.
+    They are created while the graph is traced, where `tf.Variable` would make `tf.function` trace everything again.
     """
 
     def __init__(self) -> None:
@@ -26,7 +26,7 @@ class Weights:
         self._by_array: dict[int, tuple[np.ndarray, tf.Variable]] = {}
 
     def tensor(self, array: np.ndarray) -> Tensor:
-        """A constant, or for floats of some size a variable's value."""
+        """A constant, or for large floats a variable's value."""
         if array.size < VARIABLE_FROM or array.dtype.kind != "f" or tf.executing_eagerly():
             return tf.constant(array)
         base = array if array.base is None else array.base
@@ -34,7 +34,7 @@ class Weights:
         if key not in self._by_array:
             with tf.init_scope():
                 variable = ResourceVariable(np.ascontiguousarray(array), trainable=False)
-            self._by_array[key] = (array, variable)  # the array is kept, so that its address stays its own
+            self._by_array[key] = (array, variable)  # the array is kept alive, so that its id is not reused
             self.variables.append(variable)
         return self._by_array[key][1].read_value()
 

@@ -1,0 +1,65 @@
+"""The session of one `fit`: how it begins, and what happens to its exports at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from lightning_export.loggers import sinks
+from lightning_export.metrics import measured
+from lightning_export.trainer import KEPT_BY_LIGHTNING, attached, shards
+from polyexport import ExportFailed, Report
+from polyexport.engine.session import Options, Session
+from polyexport.publish import Sink
+from polyexport.report import console
+
+
+def begin(
+    trainer: Trainer, options: Options, into: Callable[[], Path], *, reports: list[Report], folders: list[Path]
+) -> Session:
+    """A new session for this trainer."""
+    return Session(
+        options,
+        into,
+        reports=reports,
+        folders=folders,
+        sharded=shards(trainer),
+        attributes=attached,
+        ignored=KEPT_BY_LIGHTNING,
+        say=lambda line: rank_zero_info(f"ExportCallback: {line}"),
+        warn=lambda line: rank_zero_warn(f"ExportCallback: {line}"),
+    )
+
+
+def end(
+    trainer: Trainer,
+    pl_module: LightningModule,
+    session: Session,
+    reports: list[Report],
+    metric_batches: int,
+    publish: Literal["auto"] | Sequence[Sink],
+    into: str | Path | None,
+) -> None:
+    """Wait for all exports, have the last one's metrics measured, publish it and show it."""
+    session.finish()
+    if not reports:
+        return
+    if batches := metric_batches or (trainer.limit_val_batches if session.options.budget else 0):
+        reports[-1] = measured(reports[-1], trainer, pl_module, session, batches=batches)
+    session.publish(reports[-1], sinks(publish, trainer.loggers, into))
+    console.show(reports[-1])
+
+
+def fail(trainer: Trainer, complaint: str) -> None:
+    """Make `fit` raise, after all else that a trainer does at its end.
+
+    Raises:
+        ExportFailed: always.
+    """
+    for logger in trainer.loggers:  # the trainer would do so right after the callbacks' teardown
+        logger.finalize("success")
+    raise ExportFailed(complaint)
