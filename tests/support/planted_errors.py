@@ -10,13 +10,16 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from polyexport import ExportSpec, Format, Route
 from polyexport.formats import known
 from polyexport.spec import calibration, write_arrays
+
+if TYPE_CHECKING:
+    import torch
 
 Convert = Callable[[Path, Path, ExportSpec], None]
 
@@ -108,7 +111,50 @@ def tfjs_swapped(source: Path, target: Path, spec: ExportSpec) -> None:
     (target.parent / path).write_bytes(data)
 
 
+# --- ExecuTorch -------------------------------------------------------------------------------------------------------
+
+
+def executorch_changed(change: Callable[[torch.fx.GraphModule], None], *, dynamic: bool = False) -> Convert:
+    """The quantized module is changed before it is lowered."""
+
+    def convert(source: Path, target: Path, spec: ExportSpec) -> None:
+        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+
+        from polyexport.formats.executorch import _calibrated, _lower
+        from polyexport.tracing.exported_program import load_program
+
+        module = _calibrated(load_program(source).module(), spec, dynamic=dynamic)
+        change(module)
+        module.recompile()
+        _lower(module, target, spec, [XnnpackPartitioner()])
+
+    return convert
+
+
+def first_two_outputs(module: torch.fx.GraphModule) -> None:
+    """Swap the first two channels of the last layer's weights, which are in int8."""
+    weights = [each for _, each in module.named_buffers() if each.element_size() == 1 and each.ndim == 2]
+    last = min(weights, key=len)
+    last[[0, 1]] = last[[1, 0]].clone()
+
+
+def activations(module: torch.fx.GraphModule, *names: str) -> list[torch.fx.Node]:
+    """The nodes of these kinds about numbers that are computed, in their order; each has a scale and a zero point."""
+    ends = tuple(f"{name}_per_tensor.default" for name in names)
+    return [node for node in module.graph.nodes if str(node.target).removeprefix("quantized_decomposed.") in ends]
+
+
+def scales(module: torch.fx.GraphModule) -> None:
+    """Leave an eighth of their range to the numbers that are computed, behind the input."""
+    for node in activations(module, "quantize", "dequantize")[2:]:
+        x, scale, *rest = node.args
+        node.args = (x, scale / 8, *rest)  # type: ignore[operator]  # a number
+
+
 WRONG = (
+    wrong("executorch-int8", "swapped", executorch_changed(first_two_outputs), "pt2", "executorch"),
+    wrong("executorch-int8", "saturated", executorch_changed(scales), "pt2", "executorch"),
+    wrong("executorch-w8", "swapped", executorch_changed(first_two_outputs, dynamic=True), "pt2", "executorch"),
     wrong("mnn-w8", "swapped", mnn_swapped, "onnx", "mnn"),
     wrong("mnn-int8", "saturated", mnn_saturated, "mnn", "mnn"),
     wrong("tfjs-w8", "swapped", tfjs_swapped, "tfjs", "tensorflow"),
