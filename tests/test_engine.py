@@ -169,7 +169,7 @@ def test_a_route_that_verifies_wins_over_an_earlier_one_and_a_note_tells(faults)
     outcome = faults["second-route"]
     assert (outcome.state, outcome.route, outcome.reason) == ("verified", "replay", "")
     (note,) = (note.text for note in faults.notes if note.kind == "route")  # a route that is static by nature is none
-    assert note.startswith("second-route: made by replay, since wrong: mismatch")
+    assert note.startswith("second-route: made by the route replay, since wrong: mismatch")
     assert "raises: failed" in note
 
 

@@ -115,7 +115,7 @@ def test_a_manifest_comes_back_from_disk_as_it_was(tmp_path):
         (["batches", 0, "sizes"], [4], "Manifest.batches[0].sizes is [4], not an object"),
         (["spec", "inputs"], "x", "Manifest.spec.inputs is 'x', not a list"),
         (["artifacts", "onnx", "precision"], "fp16", "Manifest.artifacts.onnx.precision is 'fp16', not 'float32' or"),
-        (["noise"], {"y": 1e-7}, "Manifest.noise is {'y': 1e-07}, not a text"),
+        (["noise"], {"y": 1e-7}, "Manifest.noise is {'y': 1e-07}, not a string"),
         (["version"], 9, "has version 9; this release reads version 1"),
         (["batches", 0, "path"], "../../secret.npz", "'../../secret.npz' is outside of the export"),
     ],
@@ -162,7 +162,7 @@ WRONG = {
     "model.inputs[0].shape is 'batch', not a list": (["model", "inputs", 0, "shape"], "batch"),
     "notes[0].kind is 'chat', not 'capture' or": (["notes", 0, "kind"], "chat"),
     "outcomes[0].precision is 'fp16', not 'float32' or": (["outcomes", 0, "precision"], "fp16"),
-    "checkpoint.path is None, not a text": (["checkpoint", "path"], None),
+    "checkpoint.path is None, not a string": (["checkpoint", "path"], None),
 }
 
 
