@@ -72,7 +72,7 @@ def test_python_answers_as_pytorch_does(everything: Everything, tmp_path: Path, 
     assert done.returncode == 0, done.stderr
     with np.load(tmp_path / "answers.npz") as answers, np.load(tmp_path / "validation_batch.npz") as batch:
         answer, expected = answers["arr_0"], batch["linear"]
-    expected = expected[: len(answer)]  # some take one row a call
+    expected = expected[: len(answer)]  # some take one row per call
     assert answer.shape == expected.shape
     assert near(answer, expected, each.limits)
 
