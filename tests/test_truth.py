@@ -170,7 +170,7 @@ class Checked(Branch):
 def test_what_forward_only_checks_or_prints_is_no_branch_and_a_note_tells_of_the_checks(tmp_path):
     found = prepared(tmp_path, Checked(lambda x: False), X)
     assert (found.read_at, found.one_side) == ((), ())
-    (note,) = [note for note in found.notes if "which no artifact does" in note]
+    (note,) = [note for note in found.notes if "artifacts do not check it" in note]
     assert note.startswith("forward checks its data and raises if it is wrong (test_truth.py:")
     verified, frozen = traced(tmp_path, found)
     assert (verified["parity"].passed, verified["elsewhere"], routes.narrow("", frozen, found)) == (True, "", "")

@@ -306,7 +306,7 @@ publish_into(later, "digits/one", "model/numbers")
 try:
     publish_into(later, "digits/nobody")
 except Exception as error:
-    print(type(error).__name__, str(error)[:40])
+    print(type(error).__name__, str(error)[:39])
 """
     with FakeWandb() as server:
         printed = client(server, proven)
