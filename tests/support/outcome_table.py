@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -127,5 +128,4 @@ def _row(entries: Sequence[str]) -> str:
 
 def _line(reason: str, longest: int = 300) -> str:
     """A reason as a part of a Markdown list: one line, and nothing in it that is taken for a tag."""
-    line = " ".join(reason.replace("<", "&lt;").split())
-    return line if len(line) <= longest else line[: longest - 1] + "…"
+    return textwrap.shorten(reason.replace("<", "&lt;"), longest, placeholder=" …")
