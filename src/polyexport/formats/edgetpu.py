@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import subprocess
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +28,7 @@ from polyexport.formats import tflite
 from polyexport.measure.weights import counted
 from polyexport.spec import Arrays, ExportSpec, TensorSpec, in_rows, row_remark
 from polyexport.tracing.exported_program import load_program
+from polyexport.workers import programs
 
 COMPILER = "edgetpu_compiler"
 URL = "https://coral.ai/docs/edgetpu/compiler/"
@@ -186,11 +186,7 @@ def compile_int8(source: Path, target: Path, spec: ExportSpec) -> None:
         raise ToolMissing(f"{why}. {agrees}; {prediction(source)}")
     model = target.with_name(_MODEL)
     shutil.copyfile(source, model)
-    command = [COMPILER, "-s", "-a", "-o", str(target.parent), str(model)]
-    done = subprocess.run(
-        command, capture_output=True, encoding="utf-8", errors="replace", stdin=subprocess.DEVNULL, check=False
-    )
-    print(done.stdout, done.stderr)
+    done = programs.run([COMPILER, "-s", "-a", "-o", str(target.parent), str(model)])
     if done.returncode:
         said = " ".join((done.stderr or done.stdout).split())
         raise RuntimeError(f"{COMPILER} ended with exit code {done.returncode}: {said}")

@@ -7,7 +7,7 @@ Requirements:
 * Vela, Arm's compiler, is a wheel. It estimates memory and time by a model of the chip, and the report repeats that.
 * Nothing here runs a compiled model, so what is verified is the int8 model before compilation, on the CPU.
 * What the accelerator does not support runs on the microcontroller by TensorFlow Lite Micro; with more than a tenth of
-  the operations there, the outcome is `degraded`. Vela refuses a model without any operation for the accelerator.
+  the operations there, the outcome is `degraded`. Vela itself refuses some models, with its words as the reason.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import csv
 import json
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections import Counter
@@ -28,6 +27,7 @@ from typing import Any
 from polyexport.format import Convert, Format, Loaded, Route, Snippet
 from polyexport.formats.edgetpu import Placement, before_compilation
 from polyexport.spec import ExportSpec
+from polyexport.workers import programs
 
 URL = "https://pypi.org/project/ethos-u-vela/"
 
@@ -71,15 +71,7 @@ def compile_for(chip: Chip) -> Convert:
         shutil.copyfile(source, target.with_name(_MODEL))
         with tempfile.TemporaryDirectory() as folder:
             words = [*chip.words(), "--show-cpu-operations", "--output-dir", folder, str(source)]
-            done = subprocess.run(
-                [sys.executable, "-P", "-m", "ethosu.vela", *words],
-                capture_output=True,
-                encoding="utf-8",
-                errors="replace",
-                stdin=subprocess.DEVNULL,
-                check=False,
-            )
-            print(done.stdout, done.stderr)
+            done = programs.run([sys.executable, "-P", "-m", "ethosu.vela", *words])
             if done.returncode:
                 raise RuntimeError(f"Vela refuses it: {_why(done.stderr or done.stdout)}")
             shutil.copyfile(Path(folder, f"{source.stem}_vela.tflite"), target)

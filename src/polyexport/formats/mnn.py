@@ -29,6 +29,7 @@ from polyexport.errors import ended
 from polyexport.format import Convert, Format, Route, Snippet
 from polyexport.lowering.functions import decomposed
 from polyexport.spec import Arrays, ExportSpec, Precision, Runner, calibration
+from polyexport.workers import programs
 
 if TYPE_CHECKING:
     import onnx
@@ -68,9 +69,7 @@ def _run(tool: str, *words: str, writes: Path) -> None:
     Raises:
         RuntimeError: it crashed or wrote nothing, which only its output tells.
     """
-    command = [sys.executable, "-c", _TOOL, tool, *words]
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
-    print(done.stdout, done.stderr)
+    done = programs.run([sys.executable, "-c", _TOOL, tool, *words])
     if not writes.exists():
         raise RuntimeError(f"MNN's {tool} wrote no model: {_why(done)}")
     settle_id(writes)

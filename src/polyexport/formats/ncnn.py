@@ -29,6 +29,7 @@ import numpy as np
 from polyexport.errors import ended
 from polyexport.format import Convert, Format, Loaded, OnDevice, Route, Snippet
 from polyexport.spec import Arrays, ExportSpec, Precision, TensorSpec, in_rows, row_remark
+from polyexport.workers import programs
 
 if TYPE_CHECKING:
     import onnx
@@ -86,17 +87,7 @@ def _translated(model: onnx.ModelProto, written: Path, *, half: bool) -> Path:
 
     source = written.with_name("model.onnx")
     onnx.save(model, source)
-    command = [_program(), source.name, f"fp16={int(half)}"]
-    done = subprocess.run(
-        command,
-        cwd=source.parent,
-        capture_output=True,
-        text=True,
-        errors="replace",
-        stdin=subprocess.DEVNULL,
-        check=False,
-    )
-    print(done.stdout, done.stderr)
+    done = programs.run([_program(), source.name, f"fp16={int(half)}"], source.parent)
     if not written.exists():
         raise RuntimeError(f"pnnx wrote no model: {_why(done)}")
     if lacking := lacking_layers(written.read_text(encoding="utf-8")):
