@@ -10,7 +10,7 @@ Requirements:
 from __future__ import annotations
 
 import shutil
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from polyexport.format import Format, Loaded, Observed, Route, Snippet
@@ -38,15 +38,17 @@ def convert(source: Path, target: Path, spec: ExportSpec) -> None:
 def load(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
     """Run it in Node, by ONNX Runtime Web's WebAssembly, in a process that ends with this one."""
     node = Node("ONNX Runtime Web", _PROGRAM, str(path), str(threads))
-    observed = Observed(verified_by="ONNX Runtime Web in Node, wasm backend", device="cpu (wasm backend)")
 
     def run(inputs: Arrays) -> Arrays:
-        nonlocal observed
-        found, peak_memory_bytes = node.ask(inputs, spec.output_names)
-        observed = replace(observed, peak_memory_bytes=peak_memory_bytes)
-        return found
+        return node.ask(inputs, spec.output_names)
 
-    return Loaded(run, observed=lambda: observed)
+    return Loaded(run, observed=partial(in_wasm, node))
+
+
+def in_wasm(node: Node) -> Observed:
+    """What is known of a model that was run by a runtime's WebAssembly."""
+    ran = f"{node.runtime} in Node, wasm backend"
+    return Observed(verified_by=ran, device="cpu (wasm backend)", peak_memory_bytes=node.peak_memory_bytes)
 
 
 FORMAT = Format(

@@ -190,7 +190,7 @@ def _number(name: str) -> int:
     return int(name.split(":")[0].removeprefix("Identity").removeprefix("_") or 0)
 
 
-Ask = Callable[[str, Arrays], tuple[Arrays, int]]
+Ask = Callable[[str, Arrays], tuple[Arrays, int | None]]
 """Runs the model on one of TensorFlow.js' backends, `cpu` or `wasm`; also returns Node's peak memory in bytes."""
 
 
@@ -199,11 +199,11 @@ def load(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
     node = Node("TensorFlow.js", _PROGRAM, str(path))
     dtypes = {tensor.name: np.dtype(tensor.dtype) for tensor in spec.outputs}
 
-    def ask(backend: str, inputs: Arrays) -> tuple[Arrays, int]:
+    def ask(backend: str, inputs: Arrays) -> tuple[Arrays, int | None]:
         given = {name: _narrow(array) for name, array in inputs.items()}
-        found, peak_memory_bytes = node.ask(given, spec.output_names, backend=backend)
+        found = node.ask(given, spec.output_names, backend=backend)
         # JavaScript has no 64-bit integers: int64 was computed as int32
-        return {name: array.astype(dtypes[name]) for name, array in found.items()}, peak_memory_bytes
+        return {name: array.astype(dtypes[name]) for name, array in found.items()}, node.peak_memory_bytes
 
     run = _Faster(ask)
     return Loaded(run, observed=lambda: run.observed)

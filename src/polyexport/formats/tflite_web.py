@@ -10,12 +10,14 @@ Requirements:
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from polyexport.format import Format, Loaded, Observed, Route, Snippet
+from polyexport.format import Format, Loaded, Route, Snippet
 from polyexport.formats import tflite
+from polyexport.formats.onnx_web import in_wasm
 from polyexport.spec import Arrays, ExportSpec, TensorSpec, in_rows, row_remark
 from polyexport.tracing.exported_program import load_program
 from polyexport.web import page
@@ -39,19 +41,16 @@ def narrowed(dtype: str) -> str:
 def load(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
     """Run it in Node, by LiteRT.js's WebAssembly, in a process that ends with this one; on one thread."""
     node = Node("LiteRT.js", _PROGRAM, str(path))
-    observed = Observed(verified_by="LiteRT.js in Node, wasm backend", device="cpu (wasm backend)")
     dtypes = {tensor.name: narrowed(tensor.dtype) for tensor in spec.inputs}
 
     def run(inputs: Arrays) -> Arrays:
-        nonlocal observed
         given = {name: np.ascontiguousarray(array, dtypes[name]) for name, array in inputs.items()}
-        found, peak_memory_bytes = node.ask(given, spec.output_names)
-        observed = replace(observed, peak_memory_bytes=peak_memory_bytes)
+        found = node.ask(given, spec.output_names)
         return {tensor.name: found[tensor.name].astype(tensor.dtype) for tensor in spec.outputs}
 
     one = spec.one_row()
     own = replace(one, inputs=_narrowed(one.inputs), outputs=_narrowed(one.outputs))
-    return Loaded(in_rows(run, one), own, remark=row_remark(spec), observed=lambda: observed)
+    return Loaded(in_rows(run, one), own, remark=row_remark(spec), observed=partial(in_wasm, node))
 
 
 def _narrowed(tensors: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:

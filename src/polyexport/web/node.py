@@ -25,21 +25,26 @@ class Node:
         program: The JavaScript file; its arguments are the folder of this toolchain's packages, and `words`.
         words: The model, and further arguments of the program.
 
+    Attributes:
+        runtime: As given.
+        peak_memory_bytes: Node's peak memory; None until the model is run.
+
     Raises:
         RuntimeError: the model could not be loaded.
     """
 
     def __init__(self, runtime: str, program: Path, *words: str) -> None:
-        self._runtime = runtime
+        self.runtime = runtime
         command = [executable(), str(program), sys.prefix, *words]
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         assert process.stdin is not None, "opened with a pipe"
         assert process.stdout is not None, "opened with a pipe"
         self._to, self._answers = process.stdin, process.stdout
+        self.peak_memory_bytes: int | None = None
         self._read()  # wait until the model is loaded
 
-    def ask(self, arrays: Arrays, outputs: tuple[str, ...], **about: str) -> tuple[Arrays, int]:
-        """Run the model; returns its outputs, and Node's peak memory in bytes.
+    def ask(self, arrays: Arrays, outputs: tuple[str, ...], **about: str) -> Arrays:
+        """Run the model; returns its outputs.
 
         Raises:
             RuntimeError: the model could not be run, or the process ended.
@@ -55,18 +60,19 @@ class Node:
         self._to.flush()
         return self._read()
 
-    def _read(self) -> tuple[Arrays, int]:
+    def _read(self) -> Arrays:
         size = self._answers.read(4)
         if len(size) < 4:
             raise RuntimeError("Node.js ended; see its output in the log")
         header = json.loads(self._answers.read(struct.unpack("<I", size)[0]))
         if "error" in header:
-            raise RuntimeError(f"{self._runtime}: {header['error']}")
+            raise RuntimeError(f"{self.runtime}: {header['error']}")
         arrays: Arrays = {}
         for each in header["arrays"]:
             content = np.frombuffer(self._answers.read(each["bytes"]), each["dtype"])
             arrays[each["name"]] = content.reshape(each["shape"])
-        return arrays, header.get("peak_memory_bytes", 0)
+        self.peak_memory_bytes = header.get("peak_memory_bytes")
+        return arrays
 
 
 def executable() -> str:
