@@ -14,12 +14,33 @@ import pytest
 from rich.console import Console
 from rich.progress import Progress
 
-from polyexport.report.console import wait
+import made_up
+from polyexport.report.console import standard, table, wait
+from polyexport.report.report import rows
 
 
 def done(result: str) -> Future[str]:
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(lambda: result)
+
+
+@pytest.mark.parametrize(("width", "has_routes"), [(80, False), (200, True)])
+def test_a_table_drops_columns_and_cuts_off_nothing(tmp_path: Path, width: int, has_routes: bool):
+    screen, report = Console(file=io.StringIO(), width=width), made_up.report(tmp_path)
+    screen.print(table(report, width))
+    shown = screen.file.getvalue()
+    assert "…" not in shown
+    assert max(map(len, shown.splitlines())) <= width
+    assert ("route" in shown) == has_routes
+    assert all(row[column] in shown for row in rows(report) for column in ("state", "size", "p50 ms", "speed-up"))
+
+
+def test_what_goes_to_another_program_is_as_wide_as_it_is(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    assert standard().width > 1000
+    monkeypatch.setenv("COLUMNS", "90")
+    assert standard().width == 90
 
 
 def test_lines_are_told_beside_a_display_of_the_trainers():

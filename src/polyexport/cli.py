@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -601,16 +600,12 @@ def _conclude(report: Report, judged: Sequence[Outcome], as_json: bool) -> None:
     if as_json:
         _print_json(encode(report))
     else:
-        console.show(report, _out)
+        console.show(report)
     raise typer.Exit(_code(judged))
 
 
 def _print_json(value: Any) -> None:
     typer.echo(json.dumps(value, indent=2))
-
-
-_UNBOUND = 10_000
-"""Columns of an output that is no terminal: a path or a link is not to be cut in pieces there."""
 
 
 def _show(rows: Sequence[dict[str, Any]], as_json: bool) -> None:
@@ -622,8 +617,7 @@ def _show(rows: Sequence[dict[str, Any]], as_json: bool) -> None:
         table.add_column(column, overflow="fold", style="bold" if column == next(iter(rows[0])) else None)
     for row in rows:
         table.add_row(*map(_cell, row.values()))
-    is_piped = not (_out.is_terminal or os.environ.get("COLUMNS"))
-    (Console(width=_UNBOUND) if is_piped else _out).print(table)
+    console.standard().print(table)
 
 
 def _cell(value: Any) -> Text:

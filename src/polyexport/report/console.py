@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 import warnings
 from collections import deque
@@ -35,16 +36,35 @@ _STYLES = {
 }
 
 
-_WITH_ROUTES = 100
+_UNBOUND = 10_000
+
+
+def standard() -> Console:
+    """Standard output; if it is not a terminal, a table has each row in one line, with nothing cut off."""
+    console = Console()
+    is_shown = console.is_terminal or console.is_jupyter or os.environ.get("COLUMNS")
+    return console if is_shown else Console(width=_UNBOUND)
+
+
+_DROPPED = ("route", "noise floor", "p95 ms", "batch-1 ms")
+"""The columns that a narrow terminal has no room for, in the order in which they go; the report's page has them."""
 
 
 def table(report: Report, width: int) -> Table:
     """The report as a table; empty columns are left out, and reasons are printed below it (see `show`).
 
-    If `width`, in characters, is too small, the route's column is dropped: it was printed when the format finished.
+    Columns are dropped while it is wider than `width`, in characters: a number that is cut off says nothing.
     """
+    wide = Console(width=_UNBOUND)
+    for dropped in range(len(_DROPPED) + 1):
+        drawn = _table(report, {"reason", *_DROPPED[:dropped]})
+        if wide.measure(drawn).maximum <= width:
+            break
+    return drawn
+
+
+def _table(report: Report, left_out: set[str]) -> Table:
     found = rows(report)
-    left_out = {"reason"} if width >= _WITH_ROUTES else {"reason", "route"}
     shown = [column for column in columns(report) if column not in left_out and any(row[column] for row in found)]
     at = f", latency at batch {report.baseline.batch}" if report.baseline else ""
     title = Text(escape.printable(report.folder.name) + at)
@@ -71,7 +91,7 @@ def _plain(title: str, found: Sequence[Mapping[str, str]]) -> Table:
 
 def show(report: Report, console: Console | None = None) -> None:
     """Print the table, the reasons, the notes and the folder."""
-    console = console or Console()
+    console = console or standard()
     console.print(table(report, console.width))
     if report.metrics:
         console.print(_plain("validation metrics", metrics(report)))
