@@ -42,6 +42,7 @@ class Table:
         build: Where the models come from; imported in the interpreter that has their libraries.
     """
 
+    name: str
     title: str
     about: str
     models: Callable[[], Sequence[str]]
@@ -55,7 +56,7 @@ class Table:
 
     @property
     def record(self) -> Path:
-        return user_cache_path("polyexport") / f"{self.title.split()[0].lower()}.jsonl"
+        return user_cache_path("polyexport") / f"{self.name}.jsonl"
 
 
 def _families() -> Sequence[str]:
@@ -74,8 +75,9 @@ COMMON = ("onnx", "openvino", "coreml", "saved_model", "tflite", "paddle")
 BUILT = {"tensorrt-rtx": ("verified", "unverified")}
 """The states that count where no device of a format is here; else `verified` alone."""
 
-TABLES = {
-    "families": Table(
+_TABLES = (
+    Table(
+        "families",
         "Architectures",
         "Written by `make test-zoo`: one small model of each architecture family, with random weights and a dynamic "
         "batch, with {versions}.",
@@ -88,7 +90,8 @@ TABLES = {
         ("torch", "transformers", "timm", "torchvision"),
         is_layered=True,
     ),
-    "models": Table(
+    Table(
+        "models",
         "Every format",
         "Written by `make test-matrix`: the models of `tests/support/zoo.py`, small, with random weights and a dynamic "
         "batch, with {versions}.",
@@ -100,7 +103,8 @@ TABLES = {
         page_by_format,
         ("torch", "transformers"),
     ),
-}
+)
+TABLES = {each.name: each for each in _TABLES}
 
 
 def missing(found: dict[str, Cell], formats: tuple[str, ...], again: bool) -> list[str]:
