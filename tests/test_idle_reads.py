@@ -63,6 +63,8 @@ CHECKS = {
     "an assertion": lambda self, x, y: asserts(x),
     "an exception": lambda self, x, y: refuses(x),
     "two on a line": lambda self, x, y: asserts(x) or asserts(y),
+    "one of PyTorch's on a truth value": lambda self, x, y: torch._assert(bool((x < 1e6).all()), "too large"),
+    "another of PyTorch's": lambda self, x, y: torch._check(bool((x < 1e6).all()), lambda: "too large"),
     "one of PyTorch's": lambda self, x, y: torch._assert((x < 1e6).all(), "too large"),
 }
 NOT_IDLE = {

@@ -102,7 +102,7 @@ NAMES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
             "torch.nn.modules.rnn:RNNBase.check_forward_args",
             "torch.nn.modules.rnn:LSTM.check_forward_args",
         ),
-        "tracing/reads.py": ("torch:_assert",),
+        "tracing/reads.py": ("torch:_assert", "torch:_check", "torch:_check_value", "torch:_check_with"),
         "tracing/sizes.py": ("torch._C:_get_value_trace", "torch._C:_is_tracing"),
         "lightning_export/best.py": ("lightning.pytorch.callbacks:ModelCheckpoint._last_global_step_saved",),
         "lightning_export/callback.py": ("lightning.pytorch.callbacks:Callback._generate_state_key",),

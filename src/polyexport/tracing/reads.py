@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
-from types import FrameType, MappingProxyType
+from types import CodeType, FrameType, MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -118,13 +118,25 @@ def reads(model: Any, inputs: Arrays, given: Given = NOTHING) -> Reads:
 
 
 def _raised_by(frames: Sequence[FrameType], error: BaseException) -> bool:
-    """Whether the innermost frame of an error is one of `frames`, at a `raise` or `assert` statement."""
-    steps = error.__traceback__
-    while steps is not None and steps.tb_next is not None:
-        steps = steps.tb_next
-    if steps is None or not any(steps.tb_frame is frame for frame in frames):
+    """Whether the innermost frame of an error is one of `frames`, at `raise` or `assert`, or calls `torch._assert`."""
+    steps: list[TracebackType] = []
+    step = error.__traceback__
+    while step is not None:
+        steps, step = [*steps, step], step.tb_next
+    last = steps[-1]
+    if dis.opname[last.tb_frame.f_code.co_code[last.tb_lasti]] != "RAISE_VARARGS":
         return False
-    return dis.opname[steps.tb_frame.f_code.co_code[steps.tb_lasti]] == "RAISE_VARARGS"
+    if last.tb_frame.f_code in _checks():
+        steps = [each for each in steps if not each.tb_frame.f_code.co_filename.startswith(_not_the_users())]
+    return bool(steps) and any(steps[-1].tb_frame is frame for frame in frames)
+
+
+@functools.cache
+def _checks() -> frozenset[CodeType]:
+    """The code of functions that only raise if their argument is false."""
+    import torch
+
+    return frozenset(each.__code__ for each in (torch._assert, torch._check, torch._check_value, torch._check_with))
 
 
 def watching(inputs: Sequence[torch.Tensor], given: Given = NOTHING) -> Any:
