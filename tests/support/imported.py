@@ -7,6 +7,9 @@ import contextlib
 import os
 
 import lightning.pytorch  # noqa: F401  # for the processes that are forked
+import networkx  # noqa: F401
+import onnxscript.function_libs.torch_lib.ops
+import onnxscript.rewriter  # noqa: F401
 import sklearn.datasets  # noqa: F401
 import torch
 
