@@ -20,9 +20,11 @@ from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from polyexport.capture.processing import part
 from polyexport.format import Snippet
 from polyexport.formats import known
 from polyexport.measure.budget import losses
+from polyexport.measure.reference import VALIDATION_BATCH
 from polyexport.report import svg
 from polyexport.report.choice import choices
 from polyexport.report.outcome import STATES, Outcome
@@ -51,7 +53,7 @@ def page(report: Report) -> str:
             table=list(_table(report)),
             metrics=metrics(report),
             choices=list(choices(report)),
-            embedded=embedded(report.model) if report.model else "",
+            embedded=embedded(report.model, report.outcomes) if report.model else "",
             proofs=proofs(report),
             rounds=[(outcome, rounds(report, outcome)) for outcome in report.outcomes if outcome.rounds],
             layers=[(outcome, layers(outcome.layers)) for outcome in report.outcomes if outcome.layers],
@@ -246,7 +248,11 @@ def snippets(outcome: Outcome) -> tuple[Snippet, ...]:
         "output_dtypes": [tensor.dtype for tensor in outcome.outputs],
         "output_shapes": [tensor.sized(lambda _: 1) for tensor in outcome.outputs],
     }
-    return tuple(replace(snippet, code=_plain().from_string(snippet.code).render(about)) for snippet in each.snippets)
+    made = (replace(snippet, code=_plain().from_string(snippet.code).render(about)) for snippet in each.snippets)
+    if "preprocess" not in outcome.outside:
+        return tuple(made)
+    batch = f"{part(outcome.outside)}/{VALIDATION_BATCH}"
+    return tuple(replace(snippet, code=snippet.code.replace(VALIDATION_BATCH, batch)) for snippet in made)
 
 
 def browser_page(outcome: Outcome) -> str:
