@@ -224,7 +224,7 @@ def _history(report: Report) -> History | None:
     formats = list(dict.fromkeys(outcome.format for each in found for outcome in each.outcomes))
     monitor = report.checkpoint.monitor
     scores = [
-        (float(each.checkpoint.global_step or 0), each.checkpoint.score, f"{title(each)}: {each.checkpoint.score:.6g}")
+        (float(each.checkpoint.global_step or 0), each.checkpoint.score, title(each), f"{each.checkpoint.score:.6g}")
         for each in found
         if each.checkpoint.score is not None and each.checkpoint.monitor == monitor
     ]
