@@ -211,6 +211,13 @@ def test_every_format_says_how_an_application_opens_it():
         assert all("{{ path" in snippet.code for snippet in each.snippets), each.name
 
 
+def test_the_command_that_draws_a_graph_is_shown_for_files_that_netron_reads(report):
+    page = html.page(report)
+    shown = {each.format: f">netron {html.graph(each)}<" in page for each in report.outcomes if each.artifact}
+    assert shown == {name: name in FORMATS and bool(FORMATS[name].graph) for name in shown}
+    assert set(shown.values()) == {True, False}
+
+
 # --- the choice -------------------------------------------------------------------------------------------------------
 
 

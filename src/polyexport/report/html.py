@@ -62,6 +62,7 @@ def page(report: Report) -> str:
             history=_history(report),
             snippets=[(outcome, snippets(outcome)) for outcome in report.outcomes if outcome.artifact],
             browser_page=browser_page,
+            graph=graph,
         )
     )
 
@@ -261,6 +262,12 @@ def browser_page(outcome: Outcome) -> str:
     if each is None or outcome.artifact is None or not each.page:
         return ""
     return PurePosixPath(outcome.artifact.path).with_name(each.page).as_posix()
+
+
+def graph(outcome: Outcome) -> str:
+    """The file of the artifact that Netron draws, relative to the export's folder; empty if there is none."""
+    each = known().get(outcome.format)
+    return f"{each.name}/{each.graph}" if each and outcome.artifact and each.graph else ""
 
 
 @cache
