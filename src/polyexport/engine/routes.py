@@ -134,7 +134,8 @@ class Build:
             part = self._once(outside, partial(self._part, outside, make))
             found = part._whole(each) if part else built
             if part and found.outcome.publishable and not (built.narrow and found.narrow):
-                self._discard(built.path)
+                if not built.usable:  # else another format may be made from it right now
+                    self._discard(built.path)
                 self.references[each.name] = part._reference
                 return replace(found, outcome=_without(found.outcome, outside, built.outcome.reason))
         return built
