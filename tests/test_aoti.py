@@ -48,6 +48,13 @@ def test_it_holds_the_metadata_and_no_path_of_this_machine(compiled: Report) -> 
     assert str(Path(torch.__file__).parent).encode() not in content
 
 
+def test_older_versions_of_pytorch_find_its_metadata_by_the_name_of_the_source(compiled: Report) -> None:
+    with ZipFile(compiled.folder / "aoti" / "model.pt2") as archive:
+        sizes = {each.filename: each.file_size for each in archive.infolist()}
+    (metadata,) = (name for name in sizes if name.endswith("wrapper_metadata.json"))
+    assert sizes[metadata.replace("_metadata.json", ".cpp")] == 0
+
+
 def test_without_a_compiler_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(ToolMissing, match=r"no-such-compiler is not on PATH \(.*install.*; or set CXX to another\)"):

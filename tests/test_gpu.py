@@ -113,3 +113,14 @@ def test_onnx_agrees_there_too(name: str, model: str, tmp_path: Path) -> None:
     reference = {key: batch[key] for key in outputs}
     parity = compare(dict(zip(outputs, answer, strict=True)), reference, polyexport.FORMATS[name].limits)
     assert parity.passed, parity.reason
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["resnet", "vit", "bert", "lstm"])
+def test_a_compiled_package_agrees_there_at_every_batch_size(model: str, tmp_path: Path) -> None:
+    module, inputs = zoo.build(model)
+    report = polyexport.export(module, inputs, ["aoti-cuda"], tmp_path / "out", bench=False)
+    outcome = report["aoti-cuda"]
+    assert (outcome.state, outcome.reason) == ("verified", "")
+    assert "batch" in outcome.inputs[0].shape
+    assert outcome.remark.startswith("compiled for NVIDIA GPUs of compute capability ")

@@ -37,6 +37,17 @@ def in_pytorch(module: Any, given: Arrays) -> Callable[[], object]:
     return call
 
 
+def in_package(path: Path, given: Arrays) -> Callable[[], object]:
+    """A call of AOTInductor's package."""
+    package = torch._inductor.aoti_load_package(str(path))
+
+    def call() -> object:
+        with torch.inference_mode():
+            return [each.cpu() for each in package(*(torch.from_numpy(array).cuda() for array in given.values()))]
+
+    return call
+
+
 def in_onnxruntime(path: Path, given: Arrays) -> Callable[[], object]:
     """A call of an ONNX file by CUDA."""
     import onnxruntime
@@ -67,7 +78,7 @@ def main() -> None:
     import onnxruntime
 
     by_cuda = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
-    names = ["eager PyTorch", "torchscript", *(["onnx", "onnx-fp16"] if by_cuda else [])]
+    names = ["eager PyTorch", "torchscript", "aoti-cuda", *(["onnx", "onnx-fp16"] if by_cuda else [])]
     print(f"{torch.cuda.get_device_name(0)}, PyTorch {torch.__version__}, batch {ROWS}, p50 ms\n")
     print("| model |", " | ".join(names), "|")
     print("|---|" + "---|" * len(names))
@@ -80,7 +91,8 @@ def main() -> None:
             given = {name: rows(array) for name, array in batch.items()}
             traced = torch.jit.load(str(report.folder / "torchscript" / "model.torchscript"), map_location="cuda")
             calls = [in_pytorch(module, given), in_pytorch(traced, given)]
-            calls += [in_onnxruntime(report.folder / name / "model.onnx", given) for name in names[2:]]
+            calls += [in_package(report.folder / "aoti-cuda" / "model.pt2", given)]
+            calls += [in_onnxruntime(report.folder / name / "model.onnx", given) for name in names[3:]]
             samples: list[list[float]] = [[] for _ in calls]
             running = [index for index, call in enumerate(calls) if runs(call)]
             for _ in range(3):  # in turn, so that what disturbs one disturbs all

@@ -1,6 +1,6 @@
 """What training pays while exports run beside it: steps per second and memory, with and without the callback.
 
-    python tests/benchmarks/overhead.py [--sizes 1 25] [--seconds 20]
+    python tests/benchmarks/overhead.py [--sizes 1 25] [--seconds 20] [--accelerator gpu]
 
 Every run is a process of its own and trains for the same time; with the callback, an export is under way all along.
 Each run with it stands beside one without it, right before. Steps count from the second epoch on, when an export runs.
@@ -24,7 +24,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, Timer
 from rich.console import Console
 from rich.table import Table
-from training import FORMATS, fit, in_process
+from training import FORMATS, accelerator_option, fit, in_process
 
 from lightning_export import ExportCallback
 
@@ -62,13 +62,13 @@ class Leaving(ExportCallback):
         self._close()
 
 
-def child(millions: int, formats: int, seconds: int) -> dict[str, Any]:
+def child(accelerator: str, millions: int, formats: int, seconds: int) -> dict[str, Any]:
     """One training; what it measured."""
     torch.manual_seed(0)
     meter = Meter()
     export = [Leaving(FORMATS[formats])] if formats else []
     timer = Timer(duration={"seconds": seconds}, verbose=False)
-    fit(millions, [meter, timer, *export], steps=STEPS, max_epochs=-1)
+    fit(millions, [meter, timer, *export], steps=STEPS, max_epochs=-1, accelerator=accelerator)
     if len(meter.ends) < 2:
         sys.exit(f"no second epoch in {seconds} s; give more --seconds")
     rate = (len(meter.ends) - 1) / (meter.ends[-1] - meter.ends[0])
@@ -79,16 +79,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", nargs="+", type=int, default=[1, 25], help="millions of parameters")
     parser.add_argument("--seconds", type=int, default=20, help="how long each run trains")
+    accelerator_option(parser)
     parser.add_argument("--child", nargs=3, type=int, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.child:
-        print(json.dumps(child(*given.child)))
+        print(json.dumps(child(given.accelerator, *given.child)))
         return
+    on = ("--accelerator", given.accelerator)
     table = Table(*COLUMNS, title="training while exports run beside it")
     for millions in given.sizes:
         for formats in (1, 4, 12):
-            without = in_process(__file__, millions, 0, given.seconds)
-            found = in_process(__file__, millions, formats, given.seconds)
+            without = in_process(__file__, millions, 0, given.seconds, *on)
+            found = in_process(__file__, millions, formats, given.seconds, *on)
             added = {key: found[key] - without[key] for key in ("lasting", "resident", "peak")}
             table.add_row(
                 f"{millions} M",

@@ -1,6 +1,6 @@
 """What the training thread pays per new best, against a callback that exports in process.
 
-    python tests/benchmarks/stall.py [--sizes 1 25 100] [--bests 20] [--naive 3]
+    python tests/benchmarks/stall.py [--sizes 1 25 100] [--bests 20] [--naive 2] [--accelerator gpu]
 
 Every run is a process of its own. Its time is all that is spent in the callback's hooks around one new best while
 earlier exports run beside training; `capture` is what the first validation batch costs, once. `naive` is a callback
@@ -23,7 +23,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from rich.console import Console
 from rich.table import Table
-from training import FORMATS, fit, in_process
+from training import FORMATS, accelerator_option, fit, in_process
 
 from lightning_export import ExportCallback
 
@@ -100,11 +100,11 @@ def openvino(net: Any, rows: torch.Tensor, path: str) -> None:
 CONVERSIONS = (onnx, torchscript, pt2, openvino)
 
 
-def child(who: str, millions: str, formats: str, bests: str) -> dict[str, Any]:
+def child(accelerator: str, who: str, millions: str, formats: str, bests: str) -> dict[str, Any]:
     """One training; what it measured."""
     count = int(formats)
     export = Naive(count) if who == "naive" else Timed(FORMATS[count])
-    fit(int(millions), [export], max_epochs=int(bests))
+    fit(int(millions), [export], max_epochs=int(bests), accelerator=accelerator)
     return {"stalls_ms": export.stalls_ms, "capture_ms": export.capture_ms}
 
 
@@ -113,19 +113,21 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", type=int, default=[1, 25, 100], help="millions of parameters")
     parser.add_argument("--bests", type=int, default=20, help="new bests in each run")
     parser.add_argument("--naive", type=int, default=2, help="new bests in each run that exports in process")
+    accelerator_option(parser)
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.child:
-        print(json.dumps(child(*given.child)))
+        print(json.dumps(child(given.accelerator, *given.child)))
         return
+    on = ("--accelerator", given.accelerator)
     table = Table(*COLUMNS, title="the training thread, per new best")
     for millions in given.sizes:
         for formats in (1, 4, 12):
-            found = in_process(__file__, "callback", millions, formats, given.bests)
+            found = in_process(__file__, "callback", millions, formats, given.bests, *on)
             p50, p95, most = np.percentile(found["stalls_ms"], [50, 95, 100])
             cells = [f"{p50:.1f}", f"{p95:.1f}", f"{most:.1f}", f"{found['capture_ms'][0]:.0f}", "", ""]
             if given.naive:
-                there = in_process(__file__, "naive", millions, formats, given.naive)["stalls_ms"]
+                there = in_process(__file__, "naive", millions, formats, given.naive, *on)["stalls_ms"]
                 cells[-2:] = [f"{np.median(there):.0f}", f"{max(there):.0f}"]
             table.add_row(f"{millions} M", str(formats), *cells)
     Console(width=120).print(table)

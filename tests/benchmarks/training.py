@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -62,6 +63,10 @@ class Improving(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=1e-3)
 
 
+def accelerator_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--accelerator", default="cpu", help="what it trains on, as Lightning's Trainer takes it")
+
+
 def fit(millions: float, callbacks: Sequence[Callback], *, steps: int = STEPS, **settings: Any) -> Trainer:
     """Train in a folder that is gone afterwards."""
     model = Improving(millions)
@@ -69,7 +74,6 @@ def fit(millions: float, callbacks: Sequence[Callback], *, steps: int = STEPS, *
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             default_root_dir=folder,
-            accelerator="cpu",
             logger=False,
             enable_progress_bar=False,
             enable_model_summary=False,

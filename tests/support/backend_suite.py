@@ -17,6 +17,8 @@ import sys
 import tempfile
 import types
 import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -77,6 +79,9 @@ TYPES = {
 """The element types that a target cannot compute with."""
 
 Answers = dict[str, np.ndarray]
+
+AT_ONCE = 16
+"""How many cases are lowered as one graph."""
 
 
 def onnx_version() -> tuple[int, ...]:
@@ -155,18 +160,35 @@ def paddle(model: Any, inputs: Answers, shapes: dict[str, Any]) -> Answers:
 TARGETS = {"tensorflow": tensorflow, "paddle": paddle}
 
 
-def run(
-    target: str, model: Any, data_sets: list[tuple[list[Any], list[Any]]], rtol: float, atol: float, dynamic: bool
-) -> None:
-    """Lower a model, run it on the data, compare.
+Case = tuple[str, Any, list[tuple[list[Any], list[Any]]], float, float]
+"""Name, model, data, and the tolerances, relative and absolute."""
 
-    Raises:
-        AssertionError: an output differs.
+
+@dataclass(frozen=True)
+class Part:
+    """A model on one of its data sets.
+
+    Attributes:
+        model: Without functions, and with parameters as constants.
+        shapes: The shape of each input while the graph is lowered; None for a size that only the run knows.
+        expected: The outputs by name, in the order of the model's.
     """
+
+    model: Any
+    inputs: Answers
+    shapes: dict[str, list[int | None]]
+    expected: Answers
+    rtol: float
+    atol: float
+
+
+def parts(case: Case, *, dynamic: bool) -> list[Part]:
+    """A case's model on each of its data sets."""
     import onnx
     from onnx import numpy_helper
     from onnx.inliner import inline_local_functions
 
+    _, model, data_sets, rtol, atol = case
     if model.functions:
         model = inline_local_functions(model)
     smooth = any(a.name == "antialias" and a.i for node in model.graph.node for a in node.attribute)
@@ -180,18 +202,63 @@ def run(
         model = kept
     for i in fixed:
         model.graph.initializer.append(numpy_helper.from_array(_array(data_sets[0][0][i]), model.graph.input[i].name))
-    data_sets = [([each for i, each in enumerate(given) if i not in fixed], expected) for given, expected in data_sets]
     weights = {weight.name for weight in model.graph.initializer}
     names = [value.name for value in model.graph.input if value.name not in weights]
+    found = []
     for given, expected in data_sets:
-        inputs = dict(zip(names, (_array(each) for each in given), strict=False))
+        arrays = [_array(each) for i, each in enumerate(given) if i not in fixed]
+        inputs = dict(zip(names, arrays, strict=False))
         shapes = {
             name: _free(array, model) if dynamic and name not in WEIGHTS else list(array.shape)
             for name, array in inputs.items()
         }
-        found = TARGETS[target](model, inputs, shapes)
-        for value, reference in zip(model.graph.output, expected, strict=False):
-            check(found[value.name], _array(reference), rtol, atol)
+        answers = {value.name: _array(each) for value, each in zip(model.graph.output, expected, strict=False)}
+        found.append(Part(model, inputs, shapes, answers, rtol, atol))
+    return found
+
+
+def opsets(part: Part) -> str:
+    """What two models must have in common to be one."""
+    return repr(sorted((each.domain, each.version) for each in part.model.opset_import))
+
+
+def merged(several: Sequence[Part]) -> Part:
+    """Graphs beside each other in one, whose names begin with their number."""
+    import onnx
+    from onnx.compose import add_prefix
+
+    model = onnx.ModelProto()
+    model.CopyFrom(several[0].model)
+    model.graph.Clear()
+    model.graph.name = "several"
+    inputs, shapes, expected = {}, {}, {}
+    for number, part in enumerate(several):
+        prefix = f"p{number}_"
+        model.graph.MergeFrom(add_prefix(part.model, prefix).graph)
+        inputs |= {prefix + name: array for name, array in part.inputs.items()}
+        shapes |= {prefix + name: shape for name, shape in part.shapes.items()}
+        expected |= {prefix + name: array for name, array in part.expected.items()}
+    return Part(model, inputs, shapes, expected, several[0].rtol, several[0].atol)
+
+
+def run(target: str, part: Part) -> None:
+    """Lower a model, run it on the data, compare.
+
+    Raises:
+        AssertionError: an output differs.
+    """
+    found = TARGETS[target](part.model, part.inputs, part.shapes)
+    for name, reference in part.expected.items():
+        check(found[name], reference, part.rtol, part.atol)
+
+
+def agree(target: str, several: Sequence[Part]) -> bool:
+    """Whether models agree that are lowered as one, which takes less time; if not, it may be due to that."""
+    try:
+        run(target, merged(several))
+    except Exception:  # each is run by itself then, and what it raises is in the result
+        return False
+    return True
 
 
 def _free(array: np.ndarray, model: Any) -> list[int | None]:
@@ -221,10 +288,6 @@ def check(found: np.ndarray, reference: np.ndarray, rtol: float, atol: float) ->
     np.testing.assert_allclose(found, reference, rtol=rtol, atol=atol)
 
 
-Case = tuple[str, Any, list[tuple[list[Any], list[Any]]], float, float]
-"""Name, model, data, and the tolerances, relative and absolute."""
-
-
 def cases() -> list[Case]:
     """All node cases, and the models that were converted from PyTorch."""
     import onnx
@@ -246,16 +309,22 @@ def cases() -> list[Case]:
     return found
 
 
-def outcome(target: str, mode: str, case: Case) -> str:
-    """What RESULT says of one case."""
-    name, model, data_sets, rtol, atol = case
+def excuse(target: str, mode: str, case: Case) -> str:
+    """What RESULT says of a case that a rule excludes; empty if none does."""
+    name, model, *_ = case
     rule = rule_against(model, name, target)
     if mode == "dynamic" and "sizes" in name and "antialias" in name:
         rule = SMOOTH
-    if rule:
-        return f"not applicable: {rule.format(target=target)}"
+    return f"not applicable: {rule.format(target=target)}" if rule else ""
+
+
+def outcome(target: str, mode: str, case: Case) -> str:
+    """What RESULT says of a case that is run by itself."""
+    if said := excuse(target, mode, case):
+        return said
     try:
-        run(target, model, data_sets, rtol, atol, mode == "dynamic")
+        for part in parts(case, dynamic=mode == "dynamic"):
+            run(target, part)
     except Exception as error:
         return f"failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
     return "passed"
@@ -277,7 +346,23 @@ def results(target: str, mode: str, chosen: list[Case]) -> dict[str, str]:
     """What RESULT says of each case in one mode."""
     if mode == "broken":
         return {case[0]: broken(target, case) for case in chosen if case[0] in BROKEN}
-    return {case[0]: outcome(target, mode, case) for case in chosen}
+    found = {case[0]: said for case in chosen if (said := excuse(target, mode, case))}
+    for group in groups([case for case in chosen if case[0] not in found], dynamic=mode == "dynamic"):
+        if agree(target, [part for _, some in group for part in some]):
+            found |= dict.fromkeys((case[0] for case, _ in group), "passed")
+        else:
+            found |= {case[0]: outcome(target, mode, case) for case, _ in group}
+    return found
+
+
+def groups(chosen: list[Case], *, dynamic: bool) -> Iterator[list[tuple[Case, list[Part]]]]:
+    """Cases with their parts, which can be lowered as one."""
+    alike: dict[Any, list[tuple[Case, list[Part]]]] = {}
+    for case in chosen:
+        some = parts(case, dynamic=dynamic)
+        alike.setdefault((opsets(some[0]), case[3:]), []).append((case, some))
+    for each in alike.values():
+        yield from (each[start : start + AT_ONCE] for start in range(0, len(each), AT_ONCE))
 
 
 def main(target: str, package: str, result: str, modes: str = "static,dynamic,broken", pattern: str = "") -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
 import sysconfig
@@ -39,6 +40,12 @@ def importable(name: str) -> bool:
         return False
     if name == "__main__" or getattr(sys.modules.get(name), "__file__", None) is None:
         return True  # cloudpickle pickles `__main__` by value; a module without a file is part of an extension
+    return _is_found(name, tuple(sys.path))
+
+
+@functools.lru_cache(1024)  # each new best is pickled while training waits
+def _is_found(name: str, path: tuple[str, ...]) -> bool:
+    """Whether the finders of this process find a module; `path` is the import path that the answer belongs to."""
     places = None
     for depth in range(1, len(parts := name.split(".")) + 1):
         partial = ".".join(parts[:depth])
@@ -51,12 +58,16 @@ def importable(name: str) -> bool:
 
 
 def _is_called_like_a_package(name: str) -> bool:
-    file = getattr(sys.modules.get(name), "__file__", None)
+    file, installed = getattr(sys.modules.get(name), "__file__", None), _installed(name)
+    return bool(file and installed and installed != os.path.realpath(file))
+
+
+@functools.cache
+def _installed(name: str) -> str:
+    """The file of a package or module of the standard library or of site-packages; empty if there is none."""
     folders = dict.fromkeys(sysconfig.get_path(kind) for kind in ("stdlib", "purelib", "platlib"))
     found = PathFinder.find_spec(name, list(folders))
-    if file is None or found is None or found.origin is None:
-        return False
-    return bool(os.path.realpath(found.origin) != os.path.realpath(file))
+    return os.path.realpath(found.origin) if found and found.origin else ""
 
 
 def import_path() -> tuple[str, ...]:

@@ -73,7 +73,7 @@ UNAVAILABLE = "unavailable.txt"
 
 
 def dump(value: Any, path: Path, *, whole: bool = False) -> None:
-    """Pickle any object; parameters are reduced to their shapes unless `whole`, other tensors are copied to the CPU.
+    """Pickle any object; parameters are reduced to their shapes unless `whole`, other tensors move to the CPU.
 
     Code that another process could not import is pickled by value.
 
@@ -153,11 +153,14 @@ def _can_be_pickled(value: Any) -> bool:
 
 
 def _on_the_cpu(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy on the CPU; zeros for a meta tensor, whose values are in the weights."""
+    """It, to be written on the CPU without more of its storage; zeros for a meta tensor, whose values are weights."""
     import torch
 
     if tensor.is_meta:
         return torch.zeros(tensor.shape, dtype=tensor.dtype)
+    is_dense = tensor.device.type == "cpu" and tensor.layout is torch.strided and tensor.is_contiguous()
+    if is_dense and tensor.nbytes == tensor.untyped_storage().nbytes():
+        return tensor  # a copy is made by all of PyTorch's threads, and the cores may be busy
     return tensor.to("cpu", copy=True).contiguous()
 
 

@@ -121,7 +121,6 @@ class Engine:
     def submit(self, request: Request) -> Future[Report]:
         """Queue a request; a waiting one is cancelled and its folder removed."""
         self.supersede()
-        self.warm(request.formats)
         try:
             if request.held and "://" not in request.held:
                 lies_elsewhere(request.work, Path(request.held))
@@ -139,8 +138,8 @@ class Engine:
     def warm(self, formats: Iterable[Format]) -> threading.Thread:
         """Start the servers for the jobs of these formats, one after another, in the background.
 
-        A toolchain that is not installed yet is left out. `submit` does the same; call this where the formats are known
-        earlier. Returns the thread that does it, to be joined if needed.
+        A toolchain that is not installed yet is left out. Each export does the same; call this where the formats are
+        known earlier. Returns the thread that does it, to be joined if needed.
         """
         thread = threading.Thread(target=self._warm, args=(tuple(formats),), name="polyexport-warm", daemon=True)
         thread.start()
@@ -219,6 +218,7 @@ class Engine:
     # --- one request --------------------------------------------------------------------------------------------------
 
     def _export(self, request: Request) -> Report:
+        self.warm(request.formats)
         request = _beside_what_is_there(request)
         dispatcher = self._dispatcher(request.work, request.final, self._limits, self._elsewhere)
         return self._exported(request, replace(dispatcher, sys_path=request.sys_path))

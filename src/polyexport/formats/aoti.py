@@ -1,4 +1,4 @@
-"""AOTInductor: PyTorch compiled ahead of time, a package that C++ loads without Python.
+"""AOTInductor: PyTorch compiled ahead of time, for CPUs and for NVIDIA GPUs; a package that C++ loads without Python.
 
 https://docs.pytorch.org/docs/stable/torch.compiler_aot_inductor.html
 
@@ -6,6 +6,8 @@ Requirements:
 * It is compiled by this machine's C++ compiler, for its operating system and its version of PyTorch. On x86 it runs on
   any CPU with AVX2 if this one has that, not only on CPUs like this one.
 * The number of threads is decided where it runs, not where it was compiled.
+* For a GPU it is compiled on one of that compute capability, by Triton and CUDA's toolkit; TF32 is off where we run it,
+  and is the application's choice elsewhere.
 * Intermediate files are in the worker's temporary folder, and none are kept.
 """
 
@@ -18,14 +20,17 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from polyexport.errors import ToolMissing
-from polyexport.format import Format, Loaded, Route, Snippet
+from polyexport.errors import CannotRun, ToolMissing
+from polyexport.format import Format, Loaded, Observed, Route, Snippet
+from polyexport.formats.tensorrt import device
 from polyexport.formats.torchscript import CPP_INPUTS
 from polyexport.spec import ExportSpec, example
-from polyexport.workers import compiler
+from polyexport.workers import compiler, gpu
 
 _COMPILED_FOR = "compiled_for"
 """The metadata entry with the machines that the package runs on."""
+_CAPABILITY = "compute_capability"
+"""The metadata entry with the GPUs that the package runs on, such as 9.0."""
 
 
 def lacks() -> str:
@@ -33,31 +38,65 @@ def lacks() -> str:
     return compiler.missing("C++")
 
 
+def lacks_for_gpu() -> str:
+    """What is missing if there is no GPU or no C++ compiler, in a line."""
+    return gpu.missing() or lacks()
+
+
 def convert(source: Path, target: Path, spec: ExportSpec) -> None:
-    """Compile the program of `torch.export`, and package the library without its C++ source.
+    """Compile the program of `torch.export`, and package the library with its C++ source emptied.
 
     Raises:
         ToolMissing: there is no C++ compiler.
     """
     if why := lacks():
         raise ToolMissing(why)
+    from polyexport.tracing.exported_program import load_program
+
+    settings, runs_on = _settings()
+    _compile(load_program(source), "cpu", target, settings, {**spec.embedded, _COMPILED_FOR: runs_on}, spec)
+
+
+def convert_for_gpu(source: Path, target: Path, spec: ExportSpec) -> None:
+    """Compile it for the first GPU.
+
+    Raises:
+        ToolMissing: there is no C++ compiler, or no GPU that PyTorch can use.
+    """
+    if why := lacks_for_gpu():
+        raise ToolMissing(why)
+    here = device()
+    from torch.export.passes import move_to_device_pass
+
+    from polyexport.tracing.exported_program import load_program
+
+    settings, host = _settings()
+    about = {_COMPILED_FOR: f"NVIDIA GPUs of compute capability {here.capability}; {host}"}
+    metadata = {**spec.embedded, **about, _CAPABILITY: here.capability}
+    _compile(move_to_device_pass(load_program(source), "cuda"), "cuda", target, settings, metadata, spec)
+
+
+def _compile(
+    program: Any, on: str, target: Path, settings: dict[str, Any], metadata: dict[str, str], spec: ExportSpec
+) -> None:
+    """Compile a program whose tensors are on the device `on`."""
     import torch
     from torch import _inductor as inductor
     from torch._inductor.package.package import package_aoti
 
-    from polyexport.tracing.exported_program import load_program
-
-    settings, runs_on = _settings()
-    told = f"{runs_on}, by {compiler.version('C++')} and PyTorch {torch.__version__}"
-    module, inputs = load_program(source).module(), tuple(map(torch.from_numpy, example(spec).values()))
+    by = f", by {compiler.version('C++')} and PyTorch {torch.__version__}"
+    module, inputs = program.module(), tuple(torch.from_numpy(each).to(on) for each in example(spec).values())
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache  # compiled again each time: the cache may be another user's
         settings |= {
-            "aot_inductor.metadata": {**spec.embedded, _COMPILED_FOR: told},
+            "aot_inductor.metadata": metadata | {_COMPILED_FOR: metadata[_COMPILED_FOR] + by},
             "cpp.cxx": _without_paths(Path(cache)),
         }
         files: Any = inductor.aot_compile(module, inputs, options=settings)
-        package_aoti(str(target), [file for file in files if not str(file).endswith(".cpp")])
+        for file in files:
+            if str(file).endswith(".cpp"):  # PyTorch up to 2.11 looks for the metadata next to a file of this name
+                Path(file).write_text("")
+        package_aoti(str(target), files)
 
 
 def _without_paths(folder: Path) -> tuple[str]:
@@ -117,48 +156,96 @@ def load(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
     )
 
 
-_SNIPPETS = (
-    Snippet(
-        "C++",
-        """\
+def load_on_gpu(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
+    """Run the package on the first GPU; a call returns when the outputs are in host memory.
+
+    Raises:
+        CannotRun: there is no GPU, or the package was compiled for others.
+    """
+    if why := gpu.missing():
+        raise CannotRun(f"cannot be run here: {why}")
+    here = device()
+    import torch
+
+    from polyexport.capture.flatten import as_runner
+
+    torch.set_num_threads(threads)
+    torch.backends.cudnn.allow_tf32 = False  # by default it is on for convolutions: ten bits of mantissa
+    package = torch._inductor.aoti_load_package(str(path))
+    metadata = package.get_metadata()
+    if metadata[_CAPABILITY] != here.capability:
+        raise CannotRun(
+            f"{here.name} has compute capability {here.capability}, but the package is for {metadata[_CAPABILITY]}"
+        )
+
+    def on_gpu(*inputs: torch.Tensor) -> Any:
+        return package(*(each.cuda() for each in inputs))
+
+    return Loaded(
+        as_runner(on_gpu, spec),
+        remark=f"compiled for {metadata[_COMPILED_FOR]}",
+        observed=lambda: Observed(device=here.name),
+    )
+
+
+def _snippets(moved: str) -> tuple[Snippet, ...]:
+    """Code that runs the package; `moved` is the method that moves a tensor to its device, if that is not the CPU."""
+    cpp = f"  for (auto& input : inputs) input = input{moved};\n" if moved else ""
+    return (
+        Snippet(
+            "C++",
+            f"""\
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
 #include <torch/torch.h>
 
-int main() {
+int main() {{
   c10::InferenceMode inference;
-  torch::inductor::AOTIModelPackageLoader model("{{ path }}");
-  std::vector<at::Tensor> outputs = model.run({
-"""
-        f"{CPP_INPUTS}"
-        """\
-  });
-}
+  torch::inductor::AOTIModelPackageLoader model("{{{{ path }}}}");
+  std::vector<at::Tensor> inputs{{
+{CPP_INPUTS}
+  }};
+{cpp}  std::vector<at::Tensor> outputs = model.run(inputs);
+}}
 """,
-    ),
-    Snippet(
-        "Python",
-        """\
+        ),
+        Snippet(
+            "Python",
+            f"""\
 import numpy as np
 import torch
 
-model = torch._inductor.aoti_load_package("{{ path }}")
+model = torch._inductor.aoti_load_package("{{{{ path }}}}")
 batch = np.load("validation_batch.npz")
 with torch.inference_mode():
-    outputs = model(*(torch.from_numpy(batch[name]) for name in {{ names | tojson }}))
+    outputs = model(*(torch.from_numpy(batch[name]){moved} for name in {{{{ names | tojson }}}}))
 """,
+        ),
+    )
+
+
+FORMATS = (
+    Format(
+        name="aoti",
+        aliases=("aotinductor",),
+        description="AOTInductor package: PyTorch compiled to native code, for C++ without Python",
+        url="https://docs.pytorch.org/docs/stable/torch.compiler_aot_inductor.html",
+        artifact="model.pt2",
+        routes=(Route("pt2", upstream="pt2", toolchain="torch", convert=convert),),
+        load=load,
+        lacks=lacks,
+        targets=("server CPU",),
+        snippets=_snippets(""),
     ),
-)
-
-
-FORMAT = Format(
-    name="aoti",
-    aliases=("aotinductor",),
-    description="AOTInductor package: PyTorch compiled to native code, for C++ without Python",
-    url="https://docs.pytorch.org/docs/stable/torch.compiler_aot_inductor.html",
-    artifact="model.pt2",
-    routes=(Route("pt2", upstream="pt2", toolchain="torch", convert=convert),),
-    load=load,
-    lacks=lacks,
-    targets=("server CPU",),
-    snippets=_SNIPPETS,
+    Format(
+        name="aoti-cuda",
+        description="AOTInductor package for NVIDIA GPUs like the one it was compiled on",
+        url="https://docs.pytorch.org/docs/stable/torch.compiler_aot_inductor.html",
+        artifact="model.pt2",
+        routes=(Route("pt2", upstream="pt2", toolchain="torch", convert=convert_for_gpu),),
+        load=load_on_gpu,
+        uses_gpu=True,
+        lacks=lacks_for_gpu,
+        targets=("GPU",),
+        snippets=_snippets(".cuda()"),
+    ),
 )
