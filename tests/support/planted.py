@@ -123,14 +123,33 @@ def static_only(source: Path, target: Path, spec: ExportSpec) -> None:
     replay(source, target, spec)
 
 
+def lacks_topk(source: Path, target: Path, spec: ExportSpec) -> None:
+    if "index" in spec.output_names:
+        raise NotImplementedError("no rule for aten::topk")
+    replay(source, target, spec)
+
+
+def lacks_bytes(source: Path, target: Path, spec: ExportSpec) -> None:
+    if spec.inputs[0].dtype == "uint8":
+        raise NotImplementedError("no type uint8")
+    replay(source, target, spec)
+
+
+def lacks_both(source: Path, target: Path, spec: ExportSpec) -> None:
+    lacks_topk(source, target, spec)
+    lacks_bytes(source, target, spec)
+
+
 def load(path: Path, spec: ExportSpec, *, threads: int) -> Runner:
     about = json.loads(path.read_text())
     folder = next(parent for parent in path.parents if (parent / "validation_batch.npz").exists())
-    files = [folder / "validation_batch.npz", *sorted((folder / "source").glob("batch_*.npz"))]
+    files = [*folder.rglob("validation_batch.npz"), *folder.rglob("batch_*.npz")]
 
     def run(inputs: Arrays) -> Arrays:
         for file in files:
             with np.load(file) as known:
+                if not {*inputs, *spec.output_names} <= set(known.files):
+                    continue  # of the module with other processing steps
                 if all(np.array_equal(known[name], array) for name, array in inputs.items()):
                     return {
                         name: known[name] * np.asarray(about["factor"], known[name].dtype) for name in spec.output_names
@@ -149,6 +168,23 @@ def load_in_steps(path: Path, spec: ExportSpec, *, threads: int) -> Runner:
         return {name: (np.round(array / step) * step).astype(array.dtype) for name, (array, step) in steps.items()}
 
     return coarse
+
+
+def load_narrow(path: Path, spec: ExportSpec, *, threads: int) -> Runner:
+    """Right about the best classes of the first batch and of other sizes, and wrong on other values."""
+    run = load(path, spec, threads=threads)
+    folder = next(parent for parent in path.parents if (parent / "validation_batch.npz").exists())
+    with np.load(folder / "validation_batch.npz") as first:
+        known = {name: first[name] for name in spec.input_names if name in first.files}
+
+    def narrow(inputs: Arrays) -> Arrays:
+        answer = run(inputs)
+        changed = any(
+            inputs[name].shape == a.shape and not np.array_equal(inputs[name], a) for name, a in known.items()
+        )
+        return {name: -array if changed and "index" in answer else array for name, array in answer.items()}
+
+    return narrow
 
 
 def load_nowhere(path: Path, spec: ExportSpec, *, threads: int) -> Runner:
