@@ -16,6 +16,9 @@ BIN := $(VENV)/bin
 NEWEST := .venv-newest
 WATCHED := torch lightning onnx onnxscript onnxruntime openvino coremltools wandb
 
+# with it each process of a test would compile our sources anew
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test test-one-session test-another-session test-fast test-newest lint docs lock bench test-zoo test-matrix test-real clean
 
 demo: $(VENV)/demo

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from math import sqrt
+
 import pytest
 import torch
 
@@ -73,6 +76,78 @@ def test_a_size_asked_for_by_len_is_followed_by_a_trace() -> None:
     torch.testing.assert_close(traced(five), expected)
     torch.testing.assert_close(program.module()(five), expected)
     assert "len" not in globals()
+
+
+class SizesAsNumbers(torch.nn.Module):
+    """Makes Python numbers of sizes by `how`."""
+
+    def __init__(self, how) -> None:
+        super().__init__()
+        self.how, self.head = how, torch.nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.how(self.head(x))
+
+
+SIZES = {
+    "int": lambda x: x.view(int(x.shape[0]), 2, -1),
+    "int of each": lambda x: torch.zeros(tuple(map(int, x.shape))) + x.reshape([int(size) for size in x.size()]),
+    "int of a quotient": lambda x: x[: int(x.shape[0] / 2 + 1)],
+    "float": lambda x: x / float(x.shape[0]),
+    "float of a sum": lambda x: x.sum(0) / (float(x.size(0)) + 1),
+    "a root": lambda x: x / math.sqrt(x.shape[0]),
+    "a function": lambda x: x * sqrt(int(x.size(0))),
+    "len": lambda x: x / len(x),
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_a_size_that_becomes_a_number_of_python_is_followed_by_a_trace(name) -> None:
+    model, four, nine = SizesAsNumbers(SIZES[name]).eval(), torch.rand(4, 4), torch.rand(9, 4)
+    expected = model(nine)
+    with torch.no_grad(), exportable(model):
+        traced = torch.jit.trace(model, (four,), check_trace=False)
+        program = export_program(model, (four,), [(0,)])
+    torch.testing.assert_close(traced(nine), expected)
+    torch.testing.assert_close(program.module()(nine), expected)
+
+
+NUMBERS = (
+    "isinstance(3, int) and not isinstance(3.0, int) and isinstance(0.5, float) and issubclass(bool, int)",
+    "type(3) == int and {int: 1, float: 2}[type(0.5)] == 2",
+    "int('7', base=8) == 7 and int() == 0 and int(2.5) == 2 and float('inf') == math.inf",
+    "int.from_bytes(b'1', 'big') == 49 and float.fromhex('0x1') == 1",
+    "len('ab') == 2 and math.ceil(0.5) == 1 and sqrt(4) == math.sqrt(4) == 2",
+)
+
+
+def uses_numbers(x: torch.Tensor) -> torch.Tensor:
+    assert [each for each in NUMBERS if not eval(each)] == []
+    return x * int(2.5) * float(3)
+
+
+def test_what_is_no_size_is_a_number_as_before() -> None:
+    model, x = SizesAsNumbers(uses_numbers).eval(), torch.rand(4, 4)
+    expected, before = model(x), dict(globals())
+    with torch.no_grad(), exportable(model):
+        assert "int" in globals()
+        torch.testing.assert_close(model(x), expected)
+        torch.testing.assert_close(torch.jit.trace(model, (x,), check_trace=False)(x), expected)
+    assert globals() == before
+
+
+def test_a_number_read_of_data_is_no_size() -> None:
+    model = SizesAsNumbers(lambda x: x * [0.5, 2.0][int(x.sum() * 0)] * {0: 3.0}[int(x.shape[0] * x[0, 0] * 0)]).eval()
+    x = torch.rand(4, 4)
+    with torch.no_grad(), exportable(model), pytest.warns(torch.jit.TracerWarning, match="Python integer"):
+        torch.testing.assert_close(torch.jit.trace(model, (x,), check_trace=False)(x), model(x))
+
+
+def test_names_that_torch_jit_script_will_read_are_left_alone() -> None:
+    apart = {"torch": torch, "scripted": torch.jit.script_if_tracing(lambda x: x * int(x.shape[0] / 2))}
+    exec("class Apart(torch.nn.Module):\n    def forward(self, x):\n        return scripted(x)", apart)
+    with exportable(apart["Apart"]()):
+        assert "int" not in apart
 
 
 def test_a_distribution_in_forward_is_exported_without_the_checks_of_its_parameters(

@@ -94,14 +94,6 @@ def test_pytorchs_own_formats_carry_the_metadata(dictionary):
         assert dictionary.checkpoint.sha256 in (text if isinstance(text, str) else text.decode())
 
 
-@pytest.mark.usefixtures("own_servers")
-def test_nothing_is_written_into_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    (tmp_path / "home").mkdir()
-    polyexport.export(torch.nn.Linear(3, 2), torch.rand(2, 3), GROUND_FORMATS, tmp_path / "x", bench=False)
-    assert [path.name for path in (tmp_path / "home").iterdir() if path.name != ".cache"] == []
-
-
 class Sorted(torch.nn.Module):
     """`torch.export` cannot trace it, since the branch depends on data, and a trace keeps one side; a script both."""
 

@@ -43,5 +43,6 @@ def test_no_export_reaches_for_the_network(everything: Everything) -> None:
     assert outgoing(everything.trace) == []
 
 
-def test_no_export_leaves_a_device_id_in_the_home_folder(everything: Everything) -> None:
-    assert not list(everything.home.rglob("*onnxruntime.db*"))
+def test_no_export_writes_into_the_home_folder_beside_its_caches(everything: Everything) -> None:
+    assert [path.name for path in everything.home.iterdir() if path.name != ".cache"] == []
+    assert not list(everything.home.rglob("*onnxruntime.db*"))  # a device's id

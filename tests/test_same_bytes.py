@@ -1,21 +1,25 @@
-"""The same checkpoint gives the same bytes: each format's conversion, run again in a process of its own."""
+"""The same checkpoint gives the same bytes: each format's conversion, run again in a process of its own.
+
+That is forked, as an engine's workers are.
+"""
 
 from __future__ import annotations
 
 import hashlib
-import os
 import shlex
-import subprocess
 from pathlib import Path
 from zipfile import ZipFile
 
 import pytest
 
 from every_format import Everything
-from polyexport import FORMATS
+from isolated import Program, run_all
+from polyexport import FORMATS, Outcome
 from polyexport.formats.mnn import settle_id
 from polyexport.formats.rknn import same
 from polyexport.report.folders import DESCRIPTION
+from polyexport.workers import toolchain
+from polyexport.workers.toolchain import Toolchain
 
 NAMES = [each.name for each in FORMATS.values() if not each.uses_gpu and not each.lacks()]
 
@@ -37,18 +41,40 @@ def contents(folder: Path) -> dict[str, str]:
     return found
 
 
+def converter(outcome: Outcome) -> Toolchain:
+    """The toolchain of the route that was taken."""
+    (route,) = (each for each in FORMATS[outcome.format].routes if each.name == outcome.route)
+    return toolchain.find(route.toolchain)
+
+
+@pytest.fixture(scope="module")
+def again(everything: Everything, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, Path]]:
+    """Of each format why its conversion failed when it was run again, and the folder that it was told to write to."""
+    alike: dict[Toolchain, dict[str, Program]] = {}
+    for outcome in everything.report.outcomes:
+        folder = tmp_path_factory.mktemp("again")
+        words = tuple(shlex.split(outcome.reproduce)[1:])
+        program = Program(words[words[0] == "-P" :], folder, {"TMPDIR": str(folder)})
+        alike.setdefault(converter(outcome), {})[outcome.format] = program
+    found = {}
+    for chain, programs in alike.items():
+        reasons = run_all(chain, [*programs.values()])
+        found |= {name: (why, programs[name].folder) for name, why in zip(programs, reasons, strict=True)}
+    return found
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_a_conversion_that_is_run_again_writes_the_same_bytes(name: str, everything: Everything, tmp_path: Path):
-    outcome = everything.report[name]
+def test_a_conversion_that_is_run_again_writes_the_same_bytes(
+    name: str, everything: Everything, again: dict[str, tuple[str, Path]]
+):
+    outcome, (failed, folder) = everything.report[name], again[name]
     assert outcome.artifact, outcome.reason
     assert ".convert.json" in outcome.reproduce
-    around = {**os.environ, "TMPDIR": str(tmp_path)}
-    done = subprocess.run(shlex.split(outcome.reproduce), capture_output=True, text=True, check=False, env=around)
-    assert done.returncode == 0, done.stderr[-2000:]
-    (made,) = tmp_path.glob("polyexport-*")
-    folder = everything.report.folder / name
-    assert contents(made) == contents(folder)
-    assert all(same(file.read_bytes(), (folder / file.name).read_bytes()) for file in made.glob("*.rknn"))
+    assert not failed
+    (made,) = folder.glob("polyexport-*")
+    first = everything.report.folder / name
+    assert contents(made) == contents(first)
+    assert all(same(file.read_bytes(), (first / file.name).read_bytes()) for file in made.glob("*.rknn"))
 
 
 def test_an_id_that_was_drawn_becomes_one_of_the_content(tmp_path: Path):

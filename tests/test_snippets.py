@@ -6,7 +6,6 @@ import functools
 import http.server
 import itertools
 import json
-import os
 import shutil
 import subprocess
 import sysconfig
@@ -19,6 +18,7 @@ import pytest
 import polyexport
 import web
 from every_format import Everything
+from isolated import Program, run_all
 from polyexport import FORMATS
 from polyexport.measure.tolerance import Tolerance
 from polyexport.report.html import graph, snippets
@@ -66,21 +66,38 @@ def test_the_file_that_netron_draws_is_in_the_artifact(everything: Everything) -
     assert "onnx/model.onnx" in made
 
 
+@pytest.fixture(scope="module")
+def answered(everything: Everything, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, Path]]:
+    """Of each format why its code in Python failed, and the folder with what it answered."""
+    alike: dict[toolchain.Toolchain, dict[str, Program]] = {}
+    for outcome in (each for each in everything.report.outcomes if each.format in having("Python")):
+        folder = tmp_path_factory.mktemp("answered")
+        for entry in (outcome.format, "validation_batch.npz"):
+            (folder / entry).symlink_to(everything.report.folder / entry)
+        (folder / "main.py").write_text(code(outcome, "Python") + SAVE)
+        each = FORMATS[outcome.format]
+        chain = toolchain.find(each.runtime or each.routes[0].toolchain)
+        program = Program((str(folder / "main.py"),), folder, {"PYTHONPATH": str(BOARDS)})
+        alike.setdefault(chain, {})[outcome.format] = program
+    found = {}
+    for chain, programs in alike.items():
+        reasons = run_all(chain, [*programs.values()])
+        found |= {name: (why, programs[name].folder) for name, why in zip(programs, reasons, strict=True)}
+    return found
+
+
 @pytest.mark.parametrize("name", having("Python"))
-def test_python_answers_as_pytorch_does(everything: Everything, tmp_path: Path, name: str) -> None:
-    outcome, each = made(everything, name), FORMATS[name]
-    for entry in (name, "validation_batch.npz"):
-        (tmp_path / entry).symlink_to(everything.report.folder / entry)
-    python = toolchain.find(each.runtime or each.routes[0].toolchain).interpreter()
-    around = {**os.environ, "PYTHONPATH": str(BOARDS)}
-    words = [python, "-c", code(outcome, "Python") + SAVE]
-    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False, env=around)
-    assert done.returncode == 0, done.stderr
-    with np.load(tmp_path / "answers.npz") as answers, np.load(tmp_path / "validation_batch.npz") as batch:
+def test_python_answers_as_pytorch_does(
+    everything: Everything, answered: dict[str, tuple[str, Path]], name: str
+) -> None:
+    made(everything, name)
+    failed, folder = answered[name]
+    assert not failed
+    with np.load(folder / "answers.npz") as answers, np.load(folder / "validation_batch.npz") as batch:
         answer, expected = answers["arr_0"], batch["linear"]
     expected = expected[: len(answer)]  # some take one row per call
     assert answer.shape == expected.shape
-    assert near(answer, expected, each.limits)
+    assert near(answer, expected, FORMATS[name].limits)
 
 
 RUN = """

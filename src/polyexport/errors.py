@@ -15,12 +15,36 @@ A converter's own exceptions are not wrapped: they become the `reason` of an out
 
 from __future__ import annotations
 
+import os
 import signal
+import traceback
 
 
 def line(error: BaseException, most: int | None = None) -> str:
-    """An exception as one line, its type and its message, cut to `most` characters."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:most]}".rstrip(": ")
+    """An exception as one line, its type and its message, cut to `most` characters.
+
+    A key, an index or a word is no message: then the statement that raised it follows. Of an error in TorchScript the
+    last line is the cause.
+    """
+    said = str(error)
+    if "Traceback of TorchScript" in said:
+        said = said.strip().splitlines()[-1]
+    said = " ".join(said.split())[:most]
+    text = f"{type(error).__name__}: {said}".rstrip(": ")
+    return text if " " in said and not isinstance(error, LookupError) else f"{text}{_raised_at(error)}"
+
+
+def _raised_at(error: BaseException) -> str:
+    steps = traceback.extract_tb(error.__traceback__)
+    if not steps:
+        return ""
+    last = steps[-1]
+    statement = f" at `{' '.join(last.line.split())[:_LONGEST]}`" if last.line else ""
+    return f"{statement} ({os.path.basename(last.filename)}:{last.lineno}, in {last.name})"
+
+
+_LONGEST = 100
+"""Characters of a statement."""
 
 
 def ended(code: int) -> str:

@@ -38,7 +38,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from polyexport.errors import BadRequest, CannotRun, ToolMissing
+from polyexport.errors import BadRequest, CannotRun, ToolMissing, line
 from polyexport.format import Format, Loaded
 from polyexport.report.escape import printable
 from polyexport.report.folders import DESCRIPTION, link
@@ -363,8 +363,8 @@ def serve(root: Path, job: Serve, lines: Iterator[bytes], answers: TextIO) -> in
         _answer(answers, {"error": _one_line(_cause(error))})
         return 1
     _answer(answers, {})
-    for line in lines:
-        source, target = json.loads(line)
+    for asked in lines:
+        source, target = json.loads(asked)
         try:
             write_arrays(Path(target), loaded(_inputs(Path(source), job)))
             _answer(answers, {})
@@ -411,12 +411,8 @@ def _peak_memory() -> int | None:
 
 
 def _one_line(error: BaseException) -> str:
-    said = str(error)
-    if "Traceback of TorchScript" in said:  # the cause is the last line, and the rest is in the log
-        said = said.strip().splitlines()[-1]
-    text = " ".join(printable(said).split())
     own = isinstance(error, ToolMissing | CannotRun | BadRequest)
-    return (text if own else f"{type(error).__name__}: {text}")[:500]
+    return " ".join(printable(str(error) if own else line(error)).split())[:500]
 
 
 def _kind(error: BaseException) -> str:
@@ -450,8 +446,8 @@ def _end_with_parent() -> Iterator[bytes]:
     def listen() -> None:
         # not sys.stdin, whose lock would be held when the interpreter exits
         with open(0, "rb", closefd=False) as stream:
-            for line in stream:
-                lines.put(line)
+            for each in stream:
+                lines.put(each)
         _end()
 
     def watch(parent: int) -> None:

@@ -7,12 +7,14 @@ import json
 import os
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import polyexport
 from polyexport.workers import toolchain
+from polyexport.workers.toolchain import Toolchain
 
 HERE = Path(__file__).parent
 PACKAGE = Path(polyexport.__file__).parent
@@ -41,6 +43,28 @@ def answer(toolchain: str, program: str) -> Any:
     found = _answers(toolchain)[program]
     assert "error" not in found, found["error"]
     return found["answer"]
+
+
+@dataclass(frozen=True)
+class Program:
+    """`python WORDS` in a folder, with additions to the environment; what it prints is in the file `printed` there."""
+
+    words: tuple[str, ...]
+    folder: Path
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+def run_all(chain: Toolchain, programs: Sequence[Program]) -> list[str]:
+    """Run programs in a toolchain, which imports once what they need; why each failed, or an empty string."""
+    told = json.dumps([(each.words, str(each.folder), dict(each.environment)) for each in programs])
+    command = [str(chain.interpreter()), "-P", str(HERE / "forks.py"), ",".join(chain.imports(converts=True))]
+    done = subprocess.run(command, input=told, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    codes = json.loads(done.stdout.splitlines()[-1])
+    return [
+        f"{code}: {(each.folder / 'printed').read_text()[-3000:]}" if code else ""
+        for code, each in zip(codes, programs, strict=True)
+    ]
 
 
 def many(toolchain: str, kind: str, formats: Sequence[str], roots: Sequence[str]) -> dict[str, dict[str, Any]]:

@@ -92,8 +92,12 @@ def takes_all_memory(source: Path, target: Path, spec: ExportSpec) -> None:
         taken.append(b"x" * 2**26)
 
 
+SLOW_SECONDS = 12.0
+"""More than twice what a process group may wait in the tests."""
+
+
 def slow(source: Path, target: Path, spec: ExportSpec) -> None:
-    time.sleep(20)  # several times what a process group may wait in the tests
+    time.sleep(SLOW_SECONDS)
     replay(source, target, spec)
 
 

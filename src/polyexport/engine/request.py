@@ -14,7 +14,7 @@ from polyexport.capture.pickling import import_path
 from polyexport.capture.snapshot import PROCESSING, further_calls
 from polyexport.engine.dispatch import declared, declared_file
 from polyexport.engine.ownership import is_ours, seal
-from polyexport.errors import BadRequest
+from polyexport.errors import BadRequest, line
 from polyexport.format import Format
 from polyexport.formats import known
 from polyexport.measure.dynamic_axes import Dynamic
@@ -194,9 +194,8 @@ def _format(work: Path, name: str) -> Format:
         for route in found.routes:
             toolchain.find(route.toolchain)
     except Exception as error:  # the user's own code
-        why = f"{type(error).__name__}: {error}"
         raise BadRequest(
-            f"the format {name!r} is your own, and this command cannot load it ({why}); "
+            f"the format {name!r} is your own, and this command cannot load it ({line(error)}); "
             "resume training with fit(ckpt_path=…)"
         ) from None
     return found

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from polyexport.errors import line
 from polyexport.lowering.backend import Backend
 from polyexport.lowering.opsets import current
 from polyexport.lowering.sizes import infer
@@ -135,8 +136,7 @@ class Lowering:
             raise
         except Exception as error:  # whatever the framework raises, the message must name the node
             shapes = ", ".join(str(value.shape) if isinstance(value, Value) else "-" for value in inputs)
-            why = " ".join(str(error).split())[:300]
-            raise node.unsupported(f"with inputs of shapes {shapes}: {type(error).__name__}: {why}") from error
+            raise node.unsupported(f"with inputs of shapes {shapes}: {line(error, 300)}") from error
         for name, output in zip(proto.output, outputs, strict=False):
             if name:
                 scope[name] = self._refined(output, claims.get(name))

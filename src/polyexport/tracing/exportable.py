@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from polyexport.tracing.forward import uncompiled
 from polyexport.tracing.idle_reads import idle_reads_given
-from polyexport.tracing.sizes import lengths_followed
+from polyexport.tracing.sizes import sizes_followed
 
 if TYPE_CHECKING:
     from torch import nn
@@ -37,7 +37,7 @@ def _now(config: Any, name: str) -> Any:
 
 @contextlib.contextmanager
 def exportable(model: nn.Module) -> Iterator[nn.Module]:
-    """The model as exporters need it: options set, `len` traced, nothing compiled, distributions and data not checked.
+    """The model as exporters need it: options set, sizes traced, nothing compiled, distributions and data not checked.
 
     Everything is restored when the context exits.
     """
@@ -51,7 +51,7 @@ def exportable(model: nn.Module) -> Iterator[nn.Module]:
     for config, name, _ in before:
         setattr(config, name, _SETTINGS[name][1])
     try:
-        with uncompiled(), lengths_followed(model), _distributions_unchecked(), idle_reads_given(model):
+        with uncompiled(), sizes_followed(model), _distributions_unchecked(), idle_reads_given(model):
             yield model
     finally:
         for config, name, value in reversed(before):

@@ -9,6 +9,7 @@ import inspect
 from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
+from polyexport.errors import line
 from polyexport.spec import Arrays
 from polyexport.tracing.reads import FailedAt, reads
 
@@ -31,7 +32,7 @@ def script_branches(model: Any, inputs: Arrays) -> None:
         try:
             setattr(parent, name, torch.jit.script(part))
         except Exception as error:  # the compiler raises many types; the first line says what it refuses
-            why = str(error).strip().split("\n", 1)[0]
+            why = str(error).strip().split("\n", 1)[0] or line(error)
             raise RuntimeError(f"torch.jit.script refuses {type(part).__name__}: {why}") from error
 
 

@@ -1,14 +1,15 @@
-"""Traces `len(tensor)` as a dynamic size, like `tensor.shape[0]`.
+"""Traces sizes that forward makes Python numbers of, such as `len(tensor)` and `int(x.shape[0])`, as dynamic sizes.
 
-Python's `len` always returns a plain number, so the batch size of the trace would be a constant in the artifact.
+Python's own functions always return plain numbers, so the batch size of the trace would be a constant in the artifact.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 from collections.abc import Iterator
-from types import FunctionType
+from types import FunctionType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -18,19 +19,32 @@ _NOT_THE_USERS = frozenset({"torch", "polyexport"}) | sys.stdlib_module_names
 
 
 @contextlib.contextmanager
-def lengths_followed(model: nn.Module) -> Iterator[None]:
-    """Replace `len`, in the code that the submodules of `model` come from, by one whose result for a tensor is traced.
+def sizes_followed(model: nn.Module) -> Iterator[None]:
+    """Replace `len`, `int`, `float` and `math.sqrt`, in the code that the submodules of `model` come from.
 
-    It is set in the globals of that code until the context exits; only a worker may do so, where nothing else runs.
+    They are set in the globals of that code until the context exits; only a worker may do so, where nothing else runs.
     """
-    changed = [each for each in _globals(model) if "len" not in each]
-    for each in changed:
-        each["len"] = _length
+    changed = [(each, _replaced(each)) for each in _globals(model)]
+    before = [(each, {name: each[name] for name in new if name in each}) for each, new in changed]
+    for each, new in changed:
+        each.update(new)
     try:
         yield
     finally:
-        for each in changed:
-            del each["len"]
+        for (each, new), (_, old) in zip(changed, before, strict=True):
+            for name in new:
+                del each[name]
+            each.update(old)
+
+
+def _replaced(names: dict[str, Any]) -> dict[str, Any]:
+    """What is set in these globals."""
+    if any("__script_if_tracing_wrapper" in vars(value) for value in names.values() if isinstance(value, FunctionType)):
+        return {}  # torch.jit.script compiles that function, and knows Python's own
+    builtins = {"len": _length, "int": Int, "float": Float}
+    found = {name: value for name, value in builtins.items() if name not in names}
+    found |= {name: _sqrt for name, value in names.items() if value is math.sqrt}
+    return found | {name: _math() for name, value in names.items() if value is math}
 
 
 def _globals(model: nn.Module) -> list[dict[str, Any]]:
@@ -43,7 +57,85 @@ def _globals(model: nn.Module) -> list[dict[str, Any]]:
     return list({id(each): each for each in (*files, *by_value)}.values())
 
 
+# --- what is called in their place ------------------------------------------------------------------------------------
+
+
 def _length(value: Any) -> Any:
     import torch
 
     return value.shape[0] if isinstance(value, torch.Tensor) and value.dim() else len(value)
+
+
+class _Number(type):
+    """The type of a stand-in for `int` or `float`: equal to it, and the same for `isinstance`."""
+
+    own: type
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        followed = _followed(cls.own, args[0]) if len(args) == 1 and not kwargs else None
+        return cls.own(*args, **kwargs) if followed is None else followed
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return isinstance(instance, cls.own)
+
+    def __subclasscheck__(cls, subclass: type) -> bool:
+        return issubclass(subclass, cls.own)
+
+    def __eq__(cls, other: object) -> bool:
+        return other is cls or other is cls.own
+
+    def __hash__(cls) -> int:
+        return hash(cls.own)
+
+
+class Int(int, metaclass=_Number):
+    """`int`, but a size stays one."""
+
+    own = int
+
+
+class Float(float, metaclass=_Number):
+    """`float`, but a size stays one."""
+
+    own = float
+
+
+def _followed(kind: type, value: Any) -> Any:
+    """A traced size as another kind of number; None for all else."""
+    import torch
+
+    if isinstance(value, torch.SymInt | torch.SymFloat):
+        return torch.sym_int(value) if kind is int else torch.sym_float(value)
+    if _is_traced(value):
+        return value.to(torch.int64 if kind is int else torch.float64)
+    return None
+
+
+def _is_traced(value: Any) -> bool:
+    """Whether it is made of sizes and constants alone, in a trace of `torch.jit`, where these are tensors."""
+    import torch
+
+    if not isinstance(value, torch.Tensor) or value.dim() or not torch.jit.is_tracing():
+        return False
+    nodes, sized = [torch._C._get_value_trace(value).node()], False
+    while nodes:
+        node = nodes.pop()
+        if node.kind() == "prim::NumToTensor":  # what `x.shape[0]` is made by
+            sized = True
+        elif node.kind() in ("prim::Param", "prim::GetAttr"):
+            return False
+        else:
+            nodes.extend(given.node() for given in node.inputs())
+    return sized
+
+
+def _sqrt(value: Any) -> Any:
+    import torch
+
+    if isinstance(value, torch.SymInt | torch.SymFloat):
+        return torch.sym_float(value) ** 0.5
+    return value.to(torch.float64).sqrt() if _is_traced(value) else math.sqrt(value)
+
+
+def _math() -> SimpleNamespace:
+    return SimpleNamespace(**{**vars(math), "sqrt": _sqrt})

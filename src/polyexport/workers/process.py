@@ -46,6 +46,7 @@ _DISTRIBUTED = (
 _OF_THE_HOST = ("PYTHONPATH", "PYTHONHOME", "PYTHONSTARTUP", "VIRTUAL_ENV", "PYTHONDONTWRITEBYTECODE")
 # opt out of runtimes' telemetry; they read this when they are imported
 _NO_TELEMETRY = {"ORT_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1"}
+_NO_FILES_AT_HOME = {"KERAS_HOME": os.devnull}  # else importing TensorFlow writes ~/.keras/keras.json
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "TF_NUM_INTRAOP_THREADS")
 
 
@@ -324,7 +325,7 @@ def environment(*, threads: int, gpu: bool, host: bool) -> dict[str, str]:
         kept = {name: value for name, value in kept.items() if name not in _OF_THE_HOST}
     if not gpu:
         kept["CUDA_VISIBLE_DEVICES"] = ""
-    kept |= dict.fromkeys(_THREADS, str(threads)) | _NO_TELEMETRY
+    kept |= dict.fromkeys(_THREADS, str(threads)) | _NO_TELEMETRY | _NO_FILES_AT_HOME
     return kept | {"PYTHONUNBUFFERED": "1", "TF_CPP_MIN_LOG_LEVEL": "2", "TOKENIZERS_PARALLELISM": "false"}
 
 

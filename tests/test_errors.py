@@ -1,0 +1,55 @@
+"""An exception as the reason that a user reads."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+import polyexport
+from polyexport.errors import line
+
+
+def checks(kind: str) -> None:
+    if kind not in ("float32", "float16"):
+        raise AssertionError
+
+
+def quits(code: int) -> None:
+    sys.exit(code)
+
+
+WORDLESS = {
+    "AssertionError at `raise AssertionError`": lambda: checks("bfloat16"),
+    "KeyError: 'bfloat16' at `": lambda: {"float32": 1}["bfloat16"],
+    "IndexError: list index out of range at `": lambda: [1][1],
+    "SystemExit: 3 at `sys.exit(": lambda: quits(3),
+}
+
+
+@pytest.mark.parametrize(("begins", "fails"), WORDLESS.items(), ids=[name.split(" ")[0] for name in WORDLESS])
+def test_an_exception_without_words_tells_where_it_was_raised(begins, fails):
+    try:
+        fails()
+    except BaseException as error:
+        said = line(error)
+    assert said.startswith(begins)
+    assert "in " in said.rsplit("(", 1)[1]
+
+
+def test_an_exception_with_words_is_left_as_it_is():
+    with pytest.raises(ValueError, match="axis") as caught:
+        raise ValueError("no  axis\n 3")
+    assert line(caught.value) == "ValueError: no axis 3"
+
+
+def test_the_cause_of_an_error_in_torchscript_is_its_last_line():
+    error = RuntimeError("failed in interpreter.\nTraceback of TorchScript:\n  x = y\nRuntimeError: sizes differ\n")
+    assert line(error) == "RuntimeError: RuntimeError: sizes differ"
+
+
+def test_no_reason_is_made_of_the_name_of_an_exception_alone():
+    source = Path(polyexport.__file__).parent
+    alone = [file for file in source.rglob("*.py") if "type(error).__name__" in file.read_text(encoding="utf-8")]
+    assert alone == [source / "errors.py"]
