@@ -16,6 +16,9 @@ BIN := $(VENV)/bin
 NEWEST := .venv-newest
 WATCHED := torch lightning onnx onnxscript onnxruntime openvino coremltools wandb
 
+# with it each process of a test would compile our sources anew
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test test-one-session test-another-session test-fast test-newest lint docs lock bench test-zoo test-matrix test-real clean
 
 demo: $(VENV)/demo
@@ -29,6 +32,8 @@ test: $(VENV)/test
 	shared=$$(mktemp -d) && trap "rm -rf $$shared" EXIT && \
 		$(MAKE) --jobs=2 --output-sync=target SHARED=$$shared test-one-session test-another-session
 
+# idle threads of OpenMP wait actively
+test-one-session test-another-session: export OMP_NUM_THREADS := 1
 test-one-session test-another-session:
 	$(BIN)/python -m pytest tests --share $(SHARED)
 

@@ -1,7 +1,11 @@
 """Train a small CNN on scikit-learn's handwritten digits and export the best checkpoint, in every format.
 
 python examples/digits.py
+
+Formats given as arguments, such as `onnx tflite`, replace the list below.
 """
+
+import sys
 
 import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
@@ -83,7 +87,7 @@ def main() -> None:
         logger=WandbLogger(project="digits", save_dir="runs", offline=True),
         callbacks=[
             ModelCheckpoint(monitor="val_loss"),
-            ExportCallback(formats=FORMATS, when="fit_end"),
+            ExportCallback(formats=sys.argv[1:] or FORMATS, when="fit_end"),
         ],
         log_every_n_steps=10,
         enable_model_summary=False,

@@ -8,8 +8,11 @@ Where the artifacts can be used then:
   http://localhost:8000/examples/hand_over.html?model=/runs/hand_over/exports/best/tfjs/model.json
 * a machine that has only the runtime: polyexport kit runs/hand_over/exports/best/onnx
 * a server: see serve_triton.py
+
+Formats given as arguments, such as `onnx tfjs`, replace the list below.
 """
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +27,7 @@ from torch.utils.data import DataLoader, TensorDataset, random_split
 from lightning_export import ExportCallback, TritonRepository
 
 FOLDER = Path("runs/hand_over")
+FORMATS = ["torchscript", "onnx", "openvino", "coreml", "tflite", "tfjs"]
 LABELS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 
 
@@ -84,7 +88,7 @@ def main() -> None:
         callbacks=[
             ModelCheckpoint(monitor="val_loss"),
             ExportCallback(
-                formats=["torchscript", "onnx", "openvino", "coreml", "tflite", "tfjs"],
+                formats=sys.argv[1:] or FORMATS,
                 when="fit_end",
                 preprocess="pixels",
                 postprocess=nn.Softmax(dim=1),

@@ -5,9 +5,11 @@ python examples/qat.py
 `torch.ao` rounds weights and activations during training, so that the model learns to work with eight bits. ONNX,
 OpenVINO and ExecuTorch in int8 then use the trained scales; TensorFlow Lite is calibrated with the images. On images as
 small as these, eight bits cost next to no accuracy either way; the example shows that the trained scales are used.
+Formats given as arguments replace those four.
 """
 
 import copy
+import sys
 
 import torch
 from sklearn.datasets import load_digits
@@ -47,6 +49,7 @@ def main() -> None:
     torch.manual_seed(1)
     digits = load_digits()
     image, digit = torch.tensor(digits.images[:, None], dtype=torch.float32) / 16, torch.tensor(digits.target)
+    formats = sys.argv[1:] or FORMATS
     train, test = slice(0, 1400), slice(1400, None)
     net = Net()
     fit(net, image[train], digit[train], epochs=15, rate=3e-3)
@@ -64,7 +67,7 @@ def main() -> None:
         into = f"runs/qat/{title.split()[0]}"
         budget = {"accuracy": polyexport.Budget(0.01, mode="max")}
         report = polyexport.export(
-            model, image[test], FORMATS, into, dynamic=False, metric=accuracy, budget=budget, bench=False
+            model, image[test], formats, into, dynamic=False, metric=accuracy, budget=budget, bench=False
         )
         print(f"{title}: PyTorch {report.metrics['accuracy']:.4f}")
         for outcome in report.outcomes:

@@ -11,6 +11,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import networkx  # noqa: F401  # with these here, servers import them too, and conversions need not
+import onnxscript.function_libs.torch_lib.ops
+import onnxscript.rewriter  # noqa: F401
 import pytest
 import torch
 

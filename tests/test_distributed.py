@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import os
+import socket
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch.distributed import checkpoint
 
+import forked
 import planted
 import runs
 from lightning_export import ranks
@@ -76,7 +77,7 @@ class Naive(Callback):
     # exports in the training process, on rank zero
     def on_train_epoch_end(self, trainer, pl_module):
         if trainer.is_global_zero:
-            time.sleep(20)
+            time.sleep(12)
 
 if __name__ == "__main__":
     fit(runs.Scripted([3.0, 2.0]), Naive(), DDPStrategy(process_group_backend="gloo", start_method={kind!r}), 2)
@@ -106,6 +107,18 @@ RUNS = {
     "fsdp-full": FSDP,
     "fsdp-sharded": FSDP,
 }
+LAUNCHED = {"ddp-popen", "ddp-spawn"}
+"""Those whose second process Lightning starts; in the others both find each other by their environment."""
+
+
+def ranks_of(name: str) -> list[dict[str, str]]:
+    """What is added to the environment of each process that is started here, as `torchrun` and Slurm do."""
+    if name in LAUNCHED:
+        return [{}]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    known = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0", "WORLD_SIZE": "2"}
+    return [{**known, "LOCAL_RANK": str(rank)} for rank in range(2)]
 
 
 @pytest.fixture(scope="module")
@@ -119,15 +132,20 @@ def ended(tmp_path_factory) -> Callable[[str], tuple[Path, int, str]]:
             tests=str(Path(__file__).parent / "support"), folder=str(home), kind=name.split("-")[1]
         )
         (home / "train.py").write_text(text)
-        with (home / "output.txt").open("w") as output:
-            command = [sys.executable, home / "train.py"]
-            started[name] = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, cwd=home)
+        files = [Path(os.devnull), *[home / "output.txt"] * 2]
+        started[name] = [
+            forked.started(home / "train.py", cwd=home, environment={**os.environ, **more}, files=files)
+            for more in ranks_of(name)
+        ]
 
     def end(name: str) -> tuple[Path, int, str]:
         try:
-            code = started[name].wait(500)
+            for process in started[name]:
+                process.join(500)
         finally:
-            started[name].kill()
+            for process in started[name]:
+                process.kill()
+        code = max(abs(process.exitcode) for process in started[name])
         return folder / name, code, (folder / name / "output.txt").read_text()
 
     return end
@@ -140,7 +158,7 @@ def test_rank_zero_exports_and_no_collective_waits_for_it(ended, start):
     assert code == 0, output[-3000:]
     report = Report.load(folder / "exports" / "best")
     assert report["slow"].state == ("verified" if start == "popen" else "degraded")
-    assert report["slow"].seconds["convert"] >= 20
+    assert report["slow"].seconds["convert"] >= planted.SLOW_SECONDS
     assert output.count("validated") == 2 if start == "popen" else 1
     assert {path.name for path in (folder / "exports").iterdir()} >= {"best", "epoch=1-step=4"}
     assert not list((folder / "exports").glob(".*"))

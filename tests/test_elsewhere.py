@@ -96,6 +96,22 @@ def kill_who_says_so(mark: Path, over: threading.Event) -> None:
             return
 
 
+def scores_and_index(logits: torch.Tensor) -> dict[str, torch.Tensor]:
+    scores, index = logits.softmax(1).topk(2)
+    return {"scores": scores, "index": index}
+
+
+def test_what_is_left_without_a_step_is_made_elsewhere_too(tmp_path):
+    formats = [GOOD, plant("topk", planted.lacks_topk)]
+    report = polyexport.export(
+        NET, ROWS, formats, tmp_path / "out", bench=False, executor=Loses(0), postprocess=scores_and_index
+    )
+    assert {each.format: (each.state, each.outside) for each in report.outcomes} == {
+        "good": ("verified", ()),
+        "topk": ("degraded", ("postprocess",)),
+    }, [each.reason for each in report.outcomes]
+
+
 class Loses:
     """An executor that loses its first `times` jobs, each of them with an error of its own."""
 

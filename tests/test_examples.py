@@ -21,6 +21,7 @@ import torch
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.wait import WebDriverWait
 
+import forked
 import polyexport
 import wandb_log
 import web
@@ -39,12 +40,12 @@ def command(name: str) -> str:
     return re.findall(r"^(?:[A-Z]+=\S+ uvicorn|python) .*$", (EXAMPLES / name).read_text("utf-8"), re.MULTILINE)[-1]
 
 
-def run(name: str, folder: Path) -> str:
-    """Run the command of an example in `folder`, as if that were the clone."""
+def run(name: str, folder: Path, *more: str) -> str:
+    """Run the command of an example in `folder`, as if that were the clone, with `more` at its end."""
     (folder / "examples").symlink_to(EXAMPLES)
-    done = subprocess.run(
-        command(name), shell=True, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, check=False
-    )
+    python, *words = command(name).split()
+    assert python == "python"
+    done = forked.script(*words, *more, cwd=folder, environment=ENVIRONMENT)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -62,31 +63,22 @@ def test_every_example_is_run_here():
 
 @pytest.mark.slow
 def test_digits(tmp_path):
-    printed = run("digits.py", tmp_path)
+    """In a few formats: `make demo` makes all, and `test_names.py` sees that each of them is verified."""
+    printed = run("digits.py", tmp_path, "torchscript", "onnx", "openvino", "tensorrt", "mnn")
     report = report_in(tmp_path)
     states = {each.format: each.state for each in report.outcomes}
-    # what is skipped needs a GPU, and a compiler that only its vendor has
+    # what is skipped needs a GPU
     skipped = {name for name, state in states.items() if state == "skipped"}
-    assert skipped <= {"tensorrt", "edgetpu"}
+    assert skipped <= {"tensorrt"}
     verified = set(states) - skipped
     assert {states[name] for name in verified} == {"verified"}
-    assert {
-        "torchscript",
-        "onnx",
-        "openvino",
-        "coreml",
-        "saved_model",
-        "graphdef",
-        "tflite",
-        "tfjs",
-        "paddle",
-    } <= verified
+    assert {"torchscript", "onnx", "openvino", "mnn"} <= verified
     # 100 calls, or fewer where they take longer than a runtime's share of time
-    assert all(1 <= report[name].latency.samples <= 100 for name in verified - {"coreml"})
+    assert all(1 <= report[name].latency.samples <= 100 for name in verified)
     assert report.checkpoint.monitor == "val_loss"
     assert str(report.folder / "report.html") in printed
     assert re.search(r"^epoch=\d-step=\d+ onnx \(dynamo\): verified in", printed, re.MULTILINE)
-    assert "tflite-int8" in (report.folder / "report.html").read_text(encoding="utf-8")
+    assert "openvino" in (report.folder / "report.html").read_text(encoding="utf-8")
     (path,) = tmp_path.rglob("*.wandb")
     run_found = wandb_log.read(path)
     assert len(run_found.artifacts) == len(verified)
@@ -120,16 +112,12 @@ def test_without_lightning(tmp_path):
 
 
 def test_qat(tmp_path):
-    printed = run("qat.py", tmp_path)
+    printed = run("qat.py", tmp_path, "onnx-int8")
     accuracies = [float(each) for each in re.findall(r"PyTorch (\S+)$", printed, re.MULTILINE)]
     assert min(accuracies) > 0.8
     rows = re.findall(r"^  (\S+) \((.+)\): (\S+), (\w+)$", printed, re.MULTILINE)
     assert {state for *_, state in rows} == {"verified"}
-    assert {name for name, route, *_ in rows if route == "trained scales"} == {
-        "onnx-int8",
-        "openvino-int8",
-        "executorch-int8",
-    }
+    assert [route == "trained scales" for _, route, *_ in rows] == [False, True]
 
 
 def test_transformer(tmp_path):
@@ -278,16 +266,14 @@ def test_tfjs(browser, page, tmp_path):
 def hand_over(tmp_path_factory) -> tuple[Path, str]:
     """Where the example ran, and which digit it says that its picture shows."""
     folder = tmp_path_factory.mktemp("hand_over")
-    printed = run("hand_over.py", folder)
+    printed = run("hand_over.py", folder, "onnx", "tfjs")
     return folder, re.findall(r"^picture.bmp shows a (\w+)$", printed, re.MULTILINE)[0]
 
 
 def test_hand_over(hand_over, tmp_path):
     folder, digit = hand_over
     report = report_in(folder)
-    assert {each.format: each.state for each in report.outcomes} == dict.fromkeys(
-        ("torchscript", "onnx", "openvino", "coreml", "tflite", "tfjs"), "verified"
-    )
+    assert {each.format: each.state for each in report.outcomes} == dict.fromkeys(("onnx", "tfjs"), "verified")
     assert [str(each) for each in report.model.inputs] == ["pixels: uint8[batch, 32, 32, 3]"]
     assert report.model.processing["preprocess"] == "pixels"
     loaded = polyexport.load(report.folder / "onnx")
@@ -351,7 +337,6 @@ def test_serve_triton(hand_over, tmp_path):
 def test_a_mistake_in_the_configuration_is_told(tmp_path, config):
     wrong = tmp_path / config
     wrong.write_text((EXAMPLES / config).read_text().replace("when: fit_end", "when: never"))
-    command = [sys.executable, str(EXAMPLES / config.replace(".yaml", ".py")), "fit", "--config", str(wrong)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = forked.script(EXAMPLES / config.replace(".yaml", ".py"), "fit", "--config", wrong, cwd=tmp_path)
     assert done.returncode != 0
     assert "never" in done.stderr

@@ -53,16 +53,21 @@ def test_harm_would_be_seen(matrix, fault):
     assert (set(seen.exit_codes) == {seen.reference_exit_code}) == (fault.name != "fit fails")
 
 
-def test_a_process_and_a_folder_that_are_left_behind_would_be_seen(tmp_path):
+def test_a_folder_that_is_left_behind_would_be_seen(tmp_path):
     (tmp_path / "exports" / ".unfinished-1").mkdir(parents=True)
     assert unfinished_in(tmp_path) == (str(tmp_path / "exports" / ".unfinished-1"),)
-    orphan = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, env={MARK: str(tmp_path)})
-    try:
-        assert len(workers_of(tmp_path)) == 1
-    finally:
-        orphan.kill()
-        orphan.communicate()
-    assert workers_of(tmp_path) == ()
+
+
+def test_a_process_that_is_left_behind_would_be_seen_by_its_environment_or_its_folder(tmp_path):
+    (tmp_path / "run0").mkdir()
+    for given in ({"env": {MARK: str(tmp_path)}}, {"cwd": tmp_path / "run0"}):
+        orphan = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, **given)
+        try:
+            assert len(workers_of(tmp_path)) == 1
+        finally:
+            orphan.kill()
+            orphan.communicate()
+        assert workers_of(tmp_path) == ()
 
 
 def test_the_table_has_a_row_for_each_fault_and_says_what_was_seen():

@@ -55,3 +55,12 @@ def test_what_cannot_be_loaded_says_what_can(small: Report, tmp_path: Path) -> N
     shutil.copy(onnx / DESCRIPTION, tmp_path / "half")
     with pytest.raises(BadRequest, match="is not the artifact of onnx"):
         polyexport.load(tmp_path / "half")
+
+
+def test_what_an_artifact_lacks_is_known_where_it_is_loaded(small: Report, tmp_path: Path) -> None:
+    assert polyexport.load(small.folder / "onnx").shortfall == ""
+    shutil.copytree(small.folder / "onnx", tmp_path / "onnx")
+    about = json.loads((tmp_path / "onnx" / DESCRIPTION).read_text())
+    lost = {"state": "degraded", "reason": "ends in front of postprocess"}
+    (tmp_path / "onnx" / DESCRIPTION).write_text(json.dumps(about | lost))
+    assert polyexport.load(tmp_path / "onnx").shortfall == "ends in front of postprocess"

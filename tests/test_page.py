@@ -117,6 +117,28 @@ def test_the_keyboard_reaches_a_heading_and_sorts(browser, report):
     assert browser.execute_script("return getComputedStyle(document.activeElement).outlineStyle") == "solid"
 
 
+def tips(browser: Any) -> list[str]:
+    return [tip.text for tip in browser.find_elements(By.CSS_SELECTOR, "svg .tip") if tip.is_displayed()]
+
+
+def test_a_point_says_what_it_is_under_the_pointer_and_by_keyboard(browser, report):
+    opened(browser, report.folder / "report.html")
+    points = browser.find_elements(By.CSS_SELECTOR, "svg .point")
+    assert len(points) > 2 * len(report.pareto())
+    for point in points[:4]:
+        browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", point)
+        words = browser.execute_script("return arguments[0].querySelector('title').textContent", point)
+        assert tips(browser) == []
+        ActionChains(browser).move_to_element(point.find_element(By.CSS_SELECTOR, ".dot")).perform()
+        assert tips(browser) == [words]
+        ActionChains(browser).move_to_element(browser.find_element(By.ID, "pictures")).perform()
+    browser.execute_script("arguments[0].focus()", points[0])
+    for point in points[1:4]:
+        assert press(browser, Keys.TAB) == point
+        words = browser.execute_script("return arguments[0].querySelector('title').textContent", point)
+        assert tips(browser) == [words]
+
+
 @pytest.mark.parametrize(("scheme", "dark"), [("light", False), ("dark", True)])
 def test_the_page_follows_the_colour_scheme(browser, report, scheme, dark):
     opened(browser, report.folder / "report.html", scheme=scheme)
@@ -187,6 +209,13 @@ def test_every_format_says_how_an_application_opens_it():
     for each in FORMATS.values():
         assert each.snippets, each.name
         assert all("{{ path" in snippet.code for snippet in each.snippets), each.name
+
+
+def test_the_command_that_draws_a_graph_is_shown_for_files_that_netron_reads(report):
+    page = html.page(report)
+    shown = {each.format: f">netron {html.graph(each)}<" in page for each in report.outcomes if each.artifact}
+    assert shown == {name: name in FORMATS and bool(FORMATS[name].graph) for name in shown}
+    assert set(shown.values()) == {True, False}
 
 
 # --- the choice -------------------------------------------------------------------------------------------------------

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +20,15 @@ import polyexport
 import runs
 from lightning_export import ExportCallback
 from lightning_export.inputs import _one_by_one
-from planted import GOOD
+from planted import GOOD, lacks_both, lacks_bytes, lacks_topk, load_narrow, planted, replay
 from polyexport import BadRequest, Engine, Processing, Report, Request
 from polyexport.capture import snapshot
 from polyexport.capture.processing import joined, unlike
+from polyexport.kit import make as kit
+from polyexport.kit.accept import accept
 from polyexport.report.folders import unfinished
 from polyexport.spec import LABELS
+from polyexport.workers import toolchain
 
 NAMES = ("zero", "one", "two", "three", "four")
 
@@ -98,6 +103,106 @@ def test_the_indices_of_the_best_classes_have_labels(tmp_path: Path):
     answer = loaded({"pixels": pixels().numpy()})
     assert loaded.labels[answer["index"][0, 0]] in NAMES
     assert (np.diff(answer["score"]) <= 0).all()
+
+
+# --- steps that a format has not --------------------------------------------------------------------------------------
+
+LACKING = (
+    planted("topk", lacks_topk),
+    planted("bytes", lacks_bytes),
+    planted("both", lacks_both),
+    planted("after", replay, upstream="topk"),
+    planted("narrow", replay, load=load_narrow),
+)
+OUTSIDE = {"good": (), "topk": ("postprocess",), "bytes": ("preprocess",), "after": ("postprocess",)}
+OUTSIDE |= {"both": ("preprocess", "postprocess"), "narrow": ("postprocess",)}
+
+
+@pytest.fixture(scope="module")
+def lacking(tmp_path_factory: pytest.TempPathFactory) -> tuple[Net, Report]:
+    """Exports with one more call, at another batch size, and a mapping of dynamic axes by the raw input's name."""
+    torch.manual_seed(0)
+    net, into = Net(), tmp_path_factory.mktemp("lacking") / "out"
+    settings = {"calibration": [pixels()[:3]], "dynamic": {"pixels": {0: "batch"}}, "bench": False}
+    steps = {"preprocess": Pixels(), "postprocess": best}
+    return net, polyexport.export(net, pixels(), [GOOD, *LACKING], into, **settings, **steps)
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_a_step_that_a_format_has_not_is_outside_of_its_artifact(lacking: tuple[Net, Report], name: str):
+    net, report = lacking
+    outcome, outside = report[name], OUTSIDE[name]
+    assert (outcome.state, outcome.outside) == ("degraded" if outside else "verified", outside), outcome.reason
+    assert [tensor.name for tensor in outcome.inputs] == ["x" if "preprocess" in outside else "pixels"]
+    given = Pixels()(pixels()) if "preprocess" in outside else pixels()
+    logits = net.eval()(Pixels()(pixels())).detach()
+    expected = {"output_0": logits} if "postprocess" in outside else best(logits)
+    with Engine() as engine, engine.runner(report, name, (GOOD, *LACKING)) as run:
+        answer = run({outcome.inputs[0].name: given.numpy()})
+    assert answer.keys() == expected.keys()
+    assert all(np.allclose(answer[key], expected[key], atol=1e-5) for key in expected)
+    assert len(outcome.parity.batches) > 1, "its batch axis was proven at another size"
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("topk", "ends in front of postprocess, .* on its outputs; with postprocess: .*no rule for aten::topk"),
+        ("bytes", "begins behind preprocess, .* run first; with preprocess: .*no type uint8"),
+        (
+            "both",
+            "begins behind preprocess, .*, and ends in front of postprocess, .*; with preprocess and postprocess: ",
+        ),
+        ("narrow", "ends in front of postprocess.*; with postprocess: right on data like the first batch only: "),
+        ("after", "ends in front of postprocess.*: made from topk, which is failed: .*no rule for aten::topk"),
+    ],
+)
+def test_the_reason_names_the_step_and_the_operator(lacking: tuple[Net, Report], name: str, reason: str):
+    _, report = lacking
+    assert re.match(reason, report[name].reason), report[name].reason
+    assert "preprocess: Pixels() (not in bytes, both); postprocess: best (not in topk, both, after, narrow)" in str(
+        report
+    )
+
+
+def test_an_artifact_without_a_step_is_verified_and_timed_again_on_what_it_takes(lacking: tuple[Net, Report]):
+    _, report = lacking
+    with Engine() as engine:
+        again = engine.verify(report, (GOOD, *LACKING))
+        timed = engine.bench(again, (GOOD, *LACKING))
+    assert {outcome.format: outcome.state for outcome in again.outcomes} == {
+        name: "degraded" if outside else "verified" for name, outside in OUTSIDE.items()
+    }
+    assert all(outcome.latency for outcome in timed.outcomes)
+    assert not any(outcome.latency.speedup for outcome in timed.outcomes if outcome.outside)
+
+
+@pytest.fixture(scope="module")
+def without_topk(tmp_path_factory: pytest.TempPathFactory) -> Report:
+    """ncnn has no TopK."""
+    into = tmp_path_factory.mktemp("ncnn") / "out"
+    return polyexport.export(Net(), Pixels()(pixels()), ["ncnn"], into, bench=False, postprocess=best, labels=NAMES)
+
+
+def test_a_format_without_the_operator_ends_in_front_of_the_step(without_topk: Report):
+    outcome = without_topk["ncnn"]
+    assert (outcome.state, outcome.outside) == ("degraded", ("postprocess",)), outcome.reason
+    assert "with postprocess: RuntimeError: ncnn has no layer for" in outcome.reason
+    assert [str(tensor) for tensor in outcome.outputs] == ["output_0: float32[1, 5]"]
+    assert (without_topk.folder / "ncnn" / LABELS).read_text().split() == list(NAMES)
+    page = (without_topk.folder / "report.html").read_text(encoding="utf-8")
+    assert "The application has to run <code>postprocess</code> (best) on the outputs." in page
+
+
+def test_the_kit_of_an_artifact_without_a_step_proves_what_it_has(without_topk: Report, tmp_path: Path):
+    export = shutil.copytree(without_topk.folder, tmp_path / "out")
+    made = kit.make(export / "ncnn", tmp_path / "kit")
+    python = str(toolchain.find("ncnn").interpreter())
+    done = subprocess.run([python, "-I", str(made / "prove.pyz")], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    report, _ = accept(made / "proof.json", export)
+    assert [proof.parity.passed for proof in report["ncnn"].proofs] == [True]
+    assert (report["ncnn"].state, report["ncnn"].outside) == ("degraded", ("postprocess",))
 
 
 # --- through a folder -------------------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ import functools
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -18,6 +17,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 import faults
+import forked
 import planted
 import runs
 from lightning_export import ExportCallback
@@ -186,10 +186,7 @@ def test_classes_of_a_script_without_a_main_guard_and_of_a_notebook_are_exported
     text = UNGUARDED.format(tests=str(Path(__file__).parent / "support"))
     (tmp_path / "train.py").write_text(text)
     # what is typed has no file that a worker could import, as in a notebook
-    typed, argument = (text, "-") if how == "typed" else (None, "train.py")
-    done = subprocess.run(
-        [sys.executable, argument], input=typed, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False
-    )
+    done = forked.script("-" if how == "typed" else "train.py", cwd=tmp_path, typed=text)
     assert done.returncode == 0, done.stderr[-3000:]
     report = Report.load(tmp_path / "exports" / "best")
     assert (report["torchscript"].state, report.model.class_name) == ("verified", "__main__.Mine")
@@ -225,23 +222,25 @@ def test_a_killed_training_leaves_no_worker_and_one_export_that_the_command_fini
     """Though it has forked a child, which keeps open whatever tells a worker that its parent is there."""
     (tmp_path / "train.py").write_text(FORKS.format(tests=str(Path(__file__).parent / "support")))
     around = os.environ | {"LEAVE": str(tmp_path / "leave"), faults.MARK: str(tmp_path)}
-    training = subprocess.Popen([sys.executable, "train.py"], cwd=tmp_path, env=around, start_new_session=True)
+    files = [Path(os.devnull)] * 3
+    training = forked.started("train.py", cwd=tmp_path, environment=around, files=files, servers="own")
+    assert training.pid is not None
     try:
         wait_until(lambda: (tmp_path / "forked.txt").exists())
         assert any("worker" in each for each in faults.workers_of(tmp_path))
         os.kill(training.pid, signal.SIGKILL)
-        training.wait()
+        training.join()
         wait_until(lambda: not any("worker" in each for each in faults.workers_of(tmp_path)))
     finally:
         os.killpg(training.pid, signal.SIGKILL)
     assert sorted(path.name.split("-")[0] for path in (tmp_path / "exports").iterdir()) == [".capture", ".unfinished"]
     (tmp_path / "leave").touch()
-    command = [sys.executable, "-m", "polyexport.cli", "resume", str(tmp_path), "--json"]
-    done = subprocess.run(command, cwd=tmp_path, env=around, capture_output=True, text=True, timeout=300, check=False)
+    command = (Path(sys.executable).with_name("polyexport"), "resume", tmp_path, "--json")
+    done = forked.script(*command, cwd=tmp_path, environment=around)
     assert done.returncode == 0, done.stderr
     assert [outcome["state"] for outcome in json.loads(done.stdout)["outcomes"]] == ["verified"]
     assert sorted(path.name for path in (tmp_path / "exports").iterdir()) == ["best", "epoch=0-step=4"]
-    again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    again = forked.script(*command, cwd=tmp_path)
     assert again.returncode == 2
     assert "has no interrupted export" in again.stderr
 

@@ -413,6 +413,21 @@ def test_what_is_measured_has_nothing_but_its_runtime_imported() -> None:
     assert "torch" in imports(chain, converted, gpu=False)
 
 
+def test_one_server_converts_for_every_toolchain_that_the_training_environment_may_satisfy() -> None:
+    declared = {toolchain.find(name).convert_imports for name in ("host", "torch", "onnx", "openvino")}
+    assert len(declared) == 1
+
+
+def test_what_exporters_import_late_is_imported_by_servers_where_the_training_has_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    late = "onnxscript.function_libs.torch_lib.ops"
+    assert late in toolchain.HOST.imports(converts=True)
+    assert late in toolchain.HOST.imports(converts=False), "the same server"
+    monkeypatch.delitem(sys.modules, late)
+    assert late not in toolchain.HOST.imports(converts=True)
+
+
 def test_what_every_toolchain_declares_is_a_module_name() -> None:
     declared = {name: toolchain.find(name) for name in toolchain.names()}
     for chain in declared.values():

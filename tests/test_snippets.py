@@ -21,7 +21,7 @@ from every_format import Everything
 from isolated import Program, run_all
 from polyexport import FORMATS
 from polyexport.measure.tolerance import Tolerance
-from polyexport.report.html import snippets
+from polyexport.report.html import graph, snippets
 from polyexport.report.outcome import Artifact, Outcome
 from polyexport.spec import TensorSpec
 from polyexport.workers import toolchain
@@ -58,6 +58,12 @@ np.savez("answers.npz", *[np.asarray(value) for value in values])
 
 BOARDS = Path(__file__).parent / "support" / "boards"
 """Stand-ins for packages that are made for boards alone."""
+
+
+def test_the_file_that_netron_draws_is_in_the_artifact(everything: Everything) -> None:
+    made = [graph(outcome) for outcome in everything.report.outcomes]
+    assert [path for path in made if path and not (everything.report.folder / path).is_file()] == []
+    assert "onnx/model.onnx" in made
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +154,7 @@ LIBTORCH = [SITE / "torch/include", SITE / "torch/include/torch/csrc/api/include
 HEADERS = {
     "torchscript": lambda: LIBTORCH,
     "aoti": lambda: LIBTORCH,
+    "aoti-cuda": lambda: LIBTORCH,
     "openvino": lambda: [SITE / "openvino/include"],
     "executorch": lambda: [
         root / inside

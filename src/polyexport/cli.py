@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -333,6 +335,7 @@ def bench(folder: Folder, trust: Trust = False, as_json: Json = False) -> None:
         report = _report(folder)
         if not trust:
             _say("PyTorch is not timed: its module is a pickle; give --trust if you trust who made the export")
+        _import_from_here()
         found = _waited(engine, partial(engine.sweep, trust=trust), report)
     if as_json:
         _print_json([{"format": name, **encode(latency)} for name, latency in found])
@@ -381,6 +384,7 @@ def explain(
     with _one_line_errors(), Engine() as engine:
         report = _report(folder)
         trusted = trust or is_ours(report.folder, manifest.load(report.folder).seal)
+        _import_from_here()
         found = _waited(engine, partial(engine.layers, name=resolve([name])[0].name, trust=trusted), report)
     if as_json:
         _print_json(encode(found))
@@ -573,6 +577,12 @@ def _room(missing: Sequence[toolchain.Toolchain]) -> str:
     needed, free = sum(chain.room_bytes for chain in missing), free_bytes(toolchain.cache_folder())
     short = f", but only {gigabytes(free)} free in {toolchain.cache_folder()}" if needed > free else ""
     return f" (up to {gigabytes(needed)} of disk{short})" if needed else ""
+
+
+def _import_from_here() -> None:
+    """Let an export's module be imported from the working folder, as for `python -m`; what is installed comes first."""
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
 
 
 def _opened(engine: Engine, artifact: Path, *, trust: bool) -> contextlib.AbstractContextManager[Runner]:

@@ -200,6 +200,7 @@ class Format:
         targets: What it is deployed to, which every format has to say: `polyexport formats` groups by it, and the
             report names one artifact for each.
         page: File next to the artifact that runs it in a browser; empty if there is none.
+        graph: File in the format's folder that Netron (https://netron.app) draws; empty if it reads none of them.
         on_device: How it is run on a machine that has only its runtime; None if it has no kit.
 
     Raises:
@@ -226,6 +227,7 @@ class Format:
     targets: tuple[Target, ...] = ()
     triton: Triton | None = None
     page: str = ""
+    graph: str = ""
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"\w[\w.-]*", self.name) or self.name in _TAKEN:

@@ -63,7 +63,8 @@ def load(path: str | Path, *, threads: int = 1) -> Loaded:
 
     Returns:
         A function from named input arrays to named output arrays; the names are in `polyexport.json`. `labels` and
-            `metadata` are what was embedded.
+            `metadata` are what was embedded, and `shortfall` is what it lacks of what was asked for, such as a
+            processing step that you have to run.
 
     Raises:
         BadRequest: there is no exported format at `path`.
@@ -78,7 +79,8 @@ def load(path: str | Path, *, threads: int = 1) -> Loaded:
         raise ToolMissing(
             f"{each.name} runs in an environment with {needed}; {error.name} is not installed here"
         ) from error
-    return replace(opened, labels=about.spec.labels, metadata=about.spec.metadata)
+    shortfall = about.reason if about.state == "degraded" else opened.shortfall
+    return replace(opened, labels=about.spec.labels, metadata=about.spec.metadata, shortfall=shortfall)
 
 
 def described(path: Path) -> tuple[Path, Description, Format]:

@@ -30,6 +30,9 @@ LABELS = "labels.txt"
 
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
+LOW: tuple[Precision, ...] = ("int8", "w8", "w4")
+"""Precisions in which single elements may be far off although the model is as good."""
+
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:

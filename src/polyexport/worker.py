@@ -41,7 +41,7 @@ import numpy as np
 from polyexport.errors import BadRequest, CannotRun, ToolMissing, line
 from polyexport.format import Format, Loaded
 from polyexport.report.escape import printable
-from polyexport.report.folders import DESCRIPTION
+from polyexport.report.folders import DESCRIPTION, link
 from polyexport.report.outcome import Calibration
 from polyexport.serialization import encode, read_json, write_json
 from polyexport.spec import LABELS, Arrays, ExportSpec, read_arrays, write_arrays
@@ -180,10 +180,19 @@ def _value(root: Path, job: Job) -> Any:
 
 
 def prepare(root: Path, job: Prepare) -> Any:
-    """Make the reference; see `polyexport.measure.reference`."""
-    from polyexport.measure.reference import make
+    """Make the reference, of the module or of what is left of it; see `polyexport.measure.reference`."""
+    from polyexport.capture.processing import part
+    from polyexport.capture.snapshot import leave_out
+    from polyexport.measure.reference import below, make
 
-    return make(root, root / job.source, job.dynamic, job.git_commit, sha256=job.sha256)
+    home = part(job.outside) if job.outside else ""
+    if job.outside:
+        shutil.rmtree(root / home, ignore_errors=True)  # from an earlier try
+        (root / home / "source").mkdir(parents=True)
+        for file in (file for file in (root / job.source).iterdir() if file.suffix in (".pkl", ".pt")):
+            link(file, root / home / "source" / file.name)
+        leave_out(root / home / "source", job.outside)
+    return below(make(root / home, root / home / "source", job.dynamic, job.git_commit, sha256=job.sha256), home)
 
 
 def convert(root: Path, job: Convert) -> Any:

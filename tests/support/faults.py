@@ -13,7 +13,6 @@ import contextlib
 import copy
 import hashlib
 import json
-import multiprocessing
 import os
 import pickle
 import random
@@ -28,16 +27,16 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningModule, seed_everything
 from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint
 
+import forked
 import planted
 import runs
 from lightning_export import ExportCallback
@@ -45,6 +44,7 @@ from planted import GOOD
 from planted import planted as plant
 from polyexport import Format, Report, Toolchain
 from polyexport.report.folders import finished
+from polyexport.workers import process as workers
 from polyexport.workers.servers import SWITCH
 
 TIMEOUT = 15.0  # of the hang; the other jobs take a few seconds each
@@ -296,7 +296,8 @@ class Fault:
         export: Further arguments of the export callback.
         resumable: Whether an export is left that `polyexport resume` finishes.
         runs: How many trainings go at once and write to the same folder.
-        servers: Whether jobs are forked by servers where that can be, or each has a process that is spawned.
+        servers: Whose servers fork its jobs: those that all these trainings share, or its own; without any, a process
+            is spawned for each job.
         cannot: Tells why this machine cannot make the fault; an empty string where it can.
     """
 
@@ -312,7 +313,7 @@ class Fault:
     export: Mapping[str, Any] = field(default_factory=dict)
     resumable: bool = False
     runs: int = 1
-    servers: bool = True
+    servers: Literal["shared", "own", "none"] = "shared"
     cannot: Callable[[], str] = str
 
 
@@ -345,6 +346,7 @@ FAULTS = {
             faulty=plant("faulty", planted.takes_all_memory),
             callbacks=(HasLittleMemory, Waits),
             export={"workers": 1},
+            servers="own",  # in the group
             cannot=no_memory_groups,
         ),
         Fault(
@@ -372,6 +374,7 @@ FAULTS = {
             callbacks=(IsInterrupted,),
             faulty=plant("faulty", planted.hangs),
             resumable=True,
+            servers="own",
         ),
         Fault(
             "training raises",
@@ -423,6 +426,7 @@ FAULTS = {
             "queue.py and onnx.py in the working folder",
             "verified",
             callbacks=(HasFilesCalledLikePackages, Waits),
+            servers="own",
         ),
         Fault(
             "forward's argument cannot be copied",
@@ -471,13 +475,6 @@ class Matrix:
         self._references: dict[Any, tuple[int, str]] = {}
         self._lock = threading.Lock()
 
-    @cached_property
-    def _processes(self) -> Any:
-        """Forked from a process that has imported everything and runs nothing."""
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["faults"])
-        return context
-
     def seen(self, fault: Fault) -> Seen:
         """Have the fault happen."""
         folder = self._folder / fault.name.replace(" ", "-")
@@ -503,9 +500,7 @@ class Matrix:
 
     def _train(self, fault: Fault, folder: Path, *names: str) -> list[tuple[int, str]]:
         """Exit code and digest of trainings that go side by side."""
-        processes = [self._processes.Process(target=train, args=(fault.name, str(folder), name)) for name in names]
-        for process in processes:
-            process.start()
+        processes = [forked.process(train, fault.name, str(folder), name) for name in names]
         for process in processes:
             process.join()
         return [
@@ -520,7 +515,9 @@ def train(fault_name: str, folder: str, name: str) -> None:
     here.mkdir()
     os.chdir(here)
     os.environ[MARK] = folder
-    os.environ[SWITCH] = str(int(fault.servers))
+    os.environ[SWITCH] = str(int(fault.servers != "none"))
+    if fault.servers != "shared":
+        workers._shared = None
     log = os.open("log.txt", os.O_WRONLY | os.O_CREAT)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -568,11 +565,12 @@ def _states(folders: list[Path]) -> dict[str, list[str]]:
 
 
 def workers_of(folder: Path) -> tuple[str, ...]:
-    """Command lines of the workers that a run in `folder` started."""
+    """Command lines of the workers that a run in `folder` started: it gave them its environment, or that folder."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # ended meanwhile
-            if f"{MARK}={folder}\0".encode() in (process / "environ").read_bytes() + b"\0":
+            marked = f"{MARK}={folder}\0".encode() in (process / "environ").read_bytes() + b"\0"
+            if marked or folder in (process / "cwd").readlink().parents:
                 found.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode())
     return tuple(found)
 
@@ -586,7 +584,7 @@ def unfinished_in(folder: Path) -> tuple[str, ...]:
 
 # What a job's own process has to bear, where no server forked it.
 FAULTS |= {
-    name: replace(FAULTS[of], name=name, made=f"the same, with {SWITCH}=0", servers=False)
+    name: replace(FAULTS[of], name=name, made=f"the same, with {SWITCH}=0", servers="none")
     for name, of in (
         ("converter crashes, spawned", "converter crashes"),
         ("converter hangs, spawned", "converter hangs"),

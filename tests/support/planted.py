@@ -92,8 +92,12 @@ def takes_all_memory(source: Path, target: Path, spec: ExportSpec) -> None:
         taken.append(b"x" * 2**26)
 
 
+SLOW_SECONDS = 12.0
+"""More than twice what a process group may wait in the tests."""
+
+
 def slow(source: Path, target: Path, spec: ExportSpec) -> None:
-    time.sleep(20)  # several times what a process group may wait in the tests
+    time.sleep(SLOW_SECONDS)
     replay(source, target, spec)
 
 
@@ -119,14 +123,34 @@ def static_only(source: Path, target: Path, spec: ExportSpec) -> None:
     replay(source, target, spec)
 
 
+def lacks_topk(source: Path, target: Path, spec: ExportSpec) -> None:
+    if "index" in spec.output_names:
+        raise NotImplementedError("no rule for aten::topk")
+    replay(source, target, spec)
+
+
+def lacks_bytes(source: Path, target: Path, spec: ExportSpec) -> None:
+    if spec.inputs[0].dtype == "uint8":
+        raise NotImplementedError("no type uint8")
+    replay(source, target, spec)
+
+
+def lacks_both(source: Path, target: Path, spec: ExportSpec) -> None:
+    lacks_topk(source, target, spec)
+    lacks_bytes(source, target, spec)
+
+
 def load(path: Path, spec: ExportSpec, *, threads: int) -> Runner:
     about = json.loads(path.read_text())
-    folder = next(parent for parent in path.parents if (parent / "validation_batch.npz").exists())
-    files = [folder / "validation_batch.npz", *sorted((folder / "source").glob("batch_*.npz"))]
+    places = ("validation_batch.npz", "source/without-*/validation_batch.npz")  # a job elsewhere has one of them
+    folder = next(parent for parent in path.parents if any(file for place in places for file in parent.glob(place)))
+    files = [*folder.rglob("validation_batch.npz"), *folder.rglob("batch_*.npz")]
 
     def run(inputs: Arrays) -> Arrays:
         for file in files:
             with np.load(file) as known:
+                if not {*inputs, *spec.output_names} <= set(known.files):
+                    continue  # of the module with other processing steps
                 if all(np.array_equal(known[name], array) for name, array in inputs.items()):
                     return {
                         name: known[name] * np.asarray(about["factor"], known[name].dtype) for name in spec.output_names
@@ -145,6 +169,23 @@ def load_in_steps(path: Path, spec: ExportSpec, *, threads: int) -> Runner:
         return {name: (np.round(array / step) * step).astype(array.dtype) for name, (array, step) in steps.items()}
 
     return coarse
+
+
+def load_narrow(path: Path, spec: ExportSpec, *, threads: int) -> Runner:
+    """Right about the best classes of the first batch and of other sizes, and wrong on other values."""
+    run = load(path, spec, threads=threads)
+    folder = next(parent for parent in path.parents if (parent / "validation_batch.npz").exists())
+    with np.load(folder / "validation_batch.npz") as first:
+        known = {name: first[name] for name in spec.input_names if name in first.files}
+
+    def narrow(inputs: Arrays) -> Arrays:
+        answer = run(inputs)
+        changed = any(
+            inputs[name].shape == a.shape and not np.array_equal(inputs[name], a) for name, a in known.items()
+        )
+        return {name: -array if changed and "index" in answer else array for name, array in answer.items()}
+
+    return narrow
 
 
 def load_nowhere(path: Path, spec: ExportSpec, *, threads: int) -> Runner:

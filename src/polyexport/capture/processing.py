@@ -97,6 +97,11 @@ def _by_name(step: Callable[..., Any] | str, names: Mapping[int, str]) -> Callab
     return names.get(id(step)) or step
 
 
+def part(outside: Sequence[str]) -> str:
+    """The folder for the module without these steps and for its batches, relative to the export's folder."""
+    return f"source/without-{'-and-'.join(outside)}"
+
+
 def joined(core: Any, processing: Processing) -> Any:
     """The module with the steps before and after it; without steps it is `core` itself."""
     import torch

@@ -33,7 +33,7 @@ import numpy as np
 from polyexport.capture import devices, processing, surroundings, unwrap
 from polyexport.capture.attribute import attribute
 from polyexport.capture.dtypes import InFloat32, asked_for_by
-from polyexport.capture.flatten import flat
+from polyexport.capture.flatten import as_call, flat
 from polyexport.capture.part_names import make_writable
 from polyexport.capture.pickling import by_value, importable
 from polyexport.capture.processing import NONE, Processing, joined
@@ -262,6 +262,23 @@ def save_processing(steps: Processing, root: nn.Module, folder: Path) -> None:
                 f"{name} has weights of the module that trains, but is not a part of it: give the name of one of its "
                 f"attributes, such as {name}='prepare', or a method of it"
             )
+
+
+def leave_out(folder: Path, outside: Sequence[str]) -> None:
+    """Remove the processing steps `outside` from a module's folder, whose files may be hard links: they are replaced.
+
+    Without `preprocess`, the calls become those that forward receives from it.
+    """
+    if "preprocess" in outside:
+        first = Processing(load(folder).inner.preprocess)
+        for index in range(1 + len(further_calls(folder))):
+            raw = restore(call_file(folder, index))
+            call_file(folder, index).unlink()
+            save_call(*as_call(processing.preprocessed(first, *raw)), folder, index)
+    steps = restore(folder / PROCESSING)
+    (folder / PROCESSING).unlink()
+    if kept := {name: step for name, step in steps.items() if name not in outside}:
+        dump(kept, folder / PROCESSING, whole=True)
 
 
 def load_processing(folder: Path, root: Any) -> Processing:

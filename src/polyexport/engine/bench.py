@@ -48,7 +48,8 @@ def bench(report: Report, formats: Mapping[str, Format], dispatcher: Dispatcher,
     spec = signature(report)
     batch = next((int(tensor.shape[0]) for tensor in spec.static().inputs if tensor.shape), 1)
     try:
-        measured, why_not = _measured(runnable, spec, VALIDATION_BATCH, batch, dispatcher, watch, one_row=True)
+        batches = {EAGER: VALIDATION_BATCH, **{each.name: each.batch for each in runnable}}
+        measured, why_not = _measured(runnable, spec, batches, batch, dispatcher, watch, one_row=True)
     except KeyboardInterrupt:
         _noted(report, _INTERRUPTED)
         raise
@@ -63,7 +64,7 @@ def sweep(
     """Time eager PyTorch and every artifact at batch sizes 1, 2, 4 … `most`, each until its throughput gains under 5 %.
 
     Dynamic axes other than the batch keep their size of the validation batch; an artifact of static shapes is left
-    out, and so is PyTorch where the export may not be unpickled. The report is not changed.
+    out, one that lacks a processing step, and PyTorch where the export may not be unpickled. The report is not changed.
 
     Returns:
         Format and latency, in the order measured; the batch size is a field of the latency.
@@ -71,7 +72,8 @@ def sweep(
     spec = signature(report)
     axes = {tensor.name: tensor.dynamic for tensor in spec.inputs}
     leading = {called for named in axes.values() for axis, called in named.items() if axis == 0}
-    left = [each for each in runnables(report, formats) if each.spec.is_dynamic]
+    whole = [each for each in runnables(report, formats) if each.batch == VALIDATION_BATCH]
+    left = [each for each in whole if each.spec.is_dynamic]
     real = read_arrays(report.folder / VALIDATION_BATCH, spec.input_names)
     found: list[tuple[str, Latency]] = []
     before: dict[str, float] = {}
@@ -80,7 +82,8 @@ def sweep(
         path = Path(folder, "batch.npz")
         while left and leading and size <= most:
             write_arrays(path, resized(real, axes, {**spec.sizes, **dict.fromkeys(leading, size)}))
-            measured, _ = _measured(left, spec, str(path), size, dispatcher, watch)
+            batches = dict.fromkeys([EAGER, *(each.name for each in left)], str(path))
+            measured, _ = _measured(left, spec, batches, size, dispatcher, watch)
             found += measured.items()
             now = {name: latency.throughput_per_second for name, latency in measured.items()}
             left = [each for each in left if now.get(each.name, 0) > _WORTH_IT * before.get(each.name, 0)]
@@ -99,14 +102,14 @@ Start = Callable[[], AbstractContextManager[Conversation]]
 def _measured(
     runnable: Sequence[Runnable],
     spec: ExportSpec,
-    batch_path: str,
+    batches: Mapping[str, str],
     batch: int,
     dispatcher: Dispatcher,
     watch: Watch,
     *,
     one_row: bool = False,
 ) -> tuple[dict[str, Latency], dict[str, str]]:
-    """Latency of eager PyTorch and of each artifact on one batch, and the reason for each that has none.
+    """Latency of eager PyTorch and of each artifact on its batch, and the reason for each that has none.
 
     With `one_row`, calls with the batch's first row alone are timed too.
     """
@@ -114,7 +117,7 @@ def _measured(
     why_not: dict[str, str] = {}
     with contextlib.ExitStack() as stack:
         talks: dict[str, Conversation] = {}
-        for name, start in _starts(runnable, spec, batch_path, dispatcher, one_row):
+        for name, start in _starts(runnable, spec, batches, dispatcher, one_row):
             watch(name, "measuring")
             try:
                 talks[name] = stack.enter_context(start())
@@ -139,14 +142,14 @@ def _measured(
 
 
 def _starts(
-    runnable: Sequence[Runnable], spec: ExportSpec, batch_path: str, dispatcher: Dispatcher, one_row: bool
+    runnable: Sequence[Runnable], spec: ExportSpec, batches: Mapping[str, str], dispatcher: Dispatcher, one_row: bool
 ) -> Iterator[tuple[str, Start]]:
     """The name of each thing that is timed, and how its worker is started."""
-    eager = Bench(format=None, spec=spec, batch=batch_path, one_row=one_row)
+    eager = Bench(format=None, spec=spec, batch=batches[EAGER], one_row=one_row)
     if dispatcher.trusted:  # its module is a pickle
         yield EAGER, partial(dispatcher.converse, eager, toolchain.HOST, f"{EAGER}.bench", f"logs/{EAGER}.log")
     for each in runnable:
-        job = Bench(**each.of_job(dispatcher), batch=batch_path, one_row=one_row)
+        job = Bench(**each.of_job(dispatcher), batch=batches[each.name], one_row=one_row)
         yield (
             each.name,
             partial(dispatcher.converse, job, each.runtime, f"{each.name}.bench", each.log, gpu=each.format.uses_gpu),
@@ -207,7 +210,7 @@ def _with_latency(outcome: Outcome, latency: Latency | None, baseline: Latency |
     """An outcome with its latency, and its speedup over the `baseline` where the two can be compared."""
     if latency is None:
         return outcome
-    if baseline is not None and latency.waited <= QUIET:
+    if baseline is not None and latency.waited <= QUIET and not outcome.outside:
         latency = replace(latency, speedup=baseline.p50_ms / latency.p50_ms)
     spent = (latency.first_ms + sum(latency.samples_ms)) / 1e3 + latency.load_seconds
     return replace(outcome, latency=latency, seconds={**outcome.seconds, "bench": spent})

@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from polyexport.capture.pickling import import_path
-from polyexport.capture.snapshot import SHARDS, WEIGHTS
-from polyexport.engine import plan
+from polyexport.capture.snapshot import PROCESSING, SHARDS, WEIGHTS
+from polyexport.engine import plan, routes
 from polyexport.engine.bench import bench, sweep
 from polyexport.engine.dispatch import Dispatcher, Limits
 from polyexport.engine.explain import explained, layers
@@ -57,7 +57,7 @@ from polyexport.report.folders import (
     point_best,
     take_place,
 )
-from polyexport.report.manifest import Made, Manifest
+from polyexport.report.manifest import Made, Manifest, Part
 from polyexport.report.outcome import Checkpoint, Model, Outcome, State, notes, of_precisions
 from polyexport.report.report import Report, history
 from polyexport.report.tables import sentence
@@ -233,11 +233,11 @@ class Engine:
         shutil.rmtree(request.work / "source" / SHARDS, ignore_errors=True)
         if (earlier := _earlier(request, reference.checkpoint_sha256)) is not None:
             return self._in_place_of(request, earlier)
-        spec, unlabeled = labeled(reference.spec, request.labels, request.metadata)
-        reference = replace(reference, spec=spec, unlabeled=unlabeled)
-        build = Build(dispatcher, request.formats, reference, functools.partial(self._watch, of=f"{request.name} "))
+        reference = _labeled(request, reference)
+        watch = functools.partial(self._watch, of=f"{request.name} ")
+        build = Build(dispatcher, request.formats, reference, watch, _parts(request, reference, dispatcher))
         report = _reported(request, reference, build.outcomes(), build.notes)
-        _describe(request, report, reference)
+        _describe(request, report, reference, build.references)
         there = replace(report, folder=request.work)
         report = explained(there, _by_name(request.formats), dispatcher, self._watch)
         return self._finish(request, report, start)
@@ -355,7 +355,7 @@ class Engine:
     def settled(self, report: Report, outcome: Outcome, formats: Iterable[Format] = ()) -> Outcome:
         """Give an artifact that was made again the place of the one before."""
         found = settled(report, outcome, _by_name(formats)[outcome.format])
-        _describe_artifact(report.folder, found, report.checkpoint, signature(report))
+        _describe_artifact(report.folder, found, report.checkpoint, signature(report, found.format))
         return found
 
     def _runnable(self, report: Report, name: str, formats: Iterable[Format]) -> Runnable:
@@ -465,7 +465,32 @@ def _reported(
     )
 
 
-def _describe(request: Request, report: Report, reference: Reference) -> None:
+def _labeled(request: Request, reference: Reference) -> Reference:
+    spec, unlabeled = labeled(reference.spec, request.labels, request.metadata)
+    return replace(reference, spec=spec, unlabeled=unlabeled)
+
+
+def _parts(request: Request, whole: Reference, dispatcher: Dispatcher) -> dict[tuple[str, ...], routes.Part]:
+    """The module without processing steps, for formats that cannot have them: the last step is left out first."""
+    if not (request.work / "source" / PROCESSING).exists():  # there are none, or they are in the module's trace
+        return {}
+    steps = tuple(request.processing)
+    ways = dict.fromkeys([*((step,) for step in reversed(steps)), steps])
+    return {outside: functools.partial(_part, request, whole, dispatcher, outside) for outside in ways}
+
+
+def _part(request: Request, whole: Reference, dispatcher: Dispatcher, outside: tuple[str, ...]) -> Reference | None:
+    """The reference of the module without these steps; None if it cannot be run, which the log explains."""
+    dynamic = request.dynamic
+    if "preprocess" in outside and isinstance(dynamic, Mapping):  # which has the names of its inputs
+        dynamic = bool(dynamic)
+    commit, sha256 = whole.environment["git_commit"], whole.checkpoint_sha256
+    job = Prepare(dynamic=dynamic, git_commit=commit, sha256=sha256, outside=outside)
+    ended = dispatcher.run(job, toolchain.HOST, f"prepare.without-{'-and-'.join(outside)}", _LOG)
+    return _labeled(request, decode(Reference, ended.value)) if ended.ok else None
+
+
+def _describe(request: Request, report: Report, reference: Reference, references: Mapping[str, Reference]) -> None:
     """Write the manifest, and `polyexport.json` beside each artifact."""
     made = Manifest(
         report.checkpoint,
@@ -476,10 +501,11 @@ def _describe(request: Request, report: Report, reference: Reference) -> None:
         reference.environment,
         Made.of(report.outcomes),
         seal(request.final),
+        parts={name: Part(each.spec, each.batches, each.noise) for name, each in references.items()},
     )
     manifest.save(request.work, made)
     for outcome in report.outcomes:
-        _describe_artifact(request.work, outcome, report.checkpoint, reference.spec)
+        _describe_artifact(request.work, outcome, report.checkpoint, made.of(outcome.format).spec)
 
 
 def _describe_artifact(root: Path, outcome: Outcome, checkpoint: Checkpoint, spec: ExportSpec) -> None:

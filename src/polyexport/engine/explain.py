@@ -12,19 +12,18 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from polyexport.engine.dispatch import Dispatcher
-from polyexport.engine.rerun import Runnable, runnables, signature
+from polyexport.engine.rerun import Runnable, runnables
 from polyexport.engine.routes import Watch
 from polyexport.errors import BadRequest, CannotRun
 from polyexport.format import Format
 from polyexport.measure.dynamic_axes import first_rows
 from polyexport.measure.layers import Layer, divergence
-from polyexport.measure.reference import VALIDATION_BATCH
 from polyexport.report.outcome import Outcome
 from polyexport.report.report import Report
 from polyexport.serialization import decode
 from polyexport.spec import read_arrays, write_arrays
 from polyexport.workers import toolchain
-from polyexport.workers.job import Explain, Inspect
+from polyexport.workers.job import Explain, Inspect, module_of
 
 _ROWS = 4
 """Rows of the validation batch that are compared; all of them where the batch axis is static."""
@@ -41,11 +40,12 @@ def layers(report: Report, each: Runnable, dispatcher: Dispatcher) -> tuple[Laye
         raise BadRequest(f"{each.name} gives no access to intermediate tensors, so layers cannot be compared")
     folder = f"source/explain-{each.name}"
     batch = f"{folder}/inputs.npz"
-    inputs = read_arrays(report.folder / VALIDATION_BATCH, signature(report).input_names)
+    inputs = read_arrays(report.folder / each.batch, each.spec.input_names)
     try:
         (report.folder / folder).mkdir()
         write_arrays(report.folder / batch, first_rows(inputs, each.spec, _ROWS) or inputs)
-        pytorch = Inspect(batch=batch, target=folder, trusted=dispatcher.trusted)
+        module = module_of(each.batch)
+        pytorch = Inspect(source=module, batch=batch, target=folder, trusted=dispatcher.trusted)
         ended = dispatcher.run(pytorch, toolchain.HOST, f"{each.name}.inspect", each.log)
         if ended.ok:
             job = Explain(**each.of_job(dispatcher), batch=batch, layers=folder)

@@ -21,16 +21,13 @@ from polyexport.measure.drafts import SHARES
 from polyexport.report import files
 from polyexport.report.outcome import Note, Outcome, Round, notes, of_precisions
 from polyexport.report.report import Report
-from polyexport.spec import Precision, Runner
+from polyexport.spec import LOW, Runner
 
 if TYPE_CHECKING:
     from polyexport.engine.engine import Engine
 
 Metric = Callable[[Runner | None], Metrics]
 """Computes the metrics of a runner; of PyTorch for None."""
-
-LOW: tuple[Precision, ...] = ("int8", "w8", "w4")
-"""Precisions in which single elements may be far off although the model is as good."""
 
 
 def measured(

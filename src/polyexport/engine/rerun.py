@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from polyexport.engine.dispatch import Dispatcher
-from polyexport.engine.routes import Watch, counted, judged, narrow, placed
+from polyexport.engine.routes import Watch, counted, judged, label, narrow, placed
 from polyexport.errors import CannotRun
 from polyexport.format import Format
+from polyexport.measure.reference import VALIDATION_BATCH
 from polyexport.report import manifest
 from polyexport.report.manifest import Manifest
 from polyexport.report.outcome import Outcome, State
@@ -42,12 +43,16 @@ class FormatFields(TypedDict):
 
 @dataclass(frozen=True, slots=True)
 class Runnable:
-    """An artifact, at `path` relative to the export's folder, with all that is needed to run it."""
+    """An artifact, with all that is needed to run it; `path` and `batch` are relative to the export's folder.
+
+    `batch` is the file with the inputs that it was verified with first.
+    """
 
     path: str
     format: Format
     runtime: Toolchain
     spec: ExportSpec
+    batch: str = VALIDATION_BATCH
 
     @property
     def name(self) -> str:
@@ -70,13 +75,13 @@ class Runnable:
         }
 
 
-def signature(report: Report) -> ExportSpec:
-    """The module's signature; an artifact's own may differ.
+def signature(report: Report, name: str = "") -> ExportSpec:
+    """The module's signature; of a format `name`, that of what its artifact has of the module. Its own may differ.
 
     Raises:
         BadRequest: the export has no manifest that can be read.
     """
-    return manifest.load(report.folder).spec
+    return manifest.load(report.folder).of(name).spec
 
 
 def runnables(report: Report, formats: Mapping[str, Format]) -> list[Runnable]:
@@ -90,10 +95,10 @@ def runnables(report: Report, formats: Mapping[str, Format]) -> list[Runnable]:
 
 def _runnable(report: Report, outcome: Outcome, path: str, each: Format) -> Runnable:
     made_by = next((route for route in each.routes if route.name == outcome.route), each.routes[0])
-    spec = signature(report)  # a runner uses PyTorch's names and dtypes, even where the artifact's own differ
-    if _is_static(outcome):
-        spec = spec.static()
-    return Runnable(path, each, toolchain.find(each.runtime or made_by.toolchain), spec)
+    exported = manifest.load(report.folder).of(each.name)
+    # a runner uses PyTorch's names and dtypes, even where the artifact's own differ
+    spec = exported.spec.static() if _is_static(outcome) else exported.spec
+    return Runnable(path, each, toolchain.find(each.runtime or made_by.toolchain), spec, exported.batches[0].path)
 
 
 def _is_static(outcome: Outcome) -> bool:
@@ -117,7 +122,7 @@ def verify(report: Report, formats: Mapping[str, Format], dispatcher: Dispatcher
             return _not_run(before)
         each = _runnable(report, before, before.artifact.path, formats[before.format])
         watch(each.name, "verifying")
-        ended = _verified(each, exported, dispatcher, f"{each.name}.again")
+        ended = _verified(each, exported.of(each.name), dispatcher, f"{each.name}.again")
         now = judged(replace(before, parity=None), ended, before.artifact.path)
         found = _beside(before, counted(report.folder, now))
         if found.state == "verified" and (why := ended.value["elsewhere"]):
@@ -145,19 +150,19 @@ def remade(report: Report, each: Runnable, share: float, dispatcher: Dispatcher)
     Raises:
         CannotRun: it cannot be made.
     """
-    before, exported = report[each.name], manifest.load(report.folder)
+    before, exported = report[each.name], manifest.load(report.folder).of(each.name)
     (route,) = (route for route in each.format.routes if route.name == before.route)
-    static = [] if each.spec.is_dynamic == exported.spec.is_dynamic else ["static"]
-    label = ".".join([each.name, route.name, *static])
-    job = read_job(report.folder / "source" / "jobs" / f"{label}.convert.json")
+    static = each.spec.is_dynamic != exported.spec.is_dynamic
+    name = label(each.format, route, static=static, outside=before.outside)
+    job = read_job(report.folder / "source" / "jobs" / f"{name}.convert.json")
     assert isinstance(job, Convert), "it is called one"
-    label = f"{label}.float-{share:g}"
-    target = Path("source", "made", label, each.format.artifact).as_posix()
+    name = f"{name}.float-{share:g}"
+    target = Path("source", "made", name, each.format.artifact).as_posix()
     job = replace(job, target=target, spec=replace(job.spec, in_float=share))
-    ended = dispatcher.run(job, toolchain.find(route.toolchain), f"{label}.convert", each.log)
+    ended = dispatcher.run(job, toolchain.find(route.toolchain), f"{name}.convert", each.log)
     if not ended.ok:
         raise CannotRun(f"{each.name} with {share:.1%} of its layers in float: {ended.error}")
-    ended = _verified(replace(each, path=target), exported, dispatcher, f"{label}.verify")
+    ended = _verified(replace(each, path=target), exported, dispatcher, f"{name}.verify")
     blank = replace(before, reason="", parity=None, latency=None, metrics={}, layers=())
     found = counted(report.folder, judged(blank, ended, target))
     lost = [before.reason] if before.state == "degraded" else []

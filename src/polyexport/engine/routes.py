@@ -4,7 +4,7 @@ Requirements:
 * A format is built once per signature, however many others read it; formats that do not depend on each other run side
   by side.
 * What was asked for comes before the order of routes: all routes are tried with the dynamic axes before any is tried
-  without.
+  without, and with all processing steps before any is tried with a step outside of the artifact.
 * A failure stops only what depends on it, and every state has its reason.
 """
 
@@ -12,10 +12,13 @@ from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any, TypeVar
 
 from polyexport.engine import plan
 from polyexport.engine.dispatch import Dispatcher
@@ -28,14 +31,19 @@ from polyexport.measure.verification import fingerprint
 from polyexport.report.folders import DESCRIPTION, link
 from polyexport.report.outcome import STATES, Artifact, Calibration, Outcome, State, Toolchain
 from polyexport.serialization import decode
-from polyexport.spec import ExportSpec
+from polyexport.spec import LOW, ExportSpec
 from polyexport.tracing.reads import named
 from polyexport.workers import toolchain
-from polyexport.workers.job import Convert, Verify, proofs
+from polyexport.workers.job import Convert, Verify, module_of, proofs
 from polyexport.workers.process import JobResult
 
 Watch = Callable[[str, str | Outcome | None], None]
 """Called with a format's name and what is being done with it; when it is done, with its outcome, or None."""
+
+Part = Callable[[], Reference | None]
+"""Makes the reference of the module without some processing steps; None if that failed."""
+
+T = TypeVar("T")
 
 _STATE_OF: Mapping[str, State] = {"missing": "skipped", "cannot run": "unverified"}
 
@@ -71,15 +79,27 @@ class Built:
 class Build:
     """Builds the formats of one export, each once per signature."""
 
-    def __init__(self, dispatcher: Dispatcher, formats: tuple[Format, ...], reference: Reference, watch: Watch) -> None:
+    def __init__(
+        self,
+        dispatcher: Dispatcher,
+        formats: tuple[Format, ...],
+        reference: Reference,
+        watch: Watch,
+        parts: Mapping[tuple[str, ...], Part] = MappingProxyType({}),
+        outside: tuple[str, ...] = (),
+    ) -> None:
         self._dispatcher = dispatcher
         self._asked = formats
         self._formats = plan.steps(formats)
         self._reference = reference
         self._watch = watch
-        self._made: dict[tuple[str, bool], Future[Built]] = {}
+        self._parts = parts
+        self._outside = outside
+        self._made: dict[Hashable, Future[Any]] = {}
         self._detours: dict[str, str] = {}
         self._lock = threading.Lock()
+        self.references: dict[str, Reference] = {}
+        """The reference of each format whose artifact lacks processing steps."""
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -105,6 +125,27 @@ class Build:
         return outcome
 
     def _best(self, each: Format) -> Built:
+        """The format with all processing steps, or without one that it is not made with, or for some data only."""
+        built = self._whole(each)
+        pardoned = built.outcome.state == "mismatch" and each.precision in LOW  # by a budget, if there is one
+        if pardoned or not (built.retry or built.narrow):
+            return built
+        for outside, make in self._parts.items():
+            part = self._once(outside, partial(self._part, outside, make))
+            found = part._whole(each) if part else built
+            if part and found.outcome.publishable and not (built.narrow and found.narrow):
+                if not built.usable:  # else another format may be made from it right now
+                    self._discard(built.path)
+                self.references[each.name] = part._reference
+                return replace(found, outcome=_without(found.outcome, outside, built.outcome.reason))
+        return built
+
+    def _part(self, outside: tuple[str, ...], make: Part) -> Build | None:
+        if (reference := make()) is None:
+            return None
+        return Build(self._dispatcher, self._asked, reference, self._watch, outside=outside)
+
+    def _whole(self, each: Format) -> Built:
         """The format with dynamic axes, or without them if no route can make it with them."""
         built = self._built(each.name, dynamic=True)
         because = self._reference.static_because
@@ -123,16 +164,20 @@ class Build:
         return built
 
     def _built(self, name: str, *, dynamic: bool) -> Built:
-        """The memoized build of one format; the first caller builds it, others wait."""
+        """The memoized build of one format."""
         dynamic = dynamic and self._reference.spec.is_dynamic
+        return self._once((name, dynamic), lambda: self._by_routes(self._formats[name], dynamic=dynamic))
+
+    def _once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """The memoized result of `make`; the first caller runs it, others wait."""
         with self._lock:
-            future = self._made.get((name, dynamic))
+            future: Future[T] | None = self._made.get(key)
             mine = future is None
             if future is None:
-                future = self._made[name, dynamic] = Future()
+                future = self._made[key] = Future()
         if mine:
             try:
-                future.set_result(self._by_routes(self._formats[name], dynamic=dynamic))
+                future.set_result(make())
             except BaseException as error:
                 future.set_exception(error)
         return future.result()
@@ -166,25 +211,24 @@ class Build:
         )
         if each.uses_gpu and (why := each.lacks()):
             return Built(replace(outcome, reason=why), "")
-        source, upstream = "source", Built(outcome, "")
+        source, upstream = module_of(self._reference.batches[0].path), Built(outcome, "")
         if route.upstream != MODULE:
             upstream = self._built(route.upstream, dynamic=dynamic)
             if not upstream.usable:
                 reason = f"made from {route.upstream}, which is {upstream.outcome.state}: {upstream.outcome.reason}"
                 return Built(replace(outcome, reason=reason), "", upstream.retry)
             source = upstream.path
-        static = [] if spec.is_dynamic == self._reference.spec.is_dynamic else ["static"]
-        label = ".".join([each.name, route.name, *static])
-        made = self._converted(each, route, source, spec, label, outcome)
+        name = label(each, route, static=spec.is_dynamic != self._reference.spec.is_dynamic, outside=self._outside)
+        made = self._converted(each, route, source, spec, name, outcome)
         made = replace(made, narrow=upstream.narrow, frozen=(*upstream.frozen, *made.frozen))
-        return self._verified(each, route, spec, label, made) if made.path else made
+        return self._verified(each, route, spec, name, made) if made.path else made
 
     def _converted(
-        self, each: Format, route: Route, source: str, spec: ExportSpec, label: str, outcome: Outcome
+        self, each: Format, route: Route, source: str, spec: ExportSpec, name: str, outcome: Outcome
     ) -> Built:
         """Convert into the folder of intermediates; the path is empty if that failed."""
         chain, log = toolchain.find(route.toolchain), f"logs/{each.name}.log"
-        target = Path("source", "made", label, each.artifact).as_posix()
+        target = Path("source", "made", name, each.artifact).as_posix()
         self._watch(each.name, f"converting ({route.name})")
         self._discard(target)  # from an earlier try
         # a job on another machine takes along the files that it names: the batches to calibrate or to trace with
@@ -198,7 +242,7 @@ class Build:
             target=target,
             packages=chain.requirements,
         )
-        ended = self._dispatcher.run(job, chain, f"{label}.convert", log, gpu=each.uses_gpu)
+        ended = self._dispatcher.run(job, chain, f"{name}.convert", log, gpu=each.uses_gpu)
         outcome = replace(outcome, log=log, seconds={"convert": ended.seconds}, reproduce=ended.command or None)
         if ended.ok:
             calibrated = ended.value["calibration"]
@@ -213,7 +257,7 @@ class Build:
         retry = state == "failed" and ended.kind != "timed out"
         return Built(replace(outcome, state=state, reason=ended.error), "", retry)
 
-    def _verified(self, each: Format, route: Route, spec: ExportSpec, label: str, made: Built) -> Built:
+    def _verified(self, each: Format, route: Route, spec: ExportSpec, name: str, made: Built) -> Built:
         """Run the artifact in a process of its own, and compare it with PyTorch."""
         self._watch(each.name, f"verifying ({route.name})")
         runtime, log = toolchain.find(each.runtime or route.toolchain), made.outcome.log or ""
@@ -227,7 +271,7 @@ class Build:
             batches=batches,
             noise=self._reference.noise,
         )
-        ended = self._dispatcher.run(job, runtime, f"{label}.verify", log, gpu=each.uses_gpu)
+        ended = self._dispatcher.run(job, runtime, f"{name}.verify", log, gpu=each.uses_gpu)
         outcome = replace(made.outcome, seconds={**made.outcome.seconds, "verify": ended.seconds})
         outcome = counted(self._dispatcher.root, judged(outcome, ended, made.path))
         if outcome.state in ("verified", "mismatch") and self._reference.undecidable:
@@ -251,6 +295,11 @@ class Build:
         if path:
             folder = self._dispatcher.root.joinpath(*Path(path).parts[:3])
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def label(each: Format, route: Route, *, static: bool, outside: Sequence[str]) -> str:
+    """The name of what a route makes, among jobs and intermediates."""
+    return ".".join([each.name, route.name, *(["static"] if static else []), *(f"without-{step}" for step in outside)])
 
 
 def placed(root: Path, each: Format, path: str) -> str:
@@ -312,6 +361,19 @@ def _fixed(spec: ExportSpec) -> str:
     batch = {t.name: {axis: BATCH for axis, called in t.dynamic.items() if called == BATCH} for t in spec.inputs}
     freed = {name: axes for name, axes in batch.items() if axes}
     return f" ({', '.join(fixed)}; dynamic={freed} keeps the batch axis dynamic)" if fixed else ""
+
+
+def _without(outcome: Outcome, outside: tuple[str, ...], why: str) -> Outcome:
+    """The outcome of an artifact without processing steps; `why` is what happened with them."""
+    lost = f"{', and '.join(_OUTSIDE[step] for step in outside)}; with {' and '.join(outside)}: {why}"
+    reason = "; ".join(filter(None, [lost, outcome.reason]))
+    return replace(outcome, state="degraded", reason=reason, outside=outside)
+
+
+_OUTSIDE = {
+    "preprocess": "begins behind preprocess, which the application has to run first",
+    "postprocess": "ends in front of postprocess, which the application has to run on its outputs",
+}
 
 
 def _reason(best: Built, tried: Sequence[Built]) -> str:

@@ -408,6 +408,7 @@ def _format(name: str, precision: Precision, description: str, *routes: Route, *
         description=description,
         url="https://apple.github.io/coremltools/docs-guides/",
         artifact="model.mlpackage",
+        graph="model.mlpackage/Data/com.apple.CoreML/model.mlmodel",
         precision=precision,
         routes=routes,
         targets=("phone",),

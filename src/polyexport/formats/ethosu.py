@@ -162,6 +162,7 @@ FORMATS = tuple(
         description=f"TensorFlow Lite model compiled for Arm's {chip.title} accelerator ({chip.accelerator})",
         url=URL,
         artifact=_ARTIFACT,
+        graph=_ARTIFACT,
         precision="int8",
         routes=(Route("vela", "tflite-int8-nhwc", "vela", compile_for(chip)),),
         load=load,

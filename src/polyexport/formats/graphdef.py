@@ -101,6 +101,7 @@ FORMAT = Format(
     description="Frozen TensorFlow graph in one .pb file, for runtimes of TensorFlow 1",
     url="https://www.tensorflow.org/api_docs/python/tf/compat/v1/GraphDef",
     artifact="model.pb",
+    graph="model.pb",
     routes=(Route("freeze", upstream="saved_model", toolchain="tensorflow", convert=convert),),
     load=load,
     targets=("server CPU",),

@@ -246,6 +246,7 @@ def _format(name: str, precision: Precision, description: str, *routes: Route, *
         description=description,
         url="https://mnn-docs.readthedocs.io/en/latest/",
         artifact="model.mnn",
+        graph="model.mnn",
         precision=precision,
         routes=routes,
         load=load,

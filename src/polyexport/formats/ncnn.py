@@ -307,6 +307,7 @@ def _format(name: str, precision: Precision, description: str) -> Format:
         description=description,
         url=_URL,
         artifact="model.ncnn.param",
+        graph="model.ncnn.param",
         precision=precision,
         routes=(Route("pnnx", "onnx", "ncnn", _converter(half=half)),),
         load=load_half if half else load,

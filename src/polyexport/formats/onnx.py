@@ -237,6 +237,7 @@ def onnx_format(name: str, description: str, url: str, *routes: Route, **more: A
         description=description,
         url=url,
         artifact="model.onnx",
+        graph="model.onnx",
         routes=routes,
         snippets=SNIPPETS,
         on_device=OnDevice(("onnxruntime",)),

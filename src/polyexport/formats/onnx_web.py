@@ -57,6 +57,7 @@ FORMAT = Format(
     description="ONNX graph for browsers, run by ONNX Runtime Web",
     url="https://onnxruntime.ai/docs/tutorials/web/",
     artifact="model.onnx",
+    graph="model.onnx",
     routes=(Route("onnx", "onnx", "onnx_web", convert),),
     load=load,
     targets=("browser",),

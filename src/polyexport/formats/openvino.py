@@ -222,6 +222,7 @@ def openvino_format(name: str, description: str, url: str, *routes: Route, **mor
         description=description,
         url=url,
         artifact="model.xml",
+        graph="model.xml",
         routes=routes,
         targets=("server CPU",),
         snippets=SNIPPETS,

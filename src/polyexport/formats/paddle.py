@@ -152,6 +152,7 @@ FORMAT = Format(
     description="PaddlePaddle inference model",
     url="https://www.paddlepaddle.org.cn/inference/",
     artifact="inference_model",
+    graph="inference_model/model.json",
     routes=(
         Route("x2paddle", upstream="onnx-opset15", toolchain="paddle", convert=convert),
         Route("lowering", upstream="onnx", toolchain="paddle", convert=lower),

@@ -60,6 +60,7 @@ FORMAT = Format(
     description="torch.export program, for PyTorch 2 and everything that is built from it",
     url="https://docs.pytorch.org/docs/stable/export.html",
     artifact="model.pt2",
+    graph="model.pt2",
     routes=(Route("export", upstream=MODULE, toolchain="torch", convert=convert),),
     load=load,
     targets=("server CPU",),

@@ -162,6 +162,7 @@ FORMAT = Format(
     description="TensorFlow SavedModel, for TensorFlow Serving and TensorFlow's converters",
     url="https://www.tensorflow.org/guide/saved_model",
     artifact="saved_model",
+    graph="saved_model/saved_model.pb",
     routes=(Route("lowering", upstream="onnx", toolchain="tensorflow", convert=convert),),
     load=load,
     targets=("server CPU",),

@@ -302,6 +302,7 @@ def _format(name: str, precision: Precision, description: str, route: Route) -> 
         description=description,
         url="https://www.tensorflow.org/js/guide/conversion",
         artifact="model.json",
+        graph="model.json",
         precision=precision,
         routes=(route,),
         load=load,

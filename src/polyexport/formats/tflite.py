@@ -519,6 +519,7 @@ def _format(name: str, precision: Precision, description: str, *routes: Route, *
         description=description,
         url=URL,
         artifact=ARTIFACT,
+        graph=ARTIFACT,
         precision=precision,
         routes=tuple(map(packed, routes)),
         runtime="tflite",

@@ -63,6 +63,7 @@ FORMAT = Format(
     description="TensorFlow Lite model for browsers, run by LiteRT.js",
     url="https://ai.google.dev/edge/litert/web",
     artifact=tflite.ARTIFACT,
+    graph=tflite.ARTIFACT,
     routes=(tflite.packed(Route("litert-torch", "pt2", "litert", convert)),),
     load=load,
     runtime="litert_web",

@@ -147,6 +147,7 @@ FORMAT = Format(
     description="TorchScript trace, for libtorch in C++",
     url="https://docs.pytorch.org/docs/stable/jit.html",
     artifact="model.torchscript",
+    graph="model.torchscript",
     routes=(
         Route("trace", upstream=MODULE, toolchain="torch", convert=convert),
         Route("script", upstream=MODULE, toolchain="torch", convert=convert_script),

@@ -77,7 +77,7 @@ def _judgement(proof: Proof) -> Judgement:
 
 def _check(report: Report, outcome: Outcome, proof: Proof) -> None:
     """Refuse a proof with other data or another tolerance than the export's."""
-    exported = manifest.load(report.folder)
+    exported = manifest.load(report.folder).of(proof.format)
     known_files = {*(batch.path for batch in exported.batches), exported.noise} - {""}
     needed = {exported.batches[0].path}
     differing = [

@@ -82,7 +82,7 @@ def make(path: Path, into: Path | None = None, *, archive: bool = False) -> Path
         having = ", ".join(name for name, other in known().items() if other.on_device)
         raise BadRequest(f"{each.name} has no kit; formats with one: {having}")
     export = folder.resolve().parent
-    exported = manifest.load(export)
+    exported = manifest.load(export).of(each.name)
     spec = about.runner_spec
     batches = proofs(exported.batches, dynamic=spec.is_dynamic, made_up=each.precision == "float32")
     files = [*(batch.path for batch in batches), *filter(None, [exported.noise])]

@@ -156,6 +156,14 @@ def make(root: Path, source: Path, dynamic: Dynamic, commit: str = "", *, sha256
     )
 
 
+def below(reference: Reference, home: str) -> Reference:
+    """The reference with `home` in front of the paths of its files."""
+    batches = tuple(replace(batch, path=Path(home, batch.path).as_posix()) for batch in reference.batches)
+    calibration = tuple(home / path for path in reference.spec.calibration)
+    noise, spec = Path(home, reference.noise).as_posix(), replace(reference.spec, calibration=calibration)
+    return replace(reference, batches=batches, noise=noise, spec=spec)
+
+
 def _write_idle(path: Path, found: Idle) -> None:
     path.unlink(missing_ok=True)  # one that is resumed may have it
     if found.values:
@@ -562,8 +570,10 @@ def _keep_only_weights(path: Path) -> dict[str, int]:
     import torch
 
     blob = modules.read_checkpoint(path)
+    if "state_dict" not in blob:  # and is not copied
+        return {}
     temporary = path.with_suffix(".tmp")
-    torch.save(blob.get("state_dict", blob), temporary)
+    torch.save(blob["state_dict"], temporary)
     at = {key: blob[key] for key in ("epoch", "global_step") if isinstance(blob.get(key), int)}
     del blob  # Windows cannot replace a file that is mapped into memory
     temporary.replace(path)

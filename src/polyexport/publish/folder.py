@@ -37,5 +37,5 @@ def copy_to(url: str, *, source: bool = False) -> Sink:
 
 
 def _batches(folder: Path) -> set[str]:
-    """The files that the manifest names as batches; none without a manifest, if the module could not be rebuilt."""
-    return {batch.path for batch in load(folder).batches} if (folder / MANIFEST).exists() else set()
+    """The batches and noise floors of the manifest; none without a manifest, if the module could not be rebuilt."""
+    return load(folder).data if (folder / MANIFEST).exists() else set()

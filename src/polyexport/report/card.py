@@ -59,7 +59,7 @@ def _signature(report: Report) -> Iterator[str]:
     if report.model:
         for kind, tensors in (("input", report.model.inputs), ("output", report.model.outputs)):
             yield from (f"* {kind} {escape.code(str(tensor))}" for tensor in tensors)
-        if embedded := tables.embedded(report.model):
+        if embedded := tables.embedded(report.model, report.publishable):
             yield from ("", f"In each artifact: {escape.markdown(embedded)}.")
 
 

@@ -20,9 +20,11 @@ from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from polyexport.capture.processing import part
 from polyexport.format import Snippet
 from polyexport.formats import known
 from polyexport.measure.budget import losses
+from polyexport.measure.reference import VALIDATION_BATCH
 from polyexport.report import svg
 from polyexport.report.choice import choices
 from polyexport.report.outcome import STATES, Outcome
@@ -51,7 +53,7 @@ def page(report: Report) -> str:
             table=list(_table(report)),
             metrics=metrics(report),
             choices=list(choices(report)),
-            embedded=embedded(report.model) if report.model else "",
+            embedded=embedded(report.model, report.outcomes) if report.model else "",
             proofs=proofs(report),
             rounds=[(outcome, rounds(report, outcome)) for outcome in report.outcomes if outcome.rounds],
             layers=[(outcome, layers(outcome.layers)) for outcome in report.outcomes if outcome.layers],
@@ -60,6 +62,7 @@ def page(report: Report) -> str:
             history=_history(report),
             snippets=[(outcome, snippets(outcome)) for outcome in report.outcomes if outcome.artifact],
             browser_page=browser_page,
+            graph=graph,
         )
     )
 
@@ -222,7 +225,7 @@ def _history(report: Report) -> History | None:
     formats = list(dict.fromkeys(outcome.format for each in found for outcome in each.outcomes))
     monitor = report.checkpoint.monitor
     scores = [
-        (float(each.checkpoint.global_step or 0), each.checkpoint.score, f"{title(each)}: {each.checkpoint.score:.6g}")
+        (float(each.checkpoint.global_step or 0), each.checkpoint.score, title(each), f"{each.checkpoint.score:.6g}")
         for each in found
         if each.checkpoint.score is not None and each.checkpoint.monitor == monitor
     ]
@@ -246,7 +249,11 @@ def snippets(outcome: Outcome) -> tuple[Snippet, ...]:
         "output_dtypes": [tensor.dtype for tensor in outcome.outputs],
         "output_shapes": [tensor.sized(lambda _: 1) for tensor in outcome.outputs],
     }
-    return tuple(replace(snippet, code=_plain().from_string(snippet.code).render(about)) for snippet in each.snippets)
+    made = (replace(snippet, code=_plain().from_string(snippet.code).render(about)) for snippet in each.snippets)
+    if "preprocess" not in outcome.outside:
+        return tuple(made)
+    batch = f"{part(outcome.outside)}/{VALIDATION_BATCH}"
+    return tuple(replace(snippet, code=snippet.code.replace(VALIDATION_BATCH, batch)) for snippet in made)
 
 
 def browser_page(outcome: Outcome) -> str:
@@ -255,6 +262,12 @@ def browser_page(outcome: Outcome) -> str:
     if each is None or outcome.artifact is None or not each.page:
         return ""
     return PurePosixPath(outcome.artifact.path).with_name(each.page).as_posix()
+
+
+def graph(outcome: Outcome) -> str:
+    """The file of the artifact that Netron draws, relative to the export's folder; empty if there is none."""
+    each = known().get(outcome.format)
+    return f"{each.name}/{each.graph}" if each and outcome.artifact and each.graph else ""
 
 
 @cache

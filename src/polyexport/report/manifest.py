@@ -6,7 +6,7 @@ It says where an artifact comes from and what its inputs are; `polyexport verify
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,15 @@ class Made:
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """The module without processing steps that a format cannot have; fields as in `Manifest`."""
+
+    spec: ExportSpec
+    batches: tuple[Batch, ...]
+    noise: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Manifest:
     """The origin and signature of the artifacts.
 
@@ -54,6 +63,7 @@ class Manifest:
         noise: File with the noise floor of each element of the validation batch's outputs; empty if it is unknown.
         environment: Versions of the packages and the machine that computed the outputs.
         artifacts: The artifacts, by format.
+        parts: For each format whose artifact lacks processing steps, the module without them.
         seal: Shows the user who made the export that it is theirs (see `polyexport.engine.ownership`).
         version: The version of this record's form.
     """
@@ -67,6 +77,18 @@ class Manifest:
     artifacts: Mapping[str, Made] = field(default_factory=dict)
     seal: str = ""
     version: int = VERSION
+    parts: Mapping[str, Part] = field(default_factory=dict)
+
+    def of(self, name: str) -> Manifest:
+        """The manifest with signature and batches of what one format's artifact has."""
+        part = self.parts.get(name)
+        return self if part is None else replace(self, spec=part.spec, batches=part.batches, noise=part.noise)
+
+    @property
+    def data(self) -> set[str]:
+        """All files with inputs, outputs and noise floors, relative to the export's folder."""
+        every: tuple[Manifest | Part, ...] = (self, *self.parts.values())
+        return {path for one in every for path in (one.noise, *(batch.path for batch in one.batches)) if path}
 
 
 def save(folder: Path, manifest: Manifest) -> None:
@@ -86,6 +108,6 @@ def load(folder: Path) -> Manifest:
         raise BadRequest(f"{folder} has no {MANIFEST}: its module could not be rebuilt")
     manifest = read_record(Manifest, file, VERSION)
     made = (artifact.path for artifact in manifest.artifacts.values())
-    for path in (manifest.noise, *(batch.path for batch in manifest.batches), *made):
+    for path in (*manifest.data, *made):
         inside(folder, path)
     return manifest

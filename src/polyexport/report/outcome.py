@@ -148,6 +148,7 @@ class Outcome:
     own metric decided on the state, and not parity. `proofs` are those of other machines, one for each, the oldest
     first; `here` is the judgement before the first of them. `layers` are the module's compared with the artifact's, if
     that is a `mismatch`. `rounds` are the artifacts that were tried because the first one was outside a budget.
+    `outside` are the processing steps that are not in the artifact, since the format cannot have them.
     """
 
     format: str
@@ -172,6 +173,7 @@ class Outcome:
     here: Judgement | None = None
     layers: tuple[Layer, ...] = ()
     rounds: tuple[Round, ...] = ()
+    outside: tuple[str, ...] = ()
 
     @property
     def publishable(self) -> bool:

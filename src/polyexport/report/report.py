@@ -279,7 +279,7 @@ def markdown(report: Report) -> str:
         signature = f"({', '.join(map(str, model.inputs))}) → ({', '.join(map(str, model.outputs))})"
         about_it = f"{escape.code(model.class_name)}, {model.parameters:,} parameters: {escape.code(signature)}"
         lines += [about_it, ""]
-        if embedded := tables.embedded(model):
+        if embedded := tables.embedded(model, report.outcomes):
             lines += [f"In each artifact: {escape.markdown(embedded)}.", ""]
     lines += [*tables.markdown(rows(report)), ""]
     if report.metrics:

@@ -2,7 +2,8 @@
 
 A charting library would add megabytes of script to each page for five still pictures. Every picture is `WIDTH` units
 wide, so that its text stays readable on a phone; every mark has its values as a `<title>`, for pointers and screen
-readers. `ElementTree` escapes names from users.
+readers. A point shows them in the picture too, while it is under the pointer or has the keyboard's focus.
+`ElementTree` escapes names from users.
 """
 
 from __future__ import annotations
@@ -143,7 +144,7 @@ def plane(points: Sequence[Point], x_name: str, y_name: str, say_x: Say, say_y: 
     exact = any(point.y == 0 for point in points)  # zero is not on a logarithmic axis, so it is drawn below
     x = axis([point.x for point in points], left, WIDTH - _RIGHT, log=True)
     y = axis([point.y for point in points], bottom - 30 if exact else bottom, top, log=True)
-    svg = _svg(bottom + 40)
+    svg = _svg(bottom + 40, role="group")
     if exact:
         _grid(svg, left, bottom, WIDTH - _RIGHT, bottom)
         _add(svg, "text", "tick", "0", x=left - 6, y=bottom + 4, text_anchor="end")
@@ -164,7 +165,7 @@ def plane(points: Sequence[Point], x_name: str, y_name: str, say_x: Say, say_y: 
     taken = [(at - 6, height + 4, 12.0) for at, height in place.values()]
     for point in sorted(points, key=lambda each: (not each.chosen, each not in front, place[each.name][1])):
         at, height = place[point.name]
-        group = _titled(marks, f"{point.name}: {say_x(point.x)}, {say_y(point.y)}")
+        group = _pointed(marks, point.name, f"{say_x(point.x)}, {say_y(point.y)}")
         _add(group, "circle", "dot" if point in front else "dot behind", cx=at, cy=height, r=5)
         if point.chosen:
             _add(group, "circle", "ring", cx=at, cy=height, r=9)
@@ -177,12 +178,12 @@ def _beats(one: Point, other: Point) -> bool:
     return (one.x, one.y) != (other.x, other.y) and one.x <= other.x and one.y <= other.y
 
 
-def curve(points: Sequence[tuple[float, float, str]], x_name: str, y_name: str) -> str:
-    """Values over steps, each with a description; the last one is marked."""
+def curve(points: Sequence[tuple[float, float, str, str]], x_name: str, y_name: str) -> str:
+    """Values over steps, each with a name and a description; the last one is marked."""
     top, bottom, left = 30, 150, 62
-    x = axis([at for at, _, _ in points], left, WIDTH - _RIGHT, log=False)
-    y = axis([value for _, value, _ in points], bottom, top, log=False)
-    svg = _svg(bottom + 40)
+    x = axis([at for at, *_ in points], left, WIDTH - _RIGHT, log=False)
+    y = axis([value for _, value, *_ in points], bottom, top, log=False)
+    svg = _svg(bottom + 40, role="group")
     for value in y.ticks(4):
         _grid(svg, left, y(value), WIDTH - _RIGHT, y(value))
         _add(svg, "text", "tick", f"{value:.4g}", x=left - 6, y=y(value) + 4, text_anchor="end")
@@ -190,10 +191,10 @@ def curve(points: Sequence[tuple[float, float, str]], x_name: str, y_name: str) 
         _add(svg, "text", "tick", f"{value:.6g}", x=x(value), y=bottom + 16, text_anchor="middle")
     _add(svg, "text", "axis", x_name, x=WIDTH - _RIGHT, y=bottom + 34, text_anchor="end")
     _add(svg, "text", "axis", y_name, x=4, y=14)
-    _add(svg, "path", "front", d="M" + "L".join(f"{x(at):.1f} {y(value):.1f}" for at, value, _ in points))
-    for at, value, words in points:
-        _add(_titled(svg, words), "circle", "dot", cx=x(at), cy=y(value), r=4)
-    at, value, _ = points[-1]
+    _add(svg, "path", "front", d="M" + "L".join(f"{x(at):.1f} {y(value):.1f}" for at, value, *_ in points))
+    for at, value, name, words in points:
+        _add(_pointed(svg, name, words), "circle", "dot", cx=x(at), cy=y(value), r=4)
+    at, value, *_ = points[-1]
     _add(svg, "circle", "ring", cx=x(at), cy=y(value), r=8)
     return _text_of(svg)
 
@@ -244,8 +245,8 @@ def _overlap(one: tuple[float, float, float], other: tuple[float, float, float])
     return abs(one[1] - other[1]) < 13 and one[0] < other[0] + other[2] and other[0] < one[0] + one[2]
 
 
-def _svg(height: float) -> ElementTree.Element:
-    return ElementTree.Element("svg", {"viewBox": f"0 0 {WIDTH} {height:g}", "role": "img"})
+def _svg(height: float, *, role: str = "img") -> ElementTree.Element:
+    return ElementTree.Element("svg", {"viewBox": f"0 0 {WIDTH} {height:g}", "role": role})
 
 
 def _add(parent: ElementTree.Element, tag: str, kind: str, text: str = "", **attributes: float | str) -> None:
@@ -259,6 +260,15 @@ def _add(parent: ElementTree.Element, tag: str, kind: str, text: str = "", **att
 def _titled(svg: ElementTree.Element, title: str) -> ElementTree.Element:
     group = ElementTree.SubElement(svg, "g")
     ElementTree.SubElement(group, "title").text = title
+    return group
+
+
+def _pointed(svg: ElementTree.Element, name: str, words: str) -> ElementTree.Element:
+    """A group that the keyboard reaches; its words are shown while it has focus or is pointed at."""
+    group = _titled(svg, f"{name}: {words}")
+    group.attrib |= {"class": "point", "role": "img", "tabindex": "0"}
+    tip = f"{_short(name)}: {words}"
+    _add(group, "text", "name mark tip", tip, x=WIDTH - _RIGHT, y=14, text_anchor="end", visibility="hidden")
     return group
 
 

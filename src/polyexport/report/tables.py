@@ -138,12 +138,18 @@ def layers(found: Sequence[Layer]) -> list[dict[str, str]]:
     ]
 
 
-def embedded(model: Model) -> str:
+def embedded(model: Model, outcomes: Sequence[Outcome]) -> str:
     """What is embedded in each artifact: `labels: cat, dog; license: MIT`; empty if nothing."""
     shown = ", ".join(model.labels[:_LABELS]) + (f" … ({len(model.labels)})" if len(model.labels) > _LABELS else "")
-    steps = {name: textwrap.shorten(text, _STEP, placeholder=" …") for name, text in model.processing.items()}
+    steps = {name: _step(name, text, outcomes) for name, text in model.processing.items()}
     parts = {**({"labels": shown} if model.labels else {}), **model.metadata, **steps}
     return escape.printable("; ".join(f"{name}: {text}" for name, text in parts.items()))
+
+
+def _step(name: str, text: str, outcomes: Sequence[Outcome]) -> str:
+    """A processing step in words, with the formats whose artifacts lack it."""
+    lacking = ", ".join(outcome.format for outcome in outcomes if name in outcome.outside)
+    return textwrap.shorten(text, _STEP, placeholder=" …") + (f" (not in {lacking})" if lacking else "")
 
 
 _LABELS = 10

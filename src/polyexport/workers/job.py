@@ -39,11 +39,16 @@ class Job:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepare(Job):
-    """Run PyTorch: make the reference; see `polyexport.measure.reference.make`."""
+    """Run PyTorch: make the reference; see `polyexport.measure.reference.make`.
+
+    Attributes:
+        outside: The processing steps to leave out; what is left is written to `capture.processing.part(outside)`.
+    """
 
     dynamic: Any = True
     git_commit: str = ""
     sha256: str = ""
+    outside: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,6 +145,11 @@ class Serve(FormatJob):
 def proofs(batches: Sequence[Batch], *, dynamic: bool, made_up: bool) -> tuple[Batch, ...]:
     """The batches to verify an artifact with: static ones need the first's sizes; `made_up` values only if asked."""
     return tuple(batch for batch in batches if (dynamic or batch.sizes == batches[0].sizes) and (made_up or batch.real))
+
+
+def module_of(batch: str) -> str:
+    """The folder of the module whose outputs are in the first batch; both are relative to the export's folder."""
+    return Path(batch).with_name("source").as_posix()
 
 
 _KINDS: Mapping[str, type[Job]] = {

@@ -112,7 +112,7 @@ def _read_by(root: Path, job: Job, task: Task) -> list[Path]:
     found: Iterable[Path]
     if isinstance(job, Prepare):
         found = [*source.iterdir(), *(source / SHARDS).rglob("*")]
-    elif job.source == "source":
+    elif source.name == "source":
         found = module_files(source)
     else:
         found = (source if source.is_dir() else source.parent).rglob("*")

@@ -24,7 +24,6 @@ import select
 import shutil
 import signal
 import socket
-import struct
 import sys
 import tempfile
 import threading
@@ -35,8 +34,7 @@ from pathlib import Path
 
 from polyexport.workers.job import PARENT, TEMPORARY
 
-_LENGTH = struct.Struct("<I")
-_STREAMS = 3
+_FILES = 5  # the three standard streams, the pipe for the exit code, the order itself
 _LOOK_SECONDS = 0.5
 
 
@@ -50,7 +48,7 @@ class Order:
 
 
 def send(connection: socket.socket, order: Order, streams: Sequence[int], told: int) -> None:
-    """Request a child process.
+    """Request a child process, in one byte that files come with: two processes that share the connection mix nothing.
 
     Args:
         connection: The connection to the server.
@@ -59,23 +57,20 @@ def send(connection: socket.socket, order: Order, streams: Sequence[int], told: 
         told: The write end of a pipe that gets two lines: the child's process id, and then its exit code as in
             `subprocess.Popen`; it is closed without them if the server ends first.
     """
-    content = json.dumps([order.job, order.folder, dict(order.environment)]).encode()
-    socket.send_fds(connection, [_LENGTH.pack(len(content))], [*streams, told])
-    connection.sendall(content)
+    with os.fdopen(os.memfd_create("order"), "wb") as file:
+        file.write(json.dumps([order.job, order.folder, dict(order.environment)]).encode())
+        file.flush()
+        socket.send_fds(connection, [b"!"], [*streams, told, file.fileno()])
 
 
 def _receive(connection: socket.socket) -> tuple[Order, list[int]] | None:
     """The next order and its four files; None if the connection is closed."""
-    head, files, _, _ = socket.recv_fds(connection, _LENGTH.size, _STREAMS + 1)
-    if len(head) < _LENGTH.size:
+    head, files, _, _ = socket.recv_fds(connection, 1, _FILES)
+    if not head:
         return None
-    content = bytearray()
-    while len(content) < _LENGTH.unpack(head)[0]:
-        part = connection.recv(1 << 16)
-        if not part:
-            return None
-        content += part
-    return Order(*json.loads(content)), files
+    with os.fdopen(files.pop(), "rb") as file:
+        file.seek(0)
+        return Order(*json.loads(file.read())), files
 
 
 def run(imports: Sequence[str], work: Callable[[Path], int]) -> int:

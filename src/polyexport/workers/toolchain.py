@@ -171,12 +171,13 @@ class Toolchain:
 
 
 _LIGHTNING = ("lightning.pytorch?", "pytorch_lightning?")  # the base classes of modules
+_LATE = ("networkx?", "onnxscript.function_libs.torch_lib.ops?", "onnxscript.rewriter?")  # what exporters import late
 
 HOST = Toolchain(
     "host",
     (),
-    convert_imports=("torch", "torch._dynamo", "torch.onnx", *_LIGHTNING),
-    run_imports=("torch", "torch._dynamo?", "torch.onnx?", *_LIGHTNING),
+    convert_imports=("torch", "torch._dynamo", "torch.onnx", *_LATE, *_LIGHTNING),
+    run_imports=("torch", "torch._dynamo?", "torch.onnx?", *_LATE, *_LIGHTNING),
 )
 """The toolchain that is the training environment itself."""
 
