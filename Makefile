@@ -32,6 +32,8 @@ test: $(VENV)/test
 	shared=$$(mktemp -d) && trap "rm -rf $$shared" EXIT && \
 		$(MAKE) --jobs=2 --output-sync=target SHARED=$$shared test-one-session test-another-session
 
+# idle threads of OpenMP wait actively
+test-one-session test-another-session: export OMP_NUM_THREADS := 1
 test-one-session test-another-session:
 	$(BIN)/python -m pytest tests --share $(SHARED)
 

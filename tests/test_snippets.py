@@ -154,6 +154,7 @@ LIBTORCH = [SITE / "torch/include", SITE / "torch/include/torch/csrc/api/include
 HEADERS = {
     "torchscript": lambda: LIBTORCH,
     "aoti": lambda: LIBTORCH,
+    "aoti-cuda": lambda: LIBTORCH,
     "openvino": lambda: [SITE / "openvino/include"],
     "executorch": lambda: [
         root / inside

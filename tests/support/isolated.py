@@ -57,7 +57,7 @@ class Program:
 def run_all(chain: Toolchain, programs: Sequence[Program]) -> list[str]:
     """Run programs in a toolchain, which imports once what they need; why each failed, or an empty string."""
     told = json.dumps([(each.words, str(each.folder), dict(each.environment)) for each in programs])
-    command = [str(chain.interpreter()), "-P", str(HERE / "forks.py"), ",".join(chain.imports(converts=True))]
+    command = [str(chain.interpreter()), "-P", str(HERE / "many_programs.py"), ",".join(chain.imports(converts=True))]
     done = subprocess.run(command, input=told, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     codes = json.loads(done.stdout.splitlines()[-1])

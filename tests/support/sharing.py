@@ -15,7 +15,7 @@ import pytest
 TOGETHER = ("exported", "everything")
 """Fixtures of a session that are too dear to be made in two of them."""
 
-LONGEST = ("exported", "test_lowering.py", "test_faults.py", "everything", "test_examples.py", "test_distributed.py")
+LONGEST = ("exported", "everything", "test_lowering.py", "test_examples.py", "test_faults.py", "test_distributed.py")
 """The parts that come first; the others follow in the order of their names."""
 
 

@@ -1,6 +1,6 @@
 """Runs Python programs in processes forked from one that has imported what they need.
 
-    python -P forks.py IMPORT,… < PROGRAMS
+    python -P many_programs.py IMPORT,… < PROGRAMS
 
 PROGRAMS is a JSON list of `isolated.Program`. Prints their exit codes, as a JSON list on the last line.
 """
