@@ -162,7 +162,7 @@ class Precise(torch.nn.Module):
 
 def test_float64_within_a_program_becomes_float32():
     module, x = Precise().eval(), torch.rand(2, 4)
-    narrow = in_float32(torch.export.export(module, (x,), strict=False).module())
+    narrow = in_float32(torch.export.export(module, (x,), strict=False).module(), torch.float64)
     torch.testing.assert_close(narrow(x), module(x))
     again = torch.export.export(narrow, (x,), strict=False)
     values = [node.meta["val"] for node in again.graph.nodes if isinstance(node.meta.get("val"), torch.Tensor)]

@@ -23,6 +23,7 @@ NAMES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "capture/answer.py": ("torch.nn:Module._buffers",),
         "capture/changes.py": ("torch.nn:Module._non_persistent_buffers_set", "torch:Tensor._version"),
         "engine/weights.py": ("torch.nn:Module._non_persistent_buffers_set", "torch.nn:Module._parameters"),
+        "capture/dtypes.py": ("torch.amp.autocast_mode:autocast._enabled",),
         "capture/sharded.py": ("torch.distributed.checkpoint.format_utils:dcp_to_torch_save",),
         "capture/snapshot.py": (
             "transformers.utils.output_capturing:_CAN_RECORD_REGISTRY",
@@ -102,6 +103,7 @@ NAMES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
             "torch.nn.modules.rnn:LSTM.check_forward_args",
         ),
         "tracing/reads.py": ("torch:_assert",),
+        "tracing/sizes.py": ("torch._C:_get_value_trace", "torch._C:_is_tracing"),
         "lightning_export/best.py": ("lightning.pytorch.callbacks:ModelCheckpoint._last_global_step_saved",),
         "lightning_export/callback.py": ("lightning.pytorch.callbacks:Callback._generate_state_key",),
         "lightning_export/trainer.py": (

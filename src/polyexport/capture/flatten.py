@@ -40,7 +40,7 @@ def flat(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> A
 
     Values in the call that are not tensors become constants. The wrapper is in eval mode. It has `input_names`, the
     `example` inputs of the call, and `output_names`, which are set when it runs. Callers may set `kept`, the names of
-    the outputs to return, and `within`, a context to run in. One output is returned as a tensor, several as a tuple.
+    the outputs to return, and `within`, contexts to run in. One output is returned as a tensor, several as a tuple.
     Outputs of dtypes that numpy lacks, such as bfloat16, are returned as float32, and their names are in `widened`.
 
     Raises:
@@ -61,7 +61,7 @@ def flat(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> A
             self.dropped: tuple[str, ...] = ()
             self.kept: tuple[str, ...] | None = None
             self.widened: tuple[str, ...] = ()
-            self.within: AbstractContextManager[Any] = contextlib.nullcontext()
+            self.within: Sequence[AbstractContextManager[Any]] = ()
             tensors = (leaves[index] for index in inputs.values())
             self.example = tuple(tensor.float() if tensor.is_floating_point() else tensor for tensor in tensors)
 
@@ -71,7 +71,9 @@ def flat(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> A
                 values[index] = tensor
             call_args, call_kwargs = closed(pytree.tree_unflatten(values, tree))
             try:
-                with self.within:
+                with contextlib.ExitStack() as entered:
+                    for context in self.within:
+                        entered.enter_context(context)
                     answer = self.inner(*call_args, **call_kwargs)
             except RuntimeError as error:
                 if any(words in str(error) for words in _NO_AUTOGRAD):

@@ -32,6 +32,7 @@ import numpy as np
 
 from polyexport.capture import devices, processing, surroundings, unwrap
 from polyexport.capture.attribute import attribute
+from polyexport.capture.dtypes import InFloat32, asked_for_by
 from polyexport.capture.flatten import as_call, flat
 from polyexport.capture.part_names import make_writable
 from polyexport.capture.pickling import by_value, importable
@@ -40,7 +41,7 @@ from polyexport.capture.pytree import closed, opened, tree_map
 from polyexport.errors import BadRequest, line
 from polyexport.spec import ExportSpec
 from polyexport.tracing.decompositions import plain_attention
-from polyexport.tracing.exported_program import export_program
+from polyexport.tracing.exported_program import export_program, in_float32
 
 if TYPE_CHECKING:
     import torch
@@ -64,6 +65,9 @@ PROCESSING = "processing.pkl"
 
 IDLE = "idle.pkl"
 """What forward reads without effect, which a trace is given as constants, where there is any: site -> values."""
+
+IN_FLOAT32 = "in_float32"
+"""File that is there if casts in forward are left out; see `polyexport.capture.dtypes`."""
 
 UNAVAILABLE = "unavailable.txt"
 """File in a module's folder with the reason why the module could not be saved."""
@@ -214,7 +218,7 @@ def save_module(
     except BadRequest:
         raise
     except Exception as error:  # other errors come from the user's files around the module
-        why = f"the module cannot be pickled ({error})"
+        why = f"the module cannot be pickled ({error if isinstance(error, Unpicklable) else line(error)})"
     for file in (STRUCTURE, PROCESSING):
         (folder / file).unlink(missing_ok=True)
     if sharded:
@@ -392,7 +396,8 @@ def load(folder: Path, outputs: tuple[str, ...] | None = None) -> Any:
     _register_with_transformers(module)
     args, kwargs = restore(call_file(folder))
     wrapped = flat(joined(module, load_processing(folder, root)).float(), args, kwargs)
-    wrapped.within, wrapped.kept = devices.OnTheCpu(), outputs
+    wrapped.in_float32 = InFloat32(casts_left_out=(folder / IN_FLOAT32).exists())
+    wrapped.within, wrapped.kept = (devices.OnTheCpu(), wrapped.in_float32), outputs
     wrapped.idle = restore(folder / IDLE) if (folder / IDLE).exists() else {}
     vars(wrapped)["core"] = module  # not as a submodule, which it is already
     unwrap.settle(wrapped)
@@ -521,6 +526,7 @@ def save_traced(
         wrapped = flat(joined(selected(root, select), processing.resolved(steps, root)), args, kwargs)  # in eval mode
         device = next((parameter.device for parameter in root.parameters()), torch.device("cpu"))
         tensors = tuple(tensor.to(device) for tensor in wrapped.example)
+        wrapped.within = (asked := InFloat32(casts_left_out=False),)
         with torch.no_grad(), plain_attention():
             wrapped(*(tensor.clone() for tensor in tensors))
             wrapped.kept = wrapped.output_names
@@ -535,6 +541,7 @@ def save_traced(
         "outputs": wrapped.output_names,
         "weights": weights,
         "widened": wrapped.widened,
+        "asked_for": asked.asked_for,
     }
     torch.export.save(program, folder / "structure.pt2", extra_files={"about.json": json.dumps(about)})
 
@@ -558,7 +565,9 @@ def _load_traced(path: Path, state: Mapping[str, Any]) -> Any:
     about = json.loads(extra["about.json"])
     module: Any = program.module()
     module.load_state_dict({key: state[name] for key, name in about["weights"].items() if name in state}, strict=False)
-    module.float().cpu()
+    module.in_float32 = InFloat32(casts_left_out=True)
+    module.in_float32.asked_for = about["asked_for"] | asked_for_by(module)
+    in_float32(module, torch.float16, torch.bfloat16).float().cpu()
     module.input_names, module.output_names, module.dropped = tuple(about["inputs"]), tuple(about["outputs"]), ()
     module.widened = about["widened"]
     module.example = call_tensors(call_file(path.parent))

@@ -63,7 +63,7 @@ def lower(
     import torch
 
     if all(tensor.dtype != "float64" for tensor in spec.outputs):
-        module = in_float32(module)
+        module = in_float32(module, torch.float64)  # which small devices lack
 
     class Named(torch.nn.Module):
         def __init__(self) -> None:

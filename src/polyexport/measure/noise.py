@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from polyexport.capture.flatten import as_runner
+from polyexport.errors import line
 from polyexport.measure.parity import TIES, noise_floor
 from polyexport.measure.tolerance import Tolerance
 from polyexport.spec import Arrays, Precision
@@ -30,7 +31,7 @@ def rounding(model: torch.nn.Module, inputs: Arrays, outputs: Arrays) -> tuple[A
         with _masks_as_queries():
             found.append(_run(model.double(), _as(np.float64, inputs)))
     except Exception as error:  # a fixed dtype in forward is not an error
-        why = f"the module does not run in float64 ({type(error).__name__})"
+        why = f"the module does not run in float64 ({line(error, 100)})"
         note = f"{why}, so the noise floor is the effect of changing each weight by one rounding"
     finally:
         model.float()  # float32 converts to float64 and back without loss
@@ -41,7 +42,7 @@ def rounding(model: torch.nn.Module, inputs: Arrays, outputs: Arrays) -> tuple[A
             with _moved_weights(model, move):
                 found.append(_run(model, {name: move(array) for name, array in inputs.items()}))
         except Exception as error:  # the module refuses other weights
-            note = f"no noise floor: {why}, nor with changed weights ({type(error).__name__})" if why else ""
+            note = f"no noise floor: {why}, nor with changed weights ({line(error, 100)})" if why else ""
     return noise_floor(outputs, *found) | _ties(model, inputs, outputs), note
 
 

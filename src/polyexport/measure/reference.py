@@ -18,7 +18,8 @@ import numpy as np
 
 from polyexport.capture import sharded, surroundings
 from polyexport.capture import snapshot as modules
-from polyexport.capture.answer import NotCompared, disagreement
+from polyexport.capture.answer import NotCompared, disagreement, left_as_it_is
+from polyexport.capture.dtypes import fails, needs_float32
 from polyexport.capture.flatten import as_runner, to_arrays
 from polyexport.capture.unwrap import has_fake_quantization
 from polyexport.measure import dynamic_axes
@@ -137,6 +138,7 @@ def make(root: Path, source: Path, dynamic: Dynamic, commit: str = "", *, sha256
         one_side=tuple(site for site in asked.tried.one_side() if site not in unused.values),
         narrow=narrow.narrow,
         notes=(
+            *_in_float32(model),
             *as_trained,
             *of_model,
             *of_batches,
@@ -198,7 +200,38 @@ def _loaded(source: Path) -> tuple[Any, str, Mapping[str, int]]:
     if (source / modules.SHARDS).exists():
         sharded.join(source / modules.SHARDS, weights)
     sha256, at = _sha256(weights), _keep_only_weights(weights)
-    return modules.load(source), sha256, at
+    return _loaded_in_float32(source), sha256, at
+
+
+def _loaded_in_float32(source: Path) -> Any:
+    """The flat module; see `polyexport.capture.dtypes`."""
+    import torch
+
+    marker = source / modules.IN_FLOAT32
+    marker.unlink(missing_ok=True)  # one that is resumed may have it
+    model = modules.load(source)
+    if isinstance(model, torch.fx.GraphModule):  # a trace, which is in float32 already
+        return model
+    with left_as_it_is(model):
+        if not needs_float32(model):
+            return model
+        marker.touch()
+        without_casts = modules.load(source)
+        with left_as_it_is(without_casts):
+            if not fails(without_casts):
+                return without_casts
+    marker.unlink()
+    return model
+
+
+def _in_float32(model: Any) -> Iterator[str]:
+    """A note if forward asks for another precision than float32."""
+    asked: Mapping[str, str] = model.in_float32.asked_for
+    if asked:
+        yield (
+            f"forward asks for {', '.join(sorted(set(asked.values())))} ({named(set(asked))}); the reference and the "
+            "artifacts compute in float32 there, and lower precisions are formats, such as onnx-fp16"
+        )
 
 
 def _as_trained(source: Path, model: Any) -> tuple[str, tuple[str, ...]]:

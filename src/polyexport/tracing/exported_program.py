@@ -115,24 +115,24 @@ def load_program(path: Path) -> torch.export.ExportedProgram:
     return decomposed
 
 
-def in_float32(module: torch.fx.GraphModule) -> torch.fx.GraphModule:
-    """A program's module with float32 instead of float64, which small devices lack; changed in place."""
+def in_float32(module: torch.fx.GraphModule, *dtypes: torch.dtype) -> torch.fx.GraphModule:
+    """A program's module with float32 in place of the given `dtypes`; changed in place."""
     import torch
     from torch.fx.node import map_aggregate
 
-    def narrowed(value: Any) -> Any:
-        return torch.float32 if value is torch.float64 else value
+    def replaced(value: Any) -> Any:
+        return torch.float32 if value in dtypes else value
 
     for tensors in (module.named_parameters(), module.named_buffers()):
         for _, tensor in tensors:
-            tensor.data = tensor.data.float() if tensor.dtype is torch.float64 else tensor.data
+            tensor.data = tensor.data.float() if tensor.dtype in dtypes else tensor.data
     for node in module.graph.nodes:
         if node.op == "get_attr":
             held = getattr(module, str(node.target), None)
-            if isinstance(held, torch.Tensor) and held.dtype is torch.float64:
+            if isinstance(held, torch.Tensor) and held.dtype in dtypes:
                 held.data = held.data.float()
-        node.args = map_aggregate(node.args, narrowed)
-        node.kwargs = map_aggregate(node.kwargs, narrowed)
+        node.args = map_aggregate(node.args, replaced)
+        node.kwargs = map_aggregate(node.kwargs, replaced)
     module.recompile()
     return module
 

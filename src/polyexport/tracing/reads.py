@@ -12,6 +12,7 @@ import copy
 import dis
 import functools
 import os
+import re
 import sys
 import traceback
 import warnings
@@ -190,7 +191,7 @@ def _plain(value: Any) -> str:
     return repr(value.tolist() if isinstance(value, np.ndarray) else value)
 
 
-def _site() -> str:
+def caller_site() -> str:
     """The site of the innermost caller outside of torch and polyexport."""
     return _at(_frames()[-1])
 
@@ -209,9 +210,17 @@ def _frames() -> tuple[FrameType, ...]:
 
 def site_of(error: BaseException) -> str:
     """The innermost site in an error's traceback; empty if there is none."""
-    passed = _not_the_users()
     frames = traceback.walk_tb(error.__traceback__)
-    sites = [f"{code.co_filename}:{line}" for code, line in ((frame.f_code, line) for frame, line in frames)]
+    return _innermost([f"{frame.f_code.co_filename}:{line}" for frame, line in frames])
+
+
+def site_in(stack: str) -> str:
+    """The innermost site in the text of a stack; empty if there is none."""
+    return _innermost([f"{file}:{line}" for file, line in re.findall(r'File "(.+?)", line (\d+)', stack)])
+
+
+def _innermost(sites: Sequence[str]) -> str:
+    passed = _not_the_users()
     return next((site for site in reversed(sites) if not site.startswith(passed)), "")
 
 
@@ -229,7 +238,7 @@ def frozen_sites() -> Iterator[set[str]]:
 
     def show(message: Any, *rest: Any, **more: Any) -> None:
         if str(message).startswith(_WARNING):
-            found.add(_site())
+            found.add(caller_site())
         shown(message, *rest, **more)
 
     with warnings.catch_warnings():

@@ -105,7 +105,8 @@ def _followed(kind: type, value: Any) -> Any:
     import torch
 
     if isinstance(value, torch.SymInt | torch.SymFloat):
-        return torch.sym_int(value) if kind is int else torch.sym_float(value)
+        change: Any = torch.sym_int if kind is int else torch.sym_float
+        return change(value)
     if _is_traced(value):
         return value.to(torch.int64 if kind is int else torch.float64)
     return None
@@ -115,9 +116,10 @@ def _is_traced(value: Any) -> bool:
     """Whether it is made of sizes and constants alone, in a trace of `torch.jit`, where these are tensors."""
     import torch
 
-    if not isinstance(value, torch.Tensor) or value.dim() or not torch.jit.is_tracing():
+    tracer: Any = torch._C
+    if not isinstance(value, torch.Tensor) or value.dim() or not tracer._is_tracing():
         return False
-    nodes, sized = [torch._C._get_value_trace(value).node()], False
+    nodes, sized = [tracer._get_value_trace(value).node()], False
     while nodes:
         node = nodes.pop()
         if node.kind() == "prim::NumToTensor":  # what `x.shape[0]` is made by
@@ -133,7 +135,7 @@ def _sqrt(value: Any) -> Any:
     import torch
 
     if isinstance(value, torch.SymInt | torch.SymFloat):
-        return torch.sym_float(value) ** 0.5
+        return Float(value) ** 0.5
     return value.to(torch.float64).sqrt() if _is_traced(value) else math.sqrt(value)
 
 
