@@ -457,9 +457,10 @@ def test_finished_exports_are_copied_to_a_url(tmp_path):
     )
     # the module's code and globals stay here; what a copy is verified with goes along
     manifest = json.loads(memory.cat_file(f"/bucket/exports/{name}/manifest.json"))
-    batches = {f"/bucket/exports/{name}/{batch['path']}" for batch in manifest["batches"]}
-    assert batches < set(memory.find("/bucket/exports"))
-    assert {file for file in memory.find("/bucket/exports") if "/source/" in file} < batches
+    paths = [manifest["noise"], *(batch["path"] for batch in manifest["batches"])]
+    data = {f"/bucket/exports/{name}/{path}" for path in paths}
+    assert data < set(memory.find("/bucket/exports"))
+    assert {file for file in memory.find("/bucket/exports") if "/source/" in file} < data
     copy_to("memory://bucket/whole", source=True)(callback.reports[-1])
     assert memory.exists(f"/bucket/whole/{name}/source/structure.pkl")
 

@@ -78,6 +78,7 @@ FAULTS = (
     plant("static", planted.static_only),
     plant("behind-static", planted.replay, upstream="static"),
     plant("second-route", planted.wrong, planted.raises, planted.replay),
+    plant("nothing-to-do", planted.raises, planted.has_nothing_to_do),
     plant("behind-a-fault", planted.replay, upstream="raises"),
     fixed(plant("fixed-first", planted.raises, planted.replay)),
     fixed(plant("fixed-only", planted.replay)),
@@ -109,6 +110,7 @@ def faults(tmp_path_factory) -> Report:
         ("behind-a-fault", "skipped", "made from raises, which is failed: NotImplementedError"),
         ("fixed-first", "verified", ""),
         ("fixed-only", "degraded", "static shapes only; with dynamic axes: replay takes static shapes only"),
+        ("nothing-to-do", "failed", "NotImplementedError: no rule for aten::frobnicate"),
         ("good", "verified", ""),
     ],
 )

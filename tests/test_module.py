@@ -21,6 +21,7 @@ import polyexport
 import zoo
 from polyexport import BadRequest
 from polyexport.capture import snapshot as modules
+from polyexport.capture.answer import ANSWER, ask
 from polyexport.capture.flatten import flat, named_tensors
 from polyexport.capture.pickling import import_path
 from saving import saved
@@ -328,3 +329,24 @@ def test_data_that_a_module_holds_is_not_taken_along(tmp_path):
     loaded = modules.load(saved(net, tmp_path, x))
     with pytest.raises(AttributeError, match="tensors of a TensorDataset: it stays with training"):
         loaded(x)
+
+
+class Registers(nn.Module):
+    """Registers a hook at its first call and remembers that, as transformers do, and appends to a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.is_ready, self.seen = nn.Linear(5, 3), False, []
+
+    def forward(self, x):
+        if not self.is_ready:
+            self.layer.register_forward_hook(lambda *call: self.seen.append(call))
+            self.is_ready = True
+        return self.layer(x)
+
+
+def test_a_module_that_is_asked_once_more_has_the_hooks_and_lists_of_before(tmp_path):
+    module = Registers()
+    ask(module, ((torch.rand(4, 5),), {}), tmp_path)
+    assert (tmp_path / ANSWER).exists()
+    assert (module.is_ready, len(module.layer._forward_hooks), module.seen) == (False, 0, [])

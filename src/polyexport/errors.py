@@ -72,6 +72,10 @@ class CannotRun(PolyexportError, RuntimeError):
     """An artifact exists, but nothing on this machine can run it; the message says why."""
 
 
+class NothingToDo(PolyexportError, RuntimeError):
+    """A route would make the same as an earlier one; it is left out of the format's reason."""
+
+
 class NotSigned(PolyexportError, RuntimeError):
     """An export differs from what was signed; the message says what differs."""
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from polyexport import Arrays, ExportSpec, Format, Route, Runner, Toolchain, ToolMissing
-from polyexport.errors import CannotRun
+from polyexport.errors import CannotRun, NothingToDo
 from polyexport.spec import calibration
 
 
@@ -49,6 +49,10 @@ def mended_not_at_all(source: Path, target: Path, spec: ExportSpec) -> None:
 
 def raises(source: Path, target: Path, spec: ExportSpec) -> None:
     raise NotImplementedError("no rule\nfor aten::frobnicate")
+
+
+def has_nothing_to_do(source: Path, target: Path, spec: ExportSpec) -> None:
+    raise NothingToDo("it would be the same again")
 
 
 def segfaults(source: Path, target: Path, spec: ExportSpec) -> None:

@@ -7,6 +7,8 @@ of an imported module that the script set, or a function that was replaced.
 from __future__ import annotations
 
 import contextlib
+import copy
+from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,19 +137,25 @@ def write(found: Answer | None, folder: Path) -> None:
 
 @contextlib.contextmanager
 def left_as_it_is(root: nn.Module) -> Iterator[None]:
-    """Restore attributes and buffers when the context exits."""
-    attributes = [(each, dict(vars(each)), dict(each._buffers)) for each in root.modules()]
+    """Restore attributes, what is in their lists, sets and dicts (such as hooks), and buffers when the context exits."""
+    attributes = [(each, dict(vars(each))) for each in root.modules()]
+    containers = [each for _, held in attributes for each in held.values() if type(each) in _CONTAINERS]
+    contents: list[tuple[Any, Any]] = [(each, copy.copy(each)) for each in containers]
     values = [(buffer, buffer.detach().clone()) for buffer in root.buffers()]
     try:
         yield
     finally:
-        for each, before, buffers in attributes:
+        for each, before in attributes:
             vars(each).clear()
             vars(each).update(before)
-            each._buffers.clear()
-            each._buffers.update(buffers)
+        for container, content in contents:
+            container.clear()
+            (container.extend if isinstance(container, list) else container.update)(content)
         for buffer, value in values:
             buffer.copy_(value)
+
+
+_CONTAINERS = (dict, OrderedDict, defaultdict, list, set)
 
 
 class NotCompared(Exception):

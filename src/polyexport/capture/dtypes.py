@@ -21,20 +21,8 @@ if TYPE_CHECKING:
 
 _CASTS = frozenset({"half", "bfloat16", "double", "to", "type", "type_as"})
 _MOVES = frozenset(
-    {
-        "__get__",
-        "__getitem__",
-        "cat",
-        "clone",
-        "contiguous",
-        "cpu",
-        "detach",
-        "flatten",
-        "permute",
-        "reshape",
-        "squeeze",
-    }
-    | {"stack", "transpose", "unsqueeze", "view"}
+    {"__get__", "__getitem__", "cat", "clone", "contiguous", "cpu", "detach", "flatten", "permute", "reshape"}
+    | {"squeeze", "stack", "transpose", "unsqueeze", "view"}
 )
 """Functions that compute nothing."""
 

@@ -45,7 +45,7 @@ Part = Callable[[], Reference | None]
 
 T = TypeVar("T")
 
-_STATE_OF: Mapping[str, State] = {"missing": "skipped", "cannot run": "unverified"}
+_STATE_OF: Mapping[str, State] = {"missing": "skipped", "nothing to do": "skipped", "cannot run": "unverified"}
 
 
 @dataclass(frozen=True, slots=True)

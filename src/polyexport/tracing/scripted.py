@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
-from polyexport.errors import line
+from polyexport.errors import NothingToDo, line
 from polyexport.spec import Arrays
 from polyexport.tracing.reads import FailedAt, reads
 
@@ -21,13 +21,14 @@ def script_branches(model: Any, inputs: Arrays) -> None:
     """Replace each submodule of the flat `model` whose forward reads values of `inputs` by its script.
 
     Raises:
-        RuntimeError: there is no such submodule, or `torch.jit.script` refuses one.
+        NothingToDo: there is no such submodule.
+        RuntimeError: `torch.jit.script` refuses one.
     """
     import torch
 
     sites = _sites(model, inputs)
     if not sites:
-        raise RuntimeError("forward does not branch on its data, so a script would be the same as a trace")
+        raise NothingToDo("forward does not branch on its data, so a script would be the same as a trace")
     for parent, name, part in list(_deciding(model, sites)):
         try:
             setattr(parent, name, torch.jit.script(part))

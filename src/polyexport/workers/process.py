@@ -55,8 +55,8 @@ class JobResult:
     """How a job ended.
 
     `value` is its result. Without one, `error` is the reason in a line, and `kind` is `raised`, `missing` (a tool),
-    `bad request`, `cannot run`, `crashed`, `timed out` or `cancelled`. `command` runs the job again in a shell; empty
-    if no job was started.
+    `nothing to do`, `bad request`, `cannot run`, `crashed`, `timed out` or `cancelled`. `command` runs the job again in
+    a shell; empty if no job was started.
     """
 
     value: Any = None
