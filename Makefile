@@ -19,22 +19,22 @@ WATCHED := torch lightning onnx onnxscript onnxruntime openvino coremltools wand
 # with it each process of a test would compile our sources anew
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-one-session test-another-session test-fast test-newest lint docs lock bench test-zoo test-matrix test-real clean
+.PHONY: demo test test-fast test-newest lint docs lock bench test-zoo test-matrix test-real clean
 
 demo: $(VENV)/demo
 	$(BIN)/python examples/digits.py
 
-# the toolchains first, since the sessions would wait for each other's; then two side by side, since most of a test is one
-# process that imports or converts
+# the toolchains first, since the sessions would wait for each other's; then three side by side, since most of a test is one
+# process that imports or converts, and some only wait
 test: $(VENV)/test
 	$(BIN)/polyexport toolchain install c executorch litert litert_web mnn ncnn nncf onnx_web paddle rknn tensorflow \
 		tensorrt_rtx tfjs tflite vela
 	shared=$$(mktemp -d) && trap "rm -rf $$shared" EXIT && \
-		$(MAKE) --jobs=2 --output-sync=target SHARED=$$shared test-one-session test-another-session
+		$(MAKE) --jobs=3 --output-sync=target SHARED=$$shared session-1 session-2 session-3
 
 # idle threads of OpenMP wait actively
-test-one-session test-another-session: export OMP_NUM_THREADS := 1
-test-one-session test-another-session:
+session-%: export OMP_NUM_THREADS := 1
+session-%:
 	$(BIN)/python -m pytest tests --share $(SHARED)
 
 FAST := architecture devices escape folders latency module outcome_table parity pickling records slices

@@ -78,10 +78,10 @@ def test_boxes_are_suppressed_and_some_are_left():
     assert (found["scores"][:, 0] == greatest[:, 0]).all()
 
 
-NMS = ("torchscript", "pt2", "onnx", "openvino", "saved_model", "tflite", "tfjs", "coreml", "paddle", "graphdef", "mnn")
+NMS = ("torchscript", "onnx", "openvino", "saved_model", "tflite", "coreml", "paddle", "mnn")
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # the others are made from these; docs/processing.md has all
 def test_non_maximum_suppression_is_part_of_each_artifact(tmp_path: Path):
     report = polyexport.export(detector(), images(), NMS, tmp_path / "out", bench=False, postprocess=suppressed)
     assert {each.format: (each.state, each.reason) for each in report.outcomes} == dict.fromkeys(NMS, ("verified", ""))
