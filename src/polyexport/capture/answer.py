@@ -137,7 +137,7 @@ def write(found: Answer | None, folder: Path) -> None:
 
 @contextlib.contextmanager
 def left_as_it_is(root: nn.Module) -> Iterator[None]:
-    """Restore attributes, what is in their lists, sets and dicts (such as hooks), and buffers when the context exits."""
+    """Restore attributes, what is in lists, sets and dicts among them (such as hooks), and buffers at the end."""
     attributes = [(each, dict(vars(each))) for each in root.modules()]
     containers = [each for _, held in attributes for each in held.values() if type(each) in _CONTAINERS]
     contents: list[tuple[Any, Any]] = [(each, copy.copy(each)) for each in containers]
