@@ -24,13 +24,13 @@ unexport PYTHONDONTWRITEBYTECODE
 demo: $(VENV)/demo
 	$(BIN)/python examples/digits.py
 
-# the toolchains first, since the sessions would wait for each other's; then three side by side, since most of a test is one
-# process that imports or converts, and some only wait
+# the toolchains first, since the sessions would wait for each other's; then two side by side, since most of a test is one
+# process that imports or converts
 test: $(VENV)/test
 	$(BIN)/polyexport toolchain install c executorch litert litert_web mnn ncnn nncf onnx_web paddle rknn tensorflow \
 		tensorrt_rtx tfjs tflite vela
 	shared=$$(mktemp -d) && trap "rm -rf $$shared" EXIT && \
-		$(MAKE) --jobs=3 --output-sync=target SHARED=$$shared session-1 session-2 session-3
+		$(MAKE) --jobs=2 --output-sync=target SHARED=$$shared session-1 session-2
 
 # idle threads of OpenMP wait actively
 session-%: export OMP_NUM_THREADS := 1

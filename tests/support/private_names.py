@@ -20,7 +20,6 @@ MIL = "coremltools.converters.mil"
 
 NAMES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     HOST: {
-        "capture/answer.py": ("torch.nn:Module._buffers",),
         "capture/changes.py": ("torch.nn:Module._non_persistent_buffers_set", "torch:Tensor._version"),
         "engine/weights.py": ("torch.nn:Module._non_persistent_buffers_set", "torch.nn:Module._parameters"),
         "capture/dtypes.py": ("torch.amp.autocast_mode:autocast._enabled",),
