@@ -50,17 +50,13 @@ def converter(outcome: Outcome) -> Toolchain:
 @pytest.fixture(scope="module")
 def again(everything: Everything, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, Path]]:
     """Of each format why its conversion failed when it was run again, and the folder that it was told to write to."""
-    alike: dict[Toolchain, dict[str, Program]] = {}
+    programs = {}
     for outcome in everything.report.outcomes:
         folder = tmp_path_factory.mktemp("again")
         words = tuple(shlex.split(outcome.reproduce)[1:])
-        program = Program(words[words[0] == "-P" :], folder, {"TMPDIR": str(folder)})
-        alike.setdefault(converter(outcome), {})[outcome.format] = program
-    found = {}
-    for chain, programs in alike.items():
-        reasons = run_all(chain, [*programs.values()])
-        found |= {name: (why, programs[name].folder) for name, why in zip(programs, reasons, strict=True)}
-    return found
+        words = words[words[0] == "-P" :]
+        programs[outcome.format] = Program(converter(outcome), words, folder, {"TMPDIR": str(folder)})
+    return {name: (why, programs[name].folder) for name, why in run_all(programs).items()}
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -69,7 +69,7 @@ def test_the_file_that_netron_draws_is_in_the_artifact(everything: Everything) -
 @pytest.fixture(scope="module")
 def answered(everything: Everything, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, Path]]:
     """Of each format why its code in Python failed, and the folder with what it answered."""
-    alike: dict[toolchain.Toolchain, dict[str, Program]] = {}
+    programs = {}
     for outcome in (each for each in everything.report.outcomes if each.format in having("Python")):
         folder = tmp_path_factory.mktemp("answered")
         for entry in (outcome.format, "validation_batch.npz"):
@@ -77,13 +77,8 @@ def answered(everything: Everything, tmp_path_factory: pytest.TempPathFactory) -
         (folder / "main.py").write_text(code(outcome, "Python") + SAVE)
         each = FORMATS[outcome.format]
         chain = toolchain.find(each.runtime or each.routes[0].toolchain)
-        program = Program((str(folder / "main.py"),), folder, {"PYTHONPATH": str(BOARDS)})
-        alike.setdefault(chain, {})[outcome.format] = program
-    found = {}
-    for chain, programs in alike.items():
-        reasons = run_all(chain, [*programs.values()])
-        found |= {name: (why, programs[name].folder) for name, why in zip(programs, reasons, strict=True)}
-    return found
+        programs[each.name] = Program(chain, (str(folder / "main.py"),), folder, {"PYTHONPATH": str(BOARDS)})
+    return {name: (why, programs[name].folder) for name, why in run_all(programs).items()}
 
 
 @pytest.mark.parametrize("name", having("Python"))

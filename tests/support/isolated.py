@@ -47,24 +47,31 @@ def answer(toolchain: str, program: str) -> Any:
 
 @dataclass(frozen=True)
 class Program:
-    """`python WORDS` in a folder, with additions to the environment; what it prints is in the file `printed` there."""
+    """`python WORDS` of a toolchain, in a folder; what it prints is in the file `printed` there.
 
+    Attributes:
+        environment: Additions to the environment.
+    """
+
+    chain: Toolchain
     words: tuple[str, ...]
     folder: Path
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
-def run_all(chain: Toolchain, programs: Sequence[Program]) -> list[str]:
-    """Run programs in a toolchain, which imports once what they need; why each failed, or an empty string."""
-    told = json.dumps([(each.words, str(each.folder), dict(each.environment)) for each in programs])
-    command = [str(chain.interpreter()), "-P", str(HERE / "many_programs.py"), ",".join(chain.imports(converts=True))]
-    done = subprocess.run(command, input=told, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    codes = json.loads(done.stdout.splitlines()[-1])
-    return [
-        f"{code}: {(each.folder / 'printed').read_text()[-3000:]}" if code else ""
-        for code, each in zip(codes, programs, strict=True)
-    ]
+def run_all(programs: Mapping[str, Program]) -> dict[str, str]:
+    """Run named programs; each toolchain imports once what they need. Why each failed, or an empty string."""
+    found = {}
+    for chain in dict.fromkeys(each.chain for each in programs.values()):
+        alike = {name: each for name, each in programs.items() if each.chain == chain}
+        told = json.dumps([(each.words, str(each.folder), dict(each.environment)) for each in alike.values()])
+        command = [str(chain.interpreter()), "-P", str(HERE / "many_programs.py")]
+        imports = ",".join(chain.imports(converts=True))
+        done = subprocess.run([*command, imports], input=told, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        for (name, each), code in zip(alike.items(), json.loads(done.stdout.splitlines()[-1]), strict=True):
+            found[name] = f"{code}: {(each.folder / 'printed').read_text()[-3000:]}" if code else ""
+    return found
 
 
 def many(toolchain: str, kind: str, formats: Sequence[str], roots: Sequence[str]) -> dict[str, dict[str, Any]]:
