@@ -22,10 +22,10 @@ from typing import Any
 
 from polyexport.errors import CannotRun, ToolMissing
 from polyexport.format import Format, Loaded, Observed, Route, Snippet
-from polyexport.formats.tensorrt import device
 from polyexport.formats.torchscript import CPP_INPUTS
 from polyexport.spec import ExportSpec, example
 from polyexport.workers import compiler, gpu
+from polyexport.workers.gpu import device
 
 _COMPILED_FOR = "compiled_for"
 """The metadata entry with the machines that the package runs on."""
@@ -173,10 +173,7 @@ def load_on_gpu(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
     torch.backends.cudnn.allow_tf32 = False  # by default it is on for convolutions: ten bits of mantissa
     package = torch._inductor.aoti_load_package(str(path))
     metadata = package.get_metadata()
-    if metadata[_CAPABILITY] != here.capability:
-        raise CannotRun(
-            f"{here.name} has compute capability {here.capability}, but the package is for {metadata[_CAPABILITY]}"
-        )
+    gpu.check_capability(here, (metadata[_CAPABILITY],), "package")
 
     def on_gpu(*inputs: torch.Tensor) -> Any:
         return package(*(each.cuda() for each in inputs))

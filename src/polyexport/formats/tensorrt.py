@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -26,18 +26,10 @@ from polyexport.errors import CannotRun, ToolMissing
 from polyexport.format import Format, Loaded, Observed, OnDevice, Route, Snippet, Triton
 from polyexport.spec import Arrays, ExportSpec, Precision
 from polyexport.workers import gpu
+from polyexport.workers.gpu import Device, device
 
 _WORKSPACE = 4 << 30
 """Bytes of GPU memory that the builder may use for one layer, at most half of what is free."""
-
-
-@dataclass(frozen=True, slots=True)
-class Device:
-    """The GPU that an engine is built for."""
-
-    name: str
-    capability: str
-    free_bytes: int
 
 
 # --- conversion -------------------------------------------------------------------------------------------------------
@@ -74,20 +66,6 @@ _NO_LIBRARY = (
 def lacks() -> str:
     """What is missing if there is no GPU or no library, in a line."""
     return gpu.missing() or ("" if find_spec("tensorrt") else _NO_LIBRARY)
-
-
-def device() -> Device:
-    """The first GPU, as PyTorch sees it.
-
-    Raises:
-        ToolMissing: it sees none.
-    """
-    import torch
-
-    if not torch.cuda.is_available():
-        raise ToolMissing("PyTorch sees no GPU: install its CUDA build, or check CUDA_VISIBLE_DEVICES")
-    about = torch.cuda.get_device_properties(0)
-    return Device(about.name, f"{about.major}.{about.minor}", torch.cuda.mem_get_info(0)[0])
 
 
 def _build_here(source: Path, target: Path, spec: ExportSpec, trt: Any) -> None:

@@ -17,9 +17,10 @@ from typing import Any
 
 from polyexport.errors import CannotRun
 from polyexport.format import Format, Loaded, OnDevice, Route
-from polyexport.formats.tensorrt import SNIPPETS, build, device, run_engine
+from polyexport.formats.tensorrt import SNIPPETS, build, run_engine
 from polyexport.spec import ExportSpec, Precision
 from polyexport.workers import gpu
+from polyexport.workers.gpu import device
 
 _CAPABILITIES = ("8.0", "8.6", "8.9", "12.0")
 """The compute capabilities that the engine is built for: A100, and RTX cards from Ampere, Ada and Blackwell."""
@@ -62,9 +63,7 @@ def load(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
     if why := gpu.missing():
         raise CannotRun(f"cannot be run here: {why}")
     here = device()
-    if here.capability not in _CAPABILITIES:
-        known = ", ".join(_CAPABILITIES)
-        raise CannotRun(f"{here.name} has compute capability {here.capability}, but the engine is for {known}")
+    gpu.check_capability(here, _CAPABILITIES, "engine")
     return run_engine(path, spec, _library(), here)
 
 
