@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from polyexport.capture.pickling import import_path
+from polyexport.capture.processing import part
 from polyexport.capture.snapshot import PROCESSING, SHARDS, WEIGHTS
 from polyexport.engine import plan, routes
 from polyexport.engine.bench import bench, sweep
@@ -385,8 +386,8 @@ class Engine:
         """
         folder, about, each = described(path)
         with tempfile.TemporaryDirectory() as root:  # for the job's files and its log
-            for part in ("source", "logs"):
-                Path(root, part).mkdir()
+            for name in ("source", "logs"):
+                Path(root, name).mkdir()
             report = Report(about.checkpoint, None, (), folder=Path(root))
             tools = toolchain.find(each.runtime or each.routes[0].toolchain)
             alone = Runnable(str((folder / each.artifact).resolve()), each, tools, about.runner_spec)
@@ -486,7 +487,7 @@ def _part(request: Request, whole: Reference, dispatcher: Dispatcher, outside: t
         dynamic = bool(dynamic)
     commit, sha256 = whole.environment["git_commit"], whole.checkpoint_sha256
     job = Prepare(dynamic=dynamic, git_commit=commit, sha256=sha256, outside=outside)
-    ended = dispatcher.run(job, toolchain.HOST, f"prepare.without-{'-and-'.join(outside)}", _LOG)
+    ended = dispatcher.run(job, toolchain.HOST, f"prepare.{Path(part(outside)).name}", _LOG)
     return _labeled(request, decode(Reference, ended.value)) if ended.ok else None
 
 

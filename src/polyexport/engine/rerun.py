@@ -86,16 +86,19 @@ def signature(report: Report, name: str = "") -> ExportSpec:
 
 def runnables(report: Report, formats: Mapping[str, Format]) -> list[Runnable]:
     """Every artifact of the report that has been run before, with its format from `formats`."""
-    return [
-        _runnable(report, outcome, outcome.artifact.path, formats[outcome.format])
+    found = [
+        (outcome, outcome.artifact.path)
         for outcome in report.outcomes
         if outcome.parity is not None and outcome.artifact is not None and outcome.format in formats
     ]
+    if not found:  # then there may be no manifest
+        return []
+    exported = manifest.load(report.folder)
+    return [_runnable(exported.of(each.format), each, path, formats[each.format]) for each, path in found]
 
 
-def _runnable(report: Report, outcome: Outcome, path: str, each: Format) -> Runnable:
+def _runnable(exported: Manifest, outcome: Outcome, path: str, each: Format) -> Runnable:
     made_by = next((route for route in each.routes if route.name == outcome.route), each.routes[0])
-    exported = manifest.load(report.folder).of(each.name)
     # a runner uses PyTorch's names and dtypes, even where the artifact's own differ
     spec = exported.spec.static() if _is_static(outcome) else exported.spec
     return Runnable(path, each, toolchain.find(each.runtime or made_by.toolchain), spec, exported.batches[0].path)
@@ -120,9 +123,10 @@ def verify(report: Report, formats: Mapping[str, Format], dispatcher: Dispatcher
     def today(before: Outcome) -> Outcome:
         if before.artifact is None or before.format not in formats:
             return _not_run(before)
-        each = _runnable(report, before, before.artifact.path, formats[before.format])
+        had = exported.of(before.format)
+        each = _runnable(had, before, before.artifact.path, formats[before.format])
         watch(each.name, "verifying")
-        ended = _verified(each, exported.of(each.name), dispatcher, f"{each.name}.again")
+        ended = _verified(each, had, dispatcher, f"{each.name}.again")
         now = judged(replace(before, parity=None), ended, before.artifact.path)
         found = _beside(before, counted(report.folder, now))
         if found.state == "verified" and (why := ended.value["elsewhere"]):
