@@ -38,6 +38,19 @@ def test_an_exception_without_words_tells_where_it_was_raised(begins, fails):
     assert "in " in said.rsplit("(", 1)[1]
 
 
+def test_an_exit_is_told_where_it_was_asked_for_behind_a_librarys_own_exit(monkeypatch):
+    leave = sys.exit
+
+    class Hooks:
+        def exit(self, code: int) -> None:
+            leave(code)
+
+    monkeypatch.setattr(sys, "exit", Hooks().exit)
+    with pytest.raises(SystemExit) as caught:
+        quits(3)
+    assert line(caught.value).startswith("SystemExit: 3 at `sys.exit(code)` (test_errors.py:")
+
+
 def test_an_exception_with_words_is_left_as_it_is():
     with pytest.raises(ValueError, match="axis") as caught:
         raise ValueError("no  axis\n 3")

@@ -36,6 +36,8 @@ def line(error: BaseException, most: int | None = None) -> str:
 
 def _raised_at(error: BaseException) -> str:
     steps = traceback.extract_tb(error.__traceback__)
+    while isinstance(error, SystemExit) and len(steps) > 1 and steps[-1].name == "exit":
+        steps.pop()  # a library's own `sys.exit`; wandb's stays in its place for as long as the process lives
     if not steps:
         return ""
     last = steps[-1]
