@@ -86,6 +86,11 @@ NAMES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "formats/torchscript.py": ("torch._ops:OpOverload._schema",),
         "measure/noise.py": ("torch.utils._python_dispatch:TorchDispatchMode",),
         "tracing/decompositions.py": ("torch.nn.modules.transformer:_detect_is_causal_mask",),
+        "tracing/draws.py": (
+            "torch._C:_get_tracing_state",
+            "torch._C:_set_tracing_state",
+            "torch.utils._python_dispatch:_disable_current_modes",
+        ),
         "tracing/exportable.py": (
             "torch.distributions:Distribution._validate_args",
             "transformers.configuration_utils:PretrainedConfig._experts_implementation",
@@ -93,6 +98,8 @@ NAMES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "tracing/fake_quantization.py": ("torch.ao.quantization.fx._decomposed:quantize_per_tensor",),
         "tracing/exported_program.py": (
             "torch:_C._set_grad_enabled",
+            "torch._ops:OpOverload._overloadname",
+            "torch._ops:OpOverload._schema",
             "torch.fx.experimental.symbolic_shapes:GuardOnDataDependentSymNode",
         ),
         "tracing/packed.py": (

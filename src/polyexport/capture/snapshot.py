@@ -63,7 +63,7 @@ STRUCTURE = "structure.pkl"
 PROCESSING = "processing.pkl"
 """The steps before and after forward, if any."""
 
-IDLE = "idle.pkl"
+IDLE, DRAWS = "idle.pkl", "draws.pkl"
 """What forward reads without effect, which a trace is given as constants, where there is any: site -> values."""
 
 IN_FLOAT32 = "in_float32"
@@ -399,6 +399,7 @@ def load(folder: Path, outputs: tuple[str, ...] | None = None) -> Any:
     wrapped.in_float32 = InFloat32(casts_left_out=(folder / IN_FLOAT32).exists())
     wrapped.within, wrapped.kept = (devices.OnTheCpu(), wrapped.in_float32), outputs
     wrapped.idle = restore(folder / IDLE) if (folder / IDLE).exists() else {}
+    wrapped.draws = restore(folder / DRAWS) if (folder / DRAWS).exists() else None
     vars(wrapped)["core"] = module  # not as a submodule, which it is already
     unwrap.settle(wrapped)
     make_writable(wrapped)
