@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from polyexport.capture import snapshot
-from polyexport.capture.flatten import as_runner, flat, named_tensors, to_arrays
+from polyexport.capture.flatten import as_runner, as_taken, flat, in_pairs, named_tensors, to_arrays
 from polyexport.capture.pytree import closed, opened
 from polyexport.errors import line
 from polyexport.spec import Arrays
@@ -205,7 +205,7 @@ def _asked_again(model: Any, call: Call) -> Arrays | None:
     asked: Any = model
     if isinstance(model, torch.fx.GraphModule):  # a trace, which exists only in flat form
         leaves = pytree.tree_leaves(opened(call))
-        tensors = tuple(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
+        tensors = tuple(as_taken(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor))
     else:
         asked = flat(getattr(model, "core", model.inner), *call)
         tensors = asked.example
@@ -219,6 +219,7 @@ def _asked_again(model: Any, call: Call) -> Arrays | None:
 
 def _apart(name: str, array: np.ndarray, there: torch.Tensor, exact: bool) -> str:
     """How an output differs from the recorded one by more than rounding; empty if it does not."""
+    there = in_pairs(there)
     expected = there.float().numpy() if there.is_floating_point() else there.numpy()
     if array.shape != expected.shape:
         return f"{name} has shape {list(array.shape)} in place of {list(expected.shape)}"

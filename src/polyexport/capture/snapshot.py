@@ -33,7 +33,7 @@ import numpy as np
 from polyexport.capture import devices, processing, surroundings, unwrap
 from polyexport.capture.attribute import attribute
 from polyexport.capture.dtypes import InFloat32, asked_for_by
-from polyexport.capture.flatten import as_call, flat
+from polyexport.capture.flatten import as_call, as_taken, flat
 from polyexport.capture.part_names import make_writable
 from polyexport.capture.pickling import by_value, importable
 from polyexport.capture.processing import NONE, Processing, joined
@@ -411,8 +411,7 @@ def call_tensors(path: Path) -> tuple[torch.Tensor, ...]:
     import torch
 
     leaves = torch.utils._pytree.tree_leaves(opened(restore(path)))
-    tensors = (leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
-    return tuple(tensor.float() if tensor.is_floating_point() else tensor for tensor in tensors)
+    return tuple(as_taken(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor))
 
 
 def _tame_attributes(module: nn.Module) -> None:
@@ -542,6 +541,7 @@ def save_traced(
         "outputs": wrapped.output_names,
         "weights": weights,
         "widened": wrapped.widened,
+        "paired": wrapped.paired,
         "asked_for": asked.asked_for,
     }
     torch.export.save(program, folder / "structure.pt2", extra_files={"about.json": json.dumps(about)})
@@ -570,6 +570,6 @@ def _load_traced(path: Path, state: Mapping[str, Any]) -> Any:
     module.in_float32.asked_for = about["asked_for"] | asked_for_by(module)
     in_float32(module, torch.float16, torch.bfloat16).float().cpu()
     module.input_names, module.output_names, module.dropped = tuple(about["inputs"]), tuple(about["outputs"]), ()
-    module.widened = about["widened"]
+    module.widened, module.paired = about["widened"], about["paired"]
     module.example = call_tensors(call_file(path.parent))
     return module

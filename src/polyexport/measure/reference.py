@@ -151,6 +151,7 @@ def make(root: Path, source: Path, dynamic: Dynamic, commit: str = "", *, sha256
             *says_little(outputs),
             *_unchecked(unused.checks),
             *narrow.notes,
+            *_paired(model),
             *(
                 f"output {name} is float32 in artifacts, since numpy lacks its dtype in PyTorch"
                 for name in model.widened
@@ -237,6 +238,15 @@ def _in_float32(model: Any) -> Iterator[str]:
         yield (
             f"forward asks for {', '.join(sorted(set(asked.values())))} ({named(set(asked))}); the reference and the "
             "artifacts compute in float32 there, and lower precisions are formats, such as onnx-fp16"
+        )
+
+
+def _paired(model: Any) -> Iterator[str]:
+    """A note on complex inputs and outputs."""
+    if model.paired:
+        yield (
+            f"{', '.join(model.paired)}: complex in PyTorch, and in artifacts real and imaginary parts in a last axis "
+            "of 2, since most formats lack complex numbers"
         )
 
 
