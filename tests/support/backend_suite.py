@@ -4,9 +4,9 @@
 
 TARGET is `tensorflow` or `paddle`. PACKAGE is the folder of `polyexport`; it is imported without what only the training
 environment has, as a worker does. RESULT is written as JSON: for each mode and case "passed", "not applicable: <rule>"
-or "failed: <why>". In the mode `dynamic` no size of the data is known while the graph is lowered. The mode `static` leaves
-out operators that are expanded to what the standard defines them by, which are most of the nodes: the definition is the
-same for any size. In the mode `broken`, the last, two operators are wrong, and only the cases in `BROKEN` run.
+or "failed: <why>". In the mode `dynamic` no size of the data is known while the graph is lowered. The mode `static`
+leaves out operators that are expanded to what the standard defines them by, which are most of the nodes: definitions
+hold for any size. In the mode `broken`, the last, two operators are wrong, and only the cases in `BROKEN` run.
 """
 
 from __future__ import annotations
