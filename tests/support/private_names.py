@@ -20,7 +20,14 @@ MIL = "coremltools.converters.mil"
 
 NAMES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     HOST: {
-        "capture/changes.py": ("torch.nn:Module._non_persistent_buffers_set", "torch:Tensor._version"),
+        "capture/changes.py": (
+            *(
+                f"torch.nn:Module.{name}"
+                for name in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set")
+            ),
+            *(f"torch.nn:Module.{name}" for name in ("_forward_hooks", "_forward_pre_hooks")),
+            "torch:Tensor._version",
+        ),
         "engine/weights.py": ("torch.nn:Module._non_persistent_buffers_set", "torch.nn:Module._parameters"),
         "capture/dtypes.py": ("torch.amp.autocast_mode:autocast._enabled",),
         "capture/sharded.py": ("torch.distributed.checkpoint.format_utils:dcp_to_torch_save",),

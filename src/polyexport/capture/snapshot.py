@@ -387,6 +387,9 @@ def load(folder: Path, outputs: tuple[str, ...] | None = None) -> Any:
         # a scripted submodule's parameter already has its shape
         if getattr(parameter, "of_any_shape", False) and name in state:
             parameter.data = torch.empty_like(state[name])
+    for name, buffer in root.named_buffers():
+        if name in state and buffer.shape != state[name].shape:  # it grows while training
+            buffer.data = torch.empty_like(state[name], dtype=buffer.dtype)
     missing, _ = root.load_state_dict(state, strict=bool(getattr(root, "strict_loading", True)))
     module = selected(root, blueprint["select"])
     parameters, needed = dict(root.named_parameters()), set(map(id, module.parameters()))
