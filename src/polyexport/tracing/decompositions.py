@@ -53,6 +53,7 @@ def decomposed() -> Iterator[None]:
         torch.Tensor.data.__get__: lambda x: x.detach(),  # type: ignore[attr-defined]  # of a property; no trace follows it
         torch.nn.functional.embedding_bag: embedding_bag,
         torch.cdist: cdist,
+        torch.eye: eye,
         torch.diag_embed: diag_embed,
         torch.Tensor.diag_embed: diag_embed,
         torch.scatter_reduce: scatter_reduce,
@@ -213,6 +214,16 @@ def diag_embed(x: torch.Tensor, offset: int = 0, dim1: int = -2, dim2: int = -1)
         return torch.diag_embed(x, offset, dim1, dim2)
     rows = x.unsqueeze(-1).expand(*x.shape, x.shape[-1])
     return torch.where(torch.eye(x.shape[-1], dtype=torch.bool), rows, torch.zeros_like(rows))
+
+
+def eye(n: Any, m: Any = None, *, dtype: torch.dtype | None = None, **more: Any) -> torch.Tensor:
+    """`torch.eye` of a dynamic size by a comparison of indices."""
+    import torch
+
+    if all(type(size) is int for size in (n, n if m is None else m)):
+        return torch.eye(n, n if m is None else m, dtype=dtype, **more)
+    rows, columns = torch.arange(n), torch.arange(n if m is None else m)
+    return (rows.unsqueeze(1) == columns).to(dtype or torch.get_default_dtype())
 
 
 def scatter_reduce(
