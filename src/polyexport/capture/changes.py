@@ -20,10 +20,11 @@ _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 def beside_weights(root: nn.Module, ignored: Collection[str] = ()) -> int:
     """A hash of layers, shapes, hooks, plain attributes and non-persistent buffers, which is cheap to compute.
 
-    `ignored` names attributes that a trainer sets on the module and may change at any time.
+    `ignored` names attributes that a trainer sets on the module and may change at any time; metrics of torchmetrics
+    count what they see, and are ignored too.
     """
     found: list[Any] = []
-    for each in root.modules():
+    for each in (each for each in root.modules() if not _is_metric(each)):
         plain = ((name, value) for name, value in vars(each).items() if isinstance(value, _PLAIN))
         found += (item for item in plain if item[0] not in ignored and item[0] != "training")
         buffers = (each._buffers[name] for name in each._non_persistent_buffers_set)
@@ -31,6 +32,10 @@ def beside_weights(root: nn.Module, ignored: Collection[str] = ()) -> int:
         found += (type(each), *each._modules, *each._forward_hooks, *each._forward_pre_hooks)
         found += ((name, _shape(tensor)) for held in (each._parameters, each._buffers) for name, tensor in held.items())
     return hash(tuple(found))
+
+
+def _is_metric(module: nn.Module) -> bool:
+    return any(kind.__module__.startswith("torchmetrics.") for kind in type(module).__mro__)
 
 
 def _shape(tensor: torch.Tensor | None) -> tuple[int, ...] | None:

@@ -57,7 +57,7 @@ WEIGHTS, SHARDS = "weights.pt", "weights.shards"
 LACKING = "lacking.pt"
 """File with the training module's weights that the checkpoint lacks: a state dict, if there are any."""
 
-STRUCTURE = "structure.pkl"
+STRUCTURE, ATTRIBUTES = "structure.pkl", "attributes.pkl"
 """The module without its weights."""
 
 PROCESSING = "processing.pkl"
@@ -381,7 +381,7 @@ def load(folder: Path, outputs: tuple[str, ...] | None = None) -> Any:
     if (folder / surroundings.SET).exists():
         surroundings.put_back(restore(folder / surroundings.SET))
     root = blueprint["root"]
-    vars(root).update(blueprint["attributes"])
+    vars(root).update(restore(folder / ATTRIBUTES) if (folder / ATTRIBUTES).exists() else blueprint["attributes"])
     _tame_attributes(root)
     for name, parameter in root.named_parameters():
         # a scripted submodule's parameter already has its shape

@@ -7,8 +7,9 @@ Requirements:
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -130,6 +131,22 @@ def _operator(target: Any) -> Any:
         return target
     name, overload = target._schema.name.removeprefix("aten::"), target._overloadname
     return getattr(getattr(torch.ops.aten, name.removesuffix("_"), None), overload, target)
+
+
+@contextlib.contextmanager
+def subclasses_left_out() -> Iterator[None]:
+    """Make `Tensor.as_subclass` return the tensor itself: traced tensors are of a subclass already.
+
+    No mode of PyTorch's sees that method, so it is replaced; only a worker may do so, where nothing else runs.
+    """
+    import torch
+
+    kind: Any = torch.Tensor
+    kind.as_subclass = lambda self, cls: self
+    try:
+        yield
+    finally:
+        del kind.as_subclass  # what remains is that of its base
 
 
 def in_float32(module: torch.fx.GraphModule, *dtypes: torch.dtype) -> torch.fx.GraphModule:
