@@ -52,6 +52,25 @@ def test_saving_the_structure_writes_no_parameter_and_changes_nothing(tmp_path):
     assert all(torch.equal(before[name], tensor) for name, tensor in net.state_dict().items())
 
 
+class Hidden(nn.Module):
+    """Has a teacher that no optimizer and no checkpoint shall see."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.teacher = nn.Linear(4, 3), [nn.Linear(4, 4)]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.teacher[0](x))
+
+
+def test_a_module_that_is_hidden_in_a_list_keeps_its_weights(tmp_path):
+    x, net = torch.randn(2, 4), Hidden().eval()
+    loaded = modules.load(saved(net, tmp_path, x))
+    assert torch.equal(loaded(x), net(x))
+    with pytest.warns(DeprecationWarning, match="jit"):
+        assert torch.equal(torch.jit.trace(loaded.requires_grad_(False), (x,))(x), net(x))
+
+
 class Bank(nn.Module):
     """Has rows that training adds to."""
 

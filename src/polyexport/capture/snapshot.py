@@ -23,7 +23,7 @@ import io
 import json
 import pickle
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import FunctionType, MappingProxyType
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -76,10 +76,10 @@ UNAVAILABLE = "unavailable.txt"
 # --- to a folder ------------------------------------------------------------------------------------------------------
 
 
-def dump(value: Any, path: Path, *, whole: bool = False) -> None:
-    """Pickle any object; parameters are reduced to their shapes unless `whole`, other tensors move to the CPU.
+def dump(value: Any, path: Path, *, without: Iterable[torch.Tensor] | None = ()) -> None:
+    """Pickle any object; parameters `without` values, or all for None, are reduced to their shapes.
 
-    Code that another process could not import is pickled by value.
+    Tensors move to the CPU. Code that another process could not import is pickled by value.
 
     Raises:
         Exception: whatever the object's own pickling raises.
@@ -92,7 +92,11 @@ def dump(value: Any, path: Path, *, whole: bool = False) -> None:
         raise Unpicklable(line(error, 200), _path_to_unpicklable(value)) from error
     shapes = [(unwrap.shape(p), p.dtype, p.requires_grad) for p in parameters]
     copies = [_on_the_cpu(unwrap.local(tensor).detach()) for tensor in tensors]
-    values = [_on_the_cpu(unwrap.local(parameter).detach()) for parameter in parameters] if whole else []
+    valueless = set(map(id, parameters if without is None else without))
+    values = [
+        None if id(parameter) in valueless or shape is None else _on_the_cpu(unwrap.local(parameter).detach())
+        for parameter, (shape, _, _) in zip(parameters, shapes, strict=True)
+    ]
     torch.save({"pickle": pickled, "parameters": shapes, "tensors": copies, "values": values}, path)
 
 
@@ -183,8 +187,10 @@ def restore(path: Path) -> Any:
                 return blob["tensors"][index]
             if index not in made:
                 shape, dtype, requires_grad = blob["parameters"][index]
-                value = blob["values"][index] if blob["values"] else torch.empty(shape or (), dtype=dtype)
-                made[index] = torch.nn.Parameter(value, requires_grad=requires_grad and dtype.is_floating_point)
+                value = blob["values"][index]
+                is_trained = value is None and requires_grad and dtype.is_floating_point
+                value = torch.empty(shape or (), dtype=dtype) if value is None else value
+                made[index] = torch.nn.Parameter(value, requires_grad=is_trained)
                 made[index].of_any_shape = shape is None  # type: ignore[attr-defined]  # a tensor takes any attribute
             return made[index]
 
@@ -236,13 +242,15 @@ def save_module(
 def save_structure(
     root: nn.Module, select: Select, folder: Path, attributes: Mapping[str, Any] = MappingProxyType({})
 ) -> None:
-    """Write `structure.pkl`: `root` without its weights, and the part of it to export.
+    """Write `structure.pkl`: `root` without the weights that its checkpoints have, and the part of it to export.
 
     `attributes` are set on it when it is loaded, in place of those that cannot be pickled.
     """
-    dump({"root": root, "select": select, "attributes": dict(attributes)}, folder / STRUCTURE)
+    blueprint = {"root": root, "select": select, "attributes": dict(attributes)}
+    # a module that is hidden in a list, say, is in no checkpoint
+    dump(blueprint, folder / STRUCTURE, without=root.parameters())
     with contextlib.suppress(Exception):  # functions in the user's files may refer to anything
-        dump(surroundings.taken(root), folder / surroundings.OFFERED)
+        dump(surroundings.taken(root), folder / surroundings.OFFERED, without=None)
 
 
 def save_processing(steps: Processing, root: nn.Module, folder: Path) -> None:
@@ -255,7 +263,7 @@ def save_processing(steps: Processing, root: nn.Module, folder: Path) -> None:
     if not steps.steps:
         return
     own, trained = processing.by_name(steps, root).steps, set(map(id, root.parameters()))
-    dump(own, folder / PROCESSING, whole=True)
+    dump(own, folder / PROCESSING)
     for name, step in own.items():
         if trained & set(map(id, _pickled(step)[1])):
             raise BadRequest(
@@ -278,7 +286,7 @@ def leave_out(folder: Path, outside: Sequence[str]) -> None:
     steps = restore(folder / PROCESSING)
     (folder / PROCESSING).unlink()
     if kept := {name: step for name, step in steps.items() if name not in outside}:
-        dump(kept, folder / PROCESSING, whole=True)
+        dump(kept, folder / PROCESSING)
 
 
 def load_processing(folder: Path, root: Any) -> Processing:
