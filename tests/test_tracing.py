@@ -27,6 +27,13 @@ CALLS = {
     "cdist, absolute": lambda: torch.cdist(X, Y, p=1),
     "cdist, greatest": lambda: torch.cdist(X, Y, p=float("inf")),
     "cdist, cubic": lambda: torch.cdist(X, Y, 3.0),
+    "fake quantization": lambda: torch.fake_quantize_per_tensor_affine(3 * X, 0.05, 3, -128, 127),
+    "fake quantization by tensors": lambda: torch.fake_quantize_per_tensor_affine(
+        3 * X, torch.tensor(0.05), torch.tensor(3, dtype=torch.int32), 0, 15
+    ),
+    "fake quantization of channels": lambda: torch.fake_quantize_per_channel_affine(
+        3 * X, torch.linspace(0.02, 0.1, 7), torch.arange(7, dtype=torch.int32), 2, -8, 7
+    ),
     "eye": lambda: torch.eye(4),
     "eye of two sizes": lambda: torch.eye(4, 2, dtype=torch.int64),
     "diag_embed": lambda: torch.diag_embed(X),

@@ -53,6 +53,8 @@ def decomposed() -> Iterator[None]:
         torch.Tensor.data.__get__: lambda x: x.detach(),  # type: ignore[attr-defined]  # of a property; no trace follows it
         torch.nn.functional.embedding_bag: embedding_bag,
         torch.cdist: cdist,
+        torch.fake_quantize_per_tensor_affine: fake_quantize,
+        torch.fake_quantize_per_channel_affine: fake_quantize_channels,
         torch.eye: eye,
         torch.diag_embed: diag_embed,
         torch.Tensor.diag_embed: diag_embed,
@@ -179,6 +181,20 @@ def embedding_bag(
         return torch.where(member.any(1, keepdim=True), greatest, torch.zeros_like(greatest))
     total = torch.where(kept, rows, torch.zeros_like(rows)).sum(1)
     return total if mode == "sum" else total / kept.sum(1).clamp(min=1).to(total.dtype)
+
+
+def fake_quantize(x: torch.Tensor, scale: Any, zero_point: Any, quant_min: int, quant_max: int) -> torch.Tensor:
+    """`torch.fake_quantize_per_tensor_affine`, which `torch.export` refuses for dynamic sizes."""
+    steps = (x * (1 / scale) + zero_point).round().clamp(quant_min, quant_max)
+    return (steps - zero_point) * scale  # type: ignore[no-any-return]  # the scale is a number or a tensor
+
+
+def fake_quantize_channels(
+    x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, axis: int, quant_min: int, quant_max: int
+) -> torch.Tensor:
+    """`torch.fake_quantize_per_channel_affine`."""
+    shape = [-1 if index == axis % x.dim() else 1 for index in range(x.dim())]
+    return fake_quantize(x, scale.reshape(shape), zero_point.reshape(shape), quant_min, quant_max)
 
 
 _MANY = 25  # number of rows above which PyTorch uses a matrix product for Euclidean distances
