@@ -573,9 +573,8 @@ def test_what_changes_between_validation_and_checkpoint_is_exported_as_it_is_in_
     callback = ExportCallback([GOOD], into=tmp_path / "out", publish=(), bench=False)
     fit(tmp_path, callback, Scheduled())
     report = callback.reports[-1]
-    assert report["good"].state == "verified"
-    (note,) = (note.text for note in report.notes if "not compared with the outputs in training" in note.text)
-    assert "changed between that call and the checkpoint" in note
+    assert report["good"].state == "unverified"  # which of both changed the outputs, nobody knows
+    assert "attributes, layers or buffers changed after that call" in report["good"].reason
     weights = torch.load(report.folder / "source" / "weights.pt", weights_only=True)
     plain = runs.Scripted([1.0])
     plain.load_state_dict(weights)
