@@ -65,8 +65,7 @@ def lower(
     import litert_torch
     import torch
 
-    if all(tensor.dtype != "float64" for tensor in spec.outputs):
-        module = in_float32(module, torch.float64)  # which small devices lack
+    module = in_float32(module, torch.float64)  # which LiteRT's operators and small devices lack
 
     class Named(torch.nn.Module):
         def __init__(self) -> None:
