@@ -171,7 +171,12 @@ class Toolchain:
 
 
 _LIGHTNING = ("lightning.pytorch?", "pytorch_lightning?")  # the base classes of modules
-_LATE = ("networkx?", "onnxscript.function_libs.torch_lib.ops?", "onnxscript.rewriter?")  # what exporters import late
+_LATE = (  # what exporters import late
+    "networkx?",
+    "torch.export._trace?",
+    "onnxscript.function_libs.torch_lib.ops?",
+    "onnxscript.rewriter?",
+)
 
 HOST = Toolchain(
     "host",
