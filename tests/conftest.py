@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import os
 import shutil
 import subprocess
@@ -11,11 +12,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import networkx  # noqa: F401  # with these here, servers import them too, and conversions need not
+import lightning.pytorch  # noqa: F401  # servers import what is imported here, and their jobs need not
+import networkx  # noqa: F401
 import onnxscript.function_libs.torch_lib.ops
 import onnxscript.rewriter  # noqa: F401
 import pytest
 import torch
+import torch._dynamo
+import torch.export._trace
+import torch.onnx
 
 import every_format
 import polyexport
@@ -51,6 +56,13 @@ def logs_stay_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def import_path_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder that a test puts there, with a `queue.py` in it, would be what other tests' processes import."""
     monkeypatch.setattr(sys, "path", sys.path.copy())
+
+
+@pytest.fixture(scope="session", autouse=True)
+def imports_are_no_garbage() -> None:
+    """Each conversion by coremltools collects garbage, which takes half a second with all that is imported here."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
