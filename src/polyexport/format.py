@@ -123,9 +123,9 @@ class Route:
 class Snippet:
     """Code with which an application loads and runs the artifact, shown by the report page.
 
-    `code` is a jinja2 template of `path`, the artifact's path relative to the export's folder, in which the code is
-    run; `inputs`, `TensorSpec`s whose dynamic axes are 1; `names` and `outputs`, the names of inputs and outputs;
-    `output_dtypes` and `output_shapes`.
+    `code` is a jinja2 template of `path` and `batch`, the paths of the artifact and of the batch that it is verified
+    with, relative to the export's folder, in which the code is run; `inputs`, `TensorSpec`s whose dynamic axes are 1;
+    `names` and `outputs`, the names of inputs and outputs; `output_dtypes` and `output_shapes`.
     """
 
     language: str

@@ -262,7 +262,7 @@ import numpy as np
 net = ncnn.Net(){{ precise }}
 net.load_param("{{ path }}")
 net.load_model("{{ path | replace(".param", ".bin") }}")
-batch = np.load("validation_batch.npz")
+batch = np.load("{{ batch }}")
 extractor = net.create_extractor()
 {%- for input in inputs %}
 row = np.ascontiguousarray(batch[{{ input.name | tojson }}][0], np.{{ input.dtype }})  # without a batch axis
