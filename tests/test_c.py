@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -207,6 +208,18 @@ def test_stack_and_heap_are_measured_on_the_board(tmp_path: Path) -> None:
     assert 100_000 < heap < 110_000
     assert ram == stack + heap + variables
     assert 500 < flash < 10_000
+
+
+@pytest.mark.skipif(bool(cortex_m.missing()), reason=cortex_m.missing())
+def test_an_emulator_without_the_board_is_no_fault_of_the_artifact(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    emulator = tmp_path / "qemu-system-arm"
+    emulator.write_text("#!/bin/sh\necho 'unsupported machine type' >&2\nexit 1\n")
+    emulator.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    said = "not run on a Cortex-M4 in QEMU: qemu-system-arm fails: unsupported machine type"
+    assert on_cortex_m(tmp_path, "") == ("", said)
 
 
 def test_without_the_tools_report_and_doctor_say_what_to_install(
