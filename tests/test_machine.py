@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from polyexport import machine
+from polyexport import versions
 
 EPYC = "processor\t: 0\nvendor_id\t: AuthenticAMD\nmodel name\t: AMD EPYC\nflags\t\t: fpu sse2\n"
 LITTLE = "processor\t: 0\nCPU implementer\t: 0x41\nCPU part\t: 0xd05\n"
@@ -37,11 +37,11 @@ def test_a_processor_is_called_by_its_name_and_an_emulated_one_by_both(
     file = tmp_path / "cpuinfo"
     if cpuinfo is not None:
         file.write_text(cpuinfo)
-    monkeypatch.setattr(machine, "_CPUINFO", file)
-    monkeypatch.setattr(machine.sys, "platform", "linux")
-    monkeypatch.setattr(machine.platform, "machine", lambda: architecture)
-    monkeypatch.setattr(machine.platform, "processor", lambda: "")
-    assert machine.processor() == name
+    monkeypatch.setattr(versions, "_CPUINFO", file)
+    monkeypatch.setattr(versions.sys, "platform", "linux")
+    monkeypatch.setattr(versions.platform, "machine", lambda: architecture)
+    monkeypatch.setattr(versions.platform, "processor", lambda: "")
+    assert versions.processor() == name
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_a_program_for_intel_on_an_apple_processor_is_emulated(
     sysctl.write_text(f"#!/bin/sh\necho '{brand}'\n")
     sysctl.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(machine.sys, "platform", "darwin")
-    monkeypatch.setattr(machine.platform, "machine", lambda: architecture)
-    monkeypatch.setattr(machine.platform, "processor", lambda: "")
-    assert machine.processor() == name
+    monkeypatch.setattr(versions.sys, "platform", "darwin")
+    monkeypatch.setattr(versions.platform, "machine", lambda: architecture)
+    monkeypatch.setattr(versions.platform, "processor", lambda: "")
+    assert versions.processor() == name

@@ -22,7 +22,6 @@ from pathlib import Path
 from polyexport.errors import BadRequest, PolyexportError, line
 from polyexport.format import Format
 from polyexport.formats import known
-from polyexport.machine import machine
 from polyexport.measure.latency import SECONDS, Latency, sample_ms, summarize, timed_ms, warm_up
 from polyexport.measure.verification import fingerprint, sha256, verified
 from polyexport.report.folders import DESCRIPTION
@@ -30,7 +29,7 @@ from polyexport.report.outcome import Checkpoint, Proof
 from polyexport.report.tables import error, milliseconds
 from polyexport.serialization import read_record, write_json
 from polyexport.spec import Arrays, Batch, ExportSpec, read_arrays
-from polyexport.versions import versions
+from polyexport.versions import machine, versions
 
 KIT, PROOF, PROGRAM = "kit.json", "proof.json", "prove.pyz"
 VERSION = 1
