@@ -123,6 +123,16 @@ def test_a_machine_without_numpy_is_told_what_to_install(small: Report, tmp_path
     assert (done.returncode, done.stderr) == (1, "numpy is not installed: pip install onnxruntime numpy\n")
 
 
+def test_a_runtime_that_ends_by_a_signal_leaves_where_it_was(small: Report, tmp_path: Path, device: str):
+    kit = make(small.folder / "onnx", tmp_path / "kit")
+    with zipfile.ZipFile(kit / PROGRAM, "a") as packed:
+        packed.writestr("onnxruntime.py", "import os\nos.kill(os.getpid(), 4)\n")
+    done = run(device, kit)
+    assert done.returncode == -4
+    assert "Fatal Python error: Illegal instruction" in done.stderr
+    assert "polyexport/formats/onnx.py" in done.stderr
+
+
 def test_all_that_a_kit_brings_is_python_3_10(small: Report, tmp_path: Path):
     for each in (each for each in FORMATS.values() if each.on_device):
         file = tmp_path / "program.zip"
