@@ -57,9 +57,12 @@ def test_an_exception_with_words_is_left_as_it_is():
     assert line(caught.value) == "ValueError: no axis 3"
 
 
-def test_the_cause_of_an_error_in_torchscript_is_its_last_line():
-    error = RuntimeError("failed in interpreter.\nTraceback of TorchScript:\n  x = y\nRuntimeError: sizes differ\n")
-    assert line(error) == "RuntimeError: RuntimeError: sizes differ"
+@pytest.mark.parametrize("cause", ["sizes differ", "select(): index 0\nis out of range"])
+def test_the_cause_of_an_error_in_torchscript_is_behind_its_tracebacks(cause):
+    traced = "Traceback of TorchScript, serialized code:\n  x = y\n      ~ <--- HERE\n\n"
+    again = "Traceback of TorchScript, original code:\n/there.py(3): forward\n"
+    error = RuntimeError(f"It failed in the interpreter.\n{traced}{again}RuntimeError: {cause}\n")
+    assert line(error) == f"RuntimeError: {' '.join(cause.split())}"
 
 
 def test_no_reason_is_made_of_the_name_of_an_exception_alone():

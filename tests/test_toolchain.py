@@ -81,6 +81,7 @@ def test_the_second_call_makes_nothing(cache):
     chain.interpreter(said.append)
     assert said == []
     assert chain.ready
+    assert int((chain.folder / ".bytes").read_text()) > 10_000  # measured when it was made, and so listed in no time
 
 
 def test_an_interrupted_install_is_made_again(cache):

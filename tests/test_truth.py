@@ -406,6 +406,14 @@ def test_a_constant_that_differs_between_batches_makes_artifacts_right_for_one_o
     assert routes.narrow("", (), found) == found.narrow
 
 
+def test_static_shapes_that_fail_alike_are_no_second_reason() -> None:
+    def why(folder: str) -> str:
+        return f"Load model from source/made/{folder}/model.onnx failed: duplicate name"
+
+    assert routes.also_static(why("onnx.dynamo"), why("onnx.dynamo.static")) == why("onnx.dynamo")
+    assert routes.also_static("no such operator", "too large") == "no such operator; with static shapes: too large"
+
+
 class Learns(nn.Module):
     """Answers with a loss where it is given labels, as models of transformers do."""
 

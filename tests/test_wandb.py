@@ -247,17 +247,31 @@ def test_a_server_that_is_gone_is_told(client):
     assert re.match(r"told: .*epoch=1-step=8/good: .*\nended\n", printed)
 
 
+WITHOUT_A_STEP = """
+from dataclasses import replace
+def without(outcome):
+    about = {"outside": ("preprocess",), "remark": "one row per call"} if outcome.format == "static" else {}
+    return replace(outcome, **about)
+run()
+publish(replace(reports[-1], outcomes=tuple(map(without, reports[-1].outcomes))), registry="model")
+sdk.finish()
+"""
+
+
 def test_an_offline_run_is_linked_after_its_sync(tmp_path, finished, monkeypatch):
     export = shutil.copytree(finished, tmp_path / "exports" / finished.name)
     client = Client(tmp_path, export)
     with FakeWandb() as server:
         for name, value in client.environment(server).items():
             monkeypatch.setenv(name, value)
-        assert client(server, "run(); publish(reports[-1], registry='model'); sdk.finish()", WANDB_MODE="offline") == ""
+        assert client(server, WITHOUT_A_STEP, WANDB_MODE="offline") == ""
         assert server.calls == []
         (log,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
         models = [each for each in wandb_log.read(log).artifacts if each.type == "model"]
         assert ["fastest" in each.aliases for each in models] == [True, False]
+        assert [each.metadata["outside"] for each in models] == [[], ["preprocess"]]
+        assert [each.metadata["remark"] for each in models] == ["", "one row per call"]
+        assert models[1].files == {"model.json": len((finished / "static" / "model.json").read_bytes())}
         assert client.at_home() == []
         with pytest.raises(BadRequest, match=r"W&B has no me/digits/model-one-good:best.*wandb sync"):
             link(export)

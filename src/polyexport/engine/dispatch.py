@@ -151,7 +151,12 @@ def declared_file(root: Path, name: str) -> Path:
 def _by_value(each: Format) -> bytes:
     import cloudpickle
 
-    functions = [each.lacks, *(route.convert for route in each.routes), *filter(None, [each.load, each.intermediates])]
+    functions = [
+        each.lacks,
+        each.could_use,
+        *(route.convert for route in each.routes),
+        *filter(None, [each.load, each.intermediates]),
+    ]
     # toolchains are pickled by name: the module of their class imports more than an isolated toolchain has
     routes = tuple(replace(route, toolchain=toolchain.find(route.toolchain).name) for route in each.routes)
     with by_value() as take_along:

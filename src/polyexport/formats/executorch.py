@@ -166,7 +166,7 @@ import torch
 from executorch.runtime import Runtime
 
 program = Runtime.get().load_program("{{ path }}")
-batch = np.load("validation_batch.npz")
+batch = np.load("{{ batch }}")
 inputs = [torch.from_numpy(batch[name]) for name in {{ names | tojson }}]
 outputs = program.load_method("forward").execute(inputs)
 """,

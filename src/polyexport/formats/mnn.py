@@ -227,7 +227,7 @@ _SNIPPETS = (
 import MNN
 import numpy as np
 
-batch = np.load("validation_batch.npz")
+batch = np.load("{{ batch }}")
 manager = MNN.nn.create_runtime_manager(({"backend": "CPU", "precision": "high", "numThread": 4},))
 names = {{ names | tojson }}
 module = MNN.nn.load_module_from_file("{{ path }}", names, {{ outputs | tojson }}, runtime_manager=manager)

@@ -221,7 +221,7 @@ import numpy as np
 import onnxruntime
 
 session = onnxruntime.InferenceSession("{{ path }}")
-batch = np.load("validation_batch.npz")
+batch = np.load("{{ batch }}")
 inputs = {each.name: batch[each.name] for each in session.get_inputs()}
 outputs = session.run({{ outputs | tojson }}, inputs)
 """,

@@ -339,7 +339,7 @@ from rknnlite.api import RKNNLite
 model = RKNNLite()
 model.load_rknn("{{ path }}")
 model.init_runtime()
-batch = np.load("validation_batch.npz")
+batch = np.load("{{ batch }}")
 inputs = [
 {%- for input in inputs %}
     batch[{{ input.name | tojson }}]{% if input.shape %}[:{{ input.shape[0] }}]{% endif %},

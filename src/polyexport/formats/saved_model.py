@@ -149,7 +149,7 @@ import tensorflow as tf
 
 model = tf.saved_model.load("{{ path }}")
 call = model.signatures["serving_default"]
-batch = np.load("validation_batch.npz")
+batch = np.load("{{ batch }}")
 outputs = call(**{name: tf.constant(batch[name]) for name in call.structured_input_signature[1]})
 """,
     ),

@@ -466,7 +466,7 @@ import numpy as np
 from ai_edge_litert.interpreter import Interpreter
 
 runner = Interpreter("{{ path }}").get_signature_runner()
-batch = np.load("validation_batch.npz")
+batch = np.load("{{ batch }}")
 
 
 def quantized(x, detail):  # int8 values are steps of a scale from a zero point

@@ -11,6 +11,7 @@ Requirements:
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import os
 import sys
 import time
@@ -70,6 +71,7 @@ def main(folder: Path) -> int:
         "--threads", type=int, default=os.cpu_count() or 1, help="threads of the runtime; by default one per core"
     )
     threads = parser.parse_args().threads
+    faulthandler.enable()  # a runtime that the processor or its emulator cannot run ends by a signal, without a word
     each, kit = None, None
     try:
         kit = read_record(Kit, folder / KIT, VERSION)

@@ -351,6 +351,7 @@ def provision(toolchain: Toolchain, folder: Path, workers: Workers, say: Say = l
             _install_npm(toolchain.name, folder, python, workers)
         _compile_imports(toolchain, folder, workers)
         found = workers.output(str(python), "-I", "-c", _WHOLE)
+        disk.record_size(folder)
         (folder / _COMPLETE).write_text(found, encoding="utf-8")
     except ToolMissing as error:
         shutil.rmtree(folder, ignore_errors=True)
