@@ -151,10 +151,18 @@ def scales(module: torch.fx.GraphModule) -> None:
         node.args = (x, scale / 8, *rest)  # type: ignore[operator]  # a number
 
 
+def zero_points(module: torch.fx.GraphModule) -> None:
+    """Shift the numbers that are computed, behind the input, by a quarter of their range, to where int8 has it."""
+    for node in activations(module, "quantize", "dequantize")[2:]:
+        x, scale, zero, *rest = node.args
+        node.args = (x, scale, zero + 64 if zero < 0 else zero - 64, *rest)  # type: ignore[operator]  # numbers
+
+
 WRONG = (
     wrong("executorch-int8", "swapped", executorch_changed(first_two_outputs), "pt2", "executorch"),
     wrong("executorch-int8", "saturated", executorch_changed(scales), "pt2", "executorch"),
     wrong("executorch-w8", "swapped", executorch_changed(first_two_outputs, dynamic=True), "pt2", "executorch"),
+    wrong("executorch-int8", "zero-point", executorch_changed(zero_points), "pt2", "executorch"),
     wrong("mnn-w8", "swapped", mnn_swapped, "onnx", "mnn"),
     wrong("mnn-int8", "saturated", mnn_saturated, "mnn", "mnn"),
     wrong("tfjs-w8", "swapped", tfjs_swapped, "tfjs", "tensorflow"),
