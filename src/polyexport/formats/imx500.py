@@ -325,7 +325,8 @@ from picamera2.devices import IMX500
 camera = IMX500("network.rpk")
 picamera = Picamera2(camera.camera_num)
 picamera.start(picamera.create_preview_configuration())
-outputs = camera.get_outputs(picamera.capture_metadata(), add_batch=True)
+while (outputs := camera.get_outputs(picamera.capture_metadata(), add_batch=True)) is None:
+    pass  # the sensor has not computed its first frame
 """,
         ),
     ),
