@@ -132,7 +132,7 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Report:
 
 @pytest.fixture(scope="session")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """A headless Chromium, which keeps a log of its console and of its requests."""
+    """A headless Chromium with WebGPU, which keeps a log of its console and of its requests."""
     from selenium import webdriver
 
     chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -145,6 +145,8 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         "--headless",
         "--no-sandbox",
         "--disable-gpu",
+        "--enable-unsafe-webgpu",  # by SwiftShader, on the CPU
+        "--use-webgpu-adapter=swiftshader",
         "--disable-quic",
         "--no-first-run",
         "--disable-component-update",

@@ -47,6 +47,8 @@ class Loaded:
         emulator: A further processor, which verification tries too.
         stand_in: Why `run` is not the artifact's own runtime, and so is not timed; empty if it is.
         observed: Returns what is known after `run` was called.
+        others: Other runtimes by which applications run it, by name, each with what opens it. They are verified too,
+            and are not timed; it is a shortfall if one disagrees or refuses it.
         labels: The labels that are embedded in it.
         metadata: The metadata that is embedded in it: the user's, the checkpoint's hash, versions.
     """
@@ -58,6 +60,7 @@ class Loaded:
     emulator: Emulator | None = None
     stand_in: str = ""
     observed: Callable[[], Observed] = Observed
+    others: Mapping[str, Callable[[], Runner]] = field(default_factory=dict)
     labels: tuple[str, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
 

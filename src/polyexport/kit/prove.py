@@ -112,7 +112,7 @@ def prove(folder: Path, kit: Kit, each: Format, threads: int) -> Proof:
         return loaded(inputs)
 
     first_ms = timed_ms(call)
-    parity, elsewhere = verified(loaded, folder, kit.batches, kit.spec, each.limits, kit.noise)
+    parity, elsewhere, lost = verified(loaded, folder, kit.batches, kit.spec, each.limits, kit.noise, loaded.others)
     warm_up(call)
     samples_ms = sample_ms(call, count=100, seconds=SECONDS)
     device = loaded.observed().device
@@ -137,7 +137,7 @@ def prove(folder: Path, kit: Kit, each: Format, threads: int) -> Proof:
         about,
         replace(parity, verified_by=f"{runtime}, {about}"),
         elsewhere,
-        loaded.shortfall,
+        "; ".join(filter(None, [loaded.shortfall, lost])),
         latency,
         loaded.signature,
     )
