@@ -555,6 +555,35 @@ def test_what_training_changes_beside_the_weights_is_exported_as_it_was_then(tmp
         np.testing.assert_allclose(batch["output_0"], expected, rtol=1e-5)
 
 
+class Scheduled(runs.Scripted):
+    """Changes after each validation, and asks its trainer for the epoch."""
+
+    def __init__(self) -> None:
+        super().__init__([1.0, 0.5])
+        self.temperature = 1.0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * (1 + self.current_epoch) / self.temperature
+
+    def on_train_epoch_end(self) -> None:
+        self.temperature += 1
+
+
+def test_what_changes_between_validation_and_checkpoint_is_exported_as_it_is_in_the_checkpoint(tmp_path):
+    callback = ExportCallback([GOOD], into=tmp_path / "out", publish=(), bench=False)
+    fit(tmp_path, callback, Scheduled())
+    report = callback.reports[-1]
+    assert report["good"].state == "verified"
+    (note,) = (note.text for note in report.notes if "not compared with the outputs in training" in note.text)
+    assert "changed between that call and the checkpoint" in note
+    weights = torch.load(report.folder / "source" / "weights.pt", weights_only=True)
+    plain = runs.Scripted([1.0])
+    plain.load_state_dict(weights)
+    with np.load(report.folder / "validation_batch.npz") as batch:
+        expected = plain.eval()(torch.from_numpy(batch["x"])).detach().numpy() * 2 / 3
+        np.testing.assert_allclose(batch["output_0"], expected, rtol=1e-5)
+
+
 def test_what_a_worker_cannot_rebuild_is_unverified(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.nn.functional, "linear", lambda x, weight, bias: -(x @ weight.T) - bias)
     callback = ExportCallback([GOOD], into=tmp_path / "out", publish=(), bench=False)

@@ -537,7 +537,8 @@ def test_nothing_is_proven_of_a_forward_that_draws_random_numbers(tmp_path):
         report = engine.submit(request(tmp_path, (wrong,), module=Drawing())).result()
     assert report["wrong"].state == "unverified"
     assert report["wrong"].reason.startswith(
-        "nothing can be proven: forward returns different outputs for the same inputs in eval mode"
+        "nothing can be proven: forward returns different outputs for the same inputs in eval mode: it draws random "
+        "numbers without a seed (test_engine.py:"
     )
 
 

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from polyexport.formats import torchscript
 from polyexport.spec import ExportSpec, TensorSpec
-from polyexport.tracing.exported_program import export_program, in_float32, load_program
+from polyexport.tracing.exported_program import export_program, in_float32, load_program, subclasses_left_out
 
 ROWS = ExportSpec((TensorSpec("x", "float32", ("batch", 10)),), (), {"batch": 4})
 
@@ -126,6 +126,19 @@ def test_a_program_does_what_runs_without_autograd_and_changes_no_mode_of_it(ans
     with torch.no_grad():
         assert torch.equal(program.module()(x), module(x))
     assert "forward" not in module.__dict__
+
+
+class Labeled(torch.Tensor):
+    """As MONAI's and torchvision's own tensors."""
+
+
+def test_a_subclass_that_forward_makes_is_left_out_of_a_program():
+    module = Written(lambda layer, x: layer(x.as_subclass(Labeled)).as_subclass(torch.Tensor))
+    with subclasses_left_out():
+        program = export_program(module, (torch.randn(4, 10),), [(0,)])
+    x = torch.randn(7, 10)
+    assert isinstance(x.as_subclass(Labeled), Labeled)
+    torch.testing.assert_close(program.module()(x), module(x))
 
 
 def test_a_program_is_traced_with_inputs_that_a_trace_before_had_marked():

@@ -92,7 +92,7 @@ def test_what_is_read_without_effect_keeps_no_module_from_being_exported(name):
     assert len(found.values) == 1
     assert bool(found.checks) == (name in CHECKS)
     model.idle = found.values
-    with exportable(model):
+    with exportable(model, dynamic=True):
         program = export_program(model, (X,), [(0,)])
     expected, answer = model(X[:4]), program.module()(X[:4])
     torch.testing.assert_close(answer, expected)

@@ -22,6 +22,7 @@ import zoo
 from polyexport import BadRequest
 from polyexport.capture import snapshot as modules
 from polyexport.capture.answer import ANSWER, ask
+from polyexport.capture.changes import beside_weights
 from polyexport.capture.flatten import flat, named_tensors
 from polyexport.capture.pickling import import_path
 from saving import saved
@@ -49,6 +50,75 @@ def test_saving_the_structure_writes_no_parameter_and_changes_nothing(tmp_path):
     assert (tmp_path / "structure.pkl").stat().st_size < 10_000
     assert not net.weight.is_meta
     assert all(torch.equal(before[name], tensor) for name, tensor in net.state_dict().items())
+
+
+class Hidden(nn.Module):
+    """Has a teacher that no optimizer and no checkpoint shall see."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.teacher = nn.Linear(4, 3), [nn.Linear(4, 4)]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.teacher[0](x))
+
+
+def test_a_module_that_is_hidden_in_a_list_keeps_its_weights(tmp_path):
+    x, net = torch.randn(2, 4), Hidden().eval()
+    loaded = modules.load(saved(net, tmp_path, x))
+    assert torch.equal(loaded(x), net(x))
+    with pytest.warns(DeprecationWarning, match="jit"):
+        assert torch.equal(torch.jit.trace(loaded.requires_grad_(False), (x,))(x), net(x))
+
+
+class Bank(nn.Module):
+    """Has rows that training adds to."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self.register_buffer("rows", torch.ones(rows, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.rows.T
+
+
+def test_a_buffer_that_has_grown_since_comes_back_as_it_is_in_the_checkpoint(tmp_path):
+    x = torch.randn(2, 4)
+    folder = saved(Bank(0), tmp_path, x)
+    torch.save(Bank(3).state_dict(), folder / modules.WEIGHTS)
+    assert torch.equal(modules.load(folder)(x), Bank(3)(x))
+
+
+def reshaped(net):
+    net[2] = nn.Linear(4, 7)
+
+
+def grown(net):
+    net.register_buffer("rows", torch.ones(2))
+
+
+CHANGES = {
+    "a layer of another kind": lambda net: net.__setitem__(1, nn.Tanh()),
+    "a layer of another size": reshaped,
+    "one more layer": lambda net: net.append(nn.ReLU()),
+    "one more buffer": grown,
+    "a hook": lambda net: net[0].register_forward_hook(lambda *told: told[-1] * 2),
+    "a hook before": lambda net: net[0].register_forward_pre_hook(lambda module, args: (args[0] * 2,)),
+    "an attribute": lambda net: setattr(net, "scale", 2.0),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_change_of_structure_while_training_is_seen_and_a_step_is_none(name):
+    net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2), nn.LazyLinear(2))
+    before = beside_weights(net)
+    with torch.no_grad():
+        for weight in net[:3].parameters():
+            weight.add_(1)
+    net.eval()
+    assert beside_weights(net) == before
+    CHANGES[name](net)
+    assert beside_weights(net) != before
 
 
 def test_tied_weights_stay_tied(tmp_path):

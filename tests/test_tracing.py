@@ -27,6 +27,15 @@ CALLS = {
     "cdist, absolute": lambda: torch.cdist(X, Y, p=1),
     "cdist, greatest": lambda: torch.cdist(X, Y, p=float("inf")),
     "cdist, cubic": lambda: torch.cdist(X, Y, 3.0),
+    "fake quantization": lambda: torch.fake_quantize_per_tensor_affine(3 * X, 0.05, 3, -128, 127),
+    "fake quantization by tensors": lambda: torch.fake_quantize_per_tensor_affine(
+        3 * X, torch.tensor(0.05), torch.tensor(3, dtype=torch.int32), 0, 15
+    ),
+    "fake quantization of channels": lambda: torch.fake_quantize_per_channel_affine(
+        3 * X, torch.linspace(0.02, 0.1, 7), torch.arange(7, dtype=torch.int32), 2, -8, 7
+    ),
+    "eye": lambda: torch.eye(4),
+    "eye of two sizes": lambda: torch.eye(4, 2, dtype=torch.int64),
     "diag_embed": lambda: torch.diag_embed(X),
     "diag_embed beside the diagonal": lambda: X.diag_embed(1),
     "scatter_reduce, sum": lambda: X.clone().scatter_reduce_(1, PLACES, X, "sum", include_self=False),
@@ -108,6 +117,23 @@ def test_a_function_written_out_answers_as_pytorch_does(name):
         found = CALLS[name]()
     assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
     assert torch.allclose(found.double(), expected.double(), rtol=1e-4, atol=1e-5)
+
+
+class Apart(nn.Module):
+    """Compares each row with every other one."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        same = torch.eye(x.shape[0], dtype=torch.bool)
+        return (x @ x.T).masked_fill(same, 0.0), torch.eye(x.shape[0], 3)
+
+
+def test_an_identity_of_a_dynamic_size_is_a_comparison_of_indices():
+    rows = torch.randn(4, 5)
+    with decompositions.decomposed():
+        program = torch.export.export(Apart(), (rows,), dynamic_shapes=(({0: torch.export.Dim.DYNAMIC}),))
+    assert not [node for node in program.graph.nodes if "eye" in str(node.target)]
+    for found, expected in zip(program.module()(rows[:3]), Apart()(rows[:3]), strict=True):
+        torch.testing.assert_close(found, expected)
 
 
 class Padded(nn.Module):

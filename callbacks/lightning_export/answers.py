@@ -6,20 +6,25 @@ copied with it.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from lightning_export.trainer import KEPT_BY_LIGHTNING
 from polyexport.capture.answer import Answer, answer
+from polyexport.capture.changes import beside_weights
 
 
-def why_unrecorded(*, sharded: bool, compiled: bool) -> str:
+def why_unrecorded(*, sharded: bool, compiled: bool, overridden: bool) -> str:
     """Why the outputs of a module cannot be recorded; empty if they can."""
     if compiled:
         why = "forward is compiled (torch.compile), and compiled code calls no hooks that could record its output"
     elif sharded:
         why = "each process has only a shard of the weights"
+    elif overridden:
+        why = "`__call__` is overridden, which hooks of forward cannot see"
     else:
         return ""
     return f"not compared with the outputs in training: {why}"
@@ -51,7 +56,8 @@ class Recorder:
         self._seen = True
         try:
             with torch.no_grad():
-                self.answer = answer(self._root, args, kwargs, returned)
+                recorded = answer(self._root, args, kwargs, returned)
+            self.answer = replace(recorded, beside=beside_weights(self._root, KEPT_BY_LIGHTNING))
         except Exception:  # the user's values may refuse to be copied: then there is nothing to compare with
             self.answer = None
 

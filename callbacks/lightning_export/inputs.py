@@ -113,8 +113,10 @@ class Inputs:
         """Whether forward's outputs for this batch are recorded: the first of each validation, not of sanity checks."""
         if self._refused or batch_idx or dataloader_idx or trainer.sanity_checking:
             return False
-        compiled = is_compiled(selected(pl_module, self._select), pl_module)
-        if why := why_unrecorded(sharded=shards(trainer), compiled=compiled):
+        watched = selected(pl_module, self._select)
+        overridden = type(watched).__call__ is not nn.Module.__call__
+        compiled = is_compiled(watched, pl_module)
+        if why := why_unrecorded(sharded=shards(trainer), compiled=compiled, overridden=overridden):
             self._session.note(why, quiet=True)
         return not why
 

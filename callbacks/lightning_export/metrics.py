@@ -141,7 +141,8 @@ def _through(part: Any, run: Runner) -> Any:
         named, _ = named_tensors(answer, taken=dict.fromkeys(wrapped.input_names))
         made = run(to_arrays(wrapped.input_names, wrapped.example))
         for name, tensor in named.items():
-            tensor.copy_(torch.from_numpy(made[name]))
+            values = torch.from_numpy(made[name])
+            tensor.copy_(torch.view_as_complex(values.contiguous()) if tensor.is_complex() else values)
         return answer
 
     return forward

@@ -20,7 +20,14 @@ MIL = "coremltools.converters.mil"
 
 NAMES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     HOST: {
-        "capture/changes.py": ("torch.nn:Module._non_persistent_buffers_set", "torch:Tensor._version"),
+        "capture/changes.py": (
+            *(
+                f"torch.nn:Module.{name}"
+                for name in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set")
+            ),
+            *(f"torch.nn:Module.{name}" for name in ("_forward_hooks", "_forward_pre_hooks")),
+            "torch:Tensor._version",
+        ),
         "engine/weights.py": ("torch.nn:Module._non_persistent_buffers_set", "torch.nn:Module._parameters"),
         "capture/dtypes.py": ("torch.amp.autocast_mode:autocast._enabled",),
         "capture/sharded.py": ("torch.distributed.checkpoint.format_utils:dcp_to_torch_save",),
@@ -86,6 +93,11 @@ NAMES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "formats/torchscript.py": ("torch._ops:OpOverload._schema",),
         "measure/noise.py": ("torch.utils._python_dispatch:TorchDispatchMode",),
         "tracing/decompositions.py": ("torch.nn.modules.transformer:_detect_is_causal_mask",),
+        "tracing/draws.py": (
+            "torch._C:_get_tracing_state",
+            "torch._C:_set_tracing_state",
+            "torch.utils._python_dispatch:_disable_current_modes",
+        ),
         "tracing/exportable.py": (
             "torch.distributions:Distribution._validate_args",
             "transformers.configuration_utils:PretrainedConfig._experts_implementation",
@@ -93,6 +105,8 @@ NAMES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "tracing/fake_quantization.py": ("torch.ao.quantization.fx._decomposed:quantize_per_tensor",),
         "tracing/exported_program.py": (
             "torch:_C._set_grad_enabled",
+            "torch._ops:OpOverload._overloadname",
+            "torch._ops:OpOverload._schema",
             "torch.fx.experimental.symbolic_shapes:GuardOnDataDependentSymNode",
         ),
         "tracing/packed.py": (

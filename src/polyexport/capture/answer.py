@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from polyexport.capture import snapshot
-from polyexport.capture.flatten import as_runner, flat, named_tensors, to_arrays
+from polyexport.capture.flatten import as_runner, as_taken, flat, in_pairs, named_tensors, to_arrays
 from polyexport.capture.pytree import closed, opened
 from polyexport.errors import line
 from polyexport.spec import Arrays
@@ -45,6 +45,8 @@ class Answer:
             buffers where there are no parameters, and none where there are neither.
         exact: Whether it was computed in float32 on a CPU, so that the same computation differs by rounding alone.
         observed: Whether observers of fake quantization changed its scales in that call, as they do even in eval mode.
+        beside: What `beside_weights` said of the module in that call, where it was asked.
+        changed: Whether it says something else by the time of the checkpoint.
     """
 
     call: Call
@@ -52,6 +54,8 @@ class Answer:
     weights: Mapping[str, float]
     exact: bool
     observed: bool = False
+    beside: int | None = None
+    changed: bool = False
 
 
 def answer(root: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], returned: Any) -> Answer:
@@ -194,7 +198,12 @@ def disagreement(folder: Path, model: Any) -> str:
         return f"{len(found)} outputs in place of {len(recorded.outputs)}"
     pairs = zip(found.items(), recorded.outputs, strict=True)
     exact = recorded.exact and not model.in_float32.asked_for
-    return next(filter(None, (_apart(name, array, there, exact) for (name, array), there in pairs)), "")
+    why = next(filter(None, (_apart(name, array, there, exact) for (name, array), there in pairs)), "")
+    if why and recorded.changed:
+        raise NotCompared(
+            f"attributes, layers or buffers changed between that call and the checkpoint, and with them outputs ({why})"
+        )
+    return why
 
 
 def _asked_again(model: Any, call: Call) -> Arrays | None:
@@ -205,7 +214,7 @@ def _asked_again(model: Any, call: Call) -> Arrays | None:
     asked: Any = model
     if isinstance(model, torch.fx.GraphModule):  # a trace, which exists only in flat form
         leaves = pytree.tree_leaves(opened(call))
-        tensors = tuple(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
+        tensors = tuple(as_taken(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor))
     else:
         asked = flat(getattr(model, "core", model.inner), *call)
         tensors = asked.example
@@ -219,6 +228,7 @@ def _asked_again(model: Any, call: Call) -> Arrays | None:
 
 def _apart(name: str, array: np.ndarray, there: torch.Tensor, exact: bool) -> str:
     """How an output differs from the recorded one by more than rounding; empty if it does not."""
+    there = in_pairs(there)
     expected = there.float().numpy() if there.is_floating_point() else there.numpy()
     if array.shape != expected.shape:
         return f"{name} has shape {list(array.shape)} in place of {list(expected.shape)}"

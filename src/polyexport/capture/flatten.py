@@ -42,6 +42,7 @@ def flat(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> A
     `example` inputs of the call, and `output_names`, which are set when it runs. Callers may set `kept`, the names of
     the outputs to return, and `within`, contexts to run in. One output is returned as a tensor, several as a tuple.
     Outputs of dtypes that numpy lacks, such as bfloat16, are returned as float32, and their names are in `widened`.
+    Complex inputs and outputs are pairs of real numbers in a last axis of 2, and their names are in `paired`.
 
     Raises:
         BadRequest: there is no tensor in the call, or one is in an object that cannot be flattened.
@@ -61,14 +62,14 @@ def flat(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> A
             self.dropped: tuple[str, ...] = ()
             self.kept: tuple[str, ...] | None = None
             self.widened: tuple[str, ...] = ()
+            self.paired: tuple[str, ...] = ()
             self.within: Sequence[AbstractContextManager[Any]] = ()
-            tensors = (leaves[index] for index in inputs.values())
-            self.example = tuple(tensor.float() if tensor.is_floating_point() else tensor for tensor in tensors)
+            self.example = tuple(as_taken(leaves[index]) for index in inputs.values())
 
         def forward(self, *tensors: Any) -> Any:
             values = list(leaves)
             for index, tensor in zip(inputs.values(), tensors, strict=True):
-                values[index] = tensor
+                values[index] = _combined(tensor) if leaves[index].is_complex() else tensor
             call_args, call_kwargs = closed(pytree.tree_unflatten(values, tree))
             try:
                 with contextlib.ExitStack() as entered:
@@ -84,7 +85,9 @@ def flat(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> A
                 outputs = {name: outputs[name] for name in self.kept}
             self.output_names = tuple(outputs)
             self.widened = tuple(name for name, tensor in outputs.items() if _is_narrow(tensor))
-            outputs = {name: t.float() if name in self.widened else t for name, t in outputs.items()}
+            given = (name for name, index in inputs.items() if leaves[index].is_complex())
+            self.paired = (*given, *(name for name, tensor in outputs.items() if tensor.is_complex()))
+            outputs = {name: t.float() if name in self.widened else in_pairs(t) for name, t in outputs.items()}
             return tuple(outputs.values()) if len(outputs) > 1 else next(iter(outputs.values()))
 
     # tracers take argument names from the signature
@@ -92,6 +95,26 @@ def flat(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> A
     parameters = [inspect.Parameter(name, kind) for name in _argument_identifiers(("self", *inputs))]
     Flat.forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # any function has one
     return Flat().eval()
+
+
+def as_taken(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor of a call as an artifact takes it: floats in float32, complex numbers in pairs."""
+    pairs = in_pairs(tensor)
+    return pairs.float() if pairs.is_floating_point() else pairs
+
+
+def in_pairs(tensor: torch.Tensor) -> torch.Tensor:
+    """Complex numbers as real and imaginary parts in a last axis of 2; other tensors unchanged."""
+    import torch
+
+    return torch.stack([tensor.real, tensor.imag], -1) if tensor.is_complex() else tensor
+
+
+def _combined(pairs: torch.Tensor) -> torch.Tensor:
+    """The complex numbers of `in_pairs`."""
+    import torch
+
+    return torch.complex(pairs[..., 0], pairs[..., 1])
 
 
 def as_call(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

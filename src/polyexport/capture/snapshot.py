@@ -23,7 +23,7 @@ import io
 import json
 import pickle
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import FunctionType, MappingProxyType
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -33,7 +33,7 @@ import numpy as np
 from polyexport.capture import devices, processing, surroundings, unwrap
 from polyexport.capture.attribute import attribute
 from polyexport.capture.dtypes import InFloat32, asked_for_by
-from polyexport.capture.flatten import as_call, flat
+from polyexport.capture.flatten import as_call, as_taken, flat
 from polyexport.capture.part_names import make_writable
 from polyexport.capture.pickling import by_value, importable
 from polyexport.capture.processing import NONE, Processing, joined
@@ -57,13 +57,13 @@ WEIGHTS, SHARDS = "weights.pt", "weights.shards"
 LACKING = "lacking.pt"
 """File with the training module's weights that the checkpoint lacks: a state dict, if there are any."""
 
-STRUCTURE = "structure.pkl"
+STRUCTURE, ATTRIBUTES = "structure.pkl", "attributes.pkl"
 """The module without its weights."""
 
 PROCESSING = "processing.pkl"
 """The steps before and after forward, if any."""
 
-IDLE = "idle.pkl"
+IDLE, DRAWS = "idle.pkl", "draws.pkl"
 """What forward reads without effect, which a trace is given as constants, where there is any: site -> values."""
 
 IN_FLOAT32 = "in_float32"
@@ -76,10 +76,10 @@ UNAVAILABLE = "unavailable.txt"
 # --- to a folder ------------------------------------------------------------------------------------------------------
 
 
-def dump(value: Any, path: Path, *, whole: bool = False) -> None:
-    """Pickle any object; parameters are reduced to their shapes unless `whole`, other tensors move to the CPU.
+def dump(value: Any, path: Path, *, without: Iterable[torch.Tensor] | None = ()) -> None:
+    """Pickle any object; parameters `without` values, or all for None, are reduced to their shapes.
 
-    Code that another process could not import is pickled by value.
+    Tensors move to the CPU. Code that another process could not import is pickled by value.
 
     Raises:
         Exception: whatever the object's own pickling raises.
@@ -92,7 +92,11 @@ def dump(value: Any, path: Path, *, whole: bool = False) -> None:
         raise Unpicklable(line(error, 200), _path_to_unpicklable(value)) from error
     shapes = [(unwrap.shape(p), p.dtype, p.requires_grad) for p in parameters]
     copies = [_on_the_cpu(unwrap.local(tensor).detach()) for tensor in tensors]
-    values = [_on_the_cpu(unwrap.local(parameter).detach()) for parameter in parameters] if whole else []
+    valueless = set(map(id, parameters if without is None else without))
+    values = [
+        None if id(parameter) in valueless or shape is None else _on_the_cpu(unwrap.local(parameter).detach())
+        for parameter, (shape, _, _) in zip(parameters, shapes, strict=True)
+    ]
     torch.save({"pickle": pickled, "parameters": shapes, "tensors": copies, "values": values}, path)
 
 
@@ -183,8 +187,10 @@ def restore(path: Path) -> Any:
                 return blob["tensors"][index]
             if index not in made:
                 shape, dtype, requires_grad = blob["parameters"][index]
-                value = blob["values"][index] if blob["values"] else torch.empty(shape or (), dtype=dtype)
-                made[index] = torch.nn.Parameter(value, requires_grad=requires_grad and dtype.is_floating_point)
+                value = blob["values"][index]
+                is_trained = value is None and requires_grad and dtype.is_floating_point
+                value = torch.empty(shape or (), dtype=dtype) if value is None else value
+                made[index] = torch.nn.Parameter(value, requires_grad=is_trained)
                 made[index].of_any_shape = shape is None  # type: ignore[attr-defined]  # a tensor takes any attribute
             return made[index]
 
@@ -236,13 +242,15 @@ def save_module(
 def save_structure(
     root: nn.Module, select: Select, folder: Path, attributes: Mapping[str, Any] = MappingProxyType({})
 ) -> None:
-    """Write `structure.pkl`: `root` without its weights, and the part of it to export.
+    """Write `structure.pkl`: `root` without the weights that its checkpoints have, and the part of it to export.
 
     `attributes` are set on it when it is loaded, in place of those that cannot be pickled.
     """
-    dump({"root": root, "select": select, "attributes": dict(attributes)}, folder / STRUCTURE)
+    blueprint = {"root": root, "select": select, "attributes": dict(attributes)}
+    # a module that is hidden in a list, say, is in no checkpoint
+    dump(blueprint, folder / STRUCTURE, without=root.parameters())
     with contextlib.suppress(Exception):  # functions in the user's files may refer to anything
-        dump(surroundings.taken(root), folder / surroundings.OFFERED)
+        dump(surroundings.taken(root), folder / surroundings.OFFERED, without=None)
 
 
 def save_processing(steps: Processing, root: nn.Module, folder: Path) -> None:
@@ -255,7 +263,7 @@ def save_processing(steps: Processing, root: nn.Module, folder: Path) -> None:
     if not steps.steps:
         return
     own, trained = processing.by_name(steps, root).steps, set(map(id, root.parameters()))
-    dump(own, folder / PROCESSING, whole=True)
+    dump(own, folder / PROCESSING)
     for name, step in own.items():
         if trained & set(map(id, _pickled(step)[1])):
             raise BadRequest(
@@ -278,7 +286,7 @@ def leave_out(folder: Path, outside: Sequence[str]) -> None:
     steps = restore(folder / PROCESSING)
     (folder / PROCESSING).unlink()
     if kept := {name: step for name, step in steps.items() if name not in outside}:
-        dump(kept, folder / PROCESSING, whole=True)
+        dump(kept, folder / PROCESSING)
 
 
 def load_processing(folder: Path, root: Any) -> Processing:
@@ -381,12 +389,15 @@ def load(folder: Path, outputs: tuple[str, ...] | None = None) -> Any:
     if (folder / surroundings.SET).exists():
         surroundings.put_back(restore(folder / surroundings.SET))
     root = blueprint["root"]
-    vars(root).update(blueprint["attributes"])
+    vars(root).update(restore(folder / ATTRIBUTES) if (folder / ATTRIBUTES).exists() else blueprint["attributes"])
     _tame_attributes(root)
     for name, parameter in root.named_parameters():
         # a scripted submodule's parameter already has its shape
         if getattr(parameter, "of_any_shape", False) and name in state:
             parameter.data = torch.empty_like(state[name])
+    for name, buffer in root.named_buffers():
+        if name in state and buffer.shape != state[name].shape:  # it grows while training
+            buffer.data = torch.empty_like(state[name], dtype=buffer.dtype)
     missing, _ = root.load_state_dict(state, strict=bool(getattr(root, "strict_loading", True)))
     module = selected(root, blueprint["select"])
     parameters, needed = dict(root.named_parameters()), set(map(id, module.parameters()))
@@ -399,6 +410,7 @@ def load(folder: Path, outputs: tuple[str, ...] | None = None) -> Any:
     wrapped.in_float32 = InFloat32(casts_left_out=(folder / IN_FLOAT32).exists())
     wrapped.within, wrapped.kept = (devices.OnTheCpu(), wrapped.in_float32), outputs
     wrapped.idle = restore(folder / IDLE) if (folder / IDLE).exists() else {}
+    wrapped.draws = restore(folder / DRAWS) if (folder / DRAWS).exists() else None
     vars(wrapped)["core"] = module  # not as a submodule, which it is already
     unwrap.settle(wrapped)
     make_writable(wrapped)
@@ -410,8 +422,7 @@ def call_tensors(path: Path) -> tuple[torch.Tensor, ...]:
     import torch
 
     leaves = torch.utils._pytree.tree_leaves(opened(restore(path)))
-    tensors = (leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
-    return tuple(tensor.float() if tensor.is_floating_point() else tensor for tensor in tensors)
+    return tuple(as_taken(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor))
 
 
 def _tame_attributes(module: nn.Module) -> None:
@@ -541,6 +552,7 @@ def save_traced(
         "outputs": wrapped.output_names,
         "weights": weights,
         "widened": wrapped.widened,
+        "paired": wrapped.paired,
         "asked_for": asked.asked_for,
     }
     torch.export.save(program, folder / "structure.pt2", extra_files={"about.json": json.dumps(about)})
@@ -569,6 +581,6 @@ def _load_traced(path: Path, state: Mapping[str, Any]) -> Any:
     module.in_float32.asked_for = about["asked_for"] | asked_for_by(module)
     in_float32(module, torch.float16, torch.bfloat16).float().cpu()
     module.input_names, module.output_names, module.dropped = tuple(about["inputs"]), tuple(about["outputs"]), ()
-    module.widened = about["widened"]
+    module.widened, module.paired = about["widened"], about["paired"]
     module.example = call_tensors(call_file(path.parent))
     return module

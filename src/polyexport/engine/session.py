@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from polyexport.capture import answer as answers
 from polyexport.capture.changes import beside_weights, retake
 from polyexport.capture.processing import NONE, Processing
-from polyexport.capture.snapshot import UNAVAILABLE, WEIGHTS, Select, save_call, save_module
+from polyexport.capture.snapshot import ATTRIBUTES, UNAVAILABLE, WEIGHTS, Select, dump, save_call, save_module
 from polyexport.engine import plan
 from polyexport.engine.engine import Engine, check_limits
 from polyexport.engine.judge import Metric, measured
@@ -345,11 +345,16 @@ class Session:
         # hidden files are locks
         for file in (each for each in self._captured.iterdir() if not each.name.startswith(".")):
             link(file, work / "source" / file.name)
-        if self._retakes and beside_weights(root, self._ignored) != self._beside:
+        beside, attributes = beside_weights(root, self._ignored), self._attributes(root)
+        if self._retakes and beside != self._beside:
             start = time.thread_time()
-            retake(root, self.options.select, work / "source", self._attributes(root))
+            retake(root, self.options.select, work / "source", attributes)
             self._retakes = time.thread_time() - start < _CHEAP_SECONDS
-        answers.write(self.answer, work / "source")
+        if attributes:
+            dump(attributes, work / "source" / ATTRIBUTES)
+        if (recorded := self.answer) is not None:
+            recorded = replace(recorded, changed=recorded.beside not in (None, beside))
+        answers.write(recorded, work / "source")
         return work
 
     def _submit(self, work: Path, name: str, checkpoint: Checkpoint, held: str | None) -> None:

@@ -85,7 +85,7 @@ def convert_trace(source: Path, target: Path, spec: ExportSpec, *, opset: int = 
     from polyexport.tracing.exportable import exportable
 
     loaded = snapshot.load(source, spec.output_names)
-    with torch.no_grad(), decomposed(), exportable(loaded) as model:
+    with torch.no_grad(), decomposed(), exportable(loaded, dynamic=spec.is_dynamic) as model:
         _translated(model, snapshot.example(source, spec), target, spec, opset)
 
 

@@ -18,10 +18,11 @@ def convert(source: Path, target: Path, spec: ExportSpec) -> None:
     from polyexport.capture import snapshot
     from polyexport.tracing.decompositions import decomposed
     from polyexport.tracing.exportable import exportable
-    from polyexport.tracing.exported_program import export_program
+    from polyexport.tracing.exported_program import export_program, subclasses_left_out
 
     inputs = snapshot.example(source, spec)
-    with decomposed(), exportable(snapshot.load(source, spec.output_names)) as traced:
+    loaded = snapshot.load(source, spec.output_names)
+    with decomposed(), exportable(loaded, dynamic=spec.is_dynamic) as traced, subclasses_left_out():
         traced.requires_grad_(False)  # else converters choose differentiable attention, which has other strides
         program = export_program(traced, inputs, [tensor.dynamic for tensor in spec.inputs])
     program.example_inputs = None  # real rows, in a pickle that loading the program would run

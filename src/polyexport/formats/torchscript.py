@@ -22,7 +22,8 @@ def convert(source: Path, target: Path, spec: ExportSpec) -> None:
     from polyexport.tracing.decompositions import decomposed
     from polyexport.tracing.exportable import exportable
 
-    with decomposed(), exportable(snapshot.load(source, spec.output_names)) as model:
+    loaded = snapshot.load(source, spec.output_names)
+    with decomposed(), exportable(loaded, dynamic=spec.is_dynamic) as model:
         _trace(model, snapshot.example(source, spec), target, spec)
 
 
@@ -37,7 +38,7 @@ def convert_script(source: Path, target: Path, spec: ExportSpec) -> None:
     inputs = snapshot.example(source, spec)
     model = snapshot.load(source, spec.output_names)
     script_branches(model, to_arrays(spec.input_names, inputs))
-    with decomposed(), exportable(model):
+    with decomposed(), exportable(model, dynamic=spec.is_dynamic):
         _trace(model, inputs, target, spec)
 
 

@@ -20,21 +20,24 @@ if TYPE_CHECKING:
     import torch
 
 
-def rounding(model: torch.nn.Module, inputs: Arrays, outputs: Arrays) -> tuple[Arrays, str]:
+def rounding(model: torch.nn.Module, inputs: Arrays, outputs: Arrays, *, not_double: str = "") -> tuple[Arrays, str]:
     """The noise floor of each element of `outputs`, which `model` returns for `inputs`, and a note on how it was found.
 
     A module that does not run in float64, since forward fixes a dtype, is run again with weights and inputs that are
-    each changed by one rounding. So is one with integer outputs, which may depend on ties that float64 does not show.
+    each changed by one rounding, and so is one that would not compute the same there: `not_double` says why. So is one
+    with integer outputs, which may depend on ties that float64 does not show.
     """
-    found, why, note = [], "", ""
+    found, why, note = [], not_double, ""
     try:
-        with _masks_as_queries():
-            found.append(_run(model.double(), _as(np.float64, inputs)))
+        if not not_double:
+            with _masks_as_queries():
+                found.append(_run(model.double(), _as(np.float64, inputs)))
     except Exception as error:  # a fixed dtype in forward is not an error
         why = f"the module does not run in float64 ({line(error, 100)})"
-        note = f"{why}, so the noise floor is the effect of changing each weight by one rounding"
     finally:
         model.float()  # float32 converts to float64 and back without loss
+    if why:
+        note = f"{why}, so the noise floor is the effect of changing each weight by one rounding"
     if why or any(array.dtype.kind in "biu" for array in outputs.values()):
         try:
             rng = np.random.default_rng(0)

@@ -31,8 +31,9 @@ from polyexport.measure.parity import NARROW, compare, says_little
 from polyexport.measure.tolerance import Tolerance
 from polyexport.spec import Arrays, Batch, ExportSpec, Runner, write_arrays
 from polyexport.tracing.decompositions import plain_attention
+from polyexport.tracing.draws import Draws, draws, lines
 from polyexport.tracing.forward import uncompiled
-from polyexport.tracing.idle_reads import Idle, idle
+from polyexport.tracing.idle_reads import idle
 from polyexport.tracing.reads import FailedAt, Reads, named, reads
 from polyexport.versions import environment
 
@@ -111,17 +112,19 @@ def make(root: Path, source: Path, dynamic: Dynamic, commit: str = "", *, sha256
     own = _on_copies(as_runner(model))
     run = plain_attention()(own)
     inputs = to_arrays(model.input_names, model.example)
-    outputs, again = run(inputs), run(inputs)
+    outputs, again = run(inputs), _seeded(run, 1)(inputs)
     of_model = _of_the_model(model, own, inputs, outputs)
     others, of_batches = _other_batches(source, model.input_names, inputs)
     asked = _asked(model, run, inputs, outputs, others, dynamic)
     spec = _spec(root, inputs, outputs, others, asked)
     write_arrays(source / "example.npz", _example(inputs, asked))
-    undecidable = unlike_trained or _undecidable(outputs, (again, *_in_between(run, inputs)))
+    drawn = plain_attention()(draws)(model, [each.arrays for each in asked.batches])
+    undecidable = _undecidable(outputs, (again, *_in_between(run, inputs)), drawn) or unlike_trained
     unused = plain_attention()(idle)(model, inputs, asked.tried.one_side())
-    _write_idle(source / modules.IDLE, unused)
+    _write(source / modules.IDLE, unused.values)
+    _write(source / modules.DRAWS, drawn if drawn.known else None)
     narrow = frozen(source, model, outputs, lambda run: plain_attention()(_on_copies(run)))
-    noise, how = _noise(model, inputs, outputs)
+    noise, how = _noise(model, inputs, outputs, drawn)
     write_arrays(root / NOISE, noise)
     return Reference(
         spec=replace(_with_metadata(spec, sha256, commit, about), has_trained_scales=has_fake_quantization(model)),
@@ -141,12 +144,14 @@ def make(root: Path, source: Path, dynamic: Dynamic, commit: str = "", *, sha256
             *_in_float32(model),
             *as_trained,
             *of_model,
+            *_drawn(drawn),
             *of_batches,
             *_fixed_though_varying(inputs, others, asked.axes, dynamic),
             *_as_in_training(model.input_names, model.output_names),
             *says_little(outputs),
             *_unchecked(unused.checks),
             *narrow.notes,
+            *_paired(model),
             *(
                 f"output {name} is float32 in artifacts, since numpy lacks its dtype in PyTorch"
                 for name in model.widened
@@ -164,10 +169,11 @@ def below(reference: Reference, home: str) -> Reference:
     return replace(reference, batches=batches, noise=noise, spec=spec)
 
 
-def _write_idle(path: Path, found: Idle) -> None:
+def _write(path: Path, found: Any) -> None:
+    """Write what was found, if there is anything."""
     path.unlink(missing_ok=True)  # one that is resumed may have it
-    if found.values:
-        modules.dump(found.values, path)
+    if found:
+        modules.dump(found, path)
 
 
 def _unchecked(sites: Sequence[str]) -> Iterator[str]:
@@ -188,9 +194,10 @@ def _of_the_model(model: Any, own: Runner, inputs: Arrays, outputs: Arrays) -> l
     ]
 
 
-def _noise(model: Any, inputs: Arrays, outputs: Arrays) -> tuple[Arrays, str]:
+def _noise(model: Any, inputs: Arrays, outputs: Arrays, drawn: Draws) -> tuple[Arrays, str]:
     """The noise floor of the outputs, as it is stored on disk, and a note on how it was found, which may be empty."""
-    noise, how = rounding(model, inputs, outputs)
+    why = f"forward draws random numbers ({lines(drawn.all)}), other ones in float64" if drawn.all else ""
+    noise, how = rounding(model, inputs, outputs, not_double=why)
     return {**noise, **{name + NARROW: np.ones(()) for name in model.widened}}, how
 
 
@@ -234,6 +241,22 @@ def _in_float32(model: Any) -> Iterator[str]:
         )
 
 
+def _paired(model: Any) -> Iterator[str]:
+    """A note on complex inputs and outputs."""
+    if model.paired:
+        yield (
+            f"{', '.join(model.paired)}: complex in PyTorch, and in artifacts real and imaginary parts in a last axis "
+            "of 2, since most formats lack complex numbers"
+        )
+
+
+def _drawn(found: Draws) -> Iterator[str]:
+    """A note if artifacts have constants in the place of random numbers."""
+    if found.known:
+        sites = lines(found.seeded | found.sized)
+        yield f"forward draws random numbers from a seed ({sites}); artifacts have those numbers as constants"
+
+
 def _as_trained(source: Path, model: Any) -> tuple[str, tuple[str, ...]]:
     """Why nothing can be verified, if the module returned other outputs in training with the same weights; and notes.
 
@@ -268,15 +291,15 @@ def _disagreement(source: Path, model: Any) -> str:
     )
 
 
-def _undecidable(outputs: Arrays, later: Iterable[Arrays]) -> str:
+def _undecidable(outputs: Arrays, later: Iterable[Arrays], drawn: Draws) -> str:
     """Why nothing can be verified, if later calls with the same inputs return other outputs; else empty."""
+    because = "because of random numbers, or of a state that it keeps, which would have to be an input and an output"
+    if drawn.unseeded:
+        because = f"it draws random numbers without a seed ({lines(drawn.unseeded)})"
     for answer in later:
         found = compare(answer, outputs, Tolerance.for_precision("float32"))
         if not found.passed:
-            return (
-                "forward returns different outputs for the same inputs in eval mode: because of random numbers, or "
-                f"of a state that it keeps, which would have to be an input and an output ({found.reason})"
-            )
+            return f"forward returns different outputs for the same inputs in eval mode: {because} ({found.reason})"
     return ""
 
 
@@ -286,7 +309,19 @@ def _in_between(run: Runner, inputs: Arrays) -> Iterator[Arrays]:
     for _, values in itertools.islice(changed(inputs), 1):
         with contextlib.suppress(Exception):  # forward is the user's, and may not take them
             run(values)
-        yield run(inputs)
+        yield _seeded(run, 2)(inputs)
+
+
+def _seeded(run: Runner, seed: int) -> Runner:
+    """A runner that finds PyTorch's default generator in a state of its own."""
+    import torch
+
+    def seeded(inputs: Arrays) -> Arrays:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return run(inputs)
+
+    return seeded
 
 
 def _written_batches(root: Path, batches: Sequence[Answered]) -> tuple[Batch, ...]:

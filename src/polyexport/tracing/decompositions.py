@@ -53,6 +53,9 @@ def decomposed() -> Iterator[None]:
         torch.Tensor.data.__get__: lambda x: x.detach(),  # type: ignore[attr-defined]  # of a property; no trace follows it
         torch.nn.functional.embedding_bag: embedding_bag,
         torch.cdist: cdist,
+        torch.fake_quantize_per_tensor_affine: fake_quantize,
+        torch.fake_quantize_per_channel_affine: fake_quantize_channels,
+        torch.eye: eye,
         torch.diag_embed: diag_embed,
         torch.Tensor.diag_embed: diag_embed,
         torch.scatter_reduce: scatter_reduce,
@@ -180,6 +183,20 @@ def embedding_bag(
     return total if mode == "sum" else total / kept.sum(1).clamp(min=1).to(total.dtype)
 
 
+def fake_quantize(x: torch.Tensor, scale: Any, zero_point: Any, quant_min: int, quant_max: int) -> torch.Tensor:
+    """`torch.fake_quantize_per_tensor_affine`, which `torch.export` refuses for dynamic sizes."""
+    steps = (x * (1 / scale) + zero_point).round().clamp(quant_min, quant_max)
+    return (steps - zero_point) * scale  # type: ignore[no-any-return]  # the scale is a number or a tensor
+
+
+def fake_quantize_channels(
+    x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, axis: int, quant_min: int, quant_max: int
+) -> torch.Tensor:
+    """`torch.fake_quantize_per_channel_affine`."""
+    shape = [-1 if index == axis % x.dim() else 1 for index in range(x.dim())]
+    return fake_quantize(x, scale.reshape(shape), zero_point.reshape(shape), quant_min, quant_max)
+
+
 _MANY = 25  # number of rows above which PyTorch uses a matrix product for Euclidean distances
 
 
@@ -213,6 +230,16 @@ def diag_embed(x: torch.Tensor, offset: int = 0, dim1: int = -2, dim2: int = -1)
         return torch.diag_embed(x, offset, dim1, dim2)
     rows = x.unsqueeze(-1).expand(*x.shape, x.shape[-1])
     return torch.where(torch.eye(x.shape[-1], dtype=torch.bool), rows, torch.zeros_like(rows))
+
+
+def eye(n: Any, m: Any = None, *, dtype: torch.dtype | None = None, **more: Any) -> torch.Tensor:
+    """`torch.eye` of a dynamic size by a comparison of indices."""
+    import torch
+
+    if all(type(size) is int for size in (n, n if m is None else m)):
+        return torch.eye(n, n if m is None else m, dtype=dtype, **more)
+    rows, columns = torch.arange(n), torch.arange(n if m is None else m)
+    return (rows.unsqueeze(1) == columns).to(dtype or torch.get_default_dtype())
 
 
 def scatter_reduce(

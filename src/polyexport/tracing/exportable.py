@@ -11,6 +11,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from polyexport.tracing.draws import draws_given
 from polyexport.tracing.forward import uncompiled
 from polyexport.tracing.idle_reads import idle_reads_given
 from polyexport.tracing.sizes import sizes_followed
@@ -36,10 +37,11 @@ def _now(config: Any, name: str) -> Any:
 
 
 @contextlib.contextmanager
-def exportable(model: nn.Module) -> Iterator[nn.Module]:
+def exportable(model: nn.Module, *, dynamic: bool) -> Iterator[nn.Module]:
     """The model as exporters need it: options set, sizes traced, nothing compiled, distributions and data not checked.
 
-    Everything is restored when the context exits.
+    Random numbers from a seed are constants; `dynamic` says whether the trace has dynamic axes, for which some are
+    wrong. Everything is restored when the context exits.
     """
     configs = {id(part.config): part.config for part in model.modules() if hasattr(part, "config")}
     before = [
@@ -51,7 +53,13 @@ def exportable(model: nn.Module) -> Iterator[nn.Module]:
     for config, name, _ in before:
         setattr(config, name, _SETTINGS[name][1])
     try:
-        with uncompiled(), sizes_followed(model), _distributions_unchecked(), idle_reads_given(model):
+        with (
+            uncompiled(),
+            sizes_followed(model),
+            _distributions_unchecked(),
+            idle_reads_given(model),
+            draws_given(model, dynamic=dynamic),
+        ):
             yield model
     finally:
         for config, name, value in reversed(before):

@@ -7,13 +7,15 @@ Requirements:
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from polyexport.errors import line
+from polyexport.errors import BadRequest, line
+from polyexport.tracing import special_functions
 from polyexport.tracing.forward import within
 from polyexport.tracing.reads import named, site_of
 
@@ -37,6 +39,8 @@ def export_program(
     with torch.no_grad(), _grad_mode_left_alone(module):
         try:
             return torch.export.export(module, copies, dynamic_shapes=shapes or None, strict=False)
+        except BadRequest:  # which says what to do already
+            raise
         except Exception as error:
             if scripted := _scripted(module):
                 raise RuntimeError(
@@ -96,9 +100,10 @@ def _grad_mode_left_alone(module: torch.nn.Module) -> AbstractContextManager[Non
 
 
 def load_program(path: Path) -> torch.export.ExportedProgram:
-    """The program of a `.pt2`, with adaptive max pools as maxima of slices, if their indices are not used.
+    """The program of a `.pt2`, with special functions composed of elementary ones.
 
-    In-place detaches of constants that forward made (`torch.tensor([…])`) are removed: they cannot be exported again.
+    Adaptive max pools are maxima of slices, if their indices are not used. In-place detaches of constants that forward
+    made (`torch.tensor([…])`) are removed: they cannot be exported again.
     """
     import torch
 
@@ -109,10 +114,39 @@ def load_program(path: Path) -> torch.export.ExportedProgram:
         program.graph.erase_node(node)
     pools = {aten.adaptive_max_pool1d.default, aten.adaptive_max_pool2d.default, aten.adaptive_max_pool3d.default}
     nodes = [node for node in program.graph.nodes if node.target in pools]
-    if not nodes or any(user.args[1] and user.users for node in nodes for user in node.users):
+    indexed = any(user.args[1] and user.users for node in nodes for user in node.users)
+    table = {} if indexed else dict.fromkeys(pools, _adaptive_maxima)
+    table |= special_functions.compositions()
+    if not any(_operator(node.target) in table for node in program.graph.nodes):
         return program
-    decomposed: torch.export.ExportedProgram = program.run_decompositions(dict.fromkeys(pools, _adaptive_maxima))
+    decomposed: torch.export.ExportedProgram = program.run_decompositions(table)
     return decomposed
+
+
+def _operator(target: Any) -> Any:
+    """An operator's functional form, which is what in-place ones become before they are decomposed."""
+    import torch
+
+    if not isinstance(target, torch._ops.OpOverload):
+        return target
+    name, overload = target._schema.name.removeprefix("aten::"), target._overloadname
+    return getattr(getattr(torch.ops.aten, name.removesuffix("_"), None), overload, target)
+
+
+@contextlib.contextmanager
+def subclasses_left_out() -> Iterator[None]:
+    """Make `Tensor.as_subclass` return the tensor itself: traced tensors are of a subclass already.
+
+    No mode of PyTorch's sees that method, so it is replaced; only a worker may do so, where nothing else runs.
+    """
+    import torch
+
+    kind: Any = torch.Tensor
+    kind.as_subclass = lambda self, cls: self
+    try:
+        yield
+    finally:
+        del kind.as_subclass  # what remains is that of its base
 
 
 def in_float32(module: torch.fx.GraphModule, *dtypes: torch.dtype) -> torch.fx.GraphModule:

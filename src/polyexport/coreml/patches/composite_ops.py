@@ -319,36 +319,6 @@ def _numbers(values: Any) -> list[Any]:
     return [each if each is None else float(str(each)) for each in found]
 
 
-def max_pool_with_places(context: Any, node: Any) -> None:
-    """The maximum of each window and its index, which needs known sizes and no padding; else no indices."""
-    from coremltools.converters.mil import Builder as mb
-    from coremltools.converters.mil.frontend.torch import ops
-    from coremltools.converters.mil.mil.types.symbolic import any_symbolic
-
-    x, kernel, *how = ops._get_inputs(context, node)
-    kernel, strides = _pair(kernel), _numbers(how[0] if how else None)
-    padding, dilation, ceil = [*how[1:], None, None, None][:3]
-    moved = any(_numbers(padding)) or set(_numbers(dilation)) - {1} or (ceil is not None and ceil.val)
-    if moved or x.rank != 4 or any_symbolic(x.shape[1:]):
-        pooling_ops.max_pool(context, node)
-        return
-    strides = [int(each) for each in strides or kernel]
-    channels, _, wide = map(int, x.shape[1:])
-    greatest = mb.max_pool(x=x, kernel_sizes=kernel, strides=strides, pad_type="valid")
-    tall, broad = map(int, greatest.shape[2:])
-    blocks = mb.conv(x=x, weight=_picking(channels, kernel), strides=strides, groups=channels, pad_type="valid")
-    blocks = mb.reshape(x=blocks, shape=[-1, channels, kernel[0] * kernel[1], tall * broad])
-    within = np.add.outer(np.arange(kernel[0]) * wide, np.arange(kernel[1])).ravel()
-    corners = np.add.outer(np.arange(tall) * strides[0] * wide, np.arange(broad) * strides[1]).ravel()
-    chosen = mb.gather(x=within.astype(np.int32), indices=mb.reduce_argmax(x=blocks, axis=2), axis=0)
-    places = mb.reshape(x=mb.add(x=chosen, y=corners.astype(np.int32)), shape=[-1, channels, tall, broad])
-    if context.frontend != ops.TorchFrontend.TORCHSCRIPT:
-        context.add((greatest, places), torch_name=node.name)
-        return
-    for name, result in zip(node.outputs, (greatest, places), strict=True):
-        context.add(result, torch_name=name)
-
-
 # --- adaptive pooling -------------------------------------------------------------------------------------------------
 
 
@@ -415,7 +385,6 @@ _COMPOSITES = {
     **arithmetic_ops.COMPOSITES,
     **elementwise_ops.COMPOSITES,
     **pooling_ops.COMPOSITES,
-    "max_pool2d_with_indices": max_pool_with_places,
     **dict.fromkeys(("upsample_bilinear2d", "upsample_bilinear2d.vec"), bilinear),
     **{f"{name}{rank}d{of}": nearest for name in _NEAREST for rank in (1, 2, 3) for of in ("", ".vec")},
     **{f"{name}{of}": resampled for name in _SEPARABLE for of in ("", ".vec")},

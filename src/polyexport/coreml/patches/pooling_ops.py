@@ -36,11 +36,12 @@ class Windows:
         return [width for padding, over in pairs for width in (padding, padding + over)]
 
 
-def _windows(x: Any, kernel: Any, strides: Any, padding: Any, ceil: Any) -> Windows:
+def _windows(x: Any, kernel: Any, strides: Any, padding: Any, ceil: Any, spread: Sequence[int] = (1, 1, 1)) -> Windows:
     sizes = _sizes(x)[2:]
     kernel = _ints(kernel, len(sizes), 1)
     strides, padding = _ints(strides, len(sizes), kernel), _ints(padding, len(sizes), 0)
-    axes = zip(sizes, kernel, strides, padding, strict=True)
+    wide = [gap * (count - 1) + 1 for gap, count in zip(spread, kernel, strict=False)]
+    axes = zip(sizes, wide, strides, padding, strict=True)
     overhang = [_overhang(*axis) if ceil is not None and ceil.val else 0 for axis in axes]
     return Windows(kernel, strides, padding, overhang)
 
@@ -100,21 +101,80 @@ def _padded(x: Any, widths: Sequence[int], value: float = 0.0) -> Any:
 
 
 def max_pool(context: Any, node: Any) -> None:
-    """The maximum of each window, without its index.
+    """The maximum of each window, and for the operator that returns them their indices, if all sizes are known.
 
     Raises:
-        NotImplementedError: the windows are dilated.
+        NotImplementedError: the windows are dilated, and sizes are dynamic.
     """
     from coremltools.converters.mil import Builder as mb
-    from coremltools.converters.mil.frontend.torch.ops import _get_inputs
+    from coremltools.converters.mil.frontend.torch import ops
 
-    x, kernel, strides, padding, dilation, ceil = [*_get_inputs(context, node), *[None] * 4][:6]
-    windows = _windows(x, kernel, strides, padding, ceil)
-    if set(_ints(dilation, len(windows.kernel), 1)) != {1}:
+    x, kernel, strides, padding, dilation, ceil = [*ops._get_inputs(context, node), *[None] * 4][:6]
+    spread = _ints(dilation, x.rank - 2, 1)
+    is_known, is_dilated = -1 not in _sizes(x)[1:], set(spread) != {1}
+    if is_dilated and not is_known:
         raise NotImplementedError("a max pool over dilated windows")
-    how = {"kernel_sizes": windows.kernel, "strides": windows.strides}
-    greatest = mb.max_pool(x=x, **how, pad_type="custom", pad=windows.pads(), name=node.name)
-    context.add((greatest, None) if "with_indices" in node.kind else greatest, torch_name=node.name)
+    windows = _windows(x, kernel, strides, padding, ceil, spread)
+    if is_dilated:
+        greatest = _looked_up(x, windows, spread).greatest
+    else:
+        how = {"kernel_sizes": windows.kernel, "strides": windows.strides}
+        greatest = mb.max_pool(x=x, **how, pad_type="custom", pad=windows.pads())
+    if "with_indices" not in node.kind:
+        context.add(mb.identity(x=greatest, name=node.name))
+        return
+    found = (greatest, _looked_up(x, windows, spread).indices if is_known else None)
+    if context.frontend != ops.TorchFrontend.TORCHSCRIPT or not is_known:
+        context.add(found, torch_name=node.name)
+        return
+    for name, result in zip(node.outputs, found, strict=True):
+        context.add(result, torch_name=name)
+
+
+@dataclass(frozen=True, slots=True)
+class _LookedUp:
+    """The maximum of each window, and its index in the flattened axes."""
+
+    greatest: Any
+    indices: Any
+
+
+def _looked_up(x: Any, windows: Windows, spread: Sequence[int]) -> _LookedUp:
+    """The elements of each window by a lookup, for known sizes; `spread` is the step between them along each axis."""
+    from coremltools.converters.mil import Builder as mb
+
+    channels, *sizes = _sizes(x)[1:]
+    pads = windows.pads()
+    padded = [size + before + after for size, before, after in zip(sizes, pads[::2], pads[1::2], strict=True)]
+    taken = [
+        np.add.outer(np.arange((size - gap * (width - 1) - 1) // stride + 1) * stride, np.arange(width) * gap)
+        for size, stride, width, gap in zip(padded, windows.strides, windows.kernel, spread, strict=True)
+    ]
+    flat = mb.reshape(x=_padded(x, pads, _LEAST), shape=[-1, channels, math.prod(padded)])
+    elements = mb.gather(x=flat, indices=_table(taken, padded), axis=2)
+    own = _table([each - before for each, before in zip(taken, windows.padding, strict=True)], sizes)
+    rows = np.arange(len(own), dtype=np.int32) * own.shape[1]
+    chosen = mb.add(x=mb.cast(x=mb.reduce_argmax(x=elements, axis=3), dtype="int32"), y=rows)
+    shape = [-1, channels, *map(len, taken)]
+    return _LookedUp(
+        greatest=mb.reshape(x=mb.reduce_max(x=elements, axes=[3], keep_dims=False), shape=shape),
+        indices=mb.reshape(x=mb.gather(x=own.ravel(), indices=chosen, axis=0), shape=shape),
+    )
+
+
+_LEAST = -3.0e38
+
+
+def _table(taken: Sequence[np.ndarray], sizes: Sequence[int]) -> np.ndarray:
+    """The index of each element of each window, `(windows, elements)`, in a flattened array of these sizes.
+
+    `taken` has the indices along each axis, `(windows, elements)` too.
+    """
+    total = np.zeros((1, 1), np.int64)
+    for along, size in zip(taken, sizes, strict=True):
+        joined = total[:, None, :, None] * size + along[None, :, None, :]
+        total = joined.reshape(total.shape[0] * along.shape[0], -1)
+    return total.astype(np.int32)
 
 
 COMPOSITES = {
