@@ -31,8 +31,7 @@ import planted
 import runs
 import wandb_log
 from lightning_export import ExportCallback
-from planted import GOOD
-from planted import planted as plant
+from planted import GOOD, planted as plant
 from polyexport import BadRequest, Engine, ExportFailed, Report, Toolchain, UnknownFormat
 from polyexport.capture.snapshot import load as load_module
 from polyexport.engine.session import Session

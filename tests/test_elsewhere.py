@@ -25,8 +25,7 @@ import planted
 import polyexport
 import runs
 from lightning_export import ExportCallback
-from planted import GOOD
-from planted import planted as plant
+from planted import GOOD, planted as plant
 from polyexport import BadRequest, Engine
 from polyexport.versions import git_commit
 from polyexport.workers import remote

@@ -27,8 +27,7 @@ from torch import nn
 
 import planted
 import polyexport
-from planted import GOOD
-from planted import planted as plant
+from planted import GOOD, planted as plant
 from polyexport import BadRequest, Engine, Report, Request, Toolchain
 from polyexport.capture import snapshot as modules
 from polyexport.capture.pickling import importable, script

@@ -16,8 +16,7 @@ from rich.console import Console
 from polyexport import BadRequest, ExportSpec, Outcome, Report, TensorSpec
 from polyexport.measure.latency import summarize
 from polyexport.measure.parity import OutputParity, Parity
-from polyexport.report import manifest as manifests
-from polyexport.report import schema
+from polyexport.report import manifest as manifests, schema
 from polyexport.report.console import show
 from polyexport.report.files import save
 from polyexport.report.html import page

@@ -40,8 +40,7 @@ import forked
 import planted
 import runs
 from lightning_export import ExportCallback
-from planted import GOOD
-from planted import planted as plant
+from planted import GOOD, planted as plant
 from polyexport import Format, Report, Toolchain
 from polyexport.report.folders import finished
 from polyexport.workers import process as workers

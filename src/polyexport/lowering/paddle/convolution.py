@@ -15,8 +15,7 @@ from polyexport.lowering.backend import Backend, Tensor, is_float
 from polyexport.lowering.graph import Node
 from polyexport.lowering.operators.shape import padded_axis
 from polyexport.lowering.paddle.backend import OPS
-from polyexport.lowering.paddle.primitives import cast, line, sizes_of, vector
-from polyexport.lowering.paddle.primitives import pad as pad_known
+from polyexport.lowering.paddle.primitives import cast, line, pad as pad_known, sizes_of, vector
 from polyexport.lowering.paddle.weights import set_shape
 from polyexport.lowering.value import Value
 from polyexport.lowering.windows import (

@@ -12,8 +12,7 @@ from polyexport.lowering.backend import Tensor, is_known
 from polyexport.lowering.graph import Node
 from polyexport.lowering.operators.shape import entries
 from polyexport.lowering.paddle.backend import OPS
-from polyexport.lowering.paddle.primitives import FAR, cast, line, reshape, sizes_of
-from polyexport.lowering.paddle.primitives import transpose as transposed
+from polyexport.lowering.paddle.primitives import FAR, cast, line, reshape, sizes_of, transpose as transposed
 from polyexport.lowering.paddle.weights import paddle_dtype
 from polyexport.lowering.table import Ints
 from polyexport.lowering.value import Value, static

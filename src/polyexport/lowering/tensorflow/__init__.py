@@ -13,17 +13,9 @@ import tensorflow as tf
 from polyexport.lowering.graph import Lowering
 from polyexport.lowering.tensorflow import (  # each writes its operators into the table
     convolution as convolution,
-)
-from polyexport.lowering.tensorflow import (
     index as index,
-)
-from polyexport.lowering.tensorflow import (
     math as math,
-)
-from polyexport.lowering.tensorflow import (
     shape as shape,
-)
-from polyexport.lowering.tensorflow import (
     vision as vision,
 )
 from polyexport.lowering.tensorflow.backend import OPS, backend
