@@ -12,7 +12,7 @@ import pytest
 import zoo
 from isolated import in_toolchain, many
 from polyexport.formats import ncnn
-from polyexport.lowering.floats import in_floats
+from polyexport.onnx_graph.floats import in_floats
 from polyexport.spec import ExportSpec, TensorSpec
 
 FORMATS = ("ncnn", "ncnn-fp16")

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from polyexport.lowering.fixed import set_values
-from polyexport.lowering.functions import decomposed
+from polyexport.onnx_graph.decompose import decomposed
+from polyexport.onnx_graph.static_shapes import set_values
 
 if TYPE_CHECKING:
     import onnx
