@@ -62,7 +62,7 @@ docs: $(VENV)/docs
 lock: $(VENV)/test
 	$(BIN)/python tests/support/lock_toolchains.py $(CHAINS)
 
-bench: $(VENV)/test
+bench: $(VENV)/test $(VENV)/bench
 	$(BIN)/python tests/benchmarks/stall.py
 	$(BIN)/python tests/benchmarks/overhead.py
 	$(BIN)/python tests/benchmarks/overlap.py
@@ -70,6 +70,7 @@ bench: $(VENV)/test
 	$(BIN)/python tests/benchmarks/runtimes.py
 	$(BIN)/python tests/benchmarks/onnx2tf.py
 	$(BIN)/python tests/benchmarks/precisions.py --page docs/precisions.md
+	$(BIN)/python tests/benchmarks/growth.py --page docs/growth.md
 
 test-zoo: $(VENV)/test
 	$(BIN)/python tests/support/zoo_table.py families --page docs/zoo.md
@@ -89,6 +90,6 @@ $(VENV)/torch: constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	touch $@
 
-$(VENV)/demo $(VENV)/test $(VENV)/lint $(VENV)/docs: $(VENV)/%: $(VENV)/torch pyproject.toml
+$(VENV)/demo $(VENV)/test $(VENV)/bench $(VENV)/lint $(VENV)/docs: $(VENV)/%: $(VENV)/torch pyproject.toml
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[$*]"
 	touch $@

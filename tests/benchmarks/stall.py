@@ -23,41 +23,16 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from rich.console import Console
 from rich.table import Table
-from training import FORMATS, accelerator_option, fit, in_process
-
-from lightning_export import ExportCallback
+from training import FORMATS, Timed, accelerator_option, fit, in_process
 
 COLUMNS = ("parameters", "formats", "p50 ms", "p95 ms", "max ms", "capture ms", "naive p50 ms", "naive max ms")
 
 
-class Timed(ExportCallback):
-    """Times what its session does in the training thread; leaves before the exports are done, which is not measured."""
-
-    def __init__(self, formats: Any) -> None:
-        super().__init__(formats)
-        self.stalls_ms: list[float] = []
-        self.capture_ms: list[float] = []
-
-    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)
-        session: Any = self.session
-        session.offer = timed(session.offer, self.stalls_ms)
-        session.take = timed(session.take, self.capture_ms)
+class Leaving(Timed):
+    """Leaves before the exports are done, which is not measured."""
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         self.teardown(trainer, pl_module, "fit")
-
-
-def timed(function: Any, into_ms: list[float]) -> Any:
-    """The function, which notes how long each call takes."""
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        start = time.perf_counter()
-        answer = function(*args, **kwargs)
-        into_ms.append((time.perf_counter() - start) * 1e3)
-        return answer
-
-    return call
 
 
 class Naive(Callback):
@@ -103,7 +78,7 @@ CONVERSIONS = (onnx, torchscript, pt2, openvino)
 def child(accelerator: str, who: str, millions: str, formats: str, bests: str) -> dict[str, Any]:
     """One training; what it measured."""
     count = int(formats)
-    export = Naive(count) if who == "naive" else Timed(FORMATS[count])
+    export = Naive(count) if who == "naive" else Leaving(FORMATS[count])
     fit(int(millions), [export], max_epochs=int(bests), accelerator=accelerator)
     return {"stalls_ms": export.stalls_ms, "capture_ms": export.capture_ms}
 

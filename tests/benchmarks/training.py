@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_export import ExportCallback
 
 FORMATS = {
     0: (),
@@ -61,6 +64,33 @@ class Improving(LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=1e-3)
+
+
+class Timed(ExportCallback):
+    """Times what its session does in the training thread, in milliseconds."""
+
+    def __init__(self, *settings: Any, **named: Any) -> None:
+        super().__init__(*settings, **named)
+        self.stalls_ms: list[float] = []
+        self.capture_ms: list[float] = []
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        session: Any = self.session
+        session.offer = timed(session.offer, self.stalls_ms)
+        session.take = timed(session.take, self.capture_ms)
+
+
+def timed(function: Any, into_ms: list[float]) -> Any:
+    """The function, which notes how long each call takes."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        start = time.perf_counter()
+        answer = function(*args, **kwargs)
+        into_ms.append((time.perf_counter() - start) * 1e3)
+        return answer
+
+    return call
 
 
 def accelerator_option(parser: argparse.ArgumentParser) -> None:
