@@ -1,4 +1,4 @@
-"""The rules of the house that a machine can check."""
+"""The rules of the architecture that can be checked automatically."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The budget of the user's own metric: what is in it, what is not, what cannot be told, and what may not be given."""
+"""The budget of the user's own metric: within, outside, undecided, and budgets that are refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The callback in a real `Trainer.fit`: what it asks for, what it leaves behind, and that training never notices."""
+"""The callback in a real `Trainer.fit`: what it refuses, what it writes, and that training is not affected."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What to ship, and what got worse: both are read from reports alone."""
+"""What to ship, and what got worse: both are computed from reports alone."""
 
 from __future__ import annotations
 

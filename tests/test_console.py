@@ -1,4 +1,4 @@
-"""What a terminal shows of the work, and that the work is done whatever the terminal does."""
+"""What a terminal shows of an export, which succeeds whatever happens to the terminal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A module that trained on an accelerator comes back on the CPU. No accelerator is here: what names one is enough."""
+"""A module that trained on an accelerator is exported on the CPU; here, modules only name an accelerator."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Processes that train together: rank zero exports, nobody waits for it in a collective, shards are joined."""
+"""Distributed training: rank zero exports, no rank waits for it in a collective, and shards are joined."""
 
 from __future__ import annotations
 

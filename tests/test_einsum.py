@@ -1,4 +1,4 @@
-"""Einsum in parts, against PyTorch's own."""
+"""Einsum decomposed, against PyTorch's own."""
 
 from __future__ import annotations
 

@@ -509,7 +509,7 @@ def test_a_module_that_cannot_be_rebuilt_fails_every_format_with_the_reason_and_
 
 
 class InPlace(nn.Module):
-    """Normalises what it is given where it lies."""
+    """Normalizes its input in place."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x.sub_(3.0).square().sum(-1)

@@ -1,4 +1,4 @@
-"""Names, reasons and notes are anything: no terminal obeys them, and Markdown shows them as they are."""
+"""Names, reasons and notes may have any content: terminals do not obey it, and Markdown shows it as it is."""
 
 from __future__ import annotations
 

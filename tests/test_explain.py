@@ -1,4 +1,4 @@
-"""Layer by layer: where an artifact and PyTorch part is named, whatever the format calls its tensors."""
+"""Layer by layer: the first layer that differs from PyTorch is named, whatever the format calls its tensors."""
 
 from __future__ import annotations
 

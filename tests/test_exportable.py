@@ -1,4 +1,4 @@
-"""Switches of model libraries are set for a trace, and for nothing else."""
+"""Options of model libraries are set while a module is traced, and only then."""
 
 from __future__ import annotations
 

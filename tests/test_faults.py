@@ -1,4 +1,4 @@
-"""Whatever goes wrong beside a training: it ends as it would have ended, and what is told of it is true.
+"""Whatever goes wrong during an export, training ends as it does without it, and the report is right.
 
 The faults, and what is expected of each, are the table in `faults.py`.
 """

@@ -1,4 +1,4 @@
-"""Folders of the user's stay, whatever an export is called."""
+"""A user's own folders are never replaced, whatever an export is called."""
 
 from __future__ import annotations
 

@@ -371,7 +371,7 @@ def windows(x):
 
 
 def shifted_and_back(x):
-    """As a Swin block does, and at last with no axis beside the neighbour that it had."""
+    """As a Swin block does, and at last with no axis beside the neighbor that it had."""
     parts = windows(x.roll((-2, 1), (2, 3))).softmax(1).reshape(-1, 2, 2, 4, 5, 4)
     return parts.permute(0, 5, 1, 3, 2, 4).reshape(x.shape).roll((2, -1), (2, 3))
 

@@ -1,4 +1,4 @@
-"""No converter and no runtime tells its vendor what was exported: seen in what it asks the system for."""
+"""No converter and no runtime contacts its vendor: seen in the system calls of an export."""
 
 from __future__ import annotations
 

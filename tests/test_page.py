@@ -1,4 +1,4 @@
-"""`report.html` in a browser: whole, quiet, sortable, and readable wherever it is opened."""
+"""`report.html` in a browser: complete, self-contained, sortable, and readable on every screen."""
 
 from __future__ import annotations
 
@@ -142,11 +142,11 @@ def test_a_point_says_what_it_is_under_the_pointer_and_by_keyboard(browser, repo
 @pytest.mark.parametrize(("scheme", "dark"), [("light", False), ("dark", True)])
 def test_the_page_follows_the_colour_scheme(browser, report, scheme, dark):
     opened(browser, report.folder / "report.html", scheme=scheme)
-    colours = [
+    colors = [
         browser.execute_script(f"return getComputedStyle(document.querySelector('{where}')).{what}")
         for where, what in (("body", "backgroundColor"), ("body", "color"), ("svg .name", "fill"))
     ]
-    paper, ink, name = (sum(map(int, re.findall(r"\d+", colour)[:3])) / 765 for colour in colours)
+    paper, ink, name = (sum(map(int, re.findall(r"\d+", color)[:3])) / 765 for color in colors)
     assert (paper < 0.3, ink > 0.7, name > 0.7) == (dark, dark, dark)
 
 

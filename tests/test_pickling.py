@@ -1,4 +1,4 @@
-"""What a module may hold beside its weights, and what becomes of it in a worker."""
+"""What a module may have besides its weights, and how a worker restores it."""
 
 from __future__ import annotations
 

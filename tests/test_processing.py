@@ -1,4 +1,4 @@
-"""What stands before and behind `forward` becomes part of each artifact: raw bytes in, probabilities out."""
+"""Processing before and after `forward` becomes part of each artifact: raw bytes in, probabilities out."""
 
 from __future__ import annotations
 

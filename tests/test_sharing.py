@@ -1,4 +1,4 @@
-"""Sessions of pytest that share the tests of a folder: each test runs once, and what is dear is made once."""
+"""Sessions of pytest that share the tests of a folder: each test runs once, and slow fixtures are made once."""
 
 from __future__ import annotations
 

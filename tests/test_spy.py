@@ -1,4 +1,4 @@
-"""The first call of forward is seen, and nobody sees that it is."""
+"""The first call of forward is captured, without any side effect."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is written out while a module is traced answers as PyTorch's own functions do, and is what converters get."""
+"""What is decomposed while a module is traced answers as PyTorch's own functions do, and is what converters get."""
 
 from __future__ import annotations
 

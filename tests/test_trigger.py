@@ -1,8 +1,8 @@
 """An export is made exactly when a `ModelCheckpoint` wrote a new best, whatever its settings.
 
 The validation losses are scripted, and the parameter `clock` counts optimizer steps, so the expected checkpoints are
-known in advance, and each one that was taken can be told by its weights. Nothing is exported here: what the callback
-hands over is recorded instead.
+known in advance, and each one that was taken can be recognized by its weights. Nothing is exported here: what the
+callback hands over is recorded instead.
 """
 
 from __future__ import annotations

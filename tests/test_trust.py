@@ -1,4 +1,4 @@
-"""An export of somebody else runs no code of theirs: what is pickled in it stays so without `--trust`."""
+"""An export of somebody else runs no code of theirs: its pickles are loaded with `--trust` only."""
 
 from __future__ import annotations
 

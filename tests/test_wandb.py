@@ -1,4 +1,4 @@
-"""W&B over its own protocol, against a server on this machine: what gets there, and what is told when it does not.
+"""W&B over its own protocol, against a server on this machine: what is uploaded, and what is reported when that fails.
 
 Each client is a process of its own, so that W&B's service ends with it.
 """
