@@ -3,8 +3,8 @@
 python examples/qat.py
 
 `torch.ao` rounds weights and activations during training, so that the model learns to work with eight bits. ONNX,
-OpenVINO and ExecuTorch in int8 then use the trained scales; TensorFlow Lite is calibrated with the images. On images as
-small as these, eight bits cost next to no accuracy either way; the example shows that the trained scales are used.
+OpenVINO, ExecuTorch and TensorFlow Lite in int8 then use the trained scales. On images as small as these, eight bits
+cost next to no accuracy either way; the example shows that the trained scales are used.
 Formats given as arguments replace those four.
 """
 

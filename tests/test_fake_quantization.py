@@ -123,6 +123,23 @@ def test_executorch_computes_in_integers_with_the_scales_that_were_trained(tmp_p
 
 
 @pytest.mark.slow
+def test_tensorflow_lite_computes_in_integers_with_the_scales_that_were_trained(tmp_path: Path):
+    """Which need static shapes, and yet come before a dynamic batch with scales that are not those."""
+    module, expected = trained(eager, "qnnpack")
+    formats = ["tflite-int8", "tflite-int8-nhwc"]
+    report = polyexport.export(module, IMAGES, formats, tmp_path / "x", calibration=[100 * IMAGES], bench=False)
+    for outcome in report.outcomes:
+        assert (outcome.route, outcome.calibration) == ("trained scales", None), outcome.reason
+        assert "float" not in outcome.remark
+        assert outcome.inputs[0].dtype == outcome.outputs[0].dtype == "int8"
+        assert outcome.parity is not None
+        assert (outcome.parity.max_abs_error or 0.0) <= 0.02 * float(expected.abs().max())
+    assert report["tflite-int8"].state == "degraded"
+    assert "with dynamic axes: trained scales takes static shapes only" in report["tflite-int8"].reason
+    assert report["tflite-int8-nhwc"].state == "verified"
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("prepare", [eager, by_fx])
 def test_onnx_and_openvino_compute_in_integers_with_the_scales_that_were_trained(tmp_path: Path, prepare):
     module, expected = trained(prepare, "qnnpack")

@@ -24,9 +24,9 @@ FAR_IN_INT8 = {"vit"}
 
 @pytest.fixture(scope="module")
 def roots(exported, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The exports of the zoo, one whose ONNX graph is wrong, and one whose RKNN files will be."""
+    """Exports of the zoo, one whose ONNX graph is wrong, and one whose RKNN files will be."""
     onnx = pytest.importorskip("onnx", reason="onnx is not installed; `pip install onnx`")
-    found = {name: exported(name).folder for name in (*zoo.GROUND, *zoo.FURTHER)}
+    found = {name: exported(name).folder for name in zoo.GROUND}
     folder = tmp_path_factory.mktemp("planted")
     for name in ("wrong_weight", "wrong_file"):
         found[name] = shutil.copytree(found["keywords"], folder / name, ignore=shutil.ignore_patterns("many"))

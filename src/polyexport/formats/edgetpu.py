@@ -50,6 +50,12 @@ def convert(source: Path, target: Path, spec: ExportSpec) -> None:
     print(prediction(target))
 
 
+def keep_trained_scales(source: Path, target: Path, spec: ExportSpec) -> None:
+    """Lower the program for one row and channels last, with the scales that it was trained with."""
+    tflite.keep_trained_scales(source, target, spec.one_row(), channels_last=True)
+    print(prediction(target))
+
+
 def _channels_last(arrays: Arrays) -> Arrays:
     return {name: array.transpose(tflite.TO_LAST) if array.ndim == 4 else array for name, array in arrays.items()}
 
@@ -280,7 +286,7 @@ def _snippets(module: str, make: str) -> tuple[Snippet, ...]:
     return (Snippet("Python", _CODE.replace("MODULE", module).replace("MAKE", make)),)
 
 
-def _format(name: str, description: str, artifact: str, route: Route, load: Any, **more: Any) -> Format:
+def _format(name: str, description: str, artifact: str, load: Any, *routes: Route, **more: Any) -> Format:
     return Format(
         name=name,
         description=description,
@@ -288,7 +294,7 @@ def _format(name: str, description: str, artifact: str, route: Route, load: Any,
         artifact=artifact,
         graph=artifact,
         precision="int8",
-        routes=(route,),
+        routes=routes,
         load=load,
         runtime="tflite",
         calibrated=True,
@@ -302,8 +308,9 @@ FORMATS = (
         "tflite-int8-nhwc",
         "TensorFlow Lite model in int8, channels last, one row at a time, as an Edge TPU needs it",
         _MODEL,
-        tflite.packed(Route("litert-torch", "pt2", "litert", convert)),
         load_int8,
+        tflite.packed(Route("trained scales", "pt2", "litert", keep_trained_scales, trained=True)),
+        tflite.packed(Route("litert-torch", "pt2", "litert", convert)),
         on_device=OnDevice(("ai-edge-litert",)),
         snippets=_snippets("ai_edge_litert.interpreter", "Interpreter"),
     ),
@@ -311,8 +318,8 @@ FORMATS = (
         "edgetpu",
         "TensorFlow Lite model compiled for Coral's Edge TPU",
         "model_edgetpu.tflite",
-        Route(COMPILER, "tflite-int8-nhwc", "tflite", compile_int8),
         load,
+        Route(COMPILER, "tflite-int8-nhwc", "tflite", compile_int8),
         aliases=("coral",),
         lacks=lacks,
         on_device=OnDevice(("ai-edge-litert",), load_on_coral),

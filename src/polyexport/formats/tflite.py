@@ -27,6 +27,7 @@ from polyexport.formats.saved_model import SIGNATURE
 from polyexport.measure.weights import counted, in_float, is_weight
 from polyexport.spec import Arrays, ExportSpec, Precision, TensorSpec, calibration
 from polyexport.tracing.exported_program import in_float32, load_program
+from polyexport.tracing.fake_quantization import quantize_in_graph, quantized_module
 
 if TYPE_CHECKING:
     import torch
@@ -49,6 +50,7 @@ def lower(
     *,
     channels_last: bool = False,
     narrow: Callable[[str], str] = lambda dtype: dtype,
+    quantized: Any = None,
 ) -> None:
     """Write a module with the static signature `spec`, under its own names; float64 becomes float32.
 
@@ -58,6 +60,7 @@ def lower(
         spec: The module's signature, not the artifact's.
         channels_last: Whether tensors of four axes, taken as images, have channels last in the artifact.
         narrow: The type of a tensor in the artifact, for its type in PyTorch.
+        quantized: A `QuantConfig` of litert-torch, if layers between `dequantize` and `quantize` become integer ones.
     """
     import litert_torch
     import torch
@@ -85,7 +88,7 @@ def lower(
     }
     if channels_last:
         inputs = {name: _permuted(tensor, TO_LAST).contiguous() for name, tensor in inputs.items()}
-    litert_torch.convert(Named(), (), inputs).export(str(target))
+    litert_torch.convert(Named(), (), inputs, quant_config=quantized).export(str(target))
 
 
 TO_FIRST, TO_LAST = (0, 3, 1, 2), (0, 2, 3, 1)
@@ -99,6 +102,17 @@ def _as(tensor: torch.Tensor, dtype: str, narrow: str) -> torch.Tensor:
 
 def _permuted(tensor: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
     return tensor.permute(order) if tensor.ndim == 4 else tensor
+
+
+def keep_trained_scales(source: Path, target: Path, spec: ExportSpec, *, channels_last: bool = False) -> None:
+    """Lower the program with the scales of the fake quantization that it was trained with; static shapes only."""
+    from litert_torch.quantize.pt2e_quantizer import PT2EQuantizer, get_symmetric_quantization_config
+    from litert_torch.quantize.quant_config import QuantConfig
+
+    module = quantized_module(source)
+    quantize_in_graph(module)
+    settings = QuantConfig(PT2EQuantizer().set_global(get_symmetric_quantization_config()))
+    lower(module, target, spec, channels_last=channels_last, quantized=settings)
 
 
 def convert_saved_model(source: Path, target: Path, spec: ExportSpec) -> None:
@@ -563,6 +577,7 @@ FORMATS = (
         "tflite-int8",
         "int8",
         "TensorFlow Lite model in int8, calibrated with validation batches",
+        Route("trained scales", "pt2", "litert", keep_trained_scales, static=True, trained=True),
         Route("quantizer", "tflite", "tflite", quantize),
         Route("tensorflow", "saved_model", "tensorflow", quantize_saved_model),
         load=load_int8,

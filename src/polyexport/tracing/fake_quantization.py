@@ -48,13 +48,22 @@ def with_trained_scales(source: Path, spec: ExportSpec) -> torch.export.Exported
     """
     import torch
 
+    inputs = tuple(map(torch.from_numpy, example(spec).values()))
+    return export_program(quantized_module(source), inputs, [tensor.dynamic for tensor in spec.inputs])
+
+
+def quantized_module(source: Path) -> GraphModule:
+    """The module of a `.pt2`, with `quantize` and `dequantize` in place of its fake quantization.
+
+    Raises:
+        RuntimeError: it has no fake quantization of torch.ao.
+    """
     module = load_program(source).module()
     if not with_integers(module):
         raise RuntimeError(
             "the model was trained with fake quantization other than torch.ao's, whose scales are unknown"
         )
-    inputs = tuple(map(torch.from_numpy, example(spec).values()))
-    return export_program(module, inputs, [tensor.dynamic for tensor in spec.inputs])
+    return module
 
 
 def with_integers(module: GraphModule) -> bool:
@@ -76,6 +85,28 @@ def with_integers(module: GraphModule) -> bool:
         module.graph.eliminate_dead_code()
         module.recompile()
     return bool(found)
+
+
+def quantize_in_graph(module: GraphModule) -> None:
+    """Store weights as float32 with `quantize` before their `dequantize`, for converters that make integers themselves.
+
+    They are multiples of their scale, so nothing is rounded. Changes `module` in place.
+    """
+    import torch
+
+    ops = torch.ops.quantized_decomposed
+    quantize: dict[Any, Any] = {
+        ops.dequantize_per_tensor.default: ops.quantize_per_tensor.default,
+        ops.dequantize_per_channel.default: ops.quantize_per_channel.default,
+    }
+    constants = _constants(module)
+    for node in [each for each in constants if each.target in quantize]:
+        about = node.args[1:]
+        with module.graph.inserting_before(node):
+            steps = module.graph.call_function(quantize[node.target], (_buffer(module, constants[node]), *about))
+        node.args = (steps, *about)
+    module.graph.eliminate_dead_code()
+    module.recompile()
 
 
 def _fold(module: GraphModule, constants: dict[Node, Any]) -> None:
