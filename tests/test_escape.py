@@ -46,7 +46,7 @@ def hostile() -> Report:
         ("\udcff", "\ufffd"),
     ],
 )
-def test_a_terminal_has_nothing_to_obey(text: str, shown: str) -> None:
+def test_control_characters_do_not_reach_the_terminal(text: str, shown: str) -> None:
     assert escape.printable(text) == shown
 
 

@@ -74,7 +74,7 @@ def test_no_files_of_the_room_import_each_other_in_a_circle() -> None:
     assert len(list(TopologicalSorter(graph).static_order())) > 20
 
 
-def test_no_function_of_the_room_stands_there_twice() -> None:
+def test_no_function_of_the_room_is_written_twice() -> None:
     """What two frameworks compute in the same way is written once."""
     found: dict[str, list[str]] = {}
     for file in (PACKAGE / "lowering").rglob("*.py"):

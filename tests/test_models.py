@@ -270,7 +270,7 @@ def test_the_reference_is_what_the_trained_model_answers_in_float32(with_export,
     assert np.allclose(exported, live, rtol=1e-5, atol=1e-6)
 
 
-def test_other_weights_would_answer_otherwise(with_export):
+def test_other_weights_would_be_noticed(with_export):
     exported, live = answers(Net(), with_export["hooks"][3])
     assert not np.allclose(exported, live, rtol=1e-2)
 

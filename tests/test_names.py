@@ -102,7 +102,7 @@ def test_every_format_keeps_a_name_that_an_operator_has_and_takes_no_detour_for_
     assert [text for text in routes if text.split(":")[0] in whole] == []
 
 
-def test_what_has_several_names_gets_them_all_and_a_branch_sees_the_new_ones() -> None:
+def test_a_value_with_several_names_gets_them_all_and_a_branch_sees_the_new_ones() -> None:
     """An input passed through, a weight, one value twice, and a value that a subgraph reads under the name taken."""
 
     def port(name: str) -> onnx.ValueInfoProto:
