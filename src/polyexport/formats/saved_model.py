@@ -24,7 +24,7 @@ def convert(source: Path, target: Path, spec: ExportSpec) -> None:
     """Lower the ONNX graph to TensorFlow's operators, under forward's own names."""
     import tensorflow as tf
 
-    from polyexport.lowering.graph import read
+    from polyexport.lowering.protobuf import read
     from polyexport.lowering.tensorflow import lower_model
 
     names = arguments(spec)

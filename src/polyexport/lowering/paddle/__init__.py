@@ -15,7 +15,7 @@ import paddle
 from paddle.static import InputSpec, Program
 
 from polyexport.lowering.backend import Tensor
-from polyexport.lowering.graph import Lowering, read
+from polyexport.lowering.graph import Lowering
 from polyexport.lowering.paddle import (  # each writes its operators into the table
     convolution as convolution,
     index as index,
@@ -26,6 +26,7 @@ from polyexport.lowering.paddle import (  # each writes its operators into the t
 )
 from polyexport.lowering.paddle.backend import OPS, backend
 from polyexport.lowering.paddle.weights import Weights
+from polyexport.lowering.protobuf import read
 from polyexport.lowering.value import Value
 
 if TYPE_CHECKING:

@@ -30,7 +30,7 @@ def lower_model(model: onnx.ModelProto, inputs: list[tf.TensorSpec]) -> tf.Modul
     """A module whose `forward` computes a model's graph: tensors in, a dict of named tensors out.
 
     Args:
-        model: The model from `polyexport.lowering.graph.read`, with functions inlined.
+        model: The model from `polyexport.lowering.protobuf.read`, with functions inlined.
         inputs: Name, type and shape of forward's inputs, in the order of its arguments; one that the graph does not
             read is accepted and ignored.
 
