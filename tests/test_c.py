@@ -63,7 +63,7 @@ def test_the_header_is_read_by_both_languages(sequence: Report, tmp_path: Path, 
     subprocess.run(words, cwd=tmp_path, check=True)
 
 
-def test_inputs_with_rows_are_split_and_others_are_passed_whole() -> None:
+def test_rows_are_given_in_pieces_and_what_has_no_rows_whole() -> None:
     seen: list[Arrays] = []
 
     def run(inputs: Arrays) -> Arrays:
@@ -78,7 +78,7 @@ def test_inputs_with_rows_are_split_and_others_are_passed_whole() -> None:
     assert answer["total"] == 7
 
 
-def test_a_program_that_does_not_compile_fails_with_the_compilers_message(tmp_path: Path) -> None:
+def test_a_program_that_does_not_compile_fails_in_the_compilers_words(tmp_path: Path) -> None:
     (tmp_path / "model.c").write_text(
         "void model(const float x[restrict 1], float y[restrict 1]) {\n    nonsense;\n}\n"
     )
@@ -87,7 +87,7 @@ def test_a_program_that_does_not_compile_fails_with_the_compilers_message(tmp_pa
         c.load(tmp_path / "model.c", spec, threads=1)
 
 
-def test_weights_in_a_file_next_to_the_source_are_read(tmp_path: Path) -> None:
+def test_weights_beside_the_source_are_read(tmp_path: Path) -> None:
     code = """#include <stdbool.h>
 #include <stdio.h>
 static float weight;

@@ -87,7 +87,7 @@ def found_idle(look):
 
 
 @pytest.mark.parametrize("name", [*IDLE, *CHECKS])
-def test_reads_without_effect_do_not_prevent_an_export(name):
+def test_what_is_read_without_effect_keeps_no_module_from_being_exported(name):
     model, found = found_idle({**IDLE, **CHECKS}[name])
     assert len(found.values) == 1
     assert bool(found.checks) == (name in CHECKS)
@@ -99,6 +99,6 @@ def test_reads_without_effect_do_not_prevent_an_export(name):
 
 
 @pytest.mark.parametrize("name", NOT_IDLE)
-def test_a_read_that_has_an_effect_on_any_data_is_not_idle(name):
+def test_what_has_an_effect_on_any_data_is_not_idle(name):
     _, found = found_idle(NOT_IDLE[name])
     assert found.values == {}

@@ -44,7 +44,7 @@ def run(python: str, kit: Path, *flags: str) -> subprocess.CompletedProcess[str]
 
 
 @pytest.mark.parametrize("name", RUNTIMES)
-def test_a_proof_of_another_interpreter_is_in_the_report(
+def test_what_another_interpreter_proves_stands_in_the_report(
     name: str, everything: Everything, device: str, tmp_path: Path
 ):
     export = copied(everything.report, tmp_path / "out")
@@ -95,13 +95,13 @@ def test_a_wrong_answer_there_is_a_mismatch_here(small: Report, tmp_path: Path, 
     assert read_json(export / "onnx" / DESCRIPTION)["state"] == "mismatch"
 
 
-def test_a_machine_without_numpy_reports_what_to_install(small: Report, tmp_path: Path, device: str):
+def test_a_machine_without_numpy_is_told_what_to_install(small: Report, tmp_path: Path, device: str):
     kit = make(small.folder / "onnx", tmp_path / "kit")
     done = run(device, kit, "-S")
     assert (done.returncode, done.stderr) == (1, "numpy is not installed: pip install onnxruntime numpy\n")
 
 
-def test_all_code_of_a_kit_is_valid_python_3_10(small: Report, tmp_path: Path):
+def test_all_that_a_kit_brings_is_python_3_10(small: Report, tmp_path: Path):
     for each in (each for each in FORMATS.values() if each.on_device):
         file = tmp_path / "program.zip"
         file.write_bytes(program(each, "x"))
@@ -117,7 +117,7 @@ def test_the_same_kit_is_the_same_bytes(small: Report):
     assert program(FORMATS["onnx"], "x") == program(FORMATS["onnx"], "x")
 
 
-def test_a_format_without_a_kit_names_those_that_have_one(small: Report, tmp_path: Path):
+def test_what_has_no_kit_says_what_has(small: Report, tmp_path: Path):
     with pytest.raises(BadRequest, match=r"pt2 has no kit; formats with one: coreml.*, onnx, "):
         make(small.folder / "pt2", tmp_path / "kit")
     (tmp_path / "mine").mkdir()
@@ -147,7 +147,7 @@ def outcome(state: str = "verified", parity: Parity | None = None, reason: str =
     return Outcome("coreml", "float32", state, reason, artifact=Artifact("coreml/m", 1, "ab"), parity=parity)
 
 
-def test_an_artifact_that_a_stand_in_ran_is_verified_by_the_device_itself():
+def test_what_a_stand_in_ran_is_verified_by_the_device_itself():
     before = outcome(parity=replace(GOOD, off_device=True, verified_by="MIL program evaluated off-device"))
     assert before.shown_state == "verified off-device"
     after = settled(before, proof(replace(GOOD, verified_by="Core ML")))
@@ -155,7 +155,7 @@ def test_an_artifact_that_a_stand_in_ran_is_verified_by_the_device_itself():
 
 
 @pytest.mark.parametrize("state", ["unverified", "mismatch"])
-def test_an_artifact_without_a_runtime_here_is_verified_there(state: str):
+def test_what_nothing_here_could_run_is_verified_there(state: str):
     parity = replace(BAD, off_device=True) if state == "mismatch" else None
     after = settled(outcome(state, parity, "nothing here can run it"), proof())
     assert (after.state, after.reason, after.parity) == ("verified", "", GOOD)
@@ -170,7 +170,7 @@ def test_the_worst_of_all_machines_counts_until_that_one_agrees():
     assert (again.state, again.reason, len(again.proofs), again.parity) == ("verified", "", 2, GOOD)
 
 
-def test_shortfalls_there_and_here_stay_in_the_report():
+def test_what_it_lacks_there_or_lacked_here_stays_said():
     after = settled(outcome(parity=GOOD), proof(elsewhere="on rows negated: y: off"))
     assert (after.state, after.reason[-23:]) == ("degraded", "on rows negated: y: off")
     static = settled(outcome("degraded", replace(GOOD, off_device=True), "static shapes only"), proof())
@@ -178,7 +178,7 @@ def test_shortfalls_there_and_here_stay_in_the_report():
     assert settled(outcome("mismatch", BAD, BAD.reason), proof()).state == "mismatch"  # its own runtime ran it here
 
 
-def test_a_proof_of_another_artifact_is_refused(small: Report, tmp_path: Path, device: str):
+def test_a_proof_of_something_else_is_refused(small: Report, tmp_path: Path, device: str):
     export = copied(small, tmp_path / "out")
     kit = make(export / "onnx", tmp_path / "kit")
     assert run(device, kit).returncode == 0

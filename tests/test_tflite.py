@@ -88,7 +88,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Report:
 
 
 @pytest.mark.slow
-def test_a_dynamic_batch_beats_the_order_of_routes(report):
+def test_a_free_batch_beats_the_order_of_routes(report):
     outcome = report["tflite"]
     assert (outcome.state, outcome.route, outcome.reason) == ("verified", "tensorflow", "")
     assert not [
@@ -98,7 +98,7 @@ def test_a_dynamic_batch_beats_the_order_of_routes(report):
 
 
 @pytest.mark.slow
-def test_the_report_has_the_artifacts_own_signature(report):
+def test_the_report_tells_the_artifacts_own_signature(report):
     outcome = report["tflite-int8"]
     assert (outcome.state, outcome.route, outcome.reason) == ("verified", "quantizer", "")
     assert [str(tensor) for tensor in outcome.inputs] == ["image: int8[batch, 3, 16, 16]"]
@@ -174,7 +174,7 @@ def test_small_weights_agree_and_two_channels_that_are_swapped_do_not(shadows, n
 
 
 @pytest.mark.slow
-def test_weights_left_in_float_are_reported(shadows):
+def test_weights_left_in_float_are_told(shadows):
     assert shadows["not tflite-w8"]["shortfall"] == (
         "100% of its weights in float, since int8 is not supported for them: 2 × CONV_2D, 1 × FULLY_CONNECTED"
     )
@@ -217,7 +217,7 @@ def test_operations_that_stay_on_the_microcontroller_degrade(shadows):
 
 
 @pytest.mark.slow
-def test_operators_left_in_float_are_reported(shadows):
+def test_operators_left_in_float_are_told(shadows):
     found = shadows["not in int8"]
     assert found["shortfall"].startswith("100% of its weights in float, since int8 is not supported for them: ")
     assert found["remark"].startswith("in float32, since int8 is not supported for it: ")
@@ -225,14 +225,14 @@ def test_operators_left_in_float_are_reported(shadows):
 
 
 @pytest.mark.slow
-def test_operations_that_the_compiler_leaves_to_the_cpu_make_the_outcome_degraded(shadows):
+def test_operations_that_the_compiler_leaves_to_the_cpu_are_told_and_degrade(shadows):
     assert "(Operation not supported)" in shadows["refused"]["shortfall"]
     assert shadows["refused"]["remark"] == "one row per call"
     assert shadows["refused"]["parity"]["passed"]
 
 
 @pytest.mark.slow
-def test_without_the_compiler_the_reason_says_where_to_get_it_and_what_would_map(shadows):
+def test_without_the_compiler_it_is_told_where_to_get_it_and_what_would_map(shadows):
     reason = shadows["no compiler"]
     assert reason.startswith(
         "ToolMissing: edgetpu_compiler is not on PATH; it is at https://coral.ai/docs/edgetpu/compiler/"
@@ -296,7 +296,7 @@ def test_a_log_without_a_table_is_an_error():
         edgetpu.read_log(LOG.split("Operator")[0])
 
 
-def test_a_compiler_that_fails_is_quoted(tmp_path, monkeypatch):
+def test_a_compiler_that_fails_is_told_in_its_own_words(tmp_path, monkeypatch):
     program = tmp_path / edgetpu.COMPILER
     program.write_text("#!/bin/sh\necho 'Invalid model: not quantized' >&2\nexit 1\n")
     program.chmod(0o755)
