@@ -31,8 +31,7 @@ from polyexport import FORMATS, Report
 from polyexport.engine import plan
 from polyexport.workers import process
 from polyexport.workers.toolchain import cache_folder
-from sharing import pytest_addoption as pytest_addoption
-from sharing import pytest_configure as pytest_configure
+from sharing import pytest_addoption as pytest_addoption, pytest_configure as pytest_configure
 
 
 @pytest.fixture(autouse=True)

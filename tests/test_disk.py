@@ -58,13 +58,13 @@ def test_what_had_no_job_for_a_month_is_removed_and_nothing_else(cache: Path) ->
     assert {path.name for path in cache.iterdir()} == {find("mnn").folder.name, "tfjs-half-made"}
 
 
-def test_a_job_in_an_environment_keeps_it(cache: Path) -> None:
+def test_an_environment_with_a_job_is_kept(cache: Path) -> None:
     disk.use(cache / "mnn-of-last-year" / ".complete")
     assert not any(environment.is_unused for environment in disk.environments(cache, ".complete"))
 
 
 @pytest.mark.parametrize("words", [[], ["mnn", "--unused"]])
-def test_remove_wants_names_or_unused(cache: Path, words: list[str]) -> None:
+def test_remove_needs_names_or_unused(cache: Path, words: list[str]) -> None:
     done = CliRunner().invoke(app, ["toolchain", "remove", *words])
     assert done.exit_code == 2
     assert "give names of toolchains, or --unused" in done.stderr

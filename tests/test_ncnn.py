@@ -14,7 +14,7 @@ import zoo
 from isolated import in_toolchain, many
 from polyexport.errors import NothingToDo
 from polyexport.formats import ncnn
-from polyexport.lowering.floats import in_floats
+from polyexport.onnx_graph.floats import in_floats
 from polyexport.spec import ExportSpec, TensorSpec
 
 FORMATS = ("ncnn", "ncnn-fp16")

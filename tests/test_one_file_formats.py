@@ -71,7 +71,7 @@ graph (float[n, 6] x) => (bool[n, 6] nan, float[n, 6] exact, float[n, 6] erf, fl
 """
 
 
-def test_what_mnn_lacks_is_decomposed_and_computes_the_same() -> None:
+def test_operators_that_mnn_lacks_are_decomposed_and_compute_the_same() -> None:
     onnx = pytest.importorskip("onnx", reason="onnx is not installed; `pip install onnx`")
     onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed; `pip install onnxruntime`")
     model = onnx.parser.parse_model(GRAPH)
@@ -94,7 +94,7 @@ def test_what_mnn_lacks_is_decomposed_and_computes_the_same() -> None:
         (1, "", "ended with exit code 1"),
     ],
 )
-def test_why_mnns_converter_wrote_nothing_is_read_from_what_it_prints(code: int, printed: str, why: str) -> None:
+def test_the_reason_of_mnns_converter_is_read_from_its_output(code: int, printed: str, why: str) -> None:
     assert mnn._why(subprocess.CompletedProcess([], code, printed, "")) == why
 
 

@@ -322,7 +322,7 @@ def test_every_toolchain_of_ours_can_be_read():
 
 
 @pytest.mark.parametrize("what", ["its Python", "a package", "a package without a trace", "a file", "an empty Python"])
-def test_a_toolchain_that_is_damaged_is_made_anew(cache, monkeypatch, what):
+def test_a_damaged_toolchain_is_installed_again(cache, monkeypatch, what):
     chain = forced(Toolchain("damaged", (PIN,)))
     python = chain.interpreter()
     site = next(chain.folder.glob("lib/python*/site-packages"))

@@ -67,7 +67,7 @@ def convert(source: Path, target: Path, spec: ExportSpec) -> None:
 
 def _fixed(source: Path, spec: ExportSpec) -> onnx.ModelProto:
     """The ONNX graph for one row, including inputs that forward never reads."""
-    from polyexport.lowering.fixed import set_values, with_sizes
+    from polyexport.onnx_graph.static_shapes import set_values, with_sizes
 
     one = spec.one_row()
     model = with_sizes(source, spec, one)

@@ -27,7 +27,7 @@ import numpy as np
 
 from polyexport.errors import ended
 from polyexport.format import Convert, Format, Route, Snippet
-from polyexport.lowering.functions import decomposed
+from polyexport.onnx_graph.decompose import decomposed
 from polyexport.spec import Arrays, ExportSpec, Precision, Runner, calibration
 from polyexport.workers import programs
 

@@ -6,7 +6,7 @@ Requirements:
 * It is converted by pnnx, ncnn's own converter, from an ONNX graph of one row, and takes a row without its batch axis.
 * ncnn computes in floats. Everything except ids of an embedding is cast to float32 in the graph before pnnx reads it,
   and so are the artifact's inputs and outputs; operators without a layer in ncnn are decomposed (see
-  `polyexport.lowering.floats`).
+  `polyexport.onnx_graph.floats`).
 * pnnx writes layers that ncnn lacks without an error; here that is an error.
 """
 
@@ -48,8 +48,8 @@ def _converter(*, half: bool) -> Convert:
             NothingToDo: its dynamic batch became static, which is no other graph.
             RuntimeError: the graph has several rows, pnnx wrote no model, or ncnn lacks a layer.
         """
-        from polyexport.lowering.fixed import with_sizes
-        from polyexport.lowering.floats import in_floats
+        from polyexport.onnx_graph.floats import in_floats
+        from polyexport.onnx_graph.static_shapes import with_sizes
 
         one = spec.one_row()
         if why := fixed_batch(one):
