@@ -27,7 +27,7 @@ demo: $(VENV)/demo
 # the toolchains first, since the sessions would wait for each other's; then two side by side, since most of a test is one
 # process that imports or converts
 test: $(VENV)/test
-	$(BIN)/polyexport toolchain install c executorch litert litert_web mnn ncnn nncf onnx_web paddle rknn tensorflow \
+	$(BIN)/polyexport toolchain install c executorch imx500 litert litert_web mnn ncnn nncf onnx_web paddle rknn tensorflow \
 		tensorrt_rtx tfjs tflite vela
 	shared=$$(mktemp -d) && trap "rm -rf $$shared" EXIT && \
 		$(MAKE) --jobs=2 --output-sync=target SHARED=$$shared session-1 session-2

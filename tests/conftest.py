@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import os
 import shutil
 import subprocess
@@ -11,11 +12,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import networkx  # noqa: F401  # with these here, servers import them too, and conversions need not
+import lightning.pytorch  # noqa: F401  # servers import what is imported here, and their jobs need not
+import networkx  # noqa: F401
 import onnxscript.function_libs.torch_lib.ops
 import onnxscript.rewriter  # noqa: F401
 import pytest
 import torch
+import torch._dynamo
+import torch.export._trace
+import torch.onnx
 
 import every_format
 import polyexport
@@ -26,8 +31,7 @@ from polyexport import FORMATS, Report
 from polyexport.engine import plan
 from polyexport.workers import process
 from polyexport.workers.toolchain import cache_folder
-from sharing import pytest_addoption as pytest_addoption
-from sharing import pytest_configure as pytest_configure
+from sharing import pytest_addoption as pytest_addoption, pytest_configure as pytest_configure
 
 
 @pytest.fixture(autouse=True)
@@ -51,6 +55,13 @@ def logs_stay_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def import_path_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder that a test puts there, with a `queue.py` in it, would be what other tests' processes import."""
     monkeypatch.setattr(sys, "path", sys.path.copy())
+
+
+@pytest.fixture(scope="session", autouse=True)
+def imports_are_no_garbage() -> None:
+    """Each conversion by coremltools collects garbage, which takes half a second with all that is imported here."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -120,7 +131,7 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Report:
 
 @pytest.fixture(scope="session")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """A headless Chromium, which keeps a log of its console and of its requests."""
+    """A headless Chromium with WebGPU, which keeps a log of its console and of its requests."""
     from selenium import webdriver
 
     chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -133,6 +144,8 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         "--headless",
         "--no-sandbox",
         "--disable-gpu",
+        "--enable-unsafe-webgpu",  # by SwiftShader, on the CPU
+        "--use-webgpu-adapter=swiftshader",
         "--disable-quic",
         "--no-first-run",
         "--disable-component-update",

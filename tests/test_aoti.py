@@ -1,4 +1,4 @@
-"""AOTInductor's package: compiled here with its batch dynamic, or told why not. That it agrees is shown elsewhere."""
+"""AOTInductor's package: compiled here with a dynamic batch, or the reason why not. `test_formats.py` tests parity."""
 
 from __future__ import annotations
 

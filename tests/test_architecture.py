@@ -1,4 +1,4 @@
-"""The rules of the house that a machine can check."""
+"""The rules of the architecture that can be checked automatically."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_no_library_file_names_a_format_but_its_own():
         assert not strings & names, file
 
 
-def test_every_format_is_whole():
+def test_every_format_is_declared_completely():
     for each in FORMATS.values():
         assert each.description
         assert each.url.startswith("https://")
@@ -89,7 +89,7 @@ def test_an_unknown_format_names_the_known_ones():
         resolve(["onnx", "onxx"])
 
 
-def test_a_precision_that_is_none_is_refused_where_the_format_is_declared():
+def test_an_unknown_precision_is_refused_where_the_format_is_declared():
     reason = "onnx has the precision 'fp16'; known precisions: float32, float16, bfloat16, int8, w8, w4"
     with pytest.raises(BadRequest, match=re.escape(reason)):
         replace(FORMATS["onnx"], precision="fp16")
@@ -209,7 +209,7 @@ def test_the_house_is_small_and_shallow():
 
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"])
-def test_a_page_beside_the_code_links_to_what_is_there(page: str):
+def test_links_of_pages_next_to_the_code_exist(page: str):
     """Links within the site are checked by `make docs`."""
     root = Path(__file__).parents[1]
     links = re.findall(r"\]\(([^)#]+)\)", (root / page).read_text(encoding="utf-8"))

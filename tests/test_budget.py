@@ -1,4 +1,4 @@
-"""The budget of the user's own metric: what is in it, what is not, what cannot be told, and what may not be given."""
+"""The budget of the user's own metric: within, outside, undecided, and budgets that are refused."""
 
 from __future__ import annotations
 
@@ -42,24 +42,24 @@ TURNED, TURNED_INT8 = planted("turned", wrong), planted("turned-int8", wrong, pr
         (Budget(0.01, "max"), None, 0.90, False),
     ],
 )
-def test_what_is_worse_by_more_is_outside(budget, ours, theirs, is_within):
+def test_a_loss_larger_than_the_budget_is_outside(budget, ours, theirs, is_within):
     assert (overdrawn({"m": budget}, {"m": ours}, {"m": theirs}) == "") == is_within
 
 
-def test_it_tells_the_metric_both_values_and_the_budget():
+def test_the_reason_has_the_metric_both_values_and_the_budget():
     said = overdrawn({"val_acc": Budget(0.01, "max")}, {"val_acc": 0.9}, {"val_acc": 0.5})
     assert said == "val_acc is 0.5, PyTorch has 0.9, the budget is 0.01"
 
 
 @pytest.mark.parametrize("most", ["2", "-1%", "a bit", -0.1, float("nan"), True, None])
-def test_what_is_no_budget_is_told_at_once(most):
+def test_an_invalid_budget_is_refused_at_once(most):
     with pytest.raises(
         BadRequest, match=r"give how much worse the metric may be, such as 0\.01, or a share, such as '2%'"
     ):
         ExportCallback(["onnx"], budget={"val_acc": most})
 
 
-def test_which_way_is_better_is_not_guessed():
+def test_whether_higher_is_better_is_not_guessed():
     with pytest.raises(BadRequest, match=r"it is unknown which way val_acc is better; .*mode='max'"):
         directed(budgets({"val_acc": 0.01}), {"val_loss": "min"})
     assert directed(budgets({"val_loss": "2%"}), {"val_loss": "min"}) == {"val_loss": Budget("2%", "min")}
@@ -121,7 +121,7 @@ def test_the_table_has_a_column_with_what_the_metric_changed_by(report):
     assert Report.load(report.folder) == report
 
 
-def test_it_stands_when_it_is_verified_again(report):
+def test_a_budget_still_applies_when_an_export_is_verified_again(report):
     with Engine() as engine:
         again = engine.verify(report, [GOOD, TURNED, TURNED_INT8])
     assert [each.state for each in again.outcomes] == ["verified", "mismatch", "verified"]
@@ -149,7 +149,7 @@ def test_outside_of_the_budget_is_a_mismatch_in_every_precision(tmp_path):
         assert worse.reason.startswith("outside the budget: mean is ")
 
 
-def test_a_metric_that_fails_leaves_it_open_whether_the_budget_is_kept(tmp_path):
+def test_a_metric_that_fails_leaves_the_budget_undecided(tmp_path):
     x, times = torch.rand(4, 3), iter([0])
 
     def once(run) -> dict[str, float]:
@@ -162,7 +162,7 @@ def test_a_metric_that_fails_leaves_it_open_whether_the_budget_is_kept(tmp_path)
     assert made["one"].reason.startswith("not known to be within the budget: StopIteration")
 
 
-def test_a_budget_without_a_metric_is_told_at_once(tmp_path):
+def test_a_budget_without_a_metric_is_refused_at_once(tmp_path):
     with pytest.raises(BadRequest, match="a budget for m, but no metric; give metric="):
         polyexport.export(
             torch.nn.Linear(3, 2), torch.rand(2, 3), [GOOD], tmp_path / "x", budget={"m": Budget(1, "max")}
@@ -220,7 +220,7 @@ def test_layers_go_back_to_float_until_the_metric_is_within_the_budget(rounds):
     assert [each.bytes for each in outcome.rounds] == sorted({each.bytes for each in outcome.rounds})
 
 
-def test_the_artifact_that_keeps_the_budget_has_the_place_of_the_first(rounds):
+def test_the_artifact_within_the_budget_replaces_the_first_one(rounds):
     artifact = rounds["mended"].artifact
     assert artifact.path == "mended/model.json"
     assert json.loads((rounds.folder / artifact.path).read_text())["factor"] == 1.0
@@ -229,7 +229,7 @@ def test_the_artifact_that_keeps_the_budget_has_the_place_of_the_first(rounds):
     assert (again["mended"].state, again["mended"].artifact) == ("verified", artifact)
 
 
-def test_where_no_round_keeps_the_budget_the_first_artifact_stays(rounds):
+def test_if_no_round_is_within_the_budget_the_first_artifact_stays(rounds):
     outcome = rounds["stubborn"]
     assert outcome.state == "mismatch"
     assert "right is 0, PyTorch has 1, the budget is 0.01" in outcome.reason
@@ -243,13 +243,13 @@ def test_where_no_round_keeps_the_budget_the_first_artifact_stays(rounds):
     assert outcome.artifact.path == "stubborn/model.json"
 
 
-def test_a_round_that_fails_leaves_what_there_is(rounds):
+def test_a_round_that_fails_leaves_the_artifact_as_it_is(rounds):
     outcome = rounds["refused"]
     assert (outcome.state, len(outcome.rounds)) == ("mismatch", 1)
     assert "with 12.5% of its layers in float: ValueError: no layer can be kept" in outcome.reason
 
 
-def test_what_cannot_be_made_otherwise_is_tried_once(rounds):
+def test_a_format_without_layers_in_float_is_tried_once(rounds):
     assert (rounds["fixed"].state, rounds["fixed"].rounds) == ("mismatch", ())
 
 
@@ -273,7 +273,7 @@ def fit(folder: Path, **settings) -> list[Report]:
     return export.reports
 
 
-def test_the_way_that_is_better_comes_from_the_checkpoint_that_monitors_it(tmp_path):
+def test_whether_higher_is_better_comes_from_the_checkpoint_that_monitors_it(tmp_path):
     (made,) = fit(tmp_path, budget={"val_loss": "1%"}, metric_batches=1)
     assert (made["good"].state, made["good"].metrics) == ("verified", made.metrics)
     assert made.budget == {"val_loss": Budget("1%", mode="min")}
@@ -284,7 +284,7 @@ def test_a_metric_that_nothing_monitors_needs_a_mode_when_fit_starts(tmp_path):
         fit(tmp_path, budget={"val_acc": 0.01})
 
 
-def test_a_metric_that_is_not_logged_is_told_in_the_sanity_check(tmp_path):
+def test_a_metric_that_is_not_logged_is_reported_in_the_sanity_check(tmp_path):
     with pytest.raises(BadRequest, match="budget for val_acc, which validation does not log; it logs val_loss"):
         fit(tmp_path, budget={"val_acc": Budget(0.01, mode="max")})
 
@@ -296,6 +296,6 @@ def test_without_a_number_of_batches_all_of_the_validation_set_counts(tmp_path):
     assert "inputs that were never run" in made["good"].reason
 
 
-def test_outcomes_that_ran_nowhere_are_not_judged():
+def test_outcomes_without_a_run_are_not_judged():
     skipped = Outcome("a", "int8", "skipped", reason="no tool")
     assert judged(skipped, {"m": 1.0}, {}) == skipped

@@ -36,7 +36,7 @@ def test_the_first_validation_batches_reach_the_converter(tmp_path, wanted, sani
     assert seen(report.folder) == expected
 
 
-def test_inputs_is_asked_for_each_of_them(tmp_path):
+def test_the_inputs_function_is_called_for_each_batch(tmp_path):
     callback = ExportCallback(
         [RANGES],
         calibration_batches=2,
@@ -50,19 +50,19 @@ def test_inputs_is_asked_for_each_of_them(tmp_path):
     assert seen(report.folder) == [batch[0][:2].tolist() for batch in runs.loader()][:2]
 
 
-def test_two_are_kept_where_no_format_asks(tmp_path):
+def test_two_batches_are_kept_if_no_format_calibrates(tmp_path):
     callback = ExportCallback([GOOD], into=tmp_path / "out", publish=(), bench=False)
     runs.trainer(tmp_path, [callback], max_epochs=1).fit(runs.Scripted(), runs.loader(), runs.loader())
     (report,) = callback.reports
     assert sorted(path.name for path in (report.folder / "source").glob("call*.pkl")) == ["call.pkl", "call_001.pkl"]
 
 
-def test_no_batch_at_all_is_no_number_to_give():
+def test_zero_calibration_batches_are_refused():
     with pytest.raises(BadRequest, match="calibration_batches=0; give 1 or more"):
         ExportCallback([RANGES], calibration_batches=0)
 
 
-def test_without_lightning_they_are_given_and_the_odd_one_is_left_out(tmp_path):
+def test_without_lightning_batches_are_passed_and_one_of_another_size_is_left_out(tmp_path):
     module, inputs = torch.nn.Linear(3, 2), torch.rand(4, 3)
     report = polyexport.export(
         module, inputs, [RANGES], tmp_path / "out", calibration=[inputs * 2, torch.rand(3), inputs[:1]], bench=False
@@ -75,20 +75,20 @@ def test_without_lightning_they_are_given_and_the_odd_one_is_left_out(tmp_path):
     ]
 
 
-def test_by_default_they_are_the_batch_that_parity_is_judged_on(tmp_path):
+def test_by_default_the_validation_batch_calibrates(tmp_path):
     inputs = torch.rand(4, 3)
     report = polyexport.export(torch.nn.Linear(3, 2), inputs, [RANGES], tmp_path / "out", bench=False)
     assert seen(report.folder) == [inputs.tolist()]
 
 
-def test_another_number_of_them_is_another_export(tmp_path):
+def test_another_number_of_calibration_batches_is_another_export(tmp_path):
     module, inputs = torch.nn.Linear(3, 2), torch.rand(4, 3)
     for further in ([], [inputs * 2]):
         report = polyexport.export(module, inputs, [RANGES], tmp_path / "out", calibration=further, bench=False)
         assert len(seen(report.folder)) == 1 + len(further)
 
 
-def test_a_fixed_batch_is_filled_or_comes_in_pieces(tmp_path):
+def test_a_fixed_batch_is_filled_or_split(tmp_path):
     x = np.arange(6, dtype=np.float32).reshape(3, 2)
     write_arrays(tmp_path / "x.npz", {"x": x})
     for rows, expected in ((1, [[0], [1], [2]]), (2, [[0, 1], [2, 0]]), (5, [[0, 1, 2, 0, 1]]), ("batch", [[0, 1, 2]])):

@@ -1,4 +1,4 @@
-"""The callback in a real `Trainer.fit`: what it asks for, what it leaves behind, and that training never notices."""
+"""The callback in a real `Trainer.fit`: what it refuses, what it writes, and that training is not affected."""
 
 from __future__ import annotations
 
@@ -31,8 +31,7 @@ import planted
 import runs
 import wandb_log
 from lightning_export import ExportCallback
-from planted import GOOD
-from planted import planted as plant
+from planted import GOOD, planted as plant
 from polyexport import BadRequest, Engine, ExportFailed, Report, Toolchain, UnknownFormat
 from polyexport.capture.snapshot import load as load_module
 from polyexport.engine.session import Session
@@ -65,19 +64,19 @@ def fit(folder: Path, callback: Callback | None, model: Any = None, *, epochs: i
         ({"bench": "none"}, "bench='none'; known: True, False, 'all'"),
     ],
 )
-def test_an_impossible_argument_is_told_at_construction(settings, message):
+def test_an_invalid_argument_is_refused_at_construction(settings, message):
     with pytest.raises((BadRequest, UnknownFormat), match=message):
         ExportCallback(**({"formats": ["onnx"]} | settings))
 
 
-def test_a_monitor_that_no_checkpoint_has_is_told_before_training(tmp_path):
+def test_a_monitor_that_no_checkpoint_has_is_refused_before_training(tmp_path):
     with pytest.raises(
         BadRequest, match=r"monitor='accuracy': no ModelCheckpoint monitors it; they monitor \['val_loss'\]"
     ):
         fit(tmp_path, ExportCallback([GOOD], monitor="accuracy"))
 
 
-def test_a_part_that_the_module_lacks_is_told_before_training(tmp_path):
+def test_a_missing_submodule_is_refused_before_training(tmp_path):
     with pytest.raises(BadRequest, match="has no 'backbone'; it has head"):
         fit(tmp_path, ExportCallback([GOOD], module="backbone"))
 
@@ -89,7 +88,7 @@ class Silent(runs.Scripted):
         self.log("val_loss", self.losses[min(self.validations, 1)])
 
 
-def test_a_forward_that_validation_never_calls_is_told_in_the_sanity_check(tmp_path):
+def test_a_forward_that_validation_never_calls_is_reported_in_the_sanity_check(tmp_path):
     model = Silent([3.0, 2.0])
     with pytest.raises(BadRequest, match=r"forward was not called on the first validation batch.*example_input_array"):
         fit(tmp_path, ExportCallback([GOOD]), model)
@@ -106,7 +105,7 @@ class Opaque(runs.Scripted):
         super().validation_step([SimpleNamespace(tensor=batch[0])], batch_idx)
 
 
-def test_an_argument_that_no_converter_can_take_is_told_in_the_sanity_check(tmp_path):
+def test_an_argument_that_no_converter_can_take_is_reported_in_the_sanity_check(tmp_path):
     model = Opaque([3.0, 2.0])
     with pytest.raises(
         BadRequest, match=r"forward's argument x is a SimpleNamespace with tensors in it.* give inputs="
@@ -115,19 +114,19 @@ def test_an_argument_that_no_converter_can_take_is_told_in_the_sanity_check(tmp_
     assert float(model.clock) == 0
 
 
-def test_without_a_sanity_check_training_goes_on_and_is_told(tmp_path):
+def test_without_a_sanity_check_training_goes_on_and_a_warning_is_printed(tmp_path):
     model = Silent([3.0, 2.0])
     with pytest.warns(UserWarning, match="Nothing is exported"):
         fit(tmp_path, ExportCallback([GOOD]), model, num_sanity_val_steps=0)
     assert float(model.clock) == 8
 
 
-def test_without_validation_something_must_tell_what_forward_takes(tmp_path):
+def test_without_validation_the_inputs_of_forward_must_be_given(tmp_path):
     with pytest.raises(BadRequest, match="no validation batch to capture it from"):
         runs.trainer(tmp_path, [ExportCallback([GOOD])], max_epochs=1).fit(runs.Scripted(), runs.loader())
 
 
-def test_toolchains_are_made_before_training_or_it_is_said_that_they_cannot_be(tmp_path, monkeypatch):
+def test_toolchains_are_installed_before_training_or_the_failure_is_reported(tmp_path, monkeypatch):
     monkeypatch.setenv("POLYEXPORT_CACHE", str(tmp_path / "cache"))
     good = plant("isolated", planted.replay, toolchain=Toolchain("isolated", ("toposort==1.10",)))
     bad = plant("hopeless", planted.replay, toolchain=Toolchain("hopeless", ("toposort==999.0",)))
@@ -142,7 +141,7 @@ def test_toolchains_are_made_before_training_or_it_is_said_that_they_cannot_be(t
     assert "cannot be installed" in hopeless.reason
 
 
-def test_training_of_more_epochs_than_one_does_not_wait_for_toolchains(tmp_path, monkeypatch):
+def test_training_of_several_epochs_does_not_wait_for_toolchains(tmp_path, monkeypatch):
     monkeypatch.setenv("POLYEXPORT_CACHE", str(tmp_path / "cache"))
     chain = Toolchain("isolated", ("toposort==1.10",))
     installs, begun, had_begun = Toolchain.interpreter, threading.Event(), []
@@ -164,7 +163,7 @@ def test_training_of_more_epochs_than_one_does_not_wait_for_toolchains(tmp_path,
     assert all(had_begun)
 
 
-def test_what_the_machine_lacks_is_told_before_training(tmp_path):
+def test_missing_tools_are_reported_before_training(tmp_path):
     far = replace(plant("far", planted.replay), lacks=lambda: "its compiler is not on PATH; it is at its vendor's")
     callback = ExportCallback([far], when="fit_end", bench=False)
     with pytest.warns(UserWarning, match="far will be skipped: its compiler is not on PATH"):
@@ -226,7 +225,7 @@ class Direct(runs.Scripted):
         self.log("val_loss", 1.0)
 
 
-def test_a_forward_that_is_called_by_its_name_is_captured_and_left_as_it_was(tmp_path, first_rows):
+def test_a_direct_call_of_forward_is_captured_and_the_method_restored(tmp_path, first_rows):
     callback = ExportCallback([GOOD], when="fit_end", bench=False)
     model = Direct()
     fit(tmp_path, callback, model, epochs=1)
@@ -338,7 +337,7 @@ def test_an_interrupt_while_fit_waits_for_exports_ends_them(tmp_path, interrupti
     assert workers_of(tmp_path) == []
 
 
-def test_a_sink_that_fails_harms_nobody(tmp_path):
+def test_a_sink_that_fails_stops_neither_training_nor_other_sinks(tmp_path):
     got: list[Report] = []
 
     def broken(report: Report) -> None:
@@ -350,7 +349,7 @@ def test_a_sink_that_fails_harms_nobody(tmp_path):
     assert got == callback.reports[-1:]
 
 
-def test_an_export_that_cannot_be_timed_is_told_and_published(tmp_path, monkeypatch):
+def test_an_export_that_cannot_be_timed_is_reported_and_published(tmp_path, monkeypatch):
     """Another run that writes to the same folder may have taken it away by then."""
 
     def find_nothing(engine: Engine, report: Report, formats: Any) -> Report:
@@ -377,7 +376,7 @@ def test_averaged_weights_are_exported_where_they_are_averaged(tmp_path):
 
 
 @pytest.mark.parametrize("when", ["improved", "fit_end"])
-def test_a_best_that_had_to_wait_is_compared_with_its_own_validation(tmp_path, monkeypatch, when):
+def test_a_best_that_had_to_wait_is_compared_with_its_own_validation_run(tmp_path, monkeypatch, when):
     """Training has gone on, and the last validation was of other weights."""
     callback = ExportCallback([GOOD], bench=False, when=when)
     trainer = runs.trainer(tmp_path, [ModelCheckpoint(monitor="val_loss"), callback], max_epochs=3)
@@ -395,7 +394,7 @@ class AveragesOnSave(Callback):
         checkpoint["state_dict"] = {name: each / 2 for name, each in checkpoint["state_dict"].items()}
 
 
-def test_weights_that_only_the_checkpoint_has_are_exported_and_told_of(tmp_path):
+def test_weights_that_only_the_checkpoint_has_are_exported_with_a_note(tmp_path):
     callback = ExportCallback([GOOD], bench=False, when="fit_end")
     callbacks = [ModelCheckpoint(monitor="val_loss"), AveragesOnSave(), callback]
     runs.trainer(tmp_path, callbacks, max_epochs=2).fit(runs.Scripted([3.0, 2.0]), runs.loader(), runs.loader())
@@ -496,7 +495,7 @@ class Waits(Callback):
         print("training is over")
 
 
-def test_a_format_that_ends_during_training_is_told_during_training(tmp_path, capsys):
+def test_a_format_that_finishes_during_training_is_reported_during_training(tmp_path, capsys):
     export = ExportCallback([GOOD], bench=False)
     runs.trainer(tmp_path, [ModelCheckpoint(monitor="val_loss"), export, Waits(export)], max_epochs=2).fit(
         runs.Scripted([3.0, 4.0]), runs.loader(), runs.loader()
@@ -515,7 +514,7 @@ class Says(Callback):
 
 
 @pytest.mark.parametrize("bar", [TQDMProgressBar(), TQDMProgressBar(refresh_rate=0), RichProgressBar(), None])
-def test_what_is_told_has_a_line_of_its_own_beside_each_progress_bar(tmp_path, capsys, bar):
+def test_messages_have_their_own_lines_next_to_each_progress_bar(tmp_path, capsys, bar):
     export = ExportCallback([GOOD])
     callbacks = [ModelCheckpoint(monitor="val_loss"), export, Says(export), *([bar] if bar else [])]
     fitted = runs.trainer(
@@ -543,7 +542,7 @@ class Cooling(runs.Scripted):
         self.shift += 1
 
 
-def test_what_training_changes_beside_the_weights_is_exported_as_it_was_then(tmp_path):
+def test_other_state_that_training_changes_is_exported_as_of_the_checkpoint(tmp_path):
     callback = ExportCallback([GOOD], into=tmp_path / "out", publish=(), bench=False, when="fit_end")
     module = Cooling()
     fit(tmp_path, callback, module)

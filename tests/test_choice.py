@@ -1,4 +1,4 @@
-"""What to ship, and what got worse: both are read from reports alone."""
+"""What to ship, and what got worse: both are computed from reports alone."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ def test_a_server_gets_the_fastest_and_a_phone_the_smallest():
     assert shipped(FAST, SMALL, tflite, coreml) == {"server CPU": "openvino", "phone": "coreml-fp16"}
 
 
-def test_what_was_not_timed_is_chosen_by_size():
+def test_formats_without_latency_are_chosen_by_size():
     assert shipped(replace(FAST, latency=None), SMALL) == {"server CPU": "onnx"}
 
 
-def test_what_lacks_something_is_chosen_only_where_nothing_else_is():
+def test_a_degraded_format_is_chosen_only_if_no_other_is_left():
     lacking = outcome("onnx", "degraded", "static shapes only", megabytes=1.0, error=1e-6, ms=0.1)
     assert shipped(FAST, lacking) == {"server CPU": "openvino"}
     (choice,) = choices(report(lacking))
@@ -49,12 +49,12 @@ def test_what_lacks_something_is_chosen_only_where_nothing_else_is():
     assert choice.why.endswith("static shapes only")
 
 
-def test_what_does_not_agree_is_never_shipped():
+def test_a_mismatch_is_never_shipped():
     (choice,) = choices(report(outcome("tfjs", "mismatch", "off", megabytes=1.0, error=1.0, ms=0.1)))
     assert (choice.target, choice.outcome, choice.why) == ("browser", None, "tfjs is mismatch")
 
 
-def test_what_a_stand_in_ran_says_how_to_prove_it():
+def test_a_choice_that_a_stand_in_ran_says_how_to_prove_it():
     coreml = outcome("coreml", "verified", megabytes=1.0, error=1e-6)
     (choice,) = choices(report(replace(coreml, parity=replace(coreml.parity, off_device=True))))
     assert choice.why.endswith("not run on the device: verify it there with polyexport kit")
@@ -82,7 +82,7 @@ def worse(before: Outcome, *now: Outcome, **bounds: float) -> tuple[str, ...]:
     return compare(report(before), report(*now), Bounds(**bounds))[-1].worse
 
 
-def test_nothing_is_worse_without_bounds_but_a_state():
+def test_without_bounds_only_a_state_can_be_worse():
     assert worse(SMALL, outcome("onnx", "verified", megabytes=300.0, error=1e-2, ms=200.0)) == ()
     assert worse(SMALL, outcome("onnx", "mismatch", "off")) == ("verified became mismatch: off",)
     assert worse(SMALL, FAST) == ("it is missing, and was verified",)
@@ -117,7 +117,7 @@ def test_the_table_shows_both_sides():
     assert (row["format"], row["state"], row["size"]) == ("onnx", "verified → mismatch", "3 MB → –")
 
 
-def test_the_command_tells_by_its_exit_code(tmp_path: Path):
+def test_the_exit_code_says_whether_something_is_worse(tmp_path: Path):
     for name, each in (("a", SMALL), ("b", outcome("onnx", "verified", megabytes=6.0, error=1e-6, ms=2.0))):
         (tmp_path / name).mkdir()
         save(report(each, folder=tmp_path / name))

@@ -111,7 +111,7 @@ def test_an_artifact_runs_from_the_command_line(shop: Path) -> None:
     assert np.allclose(np.load(shop / "y.npz")["y"], answer, atol=1e-6)
 
 
-def test_wrong_inputs_are_told_by_the_runtime(shop: Path) -> None:
+def test_wrong_inputs_are_reported_in_the_runtimes_words(shop: Path) -> None:
     np.savez(shop / "wide.npz", x=np.zeros((6, 5), np.float32))
     done = command("run", "out/onnx", "--inputs", "wide.npz", cwd=shop)
     assert done.returncode == 1
@@ -205,12 +205,14 @@ def test_formats_and_toolchains_are_listed(no_environments: None) -> None:
     assert [row["toolchain"] for row in chains if row["state"] != "of other pins"] == list(toolchain.names())
 
 
-def test_a_table_that_goes_to_another_program_has_each_row_in_a_line(no_environments: None) -> None:
+def test_a_piped_table_has_one_line_per_row(no_environments: None) -> None:
     lines = command("toolchain", "list", columns="").stdout.splitlines()
     assert [line.split()[0] for line in lines[1 : len(toolchain.names()) + 1]] == list(toolchain.names())
 
 
-def test_doctor_says_what_would_be_skipped_and_how_to_mend_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_lists_formats_that_would_be_skipped_and_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("POLYEXPORT_CACHE", str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path))
     done = command("doctor", "onnx", "mnn", "coral", "--json")
@@ -271,7 +273,7 @@ GIVEN = ("--inputs", "batch.npz", "-f", "onnx")
         (("report", "half"), "half/report.json cannot be read: JSONDecodeError"),
     ],
 )
-def test_a_mistake_is_one_line(
+def test_a_wrong_argument_is_a_one_line_error(
     shop: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], message: str
 ) -> None:
     monkeypatch.chdir(shop)

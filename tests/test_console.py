@@ -1,4 +1,4 @@
-"""What a terminal shows of the work, and that the work is done whatever the terminal does."""
+"""What a terminal shows of an export, which succeeds whatever happens to the terminal."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_a_table_drops_columns_and_cuts_off_nothing(tmp_path: Path, width: int, 
     assert all(row[column] in shown for row in rows(report) for column in ("state", "size", "p50 ms", "speed-up"))
 
 
-def test_what_goes_to_another_program_is_as_wide_as_it_is(monkeypatch: pytest.MonkeyPatch):
+def test_a_piped_table_is_not_cut(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("COLUMNS", raising=False)
     monkeypatch.setattr(sys, "stdout", io.StringIO())
     assert standard().width > 1000
@@ -43,7 +43,7 @@ def test_what_goes_to_another_program_is_as_wide_as_it_is(monkeypatch: pytest.Mo
     assert standard().width == 90
 
 
-def test_lines_are_told_beside_a_display_of_the_trainers():
+def test_lines_are_printed_next_to_the_trainers_display():
     """As in a notebook, where Lightning's own progress bar is still there when `fit` ends."""
     console = Console(file=io.StringIO(), force_terminal=True)
     with Progress(console=console):
@@ -53,7 +53,7 @@ def test_lines_are_told_beside_a_display_of_the_trainers():
     assert any("tflite: [failed]" in line for line in lines)
 
 
-def test_work_ends_well_where_the_terminal_is_gone():
+def test_an_export_succeeds_if_the_terminal_is_closed():
     terminal = io.StringIO()
     terminal.close()
     with pytest.warns(UserWarning, match="the progress cannot be shown: ValueError: I/O operation on closed file"):
@@ -62,7 +62,7 @@ def test_work_ends_well_where_the_terminal_is_gone():
         wait(pool.submit(lambda: 1 / 0), dict, console=Console(file=io.StringIO()))
 
 
-def test_training_ends_well_where_its_output_is_piped_to_a_program_that_ended():
+def test_training_succeeds_if_its_output_is_piped_to_a_program_that_ended():
     program = """
 import os, sys
 sys.path[:0] = sys.argv[1:]

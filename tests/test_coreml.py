@@ -48,7 +48,7 @@ def test_half_precision_is_judged_by_its_own_limits(agent):
     assert outcome.parity.max_abs_error > 1e-5  # it did round
 
 
-def test_names_that_core_ml_cannot_have_are_told_in_a_line(agent):
+def test_names_that_core_ml_cannot_have_are_a_one_line_note(agent):
     report, inputs = agent
     (outcome,) = report.outcomes
     assert outcome.state == "degraded"
@@ -232,7 +232,7 @@ def test_names_types_and_metadata_are_in_the_package(saved):
 
 
 @pytest.mark.parametrize(("dtype", "there"), [("int64", "int32"), ("bool", "int32"), ("float32", "float32")])
-def test_what_core_ml_lacks_is_int32_at_the_border(dtype, there):
+def test_types_that_core_ml_lacks_are_int32_at_inputs_and_outputs(dtype, there):
     spec = ExportSpec((TensorSpec("x", dtype, ("batch", 2)),), ())
     assert coreml.as_core_ml(spec).inputs == (TensorSpec("x", there, ("batch", 2)),)
 
@@ -337,7 +337,7 @@ def test_ranges_are_those_of_all_batches(compressed):
     assert found["x"] == {"rmin": float(x.min()), "rmax": float(x.max())}
 
 
-def test_weights_left_in_float_are_told(compressed, tmp_path):
+def test_weights_left_in_float_are_reported(compressed, tmp_path):
     opened = coreml.load_compressed(compressed.packages["coreml-fp16"], compressed.spec, threads=1)
     assert opened.shortfall == "100% of its weights in float, small ones and those that coremltools does not compress"
 

@@ -1,4 +1,4 @@
-"""Detection: what stands behind a detector's head, in plain PyTorch, becomes part of each artifact."""
+"""Detection: a detector's postprocessing in plain PyTorch becomes part of each artifact."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A module that trained on an accelerator comes back on the CPU. No accelerator is here: what names one is enough."""
+"""A module that trained on an accelerator is exported on the CPU; here, modules only name an accelerator."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_a_module_that_names_an_accelerator_runs_on_the_cpu(name, tmp_path):
     assert (net._device, net.config["where"]) == (CUDA, [CUDA])
 
 
-def test_a_module_that_names_none_is_looked_at_once():
+def test_a_module_that_names_no_device_is_intercepted_once():
     """Every function of PyTorch would be slower for it, and eager PyTorch is timed."""
     within = OnTheCpu()
     for depth in (1, 0, 0):
@@ -67,7 +67,7 @@ def test_a_module_that_names_none_is_looked_at_once():
             torch.zeros(2).to("cpu", torch.float64)
 
 
-def test_a_default_device_that_an_import_asks_for_is_not_kept(tmp_path):
+def test_a_default_device_that_an_import_sets_is_reset(tmp_path):
     modules.dump(SetsTheDefault(), tmp_path / "x.pkl")
     try:
         modules.restore(tmp_path / "x.pkl")

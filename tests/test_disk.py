@@ -41,19 +41,30 @@ def test_toolchains_are_listed_with_size_and_last_use(cache: Path) -> None:
     assert time.strftime("%Y") in shown
 
 
+def test_an_environment_is_measured_once(cache: Path) -> None:
+    def sizes() -> list[int]:
+        return [environment.bytes for environment in disk.environments(cache, ".complete")]
+
+    assert sizes() == [5_000_000, 5_000_000]
+    (cache / "mnn-of-last-year" / "bytecode").write_bytes(bytes(1_000))
+    assert sizes() == [5_000_000, 5_000_000]
+    (cache / "mnn-of-last-year" / ".bytes").write_text("")  # the disk was full
+    assert sizes()[1] > 5_000_000
+
+
 def test_what_had_no_job_for_a_month_is_removed_and_nothing_else(cache: Path) -> None:
     removed = json.loads(CliRunner().invoke(app, ["toolchain", "remove", "--unused", "--json"]).stdout)
     assert [row["removed"] for row in removed] == [str(cache / "mnn-of-last-year")]
     assert {path.name for path in cache.iterdir()} == {find("mnn").folder.name, "tfjs-half-made"}
 
 
-def test_a_job_in_an_environment_keeps_it(cache: Path) -> None:
+def test_an_environment_with_a_job_is_kept(cache: Path) -> None:
     disk.use(cache / "mnn-of-last-year" / ".complete")
     assert not any(environment.is_unused for environment in disk.environments(cache, ".complete"))
 
 
 @pytest.mark.parametrize("words", [[], ["mnn", "--unused"]])
-def test_remove_wants_names_or_unused(cache: Path, words: list[str]) -> None:
+def test_remove_needs_names_or_unused(cache: Path, words: list[str]) -> None:
     done = CliRunner().invoke(app, ["toolchain", "remove", *words])
     assert done.exit_code == 2
     assert "give names of toolchains, or --unused" in done.stderr

@@ -1,4 +1,4 @@
-"""Processes that train together: rank zero exports, nobody waits for it in a collective, shards are joined."""
+"""Distributed training: rank zero exports, no rank waits for it in a collective, and shards are joined."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def test_rank_zero_exports_and_no_collective_waits_for_it(ended, start):
 
 
 @pytest.mark.slow
-def test_a_budget_is_not_said_to_be_kept_where_several_processes_trained(ended):
+def test_a_budget_is_not_judged_after_distributed_training(ended):
     """Their validation would wait for each other; nothing hangs, and each artifact says what is not known."""
     folder, code, output = ended("ddp-spawn")
     assert code == 0, output[-3000:]
@@ -189,7 +189,7 @@ def test_fail_on_is_raised_on_every_rank(ended):
     assert Report.load(folder / "exports" / "epoch=0-step=2")["raises"].state == "failed"
 
 
-def test_rank_zero_stays_until_all_have_heard_it(monkeypatch):
+def test_rank_zero_waits_until_every_rank_knows_the_result(monkeypatch):
     """For the store that they talk through may live in its process."""
     store = torch.distributed.HashStore()
     monkeypatch.setattr(ranks, "_store", lambda trainer: store)
@@ -248,7 +248,7 @@ def fsdp_checkpoint(folder: Path) -> dict[str, torch.Tensor]:
     return state
 
 
-def test_shards_are_held_without_a_copy_and_outlive_the_checkpoint(tmp_path):
+def test_shards_are_hard_linked_and_outlive_the_checkpoint(tmp_path):
     best, source = tmp_path / "best.ckpt", tmp_path / "export" / "source"
     state = fsdp_checkpoint(best)
     source.mkdir(parents=True)
@@ -272,14 +272,14 @@ def exported(folder: Path, held: Path, executor: Any = None) -> Report:
 
 
 @pytest.mark.parametrize("executor", [None, ThreadPoolExecutor(2)])
-def test_a_folder_that_lies_elsewhere_is_fetched_and_joined_wherever_that_is_done(tmp_path, executor):
+def test_a_sharded_checkpoint_at_a_url_is_fetched_and_joined_by_any_worker(tmp_path, executor):
     fsdp_checkpoint(tmp_path / "best.ckpt")
     report = exported(tmp_path, tmp_path / "best.ckpt", executor)
     assert report["good"].state == "verified"
     assert not (report.folder / "source" / modules.SHARDS).exists()
 
 
-def test_without_deepspeed_its_checkpoints_are_skipped_with_a_word_what_to_do(tmp_path):
+def test_without_deepspeed_its_checkpoints_are_skipped_and_the_reason_says_what_to_install(tmp_path):
     best = tmp_path / "best.ckpt"
     (best / "checkpoint").mkdir(parents=True)
     (best / "latest").write_text("checkpoint")
@@ -288,7 +288,7 @@ def test_without_deepspeed_its_checkpoints_are_skipped_with_a_word_what_to_do(tm
     assert "deepspeed, which joins it, is not installed; install it (`pip install deepspeed`)" in outcome.reason
 
 
-def test_a_folder_of_something_else_fails_with_what_is_known(tmp_path):
+def test_an_unknown_checkpoint_folder_fails_and_names_the_known_kinds(tmp_path):
     best = tmp_path / "best.ckpt"
     best.mkdir()
     (best / "notes.txt").write_text("no shards")

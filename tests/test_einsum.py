@@ -1,4 +1,4 @@
-"""Einsum in parts, against PyTorch's own."""
+"""Einsum decomposed, against PyTorch's own."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_einsum_in_parts_is_einsum(equation: str, monkeypatch: pytest.MonkeyPatc
     torch.testing.assert_close(einsum(equation, tensors), expected)
 
 
-def test_what_it_does_not_take_apart_goes_through_unchanged() -> None:
+def test_equations_that_need_no_decomposition_are_unchanged() -> None:
     square, row = torch.rand(3, 3), torch.rand(1, 3)
     assert torch.equal(einsum("ii->i", square), square.diagonal())
     assert torch.equal(einsum("bd,bd->bd", square, row), square * row)

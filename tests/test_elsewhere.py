@@ -25,8 +25,7 @@ import planted
 import polyexport
 import runs
 from lightning_export import ExportCallback
-from planted import GOOD
-from planted import planted as plant
+from planted import GOOD, planted as plant
 from polyexport import BadRequest, Engine
 from polyexport.versions import git_commit
 from polyexport.workers import remote
@@ -101,7 +100,7 @@ def scores_and_index(logits: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"scores": scores, "index": index}
 
 
-def test_what_is_left_without_a_step_is_made_elsewhere_too(tmp_path):
+def test_artifacts_without_a_processing_step_are_also_made_by_an_executor(tmp_path):
     formats = [GOOD, plant("topk", planted.lacks_topk)]
     report = polyexport.export(
         NET, ROWS, formats, tmp_path / "out", bench=False, executor=Loses(0), postprocess=scores_and_index
@@ -129,7 +128,7 @@ class Loses:
         raise RuntimeError("the node went away")
 
 
-def test_a_job_that_is_lost_once_is_tried_again_and_travels_as_bytes(tmp_path):
+def test_a_lost_job_is_tried_again_and_sent_as_bytes(tmp_path):
     report = polyexport.export(NET, ROWS, [GOOD], tmp_path / "out", bench=False, executor=Loses(1))
     assert report["good"].state == "verified"
     assert sorted(path.name for path in (tmp_path / "out" / "good").iterdir()) == ["model.json"]
@@ -153,7 +152,7 @@ class Opens:
         return self.pool.submit(function, archive, task, *more)
 
 
-def test_batches_to_calibrate_with_travel_to_those_who_read_them(tmp_path):
+def test_calibration_batches_are_sent_with_jobs_that_read_them(tmp_path):
     ranges, executor = plant("ranges", planted.calibrates, calibrated=True), Opens()
     polyexport.export(
         NET, ROWS, [GOOD, ranges], tmp_path / "out", calibration=[ROWS + 1], bench=False, executor=executor
@@ -216,7 +215,7 @@ def test_closing_waits_for_no_job_of_an_executor(tmp_path):
     assert list(tmp_path.iterdir()) == [left]
 
 
-def test_what_is_no_executor_is_told():
+def test_an_object_that_is_no_executor_is_refused():
     with pytest.raises(BadRequest, match=r"executor=3 has no submit\(function, \*arguments\)"):
         Engine(executor=3)
     with pytest.raises(BadRequest, match="staging='s3://bucket' is for an executor"):

@@ -27,8 +27,7 @@ from torch import nn
 
 import planted
 import polyexport
-from planted import GOOD
-from planted import planted as plant
+from planted import GOOD, planted as plant
 from polyexport import BadRequest, Engine, Report, Request, Toolchain
 from polyexport.capture import snapshot as modules
 from polyexport.capture.pickling import importable, script
@@ -114,7 +113,7 @@ def faults(tmp_path_factory) -> Report:
         ("good", "verified", ""),
     ],
 )
-def test_each_fault_becomes_its_state(faults, name, state, reason):
+def test_each_fault_of_a_converter_becomes_the_right_state(faults, name, state, reason):
     outcome = faults[name]
     assert outcome.state == state
     assert outcome.reason.startswith(reason)
@@ -132,7 +131,7 @@ class Detector(nn.Module):
         return torch.cat([640 * self.boxes(x).sigmoid(), (4 * self.scores(x)).sigmoid()], -1)
 
 
-def test_scores_that_int8_loses_beside_boxes_are_a_mismatch_and_a_classifier_is_none(tmp_path):
+def test_scores_that_int8_loses_next_to_boxes_are_a_mismatch_and_a_classifiers_are_not(tmp_path):
     coarse = plant("coarse", planted.replay, load=planted.load_in_steps, precision="int8")
     with Engine(timeout=TIMEOUT) as engine:
         detector = engine.submit(request(tmp_path, (coarse, GOOD), name="detector", module=Detector())).result()
@@ -154,7 +153,7 @@ def load_from_a_folder(path: Path, spec: polyexport.ExportSpec, *, threads: int)
     return planted.load(path / "model.json", spec, threads=threads)
 
 
-def test_a_folder_may_be_the_artifact_and_where_it_fails_it_takes_nothing_along(tmp_path):
+def test_an_artifact_may_be_a_folder_and_a_failed_one_leaves_others_alone(tmp_path):
     whole = replace(plant("whole", into_a_folder, load=load_from_a_folder), artifact=".")
     broken = replace(plant("broken", planted.raises, upstream="whole"), artifact=".")
     report = polyexport.export(net(), torch.rand(4, 5), [whole, broken, GOOD], tmp_path / "out", bench=False)
@@ -169,7 +168,7 @@ def test_a_folder_may_be_the_artifact_and_where_it_fails_it_takes_nothing_along(
     assert made == {"whole.into_a_folder", "whole.into_a_folder.static", "good.replay"}
 
 
-def test_a_route_that_verifies_wins_over_an_earlier_one_and_a_note_tells(faults):
+def test_a_route_that_verifies_wins_over_an_earlier_one_with_a_note(faults):
     outcome = faults["second-route"]
     assert (outcome.state, outcome.route, outcome.reason) == ("verified", "replay", "")
     (note,) = (note.text for note in faults.notes if note.kind == "route")  # a route that is static by nature is none
@@ -177,14 +176,14 @@ def test_a_route_that_verifies_wins_over_an_earlier_one_and_a_note_tells(faults)
     assert "raises: failed" in note
 
 
-def test_verifying_again_what_still_agrees_changes_nothing_that_was_said_of_it(faults):
+def test_verifying_again_leaves_an_outcome_that_still_agrees_unchanged(faults):
     asked = replace(faults, outcomes=(faults["second-route"], faults["static"]))
     with Engine(timeout=TIMEOUT) as engine:
         again = engine.verify(asked, FAULTS)
     assert [(each.state, each.reason) for each in again.outcomes] == [(o.state, o.reason) for o in asked.outcomes]
 
 
-def test_verifying_again_claims_nothing_that_was_not_run_today(faults, tmp_path):
+def test_verifying_again_claims_nothing_that_was_not_run_now(faults, tmp_path):
     report = replace(faults, folder=Path(shutil.copytree(faults.folder, tmp_path / "copy")))
     good = report["good"]
     changed = report.folder / "good" / "model.json"
@@ -212,7 +211,7 @@ def test_verifying_again_claims_nothing_that_was_not_run_today(faults, tmp_path)
     assert "its SHA-256 differs" in other.reason
 
 
-def test_what_nothing_here_runs_keeps_its_size_and_hash_when_it_is_verified_again(faults, tmp_path):
+def test_an_artifact_without_a_runtime_here_keeps_size_and_hash_when_verified_again(faults, tmp_path):
     report = replace(faults, folder=Path(shutil.copytree(faults.folder, tmp_path / "copy")))
     asked = replace(report, outcomes=(report["runs-nowhere"],))
     with Engine(timeout=TIMEOUT) as engine:
@@ -234,7 +233,7 @@ def test_a_verified_format_was_run_at_three_batch_sizes(faults):
     assert [batch["batch"] for batch in faults["static"].parity.batches] == [4]
 
 
-def test_only_what_was_made_lies_in_a_format_folder(faults):
+def test_a_format_folder_has_only_the_artifact(faults):
     assert [path.name for path in (faults.folder / "good").iterdir()] == ["model.json"]
     assert not (faults.folder / "raises").exists()
 
@@ -274,7 +273,7 @@ def test_the_report_says_what_a_reader_asks(faults):
     assert Report.load(faults.folder) == faults
 
 
-def test_finished_exports_are_pointed_to_and_bounded(tmp_path):
+def test_best_points_to_the_newest_export_and_old_ones_are_removed(tmp_path):
     with Engine(timeout=TIMEOUT) as engine:
         for name in ("a", "b", "c"):
             engine.submit(request(tmp_path, name=name, keep=2)).result()
@@ -303,7 +302,7 @@ def test_the_same_checkpoint_is_not_exported_twice_but_another_is(tmp_path, monk
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "epoch=1"]
 
 
-def test_what_was_missing_is_asked_for_again_once_it_is_there(tmp_path, monkeypatch):
+def test_a_skipped_format_is_tried_again_once_its_tool_is_installed(tmp_path, monkeypatch):
     asked = (replace(polyexport.FORMATS["tensorrt"], lacks=lambda: gpu.missing()),)
     monkeypatch.setattr(engines, "known", lambda: {"tensorrt": asked[0]})
     monkeypatch.setenv("POLYEXPORT_CACHE", "/dev/null/here")
@@ -321,7 +320,7 @@ def test_what_was_missing_is_asked_for_again_once_it_is_there(tmp_path, monkeypa
     assert third != first
 
 
-def test_a_newer_request_takes_the_place_of_one_that_waits(tmp_path):
+def test_a_newer_request_replaces_one_that_waits(tmp_path):
     with Engine(timeout=TIMEOUT) as engine:
         running = engine.submit(request(tmp_path, name="running"))
         while not engine.doing:
@@ -336,7 +335,7 @@ def test_a_newer_request_takes_the_place_of_one_that_waits(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "newest", "running"]
 
 
-def test_best_leads_to_the_export_also_where_links_do_not_work(faults, tmp_path, monkeypatch):
+def test_best_points_to_the_export_without_symbolic_links_too(faults, tmp_path, monkeypatch):
     def refused(*arguments: object, **more: object) -> None:
         raise OSError("A required privilege is not held by the client")
 
@@ -349,7 +348,7 @@ def test_best_leads_to_the_export_also_where_links_do_not_work(faults, tmp_path,
     assert followed(best / "good") == tmp_path / faults.folder.name / "good"
 
 
-def test_of_many_that_finish_under_one_name_at_once_the_last_stays_whole(tmp_path):
+def test_of_many_exports_that_finish_under_one_name_the_last_stays_complete(tmp_path):
     works = [unfinished(tmp_path) for _ in range(16)]
     for work in works:
         (work / work.name).touch()
@@ -361,7 +360,7 @@ def test_of_many_that_finish_under_one_name_at_once_the_last_stays_whole(tmp_pat
     assert left[0] in {work.name for work in works}
 
 
-def test_an_export_that_another_run_removes_meanwhile_is_not_there(tmp_path, monkeypatch):
+def test_an_export_that_another_run_removes_meanwhile_is_missing_without_an_error(tmp_path, monkeypatch):
     for name in ("pruned", "kept"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "report.json").touch()
@@ -408,7 +407,7 @@ def test_formats_of_one_module_are_pickled_by_value_from_many_threads_at_once():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux swaps two folders in one step")
-def test_a_name_is_never_without_a_folder_while_another_takes_it(tmp_path):
+def test_replacing_an_export_never_leaves_its_name_without_a_folder(tmp_path):
     take_place(unfinished(tmp_path), tmp_path / "name")
     missing, over = [], threading.Event()
 
@@ -426,7 +425,7 @@ def test_a_name_is_never_without_a_folder_while_another_takes_it(tmp_path):
     assert not any(missing)
 
 
-def test_what_a_killed_worker_left_among_temporary_files_goes_with_it(tmp_path, monkeypatch):
+def test_temporary_files_of_a_killed_worker_are_removed(tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(tempfile, "tempdir", None)
     leaves = "import os, tempfile; print(tempfile.mkdtemp(), flush=True); os.kill(os.getpid(), 9)"
@@ -475,7 +474,7 @@ def test_closing_ends_every_worker_and_leaves_one_export_to_be_resumed(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "newer"]
 
 
-def test_an_interrupted_export_that_cannot_be_read_is_told_of_and_nothing_is_raised(tmp_path):
+def test_an_interrupted_export_that_cannot_be_read_is_reported_without_an_exception(tmp_path):
     work = request(tmp_path).work
     why = interruption(work)
     assert why.startswith(f"an export was interrupted, and cannot be finished: {work / REQUEST} cannot be read")
@@ -510,7 +509,7 @@ def test_a_module_that_cannot_be_rebuilt_fails_every_format_with_the_reason_and_
 
 
 class InPlace(nn.Module):
-    """Normalises what it is given where it lies."""
+    """Normalizes its input in place."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x.sub_(3.0).square().sum(-1)
@@ -531,7 +530,7 @@ class Drawing(nn.Module):
         return x + torch.randn(5)
 
 
-def test_nothing_is_proven_of_a_forward_that_draws_random_numbers(tmp_path):
+def test_a_forward_that_draws_random_numbers_is_unverified(tmp_path):
     wrong = plant("wrong", planted.wrong)
     with Engine(timeout=TIMEOUT) as engine:
         report = engine.submit(request(tmp_path, (wrong,), module=Drawing())).result()
@@ -549,7 +548,7 @@ class Fixed(nn.Module):
         return x.reshape(4, 5).sum(-1)
 
 
-def test_a_module_with_a_fixed_batch_is_degraded_by_itself(tmp_path):
+def test_a_module_with_a_fixed_batch_is_degraded(tmp_path):
     with Engine(timeout=TIMEOUT) as engine:
         report = engine.submit(request(tmp_path, module=Fixed())).result()
     assert report["good"].state == "degraded"
@@ -570,7 +569,7 @@ def test_a_graph_that_may_only_grow_is_verified_as_it_grows(tmp_path):
     assert [sizes["batch"] for sizes in report["good"].parity.batches] == [4, 5, 6]
 
 
-def test_bounds_that_are_impossible_are_an_error():
+def test_impossible_bounds_are_an_error():
     with pytest.raises(BadRequest, match="workers=0"):
         Engine(workers=0)
 
@@ -612,7 +611,7 @@ def test_latency_is_measured_beside_eager_pytorch(tmp_path, monkeypatch):
     assert Report.load(report.folder) == timed
 
 
-def test_timing_that_is_interrupted_says_so(faults, tmp_path):
+def test_interrupted_timing_is_reported(faults, tmp_path):
     report = replace(faults, folder=Path(shutil.copytree(faults.folder, tmp_path / "copy")))
     engine = Engine(timeout=TIMEOUT)
     engine.close()  # as Ctrl-C does while somebody waits for the figures
@@ -642,7 +641,7 @@ def test_a_module_that_was_loaded_by_its_files_name_is_exported(tmp_path, monkey
     assert (report["good"].state, report["good"].reason) == ("verified", "")
 
 
-def test_a_module_of_the_users_that_is_called_like_a_package_goes_by_value(tmp_path, monkeypatch):
+def test_a_users_module_named_like_a_package_is_pickled_by_value(tmp_path, monkeypatch):
     """In a worker packages come first, and this one is another."""
     (tmp_path / "turtledemo.py").write_text("class Net: pass")
     monkeypatch.syspath_prepend(tmp_path)

@@ -29,7 +29,7 @@ WORDLESS = {
 
 
 @pytest.mark.parametrize(("begins", "fails"), WORDLESS.items(), ids=[name.split(" ")[0] for name in WORDLESS])
-def test_an_exception_without_words_tells_where_it_was_raised(begins, fails):
+def test_an_exception_without_a_message_gets_the_line_that_raised_it(begins, fails):
     try:
         fails()
     except BaseException as error:
@@ -38,7 +38,7 @@ def test_an_exception_without_words_tells_where_it_was_raised(begins, fails):
     assert "in " in said.rsplit("(", 1)[1]
 
 
-def test_an_exit_is_told_where_it_was_asked_for_behind_a_librarys_own_exit(monkeypatch):
+def test_an_exit_gets_the_line_that_asked_for_it_behind_a_librarys_own_exit(monkeypatch):
     leave = sys.exit
 
     class Hooks:
@@ -51,18 +51,21 @@ def test_an_exit_is_told_where_it_was_asked_for_behind_a_librarys_own_exit(monke
     assert line(caught.value).startswith("SystemExit: 3 at `sys.exit(code)` (test_errors.py:")
 
 
-def test_an_exception_with_words_is_left_as_it_is():
+def test_an_exceptions_message_is_left_as_it_is():
     with pytest.raises(ValueError, match="axis") as caught:
         raise ValueError("no  axis\n 3")
     assert line(caught.value) == "ValueError: no axis 3"
 
 
-def test_the_cause_of_an_error_in_torchscript_is_its_last_line():
-    error = RuntimeError("failed in interpreter.\nTraceback of TorchScript:\n  x = y\nRuntimeError: sizes differ\n")
-    assert line(error) == "RuntimeError: RuntimeError: sizes differ"
+@pytest.mark.parametrize("cause", ["sizes differ", "select(): index 0\nis out of range"])
+def test_the_cause_of_an_error_in_torchscript_is_behind_its_tracebacks(cause):
+    traced = "Traceback of TorchScript, serialized code:\n  x = y\n      ~ <--- HERE\n\n"
+    again = "Traceback of TorchScript, original code:\n/there.py(3): forward\n"
+    error = RuntimeError(f"It failed in the interpreter.\n{traced}{again}RuntimeError: {cause}\n")
+    assert line(error) == f"RuntimeError: {' '.join(cause.split())}"
 
 
-def test_no_reason_is_made_of_the_name_of_an_exception_alone():
+def test_no_reason_is_only_the_name_of_an_exception():
     source = Path(polyexport.__file__).parent
     alone = [file for file in source.rglob("*.py") if "type(error).__name__" in file.read_text(encoding="utf-8")]
     assert alone == [source / "errors.py"]

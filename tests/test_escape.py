@@ -1,4 +1,4 @@
-"""Names, reasons and notes are anything: no terminal obeys them, and Markdown shows them as they are."""
+"""Names, reasons and notes may have any content: terminals do not obey it, and Markdown shows it as it is."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def hostile() -> Report:
         ("\udcff", "\ufffd"),
     ],
 )
-def test_a_terminal_has_nothing_to_obey(text: str, shown: str) -> None:
+def test_control_characters_do_not_reach_the_terminal(text: str, shown: str) -> None:
     assert escape.printable(text) == shown
 
 

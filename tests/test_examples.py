@@ -334,7 +334,7 @@ def test_serve_triton(hand_over, tmp_path):
 
 
 @pytest.mark.parametrize("config", [path.name for path in EXAMPLES.glob("*.yaml")])
-def test_a_mistake_in_the_configuration_is_told(tmp_path, config):
+def test_a_mistake_in_the_configuration_is_reported(tmp_path, config):
     wrong = tmp_path / config
     wrong.write_text((EXAMPLES / config).read_text().replace("when: fit_end", "when: never"))
     done = forked.script(EXAMPLES / config.replace(".yaml", ".py"), "fit", "--config", wrong, cwd=tmp_path)

@@ -1,4 +1,4 @@
-"""Layer by layer: where an artifact and PyTorch part is named, whatever the format calls its tensors."""
+"""Layer by layer: the first layer that differs from PyTorch is named, whatever the format calls its tensors."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Residual(nn.Module):
         return {"scores": self.head(z.mean((2, 3)))}
 
 
-def test_layers_have_their_values_in_order_and_tell_what_they_read():
+def test_layers_have_their_values_and_their_inputs_in_order():
     found = computed(flat(Residual().eval(), (torch.from_numpy(images()),), {}), {"x": images()})
     assert found.reads == {
         "conv": (),
@@ -81,7 +81,7 @@ def rows(expected: Arrays, found: Arrays, reads: dict[str, tuple[str, ...]], **o
     return {layer.name: layer for layer in compared(expected, found, reads, FLOAT32, None, ends)}
 
 
-def test_values_find_each_other_in_any_layout_and_under_any_name():
+def test_values_are_matched_in_any_layout_and_under_any_name():
     values = chain()
     found = {"a": values["head"].copy(), "b": np.moveaxis(values["relu"], 1, -1), "c": values["bn"].reshape(6, 64)}
     assert paired(values, found, CHAIN, ()) == {"head": "a", "relu": "b", "bn": "c"}
@@ -112,7 +112,7 @@ def test_the_first_layer_with_a_swapped_channel_is_named_and_so_is_what_was_merg
 
 
 @pytest.mark.parametrize("dead", [0.0, np.nan])
-def test_a_layer_that_answers_nothing_is_named_by_its_order(dead):
+def test_a_layer_without_a_matching_tensor_is_named_by_its_order(dead):
     values = chain()
     found = {name: values[name] for name in ("conv", "bn")}
     found |= {name: np.full_like(values[name], dead) for name in ("relu", "head")}
@@ -143,7 +143,7 @@ def test_a_tensor_from_before_a_layer_is_never_taken_for_it():
     assert found["bn"].merged == ("conv",)
 
 
-def test_what_rounding_alone_moves_is_within_the_tolerance():
+def test_differences_by_rounding_are_within_the_tolerance():
     """A column of small numbers is off by more than its own scale allows."""
     values = {"layer": images(8, 4) * np.float32([1, 1, 1, 1e-3])}
     found = {"layer": values["layer"] + np.float32([0, 0, 0, 1e-5])}
@@ -203,7 +203,7 @@ def explained(folder: Path, name: str) -> tuple[int, list[Layer]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FORMATS)
-def test_of_an_artifact_that_agrees_every_layer_does(report, name):
+def test_every_layer_of_an_artifact_that_agrees_agrees(report, name):
     code, layers = explained(report.folder, name)
     named = {part for layer in layers for part in (layer.name, *layer.merged)}
     assert (code, divergence(layers)) == (0, "")

@@ -1,4 +1,4 @@
-"""Switches of model libraries are set for a trace, and for nothing else."""
+"""Options of model libraries are set while a module is traced, and only then."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_a_longformer_cuts_its_chunks_without_strides() -> None:
     assert config.onnx_export is False
 
 
-def test_a_module_without_a_config_is_as_it_is() -> None:
+def test_a_module_without_a_config_is_unchanged() -> None:
     model = torch.nn.Linear(2, 2)
     with exportable(model) as found:
         assert found is model
@@ -67,7 +67,7 @@ class AsksForLengths(torch.nn.Module):
         return sum(parts).reshape(len(x), 2, -1) / len(parts) + torch.zeros([len(x), *[1] * len(x.shape)])
 
 
-def test_a_size_asked_for_by_len_is_followed_by_a_trace() -> None:
+def test_the_result_of_len_stays_dynamic_in_a_trace() -> None:
     model, two, five = AsksForLengths().eval(), torch.rand(2, 2, 2), torch.rand(5, 2, 2)
     expected = model(five)
     with torch.no_grad(), exportable(model):
@@ -102,7 +102,7 @@ SIZES = {
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_a_size_that_becomes_a_number_of_python_is_followed_by_a_trace(name) -> None:
+def test_a_size_converted_to_a_python_number_stays_dynamic_in_a_trace(name) -> None:
     model, four, nine = SizesAsNumbers(SIZES[name]).eval(), torch.rand(4, 4), torch.rand(9, 4)
     expected = model(nine)
     with torch.no_grad(), exportable(model):
@@ -126,7 +126,7 @@ def uses_numbers(x: torch.Tensor) -> torch.Tensor:
     return x * int(2.5) * float(3)
 
 
-def test_what_is_no_size_is_a_number_as_before() -> None:
+def test_a_number_that_is_not_a_size_stays_a_number() -> None:
     model, x = SizesAsNumbers(uses_numbers).eval(), torch.rand(4, 4)
     expected, before = model(x), dict(globals())
     with torch.no_grad(), exportable(model):
@@ -136,7 +136,7 @@ def test_what_is_no_size_is_a_number_as_before() -> None:
     assert globals() == before
 
 
-def test_a_number_read_of_data_is_no_size() -> None:
+def test_a_number_read_from_data_is_not_a_size() -> None:
     model = SizesAsNumbers(lambda x: x * [0.5, 2.0][int(x.sum() * 0)] * {0: 3.0}[int(x.shape[0] * x[0, 0] * 0)]).eval()
     x = torch.rand(4, 4)
     with torch.no_grad(), exportable(model), pytest.warns(torch.jit.TracerWarning, match="Python integer"):

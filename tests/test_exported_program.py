@@ -119,7 +119,7 @@ MODES = (
 
 @pytest.mark.filterwarnings("ignore:None of the inputs")  # of a checkpoint that has nothing to differentiate
 @pytest.mark.parametrize("answer", MODES)
-def test_a_program_does_what_runs_without_autograd_and_changes_no_mode_of_it(answer, tmp_path):
+def test_a_program_runs_without_autograd_and_leaves_its_mode_alone(answer, tmp_path):
     module, program = traced(answer, tmp_path)
     assert not [node for node in program.graph.nodes if "grad" in str(node.target)]
     x = torch.randn(7, 10)
@@ -191,7 +191,7 @@ def test_a_program_with_a_constant_made_in_forward_can_be_exported_again(tmp_pat
     assert torch.equal(again(x), x * torch.tensor([1.0, 2.0, 3.0]))
 
 
-def test_a_scripted_part_that_no_program_takes_is_named():
+def test_a_scripted_submodule_that_cannot_be_exported_is_named():
     net = nn.Sequential(torch.jit.script(nn.Sequential(nn.Linear(4, 4), nn.ReLU())), nn.Linear(4, 2)).eval()
     with pytest.raises(RuntimeError, match=r"cannot export parts that torch.jit.script made \(0\)"):
         export_program(net, (torch.rand(2, 4),), [()])
@@ -221,7 +221,7 @@ class Reading(nn.Module):
     ],
     ids=["a branch", "a count", "an array", "a size"],
 )
-def test_what_no_program_takes_is_told_with_its_line(read, why):
+def test_code_that_cannot_be_exported_is_reported_with_its_line(read, why):
     with pytest.raises(RuntimeError) as raised:
         export_program(nn.Sequential(nn.Linear(4, 4), Reading(read)).eval(), (torch.rand(2, 4),), [(0,)])
     assert str(raised.value).startswith(why.replace("SITE", f"{Path(__file__).name}:{read.__code__.co_firstlineno}"))

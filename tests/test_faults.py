@@ -1,4 +1,4 @@
-"""Whatever goes wrong beside a training: it ends as it would have ended, and what is told of it is true.
+"""Whatever goes wrong during an export, training ends as it does without it, and the report is right.
 
 The faults, and what is expected of each, are the table in `faults.py`.
 """
@@ -31,7 +31,7 @@ def matrix(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequ
 
 
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=lambda fault: fault.name)
-def test_a_fault_harms_no_training_and_its_state_is_true(matrix, fault):
+def test_a_fault_does_not_disturb_training_and_its_state_is_right(matrix, fault):
     if why := fault.cannot():
         pytest.skip(why)
     seen: Seen = matrix(fault)
@@ -47,18 +47,18 @@ def test_a_fault_harms_no_training_and_its_state_is_true(matrix, fault):
 
 
 @pytest.mark.parametrize("fault", SHADOWS.values(), ids=lambda fault: fault.name)
-def test_harm_would_be_seen(matrix, fault):
+def test_a_disturbed_training_would_be_noticed(matrix, fault):
     seen: Seen = matrix(fault)
     assert seen.identical == (fault.name != "a callback draws")
     assert (set(seen.exit_codes) == {seen.reference_exit_code}) == (fault.name != "fit fails")
 
 
-def test_a_folder_that_is_left_behind_would_be_seen(tmp_path):
+def test_a_folder_that_is_left_behind_would_be_noticed(tmp_path):
     (tmp_path / "exports" / ".unfinished-1").mkdir(parents=True)
     assert unfinished_in(tmp_path) == (str(tmp_path / "exports" / ".unfinished-1"),)
 
 
-def test_a_process_that_is_left_behind_would_be_seen_by_its_environment_or_its_folder(tmp_path):
+def test_a_process_that_is_left_behind_would_be_noticed(tmp_path):
     (tmp_path / "run0").mkdir()
     for given in ({"env": {MARK: str(tmp_path)}}, {"cwd": tmp_path / "run0"}):
         orphan = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, **given)

@@ -1,4 +1,4 @@
-"""Folders of the user's stay, whatever an export is called."""
+"""A user's own folders are never replaced, whatever an export is called."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_a_file_and_a_link_of_the_users_may_not_be_replaced(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["folder", "file", "report of another tool"])
-def test_what_is_no_export_is_refused_before_anything_is_done(tmp_path, kind):
+def test_a_folder_that_is_not_an_export_is_refused_before_anything_is_done(tmp_path, kind):
     into = tmp_path / "mine"
     if kind == "file":
         into.write_text("mine")
@@ -65,7 +65,7 @@ def test_what_is_no_export_is_refused_before_anything_is_done(tmp_path, kind):
 
 
 @pytest.mark.parametrize("is_file", [True, False])
-def test_a_best_of_the_users_stays(tmp_path, is_file):
+def test_a_users_own_folder_named_best_stays(tmp_path, is_file):
     best = tmp_path / BEST
     if is_file:
         best.write_text("the best of times")
@@ -74,7 +74,7 @@ def test_a_best_of_the_users_stays(tmp_path, is_file):
     assert not may_point_best(best)
 
 
-def test_a_best_of_ours_is_replaced_also_where_its_export_is_gone(tmp_path):
+def test_our_best_link_is_replaced_even_if_its_export_is_gone(tmp_path):
     for name in ("one", "two"):
         point_best(a_folder(tmp_path / name, report=REPORT))
         assert may_point_best(tmp_path / BEST)
@@ -85,7 +85,7 @@ def test_a_best_of_ours_is_replaced_also_where_its_export_is_gone(tmp_path):
     assert not may_point_best(tmp_path / BEST)
 
 
-def test_a_checkpoint_that_is_called_like_a_folder_of_the_users_is_exported_beside_it(tmp_path):
+def test_a_checkpoint_named_like_a_users_folder_is_exported_next_to_it(tmp_path):
     a_folder(tmp_path / "model", weights="")
     a_folder(tmp_path / BEST, thesis="")
     with Engine(timeout=30) as engine:

@@ -103,7 +103,7 @@ class Sorted(torch.nn.Module):
         return x
 
 
-def test_what_one_exporter_cannot_do_the_other_does(tmp_path: Path):
+def test_if_one_exporter_fails_the_other_is_used(tmp_path: Path):
     report = polyexport.export(Sorted(), torch.rand(4, 3), ["pt2", "onnx", "openvino"], tmp_path / "x", bench=False)
     assert report["pt2"].state == "failed"
     assert (report["onnx"].state, report["onnx"].route) == ("verified", "script")

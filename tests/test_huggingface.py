@@ -32,7 +32,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         yield found
 
 
-def test_what_agrees_is_there_whole_and_can_be_loaded(small: Report, hub: Hub, tmp_path: Path):
+def test_artifacts_that_agree_are_uploaded_completely_and_can_be_loaded(small: Report, hub: Hub, tmp_path: Path):
     hub.files |= {"onnx/model.onnx.data": b"of an earlier export", "notes.txt": b"the user's"}
     HuggingFace("user/model")(small)
     for name, data in hub.files.items():
@@ -76,14 +76,14 @@ def test_a_card_without_an_intended_use_says_so(small: Report):
     assert "Not stated by the author." in card(small, "user/model")
 
 
-def test_what_the_hub_refuses_is_told(small: Report, hub: Hub):
+def test_a_refusal_of_the_hub_is_reported(small: Report, hub: Hub):
     hub.refuses = 403
     with pytest.raises(ConnectionError, match=r"user/model: HfHubHTTPError: .*you may not write here"):
         HuggingFace("user/model")(small)
     assert not hub.files
 
 
-def test_a_hub_that_does_not_answer_in_time_is_told(small: Report, hub: Hub, monkeypatch: pytest.MonkeyPatch):
+def test_a_hub_that_does_not_answer_in_time_is_reported(small: Report, hub: Hub, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(HuggingFace, "_commit", lambda self, report: hub_is_slow())
     with pytest.raises(ConnectionError, match=r"user/model: not finished after 0.2 s"):
         HuggingFace("user/model", timeout=0.2)(small)
@@ -95,7 +95,7 @@ def hub_is_slow() -> None:
     time.sleep(1)
 
 
-def test_nothing_is_sent_where_nothing_agrees(small: Report, hub: Hub):
+def test_nothing_is_uploaded_if_nothing_agrees(small: Report, hub: Hub):
     with pytest.raises(BadRequest, match="no artifact agrees with PyTorch"):
         HuggingFace("user/model")(replace(small, outcomes=(outcome("onnx", "failed", "why"),)))
     assert not hub.asked
@@ -109,12 +109,12 @@ def test_nothing_is_sent_where_nothing_agrees(small: Report, hub: Hub):
         ({"repository": "user/model", "timeout": 0}, "timeout=0; give the seconds"),
     ],
 )
-def test_an_impossible_option_is_told_at_once(settings: dict[str, Any], message: str):
+def test_an_invalid_option_is_refused_at_once(settings: dict[str, Any], message: str):
     with pytest.raises(BadRequest, match=re.escape(message)):
         HuggingFace(**settings)
 
 
-def test_a_client_that_is_not_installed_is_told_at_once(monkeypatch: pytest.MonkeyPatch):
+def test_a_missing_client_is_reported_at_once(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("polyexport.publish.huggingface.find_spec", lambda name: None)
     with pytest.raises(BadRequest, match=r"HuggingFace requires huggingface_hub; install with `pip install"):
         HuggingFace("user/model")

@@ -6,11 +6,13 @@ import ast
 import shutil
 import subprocess
 import zipfile
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+import aarch64
 import environments
 from every_format import Everything
 from polyexport import FORMATS, BadRequest, Outcome, Report
@@ -39,8 +41,9 @@ def copied(report: Report, into: Path) -> Path:
     return shutil.copytree(report.folder, into, ignore=shutil.ignore_patterns("made", "jobs"))
 
 
-def run(python: str, kit: Path, *flags: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([python, "-I", *flags, str(kit / PROGRAM)], capture_output=True, text=True, check=False)
+def run(python: str | Sequence[str], kit: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    command = [python] if isinstance(python, str) else python
+    return subprocess.run([*command, "-I", *flags, str(kit / PROGRAM)], capture_output=True, text=True, check=False)
 
 
 @pytest.mark.parametrize("name", RUNTIMES)
@@ -66,6 +69,25 @@ def test_what_another_interpreter_proves_stands_in_the_report(
     assert Report.load(export) == report
     for file in ("report.html", "report.md"):
         assert proof.runtime in (export / file).read_text()
+
+
+def test_an_arm_processor_proves_an_artifact_of_this_machine(small: Report, tmp_path: Path):
+    try:
+        emulated = aarch64.python()
+    except aarch64.Unavailable as why:
+        pytest.skip(str(why))
+    export = copied(small, tmp_path / "out")
+    kit = make(export / "onnx", tmp_path / "kit")
+    done = run(emulated, kit)
+    assert done.returncode == 0, done.stderr
+    report, _ = accept(kit / PROOF, export)
+    (proof,) = report["onnx"].proofs
+    assert proof.runtime == aarch64.RUNTIMES[0].replace("==", " ")
+    assert proof.machine.endswith(", aarch64 (Cortex-A72)")
+    assert proof.verified_by == f"{proof.runtime}, {proof.machine}"
+    assert proof.parity.passed
+    for file in ("report.html", "report.md"):
+        assert proof.verified_by in (export / file).read_text()
 
 
 def test_a_kit_whose_artifact_or_data_was_changed_proves_nothing(small: Report, tmp_path: Path, device: str):
@@ -99,6 +121,16 @@ def test_a_machine_without_numpy_is_told_what_to_install(small: Report, tmp_path
     kit = make(small.folder / "onnx", tmp_path / "kit")
     done = run(device, kit, "-S")
     assert (done.returncode, done.stderr) == (1, "numpy is not installed: pip install onnxruntime numpy\n")
+
+
+def test_a_runtime_that_ends_by_a_signal_leaves_where_it_was(small: Report, tmp_path: Path, device: str):
+    kit = make(small.folder / "onnx", tmp_path / "kit")
+    with zipfile.ZipFile(kit / PROGRAM, "a") as packed:
+        packed.writestr("onnxruntime.py", "import os\nos.kill(os.getpid(), 4)\n")
+    done = run(device, kit)
+    assert done.returncode == -4
+    assert "Fatal Python error: Illegal instruction" in done.stderr
+    assert "polyexport/formats/onnx.py" in done.stderr
 
 
 def test_all_that_a_kit_brings_is_python_3_10(small: Report, tmp_path: Path):

@@ -62,7 +62,7 @@ def test_each_formats_own_tools_read_it(named: Report):
     assert json.loads(wanted["polyexport.json"])["license"] == "MIT"
 
 
-def test_a_tflite_file_has_them_behind_it(tmp_path: Path):
+def test_a_tflite_file_has_labels_appended(tmp_path: Path):
     spec = ExportSpec((), (), labels=NAMES, metadata={"license": "MIT"})
     route = Route("x", "module", "tflite", lambda source, target, spec: target.write_bytes(b"a flatbuffer") and None)
     packed(route).convert(tmp_path, tmp_path / "model.tflite", spec)
@@ -78,7 +78,7 @@ def test_report_and_page_show_it(named: Report):
     assert Report.load(named.folder).model.labels == NAMES
 
 
-def test_labels_that_fit_no_output_are_left_out_and_told(tmp_path: Path):
+def test_labels_that_fit_no_output_are_left_out_with_a_note(tmp_path: Path):
     report = polyexport.export(
         torch.nn.Linear(4, 3), torch.rand(4, 4), ["torchscript"], tmp_path / "out", bench=False, labels=["cat", "dog"]
     )
@@ -89,14 +89,14 @@ def test_labels_that_fit_no_output_are_left_out_and_told(tmp_path: Path):
     assert not (tmp_path / "out" / "torchscript" / LABELS).exists()
 
 
-def test_the_classes_of_an_image_stand_on_its_second_axis():
+def test_the_classes_of_an_image_are_on_its_second_axis():
     image = TensorSpec("mask", "float32", ("batch", 3, 8, 8))
     assert labeled(ExportSpec((), (image,)), NAMES, {})[0].labels == NAMES
     text = TensorSpec("logits", "float32", ("batch", 3, 8))
     assert labeled(ExportSpec((), (text,)), NAMES, {})[0].labels == ()
 
 
-def test_what_polyexport_writes_itself_is_not_overwritten():
+def test_the_keys_of_polyexport_are_not_overwritten():
     spec = ExportSpec((), (), metadata={"git_commit": "abc"})
     assert labeled(spec, (), {"git_commit": "mine", "a": "b"})[0].metadata == {"git_commit": "abc", "a": "b"}
 
@@ -111,6 +111,6 @@ def test_what_polyexport_writes_itself_is_not_overwritten():
         ({"metadata": ["a"]}, "metadata=['a']; give a mapping of strings to strings"),
     ],
 )
-def test_what_cannot_be_embedded_is_refused_at_once(given: dict, message: str):
+def test_metadata_that_cannot_be_embedded_is_refused_at_once(given: dict, message: str):
     with pytest.raises(BadRequest, match=re.escape(message)):
         Options(resolve(["onnx"]), **given)

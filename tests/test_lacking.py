@@ -43,7 +43,7 @@ def test_frozen_weights_that_a_checkpoint_lacks_are_copied_once(tmp_path):
     assert torch.equal(torch.load(one / "lacking.pt")["frozen.weight"], net.frozen.weight)
 
 
-def test_what_changes_is_taken_each_time(tmp_path):
+def test_state_that_changes_is_copied_each_time(tmp_path):
     net, (captured, one, two) = Backbone(), folders(tmp_path)
     checkpoint = write(tmp_path / "a.ckpt", net, "head.1.")
     for source in (one, two):
@@ -69,7 +69,7 @@ def test_the_outermost_parts_that_were_called_are_named():
     assert not nn.modules.module._global_forward_pre_hooks
 
 
-def test_what_a_copy_of_the_callback_exports_stands_in_the_reports_of_both():
+def test_exports_of_a_copied_callback_are_in_the_reports_of_both():
     """As libraries that keep a trainer's arguments, and make a trainer of a deep copy of them."""
     callback = ExportCallback(["onnx"])
     made = copy.deepcopy({"callbacks": [callback]})["callbacks"][0]

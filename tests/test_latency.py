@@ -66,7 +66,7 @@ def test_throughput_counts_rows_not_calls():
     assert measured([2.0] * 10, batch=4).throughput_per_second == pytest.approx(4 / 2e-3)
 
 
-def test_figures_of_a_busy_machine_are_told_until_they_are_measured_again(tmp_path):
+def test_figures_of_a_busy_machine_are_marked_until_measured_again(tmp_path):
     report = written.export(tmp_path / "export", step=4)
     busy = _recorded(report, {"good": measured([2.0] * 10, waited=0.6), "static": measured([2.0] * 10, waited=0.2)}, {})
     (note,) = busy.notes
@@ -95,14 +95,14 @@ def test_figures_of_a_busy_machine_are_compared_with_nothing(tmp_path):
         assert busy.notes[0].text in text
 
 
-def test_one_row_that_waited_is_not_compared_beside_others_that_did_not(tmp_path):
+def test_a_latency_measured_under_load_is_not_compared_with_others(tmp_path):
     report = written.export(tmp_path / "export", step=4)
     timed = {name: measured([2.0] * 10, waited=0.9 if name == "static" else 0.0) for name in (EAGER, "good", "static")}
     found = _recorded(report, timed, {})
     assert (found["good"].latency.speedup, found["static"].latency.speedup) == (1.0, None)
 
 
-def test_what_is_slower_than_pytorch_is_told_with_what_is_known_of_it(tmp_path):
+def test_a_format_slower_than_pytorch_gets_a_note_with_known_causes(tmp_path):
     report = written.export(tmp_path / "export", step=4)
     timed = {EAGER: measured([2.0] * 10), "good": measured([1.99] * 10), "static": measured([4.0] * 10)}
     (note,) = _recorded(report, timed, {}, {"good": "it is not", "static": "its kernels are made for NPUs"}).notes

@@ -28,7 +28,7 @@ def test_a_format_that_was_copied_out_of_its_export_is_loaded(small: Report, tmp
     assert answers(small.folder / name / FORMATS[name].artifact, small)
 
 
-def test_what_describes_an_artifact_is_no_part_of_it(small: Report) -> None:
+def test_files_that_describe_an_artifact_are_not_part_of_it(small: Report) -> None:
     for outcome in small.outcomes:
         files = [file for file in (small.folder / outcome.format).iterdir() if file.name != DESCRIPTION]
         assert outcome.artifact.bytes == sum(file.stat().st_size for file in files)
@@ -36,7 +36,7 @@ def test_what_describes_an_artifact_is_no_part_of_it(small: Report) -> None:
         assert (about["format"], about["state"]) == (outcome.format, "verified")
 
 
-def test_what_cannot_be_loaded_says_what_can(small: Report, tmp_path: Path) -> None:
+def test_a_format_that_cannot_be_loaded_names_those_that_can(small: Report, tmp_path: Path) -> None:
     onnx = small.folder / "onnx"
     for path, message in (
         (small.folder / "onxx", r"there is no .*onxx; .*out has onnx, pt2, torchscript"),
@@ -57,7 +57,7 @@ def test_what_cannot_be_loaded_says_what_can(small: Report, tmp_path: Path) -> N
         polyexport.load(tmp_path / "half")
 
 
-def test_what_an_artifact_lacks_is_known_where_it_is_loaded(small: Report, tmp_path: Path) -> None:
+def test_a_loaded_artifact_has_its_shortfall(small: Report, tmp_path: Path) -> None:
     assert polyexport.load(small.folder / "onnx").shortfall == ""
     shutil.copytree(small.folder / "onnx", tmp_path / "onnx")
     about = json.loads((tmp_path / "onnx" / DESCRIPTION).read_text())

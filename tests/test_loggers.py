@@ -52,7 +52,7 @@ def test_mlflow_has_each_figure_over_the_checkpoints_and_what_agreed(reports, tm
     assert (artifacts / "good" / "model.json").read_bytes() == (best / "good" / "model.json").read_bytes()
 
 
-def test_that_the_machine_was_busy_is_told_everywhere(reports, tmp_path, monkeypatch):
+def test_a_busy_machine_is_noted_in_every_logger(reports, tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # as above
     busy = written.busy(reports[-1])
     board = TensorBoardLogger(tmp_path / "logs")

@@ -84,7 +84,7 @@ def test_a_lower_precision_is_smaller(report, name):
 
 
 @pytest.mark.slow
-def test_the_report_tells_what_was_calibrated_with(report):
+def test_the_report_names_the_calibration_data(report):
     found = report["onnx-int8"].calibration
     assert (found.batches, found.rows) == (("validation_batch.npz", "source/call_001.npz"), 21)
     assert found.left_out == ("source/call_002.npz",)
@@ -94,12 +94,12 @@ def test_the_report_tells_what_was_calibrated_with(report):
 
 
 @pytest.mark.slow
-def test_what_half_precision_cannot_hold_stays_float(report):
+def test_values_beyond_half_precision_stay_float(report):
     assert "their values exceed float16: 1 × Add, 1 × Div, 2 × Mul" in report["onnx-fp16"].remark
 
 
 @pytest.mark.slow
-def test_the_report_tells_how_many_weights_are_in_four_bits(report):
+def test_the_report_has_the_number_of_weights_in_four_bits(report):
     assert report["openvino-w4"].remark == "2 weights in 4 bits, 3 in 8"
 
 
@@ -201,7 +201,7 @@ def test_where_every_batch_has_a_nan_there_are_no_ranges(tmp_path):
     assert made["ranges"].reason.startswith("no batch to calibrate with: validation_batch.npz has NaN or infinity")
 
 
-def test_formats_that_were_calibrated_alike_stand_in_one_note():
+def test_formats_with_the_same_calibration_share_one_note():
     from polyexport import Outcome
     from polyexport.report.outcome import Artifact, Calibration, of_precisions
 
@@ -256,7 +256,7 @@ def test_the_costliest_matrix_goes_back_to_float(outlier, tmp_path):
     assert "in float32: 2 × MatMul" in remark
 
 
-def test_a_share_that_is_asked_for_goes_back(outlier, tmp_path):
+def test_a_requested_share_of_layers_goes_back_to_float(outlier, tmp_path):
     source, spec = outlier
     off(source, tmp_path / "y.onnx", replace(spec, in_float=1 / 2))
     remark = FORMATS["onnx-int8"].open(tmp_path / "y.onnx", spec, threads=1).remark
@@ -265,7 +265,7 @@ def test_a_share_that_is_asked_for_goes_back(outlier, tmp_path):
     assert len(re.findall(r"\w+ \([\d.]+%\)", remark)) == 2  # of three matrices one or two are the half
 
 
-def test_without_a_round_it_stays_far(outlier, tmp_path, monkeypatch):
+def test_without_a_round_the_output_stays_far_off(outlier, tmp_path, monkeypatch):
     source, spec = outlier
     monkeypatch.setattr(drafts, "SHARES", ())
     assert off(source, tmp_path / "y.onnx", spec) > 0.2
@@ -343,7 +343,7 @@ def test_a_share_of_the_layers_goes_back_however_near_the_outputs_are():
     )
 
 
-def test_what_is_near_stays_as_it_is_and_what_brings_nothing_is_not_kept():
+def test_close_outputs_stay_and_rounds_without_an_effect_are_not_kept():
     near = drafts.Draft(None, "", 0.01)
     assert drafts.mended([near], {"a": "a"}, made) == (near, "")
     far = drafts.Draft(None, "", 0.2)

@@ -74,7 +74,7 @@ def test_no_files_of_the_room_import_each_other_in_a_circle() -> None:
     assert len(list(TopologicalSorter(graph).static_order())) > 20
 
 
-def test_no_function_of_the_room_stands_there_twice() -> None:
+def test_no_function_of_the_room_is_written_twice() -> None:
     """What two frameworks compute in the same way is written once."""
     found: dict[str, list[str]] = {}
     for file in (PACKAGE / "lowering").rglob("*.py"):
@@ -114,7 +114,7 @@ def test_older_forms_become_those_of_today() -> None:
     assert slopes.shape == (3, 1, 1)
 
 
-@pytest.mark.parametrize("target", CASES)
+@pytest.mark.parametrize("target", ["tensorflow", "paddle"])
 def test_an_input_that_only_the_run_knows_is_named(target: str) -> None:
     """Where the operator needs it while the graph is made."""
     said = answer(target, "unknown_input")

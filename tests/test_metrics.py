@@ -85,7 +85,7 @@ def test_each_runtime_has_the_metrics_that_its_answers_give(run):
     assert abs(turned - expected) > 0.01
 
 
-def test_they_stand_in_the_report_and_beside_pytorchs(run):
+def test_metrics_are_in_the_report_next_to_pytorchs(run):
     report = run[0].reports[-1]
     stored = json.loads((report.folder / "report.json").read_text())
     assert stored["metrics"] == dict(report.metrics)
@@ -99,7 +99,7 @@ def test_training_leaves_the_same_module_and_random_state_without_them(run, tmp_
     assert all(torch.equal(tensor, plain.state_dict()[name]) for name, tensor in best.state_dict().items())
 
 
-def test_what_cannot_be_validated_is_a_note(tmp_path):
+def test_a_format_that_cannot_be_validated_gets_a_note(tmp_path):
     """The planted runtime knows the first two batches only."""
     export, *_ = fitted(tmp_path, formats=[GOOD], metric_batches=3)
     report = export.reports[-1]
@@ -110,6 +110,6 @@ def test_what_cannot_be_validated_is_a_note(tmp_path):
     assert Report.load(report.folder) == report
 
 
-def test_a_negative_number_is_told_at_construction():
+def test_a_negative_number_is_refused_at_construction():
     with pytest.raises(BadRequest, match="metric_batches=-1"):
         ExportCallback(["onnx"], metric_batches=-1)

@@ -376,7 +376,7 @@ def windows(x):
 
 
 def shifted_and_back(x):
-    """As a Swin block does, and at last with no axis beside the neighbour that it had."""
+    """As a Swin block does, and at last with no axis beside the neighbor that it had."""
     parts = windows(x.roll((-2, 1), (2, 3))).softmax(1).reshape(-1, 2, 2, 4, 5, 4)
     return parts.permute(0, 5, 1, 3, 2, 4).reshape(x.shape).roll((2, -1), (2, 3))
 
@@ -445,7 +445,7 @@ def pooled(x, **how):
     return OPS["avg_pool"](x[:, None], torch.tensor([2]), torch.tensor([2]), **how)[:, 0].tolist()
 
 
-def test_what_hangs_over_the_edge_counts_in_an_average():
+def test_padding_beyond_the_edge_counts_in_an_average():
     assert pooled(ROW, ceil_mode=True) == [[1.5, 1.5]]
     assert pooled(ROW, ceil_mode=True, exclude_padding_from_average=True) == [[1.5, 3.0]]
     assert functional.avg_pool1d(ROW, 2, ceil_mode=True).tolist() == [[1.5, 3.0]], "as PyTorch always has it"
@@ -485,7 +485,7 @@ STATE, WEIGHTS = torch.zeros(1, 3), torch.ones(12, 3)
         ),
     ],
 )
-def test_what_the_reference_leaves_open_is_not_guessed(call, what):
+def test_behavior_that_the_reference_leaves_open_is_not_guessed(call, what):
     with pytest.raises(CannotRun, match=what):
         call()
     assert "gru" not in OPS, "of its reset Apple's documents say two things"
@@ -516,20 +516,20 @@ def test_a_negative_index_counts_from_the_end_only_before_ios_17(op, rest):
 
 
 @pytest.mark.parametrize("function", [put, unpooled])
-def test_a_function_that_a_trace_loses_comes_through_torch_export(function, tmp_path):
+def test_a_function_that_a_trace_loses_is_converted_by_torch_export(function, tmp_path):
     proven(function, (2, 4, 6, 8), tmp_path, convert=coreml.convert_program, free=True)
 
 
 @pytest.mark.parametrize("function", [hot, grouped, looped])
-def test_a_scatter_into_rows_of_a_free_batch(function, tmp_path):
+def test_a_scatter_into_rows_of_a_dynamic_batch(function, tmp_path):
     proven(function, ROWS, tmp_path, free=True)
 
 
 @pytest.mark.parametrize("norm", ["backward", "forward", "ortho"])
-def test_a_fourier_transform_of_a_free_batch(norm, tmp_path):
+def test_a_fourier_transform_of_a_dynamic_batch(norm, tmp_path):
     proven(lambda x: torch.fft.fftn(x, (8, 6), (1, 2), norm).real, (2, 5, 7), tmp_path, free=True)
 
 
 @pytest.mark.parametrize("function", [windows, shifted_and_back])
-def test_windows_of_a_free_batch_pass_through_five_axes(function, tmp_path):
+def test_windows_of_a_dynamic_batch_pass_through_five_axes(function, tmp_path):
     proven(function, (2, 4, 8, 10), tmp_path, free=True)

@@ -142,7 +142,7 @@ def spectral_norm_by_hook():
 
 
 @kind
-def quantisation_aware():
+def quantization_aware():
     from torch.ao import quantization
 
     net = nn.Sequential(quantization.QuantStub(), layers(), quantization.DeQuantStub()).train()
@@ -248,7 +248,7 @@ def test_it_is_exported_without_a_trace_in_the_training_process(with_export, nam
     told = [note for note in found["notes"] if "proves little" not in note]  # after two epochs it knows one class
     unheard = ["not compared with the outputs in training"] * (name in ("compiled", "compiled_in_place"))
     assert [note.partition(":")[0] for note in notes] == unheard
-    moved = ["not compared with the outputs in training"] * (name == "quantisation_aware")  # its observers are still on
+    moved = ["not compared with the outputs in training"] * (name == "quantization_aware")  # its observers are still on
     assert [note.partition(":")[0] for note in told] == [*moved, ""]
     assert {each: found[each] for each in FORMATS} == dict.fromkeys(FORMATS, True)
 
@@ -270,7 +270,7 @@ def test_the_reference_is_what_the_trained_model_answers_in_float32(with_export,
     assert np.allclose(exported, live, rtol=1e-5, atol=1e-6)
 
 
-def test_other_weights_would_answer_otherwise(with_export):
+def test_other_weights_would_be_noticed(with_export):
     exported, live = answers(Net(), with_export["hooks"][3])
     assert not np.allclose(exported, live, rtol=1e-2)
 

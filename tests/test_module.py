@@ -218,7 +218,7 @@ class Sample:
     scale: float = 1.0
 
 
-def test_mappings_and_dataclasses_reach_forward_as_what_they_are(tmp_path):
+def test_mappings_and_dataclasses_reach_forward_as_their_own_types(tmp_path):
     class Net(nn.Module):
         def forward(self, samples):
             first = samples[0]
@@ -286,7 +286,7 @@ class Task(Enum):
     SEGMENT = "segment"
 
 
-def test_what_is_no_tensor_is_a_constant(tmp_path):
+def test_arguments_that_are_not_tensors_are_constants(tmp_path):
     class Net(nn.Module):
         def forward(self, batch):
             assert batch["task"] is Task.SEGMENT
@@ -305,7 +305,7 @@ def test_what_is_no_tensor_is_a_constant(tmp_path):
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_a_forward_that_differentiates_is_told_of(mode):
+def test_a_forward_that_differentiates_is_reported(mode):
     class Forces(nn.Module):
         def forward(self, x):
             x = x.detach().requires_grad_()
@@ -360,7 +360,7 @@ def test_arrays_are_written_under_any_name(tmp_path):
         assert {name: found[name].tolist() for name in found.files} == {n: a.tolist() for n, a in arrays.items()}
 
 
-def test_the_import_path_is_whole_though_the_program_goes_elsewhere(tmp_path, monkeypatch):
+def test_the_import_path_is_complete_in_another_working_folder(tmp_path, monkeypatch):
     """As Hydra does, when a script has named its folder of modules by a relative path."""
     for name in ("src", "outputs"):
         (tmp_path / name).mkdir()
@@ -388,7 +388,7 @@ class HoldsItsData(nn.Module):
         return self.net(x) + (self.train_set.tensors[0][0, 0] if self.asks else 0)
 
 
-def test_data_that_a_module_holds_is_not_taken_along(tmp_path):
+def test_data_that_a_module_refers_to_is_not_saved(tmp_path):
     net = HoldsItsData().eval()
     x = torch.randn(3, 4)
     loaded = modules.load(saved(net, tmp_path, x))
@@ -415,7 +415,7 @@ class Registers(nn.Module):
         return self.layer(x)
 
 
-def test_a_module_that_is_asked_once_more_has_the_hooks_and_lists_of_before(tmp_path):
+def test_a_module_that_runs_once_more_has_the_hooks_and_lists_of_before(tmp_path):
     module = Registers()
     ask(module, ((torch.rand(4, 5),), {}), tmp_path)
     assert (tmp_path / ANSWER).exists()

@@ -14,7 +14,7 @@ from onnx import TensorProto, helper
 from every_format import Everything
 from polyexport.capture.flatten import flat
 from polyexport.formats.onnx import convert_program, convert_trace, load
-from polyexport.lowering.ports import rename_ports
+from polyexport.onnx_graph.names import rename_inputs_outputs
 from polyexport.spec import ExportSpec, TensorSpec
 
 OPERATORS = ("embedding", "linear", "softmax", "relu", "linear_1", "add", "mean", "val_0", "polyexport_input_0000")
@@ -102,7 +102,7 @@ def test_every_format_keeps_a_name_that_an_operator_has_and_takes_no_detour_for_
     assert [text for text in routes if text.split(":")[0] in whole] == []
 
 
-def test_what_has_several_names_gets_them_all_and_a_branch_sees_the_new_ones() -> None:
+def test_a_value_with_several_names_gets_them_all_and_a_branch_sees_the_new_ones() -> None:
     """An input passed through, a weight, one value twice, and a value that a subgraph reads under the name taken."""
 
     def port(name: str) -> onnx.ValueInfoProto:
@@ -121,7 +121,7 @@ def test_what_has_several_names_gets_them_all_and_a_branch_sees_the_new_ones() -
     graph = helper.make_graph(nodes, "g", [port("i")], outputs, weights)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
     wanted = ("same", "linear", "c", "b", "i")
-    rename_ports(model, {"i": "w"}, wanted)
+    rename_inputs_outputs(model, {"i": "w"}, wanted)
     onnx.checker.check_model(model, full_check=True)
     import onnxruntime
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import pytest
 
 import zoo
 from isolated import in_toolchain, many
+from polyexport.errors import NothingToDo
 from polyexport.formats import ncnn
-from polyexport.lowering.floats import in_floats
+from polyexport.onnx_graph.floats import in_floats
 from polyexport.spec import ExportSpec, TensorSpec
 
 FORMATS = ("ncnn", "ncnn-fp16")
@@ -157,3 +159,14 @@ def test_a_fixed_batch_is_refused_with_what_to_do(rows: int, why: str) -> None:
     said = ncnn.fixed_batch(ExportSpec((tensor,), (tensor,)))
     assert said.endswith(why)
     assert bool(said) == bool(why)
+
+
+def test_a_dynamic_batch_that_became_static_is_no_reason(tmp_path: Path) -> None:
+    """Static shapes are tried where dynamic ones failed; then the reason is that failure alone."""
+    tensor = TensorSpec("x", "float32", ("batch", 3))
+    spec = ExportSpec((tensor,), (tensor,), {"batch": 4})
+    convert = ncnn.FORMATS[0].routes[0].convert
+    with pytest.raises(NothingToDo):
+        convert(tmp_path / "model.onnx", tmp_path / "model.param", spec.static())
+    with pytest.raises(RuntimeError, match="the batch is fixed at 4"):
+        convert(tmp_path / "model.onnx", tmp_path / "model.param", replace(spec.static(), sizes={}))

@@ -1,4 +1,4 @@
-"""No converter and no runtime tells its vendor what was exported: seen in what it asks the system for."""
+"""No converter and no runtime contacts its vendor: seen in the system calls of an export."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _leaves(call: str) -> bool:
 
 
 @pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not on PATH: apt install strace")
-def test_a_lookup_would_be_seen(tmp_path: Path) -> None:
+def test_a_network_lookup_would_be_noticed(tmp_path: Path) -> None:
     subprocess.run([*traced(tmp_path / "calls.txt"), sys.executable, "-c", ASKED], check=True)
     assert outgoing(tmp_path / "calls.txt")
 
@@ -43,6 +43,6 @@ def test_no_export_reaches_for_the_network(everything: Everything) -> None:
     assert outgoing(everything.trace) == []
 
 
-def test_no_export_writes_into_the_home_folder_beside_its_caches(everything: Everything) -> None:
+def test_no_export_writes_into_the_home_folder_except_its_caches(everything: Everything) -> None:
     assert [path.name for path in everything.home.iterdir() if path.name != ".cache"] == []
     assert not list(everything.home.rglob("*onnxruntime.db*"))  # a device's id

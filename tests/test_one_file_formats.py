@@ -71,7 +71,7 @@ graph (float[n, 6] x) => (bool[n, 6] nan, float[n, 6] exact, float[n, 6] erf, fl
 """
 
 
-def test_what_mnn_lacks_is_decomposed_and_computes_the_same() -> None:
+def test_operators_that_mnn_lacks_are_decomposed_and_compute_the_same() -> None:
     onnx = pytest.importorskip("onnx", reason="onnx is not installed; `pip install onnx`")
     onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed; `pip install onnxruntime`")
     model = onnx.parser.parse_model(GRAPH)
@@ -94,7 +94,7 @@ def test_what_mnn_lacks_is_decomposed_and_computes_the_same() -> None:
         (1, "", "ended with exit code 1"),
     ],
 )
-def test_why_mnns_converter_wrote_nothing_is_read_from_what_it_prints(code: int, printed: str, why: str) -> None:
+def test_the_reason_of_mnns_converter_is_read_from_its_output(code: int, printed: str, why: str) -> None:
     assert mnn._why(subprocess.CompletedProcess([], code, printed, "")) == why
 
 
@@ -110,6 +110,16 @@ def test_mnn_answers_a_convolution_over_one_axis_with_three_axes(tmp_path: Path)
     in_toolchain("mnn", "scripts/mnn_axes.py", str(tmp_path))
 
 
-def test_executorchs_portable_kernels_take_what_xnnpacks_partitioner_refuses(tmp_path: Path) -> None:
-    printed = in_toolchain("executorch", "scripts/executorch_portable.py", str(tmp_path))
-    assert printed.split()[-1] == "refused"
+@pytest.fixture(scope="module")
+def executorch_said(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The lines that the script prints."""
+    folder = tmp_path_factory.mktemp("executorch")
+    return in_toolchain("executorch", "scripts/executorch_portable.py", str(folder)).splitlines()
+
+
+def test_executorchs_portable_kernels_take_what_xnnpacks_partitioner_refuses(executorch_said: list[str]) -> None:
+    assert executorch_said[-2] == "refused"
+
+
+def test_executorch_has_weights_in_int8_of_convolutions_before_a_relu(executorch_said: list[str]) -> None:
+    assert float(executorch_said[-1]) < 0.5

@@ -1,4 +1,4 @@
-"""What OpenVINO's converter would get wrong is written for it in another way."""
+"""Graphs that OpenVINO's converter would get wrong are rewritten for it."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ GOOD, BAD = cell("verified", "", "dynamo"), cell("failed", "no <Op>\nfor it", No
 FORMATS = ("onnx", "paddle")
 
 
-def test_what_was_not_run_is_neither_verified_nor_counted_as_run():
+def test_a_format_that_was_not_run_is_neither_verified_nor_counted_as_run():
     text = page("Title", "About.", {"net": {"onnx": GOOD}}, ["net"], FORMATS)
     assert "| net | verified | – |" in text
     assert "1 of 2 cells were run; 1/1 (100.0%) of them are `verified`" in text
@@ -25,14 +25,14 @@ def test_a_reason_is_one_line_of_the_page():
     assert "| **verified** | 1/1 (100.0%) | 0/1 (0.0%) |" in text
 
 
-def test_the_newest_run_has_the_last_word(tmp_path):
+def test_the_newest_run_wins(tmp_path):
     path = tmp_path / "folder" / "cells.jsonl"
     record(path, "net", {"onnx": BAD, "paddle": GOOD})
     record(path, "net", {"onnx": GOOD})
     assert recorded(path) == {"net": {"onnx": GOOD, "paddle": GOOD}}
 
 
-def test_a_run_goes_on_with_what_is_missing_and_repeats_what_failed_when_asked():
+def test_a_run_continues_with_missing_cells_and_repeats_failed_ones_on_request():
     found = {"onnx": GOOD, "paddle": BAD}
     assert zoo_table.missing(found, ("onnx", "paddle", "tflite"), again=False) == ["tflite"]
     assert zoo_table.missing(found, ("onnx", "paddle", "tflite"), again=True) == ["paddle", "tflite"]
@@ -50,7 +50,7 @@ def test_a_share_of_the_cells_is_enough():
     assert not zoo_table.enough(cells | {"net3": {"onnx": BAD}}, list(cells), ("onnx",), 0.97)
 
 
-def test_what_is_built_for_a_device_that_is_not_here_is_enough():
+def test_an_artifact_for_a_missing_device_counts_if_it_was_built():
     built = cell("unverified", "there is no such card", "onnx")
     assert zoo_table.enough({"net": {"tensorrt-rtx": built}}, ["net"], ("tensorrt-rtx",), 0.9)
     assert not zoo_table.enough({"net": {"onnx": built}}, ["net"], ("onnx",), 0.9)

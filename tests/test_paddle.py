@@ -21,7 +21,7 @@ ROUTES = {"resnet": ("x2paddle", ()), "gru": ("lowering", (NO_GRU,))}
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ROUTES)
-def test_a_model_is_verified_at_every_batch_size_by_the_first_route_that_carries_it(name, tmp_path):
+def test_a_model_is_verified_at_every_batch_size_by_the_first_route_that_supports_it(name, tmp_path):
     module, inputs = zoo.build(name)
     report = polyexport.export(module, inputs, ["paddle"], tmp_path / "export", bench=False)
     (outcome,) = report.outcomes
@@ -69,7 +69,7 @@ def test_a_clip_to_0_and_6_is_what_runtimes_fuse_to_a_convolution():
     assert answer("paddle", "clip_to_0_and_6") is None
 
 
-def test_what_the_passes_of_paddle_inference_break_is_kept_from_them():
+def test_copies_protect_programs_from_passes_of_paddle_inference():
     """What the copies and our own addition are for is wrong without them; the others owe it to their operators."""
     mended, plain = json.loads(in_toolchain("paddle", "paddle_inference.py", str(PACKAGE)).splitlines()[-1])
     assert mended == []
@@ -85,7 +85,7 @@ def test_the_log_of_a_sum_of_nothing_is_minus_infinity():
     assert answer("paddle", "sum_of_nothing") is None
 
 
-def test_outputs_of_one_value_come_under_each_of_their_names():
+def test_outputs_of_one_value_are_returned_under_each_name():
     """A pass of the runtime makes one of what is computed twice: a value, a constant, an input, a product of two."""
     assert answer("paddle", "outputs_of_one_value") is None
 
@@ -135,7 +135,7 @@ def test_the_prepared_graph_computes_the_same(graph):
     assert (answers[0] == answers[1]).all()
 
 
-def test_dilations_that_say_nothing_are_taken_from_pools_only(graph):
+def test_dilations_without_effect_are_removed_from_pools_only(graph):
     own = copied(graph)
     paddle._strip_dilations(own)
     with_dilations = {n.op_type for n in own.graph.node if any(a.name == "dilations" for a in n.attribute)}

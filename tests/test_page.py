@@ -1,4 +1,4 @@
-"""`report.html` in a browser: whole, quiet, sortable, and readable wherever it is opened."""
+"""`report.html` in a browser: complete, self-contained, sortable, and readable on every screen."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def heading(browser: Any, name: str) -> Any:
     return next(each for each in browser.find_elements(By.CSS_SELECTOR, "#table thead th") if name in each.text)
 
 
-def test_the_page_is_whole_quiet_and_alone(browser, report):
+def test_the_page_is_complete_and_loads_nothing(browser, report):
     opened(browser, report.folder / "report.html")
     assert len(formats_shown(browser)) == 1 + len(report.outcomes)
     shown = {chip.text for chip in browser.find_elements(By.CSS_SELECTOR, "#table .chip")}
@@ -65,7 +65,7 @@ def test_the_page_is_whole_quiet_and_alone(browser, report):
     assert requests(browser) == []
 
 
-def test_a_page_that_is_not_is_noticed(browser, tmp_path):
+def test_a_page_that_loads_something_is_noticed(browser, tmp_path):
     """The shadow of the checks that the other tests make."""
     page = tmp_path / "bad.html"
     page.write_text("<div style='width: 3000px'>x</div><img src='http://127.0.0.1:9/x.png'><script>throw 1</script>")
@@ -75,7 +75,7 @@ def test_a_page_that_is_not_is_noticed(browser, tmp_path):
     assert overhang(browser) > 0
 
 
-def test_what_users_named_is_text(browser, report):
+def test_names_given_by_users_are_escaped(browser, report):
     opened(browser, report.folder / "report.html")
     assert made_up.HOSTILE in formats_shown(browser)
     assert len(browser.find_elements(By.TAG_NAME, "script")) == 1
@@ -140,13 +140,13 @@ def test_a_point_says_what_it_is_under_the_pointer_and_by_keyboard(browser, repo
 
 
 @pytest.mark.parametrize(("scheme", "dark"), [("light", False), ("dark", True)])
-def test_the_page_follows_the_colour_scheme(browser, report, scheme, dark):
+def test_the_page_follows_the_color_scheme(browser, report, scheme, dark):
     opened(browser, report.folder / "report.html", scheme=scheme)
-    colours = [
+    colors = [
         browser.execute_script(f"return getComputedStyle(document.querySelector('{where}')).{what}")
         for where, what in (("body", "backgroundColor"), ("body", "color"), ("svg .name", "fill"))
     ]
-    paper, ink, name = (sum(map(int, re.findall(r"\d+", colour)[:3])) / 765 for colour in colours)
+    paper, ink, name = (sum(map(int, re.findall(r"\d+", color)[:3])) / 765 for color in colors)
     assert (paper < 0.3, ink > 0.7, name > 0.7) == (dark, dark, dark)
 
 
@@ -157,7 +157,7 @@ def test_on_a_phone_the_tables_scroll_and_the_page_does_not(browser, report):
     assert browser.execute_script(f"{table} return table.scrollWidth > table.clientWidth")
 
 
-def test_print_opens_what_is_folded_and_leaves_out_what_is_for_the_screen(browser, report):
+def test_printing_opens_folded_parts_and_hides_the_navigation(browser, report):
     opened(browser, report.folder / "report.html", media="print", scheme="dark")
     browser.execute_script("dispatchEvent(new Event('beforeprint'))")
     assert all(each.get_attribute("open") for each in browser.find_elements(By.TAG_NAME, "details"))
@@ -195,7 +195,7 @@ def test_the_page_has_the_metrics_of_each_runtime_beside_pytorchs(tmp_path):
     assert 'id="metrics"' not in html.page(made)
 
 
-def test_a_first_export_that_came_to_nothing_has_a_page_too(tmp_path):
+def test_a_first_export_that_failed_has_a_page_too(tmp_path):
     made = made_up.report(tmp_path / "run")
     failed = made_up.outcome("onnx", "failed", "the module cannot be rebuilt")
     save(Report(made.checkpoint, None, (failed,), folder=tmp_path))
@@ -248,7 +248,7 @@ def test_the_best_keeps_the_limits(report, limits, expected):
     assert (best.format if best else None) == expected
 
 
-def test_what_was_not_measured_keeps_no_limit_and_the_closest_wins(tmp_path):
+def test_formats_without_a_measurement_keep_no_limit_and_the_closest_wins(tmp_path):
     outcomes = (
         made_up.outcome("onnx", "verified", megabytes=2.0, error=2e-6),
         made_up.outcome("openvino", "verified", megabytes=1.0, error=2e-6),

@@ -170,7 +170,7 @@ def test_the_classes_of_an_image_are_its_channels():
     assert compare({"mask": swapped}, {"mask": flat}, INT8).outputs["mask"].top1 == pytest.approx(7 / 8)
 
 
-def test_a_small_batch_may_lose_the_rows_that_the_whole_may_lose():
+def test_a_small_batch_may_lose_as_many_rows_as_the_whole():
     row = {"p": np.array([[2.0, 1.8, 0, 0]], np.float32)}
     other = {"p": np.array([[1.9, 2.0, 0, 0]], np.float32)}
     whole = {"p": np.tile(row["p"], (40, 1))}
@@ -186,7 +186,7 @@ def test_a_small_batch_may_lose_the_rows_that_the_whole_may_lose():
     assert not compare({"label": np.array([[1], [1], [0]])}, three, INT8, seen, whole=labels).passed, "more than half"
 
 
-def test_a_small_batch_near_zero_is_held_against_the_power_of_the_whole():
+def test_a_small_batch_near_zero_is_judged_relative_to_the_whole():
     whole = {"distance": np.array([0.04, 1.1, 0.06, 0.9], np.float32)}
     row = {"distance": whole["distance"][:1]}
     rounded_away = {"distance": np.zeros(1, np.float32)}
@@ -230,7 +230,7 @@ def test_the_noise_floor_is_the_distance_to_float64():
     assert found["label"].tolist() == [0.0]
 
 
-def test_an_integer_that_hangs_on_a_tie_may_be_either():
+def test_an_integer_that_depends_on_a_tie_may_be_either():
     reference = {"label": np.array([3, 5, 5, 2])}
     tie = {"label": np.array([0, 1, 0, 0])}
     other, wrong = {"label": np.array([3, 4, 5, 2])}, {"label": np.array([3, 5, 4, 2])}
@@ -274,7 +274,7 @@ def test_an_output_in_half_precision_is_judged_as_such():
         (np.zeros((0, 3)), "agreement on y proves little: PyTorch itself returns no element"),
     ],
 )
-def test_a_reference_that_says_little_is_told(array, why):
+def test_a_reference_that_proves_little_gets_a_note(array, why):
     assert list(says_little({"y": array})) == (
         [f"{why}; a batch with more varied outputs would prove more"] if why else []
     )

@@ -1,4 +1,4 @@
-"""What a module may hold beside its weights, and what becomes of it in a worker."""
+"""What a module may have besides its weights, and how a worker restores it."""
 
 from __future__ import annotations
 
@@ -182,7 +182,7 @@ HELD = {
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
 @pytest.mark.parametrize("name", HELD)
-def test_a_module_comes_back_and_can_be_traced_though_it_holds(name, tmp_path):
+def test_a_module_is_restored_and_can_be_traced_despite_holding(name, tmp_path):
     net, x = HELD[name]().eval(), torch.randn(3, 4)
     snapshot.save_call((torch.ones(2, 4),), {}, tmp_path)
     snapshot.save_module(net, None, (torch.ones(2, 4),), {}, tmp_path)
@@ -193,7 +193,7 @@ def test_a_module_comes_back_and_can_be_traced_though_it_holds(name, tmp_path):
     assert torch.allclose(torch.jit.trace(loaded, (torch.ones(2, 4),), check_trace=False)(x), expected)
 
 
-def test_what_cannot_be_pickled_is_named_by_its_path_and_the_module_is_traced(tmp_path):
+def test_an_attribute_that_cannot_be_pickled_is_named_and_the_module_is_traced(tmp_path):
     with (tmp_path / "log.txt").open("w") as file:
         net = nn.Sequential(nn.Linear(4, 4), Holder(lambda net: {"logs": {"train": [file]}})).eval()
         note = snapshot.save_module(net, None, (torch.ones(2, 4),), {}, tmp_path)
@@ -202,7 +202,7 @@ def test_what_cannot_be_pickled_is_named_by_its_path_and_the_module_is_traced(tm
     assert (tmp_path / "structure.pt2").exists()
 
 
-def test_a_constant_in_a_call_that_cannot_be_pickled_stays_behind(tmp_path):
+def test_a_constant_argument_that_cannot_be_pickled_is_left_out(tmp_path):
     snapshot.save_call((torch.ones(2, 4),), {"file": (number for number in range(3)), "scale": 2.0}, tmp_path)
     (x,), rest = snapshot.restore(snapshot.call_file(tmp_path))
     assert x.shape == (2, 4)
@@ -211,7 +211,7 @@ def test_a_constant_in_a_call_that_cannot_be_pickled_stays_behind(tmp_path):
         rest["file"].close()
 
 
-def test_what_the_checkpoint_lacks_comes_from_beside_it(tmp_path):
+def test_weights_that_the_checkpoint_lacks_come_from_a_file_next_to_it(tmp_path):
     net, x = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), torch.randn(3, 4)
     snapshot.save_call((x,), {}, tmp_path)
     snapshot.save_structure(net, None, tmp_path)

@@ -25,7 +25,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Report:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RIGHT)
-def test_what_is_made_as_it_should_be_agrees(report, name):
+def test_artifacts_without_a_planted_error_agree(report, name):
     assert (report[name].state, report[name].reason) == ("verified", "")
 
 

@@ -26,7 +26,7 @@ def priority(process: int) -> tuple[int, int | None]:
     return os.getpriority(os.PRIO_PROCESS, process), int(of_session[-1]) if of_session else None
 
 
-def test_a_worker_beside_training_steps_back_until_training_is_over():
+def test_a_worker_has_low_priority_until_training_is_over():
     workers = Workers(background=True)
     with workers._spawned(WAITS, subprocess.DEVNULL, subprocess.DEVNULL, os.environ) as process:
         assert priority(process.pid) in ((19, 19), (19, None))
@@ -39,7 +39,7 @@ def test_a_worker_beside_training_steps_back_until_training_is_over():
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/oom_score_adj"), reason="only Linux lets one choose who goes")
-def test_a_worker_goes_before_any_other_process_when_memory_runs_out():
+def test_a_worker_is_killed_before_any_other_process_when_memory_runs_out():
     own = Path("/proc/self/oom_score_adj").read_text()
     with Workers()._spawned(WAITS, subprocess.DEVNULL, subprocess.DEVNULL, os.environ) as process:
         assert Path(f"/proc/{process.pid}/oom_score_adj").read_text() == "1000\n"
@@ -47,7 +47,7 @@ def test_a_worker_goes_before_any_other_process_when_memory_runs_out():
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/schedstat"), reason="only Linux tells who waited for a processor")
-def test_waiting_for_a_processor_is_told_from_sleeping(tmp_path):
+def test_waiting_for_a_processor_is_distinguished_from_sleeping(tmp_path):
     core = str(min(os.sched_getaffinity(0)))
     spin = f"import os; os.sched_setaffinity(0, {{{core}}})\nwhile True: pass"
     programs = [spin, spin, "input()"]

@@ -82,7 +82,7 @@ def test_every_private_name_that_we_use_is_listed():
     assert unknown == {}, "list them in tests/support/private_names.py"
 
 
-def test_each_listed_name_stands_in_the_file_that_it_is_listed_for():
+def test_each_listed_name_is_in_the_file_that_it_is_listed_for():
     for files in private_names.NAMES.values():
         for file, names in files.items():
             text = (FACE.parent / file if file.startswith("lightning_export") else ENGINE / file).read_text()
@@ -100,7 +100,7 @@ def test_a_toolchain_has_every_private_name_that_we_use(name: str):
     assert json.loads(in_toolchain(name, str(Path(private_names.__file__)), name)) == []
 
 
-def test_a_name_that_is_gone_is_told_with_the_file_that_uses_it():
+def test_a_missing_name_is_reported_with_the_file_that_uses_it():
     names = {
         "capture/unwrap.py": ("torch.nn:Module._buffers", "torch.nn:Module._gone", "torch.nowhere:_x"),
         "formats/torchscript.py": ("torch._ops:OpOverload._schema", "torch._ops:Gone._schema"),

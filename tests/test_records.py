@@ -16,8 +16,7 @@ from rich.console import Console
 from polyexport import BadRequest, ExportSpec, Outcome, Report, TensorSpec
 from polyexport.measure.latency import summarize
 from polyexport.measure.parity import OutputParity, Parity
-from polyexport.report import manifest as manifests
-from polyexport.report import schema
+from polyexport.report import manifest as manifests, schema
 from polyexport.report.console import show
 from polyexport.report.files import save
 from polyexport.report.html import page
@@ -62,7 +61,7 @@ def report(folder: Path) -> Report:
     )
 
 
-def test_a_report_comes_back_from_disk_as_it_was(tmp_path):
+def test_a_report_is_read_back_unchanged(tmp_path):
     save(report(tmp_path))
     assert Report.load(tmp_path) == report(tmp_path.resolve())
 
@@ -104,7 +103,7 @@ def manifest(folder: Path) -> Manifest:
     return Manifest(made.checkpoint, {"dynamic": True}, spec, batches, artifacts=Made.of(made.outcomes))
 
 
-def test_a_manifest_comes_back_from_disk_as_it_was(tmp_path):
+def test_a_manifest_is_read_back_unchanged(tmp_path):
     manifests.save(tmp_path, manifest(tmp_path))
     assert manifests.load(tmp_path) == manifest(tmp_path)
 
@@ -195,7 +194,7 @@ def test_a_missing_field_and_another_version_are_refused(tmp_path):
         Report.load(tmp_path)
 
 
-def test_metrics_that_are_no_number_are_left_blank_before_and_after_the_disk(tmp_path):
+def test_metrics_that_are_not_numbers_are_blank_before_and_after_saving(tmp_path):
     made = report(tmp_path)
     outcome = replace(made["onnx"], metrics={"auc": 0.5, "iou": math.nan, "acc": 0.75})
     made = replace(made, outcomes=(outcome,), metrics={"auc": math.nan, "iou": 1.0, "acc": 0.5})
@@ -250,7 +249,7 @@ def by_stand_in(folder: Path, *, passed: bool = True) -> Report:
     return replace(made, outcomes=(outcome,))
 
 
-def test_a_tick_by_a_stand_in_reads_off_device_wherever_a_state_is_shown(tmp_path):
+def test_verified_by_a_stand_in_is_shown_as_off_device_everywhere(tmp_path):
     folder = tmp_path / "run" / "export"  # with no other export beside it, which the page would show
     folder.mkdir(parents=True)
     save(by_stand_in(folder))
@@ -269,6 +268,6 @@ def test_a_tick_by_a_stand_in_reads_off_device_wherever_a_state_is_shown(tmp_pat
     assert "verified</span>" not in shown["page"], "nor does one of its chips leave it out"
 
 
-def test_a_disagreement_is_no_less_one_for_being_seen_off_device(tmp_path):
+def test_a_mismatch_off_device_is_a_mismatch(tmp_path):
     assert by_stand_in(tmp_path, passed=False)["onnx"].shown_state == "mismatch"
     assert report(tmp_path)["onnx"].shown_state == "verified"

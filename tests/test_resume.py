@@ -97,7 +97,7 @@ def test_two_callbacks_in_one_trainer_keep_their_exports_and_their_state_apart(t
     assert {one.state_key, other.state_key} <= state.keys()
 
 
-def test_two_callbacks_are_told_apart_by_what_their_functions_read(tmp_path):
+def test_two_callbacks_are_distinguished_by_what_their_functions_read(tmp_path):
     unnamed = functools.partial(runs.Scripted.get_submodule, target="head")
     parts = [lambda root: root.head, lambda root: root.clock, unnamed, "head", None]
     callbacks = [ExportCallback([planted.GOOD], module=part) for part in parts]
@@ -105,13 +105,13 @@ def test_two_callbacks_are_told_apart_by_what_their_functions_read(tmp_path):
     runs.trainer(tmp_path, callbacks)  # which refuses two of one key
 
 
-def test_two_callbacks_for_one_folder_are_told_before_training(tmp_path):
+def test_two_callbacks_for_one_folder_are_refused_before_training(tmp_path):
     callbacks = [ExportCallback([name], into=tmp_path / "here") for name in ("onnx", "pt2")]
     with pytest.raises(BadRequest, match=r"two ExportCallbacks write to .*here; give each its own folder"):
         fit(tmp_path, *callbacks)
 
 
-def test_a_checkpoint_that_is_called_best_is_exported_beside_what_points_to_it(tmp_path):
+def test_a_checkpoint_named_best_is_exported_next_to_the_link(tmp_path):
     callback = ExportCallback([planted.GOOD], bench="all")
     checkpoint = ModelCheckpoint(monitor="val_loss", filename="best")
     trainer = runs.trainer(tmp_path, [checkpoint, callback, runs.OneByOne(callback)], max_epochs=2)
@@ -218,7 +218,7 @@ trainer.fit(runs.Scripted([3.0]), runs.loader(), runs.loader())
 """
 
 
-def test_a_killed_training_leaves_no_worker_and_one_export_that_the_command_finishes(tmp_path):
+def test_a_killed_training_leaves_no_worker_and_one_export_that_can_be_resumed(tmp_path):
     """Though it has forked a child, which keeps open whatever tells a worker that its parent is there."""
     (tmp_path / "train.py").write_text(FORKS.format(tests=str(Path(__file__).parent / "support")))
     around = os.environ | {"LEAVE": str(tmp_path / "leave"), faults.MARK: str(tmp_path)}
@@ -252,7 +252,7 @@ def wait_until(true: Callable[[], bool]) -> None:
         time.sleep(0.1)
 
 
-def test_what_killed_runs_left_goes_with_the_next_one_but_for_the_newest_export(tmp_path):
+def test_leftovers_of_killed_runs_are_removed_except_the_newest_export(tmp_path):
     exports = tmp_path / "exports"
     names = ("old", "new")
     for name in names:

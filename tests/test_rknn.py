@@ -103,7 +103,7 @@ def test_an_operator_that_is_too_new_is_decomposed(name: str) -> None:
     np.testing.assert_allclose(answer, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_an_exception_of_the_toolkit_is_told_by_its_last_line() -> None:
+def test_an_exception_of_the_toolkit_is_reported_by_its_last_line() -> None:
     said = (
         'Traceback (most recent call last):\n  File "rknn/api/rknn_log.py", line 344, in wrapper\n'
         "onnx.checker.ValidationError: No Op registered for Hardest\n\n==> Context: Bad node\n"
@@ -112,7 +112,9 @@ def test_an_exception_of_the_toolkit_is_told_by_its_last_line() -> None:
     assert rknn.cause(ValueError("too large")) == "ValueError: too large"
 
 
-def test_elsewhere_than_on_linux_it_says_what_it_is_made_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_on_other_systems_than_linux_the_reason_names_the_requirement(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(sys, "platform", "darwin")
     with pytest.raises(ToolMissing, match=r"made for Linux and for Python up to 3\.12, and this is Python 3\.\d+ on"):
         rknn.convert(tmp_path, tmp_path / "model.rknn", ExportSpec((), ()))

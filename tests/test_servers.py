@@ -131,14 +131,14 @@ def test_a_child_is_what_a_new_process_would_be(run: Run, tmp_path: Path, monkey
     assert two["files"] == new["files"], "none of the server's, nor of another child's"
 
 
-def test_which_way_a_job_ran_is_in_its_log(run: Run, tmp_path: Path) -> None:
+def test_the_log_says_whether_a_job_was_forked_or_spawned(run: Run, tmp_path: Path) -> None:
     run("forked", planted.replay)
     run("spawned", planted.replay, imports=())
     assert (tmp_path / "forked.log").read_text() == f"{FORKED}\n"
     assert (tmp_path / "spawned.log").read_text() == f"{SPAWNED}no imports are declared for it]\n"
 
 
-def test_a_fault_of_a_child_is_that_jobs_alone(run: Run, tmp_path: Path) -> None:
+def test_a_fault_of_a_child_concerns_its_own_job_only(run: Run, tmp_path: Path) -> None:
     assert run("before", tells).ok
     crashed, exited = run("crashed", planted.segfaults), run("exited", planted.exits)
     hung, raised = run("hung", planted.hangs, timeout=1), run("raised", planted.raises)
@@ -217,9 +217,7 @@ def test_no_server_is_left_when_all_are_ended(workers: Workers, run: Run, tmp_pa
     assert run("late", tells).kind == "cancelled"
 
 
-def test_a_job_that_is_asked_one_thing_after_another_ends_with_who_asks_though_it_hangs(
-    tmp_path: Path, workers: Workers
-) -> None:
+def test_a_hanging_conversation_ends_with_the_process_that_asks(tmp_path: Path, workers: Workers) -> None:
     path = job(tmp_path, plant("hangs", planted.replay, load=hangs_loading))
     asked = Serve(format="hangs", declared="source/formats/hangs.pkl", spec=ExportSpec((), ()))
     write_job(path, asked)
@@ -248,7 +246,7 @@ def why_spawned(log: Path) -> str:
     return log.read_text().splitlines()[0].removeprefix(SPAWNED).removesuffix("]")
 
 
-def test_nothing_is_forked_beside_threads_that_an_import_has_started(run: Run, tmp_path: Path) -> None:
+def test_a_server_whose_imports_started_threads_forks_nothing(run: Run, tmp_path: Path) -> None:
     (tmp_path / "starts_a_thread.py").write_text(
         "import threading, time\nthreading.Thread(target=time.sleep, args=(600,), daemon=True).start()\n"
     )
@@ -258,7 +256,7 @@ def test_nothing_is_forked_beside_threads_that_an_import_has_started(run: Run, t
     assert told(tmp_path / "one.log")["parent"] == os.getpid()
 
 
-def test_a_server_that_stands_still_while_it_imports_holds_no_job_up(
+def test_a_server_that_hangs_while_importing_delays_no_job(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "sleeps.py").write_text("import time\ntime.sleep(600)\n")
@@ -298,7 +296,7 @@ def test_a_server_that_dies_while_it_imports_costs_no_job(run: Run, tmp_path: Pa
     assert why_spawned(tmp_path / "one.log") == "its server ended"
 
 
-def test_a_module_that_cannot_be_imported_is_the_jobs_to_tell(run: Run, tmp_path: Path) -> None:
+def test_a_failed_import_is_reported_by_the_job(run: Run, tmp_path: Path) -> None:
     assert run("one", tells, imports=("no_such_module", "numpy")).ok
     assert told(tmp_path / "one.log")["parent"] != os.getpid()
 
@@ -311,7 +309,7 @@ def test_a_switch_turns_servers_off(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert why_spawned(log) == "servers are off (POLYEXPORT_SERVERS=0)"
 
 
-def test_servers_hold_their_share_of_what_is_free_and_the_one_unused_longest_ends_first(
+def test_servers_keep_within_their_memory_and_the_least_recently_used_ends_first(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     left = iter((10**10, 10**10, 10**10, 10**8, 0))  # bytes, at each job; a server holds some 30 MB

@@ -1,4 +1,4 @@
-"""Sessions of pytest that share the tests of a folder: each test runs once, and what is dear is made once."""
+"""Sessions of pytest that share the tests of a folder: each test runs once, and slow fixtures are made once."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def ran(tests: Path) -> list[str]:
     return [line.strip(".") for line in done.stdout.splitlines() if line.startswith(("[", ".["))]
 
 
-def test_what_shares_something_dear_stays_together_and_comes_first(tests: Path) -> None:
+def test_tests_that_share_a_slow_fixture_stay_together_and_come_first(tests: Path) -> None:
     assert ran(tests) == ["[made]", "[b]", "[c]", "[a]"]
     assert sorted(path.name for path in (tests.parent / "shared").iterdir()) == ["exported", "test_a.py"]
 

@@ -69,7 +69,7 @@ def test_the_signers_own_command_agrees(signed: tuple[Report, Path]):
     assert subprocess.run([*command, *given], capture_output=True, check=False).returncode != 0
 
 
-def test_a_report_that_is_written_again_is_no_change(signed: tuple[Report, Path]):
+def test_writing_a_report_again_does_not_break_the_signature(signed: tuple[Report, Path]):
     report, public = signed
     save(replace(report, seconds=1.0))
     check(Report.load(report.folder), public)
@@ -108,21 +108,21 @@ def test_whatever_was_changed_is_found(signed: tuple[Report, Path], file: str, w
         check(report, public)
 
 
-def test_another_key_is_told(signed: tuple[Report, Path], tmp_path: Path):
+def test_a_signature_by_another_key_is_reported(signed: tuple[Report, Path], tmp_path: Path):
     (tmp_path / "other").mkdir()
     _, public = keys(tmp_path / "other")
     with pytest.raises(NotSigned, match=r"is not what was signed by .*public\.pem"):
         check(signed[0], public)
 
 
-def test_an_artifact_that_was_not_signed_is_told(signed: tuple[Report, Path]):
+def test_an_artifact_that_was_not_signed_is_reported(signed: tuple[Report, Path]):
     report, public = signed
     more = replace(report, outcomes=(*report.outcomes, outcome("tflite", "verified", megabytes=1.0, error=0.0)))
     with pytest.raises(NotSigned, match="has artifacts that are not signed: tflite"):
         check(more, public)
 
 
-def test_an_export_without_a_signature_is_told(small: Report, tmp_path: Path):
+def test_an_export_without_a_signature_is_reported(small: Report, tmp_path: Path):
     with pytest.raises(BadRequest, match=r"has no signature: model\.sig, which Signed\(key\) writes"):
         check(small, keys(tmp_path)[1])
 
@@ -137,18 +137,18 @@ def test_the_command_runs_nothing_that_is_not_what_was_signed(signed: tuple[Repo
 
 
 @pytest.mark.parametrize("text", ["no key", "-----BEGIN PRIVATE KEY-----\nAA==\n-----END PRIVATE KEY-----\n"])
-def test_a_key_that_is_none_is_told(small: Report, tmp_path: Path, text: str):
+def test_a_file_that_is_not_a_key_is_refused(small: Report, tmp_path: Path, text: str):
     (tmp_path / "key.pem").write_text(text)
     with pytest.raises(BadRequest, match=r"key\.pem is not a private key that can sign: "):
         Signed(tmp_path / "key.pem")(Report.load(shutil.copytree(small.folder, tmp_path / "out")))
 
 
-def test_a_key_that_is_not_there_is_told_at_once():
+def test_a_missing_key_is_refused_at_once():
     with pytest.raises(BadRequest, match=re.escape("key='nowhere.pem': there is no such file")):
         Signed("nowhere.pem")
 
 
-def test_a_signer_that_is_not_installed_is_told_at_once(monkeypatch: pytest.MonkeyPatch):
+def test_a_missing_signer_is_reported_at_once(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("polyexport.publish.signed.find_spec", lambda name: None)
     with pytest.raises(BadRequest, match=r"signatures require model-signing; install with `pip install"):
         Signed("key.pem")

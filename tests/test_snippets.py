@@ -11,6 +11,7 @@ import subprocess
 import sysconfig
 import threading
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -94,6 +95,17 @@ def test_python_answers_as_pytorch_does(
     expected = expected[: len(answer)]  # some take one row per call
     assert answer.shape == expected.shape
     assert near(answer, expected, FORMATS[name].limits)
+
+
+@pytest.mark.parametrize("name", having("Python"))
+def test_python_reads_the_batch_that_the_artifact_is_verified_with(name: str) -> None:
+    tensor, each = TensorSpec("x", "float32", ("batch", 3)), FORMATS[name]
+    whole = Outcome(name, each.precision, "verified", artifact=Artifact(f"{name}/{each.artifact}", 1, ""))
+    whole = replace(whole, inputs=(tensor,), outputs=(tensor,))
+    assert 'np.load("validation_batch.npz")' in code(whole, "Python")
+    behind = code(replace(whole, outside=("preprocess",)), "Python")
+    assert 'np.load("source/without-preprocess/validation_batch.npz")' in behind
+    assert code(replace(whole, outside=("postprocess",)), "Python") == code(whole, "Python")
 
 
 RUN = """

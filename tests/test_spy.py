@@ -1,4 +1,4 @@
-"""The first call of forward is seen, and nobody sees that it is."""
+"""The first call of forward is captured, without any side effect."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ TRACERS: dict[str, Callable[[nn.Module], Any]] = {
 
 @pytest.mark.filterwarnings("ignore:.*deprecated")
 @pytest.mark.parametrize("tracer", TRACERS)
-def test_a_module_is_scripted_and_traced_while_it_is_watched_and_that_is_no_call(tracer):
+def test_scripting_and_tracing_a_watched_module_is_not_a_call(tracer):
     net = Plain()
     spy = Spy(net, net)
     try:
@@ -144,7 +144,7 @@ def test_the_arguments_of_the_first_call_are_seen(how, args, kwargs, seen):
     assert vars(net) == own
 
 
-def test_wrappers_of_one_decorator_are_told_apart():
+def test_wrappers_of_one_decorator_are_distinguished():
     """`torch.compile` puts such ones in the place of forward and of validation_step."""
 
     def wrapped(function: Callable[..., Any]) -> Callable[..., Any]:

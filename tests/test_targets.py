@@ -24,7 +24,7 @@ def test_every_format_says_what_it_is_shipped_to(name: str) -> None:
     assert set(FORMATS[name].targets) <= set(get_args(Target))
 
 
-def test_targets_stand_in_their_order_and_a_format_under_each_of_its_own() -> None:
+def test_targets_are_in_their_order_and_a_format_is_under_each_of_its_own() -> None:
     groups = by_target(resolve(["tflite-int8", "tfjs", "onnx"]))
     named = {target: [each.name for each in group] for target, group in groups.items()}
     assert list(named.items()) == [

@@ -203,7 +203,7 @@ def built(tmp_path, graph="graph"):
     return target
 
 
-def test_the_engine_file_is_the_plan_and_the_rest_stands_beside_it(library, tmp_path):
+def test_the_engine_file_is_the_plan_and_its_description_is_next_to_it(library, tmp_path):
     target = built(tmp_path)
     assert target.read_bytes() == b"plan"
     about = json.loads(target.with_suffix(".json").read_text())
@@ -217,7 +217,7 @@ def test_the_network_is_strongly_typed_and_float32_stays_float32(library, tmp_pa
     assert ("IBuilderConfig.clear_flag", ("tf32",)) in library.calls
 
 
-def test_a_free_batch_gets_a_profile_for_the_inputs_that_the_graph_has(library, tmp_path):
+def test_a_dynamic_batch_gets_a_profile_for_the_inputs_of_the_graph(library, tmp_path):
     built(tmp_path)
     shapes = [given for name, given in library.calls if name == "IOptimizationProfile.set_shape"]
     assert shapes == [("image", (1, 3, 8, 8), (40, 3, 8, 8), (80, 3, 8, 8))]

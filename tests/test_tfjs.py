@@ -67,7 +67,7 @@ def test_a_backend_that_fails_at_another_size_is_left():
     )
 
 
-def test_a_sum_fused_with_a_whole_tensor_is_taken_apart_and_a_bias_is_not():
+def test_a_sum_fused_with_a_whole_tensor_is_decomposed_and_a_bias_is_not():
     fused = {"T": {"type": "DT_FLOAT"}, "fused_ops": {"list": {"s": ["Qmlhc0FkZA==", "UmVsdQ=="]}}}  # BiasAdd, Relu
     node = {"name": "a", "op": "_FusedConv2D", "input": ["x", "w", "bias"], "attr": fused}
     residual = {**node, "name": "b", "input": ["a", "w", "x"]}

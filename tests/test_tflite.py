@@ -39,6 +39,7 @@ def test_the_zoo_agrees_at_three_batch_sizes(lowered: dict[str, dict[str, str]])
         for name, parity in by_format.items():
             assert isinstance(parity, dict), (root, name, parity)
             assert [sizes["batch"] for sizes in parity["batches"]] == [zoo.BATCH, 1, 3]
+            assert "CompiledModel" not in parity["shortfall"]
             lost = NOT_IN_INT8.get(Path(root).name) if name == "tflite-int8" else None
             assert parity["passed"] == (lost is None), (root, name, parity["reason"])
             assert lost is None or lost in parity["reason"]
@@ -158,6 +159,14 @@ def shadows(report: Report, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 @pytest.mark.slow
 def test_ranges_of_other_inputs_are_a_mismatch(shadows):
     assert not shadows["wrong ranges"]["parity"]["passed"]
+
+
+@pytest.mark.slow
+def test_a_compiled_model_that_disagrees_or_refuses_is_told_though_the_interpreter_agrees(shadows):
+    wrong, refused = shadows["another answer"], shadows["refuses"]
+    assert (wrong["parity"]["passed"], refused["parity"]["passed"]) == (True, True)
+    assert wrong["shortfall"].startswith("LiteRT's CompiledModel disagrees with PyTorch: output_0: ")
+    assert refused["shortfall"].startswith("LiteRT's CompiledModel refuses it: ")
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""What is written out while a module is traced answers as PyTorch's own functions do, and is what converters get."""
+"""What is decomposed while a module is traced answers as PyTorch's own functions do, and is what converters get."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ CALLS = {
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_a_function_written_out_answers_as_pytorch_does(name):
+def test_a_decomposed_function_answers_as_pytorch_does(name):
     torch.manual_seed(0)
     expected = CALLS[name]()
     with decompositions.decomposed():
@@ -156,7 +156,7 @@ class Padded(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
-def test_a_transformer_that_pads_is_exported_by_the_first_route_and_its_padding_is_told_of(tmp_path):
+def test_a_transformer_that_pads_is_exported_by_the_first_route_with_a_note_on_its_padding(tmp_path):
     inputs = (torch.randn(3, 4, 8), torch.tensor([[1, 2, 3, 4], [5, 6, 0, 0], [7, 0, 0, 0]]))
     report = polyexport.export(Padded().eval(), inputs, ["pt2", "torchscript", "onnx"], tmp_path / "e", bench=False)
     routes = [(each.state, each.route) for each in report.outcomes]

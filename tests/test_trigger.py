@@ -1,8 +1,8 @@
 """An export is made exactly when a `ModelCheckpoint` wrote a new best, whatever its settings.
 
 The validation losses are scripted, and the parameter `clock` counts optimizer steps, so the expected checkpoints are
-known in advance, and each one that was taken can be told by its weights. Nothing is exported here: what the callback
-hands over is recorded instead.
+known in advance, and each one that was taken can be recognized by its weights. Nothing is exported here: what the
+callback hands over is recorded instead.
 """
 
 from __future__ import annotations
@@ -209,7 +209,7 @@ def test_a_file_system_without_hard_links_costs_copies(tmp_path, monkeypatch):
     assert clocks(fit(tmp_path, [3.0, 2.0], ModelCheckpoint(monitor="val_loss"))) == [4, 8]
 
 
-def test_what_is_told_of_one_fit_is_not_told_of_the_next(tmp_path):
+def test_messages_of_one_fit_are_not_repeated_in_the_next(tmp_path):
     recording = fit(tmp_path / "one", [3.0], enable_checkpointing=False)
     assert len(recording.notes) == 1, "there was no ModelCheckpoint"
     checkpoint = ModelCheckpoint(monitor="val_loss")
@@ -262,7 +262,7 @@ def test_the_checkpoint_may_be_deleted_at_once(tmp_path):
     assert clocks(recording) == [4, 8, 12]
 
 
-def test_exports_lie_beside_the_checkpoints_of_the_run(tmp_path):
+def test_exports_are_next_to_the_checkpoints_of_the_run(tmp_path):
     recording = Recording()
     trainer = runs.trainer(tmp_path, [ModelCheckpoint(dirpath=tmp_path / "run" / "checkpoints"), recording])
     assert exports_folder(trainer, recording.into, recording.monitor, 0) == tmp_path / "run" / "exports"

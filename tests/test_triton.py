@@ -56,7 +56,7 @@ def test_triton_reads_what_was_written(client: str):
     }
 
 
-def test_what_has_no_batch_keeps_all_its_axes(client: str):
+def test_an_input_without_a_batch_keeps_all_its_axes(client: str):
     scalar = TensorSpec("count", "int64", ())
     mask = TensorSpec("mask", "bool", ("rows", 4))
     triton = Triton("tensorrt_plan", "model.plan", is_platform=True)
@@ -93,7 +93,7 @@ def test_each_export_is_the_next_version(small: Report, tmp_path: Path, client: 
     assert (found["name"], found["maxBatchSize"]) == ("digits_onnx", 64)
 
 
-def test_what_does_not_agree_is_not_served(small: Report, tmp_path: Path):
+def test_an_artifact_that_does_not_agree_is_not_served(small: Report, tmp_path: Path):
     wrong = replace(small, outcomes=tuple(replace(each, state="mismatch") for each in small.outcomes))
     with pytest.raises(
         BadRequest, match=r"no artifact that agrees with PyTorch can be served by Triton; it serves onnx"

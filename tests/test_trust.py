@@ -1,4 +1,4 @@
-"""An export of somebody else runs no code of theirs: what is pickled in it stays so without `--trust`."""
+"""An export of somebody else runs no code of theirs: its pickles are loaded with `--trust` only."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_a_program_of_ours_holds_no_inputs(small: Report) -> None:
     assert inputs.file_size == 0
 
 
-def test_what_we_export_is_verified_without_trust(small: Report) -> None:
+def test_our_own_exports_are_verified_without_trust(small: Report) -> None:
     done = CliRunner().invoke(app, ["verify", str(small.folder), "--json"])
     assert [outcome["state"] for outcome in json.loads(done.stdout)["outcomes"]] == ["verified"] * 3
 

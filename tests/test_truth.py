@@ -138,7 +138,7 @@ def test_both_sides_of_a_branch_are_kept_where_the_part_with_it_can_be_scripted(
         (Branch(lambda x: x.abs().max() > 8), "torch.jit.script refuses Branch: "),
     ],
 )
-def test_what_a_script_cannot_keep_is_said_in_a_line(tmp_path, net, why):
+def test_what_a_script_cannot_keep_is_a_one_line_reason(tmp_path, net, why):
     found = prepared(tmp_path, net, X)
     with pytest.raises(RuntimeError) as raised:
         traced(tmp_path, found, route="script")
@@ -147,7 +147,7 @@ def test_what_a_script_cannot_keep_is_said_in_a_line(tmp_path, net, why):
 
 
 @pytest.mark.parametrize("name", BRANCHES)
-def test_a_branch_on_data_that_a_trace_froze_is_told_with_its_line(tmp_path, name):
+def test_a_branch_on_data_that_a_trace_froze_is_reported_with_its_line(tmp_path, name):
     found = prepared(tmp_path, Branch(BRANCHES[name]), X)
     assert {site.rpartition(":")[0] for site in found.read_at} == {__file__}
     assert found.one_side == ()
@@ -167,7 +167,7 @@ class Checked(Branch):
         return super().forward(x)
 
 
-def test_what_forward_only_checks_or_prints_is_no_branch_and_a_note_tells_of_the_checks(tmp_path):
+def test_checks_and_prints_are_not_branches_and_checks_get_a_note(tmp_path):
     found = prepared(tmp_path, Checked(lambda x: False), X)
     assert (found.read_at, found.one_side) == ((), ())
     (note,) = [note for note in found.notes if "artifacts do not check it" in note]
@@ -186,7 +186,7 @@ def test_both_sides_of_torch_cond_are_among_the_proofs(tmp_path):
     assert sides == {True, False}
 
 
-def test_a_branch_that_no_value_reached_is_told_where_a_trace_froze_it(tmp_path):
+def test_a_branch_that_no_value_reached_is_reported_where_a_trace_froze_it(tmp_path):
     found = prepared(tmp_path, Branch(lambda x: x.abs().max() > 1e30), X)
     assert found.one_side == found.read_at
     verified, frozen = traced(tmp_path, found)
@@ -198,7 +198,7 @@ def test_a_branch_that_no_value_reached_is_told_where_a_trace_froze_it(tmp_path)
     assert routes.narrow("", (), found) == "", "another route froze nothing"
 
 
-def test_a_number_that_is_read_anew_from_each_batch_and_always_used_in_one_way_is_told(tmp_path):
+def test_a_number_read_from_each_batch_and_always_used_in_one_way_is_reported(tmp_path):
     found = prepared(tmp_path, Branch(lambda x: float(x.abs().max()) * 0), X)
     assert found.one_side == found.read_at
     assert len(found.read_at) == 1
@@ -208,7 +208,7 @@ def test_a_number_that_is_read_anew_from_each_batch_and_always_used_in_one_way_i
     "decide",
     [lambda x: x.shape[0] > 3, lambda x: len(x) > 3, lambda x: torch.ones(3).sum() > 2, lambda x: x.dtype is None],
 )
-def test_sizes_and_constants_are_no_data(tmp_path, decide):
+def test_sizes_and_constants_are_not_data(tmp_path, decide):
     found = prepared(tmp_path, Branch(decide), X)
     assert found.read_at == ()
     assert [each.label for each in found.batches if each.label] == ["rows mixed and negated"], "one is enough"
@@ -237,12 +237,12 @@ STATES = {
 
 @pytest.mark.parametrize("name", STATES)
 @pytest.mark.parametrize("dynamic", [True, False])
-def test_a_state_that_forward_keeps_between_calls_leaves_nothing_to_prove(tmp_path, name, dynamic):
+def test_a_forward_with_state_between_calls_is_unverified(tmp_path, name, dynamic):
     found = prepared(tmp_path, Keeps(STATES[name]), X, dynamic=dynamic)
     assert found.undecidable.startswith("forward returns different outputs")
 
 
-def test_a_state_that_changes_no_answer_is_none(tmp_path):
+def test_a_state_that_changes_no_output_is_ignored(tmp_path):
     assert prepared(tmp_path, Keeps(lambda state, x: x.sum() * 0 + state), X).undecidable == ""
 
 
@@ -324,7 +324,7 @@ def test_a_batch_of_another_kind_is_left_out_with_a_note(tmp_path):
     assert "1 of 1 further batches have other arguments than the first, and are left out" in found.notes
 
 
-def test_axes_that_differ_and_are_fixed_as_asked_are_named_with_what_frees_them(tmp_path):
+def test_axes_that_differ_though_fixed_are_named_with_the_option_to_change(tmp_path):
     net = nn.AdaptiveAvgPool1d(2)
     found = prepared(tmp_path, net, {"input": torch.rand(4, 3, 10)}, {"input": torch.rand(4, 3, 14)}, dynamic=False)
     assert "dynamic={'input': {2: 'input_axis_2'}} makes them dynamic" in found.notes[0]
@@ -332,7 +332,7 @@ def test_axes_that_differ_and_are_fixed_as_asked_are_named_with_what_frees_them(
     assert all(np.load(tmp_path / each.path)["input"].shape == (4, 3, 10) for each in found.batches)
 
 
-def test_what_is_fixed_is_named_with_what_to_ask_for(tmp_path):
+def test_fixed_axes_are_named_with_the_option_to_change(tmp_path):
     found = prepared(tmp_path, Graph(), graphs(12, 30, 4), graphs(17, 41, 5))
     assert routes._fixed(found.spec) == (
         " (axis 1 of edges is 30, axis 0 of targets is 4; dynamic={'x': {0: 'batch'}, 'graph': {0: 'batch'}} keeps "
@@ -376,7 +376,7 @@ class Mixed(nn.Module):
         return self.head(x) * (scale[0] if isinstance(scale, np.ndarray) else float(scale))
 
 
-def test_an_array_that_forward_reads_is_told_of_and_one_that_it_does_not_read_is_none(tmp_path):
+def test_an_array_that_forward_reads_is_reported_and_an_unread_one_is_not(tmp_path):
     found = prepared(tmp_path, Mixed(), (X, np.array([2.0, 3.0]), np.zeros(6)))
     told = [note for note in found.notes if "numpy array" in note]
     assert len(told) == 1
@@ -406,6 +406,14 @@ def test_a_constant_that_differs_between_batches_makes_artifacts_right_for_one_o
     assert routes.narrow("", (), found) == found.narrow
 
 
+def test_static_shapes_that_fail_alike_are_no_second_reason() -> None:
+    def why(folder: str) -> str:
+        return f"Load model from source/made/{folder}/model.onnx failed: duplicate name"
+
+    assert routes.also_static(why("onnx.dynamo"), why("onnx.dynamo.static")) == why("onnx.dynamo")
+    assert routes.also_static("no such operator", "too large") == "no such operator; with static shapes: too large"
+
+
 class Learns(nn.Module):
     """Answers with a loss where it is given labels, as models of transformers do."""
 
@@ -419,7 +427,7 @@ class Learns(nn.Module):
 
 
 @pytest.mark.parametrize(("call", "told"), [({"x": X, "labels": torch.arange(6) % 3}, True), ({"x": X}, False)])
-def test_targets_and_losses_are_told_of_with_what_leaves_them_out(tmp_path, call, told):
+def test_targets_and_losses_are_reported_with_the_option_that_leaves_them_out(tmp_path, call, told):
     found = prepared(tmp_path, Learns(), call)
     notes = [note for note in found.notes if note.startswith("forward takes labels and returns loss, as in training")]
     assert [("inputs=<a function of the batch>" in note) for note in notes] == [True] * told
@@ -475,7 +483,7 @@ def shifted() -> Cooled:
 
 
 @pytest.mark.parametrize(("trained", "same"), [(Cooled(), True), (Cooled(1.01), False), (shifted(), False)])
-def test_a_module_that_does_not_answer_what_was_trained_proves_nothing(tmp_path, trained, same):
+def test_a_module_that_disagrees_with_training_is_unverified(tmp_path, trained, same):
     found = prepared(tmp_path, Cooled(), X, trained=trained)
     assert (found.undecidable == "") == same
     assert same or "returns other outputs than in training (output_0 is off by" in found.undecidable
@@ -502,7 +510,7 @@ def test_a_module_of_any_weights_is_compared_with_what_was_trained(tmp_path, wei
     assert not any("not compared" in note for note in found.notes)
 
 
-def test_an_answer_that_was_given_with_other_weights_tells_nothing_and_is_noted(tmp_path):
+def test_an_output_computed_with_other_weights_is_not_compared_and_noted(tmp_path):
     later = Cooled(5.0)
     with torch.no_grad():
         later.head.weight *= 1.001
@@ -540,7 +548,7 @@ def test_a_forward_that_changes_its_inputs_is_not_compared(tmp_path):
     assert "not compared with the outputs in training: forward changes its own inputs" in found.notes
 
 
-def test_asking_a_module_leaves_it_as_it_was(tmp_path):
+def test_running_a_module_leaves_it_as_it_was(tmp_path):
     net, state = Keeps(STATES["a count"]).train(), torch.get_rng_state()
     ask(net, as_call(X), tmp_path)
     assert (tmp_path / ANSWER).exists()
@@ -591,7 +599,7 @@ def test_what_a_script_set_in_an_imported_file_is_set_again(tmp_path, monkeypatc
     assert vars(owner)[attribute] is not was, "every later worker sets it too"
 
 
-def test_what_a_script_changed_in_a_package_leaves_nothing_to_prove(tmp_path, monkeypatch):
+def test_a_script_that_changes_a_package_makes_everything_unverified(tmp_path, monkeypatch):
     net = nn.Sequential(nn.Linear(5, 3), nn.GELU())
     relu = nn.functional.relu
     with monkeypatch.context() as patch:

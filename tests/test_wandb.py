@@ -1,4 +1,4 @@
-"""W&B over its own protocol, against a server on this machine: what gets there, and what is told when it does not.
+"""W&B over its own protocol, against a server on this machine: what is uploaded, and what is reported when that fails.
 
 Each client is a process of its own, so that W&B's service ends with it.
 """
@@ -152,7 +152,7 @@ def test_what_agreed_is_uploaded_and_what_is_verified_is_linked(client, finished
     assert (server.summary["export/best_format"], server.summary["export/wrong/state"]) == ("good", "mismatch")
 
 
-def test_figures_of_a_busy_machine_move_no_alias_and_replace_what_was_told_before(tmp_path):
+def test_figures_of_a_busy_machine_move_no_alias_and_replace_earlier_ones(tmp_path):
     last = written.run(tmp_path / "run")[-1]
     client = Client(tmp_path, written.busy(last).folder)
     with FakeWandb() as server:
@@ -219,7 +219,7 @@ for name, file in (("one", "epoch=1-step=8.ckpt"), ("two", "epoch=0-step=4.ckpt"
     ],
     ids=["500", "403 for files", "403 for links", "slow"],
 )
-def test_what_does_not_get_there_is_told_in_one_line_and_the_run_ends_well(client, fault, options, told):
+def test_a_failed_upload_is_reported_in_one_line_and_the_run_succeeds(client, fault, options, told):
     with FakeWandb(**fault) as server:
         printed = client(server, f"run(); publish(reports[-1], {options}); sdk.finish(); print('ended')")
     line, end = printed.splitlines()
@@ -228,7 +228,7 @@ def test_what_does_not_get_there_is_told_in_one_line_and_the_run_ends_well(clien
     assert end == "ended"
 
 
-def test_a_server_that_is_gone_is_told(client):
+def test_a_server_that_is_gone_is_reported(client):
     body = "run(); print('ready', flush=True); input(); publish(reports[-1], timeout=5); print('ended', flush=True)"
     with (client.folder / "stderr").open("w") as errors:
         with FakeWandb() as server:
@@ -247,17 +247,31 @@ def test_a_server_that_is_gone_is_told(client):
     assert re.match(r"told: .*epoch=1-step=8/good: .*\nended\n", printed)
 
 
+WITHOUT_A_STEP = """
+from dataclasses import replace
+def without(outcome):
+    about = {"outside": ("preprocess",), "remark": "one row per call"} if outcome.format == "static" else {}
+    return replace(outcome, **about)
+run()
+publish(replace(reports[-1], outcomes=tuple(map(without, reports[-1].outcomes))), registry="model")
+sdk.finish()
+"""
+
+
 def test_an_offline_run_is_linked_after_its_sync(tmp_path, finished, monkeypatch):
     export = shutil.copytree(finished, tmp_path / "exports" / finished.name)
     client = Client(tmp_path, export)
     with FakeWandb() as server:
         for name, value in client.environment(server).items():
             monkeypatch.setenv(name, value)
-        assert client(server, "run(); publish(reports[-1], registry='model'); sdk.finish()", WANDB_MODE="offline") == ""
+        assert client(server, WITHOUT_A_STEP, WANDB_MODE="offline") == ""
         assert server.calls == []
         (log,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
         models = [each for each in wandb_log.read(log).artifacts if each.type == "model"]
         assert ["fastest" in each.aliases for each in models] == [True, False]
+        assert [each.metadata["outside"] for each in models] == [[], ["preprocess"]]
+        assert [each.metadata["remark"] for each in models] == ["", "one row per call"]
+        assert models[1].files == {"model.json": len((finished / "static" / "model.json").read_bytes())}
         assert client.at_home() == []
         with pytest.raises(BadRequest, match=r"W&B has no me/digits/model-one-good:best.*wandb sync"):
             link(export)
@@ -288,7 +302,7 @@ def test_an_offline_run_is_linked_after_its_sync(tmp_path, finished, monkeypatch
         ({"ttl_days": -1}, "greater than zero"),
     ],
 )
-def test_an_option_that_wandb_would_refuse_is_told_at_construction(options, message):
+def test_an_option_that_wandb_would_refuse_is_refused_at_construction(options, message):
     with pytest.raises(BadRequest, match=re.escape(message)):
         Wandb(**options)
 
@@ -316,6 +330,6 @@ except Exception as error:
 
 
 @pytest.mark.parametrize("run", ["one", "/one", "digits/", "a/b/c/d", ""])
-def test_a_run_that_is_named_in_another_way_is_told(run):
+def test_a_run_named_in_another_way_is_refused(run):
     with pytest.raises(BadRequest, match=r"is not a W&B run; write PROJECT/RUN or ENTITY/PROJECT/RUN"):
         publish_into(Report(Checkpoint(""), None, ()), run)

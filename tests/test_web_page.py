@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,25 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Report:
     return polyexport.export(module, inputs, NAMES, tmp_path_factory.mktemp("pages") / "out", bench=False)
 
 
+BACKENDS = [*((name, "") for name in NAMES), ("onnx-web", "webgpu"), ("tflite-web", "webgpu")]
+"""A runtime's own choice, and WebGPU; which browsers without a GPU have by SwiftShader, so nothing is timed."""
+
+COUNTS_SUBMITTED = """
+window.submitted = 0;
+const submit = window.GPUQueue?.prototype.submit;
+if (submit) GPUQueue.prototype.submit = function (...buffers) { submitted += 1; return submit.apply(this, buffers); };
+"""
+"""What a page runs first, so that it is known whether the GPU was given anything to do."""
+
+
+@pytest.fixture
+def counting(browser: Any) -> Iterator[Any]:
+    """The browser, whose pages have in `submitted` how often they gave WebGPU work."""
+    script = browser.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": COUNTS_SUBMITTED})
+    yield browser
+    browser.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", script)
+
+
 def opened(browser: Any, site: str) -> str:
     browser.get(site)
     said = browser.find_element("id", "said")
@@ -41,8 +62,10 @@ def opened(browser: Any, site: str) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
-def test_it_runs_the_artifact_and_answers_as_pytorch_does(browser: Any, report: Report, name: str) -> None:
+@pytest.mark.parametrize(("name", "backend"), BACKENDS)
+def test_it_runs_the_artifact_and_answers_as_pytorch_does(
+    counting: Any, report: Report, tmp_path: Path, name: str, backend: str
+) -> None:
     assert (report[name].state, report[name].reason) == ("verified", "")
     with np.load(report.folder / "validation_batch.npz") as arrays:
         rows = slice(1 if report[name].remark == ONE_ROW else None)
@@ -51,9 +74,14 @@ def test_it_runs_the_artifact_and_answers_as_pytorch_does(browser: Any, report: 
         tensor.name: {"values": batch[tensor.name].astype(float).ravel().tolist(), "shape": batch[tensor.name].shape}
         for tensor in report.model.inputs
     }
-    with web.served(report.folder / name, web.PACKAGES[TOOLCHAINS[name]]) as address:
-        assert opened(browser, f"{address}/index.html").startswith("ran in ")
-        found = browser.execute_script("return run(arguments[0])", given)
+    site = Path(shutil.copytree(report.folder / name, tmp_path / "site"))
+    with web.served(site, web.PACKAGES[TOOLCHAINS[name]]) as address:
+        said = opened(counting, f"{address}/index.html?backend={backend}")
+        if backend and not counting.execute_script("return navigator.gpu?.requestAdapter()"):
+            pytest.skip("this browser has no adapter for WebGPU")
+        assert said.startswith("ran in ")
+        found = counting.execute_script("return run(arguments[0])", given)
+        assert bool(counting.execute_script("return submitted")) == bool(backend)
     reference = {tensor.name: batch[tensor.name] for tensor in report.model.outputs}
     answers = {
         key: np.array(each["values"], reference[key].dtype).reshape(each["shape"]) for key, each in found.items()

@@ -22,11 +22,11 @@ def test_a_share_of_weights_in_float_is_a_remark_and_most_of_them_a_shortfall(we
     assert in_float(weights, 100, "since so", "3 × Softmax") == expected
 
 
-def test_a_model_without_weights_lacks_none():
+def test_a_model_without_weights_has_no_shortfall():
     assert in_float(0, 0) == InFloat()
 
 
-def test_a_bias_and_a_scale_are_no_weights_in_whatever_shape():
+def test_biases_and_scales_do_not_count_as_weights_in_any_shape():
     assert [is_weight(shape) for shape in ([16], [1, 16, 1, 1], [16, 1], [16, 3], [4, 1, 3, 3])] == [
         False,
         False,

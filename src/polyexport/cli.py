@@ -142,10 +142,17 @@ def _record(each: Format) -> dict[str, Any]:
 
 @app.command()
 def doctor(names: Names = None, as_json: Json = False) -> None:
-    """List what would be skipped on this machine, and what to do about it; exit code 1 if anything would be."""
+    """List what would be skipped on this machine, and what to do about it; exit code 1 if anything would be.
+
+    What a format could use is not needed: it would be verified further with it.
+    """
     chosen = _resolved(names)
-    rows = [{"format": each.name, "ready": not (lacks := _lacks(each)), "missing": lacks} for each in chosen]
-    _show(rows, as_json)
+    rows: list[dict[str, Any]] = [
+        {"format": each.name, "ready": not (lacks := _lacks(each)), "missing": lacks, "could_use": each.could_use()}
+        for each in chosen
+    ]
+    shown = {"format", "ready", "missing", *(key for row in rows for key, value in row.items() if value)}
+    _show([{key: value for key, value in row.items() if as_json or key in shown} for row in rows], as_json)
     runnable = (each for each in chosen if not each.lacks())
     missing = dict.fromkeys(chain for each in runnable for chain in _needed(each) if not chain.ready)
     if room := _room(list(missing)):

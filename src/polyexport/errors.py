@@ -16,6 +16,7 @@ A converter's own exceptions are not wrapped: they become the `reason` of an out
 from __future__ import annotations
 
 import os
+import re
 import signal
 import traceback
 
@@ -23,12 +24,12 @@ import traceback
 def line(error: BaseException, most: int | None = None) -> str:
     """An exception as one line, its type and its message, cut to `most` characters.
 
-    A key, an index or a word is no message: then the statement that raised it follows. Of an error in TorchScript the
-    last line is the cause.
+    A key, an index or a word is no message: then the statement that raised it follows. An error in TorchScript has its
+    cause behind tracebacks.
     """
     said = str(error)
-    if "Traceback of TorchScript" in said:
-        said = said.strip().splitlines()[-1]
+    if (traced := said.rfind(_TORCHSCRIPT)) >= 0 and (cause := _CAUSE.search(said, traced)):
+        said = cause[1]
     said = " ".join(said.split())[:most]
     text = f"{type(error).__name__}: {said}".rstrip(": ")
     return text if " " in said and not isinstance(error, LookupError) else f"{text}{_raised_at(error)}"
@@ -47,6 +48,10 @@ def _raised_at(error: BaseException) -> str:
 
 _LONGEST = 100
 """Characters of a statement."""
+
+_TORCHSCRIPT = "Traceback of TorchScript"
+
+_CAUSE = re.compile(r"^[\w.]*(?:Error|Exception): (.+)", re.MULTILINE | re.DOTALL)
 
 
 def ended(code: int) -> str:

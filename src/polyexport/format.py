@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from polyexport.errors import BadRequest, CannotRun
+from polyexport.measure.emulator import Emulator
 from polyexport.measure.tolerance import Tolerance
 from polyexport.spec import PRECISIONS, Arrays, ExportSpec, Precision, Runner
 
@@ -43,8 +44,11 @@ class Loaded:
         signature: The artifact's own signature; None if it is PyTorch's.
         shortfall: What it lacks of what was asked for, in a line; empty if nothing.
         remark: What else a reader should know of it, such as which operators stay in float; or empty.
+        emulator: A further processor, which verification tries too.
         stand_in: Why `run` is not the artifact's own runtime, and so is not timed; empty if it is.
         observed: Returns what is known after `run` was called.
+        others: Other runtimes by which applications run it, by name, each with what opens it. They are verified too,
+            and are not timed; it is a shortfall if one disagrees or refuses it.
         labels: The labels that are embedded in it.
         metadata: The metadata that is embedded in it: the user's, the checkpoint's hash, versions.
     """
@@ -53,8 +57,10 @@ class Loaded:
     signature: ExportSpec | None = None
     shortfall: str = ""
     remark: str = ""
+    emulator: Emulator | None = None
     stand_in: str = ""
     observed: Callable[[], Observed] = Observed
+    others: Mapping[str, Callable[[], Runner]] = field(default_factory=dict)
     labels: tuple[str, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
 
@@ -123,9 +129,9 @@ class Route:
 class Snippet:
     """Code with which an application loads and runs the artifact, shown by the report page.
 
-    `code` is a jinja2 template of `path`, the artifact's path relative to the export's folder, in which the code is
-    run; `inputs`, `TensorSpec`s whose dynamic axes are 1; `names` and `outputs`, the names of inputs and outputs;
-    `output_dtypes` and `output_shapes`.
+    `code` is a jinja2 template of `path` and `batch`, the paths of the artifact and of the batch that it is verified
+    with, relative to the export's folder, in which the code is run; `inputs`, `TensorSpec`s whose dynamic axes are 1;
+    `names` and `outputs`, the names of inputs and outputs; `output_dtypes` and `output_shapes`.
     """
 
     language: str
@@ -192,6 +198,7 @@ class Format:
         uses_gpu: Whether its workers may use the GPU.
         lacks: Returns what this machine lacks for it besides packages, such as a device or a vendor's program, and
             where to get it, in a line; empty if nothing is missing.
+        could_use: The same for what it is made and verified without, but would be verified further with.
         snippets: How applications load it; the most common language first.
         slow_because: Why its runtime may be slower than PyTorch on the same threads, if known.
         calibrated: Whether its routes calibrate with real batches (`ExportSpec.calibration`).
@@ -219,6 +226,7 @@ class Format:
     aliases: tuple[str, ...] = ()
     uses_gpu: bool = False
     lacks: Callable[[], str] = _nothing
+    could_use: Callable[[], str] = _nothing
     snippets: tuple[Snippet, ...] = ()
     calibrated: bool = False
     slow_because: str = ""

@@ -1,4 +1,4 @@
-"""Versions of what is installed here; only the standard library is used, since isolated toolchains import this."""
+"""What is installed here, and on which machine; by the standard library, since isolated toolchains have no more."""
 
 from __future__ import annotations
 
@@ -8,6 +8,38 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from importlib import metadata
+from pathlib import Path
+
+_CPUINFO = Path("/proc/cpuinfo")
+_MODEL = Path("/proc/device-tree/model")
+
+_CORES = {
+    "0xd03": "Cortex-A53",
+    "0xd04": "Cortex-A35",
+    "0xd05": "Cortex-A55",
+    "0xd07": "Cortex-A57",
+    "0xd08": "Cortex-A72",
+    "0xd09": "Cortex-A73",
+    "0xd0a": "Cortex-A75",
+    "0xd0b": "Cortex-A76",
+    "0xd0c": "Neoverse-N1",
+    "0xd0d": "Cortex-A77",
+    "0xd40": "Neoverse-V1",
+    "0xd41": "Cortex-A78",
+    "0xd42": "Cortex-A78AE",
+    "0xd44": "Cortex-X1",
+    "0xd46": "Cortex-A510",
+    "0xd47": "Cortex-A710",
+    "0xd48": "Cortex-X2",
+    "0xd49": "Neoverse-N2",
+    "0xd4d": "Cortex-A715",
+    "0xd4e": "Cortex-X3",
+    "0xd4f": "Neoverse-V2",
+}
+"""Arm's own cores by `CPU part`, as in Linux's arch/arm64/include/asm/cputype.h: Linux gives no name of them."""
+
+_ARM = "0x41"
+"""Arm's own `CPU implementer`."""
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:
@@ -24,29 +56,8 @@ def versions(packages: Iterable[str]) -> dict[str, str]:
 
 def environment() -> dict[str, str]:
     """The facts about this machine that the report shows."""
-    about = {"python": platform.python_version(), "platform": platform.platform(), "processor": _processor()}
+    about = {"python": platform.python_version(), "platform": platform.platform(), "processor": processor()}
     return about | versions(("lightning-export", "torch", "lightning", "numpy"))
-
-
-def machine() -> str:
-    """The system and processor in a few words: `macOS 15.2, Apple M3`."""
-    if sys.platform == "darwin":
-        system = f"macOS {platform.mac_ver()[0]}"
-    else:
-        try:
-            system = platform.freedesktop_os_release()["PRETTY_NAME"]
-        except (OSError, KeyError):
-            system = f"{platform.system()} {platform.release()}"
-    return f"{system}, {_board() or _processor()}"
-
-
-def _board() -> str:
-    """The name of a single-board computer: `Raspberry Pi 5 Model B Rev 1.0`; empty elsewhere."""
-    try:
-        with open("/proc/device-tree/model", encoding="utf-8") as file:
-            return file.read().strip("\0\n ")
-    except OSError:
-        return ""
 
 
 def git_commit() -> str:
@@ -66,18 +77,64 @@ def git_commit() -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
-def _processor() -> str:
+def machine() -> str:
+    """The system and processor: `macOS 15.2, Apple M3`, `Debian GNU/Linux 12 (bookworm), aarch64 (Cortex-A72)`."""
+    if sys.platform == "darwin":
+        system = f"macOS {platform.mac_ver()[0]}"
+    else:
+        try:
+            system = platform.freedesktop_os_release()["PRETTY_NAME"]
+        except (OSError, KeyError):
+            system = f"{platform.system()} {platform.release()}"
+    return f"{system}, {_board() or processor()}"
+
+
+def processor() -> str:
+    """The processor's name, or `aarch64 emulated on AMD EPYC` where it runs programs of another architecture."""
+    here = platform.machine()
+    name, architecture = _apple() if sys.platform == "darwin" else _linux()
+    if architecture and architecture != _architecture(here):
+        return f"{here} emulated on {name or architecture}"
+    if name in _CORES.values():
+        return f"{here} ({name})"
+    return name or platform.processor() or here
+
+
+def _architecture(machine: str) -> str:
+    """The family of a machine's name: `x86`, `arm`, or the name itself."""
+    if machine.startswith(("arm", "aarch")):
+        return "arm"
+    return "x86" if re.fullmatch(r"x86_64|i\d86|AMD64", machine) else machine
+
+
+def _linux() -> tuple[str, str]:
+    """The processor's name and architecture; empty where Linux does not say.
+
+    The emulator of a container or of `qemu-user` answers for the architecture, but `/proc/cpuinfo` is the host's.
+    """
     try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return _apple() or platform.processor() or platform.machine()
+        text = _CPUINFO.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return "", ""
+    facts = dict(re.findall(r"^([^\t:\n]+?)\s*: (.+)$", text, re.MULTILINE))  # of the last, and so the fastest, core
+    architecture = "arm" if "CPU implementer" in facts else "x86" if "flags" in facts else ""
+    core = _CORES.get(facts.get("CPU part", "")) if facts.get("CPU implementer") == _ARM else None
+    return core or facts.get("model name", "").strip(), architecture
 
 
-def _apple() -> str:
-    """The chip of a Mac: `Apple M3`; empty elsewhere."""
+def _board() -> str:
+    """The name of a single-board computer: `Raspberry Pi 5 Model B Rev 1.0`; empty elsewhere."""
+    try:
+        return _MODEL.read_text(encoding="utf-8").strip("\0\n ")
+    except OSError:
+        return ""
+
+
+def _apple() -> tuple[str, str]:
+    """The chip of a Mac, and its architecture: `("Apple M3", "arm")`; empty where macOS does not say."""
     command = ["sysctl", "-n", "machdep.cpu.brand_string"]
     try:
-        return subprocess.run(command, capture_output=True, encoding="utf-8", timeout=10, check=False).stdout.strip()
+        name = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=10, check=False).stdout.strip()
     except (OSError, subprocess.TimeoutExpired):
-        return ""
+        return "", ""
+    return name, ("arm" if name.startswith("Apple") else "x86") if name else ""

@@ -253,11 +253,19 @@ def verify(root: Path, job: Verify) -> Any:
     from polyexport.measure.verification import fingerprint, verified
 
     limits, artifact, loaded = _format(root, job).limits, root / job.source, _load(root, job)
-    parity, elsewhere = verified(loaded, root, job.batches, job.spec, limits, job.noise)
+    parity, elsewhere, lost = verified(loaded, root, job.batches, job.spec, limits, job.noise, loaded.others)
     observed = loaded.observed().verified_by
     parity = replace(parity, verified_by=observed, off_device=bool(loaded.stand_in))
+    remark = loaded.remark
+    if loaded.emulator is not None and parity.passed:
+        from polyexport.measure.emulator import tried
+
+        why, more = tried(loaded.emulator, root, job.batches[0], job.spec, limits, job.noise)
+        parity = replace(parity, passed=not why, reason=why)
+        remark = "; ".join(filter(None, [remark, more]))
     count, sha256 = fingerprint(artifact if artifact.is_dir() else artifact.parent, DESCRIPTION)
-    own = {"signature": loaded.signature, "shortfall": loaded.shortfall, "remark": loaded.remark}
+    shortfall = "; ".join(filter(None, [loaded.shortfall, lost]))
+    own = {"signature": loaded.signature, "shortfall": shortfall, "remark": remark}
     return {"parity": parity, "elsewhere": elsewhere, **own, "bytes": count, "sha256": sha256}
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from polyexport.workers.toolchain import Toolchain
 
 RUNTIMES = ("onnxruntime", "openvino", "ai-edge-litert")
-"""What a device has, in the environment called `kit`: runtimes, and neither PyTorch nor us."""
+"""The packages of the environment `kit`, which stands for a device: runtimes, but neither PyTorch nor polyexport."""
 
 TORCHVISION = "torchvision==0.28.0"
 """The release that belongs to the torch of constraints.txt."""

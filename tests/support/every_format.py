@@ -22,13 +22,13 @@ class Everything:
 
 
 class Small(torch.nn.Module):
-    """Its input and its output are called as two of its operators are; its weights outweigh what surrounds them."""
+    """Its input and its output have the names of two operators; its weights are most of the size of each artifact."""
 
     def __init__(self) -> None:
         super().__init__()
         self.conv = torch.nn.Conv2d(3, 32, 3, 2, 1)
         self.head = torch.nn.Sequential(torch.nn.Linear(32 * 4 * 4, 96), torch.nn.Tanh(), torch.nn.Linear(96, 8))
-        torch.nn.init.ones_(self.head[2].bias)  # no output is near zero, of which four bits know nothing
+        torch.nn.init.ones_(self.head[2].bias)  # four bits would lose outputs near zero
 
     def forward(self, relu: torch.Tensor) -> dict[str, torch.Tensor]:
         return {"linear": self.head(self.conv(relu).relu().flatten(1))}
@@ -43,7 +43,7 @@ def traced(trace: Path) -> list[str]:
 def main(folder: str, *formats: str) -> None:
     torch.manual_seed(0)
     x = torch.rand(4, 3, 8, 8)
-    # one row per call, which is all that some runtimes take; numbers' ranges are those of four
+    # one row per call, which is all that some runtimes take; ranges are calibrated with the other three rows
     report = polyexport.export(Small(), x[:1], formats, folder, calibration=x[1:].split(1), dynamic=False, bench=False)
     for outcome in report.outcomes:
         print(outcome.format, outcome.state, outcome.reason)

@@ -14,8 +14,10 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from typing import Any
+
+from json_http import JsonAnswers
 
 ENTITY, ORGANIZATION = "me", "org"
 
@@ -69,8 +71,7 @@ class FakeWandb:
         self.summary: dict[str, Any] = {}
         self.finished = False
         self.lock = threading.RLock()
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
-        self.http.handle_error = lambda *of: None  # a client that hangs up; what goes wrong here is kept in `errors`
+        self.http = _Server(self)
         self.http.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.http.server_port}"
 
@@ -300,52 +301,50 @@ def fragment(artifact: Artifact) -> dict[str, Any]:
     }
 
 
-def _handler(server: FakeWandb) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
+class _Server(ThreadingHTTPServer):
+    def __init__(self, fake: FakeWandb) -> None:
+        super().__init__(("127.0.0.1", 0), _Answers)
+        self.fake = fake
 
-        def log_message(self, *words: object) -> None:
-            pass
+    def handle_error(self, *of: object) -> None:
+        """Ignore a client that hangs up; what goes wrong here is in `errors`."""
 
-        def body(self) -> bytes:
-            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            return gzip.decompress(body) if self.headers.get("Content-Encoding") == "gzip" else body
 
-        def send(self, status: int, value: Any) -> None:
-            data = json.dumps(value).encode()
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
+class _Answers(JsonAnswers):
+    server: _Server
 
-        def do_POST(self) -> None:
-            body = self.body()
-            time.sleep(server.seconds)
-            try:
-                asked = json.loads(body)
-                if self.path == "/graphql":
-                    name = re.search(r"(?:query|mutation)\s+(\w+)", asked["query"])
-                    status = server.fail.get(name[1] if name else "", server.fail.get("*", 200))
-                    if status != 200:
-                        self.send(status, {"errors": [{"message": "told to fail"}]})
-                    else:
-                        self.send(200, {"data": server.answer(asked["query"], asked.get("variables") or {})})
-                else:
-                    server.stream(asked)
-                    self.send(200, {})
-            except Exception as error:  # a dropped connection would be tried again for minutes
-                server.errors.append(f"{self.path}: {type(error).__name__}: {error}: {body[:300]!r}")
-                self.send(400, {"errors": [{"message": str(error)}]})
+    def do_POST(self) -> None:
+        fake, body = self.server.fake, self._body()
+        time.sleep(fake.seconds)
+        try:
+            asked = json.loads(body)
+            if self.path == "/graphql":
+                self._answer_query(asked)
+            else:
+                fake.stream(asked)
+                self.answer({})
+        except Exception as error:  # a dropped connection would be tried again for minutes
+            fake.errors.append(f"{self.path}: {type(error).__name__}: {error}: {body[:300]!r}")
+            self.answer({"errors": [{"message": str(error)}]}, 400)
 
-        def do_PUT(self) -> None:
-            body = self.body()
-            time.sleep(server.seconds)
-            if server.put_status == 200:
-                server.put(self.path, body)
-            self.send(server.put_status, {})
+    def _answer_query(self, asked: Any) -> None:
+        fake, name = self.server.fake, re.search(r"(?:query|mutation)\s+(\w+)", asked["query"])
+        status = fake.fail.get(name[1] if name else "", fake.fail.get("*", 200))
+        if status == 200:
+            self.answer({"data": fake.answer(asked["query"], asked.get("variables") or {})})
+        else:
+            self.answer({"errors": [{"message": "told to fail"}]}, status)
 
-        def do_GET(self) -> None:
-            self.send(200, {})
+    def do_PUT(self) -> None:
+        fake, body = self.server.fake, self._body()
+        time.sleep(fake.seconds)
+        if fake.put_status == 200:
+            fake.put(self.path, body)
+        self.answer({}, fake.put_status)
 
-    return Handler
+    def do_GET(self) -> None:
+        self.answer({})
+
+    def _body(self) -> bytes:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        return gzip.decompress(body) if self.headers.get("Content-Encoding") == "gzip" else body

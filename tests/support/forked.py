@@ -48,7 +48,7 @@ def process(function: Callable[..., None], *arguments: Any) -> BaseProcess:
 def script(
     *words: str | Path, cwd: Path, environment: Mapping[str, str] | None = None, typed: str = ""
 ) -> subprocess.CompletedProcess[str]:
-    """What `python *words` does; the first word is the script, or `-` for what is typed."""
+    """Run `python *words` to its end. The first word is the script, or `-` for the text `typed`, its standard input."""
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder, name) for name in ("input", "output", "errors")]
         files[0].write_text(typed)
@@ -65,7 +65,7 @@ def started(
     files: Sequence[Path],
     servers: Literal["shared", "own"] = "shared",
 ) -> BaseProcess:
-    """A process that does it, with files for its standard input, output and errors."""
+    """A process that runs `python *words`, with files for its standard input, output and errors."""
     around = dict(os.environ if environment is None else environment)
     return process(_script, [*map(str, words)], str(cwd), around, [*map(str, files)], servers)
 

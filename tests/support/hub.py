@@ -12,10 +12,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from json_http import JsonAnswers
+
 
 @dataclass
 class Hub:
-    """Its address; the files of its one repository by name; the requests that it got; and what it refuses with."""
+    """A hub with one repository.
+
+    Attributes:
+        address: Its URL.
+        files: The files of the repository by path.
+        asked: The paths of the POST requests that it got.
+        created: The request that created the repository.
+        refuses: The HTTP status with which it refuses every POST; 0 to accept them.
+        stored: Uploaded large files by SHA-256, of which a commit makes files of the repository.
+    """
 
     address: str = ""
     files: dict[str, bytes] = field(default_factory=dict)
@@ -28,79 +39,72 @@ class Hub:
 @contextlib.contextmanager
 def running() -> Iterator[Hub]:
     """A hub, until the end of the block."""
-    hub = Hub()
-
-    class Answers(http.server.BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def do_GET(self) -> None:
-            if "/tree/" not in self.path:  # the client asks for other things too, and does without
-                return self._answer({"error": "there is none"}, 404)
-            sizes = {name: len(data) for name, data in hub.files.items()}
-            self._answer([{"type": "file", "path": name, "size": size, "oid": ""} for name, size in sizes.items()])
-
-        def do_PUT(self) -> None:
-            body = self._body()
-            hub.stored[hashlib.sha256(body).hexdigest()] = body
-            self._answer({})
-
-        def do_POST(self) -> None:
-            body = self._body()
-            hub.asked.append(self.path)
-            if hub.refuses:
-                self._answer({"error": "you may not write here"}, hub.refuses)
-            elif self.path.endswith("/api/repos/create"):
-                hub.created = json.loads(body)
-                self._answer({"url": f"{hub.address}/user/model"})
-            elif self.path.endswith("/api/validate-yaml"):
-                self._answer({"errors": [], "warnings": []})
-            elif "/preupload/" in self.path:
-                self._answer({"files": [_mode(each["path"]) for each in json.loads(body)["files"]]})
-            elif self.path.endswith("/objects/batch"):
-                self._answer(
-                    {"transfer": "basic", "objects": [_place(hub, each) for each in json.loads(body)["objects"]]}
-                )
-            else:
-                _commit(hub, [json.loads(line) for line in body.splitlines()])
-                self._answer({"commitOid": "abc", "commitUrl": f"{hub.address}/user/model/commit/abc"})
-
-        def _body(self) -> bytes:
-            if self.headers.get("Transfer-Encoding") != "chunked":
-                return self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            chunks = []
-            while size := int(self.rfile.readline(), 16):
-                chunks.append(self.rfile.read(size))
-                self.rfile.readline()
-            self.rfile.readline()
-            return b"".join(chunks)
-
-        def _answer(self, value: Any, status: int = 200) -> None:
-            body = json.dumps(value).encode()
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *args: object) -> None:
-            """Say nothing."""
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answers) as server:
-        hub.address = f"http://127.0.0.1:{server.server_port}"
+    with _Server(("127.0.0.1", 0), _Answers) as server:
+        server.hub.address = f"http://127.0.0.1:{server.server_port}"
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield hub
+        yield server.hub
         server.shutdown()
 
 
-def _mode(path: str) -> dict[str, Any]:
+class _Server(http.server.ThreadingHTTPServer):
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.hub = Hub()
+
+
+class _Answers(JsonAnswers):
+    server: _Server
+
+    def do_GET(self) -> None:
+        if "/tree/" not in self.path:  # the client asks for other things too, and does without
+            return self.answer({"error": "there is none"}, 404)
+        sizes = {name: len(data) for name, data in self.server.hub.files.items()}
+        self.answer([{"type": "file", "path": name, "size": size, "oid": ""} for name, size in sizes.items()])
+
+    def do_PUT(self) -> None:
+        body = self._body()
+        self.server.hub.stored[hashlib.sha256(body).hexdigest()] = body
+        self.answer({})
+
+    def do_POST(self) -> None:
+        hub, body = self.server.hub, self._body()
+        hub.asked.append(self.path)
+        if hub.refuses:
+            self.answer({"error": "you may not write here"}, hub.refuses)
+        elif self.path.endswith("/api/repos/create"):
+            hub.created = json.loads(body)
+            self.answer({"url": f"{hub.address}/user/model"})
+        elif self.path.endswith("/api/validate-yaml"):
+            self.answer({"errors": [], "warnings": []})
+        elif "/preupload/" in self.path:
+            self.answer({"files": [_upload_mode(file["path"]) for file in json.loads(body)["files"]]})
+        elif self.path.endswith("/objects/batch"):
+            objects = [_upload_address(hub, each) for each in json.loads(body)["objects"]]
+            self.answer({"transfer": "basic", "objects": objects})
+        else:
+            _commit(hub, [json.loads(line) for line in body.splitlines()])
+            self.answer({"commitOid": "abc", "commitUrl": f"{hub.address}/user/model/commit/abc"})
+
+    def _body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        chunks = []
+        while size := int(self.rfile.readline(), 16):
+            chunks.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(chunks)
+
+
+def _upload_mode(path: str) -> dict[str, Any]:
     return {"path": path, "uploadMode": "regular" if path.endswith((".md", ".json")) else "lfs", "shouldIgnore": False}
 
 
-def _place(hub: Hub, each: dict[str, Any]) -> dict[str, Any]:
+def _upload_address(hub: Hub, blob: dict[str, Any]) -> dict[str, Any]:
     return {
-        "oid": each["oid"],
-        "size": each["size"],
-        "actions": {"upload": {"href": f"{hub.address}/lfs/{each['oid']}"}},
+        "oid": blob["oid"],
+        "size": blob["size"],
+        "actions": {"upload": {"href": f"{hub.address}/lfs/{blob['oid']}"}},
     }
 
 

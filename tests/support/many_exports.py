@@ -3,8 +3,8 @@
     python many_exports.py PACKAGE convert|verify FORMAT,... EXPORT...
 
 Each EXPORT has an `onnx` that was verified; its verification job gives signature and batches. The functions are the
-worker's own, and a toolchain's Python runs them. Prints a JSON object: export -> format -> "made", the parity, or the
-error.
+worker's own, and a toolchain's Python runs them. Prints a JSON object: export -> format -> "made", the parity with
+the shortfall, or the error.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ def one(root: Path, kind: str, name: str) -> object:
                 root, Convert(format=name.partition(".")[0], source=source, spec=ranges, route=route, target=target)
             )
             return "made"
-        return encode(worker.verify(root, replace(judge, format=name.partition(".")[0], source=target))["parity"])
+        found = worker.verify(root, replace(judge, format=name.partition(".")[0], source=target))
+        return {**encode(found["parity"]), "shortfall": found["shortfall"]}
     except Exception as error:
         return f"{type(error).__name__}: {error}"
 

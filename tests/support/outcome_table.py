@@ -19,7 +19,7 @@ def cell(state: str, reason: str, route: str | None) -> Cell:
 
 
 def recorded(path: Path) -> Cells:
-    """What earlier runs found; the newest line has the last word."""
+    """The results of earlier runs; a later line overrides earlier ones."""
     cells: Cells = {}
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         entry = json.loads(line)
@@ -28,25 +28,25 @@ def recorded(path: Path) -> Cells:
 
 
 def record(path: Path, model: str, cells: dict[str, Cell]) -> None:
-    """Add what was found of one model."""
+    """Append the results of one model."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps({"model": model, "cells": cells}) + "\n")
 
 
 def page(title: str, about: str, cells: Cells, models: Sequence[str], formats: Sequence[str]) -> str:
-    """Markdown: a row a model, a column a format, and below it what was not verified, and why."""
+    """Markdown: one row per model, one column per format, and below it what was not verified, and why."""
     rows = [[model, *(_state(cells, model, name) for name in formats)] for model in models]
     totals = ["**verified**", *(share(_cells(cells, models, [name])) for name in formats)]
     return _page(title, about, cells, models, formats, ["model", *formats], [*rows, totals])
 
 
 MARKS = {"verified": "✓", "degraded": "◐", "unverified": "○", "mismatch": "≠", "failed": "✗"}
-"""What stands for a state where there are many columns."""
+"""The marks of the states where there are many columns."""
 
 
 def page_by_format(title: str, about: str, cells: Cells, models: Sequence[str], formats: Sequence[str]) -> str:
-    """Markdown: a row a format, a column a model with a mark for each state, and below it the same as in `page`."""
+    """Markdown: one row per format, one column per model with a mark for each state; below it the same as in `page`."""
     legend = ", ".join(f"{mark} `{state}`" for state, mark in MARKS.items())
     rows = [
         [f"`{name}`", *(MARKS.get(_state(cells, model, name), "–") for model in models), _verified(cells, models, name)]
@@ -85,7 +85,7 @@ def _page(
 
 
 def _cells(cells: Cells, models: Sequence[str], formats: Sequence[str]) -> list[Cell]:
-    """What was run of these."""
+    """Those of these cells that were run."""
     return [cells[model][name] for model in models for name in formats if _was_run(cells, model, name)]
 
 
@@ -94,7 +94,7 @@ def _was_run(cells: Cells, model: str, name: str) -> bool:
 
 
 def _others(cells: Cells, models: Sequence[str], formats: Sequence[str]) -> list[str]:
-    """A line a reason, with all models that it holds for."""
+    """One line per reason, with all models that have it."""
     found: dict[tuple[str, str, str], list[str]] = {}
     for model in models:
         for name in formats:
@@ -113,7 +113,7 @@ def _verified(cells: Cells, models: Sequence[str], name: str) -> str:
 
 
 def share(cells: Iterable[Cell]) -> str:
-    """How many are verified, of how many that were run."""
+    """The number and share of verified cells among those that were run."""
     states = Counter(each["state"] for each in cells)
     return f"{states['verified']}/{states.total()} ({states['verified'] / states.total():.1%})" if states else "–"
 
@@ -127,5 +127,5 @@ def _row(entries: Sequence[str]) -> str:
 
 
 def _line(reason: str, longest: int = 300) -> str:
-    """A reason as a part of a Markdown list: one line, and nothing in it that is taken for a tag."""
+    """A reason as an item of a Markdown list: one line, in which nothing reads as a tag."""
     return textwrap.shorten(reason.replace("<", "&lt;"), longest, placeholder=" …")

@@ -16,12 +16,12 @@ from polyexport.spec import calibration
 
 
 def replay(source: Path, target: Path, spec: ExportSpec) -> None:
-    """The artifact is the reference itself: what it answers is right by construction."""
+    """The artifact returns the reference itself, so its outputs are right by construction."""
     target.write_text(json.dumps({"factor": 1.0}))
 
 
 def calibrates(source: Path, target: Path, spec: ExportSpec) -> None:
-    """Right too, and it keeps what it was calibrated with."""
+    """Right too; the artifact has the batches that it was calibrated with."""
     batches = [batch[spec.input_names[0]].tolist() for batch in calibration(spec)]
     target.write_text(json.dumps({"factor": 1.0, "batches": batches}))
 
@@ -31,7 +31,7 @@ def wrong(source: Path, target: Path, spec: ExportSpec) -> None:
 
 
 def mended_by_float(source: Path, target: Path, spec: ExportSpec) -> None:
-    """Wrong until a quarter of its layers are in float; the file grows by what is."""
+    """Wrong until a quarter of its layers are in float; the file grows with that share."""
     about = {"factor": 1.0 if spec.in_float >= 1 / 4 else -1.0, "padding": "x" * round(1000 * spec.in_float)}
     target.write_text(json.dumps(about))
 
@@ -41,7 +41,7 @@ def never_mended(source: Path, target: Path, spec: ExportSpec) -> None:
 
 
 def mended_not_at_all(source: Path, target: Path, spec: ExportSpec) -> None:
-    """Wrong, and it cannot be made otherwise."""
+    """Wrong, and no layer of it can stay in float."""
     if spec.in_float:
         raise ValueError("no layer can be kept")
     wrong(source, target, spec)
@@ -64,7 +64,7 @@ def hangs(source: Path, target: Path, spec: ExportSpec) -> None:
 
 
 def waits_to_be_killed(source: Path, target: Path, spec: ExportSpec) -> None:
-    """Says who it is, for one who kills it from outside."""
+    """Writes its process id for the test, which kills it."""
     target.with_name("pid").write_text(str(os.getpid()))
     time.sleep(600)
 
@@ -76,7 +76,7 @@ def waits_for_leave(source: Path, target: Path, spec: ExportSpec) -> None:
 
 
 def is_lost_once(source: Path, target: Path, spec: ExportSpec) -> None:
-    """The first time, says who started this worker, and waits to be lost with it; the second time all is well."""
+    """The first time, writes the id of its parent process, which the test kills with it; the second time succeeds."""
     mark = Path(os.environ["LOST_ONCE"])
     if not mark.exists():
         mark.write_text(str(os.getppid()))

@@ -27,7 +27,7 @@ Convert = Callable[[Path, Path, ExportSpec], None]
 def wrong(name: str, error: str, convert: Convert, upstream: str, toolchain: str) -> Format:
     """The format `name` under another name, made by `convert`."""
     route = Route(error, upstream, toolchain, convert)
-    return replace(known()[name], name=f"{name}-{error}", aliases=(), routes=(route,))
+    return replace(known()[name], name=f"{name}-{error}", aliases=(), routes=(route,), lacks=lambda: "")
 
 
 def narrow(spec: ExportSpec, folder: str) -> ExportSpec:
@@ -151,10 +151,33 @@ def scales(module: torch.fx.GraphModule) -> None:
         node.args = (x, scale / 8, *rest)  # type: ignore[operator]  # a number
 
 
+def zero_points(module: torch.fx.GraphModule) -> None:
+    """Shift the numbers that are computed, behind the input, by a quarter of their range, to where int8 has it."""
+    for node in activations(module, "quantize", "dequantize")[2:]:
+        x, scale, zero, *rest = node.args
+        node.args = (x, scale, zero + 64 if zero < 0 else zero - 64, *rest)  # type: ignore[operator]  # numbers
+
+
+# --- IMX500 -----------------------------------------------------------------------------------------------------------
+
+
+def imx500_saturated(source: Path, target: Path, spec: ExportSpec) -> None:
+    """The graph before compilation, which is what is verified."""
+    from polyexport.formats import imx500
+
+    with tempfile.TemporaryDirectory() as folder:
+        imx500.quantize(source, target.with_name(imx500.GRAPH), narrow(spec, folder).one_row())
+    memory = {"Memory Usage": "1KB", "Total Memory Available On Chip": "8.00MB"}
+    target.with_name(imx500.MEMORY).write_text(json.dumps({"Memory Report": memory}))
+    target.touch()
+
+
 WRONG = (
     wrong("executorch-int8", "swapped", executorch_changed(first_two_outputs), "pt2", "executorch"),
     wrong("executorch-int8", "saturated", executorch_changed(scales), "pt2", "executorch"),
     wrong("executorch-w8", "swapped", executorch_changed(first_two_outputs, dynamic=True), "pt2", "executorch"),
+    wrong("executorch-int8", "zero-point", executorch_changed(zero_points), "pt2", "executorch"),
+    wrong("imx500", "saturated", imx500_saturated, "pt2", "imx500"),
     wrong("mnn-w8", "swapped", mnn_swapped, "onnx", "mnn"),
     wrong("mnn-int8", "saturated", mnn_saturated, "mnn", "mnn"),
     wrong("tfjs-w8", "swapped", tfjs_swapped, "tfjs", "tensorflow"),

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 TOGETHER = ("exported", "everything")
-"""Fixtures of a session that are too dear to be made in two of them."""
+"""Session fixtures that take minutes: all tests that use one run in the same session."""
 
 LONGEST = ("exported", "everything", "test_lowering.py", "test_examples.py", "test_faults.py", "test_distributed.py")
 """The parts that come first; the others follow in the order of their names."""
@@ -29,7 +29,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 class Share:
-    """What this session runs of all tests."""
+    """Decides which of all tests this session runs."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -54,7 +54,7 @@ class Share:
         return None if self._ours[part] else True
 
     def _begin(self, part: str) -> bool:
-        """Whether no other session has begun it."""
+        """Whether this session may run a part, since no other one has begun it."""
         try:
             (self._folder / part).mkdir()
         except FileExistsError:

@@ -1,6 +1,7 @@
 """What the tests of web pages share: a folder served over HTTP, with the runtimes of the toolchains.
 
-The one of TensorFlow.js has its parts only. `@tensorflow/tfjs`, which applications install, is those under one name.
+The TensorFlow.js toolchain has only the packages that `@tensorflow/tfjs`, which applications install, is composed of;
+that one is made of them here.
 """
 
 from __future__ import annotations
@@ -42,12 +43,12 @@ def packages_of(name: str, root: Path) -> None:
 
 
 PACKAGES = {"tfjs": node_modules, **{name: partial(packages_of, name) for name in ("litert_web", "onnx_web")}}
-"""What gives a folder the packages of a toolchain."""
+"""For each toolchain, the function that puts its packages into a folder."""
 
 
 @contextlib.contextmanager
 def served(root: Path, packages: Callable[[Path], None] = node_modules) -> Iterator[str]:
-    """The address of `root`, which gets packages of a toolchain as `/node_modules`."""
+    """Serve `root`, with packages of a toolchain as `/node_modules`; yields the address."""
     packages(root)
     handler = partial(_Quiet, directory=str(root))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
@@ -58,4 +59,4 @@ def served(root: Path, packages: Callable[[Path], None] = node_modules) -> Itera
 
 class _Quiet(http.server.SimpleHTTPRequestHandler):
     def log_message(self, *args: object) -> None:
-        """Say nothing."""
+        """Write no log."""

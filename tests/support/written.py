@@ -1,4 +1,4 @@
-"""Exports as the engine leaves them on disk, with figures of one's choice and next to no work."""
+"""Finished exports on disk with chosen figures, written without running the engine."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def outcome(folder: Path, name: str, state: State, error: float, p50_ms: float |
 
 
 def export(folder: Path, *, step: int, p50_ms: float = 0.5, score: float = 2.0) -> Report:
-    """Written into `folder`: a verified, a wrong, a degraded (and faster) and a skipped format."""
+    """An export in `folder` with a verified, a wrong, a degraded (and faster) and a skipped format."""
     outcomes = (
         outcome(folder, "good", "verified", 1e-6, p50_ms),
         outcome(folder, "wrong", "mismatch", math.inf, None),
@@ -54,7 +54,7 @@ def busy(report: Report) -> Report:
 
 
 def run(exports: Path) -> list[Report]:
-    """Two exports of one run, and one of another run in the same folder, which is none of theirs."""
+    """Two exports of one run, and one of another run in the same folder, which must not be counted with them."""
     stranger = export(exports / "stranger", step=2)
     moved = stranger.checkpoint.path.replace("/run/", "/other/")
     save(Report(Checkpoint(moved, global_step=2), None, stranger.outcomes, folder=stranger.folder))

@@ -13,7 +13,7 @@ from polyexport.capture.pickling import by_value, script
 from polyexport.format import Format
 from polyexport.formats import known
 from polyexport.workers import toolchain
-from polyexport.workers.job import Bench, Convert, FormatJob, Job, Prepare, reproduce, write_job
+from polyexport.workers.job import Bench, Convert, FormatJob, Job, Prepare, Verify, reproduce, write_job
 from polyexport.workers.process import Conversation, JobResult, Workers, environment
 from polyexport.workers.remote import Elsewhere, Task, run
 from polyexport.workers.toolchain import Toolchain
@@ -120,7 +120,16 @@ def imports(chain: Toolchain, job: Job, *, gpu: bool) -> tuple[str, ...]:
     own = isinstance(job, FormatJob) and job.declared is not None
     if gpu or (own and isinstance(job, Bench)):
         return ()
-    return chain.imports(converts=own or isinstance(job, Prepare | Convert))
+    converts = isinstance(job, Prepare | Convert) or (isinstance(job, Verify) and verifies(chain))
+    return chain.imports(converts=own or converts)
+
+
+def verifies(chain: Toolchain) -> bool:
+    """Whether the server for conversions has imported what a run needs, so that verifications are forked from it.
+
+    It is there already, and has imported more of what they need. Their memory is not measured.
+    """
+    return {*chain.imports(converts=False)} <= {*chain.imports(converts=True)}
 
 
 def declared(root: Path, each: Format) -> Path | None:
@@ -142,7 +151,12 @@ def declared_file(root: Path, name: str) -> Path:
 def _by_value(each: Format) -> bytes:
     import cloudpickle
 
-    functions = [each.lacks, *(route.convert for route in each.routes), *filter(None, [each.load, each.intermediates])]
+    functions = [
+        each.lacks,
+        each.could_use,
+        *(route.convert for route in each.routes),
+        *filter(None, [each.load, each.intermediates]),
+    ]
     # toolchains are pickled by name: the module of their class imports more than an isolated toolchain has
     routes = tuple(replace(route, toolchain=toolchain.find(route.toolchain).name) for route in each.routes)
     with by_value() as take_along:

@@ -30,7 +30,7 @@ from polyexport.capture.processing import part
 from polyexport.capture.snapshot import PROCESSING, SHARDS, WEIGHTS
 from polyexport.engine import plan, routes
 from polyexport.engine.bench import bench, sweep
-from polyexport.engine.dispatch import Dispatcher, Limits
+from polyexport.engine.dispatch import Dispatcher, Limits, verifies
 from polyexport.engine.explain import explained, layers
 from polyexport.engine.labels import labeled
 from polyexport.engine.ownership import seal
@@ -136,13 +136,17 @@ class Engine:
             self._waiting = (future, request)
         return future
 
-    def warm(self, formats: Iterable[Format]) -> threading.Thread:
+    def warm(self, formats: Iterable[Format], *, timed: bool = True) -> threading.Thread:
         """Start the servers for the jobs of these formats, one after another, in the background.
 
         A toolchain that is not installed yet is left out. Each export does the same; call this where the formats are
         known earlier. Returns the thread that does it, to be joined if needed.
+
+        Args:
+            formats: What will be exported.
+            timed: Whether artifacts will be timed, for which some toolchains have a server with fewer imports.
         """
-        thread = threading.Thread(target=self._warm, args=(tuple(formats),), name="polyexport-warm", daemon=True)
+        thread = threading.Thread(target=self._warm, args=(tuple(formats), timed), name="polyexport-warm", daemon=True)
         thread.start()
         return thread
 
@@ -155,7 +159,7 @@ class Engine:
         """The servers that are ready now."""
         return self._workers.servers
 
-    def _warm(self, formats: tuple[Format, ...]) -> None:
+    def _warm(self, formats: tuple[Format, ...], timed: bool) -> None:
         if self._elsewhere is not None:
             return
         chains = dict.fromkeys(chain for chains in plan.toolchains(formats).values() for chain in chains)
@@ -164,9 +168,10 @@ class Engine:
                 continue
             around = environment(threads=self._limits.threads, gpu=False, host=chain.in_host)
             with contextlib.suppress(ToolMissing):  # the job that needs it reports it
-                self._workers.warm(chain.command(self._workers), chain.imports(converts=True), around)
-                if chain.imports(converts=False) != chain.imports(converts=True):
-                    self._workers.warm(chain.command(self._workers), chain.imports(converts=False), around)
+                converts, runs = chain.imports(converts=True), chain.imports(converts=False)
+                self._workers.warm(chain.command(self._workers), converts, around)
+                if runs != converts and (timed or not verifies(chain)):
+                    self._workers.warm(chain.command(self._workers), runs, around)
 
     def supersede(self) -> bool:
         """Drop the request that waits, since a newer one is coming; returns whether every dropped one has been removed.
@@ -219,7 +224,7 @@ class Engine:
     # --- one request --------------------------------------------------------------------------------------------------
 
     def _export(self, request: Request) -> Report:
-        self.warm(request.formats)
+        self.warm(request.formats, timed=False)
         request = _beside_what_is_there(request)
         dispatcher = self._dispatcher(request.work, request.final, self._limits, self._elsewhere)
         return self._exported(request, replace(dispatcher, sys_path=request.sys_path))

@@ -45,6 +45,9 @@ Part = Callable[[], Reference | None]
 
 T = TypeVar("T")
 
+_STATIC = ".static"
+"""Part of the name of what is made with static shapes."""
+
 _STATE_OF: Mapping[str, State] = {"missing": "skipped", "nothing to do": "skipped", "cannot run": "unverified"}
 
 
@@ -153,8 +156,8 @@ class Build:
             static = self._built(each.name, dynamic=False)
             if static.outcome.state == "verified":
                 built, because = static, built.outcome.reason
-            elif static.outcome.state in ("failed", "mismatch") and static.outcome.reason != built.outcome.reason:
-                why = f"{built.outcome.reason}; with static shapes: {static.outcome.reason}"
+            elif static.outcome.state in ("failed", "mismatch"):
+                why = also_static(built.outcome.reason, static.outcome.reason)
                 built = replace(built, outcome=replace(built.outcome, reason=why))
         fixed = _fixed(self._reference.spec)
         lost = [f"static shapes only{fixed}; with dynamic axes: {because}"] if because else []
@@ -303,7 +306,7 @@ class Build:
 
 def label(each: Format, route: Route, *, static: bool, outside: Sequence[str]) -> str:
     """The name of what a route makes, among jobs and intermediates."""
-    return ".".join([each.name, route.name, *(["static"] if static else []), *(f"without-{step}" for step in outside)])
+    return ".".join([each.name, route.name + (_STATIC if static else ""), *(f"without-{step}" for step in outside)])
 
 
 def placed(root: Path, each: Format, path: str) -> str:
@@ -352,6 +355,11 @@ def narrow(elsewhere: str, frozen: Sequence[str] = (), reference: Reference | No
     if one := kept & set(reference.one_side if reference else ()):
         return f"one branch only: forward branches on its data, and every batch took the same branch ({named(one)})"
     return reference.narrow if reference else ""
+
+
+def also_static(reason: str, static: str) -> str:
+    """A reason with that of static shapes behind it, unless they differ in the artifact's folder alone."""
+    return reason if static.replace(_STATIC, "") == reason else f"{reason}; with static shapes: {static}"
 
 
 def _fixed(spec: ExportSpec) -> str:

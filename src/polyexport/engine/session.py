@@ -186,7 +186,7 @@ class Session:
         for each in self.options.formats:
             if why := each.lacks():
                 self._warn(f"{each.name} will be skipped: {why}")
-        self._engine.warm(self.options.formats)
+        self._engine.warm(self.options.formats, timed=bool(self.options.bench))
         chains = {chain for chains in plan.toolchains(self.options.formats).values() for chain in chains}
         missing = [chain for chain in chains if not chain.ready]
         threads = [threading.Thread(target=self._make, args=(chain,), daemon=True) for chain in missing]
@@ -205,7 +205,7 @@ class Session:
             if not self.closed:
                 self._warn(f"formats that need {chain.name} will be skipped: {error}")
         else:
-            self._engine.warm(self.options.formats)
+            self._engine.warm(self.options.formats, timed=bool(self.options.bench))
 
     def clear(self) -> None:
         """Remove what killed runs left in the folder of exports, except one that can be resumed, which is reported."""

@@ -212,7 +212,7 @@ import numpy as np
 import torch
 
 model = torch._inductor.aoti_load_package("{{{{ path }}}}")
-batch = np.load("validation_batch.npz")
+batch = np.load("{{{{ batch }}}}")
 with torch.inference_mode():
     outputs = model(*(torch.from_numpy(batch[name]){moved} for name in {{{{ names | tojson }}}}))
 """,

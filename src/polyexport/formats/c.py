@@ -8,26 +8,30 @@ Requirements:
 * Weights are constants in the source; those above 4 MiB are in `model.bin`, which `model_load` reads. Buffers above
   64 KiB, which exceed a microcontroller's stack, are on the heap.
 * It is verified and timed as compiled by this machine's C compiler with `-O2`; the report says how much flash and stack
-  that takes.
+  that takes. Where `arm-none-eabi-gcc` and QEMU are, the first rows are verified on a Cortex-M4 too, with the flash and
+  RAM that it takes there.
 """
 
 from __future__ import annotations
 
 import ctypes
+import math
 import platform
 import re
 import subprocess
 import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from polyexport.errors import ToolMissing
+from polyexport.errors import CannotRun, ToolMissing
 from polyexport.format import Format, Loaded, Route, Snippet
-from polyexport.spec import Arrays, ExportSpec, TensorSpec, in_rows, row_remark
-from polyexport.workers import compiler
+from polyexport.measure.emulator import Emulated, Emulator
+from polyexport.spec import Arrays, ExportSpec, Runner, TensorSpec, in_rows, row_remark
+from polyexport.workers import compiler, cortex_m
 
 if TYPE_CHECKING:
     import onnx
@@ -63,7 +67,7 @@ def convert(source: Path, target: Path, spec: ExportSpec) -> None:
 
 def _fixed(source: Path, spec: ExportSpec) -> onnx.ModelProto:
     """The ONNX graph for one row, including inputs that forward never reads."""
-    from polyexport.lowering.fixed import set_values, with_sizes
+    from polyexport.onnx_graph.static_shapes import set_values, with_sizes
 
     one = spec.one_row()
     model = with_sizes(source, spec, one)
@@ -168,19 +172,56 @@ def load(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
     if weights.exists() and not library.model_load(str(weights).encode()):
         raise RuntimeError(f"{weights.name} cannot be read")
 
+    def call(given: Sequence[np.ndarray], made: Sequence[np.ndarray]) -> None:
+        library.model(*(array.ctypes.data_as(ctypes.c_void_p) for array in (*given, *made)))
+
+    own = replace(spec, inputs=inputs, outputs=outputs)
+    remark = "; ".join(filter(None, (row_remark(spec), took)))
+    return Loaded(_by_row(call, own, spec), own, remark=remark, emulator=_cortex_m(path, own, spec))
+
+
+Call = Callable[[Sequence[np.ndarray], Sequence[np.ndarray]], None]
+"""Calls the C function with the arrays of its inputs, and fills those of its outputs."""
+
+
+def _by_row(call: Call, own: ExportSpec, spec: ExportSpec) -> Runner:
+    """A runner of the C function, whose signature is `own`; `spec` is PyTorch's."""
+
     def run(arrays: Arrays) -> Arrays:
         given = [
-            np.asarray(arrays[our.name], its.dtype, order="C") for our, its in zip(spec.inputs, inputs, strict=True)
+            np.asarray(arrays[our.name], its.dtype, order="C") for our, its in zip(spec.inputs, own.inputs, strict=True)
         ]
-        found = [np.empty(tensor.sized(int), tensor.dtype) for tensor in outputs]
-        library.model(*(array.ctypes.data_as(ctypes.c_void_p) for array in (*given, *found)))
+        made = [np.empty(tensor.sized(int), tensor.dtype) for tensor in own.outputs]
+        call(given, made)
         return {
             our.name: array.reshape(array.shape if our.shape else ())
-            for our, array in zip(spec.outputs, found, strict=True)
+            for our, array in zip(spec.outputs, made, strict=True)
         }
 
-    signature = replace(spec, inputs=inputs, outputs=outputs)
-    return Loaded(in_rows(run, spec.one_row()), signature, remark="; ".join(filter(None, (row_remark(spec), took))))
+    return in_rows(run, spec.one_row())
+
+
+def _cortex_m(path: Path, own: ExportSpec, spec: ExportSpec) -> Emulator:
+    """The artifact on a Cortex-M, which is compiled for it when it runs."""
+
+    def run(inputs: Arrays) -> Emulated:
+        if why := cortex_m.missing():
+            raise CannotRun(why)
+        if path.with_name(_WEIGHTS).exists():
+            raise CannotRun(f"its weights are in {_WEIGHTS}, and it has no file system")
+        taken: list[cortex_m.Memory] = []
+        with tempfile.TemporaryDirectory() as folder:
+            program = cortex_m.compiled(path, Path(folder), _sizes(own.inputs), _sizes(own.outputs))
+            outputs = _by_row(lambda given, made: taken.append(program.call(given, made)), own, spec)(inputs)
+        most = max(taken, key=lambda memory: memory.ram)
+        return Emulated(outputs, f"{most}, by {cortex_m.tools()}")
+
+    return Emulator(cortex_m.PROCESSOR, run)
+
+
+def _sizes(tensors: Sequence[TensorSpec]) -> list[int]:
+    """The size of each tensor of the C function, in bytes."""
+    return [math.prod(tensor.sized(int)) * np.dtype(tensor.dtype).itemsize for tensor in tensors]
 
 
 _SNIPPETS = (
@@ -217,6 +258,7 @@ FORMAT = Format(
     routes=(Route("emx-onnx-cgen", upstream="onnx", toolchain="c", convert=convert),),
     load=load,
     lacks=lacks,
+    could_use=cortex_m.missing,
     targets=("microcontroller",),
     snippets=_SNIPPETS,
     slow_because="it is portable C of plain loops, on one thread",

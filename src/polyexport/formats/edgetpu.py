@@ -266,7 +266,7 @@ from MODULE import MAKE
 
 interpreter = MAKE("{{ path }}")
 interpreter.allocate_tensors()
-batch = np.load("validation_batch.npz")
+batch = np.load("{{ batch }}")
 for detail in interpreter.get_input_details():
     name = next(name for name in {{ names | tojson }} if name in detail["name"])
     rows = batch[name][: detail["shape"][0]]

@@ -70,15 +70,44 @@ def _calibrated(module: torch.fx.GraphModule, spec: ExportSpec, *, dynamic: bool
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
     rules = get_symmetric_quantization_config(is_per_channel=True, is_dynamic=dynamic)
-    observed = prepare_pt2e(_exported(module, spec).module(), XNNPACKQuantizer().set_global(rules))
+    program = _exported(module, spec).module()
+    if dynamic:
+        _copy_convolutions(program)
+    observed = prepare_pt2e(program, XNNPACKQuantizer().set_global(rules))
     for arrays in calibration(spec):
         observed(*(torch.from_numpy(arrays[name]) for name in spec.input_names))
     quantized: torch.fx.GraphModule = convert_pt2e(observed)
+    _remove_copies(quantized)
     if not any("quantize" in str(node.target) for node in quantized.graph.nodes):
         raise RuntimeError(
             "XNNPACK supports int8 for products, convolutions and sums, and the model has none; use executorch"
         )
     return quantized
+
+
+def _copy_convolutions(module: torch.fx.GraphModule) -> None:
+    """Copy what each convolution returns before anything reads it.
+
+    The quantizer leaves a convolution to its pattern of convolution and ReLU if a ReLU is all that reads it, and has no
+    such pattern for ranges at run time: the convolution would stay in float.
+    """
+    import torch
+
+    for node in [node for node in module.graph.nodes if str(node.target).startswith("aten.conv")]:
+        with module.graph.inserting_after(node):
+            copy = module.graph.call_function(torch.ops.aten.clone.default, (node,))
+        copy.meta = dict(node.meta)
+        node.replace_all_uses_with(copy, delete_user_cb=lambda user, copy=copy: user is not copy)
+    module.recompile()
+
+
+def _remove_copies(module: torch.fx.GraphModule) -> None:
+    import torch
+
+    for node in module.graph.find_nodes(op="call_function", target=torch.ops.aten.clone.default):
+        node.replace_all_uses_with(node.args[0])
+        module.graph.erase_node(node)
+    module.recompile()
 
 
 def _lower(module: torch.nn.Module, target: Path, spec: ExportSpec, partitioners: list[Any]) -> None:
@@ -166,7 +195,7 @@ import torch
 from executorch.runtime import Runtime
 
 program = Runtime.get().load_program("{{ path }}")
-batch = np.load("validation_batch.npz")
+batch = np.load("{{ batch }}")
 inputs = [torch.from_numpy(batch[name]) for name in {{ names | tojson }}]
 outputs = program.load_method("forward").execute(inputs)
 """,

@@ -86,7 +86,7 @@ import tensorflow as tf
 definition = tf.compat.v1.GraphDef.FromString(open("{{ path }}", "rb").read())
 with tf.Graph().as_default() as graph:
     tf.graph_util.import_graph_def(definition, name="")
-batch = np.load("validation_batch.npz")
+batch = np.load("{{ batch }}")
 with tf.compat.v1.Session(graph=graph) as session:
     inputs = {f"{name}:0": batch[name] for name in {{ names | tojson }}}
     outputs = session.run([f"{name}:0" for name in {{ outputs | tojson }}], inputs)

@@ -27,7 +27,7 @@ import numpy as np
 
 from polyexport.errors import ended
 from polyexport.format import Convert, Format, Route, Snippet
-from polyexport.lowering.functions import decomposed
+from polyexport.onnx_graph.decompose import decomposed
 from polyexport.spec import Arrays, ExportSpec, Precision, Runner, calibration
 from polyexport.workers import programs
 
@@ -227,7 +227,7 @@ _SNIPPETS = (
 import MNN
 import numpy as np
 
-batch = np.load("validation_batch.npz")
+batch = np.load("{{ batch }}")
 manager = MNN.nn.create_runtime_manager(({"backend": "CPU", "precision": "high", "numThread": 4},))
 names = {{ names | tojson }}
 module = MNN.nn.load_module_from_file("{{ path }}", names, {{ outputs | tojson }}, runtime_manager=manager)

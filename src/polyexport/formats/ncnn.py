@@ -6,7 +6,7 @@ Requirements:
 * It is converted by pnnx, ncnn's own converter, from an ONNX graph of one row, and takes a row without its batch axis.
 * ncnn computes in floats. Everything except ids of an embedding is cast to float32 in the graph before pnnx reads it,
   and so are the artifact's inputs and outputs; operators without a layer in ncnn are decomposed (see
-  `polyexport.lowering.floats`).
+  `polyexport.onnx_graph.floats`).
 * pnnx writes layers that ncnn lacks without an error; here that is an error.
 """
 
@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from polyexport.errors import ended
+from polyexport.errors import NothingToDo, ended
 from polyexport.format import Convert, Format, Loaded, OnDevice, Route, Snippet
 from polyexport.spec import Arrays, ExportSpec, Precision, TensorSpec, in_rows, row_remark
 from polyexport.workers import programs
@@ -45,14 +45,15 @@ def _converter(*, half: bool) -> Convert:
         """Convert the graph of one row with pnnx.
 
         Raises:
+            NothingToDo: its dynamic batch became static, which is no other graph.
             RuntimeError: the graph has several rows, pnnx wrote no model, or ncnn lacks a layer.
         """
-        from polyexport.lowering.fixed import with_sizes
-        from polyexport.lowering.floats import in_floats
+        from polyexport.onnx_graph.floats import in_floats
+        from polyexport.onnx_graph.static_shapes import with_sizes
 
         one = spec.one_row()
         if why := fixed_batch(one):
-            raise RuntimeError(why)
+            raise (NothingToDo if spec.sizes and not spec.is_dynamic else RuntimeError)(why)
         with TemporaryDirectory() as folder:
             model = in_floats(with_sizes(source, spec, one, without=["MatMulAddFusion"]))
             written = _translated(model, Path(folder, target.name), half=half)
@@ -262,7 +263,7 @@ import numpy as np
 net = ncnn.Net(){{ precise }}
 net.load_param("{{ path }}")
 net.load_model("{{ path | replace(".param", ".bin") }}")
-batch = np.load("validation_batch.npz")
+batch = np.load("{{ batch }}")
 extractor = net.create_extractor()
 {%- for input in inputs %}
 row = np.ascontiguousarray(batch[{{ input.name | tojson }}][0], np.{{ input.dtype }})  # without a batch axis

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from polyexport.errors import line
 from polyexport.format import MODULE, Format, Loaded, OnDevice, Route, Snippet, Triton
-from polyexport.lowering.ports import inner, rename_ports
+from polyexport.onnx_graph.names import generated_names, rename_inputs_outputs
 from polyexport.spec import Arrays, ExportSpec, Runner, example
 from polyexport.tracing.exported_program import load_program
 
@@ -43,8 +43,8 @@ def translate(program: torch.export.ExportedProgram, target: Path, spec: ExportS
             (),
             target,
             dynamo=True,
-            input_names=inner("input", len(spec.inputs)),
-            output_names=inner("output", len(spec.outputs)),
+            input_names=generated_names("input", len(spec.inputs)),
+            output_names=generated_names("output", len(spec.outputs)),
             external_data=size > _PROTOBUF_LIMIT,
             verbose=False,
         )
@@ -101,8 +101,11 @@ def convert_script(source: Path, target: Path, spec: ExportSpec, *, opset: int =
 def _translated(model: Any, inputs: tuple[torch.Tensor, ...], target: Path, spec: ExportSpec, opset: int) -> None:
     import torch
 
-    ports = {"input": spec.inputs, "output": spec.outputs}
-    named = {kind: dict(zip(inner(kind, len(tensors)), tensors, strict=True)) for kind, tensors in ports.items()}
+    signature = {"input": spec.inputs, "output": spec.outputs}
+    named = {
+        kind: dict(zip(generated_names(kind, len(tensors)), tensors, strict=True))
+        for kind, tensors in signature.items()
+    }
     axes = {name: tensor.dynamic for tensors in named.values() for name, tensor in tensors.items() if tensor.dynamic}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # it is used as a fallback on purpose
@@ -125,8 +128,8 @@ def _finish(path: Path, spec: ExportSpec) -> None:
     import onnx
 
     model = onnx.load(path, load_external_data=False)
-    inputs = dict(zip(inner("input", len(spec.inputs)), spec.input_names, strict=True))
-    rename_ports(model, inputs, spec.output_names)
+    inputs = dict(zip(generated_names("input", len(spec.inputs)), spec.input_names, strict=True))
+    rename_inputs_outputs(model, inputs, spec.output_names)
     named = {tensor.name: tensor for tensor in (*spec.inputs, *spec.outputs)}
     for value in (*model.graph.input, *model.graph.output):
         _name_axes(value, named[value.name].dynamic)
@@ -221,7 +224,7 @@ import numpy as np
 import onnxruntime
 
 session = onnxruntime.InferenceSession("{{ path }}")
-batch = np.load("validation_batch.npz")
+batch = np.load("{{ batch }}")
 inputs = {each.name: batch[each.name] for each in session.get_inputs()}
 outputs = session.run({{ outputs | tojson }}, inputs)
 """,

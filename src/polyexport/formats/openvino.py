@@ -180,7 +180,7 @@ import openvino
 
 # float32, as it was verified: by default some processors round to bfloat16
 model = openvino.Core().compile_model("{{ path }}", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-batch = np.load("validation_batch.npz")
+batch = np.load("{{ batch }}")
 outputs = model({name: batch[name] for port in model.inputs for name in port.names if name in batch})
 """,
     ),

@@ -133,7 +133,7 @@ from paddle import inference
 
 config = inference.Config("{{ path }}/model.json", "{{ path }}/model.pdiparams")
 predictor = inference.create_predictor(config)
-batch = np.load("validation_batch.npz")
+batch = np.load("{{ batch }}")
 for name in predictor.get_input_names():
     array = batch[name.removeprefix("x2paddle_")]
     handle = predictor.get_input_handle(name)

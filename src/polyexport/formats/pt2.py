@@ -47,7 +47,7 @@ import numpy as np
 import torch
 
 model = torch.export.load("{{ path }}").module()
-batch = np.load("validation_batch.npz")
+batch = np.load("{{ batch }}")
 with torch.inference_mode():
     outputs = model(*(torch.from_numpy(batch[name]) for name in {{ names | tojson }}))
 """,

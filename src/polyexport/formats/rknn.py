@@ -75,8 +75,8 @@ _GELU_BY_TANH = (
 
 def in_older_opset(model: onnx.ModelProto) -> onnx.ModelProto:
     """The model with operators that the toolkit knows; one that it lacks all the same it names itself."""
-    from polyexport.lowering.fixed import set_values
-    from polyexport.lowering.functions import decomposed
+    from polyexport.onnx_graph.decompose import decomposed
+    from polyexport.onnx_graph.static_shapes import set_values
 
     model = decomposed(model, [_GELU_BY_TANH], _by_tanh)
     model = decomposed(model, [_GELU], lambda node: not _by_tanh(node))
@@ -193,7 +193,7 @@ def _write_graph(source: Path, spec: ExportSpec, folder: Path) -> list[str]:
     """Write the graph of one row; returns the names of the inputs that it reads."""
     import onnx
 
-    from polyexport.lowering.fixed import with_sizes
+    from polyexport.onnx_graph.static_shapes import with_sizes
 
     model = in_older_opset(with_sizes(source, spec, spec.one_row()))
     onnx.save(model, folder / _GRAPH)
@@ -339,7 +339,7 @@ from rknnlite.api import RKNNLite
 model = RKNNLite()
 model.load_rknn("{{ path }}")
 model.init_runtime()
-batch = np.load("validation_batch.npz")
+batch = np.load("{{ batch }}")
 inputs = [
 {%- for input in inputs %}
     batch[{{ input.name | tojson }}]{% if input.shape %}[:{{ input.shape[0] }}]{% endif %},

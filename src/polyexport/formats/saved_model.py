@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from polyexport.format import Format, Route, Snippet, Triton
-from polyexport.lowering.ports import inner, rename_ports
+from polyexport.onnx_graph.names import generated_names, rename_inputs_outputs
 from polyexport.spec import Arrays, ExportSpec, Runner
 
 SIGNATURE = "serving_default"
@@ -24,7 +24,7 @@ def convert(source: Path, target: Path, spec: ExportSpec) -> None:
     """Lower the ONNX graph to TensorFlow's operators, under forward's own names."""
     import tensorflow as tf
 
-    from polyexport.lowering.graph import read
+    from polyexport.lowering.protobuf import read
     from polyexport.lowering.tensorflow import lower_model
 
     names = arguments(spec)
@@ -33,7 +33,9 @@ def convert(source: Path, target: Path, spec: ExportSpec) -> None:
         for name, tensor in zip(names, spec.inputs, strict=True)
     ]
     model = read(source)
-    rename_ports(model, {own: name for name, own in names.items()}, [output.name for output in model.graph.output])
+    rename_inputs_outputs(
+        model, {own: name for name, own in names.items()}, [output.name for output in model.graph.output]
+    )
     module = lower_model(model, shaped)
     tf.saved_model.save(module, str(target), signatures={SIGNATURE: module.forward})
     if tuple(names) != spec.input_names:
@@ -65,7 +67,7 @@ def arguments(spec: ExportSpec) -> dict[str, str]:
     plain = all(re.fullmatch(r"[A-Za-z]\w*", name, re.ASCII) and not keyword.iskeyword(name) for name in own)
     if plain and len({name.lower() for name in own}) == len(own):
         return {name: name for name in own}
-    ours = dict(zip(sorted(own), inner("input", len(own)), strict=True))  # a signature is sorted by name
+    ours = dict(zip(sorted(own), generated_names("input", len(own)), strict=True))  # a signature is sorted by name
     return {ours[name]: name for name in own}
 
 
@@ -149,7 +151,7 @@ import tensorflow as tf
 
 model = tf.saved_model.load("{{ path }}")
 call = model.signatures["serving_default"]
-batch = np.load("validation_batch.npz")
+batch = np.load("{{ batch }}")
 outputs = call(**{name: tf.constant(batch[name]) for name in call.structured_input_signature[1]})
 """,
     ),

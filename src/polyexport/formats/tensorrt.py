@@ -255,7 +255,7 @@ import numpy as np
 import polyexport
 
 run = polyexport.load("{{ path | replace("/model.engine", "") }}")  # TensorRT's own API takes buffers, as in C++
-outputs = run(dict(np.load("validation_batch.npz")))
+outputs = run(dict(np.load("{{ batch }}")))
 """,
     ),
 )

@@ -16,6 +16,8 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from zipfile import ZipFile, ZipInfo
@@ -25,7 +27,7 @@ import numpy as np
 from polyexport.format import Format, Loaded, OnDevice, Route, Snippet
 from polyexport.formats.saved_model import SIGNATURE
 from polyexport.measure.weights import counted, in_float, is_weight
-from polyexport.spec import Arrays, ExportSpec, Precision, TensorSpec, calibration
+from polyexport.spec import Arrays, ExportSpec, Precision, Runner, TensorSpec, calibration
 from polyexport.tracing.exported_program import in_float32, load_program
 from polyexport.tracing.fake_quantization import quantize_in_graph, quantized_module
 
@@ -313,7 +315,14 @@ class Interpreted:
 
     def __call__(self, inputs: Arrays) -> Arrays:
         """Run it on PyTorch's inputs; quantized outputs are returned as float32."""
-        answer = self._runner(**_to_artifact(inputs, self._in))
+        return self._answered(self._runner, inputs)
+
+    def compiled(self, path: Path, *, threads: int) -> Runner:
+        """The same by LiteRT's `CompiledModel`; the interpreter runs too, since only it knows the outputs' shapes."""
+        return partial(self._answered, partial(_run_compiled, _compiled(path, threads=threads), self._runner))
+
+    def _answered(self, runner: Callable[..., Arrays], inputs: Arrays) -> Arrays:
+        answer = runner(**_to_artifact(inputs, self._in))
         return {
             tensor.name: _from_artifact(answer[tensor.name], self._out[tensor.name], tensor.dtype)
             for tensor in self._spec.outputs
@@ -321,9 +330,47 @@ class Interpreted:
 
 
 def load(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
-    """Run it with LiteRT's interpreter on the CPU."""
+    """Run it with LiteRT's interpreter on the CPU; its `CompiledModel` has to agree, which applications use."""
     run = Interpreted(path, spec, threads=threads)
-    return Loaded(run, run.signature)
+    others = {"LiteRT's CompiledModel": partial(run.compiled, path, threads=threads)}
+    return Loaded(run, run.signature, others=others if find_spec("ai_edge_litert.compiled_model") else {})
+
+
+def _compiled(path: Path, *, threads: int) -> Any:
+    from ai_edge_litert.compiled_model import CompiledModel
+    from ai_edge_litert.options import CpuOptions, Options
+
+    return CompiledModel.from_file(str(path), options=Options(cpu_options=CpuOptions(num_threads=threads)))
+
+
+def _run_compiled(model: Any, like: Callable[..., Arrays], **inputs: np.ndarray) -> Arrays:
+    """Run a `CompiledModel` on inputs in the artifact's own dtypes, as the runner `like` does.
+
+    The buffers that it makes for its outputs may be for one row where the batch is dynamic, and it writes beyond their
+    end; so they are made here. All are made of bytes, since buffers know only some dtypes by name.
+    """
+    from ai_edge_litert.tensor_buffer import TensorBuffer
+
+    ((signature, names),) = model.get_signature_list().items()
+    details = model.get_input_tensor_details(signature)
+    for name in (name for name, array in inputs.items() if tuple(details[name]["shape"]) != array.shape):
+        model.resize_input_tensor_by_name(signature, name, inputs[name].shape)
+    given = {name: model.create_input_buffer_by_name(signature, name) for name in names["inputs"]}
+    for name, array in inputs.items():
+        given[name].write(array.reshape(-1).view(np.uint8))
+    expected = like(**inputs)
+    content = {name: _aligned(expected[name].nbytes) for name in names["outputs"]}
+    made = {name: TensorBuffer.create_from_host_memory(array) for name, array in content.items()}
+    model.run_by_name(signature, given, made)
+    read = {name: made[name].read(len(array), np.uint8) for name, array in content.items()}
+    return {name: array.view(expected[name].dtype).reshape(expected[name].shape) for name, array in read.items()}
+
+
+def _aligned(count: int) -> np.ndarray:
+    """So many bytes in memory that begins where LiteRT asks for it, at a multiple of 64."""
+    raw = np.zeros(count + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + count]
 
 
 def load_int8(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
@@ -465,7 +512,7 @@ import numpy as np
 from ai_edge_litert.interpreter import Interpreter
 
 runner = Interpreter("{{ path }}").get_signature_runner()
-batch = np.load("validation_batch.npz")
+batch = np.load("{{ batch }}")
 
 
 def quantized(x, detail):  # int8 values are steps of a scale from a zero point

@@ -118,7 +118,7 @@ import numpy as np
 import torch
 
 model = torch.jit.load("{{ path }}").eval()
-batch = np.load("validation_batch.npz")
+batch = np.load("{{ batch }}")
 with torch.inference_mode():
     outputs = model(*(torch.from_numpy(batch[name]) for name in {{ names | tojson }}))
 """,

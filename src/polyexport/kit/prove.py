@@ -11,6 +11,7 @@ Requirements:
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import os
 import sys
 import time
@@ -70,6 +71,7 @@ def main(folder: Path) -> int:
         "--threads", type=int, default=os.cpu_count() or 1, help="threads of the runtime; by default one per core"
     )
     threads = parser.parse_args().threads
+    faulthandler.enable()  # a runtime that the processor or its emulator cannot run ends by a signal, without a word
     each, kit = None, None
     try:
         kit = read_record(Kit, folder / KIT, VERSION)
@@ -110,7 +112,7 @@ def prove(folder: Path, kit: Kit, each: Format, threads: int) -> Proof:
         return loaded(inputs)
 
     first_ms = timed_ms(call)
-    parity, elsewhere = verified(loaded, folder, kit.batches, kit.spec, each.limits, kit.noise)
+    parity, elsewhere, lost = verified(loaded, folder, kit.batches, kit.spec, each.limits, kit.noise, loaded.others)
     warm_up(call)
     samples_ms = sample_ms(call, count=100, seconds=SECONDS)
     device = loaded.observed().device
@@ -135,7 +137,7 @@ def prove(folder: Path, kit: Kit, each: Format, threads: int) -> Proof:
         about,
         replace(parity, verified_by=f"{runtime}, {about}"),
         elsewhere,
-        loaded.shortfall,
+        "; ".join(filter(None, [loaded.shortfall, lost])),
         latency,
         loaded.signature,
     )

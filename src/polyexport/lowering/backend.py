@@ -6,6 +6,7 @@ folder builds its `Backend`, and has the operators that need other code in each 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -222,16 +223,31 @@ class Backend:
     def scalar(self, size: Size, dtype: Any) -> Tensor:
         """A size, or a scalar tensor, as a scalar tensor of a type."""
         kind = np.dtype(dtype)
-        return self.full([], size, kind) if isinstance(size, int | float) else self.cast(size, kind)
+        return self.full([], size, kind) if is_known(size) else self.cast(size, kind)
 
     def column(self, line: Tensor, axis: int, rank: int) -> Tensor:
         """A vector reshaped to broadcast along one axis of tensors of a rank."""
-        return self.reshape(line, [1] * axis + [-1] + [1] * (rank - axis - 1))
+        return self.reshape(line, column_shape(axis, rank))
+
+
+def column_shape(axis: int, rank: int) -> list[int]:
+    """The shape by which a vector lies along one axis of tensors of a rank."""
+    return [1] * axis + [-1] + [1] * (rank - axis - 1)
 
 
 def is_known(size: Size) -> bool:
     """Whether a size is known before the run."""
     return isinstance(size, int | float | np.integer)
+
+
+def static_of(sizes: Sequence[Size]) -> list[int | None]:
+    """Sizes as a static shape has them: None where one is not known, or is -1."""
+    return [int(size) if is_known(size) and size >= 0 else None for size in sizes]
+
+
+def product(sizes: Sequence[Size]) -> Size:
+    """Of sizes, some of which may be unknown before the run."""
+    return math.prod(sizes[1:], start=sizes[0]) if sizes else 1
 
 
 def is_float(dtype: np.dtype[Any]) -> bool:

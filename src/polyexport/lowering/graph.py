@@ -11,14 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from polyexport.errors import line
 from polyexport.lowering.backend import Backend
+from polyexport.lowering.definitions import definition, with_attributes
 from polyexport.lowering.opsets import current
+from polyexport.lowering.protobuf import attribute_value, dense, domain_name
 from polyexport.lowering.sizes import infer
 from polyexport.lowering.table import Operator, Operators, UnsupportedOp, integers
 from polyexport.lowering.value import Value
@@ -92,7 +93,7 @@ class Lowering:
         self.ops = ops
         self.table = table
         self.model = model
-        self.opsets = {_domain(opset.domain): opset.version for opset in model.opset_import}
+        self.opsets = {domain_name(opset.domain): opset.version for opset in model.opset_import}
         self._weights: dict[tuple[str, int], Value] = {}
 
     def value(self, content: Any, order: tuple[int, ...] | None = None) -> Value:
@@ -126,7 +127,7 @@ class Lowering:
         return self._weights[key]
 
     def _node(self, proto: onnx.NodeProto, scope: Scope, claims: Mapping[str, onnx.ValueInfoProto]) -> None:
-        domain = _domain(proto.domain)
+        domain = domain_name(proto.domain)
         node = Node(proto, self.opsets.get(domain, 1), self, scope)
         inputs = [scope[name] if name else None for name in proto.input]
         operator = self.table.find(domain, proto.op_type, node.version)
@@ -144,8 +145,8 @@ class Lowering:
                     raise node.unsupported("the rank of its result is not known before the run")
 
     def _lowered(self, node: Node, operator: Operator, inputs: list[Flow]) -> list[Flow]:
-        attributes: Mapping[str, Any] = {each.name: _attribute(each) for each in node.proto.attribute}
-        if not _domain(node.proto.domain):
+        attributes: Mapping[str, Any] = {each.name: attribute_value(each) for each in node.proto.attribute}
+        if not domain_name(node.proto.domain):
             inputs, attributes = current(node.proto.op_type, node.version, inputs, attributes)
 
         def values() -> list[Flow]:
@@ -208,16 +209,16 @@ class Lowering:
         `onnx.inliner` is not used: in the Paddle toolchain's ONNX (1.17) it inlines only a model's own functions, and
         none knows the types that a definition may depend on before the walk.
         """
-        body, defaults = _definition(node, inputs)
+        body, defaults = definition(node.proto, node.version, inputs)
         if body is None:
             raise node.unsupported("there is no lowering for it")
         given: Scope = dict(zip(body.input, inputs, strict=False))
         given |= dict.fromkeys(body.input[len(inputs) :])
         opsets = self.opsets
-        self.opsets = {**opsets, **{_domain(opset.domain): opset.version for opset in body.opset_import}}
+        self.opsets = {**opsets, **{domain_name(opset.domain): opset.version for opset in body.opset_import}}
         try:
             for proto in body.node:
-                self._node(_bound(proto, node.proto, defaults), given, {})
+                self._node(with_attributes(proto, node.proto, defaults), given, {})
         finally:
             self.opsets = opsets
         return [given.get(name) for name in body.output]
@@ -262,7 +263,7 @@ def _types(node: Node, cast: Sequence[np.dtype[Any] | None]) -> Mapping[int, np.
     """The original type of each output that ONNX defines to have the type of an input that was cast."""
     import onnx
 
-    schema: Any = onnx.defs.get_schema(node.proto.op_type, node.version, _domain(node.proto.domain))
+    schema: Any = onnx.defs.get_schema(node.proto.op_type, node.version, domain_name(node.proto.domain))
     given = {
         schema.inputs[min(position, len(schema.inputs) - 1)].type_str: dtype
         for position, dtype in enumerate(cast)
@@ -278,106 +279,7 @@ def _narrowed(result: Any, dtype: np.dtype[Any] | None, node: Node) -> Any:
     return (result if isinstance(result, Value) else node.value(result)).cast(dtype)
 
 
-def read(path: Path) -> onnx.ModelProto:
-    """Read an ONNX file with its weights, and inline its functions."""
-    import onnx
-    from onnx.external_data_helper import load_external_data_for_model
-
-    model = onnx.load(path, load_external_data=False)
-    if model.functions:  # before weights are loaded, since the inliner is limited to 2 GB
-        from onnx.inliner import inline_local_functions
-
-        model = inline_local_functions(model)
-    load_external_data_for_model(model, str(path.parent))
-    return model
-
-
-def _definition(node: Node, inputs: list[Flow]) -> tuple[Any, Mapping[str, onnx.AttributeProto]]:
-    """The function body of a node's operator in the standard, or None, and its attributes' defaults."""
-    import onnx
-
-    try:
-        schema: Any = onnx.defs.get_schema(node.proto.op_type, node.version, _domain(node.proto.domain))
-    except onnx.defs.SchemaError:
-        return None, {}
-    body = onnx.FunctionProto()
-    if schema.has_context_dependent_function:
-        types = [_type(value).SerializeToString() for value in inputs]
-        versions = [each for each in schema.context_dependent_function_opset_versions if each <= node.version]
-        if not versions:
-            versions = schema.context_dependent_function_opset_versions
-        text = schema.get_context_dependent_function_with_opset_version(
-            versions[-1], node.proto.SerializeToString(), types
-        )
-        body.ParseFromString(text)
-    elif schema.has_function:
-        body.CopyFrom(schema.function_body)
-    defaults = {name: attribute.default_value for name, attribute in schema.attributes.items()}
-    return (body if body.node else None), {name: each for name, each in defaults.items() if each.name}
-
-
-def _type(value: Flow) -> onnx.TypeProto:
-    import onnx
-    from onnx import helper
-
-    if not isinstance(value, Value):
-        return onnx.TypeProto()  # a sequence or a missing optional input has no known type
-    return helper.make_tensor_type_proto(helper.np_dtype_to_tensor_dtype(value.dtype), value.shape)
-
-
-def _bound(
-    proto: onnx.NodeProto, caller: onnx.NodeProto, defaults: Mapping[str, onnx.AttributeProto]
-) -> onnx.NodeProto:
-    """A node of a function body with the attributes that refer to its caller's."""
-    import onnx
-
-    if not any(attribute.ref_attr_name for attribute in proto.attribute):
-        return proto
-    given = {**defaults, **{attribute.name: attribute for attribute in caller.attribute}}
-    bound = onnx.NodeProto()
-    bound.CopyFrom(proto)
-    del bound.attribute[:]
-    for attribute in proto.attribute:
-        if not attribute.ref_attr_name:
-            bound.attribute.append(attribute)
-        elif attribute.ref_attr_name in given:
-            bound.attribute.add().CopyFrom(given[attribute.ref_attr_name])
-            bound.attribute[-1].name = attribute.name
-    return bound
-
-
 def _is_known(value: Flow) -> bool:
     if isinstance(value, list):
         return all(_is_known(each) for each in value)
     return isinstance(value, Value) and value.known is not None
-
-
-def _attribute(attribute: onnx.AttributeProto) -> Any:
-    import onnx
-    from onnx import numpy_helper
-
-    found = onnx.helper.get_attribute_value(attribute)
-    if isinstance(found, bytes):
-        return found.decode()
-    if isinstance(found, onnx.TensorProto):
-        return numpy_helper.to_array(found)
-    if isinstance(found, onnx.GraphProto | onnx.TypeProto | onnx.SparseTensorProto | int | float):
-        return found
-    return [each.decode() if isinstance(each, bytes) else each for each in found]
-
-
-def dense(sparse: onnx.SparseTensorProto) -> np.ndarray:
-    """A sparse constant as a dense array."""
-    from onnx import numpy_helper
-
-    values, indices = numpy_helper.to_array(sparse.values), numpy_helper.to_array(sparse.indices)
-    dense = np.zeros(tuple(sparse.dims), values.dtype)
-    if indices.ndim == 1:
-        dense.ravel()[indices] = values
-    else:
-        dense[tuple(indices.T)] = values
-    return dense
-
-
-def _domain(name: str) -> str:
-    return "" if name == "ai.onnx" else name

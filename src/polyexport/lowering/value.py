@@ -144,3 +144,12 @@ def static(value: Value | None) -> list[int] | None:
     if value is None or value.known is None:
         return [] if value is not None and value.shape == (0,) else None
     return [int(entry) for entry in value.known.ravel()]
+
+
+def as_arrays(content: Any, tensor: type[Any]) -> Any:
+    """What a function of constants has returned, with its tensors, of the type `tensor`, as numpy arrays."""
+    if isinstance(content, list | tuple):
+        return [as_arrays(each, tensor) for each in content]
+    if isinstance(content, Value):
+        return content if content.known is not None else Value(content.backend, known=as_arrays(content.tensor, tensor))
+    return np.asarray(content.numpy()) if isinstance(content, tensor) else content

@@ -10,7 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from polyexport.lowering.backend import Backend
+import numpy as np
+
+from polyexport.lowering.backend import Backend, Tensor, product
+from polyexport.lowering.value import Value
 
 Sides = list[tuple[Any, Any]]
 """How much is padded, or cropped, before and after each spatial axis."""
@@ -39,24 +42,47 @@ class Windows:
         """The padding, tails included."""
         return [(before, after + tail) for (before, after), tail in zip(self.sides, self.tails, strict=True)]
 
+    @property
+    def crop(self) -> Sides:
+        """How the whole result of a transposed convolution is padded: by negative amounts, where it is cropped."""
+        return [(-before, tail - after) for (before, after), tail in zip(self.sides, self.tails, strict=True)]
 
-Along = Callable[[Any, int, Windows], list[Any]]
-"""For every element of the kernel along one spatial axis, the tensor's elements at it in all windows."""
 
-
-def window_entries(data: Any, where: Windows, along: Along) -> list[Any]:
-    """For every element of the kernel, the elements of all windows at it."""
+def window_entries(ops: Backend, data: Tensor, where: Windows, first: int) -> list[Tensor]:
+    """For every element of the kernel, the elements of all windows at it; `first` is the first spatial axis."""
     found = [data]
     for axis in range(len(where.kernel)):
-        found = [each for part in found for each in along(part, axis, where)]
+        found = [each for part in found for each in _along(ops, part, where, first, axis)]
     return found
 
 
-def reduce_windows(data: Any, where: Windows, along: Along, combine: Callable[[Any, Any], Any]) -> Any:
+def reduce_windows(
+    ops: Backend, data: Tensor, where: Windows, first: int, combine: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
     """One value per window, one axis after the other: by a maximum or a sum, which are independent of order."""
     for axis in range(len(where.kernel)):
-        data = functools.reduce(combine, along(data, axis, where))
+        data = functools.reduce(combine, _along(ops, data, where, first, axis))
     return data
+
+
+def _along(ops: Backend, data: Tensor, where: Windows, first: int, axis: int) -> list[Tensor]:
+    """For every element of the kernel along one spatial axis, the tensor's elements at it in all windows."""
+    kernel, stride, dilation = where.kernel[axis], where.strides[axis], where.dilations[axis]
+    if kernel == stride == 1:
+        return [data]
+    size = ops.sizes(Value(ops, data))[first + axis]
+    end = (size - spans([kernel], [dilation])[0]) // stride * stride + 1
+    before = (slice(None),) * (first + axis)
+    return [data[(*before, slice(at, at + end, stride))] for at in range(0, kernel * dilation, dilation)]
+
+
+def flat_indices(ops: Backend, x: Value, storage_order: int) -> Value:
+    """The flat index of every element, int64; with `storage_order` 1 the last two axes count the other way."""
+    sizes, order = ops.sizes(x), list(range(x.rank or 0))
+    if storage_order:
+        order[-2:] = order[:-3:-1]
+    indices = ops.cast(ops.range(0, product(sizes)), np.dtype(np.int64))
+    return Value(ops, ops.reshape(indices, [sizes[axis] for axis in order])).permuted(order)
 
 
 def windows(

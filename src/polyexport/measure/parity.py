@@ -104,25 +104,36 @@ def compare(
     outputs: dict[str, OutputParity] = {}
     reasons: list[str] = []
     for name, expected in reference.items():
-        found = actual[name]
-        if found.dtype != expected.dtype:
-            reasons.append(f"{name} is {found.dtype}, PyTorch has {expected.dtype}")
-        elif found.shape != expected.shape:
-            reasons.append(f"{name} has shape {list(found.shape)}, PyTorch has {list(expected.shape)}")
-        else:
-            beside, floors = None if whole is None or not whole[name].size else whole[name], noise or {}
-            known, allowed = floors.get(name), tolerance
-            if name + NARROW in floors:
-                allowed = tolerance.or_looser(Tolerance.for_precision("bfloat16"))
-            if not expected.size:
-                outputs[name], why = OutputParity(0.0, 0.0, 0.0, None, None, None, None), ""
-            elif np.issubdtype(expected.dtype, np.inexact):
-                outputs[name], why = _compare_output(found, expected, allowed, known, beside)
-            else:
-                size = (expected if beside is None else beside).size
-                outputs[name], why = _compare_discrete(found, expected, tolerance, known, floors.get(name + TIES), size)
-            reasons += [f"{name}: {why}"] if why else []
+        figures, why = _compared(name, actual[name], expected, tolerance, noise or {}, (whole or {}).get(name))
+        outputs |= {} if figures is None else {name: figures}
+        reasons += [why] if why else []
     return Parity(not reasons, reasons[0] if reasons else "", outputs)
+
+
+def _compared(
+    name: str,
+    found: np.ndarray,
+    expected: np.ndarray,
+    tolerance: Tolerance,
+    noise: Arrays,
+    whole: np.ndarray | None,
+) -> tuple[OutputParity | None, str]:
+    """One output's figures, none where dtype or shape differ, and why it disagrees; empty if it does not."""
+    if found.dtype != expected.dtype:
+        return None, f"{name} is {found.dtype}, PyTorch has {expected.dtype}"
+    if found.shape != expected.shape:
+        return None, f"{name} has shape {list(found.shape)}, PyTorch has {list(expected.shape)}"
+    if not expected.size:
+        return OutputParity(0.0, 0.0, 0.0, None, None, None, None), ""
+    known, whole = noise.get(name), whole if whole is not None and whole.size else None
+    if np.issubdtype(expected.dtype, np.inexact):
+        is_narrow = name + NARROW in noise
+        allowed = tolerance.or_looser(Tolerance.for_precision("bfloat16")) if is_narrow else tolerance
+        figures, why = _compare_output(found, expected, allowed, known, whole)
+    else:
+        size = (expected if whole is None else whole).size
+        figures, why = _compare_discrete(found, expected, tolerance, known, noise.get(name + TIES), size)
+    return figures, f"{name}: {why}" if why else ""
 
 
 def merge(results: Sequence[Parity], batches: Sequence[Mapping[str, int]]) -> Parity:

@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from polyexport.capture import sharded, surroundings
-from polyexport.capture import snapshot as modules
+from polyexport.capture import sharded, snapshot as modules, surroundings
 from polyexport.capture.answer import NotCompared, disagreement, left_as_it_is
 from polyexport.capture.dtypes import fails, needs_float32
 from polyexport.capture.flatten import as_runner, to_arrays

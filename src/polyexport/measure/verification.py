@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,18 +17,49 @@ from polyexport.spec import Batch, ExportSpec, Runner, read_arrays
 
 
 def verified(
-    run: Runner, folder: Path, batches: Sequence[Batch], spec: ExportSpec, limits: Tolerance, noise: str
-) -> tuple[Parity, str]:
+    run: Runner,
+    folder: Path,
+    batches: Sequence[Batch],
+    spec: ExportSpec,
+    limits: Tolerance,
+    noise: str,
+    others: Mapping[str, Callable[[], Runner]],
+) -> tuple[Parity, str, str]:
     """Compare the outputs of `run` with the batches in `folder`, the validation batch first.
 
     `noise` is the file with the noise floor of each element of the validation batch, empty where it is unknown.
+    `others` are the artifact's other runtimes (see `Loaded`).
 
     Returns:
-        The result; and if the artifact disagrees only on batches of other values, on which and how, else empty.
+        The result; if the artifact disagrees only on batches of other values, on which and how, else empty; and if it
+        agrees, which of its other runtimes disagree or refuse it, and how.
 
     Raises:
         CannotRun: PyTorch's outputs are all NaN or infinite, so nothing can be verified.
     """
+
+    def compared(run: Runner) -> tuple[Parity, str]:
+        return _verified(run, folder, batches, spec, limits, noise)
+
+    parity, elsewhere = compared(run)
+    lost = [] if parity.reason or elsewhere else [_refuted(name, opens, compared) for name, opens in others.items()]
+    return parity, elsewhere, "; ".join(filter(None, lost))
+
+
+def _refuted(name: str, opens: Callable[[], Runner], compared: Callable[[Runner], tuple[Parity, str]]) -> str:
+    """How a runtime disagrees with PyTorch or refuses an artifact; empty if it agrees."""
+    try:
+        parity, elsewhere = compared(opens())
+    except Exception as error:  # a runtime may refuse an artifact with any exception
+        traceback.print_exc()
+        return f"{name} refuses it: {line(error, 500)}"
+    wrong = parity.reason or elsewhere
+    return f"{name} disagrees with PyTorch: {wrong}" if wrong else ""
+
+
+def _verified(
+    run: Runner, folder: Path, batches: Sequence[Batch], spec: ExportSpec, limits: Tolerance, noise: str
+) -> tuple[Parity, str]:
     floors = read_arrays(folder / noise) if noise else {}
     whole = read_arrays(folder / batches[0].path, spec.output_names)
 

@@ -504,6 +504,8 @@ def _metadata(options: Wandb, report: Report, outcome: Outcome) -> dict[str, Any
             "precision": outcome.precision,
             "state": outcome.shown_state,
             "reason": outcome.reason,
+            "remark": outcome.remark,
+            "outside": outcome.outside,
             "route": outcome.route,
             "bytes": outcome.artifact.bytes if outcome.artifact else None,
             "sha256": outcome.artifact.sha256 if outcome.artifact else None,

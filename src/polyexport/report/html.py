@@ -241,19 +241,17 @@ def snippets(outcome: Outcome) -> tuple[Snippet, ...]:
     each = known().get(outcome.format)
     if each is None or outcome.artifact is None:
         return ()
+    behind = f"{part(outcome.outside)}/" if "preprocess" in outcome.outside else ""
     about: Mapping[str, Any] = {
         "path": outcome.artifact.path,
+        "batch": f"{behind}{VALIDATION_BATCH}",
         "inputs": [replace(tensor, shape=tensor.sized(lambda _: 1)) for tensor in outcome.inputs],
         "names": [tensor.name for tensor in outcome.inputs],
         "outputs": [tensor.name for tensor in outcome.outputs],
         "output_dtypes": [tensor.dtype for tensor in outcome.outputs],
         "output_shapes": [tensor.sized(lambda _: 1) for tensor in outcome.outputs],
     }
-    made = (replace(snippet, code=_plain().from_string(snippet.code).render(about)) for snippet in each.snippets)
-    if "preprocess" not in outcome.outside:
-        return tuple(made)
-    batch = f"{part(outcome.outside)}/{VALIDATION_BATCH}"
-    return tuple(replace(snippet, code=snippet.code.replace(VALIDATION_BATCH, batch)) for snippet in made)
+    return tuple(replace(snippet, code=_plain().from_string(snippet.code).render(about)) for snippet in each.snippets)
 
 
 def browser_page(outcome: Outcome) -> str:

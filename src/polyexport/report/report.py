@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -268,44 +268,52 @@ def proofs(report: Report) -> list[dict[str, str]]:
 
 def markdown(report: Report) -> str:
     """The report as Markdown: what was exported, the table, the notes, how to reproduce each step."""
+    lines = ["# Export report", "", *_exported(report), *tables.markdown(rows(report)), "", *_measured(report)]
+    lines += [f"* {escape.markdown(note.text)}" for note in report.notes] + ([""] if report.notes else [])
+    return "\n".join([*lines, *_commands(report), ""])
+
+
+def _exported(report: Report) -> Iterator[str]:
+    """The checkpoint, and the model with its signature."""
     checkpoint, model = report.checkpoint, report.model
     about = [f"Checkpoint {escape.code(checkpoint.path)}"]
     if checkpoint.epoch is not None:
         about.append(f"epoch {checkpoint.epoch}, step {checkpoint.global_step}")
     if checkpoint.monitor and checkpoint.score is not None:
         about.append(f"{escape.markdown(checkpoint.monitor)} {checkpoint.score:.6g}")
-    lines = ["# Export report", "", ", ".join(about) + ".", ""]
+    yield from (", ".join(about) + ".", "")
     if model:
         signature = f"({', '.join(map(str, model.inputs))}) → ({', '.join(map(str, model.outputs))})"
-        about_it = f"{escape.code(model.class_name)}, {model.parameters:,} parameters: {escape.code(signature)}"
-        lines += [about_it, ""]
+        yield f"{escape.code(model.class_name)}, {model.parameters:,} parameters: {escape.code(signature)}"
+        yield ""
         if embedded := tables.embedded(model, report.outcomes):
-            lines += [f"In each artifact: {escape.markdown(embedded)}.", ""]
-    lines += [*tables.markdown(rows(report)), ""]
+            yield from (f"In each artifact: {escape.markdown(embedded)}.", "")
+
+
+def _measured(report: Report) -> Iterator[str]:
+    """The metrics, the rounds of the budget, other machines, and how latency was measured."""
     if report.metrics:
-        lines += [
-            "Validation metrics, with each runtime in place of `forward`:",
-            "",
-            *tables.markdown(metrics(report)),
-            "",
-        ]
+        title = "Validation metrics, with each runtime in place of `forward`:"
+        yield from (title, "", *tables.markdown(metrics(report)), "")
     for outcome in (each for each in report.outcomes if each.rounds):
         title = f"Rounds of {outcome.format}, which was outside the budget at first:"
-        lines += [title, "", *tables.markdown(rounds(report, outcome)), ""]
+        yield from (title, "", *tables.markdown(rounds(report, outcome)), "")
     if elsewhere := proofs(report):
-        lines += ["On other machines, by `polyexport kit`:", "", *tables.markdown(elsewhere), ""]
-    if report.baseline:
-        measured = report.baseline
-        lines += [
+        yield from ("On other machines, by `polyexport kit`:", "", *tables.markdown(elsewhere), "")
+    if measured := report.baseline:
+        yield (
             f"Latency: batch {measured.batch}, {measured.threads} threads, {measured.device}, "
-            f"{measured.samples} calls per format in alternating rounds.",
-            "",
-        ]
-    lines += [f"* {escape.markdown(note.text)}" for note in report.notes] + ([""] if report.notes else [])
+            f"{measured.samples} calls per format in alternating rounds."
+        )
+        yield ""
+
+
+def _commands(report: Report) -> list[str]:
+    """The commands that reproduce each outcome, as a block of code."""
     commands = "\n".join(
         escape.printable(f"{outcome.reproduce}  # {outcome.format}").replace("\n", " ")
         for outcome in report.outcomes
         if outcome.reproduce
     )
     around = escape.fence(commands, 3)
-    return "\n".join([*lines, "## Reproduce", "", f"{around}sh", *filter(None, [commands]), around, ""])
+    return ["## Reproduce", "", f"{around}sh", *filter(None, [commands]), around]

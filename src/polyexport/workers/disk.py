@@ -15,10 +15,19 @@ UNUSED_DAYS = 30
 
 _DAY_SECONDS = 86_400
 
+_SIZE = ".bytes"
+"""The file of an environment with its size when it was made."""
+
 
 @dataclass(frozen=True, slots=True)
 class Environment:
-    """An environment in the cache folder. `used` is the time of its last job, in seconds since the epoch."""
+    """An environment in the cache folder.
+
+    Attributes:
+        folder: Where it is.
+        bytes: Its size when it was made; bytecode that jobs add since is not in it.
+        used: The time of its last job, in seconds since the epoch.
+    """
 
     folder: Path
     bytes: int
@@ -34,7 +43,23 @@ def environments(cache: Path, marker: str) -> Iterator[Environment]:
     """The complete environments in a cache folder, by name; `marker` is the file that marks complete ones."""
     for file in sorted(cache.glob(f"*/{marker}")):
         with contextlib.suppress(FileNotFoundError):  # another process may have just removed it
-            yield Environment(file.parent, size_bytes(file.parent), file.stat().st_mtime)
+            yield Environment(file.parent, _bytes(file.parent), file.stat().st_mtime)
+
+
+def record_size(folder: Path) -> int:
+    """Measure an environment, write its size into it, and return that: a hundred of them have a million files."""
+    found = size_bytes(folder)
+    with contextlib.suppress(OSError):
+        (folder / _SIZE).write_text(f"{found}\n", encoding="utf-8")
+    return found
+
+
+def _bytes(folder: Path) -> int:
+    """The recorded size of an environment; it is measured if there is no record."""
+    try:
+        return int((folder / _SIZE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return record_size(folder)
 
 
 def size_bytes(folder: Path) -> int:

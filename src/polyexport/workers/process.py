@@ -254,29 +254,32 @@ class Workers:
         """
         with tempfile.TemporaryDirectory(prefix="polyexport-", ignore_cleanup_errors=True) as temporary:
             with self._lock:
-                if self._closed:
-                    process = None
-                else:
-                    process = start(
-                        dict(environment)
-                        | dict.fromkeys(("TMPDIR", "TEMP", "TMP", TEMPORARY), temporary)
-                        | {PARENT: str(os.getpid()), "PYTHONSAFEPATH": "1"}
-                    )
-                    oom.set_oom_score(process.pid)
-                    if self._background:
-                        step_back(process.pid)
-                    self._running.add(process)
+                process = None if self._closed else self._begin(start, environment, temporary)
             try:
                 yield process
             finally:
                 if process is not None:
-                    _kill(process)
-                    for pipe in (process.stdin, process.stdout):
-                        if pipe is not None:
-                            with contextlib.suppress(OSError):
-                                pipe.close()
-                    with self._lock:
-                        self._running.discard(process)
+                    self._end(process)
+
+    def _begin(self, start: Callable[[Mapping[str, str]], P], environment: Mapping[str, str], temporary: str) -> P:
+        process = start(
+            dict(environment)
+            | dict.fromkeys(("TMPDIR", "TEMP", "TMP", TEMPORARY), temporary)
+            | {PARENT: str(os.getpid()), "PYTHONSAFEPATH": "1"}
+        )
+        oom.set_oom_score(process.pid)
+        if self._background:
+            step_back(process.pid)
+        self._running.add(process)
+        return process
+
+    def _end(self, process: Process) -> None:
+        _kill(process)
+        for pipe in filter(None, (process.stdin, process.stdout)):
+            with contextlib.suppress(OSError):
+                pipe.close()
+        with self._lock:
+            self._running.discard(process)
 
 
 def _spawn(

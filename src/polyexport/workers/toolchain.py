@@ -171,7 +171,12 @@ class Toolchain:
 
 
 _LIGHTNING = ("lightning.pytorch?", "pytorch_lightning?")  # the base classes of modules
-_LATE = ("networkx?", "onnxscript.function_libs.torch_lib.ops?", "onnxscript.rewriter?")  # what exporters import late
+_LATE = (  # what exporters import late
+    "networkx?",
+    "torch.export._trace?",
+    "onnxscript.function_libs.torch_lib.ops?",
+    "onnxscript.rewriter?",
+)
 
 HOST = Toolchain(
     "host",
@@ -346,6 +351,7 @@ def provision(toolchain: Toolchain, folder: Path, workers: Workers, say: Say = l
             _install_npm(toolchain.name, folder, python, workers)
         _compile_imports(toolchain, folder, workers)
         found = workers.output(str(python), "-I", "-c", _WHOLE)
+        disk.record_size(folder)
         (folder / _COMPLETE).write_text(found, encoding="utf-8")
     except ToolMissing as error:
         shutil.rmtree(folder, ignore_errors=True)

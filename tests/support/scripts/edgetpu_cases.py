@@ -63,6 +63,13 @@ for name, convert in (("tflite-w8", tflite.quantize_weights), ("tflite-w4", tfli
     found[f"swapped {name}"] = verify(name, with_two_channels_swapped(small))
     found[f"not {name}"] = verify(name, root / "tflite" / "model.tflite")
 
+run, opened, artifact = tflite._run_compiled, tflite._compiled, root / "tflite" / "model.tflite"
+tflite._run_compiled = lambda *words, **given: {"output_0": -run(*words, **given)["output_0"]}
+found["another answer"] = verify("tflite", artifact)
+tflite._compiled = lambda path, *, threads: opened(path.with_name("not there"), threads=threads)
+found["refuses"] = verify("tflite", artifact)
+tflite._run_compiled, tflite._compiled = run, opened
+
 about = read_json(root / "manifest.json")["artifacts"]["edgetpu"]
 run = edgetpu.load(root / about["path"], decode(ExportSpec, about), threads=1)
 answer = run({"image": np.zeros((3, 3, 16, 16), np.float32)})

@@ -85,49 +85,75 @@ def plain(folder):
     return [lacking, axes]
 
 
+FUNCTIONS = {
+    "Acos": np.arccos,
+    "Asin": np.arcsin,
+    "Atan": np.arctan,
+    "Atanh": np.arctanh,
+    "Asinh": np.arcsinh,
+    "Cosh": np.cosh,
+    "Sinh": np.sinh,
+    "Tan": np.tan,
+    "Cos": np.cos,
+    "Sin": np.sin,
+    "Tanh": np.tanh,
+    "Erf": np.vectorize(math.erf),
+    "Exp": np.exp,
+    "Abs": np.abs,
+    "Sign": np.sign,
+    "Ceil": np.ceil,
+    "Floor": np.floor,
+    "Round": np.round,
+    "Neg": np.negative,
+    "Reciprocal": np.reciprocal,
+    "Softplus": lambda x: np.log1p(np.exp(x)),
+    "Acosh": lambda x: np.full_like(x, np.nan),
+    "Sqrt": np.sqrt,
+    "Log": np.log,
+    "IsNaN": np.isnan,
+    "IsInf": np.isinf,
+}
+"""Elementary operators, and how numpy computes them."""
+
+WEIGHTS = {
+    "regions": np.float32([[0, 0, 5, 4], [1, 1, 8, 5], [0, 2, 3, 5]]),
+    "owner": np.array([0, 1, 2]),
+    "kernel": np.random.default_rng(1).random((18, 2, 3, 3), np.float32) / 9,
+    "lengths": np.array([3, 1]),
+    "parts": np.array([2, 3]),
+    "fourth": np.array([4]),
+    "fifth": np.array([5]),
+    "new": np.array([2, 3]),
+    "seventh": np.array([7]),
+    "divisor": np.float32(-0.3),
+    "size": np.array([2, 3]),
+}
+"""Constants of the operators that TFLite lacks, or runs with few axes."""
+
+SIZES = {"x": (None, 5), "rows": (4, 2, None), "image": (None, 2, 6, 9)}
+
+
 def elementary(folder):
-    functions = {
-        "Acos": np.arccos,
-        "Asin": np.arcsin,
-        "Atan": np.arctan,
-        "Atanh": np.arctanh,
-        "Asinh": np.arcsinh,
-        "Cosh": np.cosh,
-        "Sinh": np.sinh,
-        "Tan": np.tan,
-        "Cos": np.cos,
-        "Sin": np.sin,
-        "Tanh": np.tanh,
-        "Erf": np.vectorize(math.erf),
-        "Exp": np.exp,
-        "Abs": np.abs,
-        "Sign": np.sign,
-        "Ceil": np.ceil,
-        "Floor": np.floor,
-        "Round": np.round,
-        "Neg": np.negative,
-        "Reciprocal": np.reciprocal,
-        "Softplus": lambda x: np.log1p(np.exp(x)),
-        "Acosh": lambda x: np.full_like(x, np.nan),
-        "Sqrt": np.sqrt,
-        "Log": np.log,
-        "IsNaN": np.isnan,
-        "IsInf": np.isinf,
-    }
-    weights = {
-        "regions": np.float32([[0, 0, 5, 4], [1, 1, 8, 5], [0, 2, 3, 5]]),
-        "owner": np.array([0, 1, 2]),
-        "kernel": np.random.default_rng(1).random((18, 2, 3, 3), np.float32) / 9,
-        "lengths": np.array([3, 1]),
-        "parts": np.array([2, 3]),
-        "fourth": np.array([4]),
-        "fifth": np.array([5]),
-        "new": np.array([2, 3]),
-        "seventh": np.array([7]),
-        "divisor": np.float32(-0.3),
-        "size": np.array([2, 3]),
-    }
-    nodes = [helper.make_node(op, ["x"], [op]) for op in functions] + [
+    random = np.random.default_rng(0)
+    x = np.float32([[-0.9, -0.4, 0.0, 0.3, 0.99], [0.5, -0.5, 0.7, 0.1, -0.1]])
+    rows, image = (random.random(shape, np.float32) for shape in ((4, 2, 3), (3, 2, 6, 9)))
+    model = elementary_model()
+    lowered = lower_model(model, [tf.TensorSpec(shape, tf.float32, name) for name, shape in SIZES.items()])
+    found = by_tflite(lowered, folder / "made", x=x, rows=rows, image=image)
+    for name, expected in right(x, rows, image).items():
+        np.testing.assert_allclose(found[name], expected, atol=2e-6, rtol=2e-6, err_msg=name)
+    answer = lowered.forward(*map(tf.constant, (x, rows, image)))
+    for name in ("RoiAlign", "DeformConv"):
+        np.testing.assert_allclose(found[name], answer[name], atol=1e-5, err_msg=name)
+    arrays = dict(zip(SIZES, (x, rows, image), strict=True))
+    whole = lower_model(model, [tf.TensorSpec(array.shape, tf.float32, name) for name, array in arrays.items()])
+    static = whole.forward(*map(tf.constant, (x, rows, image)))["Resize"]
+    np.testing.assert_allclose(found["Resize"], static, atol=1e-5)
+    assert found["Resize"].shape == (3, 2, 2, 3)
+
+
+def elementary_model():
+    nodes = [helper.make_node(op, ["x"], [op]) for op in FUNCTIONS] + [
         helper.make_node("Mod", ["x", "divisor"], ["Mod"], fmod=1),
         helper.make_node("ReverseSequence", ["rows", "lengths"], ["ReverseSequence"], batch_axis=1, time_axis=0),
         helper.make_node("Cast", ["Ceil"], ["integers"], to=7),
@@ -144,40 +170,32 @@ def elementary(folder):
         helper.make_node("DeformConv", ["image", "kernel", "moves"], ["DeformConv"]),
     ]
     dtypes = {"IsNaN": 9, "IsInf": 9, "Split": 7}
-    names = [*functions, "Mod", "Split", "Slice", "ReverseSequence", "Resize", "RoiAlign", "DeformConv"]
+    names = [*FUNCTIONS, "Mod", "Split", "Slice", "ReverseSequence", "Resize", "RoiAlign", "DeformConv"]
 
-    def port(name):
+    def value(name):
         return helper.make_tensor_value_info(name, dtypes.get(name, 1), None)
 
-    constants = [numpy_helper.from_array(np.asarray(each), name) for name, each in weights.items()]
-    inputs = {"x": (None, 5), "rows": (4, 2, None), "image": (None, 2, 6, 9)}
-    graph = helper.make_graph(nodes, "g", [port(name) for name in inputs], [port(name) for name in names], constants)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)])
-    lowered = lower_model(model, [tf.TensorSpec(shape, tf.float32, name) for name, shape in inputs.items()])
-    tf.saved_model.save(lowered, str(folder / "made"), signatures={"serving_default": lowered.forward})
-    converter = tf.lite.TFLiteConverter.from_saved_model(str(folder / "made"))
+    constants = [numpy_helper.from_array(np.asarray(each), name) for name, each in WEIGHTS.items()]
+    graph = helper.make_graph(nodes, "g", [value(name) for name in SIZES], [value(name) for name in names], constants)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)])
+
+
+def by_tflite(lowered, folder, **inputs):
+    """Convert a lowered model to TFLite without TensorFlow's operators, and run it."""
+    tf.saved_model.save(lowered, str(folder), signatures={"serving_default": lowered.forward})
+    converter = tf.lite.TFLiteConverter.from_saved_model(str(folder))
     converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]
-    call = tf.lite.Interpreter(model_content=converter.convert()).get_signature_runner()
-    random = np.random.default_rng(0)
-    x = np.float32([[-0.9, -0.4, 0.0, 0.3, 0.99], [0.5, -0.5, 0.7, 0.1, -0.1]])
-    rows, image = (random.random(shape, np.float32) for shape in ((4, 2, 3), (3, 2, 6, 9)))
-    found = call(x=x, rows=rows, image=image)
+    return tf.lite.Interpreter(model_content=converter.convert()).get_signature_runner()(**inputs)
+
+
+def right(x, rows, image):
+    """What numpy computes for the operators that it has."""
     turned = rows.copy()
     turned[:3, 0] = rows[2::-1, 0]
     with np.errstate(all="ignore"):
-        right = {name: function(x) for name, function in functions.items()}
-        right |= {"Mod": np.fmod(x, np.float32(-0.3)), "ReverseSequence": turned}
-        right["Split"], right["Slice"] = np.ceil(x).astype("i8")[:, 2:], image[:, :, None, None, :, 4:7]
-    for name, expected in right.items():
-        np.testing.assert_allclose(found[name], expected, atol=2e-6, rtol=2e-6, err_msg=name)
-    answer = lowered.forward(*map(tf.constant, (x, rows, image)))
-    for name in ("RoiAlign", "DeformConv"):
-        np.testing.assert_allclose(found[name], answer[name], atol=1e-5, err_msg=name)
-    arrays = dict(zip(inputs, (x, rows, image), strict=True))
-    whole = lower_model(model, [tf.TensorSpec(array.shape, tf.float32, name) for name, array in arrays.items()])
-    static = whole.forward(*map(tf.constant, (x, rows, image)))["Resize"]
-    np.testing.assert_allclose(found["Resize"], static, atol=1e-5)
-    assert found["Resize"].shape == (3, 2, 2, 3)
+        found = {name: function(x) for name, function in FUNCTIONS.items()}
+    found |= {"Mod": np.fmod(x, np.float32(-0.3)), "ReverseSequence": turned}
+    return found | {"Split": np.ceil(x).astype("i8")[:, 2:], "Slice": image[:, :, None, None, :, 4:7]}
 
 
 programs.run(unknown_input, names, transposes, plain, elementary)

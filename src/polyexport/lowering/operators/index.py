@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from polyexport.lowering.backend import Backend, Tensor
+from polyexport.lowering.graph import Node
 from polyexport.lowering.table import SHARED
 from polyexport.lowering.value import Value, static
 
@@ -24,6 +25,32 @@ def gather_elements(ops: Backend, x: Value, indices: Value, *, axis: int = 0) ->
     """One index for each entry of the result."""
     axis = axis % (x.rank or 1)
     return ops.take_along(x.tensor, ops.from_end(indices, ops.sizes(x)[axis]), axis)
+
+
+@SHARED.op("GatherND", since=11)
+def gather_nd(ops: Backend, x: Value, indices: Value, *, batch_dims: int = 0, node: Node) -> Tensor:
+    """The last axis of the indices is an index into the tensor, after `batch_dims` axes that both have."""
+    depth, sizes = depth_of(indices, node), ops.sizes(x)
+    positions = ops.from_end(indices, sizes[batch_dims : batch_dims + depth])
+    if not batch_dims:
+        return ops.gather_nd(x.tensor, positions)
+    positions = ops.constant(positions) if isinstance(positions, np.ndarray) else positions
+    dtype, rank, single = ops.dtype(positions), indices.rank or 1, positions[..., :1]
+    batch = [ops.column(ops.cast(ops.range(0, sizes[i]), dtype), i, rank) for i in range(batch_dims)]
+    whole = [*(each + ops.zeros_like(single, dtype) for each in batch), positions]
+    return ops.gather_nd(x.tensor, ops.concat(whole, rank - 1))
+
+
+def depth_of(indices: Value, node: Node) -> int:
+    """How many axes each index of GatherND or ScatterND counts.
+
+    Raises:
+        UnsupportedOp: it is not known before the run.
+    """
+    depth = (indices.shape or (None,))[-1]
+    if depth is None:
+        raise node.unsupported("the last size of its indices is not known before the run")
+    return depth
 
 
 @SHARED.op("ReverseSequence")

@@ -31,35 +31,40 @@ for _name, _function in {
     SHARED.elementwise(_name)(_function)
 
 
-_FUNCTIONS: dict[str, Callable[[Backend, Tensor], Tensor]] = {
+Function = Callable[..., Tensor]
+
+_FUNCTIONS: dict[str, Function] = {
     "Abs": lambda ops, x: ops.abs(x),
+    "Add": lambda ops, a, b: ops.add(a, b),
+    "Celu": lambda ops, x, *, alpha=1.0: ops.where(x < 0, alpha * ops.expm1(x / alpha), x),
     "Ceil": lambda ops, x: ops.ceil(x),
+    "Elu": lambda ops, x, *, alpha=1.0: ops.elu(x, alpha),
+    "Equal": lambda ops, a, b: ops.equal(a, b),
     "Exp": lambda ops, x: ops.exp(x),
     "Floor": lambda ops, x: ops.floor(x),
+    "HardSigmoid": lambda ops, x, *, alpha=0.2, beta=0.5: ops.clip(alpha * x + beta, 0, 1),
+    "HardSwish": lambda ops, x: x * ops.clip(x / 6 + 0.5, 0, 1),
+    "LeakyRelu": lambda ops, x, *, alpha=0.01: ops.leaky_relu(x, alpha),
     "Log": lambda ops, x: ops.log(x),
+    "PRelu": lambda ops, x, slope: ops.where(x < 0, slope * x, x),
     "Relu": lambda ops, x: ops.relu(x),
     "Round": lambda ops, x: ops.round(x),
+    "Selu": lambda ops, x, *, alpha=1.67326319217681884765625, gamma=1.05070102214813232421875: (
+        gamma * ops.where(x > 0, x, alpha * ops.expm1(x))
+    ),
     "Sigmoid": lambda ops, x: ops.sigmoid(x),
     "Softplus": lambda ops, x: ops.softplus(x),
     "Softsign": lambda ops, x: ops.softsign(x),
     "Sqrt": lambda ops, x: ops.sqrt(x),
+    "Swish": lambda ops, x, *, alpha=1.0: x * ops.sigmoid(alpha * x),
     "Tanh": lambda ops, x: ops.tanh(x),
+    "ThresholdedRelu": lambda ops, x, *, alpha=1.0: ops.where(x > alpha, x, 0),
+    "Where": lambda ops, condition, x, y: ops.where(condition, x, y),
 }
+"""Operators that one line computes, with ONNX's attributes and their defaults."""
 
-for _name, _unary in _FUNCTIONS.items():
-    SHARED.elementwise(_name)(_unary)
-
-
-@SHARED.elementwise("Add")
-def add(ops: Backend, a: Tensor, b: Tensor) -> Tensor:
-    """The sum."""
-    return ops.add(a, b)
-
-
-@SHARED.elementwise("Equal")
-def equal(ops: Backend, a: Tensor, b: Tensor) -> Tensor:
-    """Of any type."""
-    return ops.equal(a, b)
+for _name, _function in _FUNCTIONS.items():
+    SHARED.elementwise(_name)(_function)
 
 
 @SHARED.elementwise("Pow")
@@ -75,80 +80,6 @@ def power(ops: Backend, a: Tensor, b: Tensor) -> Tensor:
     return ops.cast(ops.cast(a, wide) ** ops.cast(b, wide), base)
 
 
-def _variadic(combine: Callable[[Backend, Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
-    def apply(ops: Backend, *tensors: Tensor) -> Tensor:
-        return functools.reduce(functools.partial(combine, ops), tensors)
-
-    return apply
-
-
-SHARED.elementwise("Max")(_variadic(lambda ops, a, b: ops.maximum(a, b)))
-SHARED.elementwise("Min")(_variadic(lambda ops, a, b: ops.minimum(a, b)))
-SHARED.elementwise("Sum")(_variadic(lambda ops, a, b: ops.add(a, b)))
-
-
-@SHARED.elementwise("Mean")
-def mean(ops: Backend, *tensors: Tensor) -> Tensor:
-    """Entry by entry, of all tensors."""
-    return functools.reduce(ops.add, tensors) / len(tensors)
-
-
-@SHARED.elementwise("Where")
-def where(ops: Backend, condition: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """All three broadcast against each other."""
-    return ops.where(condition, x, y)
-
-
-@SHARED.elementwise("LeakyRelu")
-def leaky_relu(ops: Backend, x: Tensor, *, alpha: float = 0.01) -> Tensor:
-    """`alpha * x` below zero."""
-    return ops.leaky_relu(x, alpha)
-
-
-@SHARED.elementwise("PRelu")
-def parametric_relu(ops: Backend, x: Tensor, slope: Tensor) -> Tensor:
-    """`slope * x` below zero."""
-    return ops.where(x < 0, slope * x, x)
-
-
-@SHARED.elementwise("Elu")
-def elu(ops: Backend, x: Tensor, *, alpha: float = 1.0) -> Tensor:
-    """`alpha * (exp(x) - 1)` below zero."""
-    return ops.elu(x, alpha)
-
-
-@SHARED.elementwise("Celu")
-def celu(ops: Backend, x: Tensor, *, alpha: float = 1.0) -> Tensor:
-    """`alpha * (exp(x / alpha) - 1)` below zero."""
-    return ops.where(x < 0, alpha * ops.expm1(x / alpha), x)
-
-
-@SHARED.elementwise("Selu")
-def selu(
-    ops: Backend, x: Tensor, *, alpha: float = 1.67326319217681884765625, gamma: float = 1.05070102214813232421875
-) -> Tensor:
-    """`gamma * elu(x)`."""
-    return gamma * ops.where(x > 0, x, alpha * ops.expm1(x))
-
-
-@SHARED.elementwise("HardSigmoid")
-def hard_sigmoid(ops: Backend, x: Tensor, *, alpha: float = 0.2, beta: float = 0.5) -> Tensor:
-    """A line, clipped to 0 and 1."""
-    return ops.clip(alpha * x + beta, 0, 1)
-
-
-@SHARED.elementwise("HardSwish")
-def hard_swish(ops: Backend, x: Tensor) -> Tensor:
-    """`x` times the hard sigmoid of slope 1/6."""
-    return x * ops.clip(x / 6 + 0.5, 0, 1)
-
-
-@SHARED.elementwise("Swish")
-def swish(ops: Backend, x: Tensor, *, alpha: float = 1.0) -> Tensor:
-    """`x * sigmoid(alpha * x)`."""
-    return x * ops.sigmoid(alpha * x)
-
-
 @SHARED.elementwise("Shrink")
 def shrink(ops: Backend, x: Tensor, *, bias: float = 0.0, lambd: float = 0.5) -> Tensor:
     """Shifted toward zero by `bias`; zero within `lambd`."""
@@ -156,10 +87,14 @@ def shrink(ops: Backend, x: Tensor, *, bias: float = 0.0, lambd: float = 0.5) ->
     return ops.where(x < low, x + offset, ops.where(x > high, x - offset, 0))
 
 
-@SHARED.elementwise("ThresholdedRelu")
-def thresholded_relu(ops: Backend, x: Tensor, *, alpha: float = 1.0) -> Tensor:
-    """Zero up to `alpha`."""
-    return ops.where(x > alpha, x, 0)
+def _variadic(combine: Callable[[Backend, Tensor, Tensor], Tensor]) -> Function:
+    return lambda ops, *tensors: functools.reduce(functools.partial(combine, ops), tensors)
+
+
+SHARED.elementwise("Max")(_variadic(lambda ops, a, b: ops.maximum(a, b)))
+SHARED.elementwise("Min")(_variadic(lambda ops, a, b: ops.minimum(a, b)))
+SHARED.elementwise("Sum")(_variadic(lambda ops, a, b: ops.add(a, b)))
+SHARED.elementwise("Mean")(lambda ops, *tensors: functools.reduce(ops.add, tensors) / len(tensors))
 
 
 def _is(bound: Value | None, number: float) -> bool:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from polyexport.lowering.backend import Backend, Tensor, is_known
+from polyexport.lowering.backend import Backend, Tensor, is_known, product
 from polyexport.lowering.graph import Node
-from polyexport.lowering.operators.shape import entries, padded_axis, product
+from polyexport.lowering.operators.shape import entries, padded_axis
 from polyexport.lowering.table import SHARED
 from polyexport.lowering.value import Value
 

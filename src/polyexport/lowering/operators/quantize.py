@@ -83,17 +83,14 @@ def quantized_matmul(
     b_zero: Value,
     y_scale: Value,
     y_zero: Value,
+    *,
+    node: Node,
 ) -> Tensor:
-    """Dequantize, multiply, and quantize again."""
-
-    def column(value: Value, dtype: np.dtype[Any]) -> Tensor:
-        tensor = ops.cast(value.tensor, dtype)
-        return tensor if value.rank != 1 or value.shape == (1,) else ops.unsqueeze(tensor, [1])
-
-    left = ops.cast(a.tensor, _INT32) - column(a_zero, _INT32)
-    right = ops.cast(b.tensor, _INT32) - ops.cast(b_zero.tensor, _INT32)
-    product = ops.cast(ops.matmul(left, right), _SINGLE)
-    given, (weight, made) = column(a_scale, _SINGLE), (ops.cast(each.tensor, _SINGLE) for each in (b_scale, y_scale))
+    """Multiply as integers, scale, and quantize again."""
+    product = ops.cast(node.lower("MatMulInteger", a, b, a_zero, b_zero), _SINGLE)
+    given, weight, made = (ops.cast(each.tensor, _SINGLE) for each in (a_scale, b_scale, y_scale))
+    if a_scale.rank == 1 and a_scale.shape != (1,):  # one for each row
+        given = ops.unsqueeze(given, [1])
     return _levels(ops, product * (given * weight / made), ops.cast(y_zero.tensor, _SINGLE), y_zero.dtype)
 
 
@@ -113,20 +110,13 @@ def quantized_convolution(
     node: Node,
     **attributes: Any,
 ) -> Tensor:
-    """Integer sums in float64, which is exact."""
-    data = ops.cast(x.tensor, _DOUBLE) - ops.cast(x_zero.tensor, _DOUBLE)
-    kernel = ops.cast(w.tensor, _DOUBLE) - _spread(ops, w_zero, w, 0, 0, _DOUBLE)
-    made = _convolved(data, ops.set_shape(kernel, w.shape or ()), node, attributes)
+    """Convolve as integers, scale, and quantize again."""
+    made = node.lower("ConvInteger", x, w, x_zero, w_zero, **attributes)
     if bias is not None:
-        made = made + ops.column(ops.cast(bias.tensor, _DOUBLE), 1, x.rank or 2)
+        made = made + ops.column(ops.cast(bias.tensor, _INT32), 1, x.rank or 2)
     factor = ops.cast(x_scale.tensor, _DOUBLE) * _spread(ops, w_scale, x, 1, 0, _DOUBLE)
-    data = ops.cast(made * factor / ops.cast(y_scale.tensor, _DOUBLE), _SINGLE)
+    data = ops.cast(ops.cast(made, _DOUBLE) * factor / ops.cast(y_scale.tensor, _DOUBLE), _SINGLE)
     return _levels(ops, data, ops.cast(y_zero.tensor, _SINGLE), y_zero.dtype)
-
-
-def _convolved(data: Tensor, kernel: Tensor, node: Node, attributes: dict[str, Any]) -> Tensor:
-    made = node.lower("Conv", node.value(data), node.value(kernel), **attributes)
-    return made.tensor if isinstance(made, Value) else made
 
 
 @SHARED.op("ConvInteger")
@@ -142,11 +132,13 @@ def convolve_integer(
 ) -> Tensor:
     """Subtract the zero points, and compute in float64, which is exact, since there are no integer CPU kernels."""
 
-    def less(value: Value, zero: Value | None) -> Tensor:
+    def less(value: Value, zero: Value | None) -> Value:
         tensor = ops.cast(value.tensor, _DOUBLE)
-        return tensor if zero is None else tensor - _spread(ops, zero, value, 0, 0, _DOUBLE)
+        tensor = tensor if zero is None else tensor - _spread(ops, zero, value, 0, 0, _DOUBLE)
+        return node.value(ops.set_shape(tensor, value.shape or ()))
 
-    return ops.cast(_convolved(less(x, x_zero), less(weight, w_zero), node, attributes), _INT32)
+    made = node.lower("Conv", less(x, x_zero), less(weight, w_zero), **attributes)
+    return ops.cast(made.tensor if isinstance(made, Value) else made, _INT32)
 
 
 @SHARED.op("DynamicQuantizeLinear")

@@ -2,55 +2,54 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from polyexport.lowering.backend import Backend, Tensor
+from polyexport.lowering.backend import Backend, Size, Tensor
 from polyexport.lowering.table import SHARED
 from polyexport.lowering.value import Value
 
 
-def _type(ops: Backend, number: int | None, x: Value) -> np.dtype[Any]:
-    return x.dtype if number is None else ops.type_of(number)
+def _asked(
+    ops: Backend, x: Value | None, shape: Sequence[int] | None, dtype: int | None
+) -> tuple[Sequence[Size], np.dtype[Any]]:
+    """Sizes and type: as the attributes say, else those of a tensor, else float32."""
+    sizes = ops.sizes(x) if x is not None else shape or []
+    return sizes, x.dtype if x is not None and dtype is None else ops.type_of(dtype or 1)
 
 
-@SHARED.op("RandomNormal")
+@SHARED.op("RandomNormal", "RandomNormalLike")
 def random_normal(
-    ops: Backend, *, shape: list[int], dtype: int = 1, mean: float = 0.0, scale: float = 1.0, seed: float | None = None
-) -> Tensor:
-    """Of a shape."""
-    return ops.normal(shape, mean, scale, seed, ops.type_of(dtype))
-
-
-@SHARED.op("RandomNormalLike")
-def random_normal_like(
     ops: Backend,
-    x: Value,
+    x: Value | None = None,
     *,
+    shape: list[int] | None = None,
     dtype: int | None = None,
     mean: float = 0.0,
     scale: float = 1.0,
     seed: float | None = None,
 ) -> Tensor:
-    """Of a tensor's shape."""
-    return ops.normal(ops.sizes(x), mean, scale, seed, _type(ops, dtype, x))
+    """Of a shape, or of a tensor's."""
+    sizes, kind = _asked(ops, x, shape, dtype)
+    return ops.normal(sizes, mean, scale, seed, kind)
 
 
-@SHARED.op("RandomUniform")
+@SHARED.op("RandomUniform", "RandomUniformLike")
 def random_uniform(
-    ops: Backend, *, shape: list[int], dtype: int = 1, low: float = 0.0, high: float = 1.0, seed: float | None = None
+    ops: Backend,
+    x: Value | None = None,
+    *,
+    shape: list[int] | None = None,
+    dtype: int | None = None,
+    low: float = 0.0,
+    high: float = 1.0,
+    seed: float | None = None,
 ) -> Tensor:
-    """Of a shape."""
-    return ops.uniform(shape, low, high, seed, ops.type_of(dtype))
-
-
-@SHARED.op("RandomUniformLike")
-def random_uniform_like(
-    ops: Backend, x: Value, *, dtype: int | None = None, low: float = 0.0, high: float = 1.0, seed: float | None = None
-) -> Tensor:
-    """Of a tensor's shape."""
-    return ops.uniform(ops.sizes(x), low, high, seed, _type(ops, dtype, x))
+    """Of a shape, or of a tensor's."""
+    sizes, kind = _asked(ops, x, shape, dtype)
+    return ops.uniform(sizes, low, high, seed, kind)
 
 
 @SHARED.op("Bernoulli")
@@ -58,4 +57,4 @@ def bernoulli(ops: Backend, x: Value, *, dtype: int | None = None, seed: float |
     """One with the probability given, else zero."""
     single = np.dtype(np.float32)
     drawn = ops.uniform(ops.sizes(x), 0.0, 1.0, seed, single)
-    return ops.cast(drawn < ops.cast(x.tensor, single), _type(ops, dtype, x))
+    return ops.cast(drawn < ops.cast(x.tensor, single), _asked(ops, x, None, dtype)[1])

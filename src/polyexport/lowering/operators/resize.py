@@ -1,81 +1,23 @@
 """Resize and Upsample in all of ONNX's modes, for any framework.
 
-Every mode is a weighted sum of a few source elements for each result element, one axis after the other. Known sizes are
-computed now by numpy; others at run time by the framework.
+Every mode is a weighted sum of a few source elements for each result element, one axis after the other. Which elements,
+and their weights, are constants where an axis is known before the run; else they are part of the graph.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from polyexport.lowering.backend import Backend, Tensor, is_float, is_known
+from polyexport.lowering.backend import Backend, Size, Tensor, is_float, is_known
 from polyexport.lowering.graph import Node
 from polyexport.lowering.table import SHARED
 from polyexport.lowering.value import Value
 
-
-@dataclass(frozen=True, slots=True)
-class _Arithmetic:
-    """Functions that numpy computes if their inputs are known before the run, else the framework.
-
-    Attributes:
-        floor: Element by element, as are ceil, maximum and minimum.
-        ceil: See floor.
-        maximum: See floor; of two tensors, or of a tensor and a number.
-        minimum: See maximum.
-        where: The second where the first is true, else the third, which may be a number.
-        line: The float32 numbers from 0 up to a size.
-        real: In float32.
-        whole: In integers, as `gather` takes them.
-        total: The sum along axis 1, which stays.
-    """
-
-    floor: Callable[[Any], Any]
-    ceil: Callable[[Any], Any]
-    maximum: Callable[[Any, Any], Any]
-    minimum: Callable[[Any, Any], Any]
-    where: Callable[[Any, Any, Any], Any]
-    line: Callable[[Any], Any]
-    real: Callable[[Any], Any]
-    whole: Callable[[Any], Any]
-    total: Callable[[Any], Any]
-
-
-_NUMPY = _Arithmetic(
-    floor=np.floor,
-    ceil=np.ceil,
-    maximum=np.maximum,
-    minimum=np.minimum,
-    where=lambda condition, this, that: np.where(condition, this, np.float32(that)),
-    line=lambda count: np.arange(count, dtype=np.float32),
-    real=np.float32,
-    whole=lambda x: np.asarray(x).astype(np.int32),
-    total=lambda x: x.sum(1, keepdims=True),
-)
-
-
-def _arithmetic(ops: Backend) -> _Arithmetic:
-    single = np.dtype(np.float32)
-
-    def real(number: Any) -> Tensor:
-        return ops.scalar(number, single)
-
-    return _Arithmetic(
-        floor=ops.floor,
-        ceil=ops.ceil,
-        maximum=ops.maximum,
-        minimum=ops.minimum,
-        where=ops.where,
-        line=lambda count: ops.cast(ops.range(0, count), single),
-        real=real,
-        whole=lambda x: ops.cast(x, ops.index),
-        total=lambda x: ops.sum(x, [1], True),
-    )
+_SINGLE = np.dtype(np.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,17 +115,16 @@ def _plan(
     sizes: Value | None,
     policy: str,
 ) -> list[Axis]:
-    of = _arithmetic(ops)
     own = [ops.sizes(x)[axis] for axis in chosen]
     if scales is not None:
         factors = [
-            of.real(scales.tensor[position]) if scales.known is None else float(scales.known[position])
+            ops.cast(scales.tensor[position], _SINGLE) if scales.known is None else float(scales.known[position])
             for position in range(len(chosen))
         ]
-        wanted = [(_floored(size, scale, of), scale) for size, scale in zip(own, factors, strict=True)]
+        wanted = [(_floored(ops, size, scale), scale) for size, scale in zip(own, factors, strict=True)]
     else:
-        wanted = _kept_aspect(own, sizes, policy, of)
-    regions = _regions(roi, len(chosen), of)
+        wanted = _kept_aspect(ops, own, sizes, policy)
+    regions = _regions(ops, roi, len(chosen))
     plan = zip(chosen, own, wanted, regions, strict=True)
     return [
         Axis(axis, size, *pair, region) for axis, size, pair, region in plan if not _is_batch(axis, size, sizes, x.rank)
@@ -200,39 +141,40 @@ def _is_batch(axis: int, size: Any, sizes: Value | None, rank: int | None) -> bo
     return axis < min(2, rank - 1) and sizes.sizes[axis] is None
 
 
-def _floored(size: Any, scale: Any, of: _Arithmetic) -> Any:
+def _floored(ops: Backend, size: Size, scale: Any) -> Size:
     if is_known(size) and is_known(scale):
         return int(np.floor(size * scale))
     if is_known(scale) and scale == int(scale):
         return size * int(scale)
-    return of.whole(of.floor(of.real(size) * scale))
+    return ops.cast(ops.floor(ops.scalar(size, _SINGLE) * scale), ops.index)
 
 
-def _kept_aspect(own: list[Any], sizes: Value | None, policy: str, of: _Arithmetic) -> list[tuple[Any, Any]]:
+def _kept_aspect(ops: Backend, own: list[Size], sizes: Value | None, policy: str) -> list[tuple[Size, Any]]:
     """Target and scale of each axis for the sizes asked for."""
     if sizes is None:
         return []
     entries = [None] * len(own) if sizes.sizes is None else list(sizes.sizes)
-    wanted = [of.whole(sizes.tensor[i]) if each is None else int(each) for i, each in enumerate(entries)]
-    factors = [_ratio(target, size, of) for target, size in zip(wanted, own, strict=True)]
+    wanted = [ops.cast(sizes.tensor[i], ops.index) if each is None else int(each) for i, each in enumerate(entries)]
+    factors = [_ratio(ops, target, size) for target, size in zip(wanted, own, strict=True)]
     if policy == "stretch":
         return list(zip(wanted, factors, strict=True))
     if all(is_known(each) for each in factors):
         factor = min(factors) if policy == "not_larger" else max(factors)
         return [(int(np.floor(size * factor + 0.5)), factor) for size in own]
-    reduce = of.minimum if policy == "not_larger" else of.maximum
-    shared = functools.reduce(reduce, [of.real(each) for each in factors])
-    return [(of.whole(of.floor(of.real(size) * shared + 0.5)), shared) for size in own]
+    reduce = ops.minimum if policy == "not_larger" else ops.maximum
+    shared = functools.reduce(reduce, [ops.scalar(each, _SINGLE) for each in factors])
+    return [(ops.cast(ops.floor(ops.scalar(size, _SINGLE) * shared + 0.5), ops.index), shared) for size in own]
 
 
-def _ratio(target: Any, size: Any, of: _Arithmetic) -> Any:
-    return target / size if is_known(target) and is_known(size) else of.real(target) / of.real(size)
+def _ratio(ops: Backend, target: Size, size: Size) -> Any:
+    is_static = is_known(target) and is_known(size)
+    return target / size if is_static else ops.scalar(target, _SINGLE) / ops.scalar(size, _SINGLE)
 
 
-def _regions(roi: Value | None, count: int, of: _Arithmetic) -> list[tuple[Any, Any] | None]:
+def _regions(ops: Backend, roi: Value | None, count: int) -> list[tuple[Any, Any] | None]:
     if roi is None or roi.shape == (0,):
         return [None] * count
-    bounds = [of.real(roi.tensor[i]) if roi.known is None else float(roi.known[i]) for i in range(2 * count)]
+    bounds = [ops.cast(roi.tensor[i], _SINGLE) if roi.known is None else float(roi.known[i]) for i in range(2 * count)]
     return [(bounds[i], bounds[i + count]) for i in range(count)]
 
 
@@ -257,7 +199,7 @@ def _stays(axis: Axis, how: Mode) -> bool:
 
 
 def _along(ops: Backend, tensor: Tensor, position: int, axis: Axis, how: Mode) -> Tensor:
-    indices, weights, outside = _taps(axis, how, _NUMPY if axis.is_known else _arithmetic(ops))
+    indices, weights, outside = _constants(ops, axis, how) if axis.is_known else _taps(ops, axis, how)
     rank = len(ops.shape(tensor) or ())
 
     def spread(vector: Any, dtype: np.dtype[Any]) -> Tensor:
@@ -276,38 +218,42 @@ def _along(ops: Backend, tensor: Tensor, position: int, axis: Axis, how: Mode) -
     return made if outside is None else ops.where(spread(~outside, np.dtype(bool)), made, how.extrapolation_value)
 
 
-def _taps(axis: Axis, how: Mode, of: _Arithmetic) -> tuple[Any, Any, Any]:
-    """Source entries and weights `(target, taps)` of one axis, and which entries lie outside; None for not at all."""
-    source = _source(axis, how.coordinate_transformation_mode, of)
-    size = of.real(axis.size)
+def _constants(ops: Backend, axis: Axis, how: Mode) -> tuple[Any, Any, Any]:
+    """The same as `_taps` of an axis that is known before the run, as numpy arrays."""
+    indices, weights, outside = ops.evaluate(lambda: _taps(ops, axis, how))
+    return indices.astype(np.int32), weights, outside
+
+
+def _taps(ops: Backend, axis: Axis, how: Mode) -> tuple[Any, Any, Any]:
+    """Source elements and weights `(target, taps)` of one axis, and which elements lie outside; None for not at all."""
+    source = _source(ops, axis, how.coordinate_transformation_mode)
+    size = ops.scalar(axis.size, _SINGLE)
     outside = (source < 0) | (source > size - 1) if how.coordinate_transformation_mode == "tf_crop_and_resize" else None
     if how.mode == "nearest":
-        return _within(_rounded(source, how.nearest_mode, of), size, of)[:, None], None, outside
-    stretch = _stretch(axis, how, of)
+        return _within(ops, _rounded(ops, source, how.nearest_mode), size)[:, None], None, outside
+    stretch = _stretch(ops, axis, how)
     reach = _reach(1 if how.mode == "linear" else 2, stretch)
-    offsets = of.line(2 * reach) + of.real(1 - reach)
+    offsets = ops.cast(ops.range(1 - reach, 1 + reach), _SINGLE)
     column = source[:, None]
-    positions = of.floor(column) + offsets[None, :]
+    positions = ops.floor(column) + offsets[None, :]
     distance = (positions - column) * stretch
-    weights = (
-        of.maximum(1 - abs(distance), 0.0) if how.mode == "linear" else cubic(distance, how.cubic_coeff_a, of.where)
-    )
+    weights = ops.maximum(1 - abs(distance), 0.0) if how.mode == "linear" else cubic(ops, distance, how.cubic_coeff_a)
     if how.exclude_outside:
-        weights = of.where((positions >= 0) & (positions <= size - 1), weights, 0.0)
+        weights = ops.where((positions >= 0) & (positions <= size - 1), weights, 0.0)
     if how.exclude_outside or how.antialias:
-        weights = weights / of.total(weights)
-    return _within(positions, size, of), weights, outside
+        weights = weights / ops.sum(weights, [1], True)
+    return _within(ops, positions, size), weights, outside
 
 
-def _within(positions: Any, size: Any, of: _Arithmetic) -> Any:
-    return of.whole(of.minimum(of.maximum(positions, 0.0), size - 1))
+def _within(ops: Backend, positions: Tensor, size: Tensor) -> Tensor:
+    return ops.cast(ops.minimum(ops.maximum(positions, 0.0), size - 1), ops.index)
 
 
-def _stretch(axis: Axis, how: Mode, of: _Arithmetic) -> Any:
+def _stretch(ops: Backend, axis: Axis, how: Mode) -> Any:
     """How much wider the filter gets when it shrinks without aliasing."""
     if not how.antialias:
         return 1.0
-    return min(axis.scale, 1.0) if is_known(axis.scale) else of.minimum(axis.scale, 1.0)
+    return min(axis.scale, 1.0) if is_known(axis.scale) else ops.minimum(axis.scale, 1.0)
 
 
 def _reach(support: int, stretch: Any) -> int:
@@ -316,40 +262,36 @@ def _reach(support: int, stretch: Any) -> int:
     return int(np.ceil(support / stretch))
 
 
-def _source(axis: Axis, coordinates: str, of: _Arithmetic) -> Any:
-    """Where in the source each entry of the target lies."""
-    position = of.line(axis.target)
-    scale, size, target = of.real(axis.scale), of.real(axis.size), of.real(axis.target)
+def _source(ops: Backend, axis: Axis, coordinates: str) -> Tensor:
+    """Where in the source each element of the target lies."""
+    position = ops.cast(ops.range(0, axis.target), _SINGLE)
+    scale, size, target = (ops.scalar(each, _SINGLE) for each in (axis.scale, axis.size, axis.target))
     if coordinates == "half_pixel":
         return (position + 0.5) / scale - 0.5
     if coordinates == "half_pixel_symmetric":
         return size / 2 * (1 - target / (scale * size)) + (position + 0.5) / scale - 0.5
     if coordinates == "pytorch_half_pixel":
-        return of.where(target > 1, (position + 0.5) / scale - 0.5, 0.0)
+        return ops.where(target > 1, (position + 0.5) / scale - 0.5, 0.0)
     if coordinates == "align_corners":
-        return of.where(target > 1, position * (size - 1) / of.maximum(target - 1, 1.0), 0.0)
+        return ops.where(target > 1, position * (size - 1) / ops.maximum(target - 1, 1.0), 0.0)
     if coordinates == "asymmetric":
         return position / scale
     if coordinates == "tf_crop_and_resize":
-        first, end = (of.real(each) for each in axis.region or (0.0, 1.0))
-        inside = first * (size - 1) + position * (end - first) * (size - 1) / of.maximum(target - 1, 1.0)
-        return of.where(target > 1, inside, 0.5 * (first + end) * (size - 1))
+        first, end = (ops.scalar(each, _SINGLE) for each in axis.region or (0.0, 1.0))
+        inside = first * (size - 1) + position * (end - first) * (size - 1) / ops.maximum(target - 1, 1.0)
+        return ops.where(target > 1, inside, 0.5 * (first + end) * (size - 1))
     raise NotImplementedError(f"Resize with coordinate_transformation_mode {coordinates!r}")
 
 
-def _rounded(source: Any, how: str, of: _Arithmetic) -> Any:
-    found: Mapping[str, Callable[[], Any]] = {
-        "round_prefer_floor": lambda: of.ceil(source - 0.5),
-        "round_prefer_ceil": lambda: of.floor(source + 0.5),
-        "floor": lambda: of.floor(source),
-        "ceil": lambda: of.ceil(source),
-    }
-    return found[how]()
+def _rounded(ops: Backend, source: Tensor, how: str) -> Tensor:
+    if how.startswith("round"):
+        return ops.ceil(source - 0.5) if how == "round_prefer_floor" else ops.floor(source + 0.5)
+    return ops.floor(source) if how == "floor" else ops.ceil(source)
 
 
-def cubic(distance: Any, a: float, where: Callable[[Any, Any, Any], Any]) -> Any:
+def cubic(ops: Backend, distance: Tensor, a: float) -> Tensor:
     """Keys' kernel with the parameter `a`."""
     d = abs(distance)
     near = ((a + 2) * d - (a + 3)) * d * d + 1
     far = ((a * d - 5 * a) * d + 8 * a) * d - 4 * a
-    return where(d <= 1, near, where(d < 2, far, 0.0))
+    return ops.where(d <= 1, near, ops.where(d < 2, far, 0.0))

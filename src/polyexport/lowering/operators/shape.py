@@ -1,19 +1,18 @@
-"""Operators that reorder, pad, concatenate and fill.
+"""Operators that reshape, reorder, pad, concatenate and fill.
 
-Reshape, Slice, Expand and others that handle sizes unknown before the run in their own way are in each framework's
-folder.
+Shape, Slice, Range and Transpose are in each framework's folder: TensorFlow slices by bounds that only the run knows,
+and Paddle does not; TensorFlow's tensors may be stored in another order, and Paddle's never are.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from polyexport.lowering.backend import Backend, Size, Tensor, is_known
-from polyexport.lowering.graph import Node, dense
+from polyexport.lowering.backend import Backend, Size, Tensor, is_known, product
+from polyexport.lowering.graph import Node
+from polyexport.lowering.protobuf import dense
 from polyexport.lowering.table import SHARED, Ints
 from polyexport.lowering.value import Value, align
 
@@ -34,11 +33,6 @@ def entries(ops: Backend, shape: Value, node: Node) -> list[Size]:
     return [content[i] if size is None else int(size) for i, size in enumerate(sizes)]
 
 
-def product(sizes: Sequence[Size]) -> Size:
-    """Of sizes, some of which may be unknown before the run."""
-    return math.prod(sizes[1:], start=sizes[0]) if sizes else 1
-
-
 @SHARED.op("Size", narrow=True)
 def size(ops: Backend, x: Value) -> Any:
     """The number of entries."""
@@ -56,6 +50,53 @@ def flatten(ops: Backend, x: Value, *, axis: int = 1) -> Tensor:
         return ops.reshape(x.tensor, [product(own[:axis]), -1])
     sizes = ops.sizes(x)
     return ops.reshape(x.tensor, [product(sizes[:axis]), product(sizes[axis:])])
+
+
+@SHARED.op("Reshape", since=5, narrow=True)
+def reshape(ops: Backend, x: Value, shape: Value, *, allowzero: int = 0, node: Node) -> Tensor:
+    """0 keeps a size unless `allowzero`, -1 is the remaining size; any size may be unknown before the run."""
+    target = entries(ops, shape, node)
+    if allowzero:
+        return ops.reshape(x.tensor, target)
+    own = ops.sizes(x) if shape.sizes is None or 0 in shape.sizes else []
+    target = [_kept(ops, size, own[i], shape) if i < len(own) else size for i, size in enumerate(target)]
+    if 0 in (x.shape or ()):
+        target = [0 if is_known(size) and size == -1 else size for size in target]
+    return ops.reshape(x.tensor, target)
+
+
+def _kept(ops: Backend, size: Size, own: Size, shape: Value) -> Size:
+    """A size that Reshape asks for, or the tensor's own where that is 0; of a computed shape it never is."""
+    if is_known(size):
+        return own if size == 0 else size
+    return size if shape.sizes is not None else ops.where(size == 0, ops.scalar(own, ops.index), size)
+
+
+@SHARED.op("Expand")
+def expand(ops: Backend, x: Value, shape: Value, *, node: Node) -> Any:
+    """Broadcast in both directions: a size of 1 in `shape` keeps the tensor's own."""
+    target, own = entries(ops, shape, node), ops.sizes(x)
+    if len(target) <= len(own) and all(is_known(size) and size == 1 for size in target):
+        return x
+    rank = max(len(target), len(own))
+    pairs = zip([1] * (rank - len(target)) + target, [1] * (rank - len(own)) + own, strict=True)
+    return ops.broadcast(x.tensor, [_joint(ops, *pair) for pair in pairs])
+
+
+def _joint(ops: Backend, a: Size, b: Size) -> Size:
+    """What two sizes are broadcast to."""
+    if is_known(a):
+        return b if a == 1 else a
+    if is_known(b):
+        return a if b == 1 else b
+    return ops.where(a == 1, b, a)
+
+
+@SHARED.op("ConstantOfShape", since=9, narrow=True)
+def constant_of_shape(ops: Backend, shape: Value, *, value: np.ndarray | None = None, node: Node) -> Tensor:
+    """One value, everywhere."""
+    content = np.zeros(1, np.float32) if value is None else value
+    return ops.full(entries(ops, shape, node), content.ravel()[0], content.dtype)
 
 
 @SHARED.op("Squeeze", narrow=True)

@@ -98,7 +98,7 @@ def _taps(ops: Backend, at: Tensor, mode: str) -> list[tuple[Tensor, Tensor]]:
     part = at - low
     if "cubic" not in mode:
         return [(low, 1 - part), (low + 1, part)]
-    return [(low + i, cubic(part - i, -0.75, ops.where)) for i in (-1, 0, 1, 2)]
+    return [(low + i, cubic(ops, part - i, -0.75)) for i in (-1, 0, 1, 2)]
 
 
 def corners(ops: Backend, images: Tensor, batch: Tensor, ys: Tensor, xs: Tensor) -> list[Tensor]:

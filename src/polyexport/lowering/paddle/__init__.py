@@ -15,27 +15,18 @@ import paddle
 from paddle.static import InputSpec, Program
 
 from polyexport.lowering.backend import Tensor
-from polyexport.lowering.graph import Lowering, read
+from polyexport.lowering.graph import Lowering
 from polyexport.lowering.paddle import (  # each writes its operators into the table
     convolution as convolution,
-)
-from polyexport.lowering.paddle import (
     index as index,
-)
-from polyexport.lowering.paddle import (
     inference,
-)
-from polyexport.lowering.paddle import (
     math as math,
-)
-from polyexport.lowering.paddle import (
     shape as shape,
-)
-from polyexport.lowering.paddle import (
     vision as vision,
 )
 from polyexport.lowering.paddle.backend import OPS, backend
 from polyexport.lowering.paddle.weights import Weights
+from polyexport.lowering.protobuf import read
 from polyexport.lowering.value import Value
 
 if TYPE_CHECKING:

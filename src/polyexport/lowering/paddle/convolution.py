@@ -1,6 +1,7 @@
 """Convolutions and pools, with channels second as in ONNX, which Paddle's kernels need too.
 
-A 1D convolution runs as a 2D one with a first axis of size 1: Paddle has no 1D kernel.
+A 1D convolution runs as a 2D one with a first axis of size 1: Paddle has no 1D kernel. Its kernels pad by themselves,
+so that little is shared with TensorFlow's operators but what is in `polyexport.lowering.windows`.
 """
 
 from __future__ import annotations
@@ -15,17 +16,16 @@ from polyexport.lowering.backend import Backend, Tensor, is_float
 from polyexport.lowering.graph import Node
 from polyexport.lowering.operators.shape import padded_axis
 from polyexport.lowering.paddle.backend import OPS
-from polyexport.lowering.paddle.primitives import cast, line, sizes_of, vector
-from polyexport.lowering.paddle.primitives import pad as pad_known
+from polyexport.lowering.paddle.primitives import pad as pad_known, sizes_of, vector
 from polyexport.lowering.paddle.weights import set_shape
 from polyexport.lowering.value import Value
 from polyexport.lowering.windows import (
     Sides,
     Windows,
     are_known,
+    flat_indices,
     kernel_of,
     reduce_windows,
-    spans,
     transposed_windows,
     window_entries,
     windows,
@@ -90,7 +90,7 @@ def convolve_transposed(
         cut = [before for before, _ in sides]
         return _transposed(data, weight.tensor, None if bias is None else bias.tensor, group, where, cut)
     made = _transposed(data, weight.tensor, None, group, where, [0] * count)
-    made = pad(node.ops, made, [(-before, more - after) for (before, after), more in zip(sides, extra, strict=True)])
+    made = pad(node.ops, made, where.crop)
     return made if bias is None else made + paddle.reshape(bias.tensor, [-1] + [1] * count)
 
 
@@ -106,16 +106,6 @@ def _transposed(
 
 
 # --- pools ------------------------------------------------------------------------------------------------------------
-
-
-def _along(data: Tensor, axis: int, where: Windows) -> list[Tensor]:
-    """For every element of the kernel along one spatial axis, the elements of all windows at it."""
-    (span,) = spans(where.kernel[axis : axis + 1], where.dilations[axis : axis + 1])
-    stride, position = where.strides[axis], axis + 2
-    size = data.shape[position] if data.shape[position] >= 0 else cast(paddle.shape(data)[position], "int64")
-    end = (size - span) // stride * stride + 1
-    starts = [i * where.dilations[axis] for i in range(where.kernel[axis])]
-    return [data[(slice(None),) * position + (slice(at, at + end, stride),)] for at in starts]
 
 
 def _summed(data: Tensor, where: Windows) -> Tensor:
@@ -154,13 +144,12 @@ def max_pool(x: Value, *, storage_order: int = 0, node: Node, **attributes: Any)
         return _pool(_MAX_POOL, x.tensor, where)
     data = _lowest_around(x, where.whole, node)
     # with gaps and of integers, which Paddle's pools do not take
-    greatest = reduce_windows(data, where, _along, paddle.maximum)
+    greatest = reduce_windows(node.ops, data, where, 2, paddle.maximum)
     if not node.wants(1):
         return greatest
-    indices = paddle.stack(
-        window_entries(pad(node.ops, _flat_indices(x, storage_order), where.whole, -1), where, _along)
-    )
-    best = paddle.unsqueeze(paddle.argmax(paddle.stack(window_entries(data, where, _along)), 0), 0)
+    flat = pad(node.ops, flat_indices(node.ops, x, storage_order).tensor, where.whole, -1)
+    indices = paddle.stack(window_entries(node.ops, flat, where, 2))
+    best = paddle.unsqueeze(paddle.argmax(paddle.stack(window_entries(node.ops, data, where, 2)), 0), 0)
     found = paddle.squeeze(paddle.take_along_axis(indices, best, 0, broadcast=False), 0)
     return greatest, found
 
@@ -171,18 +160,6 @@ def _lowest_around(x: Value, sides: Sides, node: Node) -> Tensor:
         return pad(node.ops, x.tensor, sides, float(np.iinfo(x.dtype).min))
     inside = pad(node.ops, paddle.ones([1, 1, *sizes_of(x)[2:]]), sides)
     return paddle.where(inside > 0, pad(node.ops, x.tensor, sides), node.value(np.array(-np.inf, x.dtype)).tensor)
-
-
-def _flat_indices(x: Value, storage_order: int) -> Tensor:
-    """The flat index of every entry; with `storage_order` 1 the last two axes count the other way."""
-    sizes = sizes_of(x)
-    total = paddle.prod(vector(sizes))
-    flat = line(0, total)
-    if not storage_order:
-        return set_shape(paddle.reshape(flat, vector(sizes)), x.shape)
-    rank = x.rank or 0
-    swapped = [*range(rank - 2), rank - 1, rank - 2]
-    return set_shape(paddle.transpose(paddle.reshape(flat, vector([sizes[i] for i in swapped])), swapped), x.shape)
 
 
 @OPS.op("AveragePool")

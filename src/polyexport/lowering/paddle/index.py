@@ -6,33 +6,13 @@ from typing import Any
 
 import paddle
 
-from polyexport.lowering.backend import Tensor
+from polyexport.lowering.backend import Tensor, product
 from polyexport.lowering.graph import Node
-from polyexport.lowering.operators.shape import product
+from polyexport.lowering.operators.index import depth_of
 from polyexport.lowering.paddle.backend import OPS
-from polyexport.lowering.paddle.primitives import column, from_end, line, reshape, sizes_of, vector
+from polyexport.lowering.paddle.primitives import from_end, reshape, sizes_of, vector
 from polyexport.lowering.paddle.weights import set_shape
 from polyexport.lowering.value import Value, static
-
-
-@OPS.op("GatherND", since=11)
-def gather_nd(x: Value, indices: Value, *, batch_dims: int = 0, node: Node) -> Tensor:
-    """The last axis of the indices is an index into the tensor."""
-    depth, sizes = _depth(indices, node), sizes_of(x)
-    positions = from_end(indices, (sizes[batch_dims : batch_dims + depth]))
-    if batch_dims:
-        single = paddle.zeros_like(positions[..., :1])
-        batch = [column(line(0, sizes[i]), i, len(positions.shape)) for i in range(batch_dims)]
-        positions = paddle.concat([*(each + single for each in batch), positions], -1)
-    return paddle.gather_nd(x.tensor, positions)
-
-
-def _depth(indices: Value, node: Node) -> int:
-    depth = (indices.shape or (None,))[-1]
-    if depth is None:
-        raise node.unsupported("the last size of its indices is not known before the run")
-    return depth
-
 
 _REDUCTIONS = {"none": "assign", "add": "add", "mul": "mul", "max": "amax", "min": "amin"}
 
@@ -57,8 +37,8 @@ def scatter_elements(x: Value, indices: Value, updates: Value, *, axis: int = 0,
 @OPS.op("ScatterND", since=11)
 def scatter_nd(x: Value, indices: Value, updates: Value, *, reduction: str = "none", node: Node) -> Tensor:
     """Entries or slices written, or combined with what is there, by their number in the flat tensor."""
-    depth, sizes = _depth(indices, node), sizes_of(x)
-    positions = from_end(indices, (sizes[:depth]))
+    depth, sizes = depth_of(indices, node), sizes_of(x)
+    positions = from_end(indices, sizes[:depth])
     steps = [product(sizes[i + 1 : depth]) for i in range(depth)]
     number = paddle.reshape(paddle.sum(positions * vector(steps), -1), [-1, 1])
     slices = product(sizes[depth:])

@@ -5,8 +5,7 @@ from __future__ import annotations
 import paddle
 import paddle.nn.functional as F
 
-from polyexport.lowering.backend import Tensor
-from polyexport.lowering.backend import is_float as is_float_type
+from polyexport.lowering.backend import Tensor, is_float as is_float_type
 from polyexport.lowering.paddle.backend import OPS
 from polyexport.lowering.paddle.primitives import cast, uniform
 from polyexport.lowering.paddle.weights import numpy_dtype

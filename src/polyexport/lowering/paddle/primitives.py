@@ -10,19 +10,14 @@ import numpy as np
 import paddle
 import paddle.nn.functional as F
 
-from polyexport.lowering.backend import Size, Tensor, is_float, is_known
-from polyexport.lowering.paddle.weights import ONEDNN_AXES, Weights, numpy_dtype, paddle_dtype, set_shape
+from polyexport.lowering.backend import Size, Tensor, column_shape, is_float, is_known
+from polyexport.lowering.paddle.weights import ONEDNN_AXES, Weights, is_kept, numpy_dtype, paddle_dtype, set_shape
 from polyexport.lowering.value import Value
 
 
 def static_shape(tensor: Tensor) -> list[int | None]:
     """A tensor's sizes, None for those that are not known before the run."""
     return [None if size < 0 else int(size) for size in tensor.shape]
-
-
-def static_of(sizes: Sequence[Size]) -> list[int | None]:
-    """Sizes as a static shape has them."""
-    return [int(size) if is_known(size) else None for size in sizes]
 
 
 def sizes_of(value: Value) -> list[Size]:
@@ -57,6 +52,24 @@ def _reshaped(tensor: Tensor, sizes: Sequence[Size]) -> Tensor:
     if len(known) == len(sizes) - 1 and -1 not in known:
         return paddle.reshape(tensor, [int(size) if is_known(size) else -1 for size in sizes])
     return paddle.reshape(tensor, list(sizes))
+
+
+def broadcast(tensor: Tensor, sizes: Sequence[Size]) -> Tensor:
+    """To sizes of which some may be scalar tensors."""
+    missing = len(sizes) - len(tensor.shape)
+    return paddle.expand(unsqueeze(tensor, range(missing)) if missing else tensor, list(sizes)) if sizes else tensor
+
+
+def full(weights: Weights) -> Callable[[Sequence[Size], Any, np.dtype[Any]], Tensor]:
+    """Filled with a number; one that an attribute of a saved program cannot hold is a weight."""
+
+    def apply(sizes: Sequence[Size], content: Any, dtype: np.dtype[Any]) -> Tensor:
+        array = np.asarray(content, dtype)
+        if is_kept(array):
+            return paddle.full(list(sizes), array.item(), paddle_dtype(dtype))
+        return broadcast(weights.tensor(array), sizes)
+
+    return apply
 
 
 def transpose(tensor: Tensor, order: Sequence[int]) -> Tensor:
@@ -159,13 +172,18 @@ def take_along(tensor: Tensor, indices: Tensor, axis: int) -> Tensor:
 
 
 def column(line: Tensor, axis: int, rank: int) -> Tensor:
-    """A tensor of one axis, which lies along one axis of tensors of a rank."""
-    return paddle.reshape(line, [1] * axis + [-1] + [1] * (rank - axis - 1))
+    """A vector along one axis of tensors of a rank."""
+    return paddle.reshape(line, column_shape(axis, rank))
 
 
 def line(start: Size, end: Size) -> Tensor:
     """The integers from a size up to another one."""
     return paddle.arange(start, end, 1, "int64")
+
+
+def one_hot(indices: Tensor, size: Size, axis: int) -> Tensor:
+    """By a comparison with all indices."""
+    return paddle.unsqueeze(indices, axis) == column(line(0, size), axis, len(indices.shape) + 1)
 
 
 def reverse_within(x: Tensor, lengths: Tensor, time_axis: int, batch_axis: int) -> Tensor:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
 import paddle
 
-from polyexport.lowering.backend import Tensor, is_known
+from polyexport.lowering.backend import Tensor
 from polyexport.lowering.graph import Node
-from polyexport.lowering.operators.shape import entries
 from polyexport.lowering.paddle.backend import OPS
-from polyexport.lowering.paddle.primitives import FAR, cast, line, reshape, sizes_of
-from polyexport.lowering.paddle.primitives import transpose as transposed
+from polyexport.lowering.paddle.primitives import FAR, cast, line, sizes_of, transpose as transposed
 from polyexport.lowering.paddle.weights import paddle_dtype
 from polyexport.lowering.table import Ints
 from polyexport.lowering.value import Value, static
@@ -35,28 +32,6 @@ def shape(x: Value, *, start: int = 0, end: int | None = None) -> Any:
     if None not in wanted:
         return np.array(wanted, np.int64)
     return cast(paddle.shape(x.tensor), "int64")[slice(start, end)]
-
-
-@OPS.op("Reshape", since=5, narrow=True)
-def reshape_(x: Value, shape: Value, *, allowzero: int = 0, node: Node) -> Tensor:
-    """0 keeps a size unless `allowzero`, -1 is the remaining size; any size may be unknown before the run."""
-    target, own = entries(node.ops, shape, node), sizes_of(x)
-    if allowzero:
-        return reshape(x.tensor, target)
-    if any(not is_known(each) for each in target):
-        target = [
-            _nonzero(each, own[i]) if not is_known(each) and i < len(own) else each for i, each in enumerate(target)
-        ]
-    target = [own[i] if is_known(each) and each == 0 else each for i, each in enumerate(target)]
-    if -1 in [each for each in target if is_known(each)] and 0 in (x.shape or ()):
-        rest = math.prod(each for each in target if is_known(each) and each > 0)
-        target = [0 if is_known(each) and each == -1 and rest else each for each in target]
-    return reshape(x.tensor, target)
-
-
-def _nonzero(wanted: Tensor, own: Any) -> Tensor:
-    """The size in a shape that is not known before the run; 0 keeps the tensor's own."""
-    return paddle.where(wanted == 0, paddle.full([], own, "int64") if is_known(own) else own, wanted)
 
 
 _SLICED_RANK = 6  # the maximum rank that Paddle can slice
@@ -113,34 +88,6 @@ def _slice_dynamic(x: Value, starts: Value, ends: Value, steps: Value | None, ax
 
 def _clipped(position: Tensor, low: Tensor, high: Tensor) -> Tensor:
     return paddle.minimum(paddle.maximum(position, low), high)
-
-
-@OPS.op("Expand")
-def expand(x: Value, shape: Value, *, node: Node) -> Any:
-    """Broadcast in both directions: a size of 1 in `shape` keeps the tensor's own."""
-    target, own = entries(node.ops, shape, node), sizes_of(x)
-    rank = max(len(target), len(own))
-    target, own = [1] * (rank - len(target)) + target, [1] * (rank - len(own)) + own
-    joined = [_joint(a, b) for a, b in zip(target, own, strict=True)]
-    wide = x.widened(rank).tensor
-    return paddle.expand(wide, joined) if rank else wide
-
-
-def _joint(a: Any, b: Any) -> Any:
-    if is_known(a):
-        return b if a == 1 else a
-    if is_known(b):
-        return a if b == 1 else b
-    return paddle.where(a == 1, b, a)
-
-
-@OPS.op("ConstantOfShape", since=9, narrow=True)
-def constant_of_shape(shape: Value, *, value: np.ndarray | None = None, node: Node) -> Tensor:
-    """One value, everywhere."""
-    content = np.zeros(1, np.float32) if value is None else value
-    sizes = entries(node.ops, shape, node)
-    fill = node.value(content.reshape(())).tensor
-    return paddle.expand(fill, sizes) if sizes else fill
 
 
 @OPS.op("Range")

@@ -1,4 +1,8 @@
-"""Operators of detection, and DeformConv, which Paddle computes in a way of its own."""
+"""Operators of detection, and DeformConv.
+
+Paddle has its own operators for RoiAlign and DeformConv, and suppresses boxes in a loop over all classes at once;
+TensorFlow has an operator for boxes and none for those two, so that the files have little in common but the signatures.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +13,11 @@ import numpy as np
 import paddle
 from paddle.vision import ops as vision
 
-from polyexport.lowering.backend import Tensor
+from polyexport.lowering.backend import Tensor, static_of
 from polyexport.lowering.graph import Node
 from polyexport.lowering.operators.vision import corners
 from polyexport.lowering.paddle.backend import OPS
-from polyexport.lowering.paddle.primitives import line, pad, sizes_of, static_of, vector, where
+from polyexport.lowering.paddle.primitives import line, pad, sizes_of, vector, where
 from polyexport.lowering.paddle.weights import set_shape
 from polyexport.lowering.value import Value
 

@@ -13,7 +13,7 @@ import numpy as np
 import paddle
 
 from polyexport.lowering.backend import ELEMENT_TYPES, Tensor
-from polyexport.lowering.value import Value
+from polyexport.lowering.value import Value, as_arrays
 
 _WIDE = {
     np.dtype(np.float16): np.dtype(np.float32),
@@ -44,7 +44,7 @@ class Weights:
             return paddle.to_tensor(array)
         if array.dtype.kind == "c":  # no parameter is complex
             return paddle.assign(array)
-        if array.size and array.size < _PARAMETER_FROM and _is_kept(array):
+        if array.size and array.size < _PARAMETER_FROM and is_kept(array):
             plain = array if array.dtype not in _WIDE else array.astype(_WIDE[array.dtype])
             return paddle.cast(paddle.assign(np.ascontiguousarray(plain).reshape(plain.shape)), dtype)
         base = array if array.base is None else array.base
@@ -65,30 +65,22 @@ class Weights:
         return self._made[key][1]
 
 
-def _is_kept(array: np.ndarray) -> bool:
+def is_kept(array: np.ndarray) -> bool:
     """Whether a program that is saved and loaded has the same constant: it holds finite doubles only."""
-    return bool(np.isfinite(array).all()) and (
-        array.dtype.kind == "f" or bool((abs(array.astype("f8")) < _EXACT).all())
-    )
+    if array.dtype.kind == "c" or not np.isfinite(array).all():
+        return False
+    return array.dtype.kind == "f" or bool((abs(array.astype("f8")) < _EXACT).all())
 
 
-def evaluate(function: Callable[[], list[Any]]) -> list[Any]:
+def evaluate(function: Callable[[], Any]) -> Any:
     """Run a function of constants in dynamic mode."""
     if paddle.in_dynamic_mode():
-        return [_array(each) for each in function()]
+        return as_arrays(function(), paddle.Tensor)
     paddle.disable_static()
     try:
-        return [_array(each) for each in function()]
+        return as_arrays(function(), paddle.Tensor)
     finally:
         paddle.enable_static()
-
-
-def _array(content: Any) -> Any:
-    if isinstance(content, list):
-        return [_array(each) for each in content]
-    if isinstance(content, Value):
-        return content if content.known is not None else Value(content.backend, known=_array(content.tensor))
-    return np.asarray(content.numpy()) if isinstance(content, paddle.Tensor) else content
 
 
 def set_shape(tensor: Tensor, sizes: Sequence[int | None] | None) -> Tensor:

@@ -13,17 +13,9 @@ import tensorflow as tf
 from polyexport.lowering.graph import Lowering
 from polyexport.lowering.tensorflow import (  # each writes its operators into the table
     convolution as convolution,
-)
-from polyexport.lowering.tensorflow import (
     index as index,
-)
-from polyexport.lowering.tensorflow import (
     math as math,
-)
-from polyexport.lowering.tensorflow import (
     shape as shape,
-)
-from polyexport.lowering.tensorflow import (
     vision as vision,
 )
 from polyexport.lowering.tensorflow.backend import OPS, backend
@@ -38,7 +30,7 @@ def lower_model(model: onnx.ModelProto, inputs: list[tf.TensorSpec]) -> tf.Modul
     """A module whose `forward` computes a model's graph: tensors in, a dict of named tensors out.
 
     Args:
-        model: The model from `polyexport.lowering.graph.read`, with functions inlined.
+        model: The model from `polyexport.lowering.protobuf.read`, with functions inlined.
         inputs: Name, type and shape of forward's inputs, in the order of its arguments; one that the graph does not
             read is accepted and ignored.
 

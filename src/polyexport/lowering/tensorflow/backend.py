@@ -9,31 +9,8 @@ from polyexport.lowering.backend import ELEMENT_TYPES, Backend
 from polyexport.lowering.operators import SHARED
 from polyexport.lowering.operators.resize import Axis, Mode, native_kind
 from polyexport.lowering.table import Operators
+from polyexport.lowering.tensorflow import primitives
 from polyexport.lowering.tensorflow.loops import loop, steps
-from polyexport.lowering.tensorflow.primitives import (
-    broadcast,
-    drawn,
-    elu,
-    extreme,
-    fourier,
-    from_end,
-    full,
-    grid,
-    last,
-    matmul,
-    nonzero,
-    pad,
-    reduction,
-    reshape,
-    reverse_within,
-    scatter_add,
-    sizes_of,
-    split,
-    unsqueeze,
-    vector,
-    where,
-    wide,
-)
 from polyexport.lowering.tensorflow.weights import Weights, evaluate, set_shape
 from polyexport.lowering.value import Value
 
@@ -45,11 +22,11 @@ def resize(x: Value, plan: list[Axis], how: Mode) -> Value | None:
     found = native_kind(x, plan, how)
     if found is None:
         return None
-    images, (size, kind) = x.in_order(last(4)), found
+    images, (size, kind) = x.in_order(primitives.last(4)), found
     if kind == "nearest":
-        return Value(x.backend, tf.raw_ops.ResizeNearestNeighbor(images=images, size=size), last(4))
+        return Value(x.backend, tf.raw_ops.ResizeNearestNeighbor(images=images, size=size), primitives.last(4))
     flags = {"half_pixel_centers": kind == "half_pixel", "align_corners": kind == "align_corners"}
-    return Value(x.backend, tf.raw_ops.ResizeBilinear(images=images, size=size, **flags), last(4))
+    return Value(x.backend, tf.raw_ops.ResizeBilinear(images=images, size=size, **flags), primitives.last(4))
 
 
 def backend(weights: Weights) -> Backend:
@@ -65,34 +42,38 @@ def backend(weights: Weights) -> Backend:
         set_shape=set_shape,
         scope=lambda: None if tf.executing_eagerly() else tf.compat.v1.get_default_graph(),
         computed_in=lambda value: None,
-        sizes=sizes_of,
-        full=full,
+        sizes=primitives.sizes_of,
+        full=primitives.full,
         zeros_like=lambda x, dtype: tf.zeros_like(x, tf.as_dtype(dtype)),
         range=lambda start, end: tf.range(start, end),
-        normal=drawn(lambda shape, mean, deviation, dtype, seed: tf.random.normal(shape, mean, deviation, dtype, seed)),
-        uniform=drawn(lambda shape, low, high, dtype, seed: tf.random.uniform(shape, low, high, dtype, seed)),
+        normal=primitives.drawn(
+            lambda shape, mean, deviation, dtype, seed: tf.random.normal(shape, mean, deviation, dtype, seed)
+        ),
+        uniform=primitives.drawn(
+            lambda shape, low, high, dtype, seed: tf.random.uniform(shape, low, high, dtype, seed)
+        ),
         transpose=lambda x, order: tf.transpose(x, list(order)),
-        reshape=reshape,
-        broadcast=broadcast,
+        reshape=primitives.reshape,
+        broadcast=primitives.broadcast,
         squeeze=lambda x, axes: tf.squeeze(x, list(axes)),
-        unsqueeze=unsqueeze,
+        unsqueeze=primitives.unsqueeze,
         concat=lambda tensors, axis: tf.concat(list(tensors), axis),
         stack=lambda tensors, axis: tf.stack(list(tensors), axis),
-        split=split,
-        tile=lambda x, counts: tf.tile(x, vector(counts)),
+        split=primitives.split,
+        tile=lambda x, counts: tf.tile(x, primitives.vector(counts)),
         repeat=lambda x, count, axis: tf.repeat(x, count, axis),
         flip=lambda x, axes: tf.reverse(x, list(axes)),
-        pad=pad,
+        pad=primitives.pad,
         gather=lambda x, indices, axis: tf.gather(x, indices, axis=axis),
         gather_nd=lambda x, indices: tf.gather_nd(x, indices),
-        take_along=lambda x, indices, axis: tf.gather_nd(x, grid(indices, axis)),
-        from_end=from_end,
-        scatter_add=scatter_add,
-        nonzero=nonzero,
+        take_along=lambda x, indices, axis: tf.gather_nd(x, primitives.grid(indices, axis)),
+        from_end=primitives.from_end,
+        scatter_add=primitives.scatter_add,
+        nonzero=primitives.nonzero,
         one_hot=lambda indices, count, axis: tf.one_hot(indices, count, True, False, axis),
-        reverse_within=reverse_within,
+        reverse_within=primitives.reverse_within,
         cast=lambda x, dtype: tf.cast(x, tf.as_dtype(dtype)),
-        where=where,
+        where=primitives.where,
         equal=tf.equal,
         add=tf.add,
         add_n=lambda tensors: tf.add_n(list(tensors)),
@@ -101,7 +82,7 @@ def backend(weights: Weights) -> Backend:
         clip=tf.clip_by_value,
         abs=tf.abs,
         ceil=tf.math.ceil,
-        elu=elu,
+        elu=primitives.elu,
         exp=tf.exp,
         expm1=tf.math.expm1,
         floor=tf.floor,
@@ -118,17 +99,17 @@ def backend(weights: Weights) -> Backend:
         tanh=tf.tanh,
         softmax=tf.nn.softmax,
         log_softmax=tf.nn.log_softmax,
-        fourier=fourier,
-        sum=reduction(tf.reduce_sum),
-        mean=reduction(tf.reduce_mean),
-        prod=reduction(tf.reduce_prod),
-        max=wide(tf.reduce_max),
-        min=wide(tf.reduce_min),
-        peak=wide(tf.reduce_max),
-        log_sum_exp=reduction(tf.reduce_logsumexp),
-        argmax=extreme(tf.argmax),
-        argmin=extreme(tf.argmin),
-        matmul=matmul,
+        fourier=primitives.fourier,
+        sum=primitives.reduction(tf.reduce_sum),
+        mean=primitives.reduction(tf.reduce_mean),
+        prod=primitives.reduction(tf.reduce_prod),
+        max=primitives.wide(tf.reduce_max),
+        min=primitives.wide(tf.reduce_min),
+        peak=primitives.wide(tf.reduce_max),
+        log_sum_exp=primitives.reduction(tf.reduce_logsumexp),
+        argmax=primitives.extreme(tf.argmax),
+        argmin=primitives.extreme(tf.argmin),
+        matmul=primitives.matmul,
         einsum=lambda equation, tensors: tf.einsum(equation, *tensors),
         cond=tf.cond,
         loop=loop,

@@ -1,6 +1,8 @@
 """Convolutions and pools. They run with channels last, as CPUs, TensorFlow.js and TFLite need it.
 
-A 1D convolution runs as a 2D one with a first axis of size 1, which is fastest in TensorFlow and TFLite.
+A 1D convolution runs as a 2D one with a first axis of size 1, which is fastest in TensorFlow and TFLite. Paddle has the
+same operators in its own folder: its kernels want channels second and pad by themselves, so that little would be shared
+but what is in `polyexport.lowering.windows`.
 """
 
 from __future__ import annotations
@@ -11,15 +13,17 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from polyexport.lowering.backend import Tensor
+from polyexport.lowering.backend import Backend, Tensor
 from polyexport.lowering.graph import Node
+from polyexport.lowering.operators.shape import padded_axis
 from polyexport.lowering.tensorflow.backend import OPS
-from polyexport.lowering.tensorflow.primitives import last, pad, sizes_of
+from polyexport.lowering.tensorflow.primitives import last, pad, sizes_of, tensor_sizes
 from polyexport.lowering.value import Value
 from polyexport.lowering.windows import (
     Sides,
     Windows,
     are_known,
+    flat_indices,
     kernel_of,
     reduce_windows,
     spans,
@@ -124,26 +128,18 @@ def convolve_transposed(
     where, whole = transposed_windows(sizes, **kernel_of(weight, attributes))
     kernels = weight.permuted((*range(2, rank), 1, 0))
     made = _transposed(x.in_order(last(rank)), kernels.tensor, group, where.strides, where.dilations, [batch, *whole])
-    if are_known(where.sides):
-        made = _pad(
-            made, [(-before, more - after) for (before, after), more in zip(where.sides, where.tails, strict=True)]
-        )
-    else:
-        made = _cut(made, where)
+    made = _cut(node.ops, made, where.crop)
     if bias is not None:
         made = tf.nn.bias_add(made, bias.tensor)
     return node.value(made, last(rank))
 
 
-def _cut(made: Tensor, where: Windows) -> Tensor:
-    """Crop by amounts that are not known before the run."""
-    made = _pad(made, [(0, more) for more in where.tails])
-    for axis, (before, after) in enumerate(where.sides, 1):
-        size = tf.shape(made)[axis]
-        position = tf.range(before, size - after)
-        inside = tf.reshape(tf.logical_and(position >= 0, position < size), [-1] + [1] * (made.shape.rank - axis - 1))
-        kept = tf.gather(made, tf.clip_by_value(position, 0, size - 1), axis=axis)
-        made = tf.where(inside, kept, tf.zeros([], made.dtype))
+def _cut(ops: Backend, made: Tensor, sides: Sides) -> Tensor:
+    """Crop the spatial axes, or pad them where an amount is positive."""
+    if are_known(sides):
+        return _pad(made, sides)
+    for axis, (before, after) in enumerate(sides, 1):
+        made = padded_axis(ops, made, axis, before, after, tf.zeros([], made.dtype))
     return made
 
 
@@ -167,23 +163,17 @@ def _transposed(
 # --- pools ------------------------------------------------------------------------------------------------------------
 
 
-def _along(data: Tensor, axis: int, where: Windows) -> list[Tensor]:
-    """For every element of the kernel along one spatial axis, the elements of all windows at it."""
-    kernel, stride, dilation = where.kernel[axis], where.strides[axis], where.dilations[axis]
-    if kernel == stride == 1:
-        return [data]
-    end = (_sizes(data)[axis + 1] - spans([kernel], [dilation])[0]) // stride * stride + 1
-    before = (slice(None),) * (axis + 1)
-    return [data[(*before, slice(at, at + end, stride))] for at in range(0, kernel * dilation, dilation)]
-
-
 def _pool(
-    data: Tensor, where: Windows, native: Callable[..., Tensor], combine: Callable[[Tensor, Tensor], Tensor]
+    ops: Backend,
+    data: Tensor,
+    where: Windows,
+    native: Callable[..., Tensor],
+    combine: Callable[[Tensor, Tensor], Tensor],
 ) -> Tensor:
     """By TensorFlow's own pool if possible, else one axis after the other."""
     kernel, strides = where.kernel, where.strides
     if set(where.dilations) != {1} or len(kernel) > 3 or data.dtype not in (tf.float32, tf.float64, tf.float16):
-        return reduce_windows(data, where, _along, combine)
+        return reduce_windows(ops, data, where, 1, combine)
     if len(kernel) == 1:
         return tf.squeeze(native(data[:, None], [1, *kernel], [1, *strides], "VALID"), 1)
     return native(data, kernel, strides, "VALID") if len(kernel) == 2 else _in_turn(data, kernel, strides, native)
@@ -191,20 +181,12 @@ def _pool(
 
 def _in_turn(data: Tensor, kernel: list[int], strides: list[int], native: Callable[..., Tensor]) -> Tensor:
     """Over the last two of three axes, then over the first: LiteRT has no pool over three."""
-    _, depth, height, width, channels = _sizes(data)
+    _, depth, height, width, channels = tensor_sizes(data)
     planes = native(tf.reshape(data, [-1, height, width, channels]), kernel[1:], strides[1:], "VALID")
-    _, height, width, _ = _sizes(planes)
+    _, height, width, _ = tensor_sizes(planes)
     rows = tf.reshape(planes, [-1, depth, height * width, channels])
     made = native(rows, [kernel[0], 1], [strides[0], 1], "VALID")
-    return tf.reshape(made, [-1, _sizes(made)[1], height, width, channels])
-
-
-def _sizes(data: Tensor) -> list[Any]:
-    """Of each axis: static where that is known."""
-    if data.shape.is_fully_defined():
-        return list(data.shape)
-    dynamic = tf.unstack(tf.shape(data))
-    return [known if known is not None else size for known, size in zip(data.shape, dynamic, strict=True)]
+    return tf.reshape(made, [-1, tensor_sizes(made)[1], height, width, channels])
 
 
 def _max_native(data: Tensor, kernel: list[int], strides: list[int], padding: str) -> Tensor:
@@ -222,26 +204,14 @@ def max_pool(x: Value, *, storage_order: int = 0, node: Node, **attributes: Any)
     where = windows(node.ops, sizes_of(x)[2:], **attributes)
     data = x.in_order(last(rank))
     wide = _pad(data, where.whole, data.dtype.min if data.dtype.is_integer else -np.inf)
-    made = node.value(_pool(wide, where, _max_native, tf.maximum), last(rank))
+    made = node.value(_pool(node.ops, wide, where, _max_native, tf.maximum), last(rank))
     if not node.wants(1):
         return made
-    indices = _pad(_flat_indices(x, storage_order), where.whole, -1)
-    best = tf.argmax(tf.stack(window_entries(wide, where, _along)), 0)
-    found = tf.stack(window_entries(indices, where, _along), -1)
+    indices = _pad(flat_indices(node.ops, x, storage_order).in_order(last(rank)), where.whole, -1)
+    best = tf.argmax(tf.stack(window_entries(node.ops, wide, where, 1)), 0)
+    found = tf.stack(window_entries(node.ops, indices, where, 1), -1)
     found = tf.broadcast_to(found, tf.concat([tf.shape(best), [found.shape[-1]]], 0))
     return made, node.value(tf.gather(found, best, batch_dims=rank), last(rank))
-
-
-def _flat_indices(x: Value, storage_order: int) -> Tensor:
-    """The flat index of every entry, channels last; with `storage_order` 1 the last two axes count the other way."""
-    sizes = tf.shape(x.tensor, out_type=tf.int64)
-    total = tf.reduce_prod(sizes)
-    if not storage_order:
-        return tf.transpose(tf.reshape(tf.range(total), sizes), last(x.rank or 0))
-    rank = x.rank or 0
-    swapped = [*range(rank - 2), rank - 1, rank - 2]
-    flat = tf.transpose(tf.reshape(tf.range(total), tf.gather(sizes, swapped)), swapped)
-    return tf.transpose(flat, last(rank))
 
 
 @OPS.op("AveragePool")
@@ -252,7 +222,7 @@ def average_pool(x: Value, *, count_include_pad: int = 0, node: Node, **attribut
     data, beyond = x.in_order(order), [(0, tail) for tail in where.tails]
 
     def total(tensor: Tensor) -> Tensor:
-        return _pool(tensor, where, _average_native, tf.add)
+        return _pool(node.ops, tensor, where, _average_native, tf.add)
 
     made = total(_pad(_pad(data, where.sides), beyond))
     if _are_zero(beyond) and (count_include_pad or _are_zero(where.sides)):
@@ -271,4 +241,4 @@ def norm_pool(x: Value, *, p: int = 2, node: Node, **attributes: Any) -> Value:
     """The p-norm of each window."""
     where, order = windows(node.ops, sizes_of(x)[2:], **attributes), last(x.rank or 0)
     powers = tf.abs(_pad(x.in_order(order), where.whole)) ** p
-    return node.value(_pool(powers, where, _average_native, tf.add) ** (1 / p), order)
+    return node.value(_pool(node.ops, powers, where, _average_native, tf.add) ** (1 / p), order)

@@ -9,21 +9,11 @@ import tensorflow as tf
 
 from polyexport.lowering.backend import Tensor
 from polyexport.lowering.graph import Node
+from polyexport.lowering.operators.index import depth_of
 from polyexport.lowering.tensorflow.backend import OPS
-from polyexport.lowering.tensorflow.primitives import along, from_end, grid, sizes_of
+from polyexport.lowering.tensorflow.primitives import column, from_end, grid, sizes_of
 from polyexport.lowering.tensorflow.weights import set_shape
 from polyexport.lowering.value import Value, static
-
-
-@OPS.op("GatherND", since=11)
-def gather_nd(x: Value, indices: Value, *, batch_dims: int = 0) -> Tensor:
-    """The last axis of the indices is an index into the tensor."""
-    depth = (indices.shape or ())[-1]
-    if depth is None:
-        return tf.gather_nd(x.tensor, indices.tensor, batch_dims=batch_dims)
-    positions = from_end(indices, sizes_of(x)[batch_dims : batch_dims + depth])
-    return tf.gather_nd(x.tensor, positions, batch_dims=batch_dims)
-
 
 # a scatter into zeros adds duplicates; TensorFlow.js and TFLite have it, but not a scatter into a tensor
 _SCATTER = {
@@ -58,10 +48,7 @@ def _scattered(tensor: Tensor, positions: Tensor, updates: Tensor, reduction: st
 @OPS.op("ScatterND", since=11)
 def scatter_nd(x: Value, indices: Value, updates: Value, *, reduction: str = "none", node: Node) -> Tensor:
     """Entries or slices written, or combined with what is there."""
-    depth = (indices.shape or (None,))[-1]
-    if depth is None:
-        raise node.unsupported("the last size of its indices is not known before the run")
-    positions = tf.convert_to_tensor(from_end(indices, sizes_of(x)[:depth]))
+    positions = tf.convert_to_tensor(from_end(indices, sizes_of(x)[: depth_of(indices, node)]))
     return set_shape(_scattered(x.tensor, positions, updates.tensor, reduction), x.shape)
 
 
@@ -82,7 +69,7 @@ def tensor_scatter(
     total, count, batch = sizes_of(past)[axis], sizes_of(update)[axis], sizes_of(past)[0]
     first = tf.zeros([batch], tf.int32) if write is None else tf.cast(write.tensor, tf.int32)
     rank = past.rank or 1
-    positions = along(first, 0, rank) + along(tf.range(count), axis, rank)
+    positions = column(first, 0, rank) + column(tf.range(count), axis, rank)
     positions = tf.math.floormod(positions, total) if mode == "circular" else positions
     positions = tf.broadcast_to(positions, tf.shape(update.tensor))
     return tf.tensor_scatter_nd_update(past.tensor, grid(positions, axis), update.tensor)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from polyexport.lowering.backend import Size, Tensor, is_known
+from polyexport.lowering.backend import Size, Tensor, column_shape, is_known, static_of
 from polyexport.lowering.spectra import fourier_table
 from polyexport.lowering.tensorflow.weights import VARIABLE_FROM, set_shape
 from polyexport.lowering.value import Value
@@ -34,14 +34,16 @@ def sizes_of(value: Value) -> list[Size]:
     return [stored[value.placed(axis)] if size is None else size for axis, size in enumerate(shape)]
 
 
+def tensor_sizes(tensor: Tensor) -> list[Size]:
+    """The same of a tensor."""
+    known = tensor.shape.as_list()
+    dynamic = tf.shape(tensor) if None in known else None
+    return [dynamic[axis] if size is None else size for axis, size in enumerate(known)]  # type: ignore[index]  # not None
+
+
 def vector(sizes: Sequence[Size]) -> Any:
     """Sizes as TensorFlow's functions take them."""
     return list(sizes) if all(map(is_known, sizes)) else tf.stack([tf.cast(size, tf.int32) for size in sizes])
-
-
-def static_of(sizes: Sequence[Size]) -> list[int | None]:
-    """Sizes as a static shape has them."""
-    return [int(size) if is_known(size) and size >= 0 else None for size in sizes]
 
 
 def reshape(tensor: Tensor, sizes: Sequence[Size]) -> Tensor:
@@ -103,9 +105,9 @@ def from_end(value: Value, size: Any) -> Any:
     return tf.where(indices < 0, indices + tf.cast(tf.stack(size), indices.dtype), indices)
 
 
-def along(line: Tensor, axis: int, rank: int) -> Tensor:
-    """A tensor of one axis, which lies along one axis of tensors of a rank."""
-    return tf.reshape(line, [1] * axis + [-1] + [1] * (rank - axis - 1))
+def column(line: Tensor, axis: int, rank: int) -> Tensor:
+    """A vector along one axis of tensors of a rank."""
+    return tf.reshape(line, column_shape(axis, rank))
 
 
 def grid(indices: Any, axis: int) -> Tensor:
@@ -113,14 +115,14 @@ def grid(indices: Any, axis: int) -> Tensor:
     indices = tf.convert_to_tensor(indices)
     sizes = tf.shape(indices, out_type=indices.dtype)
     rank = indices.shape.rank
-    axes = [indices if i == axis else tf.broadcast_to(along(tf.range(sizes[i]), i, rank), sizes) for i in range(rank)]
+    axes = [indices if i == axis else tf.broadcast_to(column(tf.range(sizes[i]), i, rank), sizes) for i in range(rank)]
     return tf.stack(axes, -1)
 
 
 def reverse_within(x: Tensor, lengths: Tensor, time_axis: int, batch_axis: int) -> Tensor:
     """By a gather: TensorFlow.js has no ReverseSequence."""
     times = tf.range(tf.shape(x, out_type=lengths.dtype)[time_axis])
-    position, length = along(times, time_axis, 2), along(lengths, batch_axis, 2)
+    position, length = column(times, time_axis, 2), column(lengths, batch_axis, 2)
     return tf.gather_nd(x, grid(tf.where(position < length, length - 1 - position, position), time_axis))
 
 
@@ -202,15 +204,10 @@ def fourier(data: Tensor, axis: int, inverse: bool, kept: Size) -> Tensor:
         made = (tf.signal.ifft(signal) if inverse else tf.signal.fft(signal))[..., :kept]
         made = tf.stack([tf.math.real(made), tf.math.imag(made)], -1)
     else:
-        sizes = _leading(data)
+        sizes = tensor_sizes(data)[:-2]
         flat = reshape(data, [*sizes, points * parts])
         made = reshape(tf.matmul(flat, tf.constant(table, data.dtype)), [*sizes, kept, 2])
     return made if axis == rank - 2 else tf.transpose(made, back)
-
-
-def _leading(data: Tensor) -> list[Size]:
-    dynamic = tf.shape(data)
-    return [dynamic[i] if size is None else size for i, size in enumerate(data.shape[:-2])]
 
 
 def drawn(draw: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -10,7 +10,6 @@ import tensorflow as tf
 from polyexport.lowering.backend import Tensor
 from polyexport.lowering.graph import Node
 from polyexport.lowering.tensorflow.backend import OPS
-from polyexport.lowering.tensorflow.primitives import sizes_of
 from polyexport.lowering.tensorflow.weights import set_shape
 from polyexport.lowering.value import Value, static
 
@@ -31,38 +30,6 @@ def shape(x: Value, *, start: int = 0, end: int | None = None) -> Any:
         return np.array(wanted, np.int64)
     sizes = tf.shape(x.stored, out_type=tf.int64)
     return tf.stack([sizes[x.placed(axis)] for axis in range(len(x.shape))[start:end]])
-
-
-@OPS.op("Reshape", since=5)
-def reshape(x: Value, shape: Value, *, allowzero: int = 0) -> Tensor:
-    """0 keeps a size unless `allowzero`, -1 is the remaining size; one size may be unknown before the run."""
-    target = None if shape.sizes is None else [None if each is None else int(each) for each in shape.sizes]
-    if target is None:
-        return tf.reshape(x.tensor, _kept(x, shape.tensor, allowzero))
-    kept = x.shape or ()
-    dynamic = [i for i, each in enumerate(target) if each is None]
-    target = [kept[i] if each == 0 and not allowzero and i < len(kept) else each for i, each in enumerate(target)]
-    unknown = [i for i, each in enumerate(target) if each is None]
-    if len(unknown) == 1 and -1 not in target and 0 not in target:
-        return tf.reshape(x.tensor, [-1 if each is None else each for each in target])
-    if not unknown:
-        return tf.reshape(x.tensor, target)
-    # more than one size is dynamic: they are read from the tensor at run time
-    own = sizes_of(x)
-    content = shape.tensor if dynamic else None
-    entries = [content[i] if i in dynamic else own[i] if each is None else each for i, each in enumerate(target)]  # type: ignore[index]  # there is content where a size is dynamic
-    made = tf.reshape(x.tensor, tf.stack([tf.cast(entry, tf.int64) for entry in entries]))
-    made.set_shape([None if each == -1 else each for each in target])
-    return made
-
-
-def _kept(x: Value, shape: Tensor, allowzero: int) -> Tensor:
-    if allowzero:
-        return shape
-    own = tf.shape(x.tensor, out_type=shape.dtype)
-    count = tf.shape(shape)[0]
-    padded = tf.concat([own, tf.zeros([count], shape.dtype)], 0)[:count]
-    return tf.where(shape == 0, padded, shape)
 
 
 @OPS.op("Slice")
@@ -155,45 +122,6 @@ def _slice_unknown(x: Value, starts: Value, ends: Value, axes: Value | None, ste
     end = tf.tensor_scatter_nd_update(total, at, last)
     strides = tf.tensor_scatter_nd_update(tf.ones([rank], tf.int64), at, stride)
     return node.value(set_shape(tf.strided_slice(x.tensor, begin, end, strides), [None] * rank))
-
-
-@OPS.op("Expand")
-def expand(x: Value, shape: Value, *, node: Node) -> Tensor:
-    """Broadcast in both directions: a size of 1 in `shape` keeps the tensor's own."""
-    target = None if shape.sizes is None else list(shape.sizes)
-    if target is None:
-        return tf.broadcast_to(
-            x.tensor, tf.broadcast_dynamic_shape(tf.shape(x.tensor), tf.cast(shape.tensor, tf.int32))
-        )
-    if all(each == 1 for each in target) and len(target) <= (x.rank or 0):
-        return x
-    rank = max(len(target), x.rank or 0)
-    wide, own = [1] * (rank - len(target)) + target, x.widened(rank)
-    have = own.shape or ()
-    if None not in wide and None not in have:
-        return tf.broadcast_to(x.tensor, np.broadcast_shapes(tuple(wide), have))  # type: ignore[arg-type]  # no None
-    joined = tf.broadcast_dynamic_shape(tf.shape(x.tensor), tf.cast(shape.tensor, tf.int32))
-    made = tf.broadcast_to(x.tensor, joined)
-    made.set_shape([_joint(a, b) for a, b in zip(wide, have, strict=True)])
-    return made
-
-
-def _joint(a: int | None, b: int | None) -> int | None:
-    if a == 1:
-        return b
-    if b == 1:
-        return a
-    return b if a is None else a
-
-
-@OPS.op("ConstantOfShape", since=9)
-def constant_of_shape(shape: Value, *, value: np.ndarray | None = None) -> Tensor:
-    """One value, everywhere."""
-    content = np.zeros(1, np.float32) if value is None else value
-    made = tf.fill(tf.cast(shape.tensor, tf.int32), tf.constant(content.ravel()[0]))
-    if shape.sizes is not None:
-        made.set_shape(list(shape.sizes))
-    return made
 
 
 @OPS.op("Range", since=11)

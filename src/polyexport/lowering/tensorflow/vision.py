@@ -1,4 +1,8 @@
-"""Operators of detection, and DeformConv, which TensorFlow computes in a way of its own."""
+"""Operators of detection, and DeformConv.
+
+TensorFlow suppresses boxes class by class by its own operator, and has none for RoiAlign and DeformConv; Paddle has one
+for each of those two and none for boxes, so that the two files have little in common but the signatures.
+"""
 
 from __future__ import annotations
 

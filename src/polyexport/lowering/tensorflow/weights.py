@@ -10,7 +10,7 @@ import tensorflow as tf
 from tensorflow.python.ops.resource_variable_ops import ResourceVariable
 
 from polyexport.lowering.backend import Tensor
-from polyexport.lowering.value import Value
+from polyexport.lowering.value import as_arrays
 
 VARIABLE_FROM = 1024  # entries; smaller weights are written into the graph, where the runtime can fold them
 
@@ -39,18 +39,10 @@ class Weights:
         return self._by_array[key][1].read_value()
 
 
-def evaluate(function: Callable[[], list[Any]]) -> list[Any]:
+def evaluate(function: Callable[[], Any]) -> Any:
     """Run a function of constants outside of the graph."""
     with tf.init_scope():
-        return [_array(each) for each in function()]
-
-
-def _array(content: Any) -> Any:
-    if isinstance(content, list):
-        return [_array(each) for each in content]
-    if isinstance(content, Value):
-        return content if content.known is not None else Value(content.backend, known=content.tensor.numpy())
-    return np.asarray(content.numpy()) if isinstance(content, tf.Tensor) else content
+        return as_arrays(function(), tf.Tensor)
 
 
 def set_shape(tensor: Tensor, sizes: Sequence[int | None] | None) -> Tensor:

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from polyexport.lowering.fixed import set_values
-from polyexport.lowering.functions import decomposed
+from polyexport.onnx_graph.decompose import decomposed
+from polyexport.onnx_graph.static_shapes import set_values
 
 if TYPE_CHECKING:
     import onnx
@@ -301,8 +301,8 @@ def _picked(graph: _Rewrite, node: onnx.NodeProto, pick: Callable[[np.ndarray], 
     """The result of indexing a tensor by constants; `pick` applies it to a tensor of element numbers."""
     data = node.input[0]
     count = math.prod(graph.shape(data))
-    places = pick(np.arange(count).reshape(graph.shape(data)))
-    flat = graph.pick(graph.reshape(graph.number(data), 1, count), places.ravel(), 1, count)
+    indices = pick(np.arange(count).reshape(graph.shape(data)))
+    flat = graph.pick(graph.reshape(graph.number(data), 1, count), indices.ravel(), 1, count)
     return graph.reshape(flat, *graph.shape(node.output[0]))
 
 
@@ -370,8 +370,8 @@ def _arg(graph: _Rewrite, node: onnx.NodeProto, attributes: dict[str, Any], x: s
     size, last = shape[axis], attributes.get("select_last_index", 0)
     differs = graph.add("Sign", graph.add("Sub", graph.greatest(x, shape, (axis,)), x))
     away = graph.add("Mul", differs, graph.constant(np.array(-size, np.float32)))
-    places = np.arange(size, dtype=np.float32).reshape(-1, *(1 for _ in shape[axis + 1 :]))
-    found = graph.greatest(graph.add("Add", away, graph.constant(places if last else -places)), shape, (axis,))
+    indices = np.arange(size, dtype=np.float32).reshape(-1, *(1 for _ in shape[axis + 1 :]))
+    found = graph.greatest(graph.add("Add", away, graph.constant(indices if last else -indices)), shape, (axis,))
     return graph.reshape(found if last else graph.add("Neg", found), *graph.shape(node.output[0]))
 
 

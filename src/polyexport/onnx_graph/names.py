@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     import onnx
 
 
-def inner(kind: str, count: int) -> list[str]:
-    """Generated names for a graph's inputs or outputs, which no exporter uses and which sort in order."""
+def generated_names(kind: str, count: int) -> list[str]:
+    """Generated names for a graph's inputs or outputs, which no exporter uses and which sort in their order."""
     return [f"polyexport_{kind}_{index:04}" for index in range(count)]
 
 
-def rename_ports(model: onnx.ModelProto, inputs: Mapping[str, str], outputs: Sequence[str]) -> None:
+def rename_inputs_outputs(model: onnx.ModelProto, inputs: Mapping[str, str], outputs: Sequence[str]) -> None:
     """Rename inputs (old to new) and outputs (in order); an inner value that has one of the new names gets another.
 
     An output that is also an input, a weight or another output gets an Identity.

@@ -1,0 +1,92 @@
+"""IMX500: a program as the layers that Sony's toolkit knows, what its converter says, what is missing."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from zipfile import ZipFile
+
+import pytest
+import torch
+
+from polyexport.errors import ToolMissing
+from polyexport.formats import imx500
+from polyexport.spec import ExportSpec
+from polyexport.tracing.exported_program import export_program
+
+
+class Layers(torch.nn.Module):
+    """Each layer that the toolkit quantizes the weights of, one of them twice, and functions between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = torch.nn.Conv2d(4, 8, 3, stride=2, padding=1, groups=2, bias=False)
+        self.norm = torch.nn.BatchNorm2d(8, eps=1e-3)
+        self.up = torch.nn.ConvTranspose2d(8, 4, 3, stride=2, output_padding=1)
+        self.linear = torch.nn.Linear(4, 4)
+        self.scale = torch.nn.LayerNorm(4, bias=False)
+        torch.nn.init.normal_(self.norm.weight)
+        self.norm.running_mean += torch.rand(8)
+        self.norm.running_var += torch.rand(8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.up(self.norm(self.conv(x)).relu())
+        x = torch.nn.functional.max_pool2d(x, 2) + torch.nn.functional.avg_pool2d(x, 2)
+        x = torch.nn.functional.adaptive_avg_pool2d(x, 1).view(x.shape[0], -1)
+        return self.scale(self.linear(torch.nn.functional.gelu(self.linear(x), approximate="tanh"))).softmax(-1)
+
+
+def test_a_program_is_written_as_layers_that_compute_the_same():
+    torch.manual_seed(0)
+    module, x = Layers().eval(), torch.rand(1, 4, 8, 8)
+    found = imx500.layers(export_program(module, (x,), [()]))
+    kinds = sorted(type(found.get_submodule(node.target)).__name__ for node in found.graph.find_nodes(op="call_module"))
+    assert kinds == ["BatchNorm2d", "Conv2d", "ConvTranspose2d", "LayerNorm", "Linear", "Linear"]
+    called = {node.target for node in found.graph.nodes if node.op == "call_function"}
+    assert not [target for target in called if isinstance(target, torch._ops.OpOverload)]
+    torch.testing.assert_close(found(x), module(x))
+
+
+def test_an_operator_that_computes_its_own_weight_stays_a_function():
+    class Computed(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.linear(x, x @ x.T)
+
+    x = torch.rand(3, 3)
+    found = imx500.layers(export_program(Computed(), (x,), [()]))
+    assert not list(found.graph.find_nodes(op="call_module"))
+    torch.testing.assert_close(found(x), Computed()(x))
+
+
+SAID = """\
+2026-11-26 20:07:02.443 INFO : CODE: [START] Starting SDSPconv
+2026-11-26 20:07:15.040 ERROR: CODE: [CNVE] Conversion Error: Allocation failed: it needs more than 8 MB .
+2026-11-26 20:07:15.047 ERROR: CODE: [FEFSUC] Failure in conversion process:
+"""
+
+
+def test_the_first_error_of_the_converter_is_the_reason():
+    assert imx500._why(SAID) == "[CNVE] Conversion Error: Allocation failed: it needs more than 8 MB ."
+    assert imx500._why("killed") == "see its output in the log"
+
+
+def test_an_archive_has_no_time(tmp_path: Path):
+    for name, time in (("one", "Thu Nov 26 20:08:07 UTC 2026"), ("other", "Fri Nov 27 09:00:00 UTC 2026")):
+        with ZipFile(tmp_path / f"{name}.made", "w") as archive:
+            archive.writestr("manifest.json", f'{{"Date Info": "{time}", "Target": "IMX500"}}')
+            archive.writestr("cfgA.bin", b"\0\1")
+        imx500._pack(tmp_path / f"{name}.made", tmp_path / name)
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "other").read_bytes()
+    with ZipFile(tmp_path / "one") as archive:
+        assert archive.read("manifest.json") == b'{"Date Info": "", "Target": "IMX500"}'
+        assert archive.read("cfgA.bin") == b"\0\1"
+
+
+@pytest.mark.skipif(
+    sys.version_info >= (3, 13), reason="the converter is for Python up to 3.12; what is said then differs"
+)
+def test_without_java_it_says_where_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert imx500.lacks().startswith("java is not on PATH, in which Sony's converter runs: ")
+    with pytest.raises(ToolMissing, match="openjdk-17"):
+        imx500.convert(tmp_path / "model.pt2", tmp_path / "packerOut.zip", ExportSpec((), ()))
