@@ -26,7 +26,7 @@ def test_a_mixture_of_experts_is_traced_by_operators_that_exporters_have() -> No
     before = model.config._experts_implementation
     with torch.no_grad():
         expected = model(tokens).last_hidden_state
-        with exportable(model):
+        with exportable(model, dynamic=True):
             torch.testing.assert_close(model(tokens).last_hidden_state, expected)
             program = torch.export.export(model, (tokens,), strict=False)
     assert not any("grouped_mm" in str(node.target) for node in program.graph.nodes)
@@ -39,7 +39,7 @@ def test_a_longformer_cuts_its_chunks_without_strides() -> None:
 
     config = LongformerConfig(hidden_size=8, num_attention_heads=2, attention_window=[4], num_hidden_layers=1)
     attention = LongformerSelfAttention(config, 0).eval()
-    with torch.no_grad(), exportable(attention):
+    with torch.no_grad(), exportable(attention, dynamic=True):
         chunks = attention._chunk(torch.rand(2, 8, 4), 2, attention.config.onnx_export)
     assert chunks.shape == (2, 3, 4, 4)
     assert config.onnx_export is False
@@ -47,7 +47,7 @@ def test_a_longformer_cuts_its_chunks_without_strides() -> None:
 
 def test_a_module_without_a_config_is_unchanged() -> None:
     model = torch.nn.Linear(2, 2)
-    with exportable(model) as found:
+    with exportable(model, dynamic=True) as found:
         assert found is model
 
 
@@ -70,7 +70,7 @@ class AsksForLengths(torch.nn.Module):
 def test_the_result_of_len_stays_dynamic_in_a_trace() -> None:
     model, two, five = AsksForLengths().eval(), torch.rand(2, 2, 2), torch.rand(5, 2, 2)
     expected = model(five)
-    with torch.no_grad(), exportable(model):
+    with torch.no_grad(), exportable(model, dynamic=True):
         traced = torch.jit.trace(model, (two,), check_trace=False)
         program = export_program(model, (two,), [(0,)])
     torch.testing.assert_close(traced(five), expected)
@@ -105,7 +105,7 @@ SIZES = {
 def test_a_size_converted_to_a_python_number_stays_dynamic_in_a_trace(name) -> None:
     model, four, nine = SizesAsNumbers(SIZES[name]).eval(), torch.rand(4, 4), torch.rand(9, 4)
     expected = model(nine)
-    with torch.no_grad(), exportable(model):
+    with torch.no_grad(), exportable(model, dynamic=True):
         traced = torch.jit.trace(model, (four,), check_trace=False)
         program = export_program(model, (four,), [(0,)])
     torch.testing.assert_close(traced(nine), expected)
@@ -129,7 +129,7 @@ def uses_numbers(x: torch.Tensor) -> torch.Tensor:
 def test_a_number_that_is_not_a_size_stays_a_number() -> None:
     model, x = SizesAsNumbers(uses_numbers).eval(), torch.rand(4, 4)
     expected, before = model(x), dict(globals())
-    with torch.no_grad(), exportable(model):
+    with torch.no_grad(), exportable(model, dynamic=True):
         assert "int" in globals()
         torch.testing.assert_close(model(x), expected)
         torch.testing.assert_close(torch.jit.trace(model, (x,), check_trace=False)(x), expected)
@@ -139,14 +139,18 @@ def test_a_number_that_is_not_a_size_stays_a_number() -> None:
 def test_a_number_read_from_data_is_not_a_size() -> None:
     model = SizesAsNumbers(lambda x: x * [0.5, 2.0][int(x.sum() * 0)] * {0: 3.0}[int(x.shape[0] * x[0, 0] * 0)]).eval()
     x = torch.rand(4, 4)
-    with torch.no_grad(), exportable(model), pytest.warns(torch.jit.TracerWarning, match="Python integer"):
+    with (
+        torch.no_grad(),
+        exportable(model, dynamic=True),
+        pytest.warns(torch.jit.TracerWarning, match="Python integer"),
+    ):
         torch.testing.assert_close(torch.jit.trace(model, (x,), check_trace=False)(x), model(x))
 
 
 def test_names_that_torch_jit_script_will_read_are_left_alone() -> None:
     apart = {"torch": torch, "scripted": torch.jit.script_if_tracing(lambda x: x * int(x.shape[0] / 2))}
     exec("class Apart(torch.nn.Module):\n    def forward(self, x):\n        return scripted(x)", apart)
-    with exportable(apart["Apart"]()):
+    with exportable(apart["Apart"](), dynamic=True):
         assert "int" not in apart
 
 
@@ -161,7 +165,7 @@ def test_a_distribution_in_forward_is_exported_without_the_checks_of_its_paramet
     monkeypatch.setattr(
         torch.distributions.Distribution, "_validate_args", True
     )  # torch.compile switches it off for good
-    with torch.no_grad(), exportable(model):
+    with torch.no_grad(), exportable(model, dynamic=True):
         program = export_program(model, (two,), [(0,)])
     torch.testing.assert_close(program.module()(five), model(five))
     with pytest.raises(ValueError, match="constraint"):

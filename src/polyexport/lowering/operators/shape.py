@@ -1,7 +1,8 @@
 """Operators that reshape, reorder, pad, concatenate and fill.
 
-Shape, Slice, Range and Transpose are in each framework's folder: TensorFlow slices by bounds that only the run knows,
-and Paddle does not; TensorFlow's tensors may be stored in another order, and Paddle's never are.
+Shape, Slice, Range, Transpose, Expand and ConstantOfShape are in each framework's folder: TensorFlow slices by bounds
+that only the run knows, and takes a shape as one tensor, and Paddle does not; TensorFlow's tensors may be stored in
+another order, and Paddle's never are.
 """
 
 from __future__ import annotations
@@ -55,6 +56,9 @@ def flatten(ops: Backend, x: Value, *, axis: int = 1) -> Tensor:
 @SHARED.op("Reshape", since=5, narrow=True)
 def reshape(ops: Backend, x: Value, shape: Value, *, allowzero: int = 0, node: Node) -> Tensor:
     """0 keeps a size unless `allowzero`, -1 is the remaining size; any size may be unknown before the run."""
+    sizes = [] if shape.sizes is None else [size if size is None else int(size) for size in shape.sizes.ravel()]
+    if sizes.count(None) == 1 and not {0, -1} & {*sizes}:
+        return ops.reshape(x.tensor, [-1 if size is None else size for size in sizes])
     target = entries(ops, shape, node)
     if allowzero:
         return ops.reshape(x.tensor, target)
@@ -70,33 +74,6 @@ def _kept(ops: Backend, size: Size, own: Size, shape: Value) -> Size:
     if is_known(size):
         return own if size == 0 else size
     return size if shape.sizes is not None else ops.where(size == 0, ops.scalar(own, ops.index), size)
-
-
-@SHARED.op("Expand")
-def expand(ops: Backend, x: Value, shape: Value, *, node: Node) -> Any:
-    """Broadcast in both directions: a size of 1 in `shape` keeps the tensor's own."""
-    target, own = entries(ops, shape, node), ops.sizes(x)
-    if len(target) <= len(own) and all(is_known(size) and size == 1 for size in target):
-        return x
-    rank = max(len(target), len(own))
-    pairs = zip([1] * (rank - len(target)) + target, [1] * (rank - len(own)) + own, strict=True)
-    return ops.broadcast(x.tensor, [_joint(ops, *pair) for pair in pairs])
-
-
-def _joint(ops: Backend, a: Size, b: Size) -> Size:
-    """What two sizes are broadcast to."""
-    if is_known(a):
-        return b if a == 1 else a
-    if is_known(b):
-        return a if b == 1 else b
-    return ops.where(a == 1, b, a)
-
-
-@SHARED.op("ConstantOfShape", since=9, narrow=True)
-def constant_of_shape(ops: Backend, shape: Value, *, value: np.ndarray | None = None, node: Node) -> Tensor:
-    """One value, everywhere."""
-    content = np.zeros(1, np.float32) if value is None else value
-    return ops.full(entries(ops, shape, node), content.ravel()[0], content.dtype)
 
 
 @SHARED.op("Squeeze", narrow=True)

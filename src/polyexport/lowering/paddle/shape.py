@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import paddle
 
-from polyexport.lowering.backend import Tensor
+from polyexport.lowering.backend import Backend, Size, Tensor, is_known
 from polyexport.lowering.graph import Node
+from polyexport.lowering.operators.shape import entries
 from polyexport.lowering.paddle.backend import OPS
 from polyexport.lowering.paddle.primitives import FAR, cast, line, sizes_of, transpose as transposed
 from polyexport.lowering.paddle.weights import paddle_dtype
@@ -95,3 +96,30 @@ def range_(start: Value, limit: Value, delta: Value) -> Tensor:
     """As Python's, for floats too."""
     first, last, step = (paddle.reshape(each.tensor, []) for each in (start, limit, delta))
     return paddle.arange(first, last, step, paddle_dtype(start.dtype))
+
+
+@OPS.op("Expand")
+def expand(ops: Backend, x: Value, shape: Value, *, node: Node) -> Any:
+    """Broadcast in both directions: a size of 1 in `shape` keeps the tensor's own."""
+    target, own = entries(ops, shape, node), ops.sizes(x)
+    if len(target) <= len(own) and all(is_known(size) and size == 1 for size in target):
+        return x
+    rank = max(len(target), len(own))
+    pairs = zip([1] * (rank - len(target)) + target, [1] * (rank - len(own)) + own, strict=True)
+    return ops.broadcast(x.tensor, [_joint(ops, *pair) for pair in pairs])
+
+
+def _joint(ops: Backend, a: Size, b: Size) -> Size:
+    """What two sizes are broadcast to."""
+    if is_known(a):
+        return b if a == 1 else a
+    if is_known(b):
+        return a if b == 1 else b
+    return ops.where(a == 1, b, a)
+
+
+@OPS.op("ConstantOfShape", since=9, narrow=True)
+def constant_of_shape(ops: Backend, shape: Value, *, value: np.ndarray | None = None, node: Node) -> Tensor:
+    """One value, everywhere."""
+    content = np.zeros(1, np.float32) if value is None else value
+    return ops.full(entries(ops, shape, node), content.ravel()[0], content.dtype)

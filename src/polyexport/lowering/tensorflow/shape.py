@@ -124,6 +124,45 @@ def _slice_unknown(x: Value, starts: Value, ends: Value, axes: Value | None, ste
     return node.value(set_shape(tf.strided_slice(x.tensor, begin, end, strides), [None] * rank))
 
 
+@OPS.op("Expand")
+def expand(x: Value, shape: Value, *, node: Node) -> Tensor:
+    """Broadcast in both directions: a size of 1 in `shape` keeps the tensor's own."""
+    target = None if shape.sizes is None else list(shape.sizes)
+    if target is None:
+        return tf.broadcast_to(
+            x.tensor, tf.broadcast_dynamic_shape(tf.shape(x.tensor), tf.cast(shape.tensor, tf.int32))
+        )
+    if all(each == 1 for each in target) and len(target) <= (x.rank or 0):
+        return x
+    rank = max(len(target), x.rank or 0)
+    wide, own = [1] * (rank - len(target)) + target, x.widened(rank)
+    have = own.shape or ()
+    if None not in wide and None not in have:
+        return tf.broadcast_to(x.tensor, np.broadcast_shapes(tuple(wide), have))  # type: ignore[arg-type]  # no None
+    joined = tf.broadcast_dynamic_shape(tf.shape(x.tensor), tf.cast(shape.tensor, tf.int32))
+    made = tf.broadcast_to(x.tensor, joined)
+    made.set_shape([_joint(a, b) for a, b in zip(wide, have, strict=True)])
+    return made
+
+
+def _joint(a: int | None, b: int | None) -> int | None:
+    if a == 1:
+        return b
+    if b == 1:
+        return a
+    return b if a is None else a
+
+
+@OPS.op("ConstantOfShape", since=9)
+def constant_of_shape(shape: Value, *, value: np.ndarray | None = None) -> Tensor:
+    """One value, everywhere."""
+    content = np.zeros(1, np.float32) if value is None else value
+    made = tf.fill(tf.cast(shape.tensor, tf.int32), tf.constant(content.ravel()[0]))
+    if shape.sizes is not None:
+        made.set_shape(list(shape.sizes))
+    return made
+
+
 @OPS.op("Range", since=11)
 def range_(start: Value, limit: Value, delta: Value) -> Tensor:
     """As Python's, for floats too."""
