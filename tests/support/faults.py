@@ -18,6 +18,7 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
@@ -275,7 +276,7 @@ class Matrix:
         code, digest = self._references[key]
         with fault.around(folder):
             ended = self._train(fault, folder, *(f"run{index}" for index in range(fault.runs)))
-            left = (*workers_of(folder), *unfinished_in(folder))
+            left = (*staying_workers_of(folder), *unfinished_in(folder))
         found = [folder / f"run{index}" / "told.json" for index in range(fault.runs)]
         return Seen(
             states=_states(finished(folder / "exports")),
@@ -362,6 +363,17 @@ def workers_of(folder: Path) -> tuple[str, ...]:
             if marked or folder in (process / "cwd").readlink().parents:
                 found.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode())
     return tuple(found)
+
+
+def staying_workers_of(folder: Path) -> tuple[str, ...]:
+    """The same, without those that end within seconds."""
+    end = time.monotonic() + _ENDING_SECONDS
+    while (found := workers_of(folder)) and time.monotonic() < end:
+        time.sleep(0.1)
+    return found
+
+
+_ENDING_SECONDS = 5.0
 
 
 def unfinished_in(folder: Path) -> tuple[str, ...]:
