@@ -55,6 +55,8 @@ Bytes written are those of all processes, checkpoints of Lightning included, and
 Memory is the peak: of the training process, of the largest worker, and of all workers together."""
 """How, at the top of the page."""
 
+PICTURE = "![Seconds and memory over parameters, seconds over formats](growth.svg)"
+
 
 @dataclass(frozen=True, slots=True)
 class Cost:
@@ -191,13 +193,15 @@ def draw(sizes: Mapping[float, Cost], counts: Mapping[int, Cost], file: Path) ->
     across = list(sizes)
     left.loglog(across, [each.after for each in sizes.values()], marker="o")
     left.set(xlabel="million parameters", ylabel="s after the last step")
-    for name in ("training", "largest", "together"):
-        middle.loglog(across, [getattr(each, name) / 1e9 for each in sizes.values()], marker="o", label=name)
+    for name, label in (("training", "training process"), ("largest", "largest worker"), ("together", "all workers")):
+        middle.loglog(across, [getattr(each, name) / 1e9 for each in sizes.values()], marker="o", label=label)
     middle.set(xlabel="million parameters", ylabel="peak memory in GB")
     middle.legend()
     right.plot(list(counts), [each.after for each in counts.values()], marker="o")
     right.set(xlabel="formats", ylabel="s after the last step", ylim=(0, None))
     figure.savefig(file)
+    lines = file.read_text(encoding="utf-8").splitlines()
+    file.write_text("\n".join(line.rstrip() for line in lines) + "\n", encoding="utf-8")
 
 
 def main() -> None:
@@ -217,8 +221,8 @@ def main() -> None:
     text = "\n".join(tables(sizes, counts, bests))
     print(text)
     if given.page:
-        head = "# How cost grows\n\nWritten by `tests/benchmarks/growth.py`"
-        given.page.write_text(f"{head}{MEASURED}\n\n![](growth.svg)\n\n{text}\n", encoding="utf-8")
+        page = (f"# How cost grows\n\nWritten by `tests/benchmarks/growth.py`{MEASURED}", PICTURE, text)
+        given.page.write_text("\n\n".join(page) + "\n", encoding="utf-8")
         draw(sizes, counts, given.page.with_suffix(".svg"))
 
 

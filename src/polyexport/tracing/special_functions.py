@@ -1,7 +1,8 @@
 """Special functions that converters lack, composed of elementary ones; accurate to about seven digits.
 
 Γ and its derivatives by their asymptotic series behind a recurrence, Bessel functions by the approximations of
-Abramowitz and Stegun, sections 9.4 and 9.8, and of Hart; the inverse error function by Giles's for single precision.
+Abramowitz and Stegun, sections 9.4 and 9.8, and of "Computer Approximations" (Wiley, 1968); the inverse error function
+by Giles's for single precision.
 
 https://personal.math.ubc.ca/~cbm/aands/ and https://people.maths.ox.ac.uk/gilesm/files/gems_erfinv.pdf
 """
