@@ -284,9 +284,16 @@ def _source(ops: Backend, axis: Axis, coordinates: str) -> Tensor:
 
 
 def _rounded(ops: Backend, source: Tensor, how: str) -> Tensor:
-    if how.startswith("round"):
-        return ops.ceil(source - 0.5) if how == "round_prefer_floor" else ops.floor(source + 0.5)
-    return ops.floor(source) if how == "floor" else ops.ceil(source)
+    match how:
+        case "round_prefer_floor":
+            return ops.ceil(source - 0.5)
+        case "round_prefer_ceil":
+            return ops.floor(source + 0.5)
+        case "floor":
+            return ops.floor(source)
+        case "ceil":
+            return ops.ceil(source)
+    raise NotImplementedError(f"Resize with nearest_mode {how!r}")
 
 
 def cubic(ops: Backend, distance: Tensor, a: float) -> Tensor:
