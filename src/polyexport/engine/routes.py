@@ -188,19 +188,17 @@ class Build:
     def _by_routes(self, each: Format, *, dynamic: bool) -> Built:
         """Try the routes in order until one verifies without a shortfall; else the best, with a reason for each."""
         tried: list[Built] = []
-        possible = [route for route in each.routes if self._reference.spec.has_trained_scales or not route.trained]
-        static = [route for route in possible if route.static] if dynamic else []
-        if any(route.trained for route in static):  # trained scales count more than dynamic axes
-            static = possible
-        for route in possible:
-            if route in static:
-                continue
+        routes = [route for route in each.routes if self._reference.spec.has_trained_scales or not route.trained]
+        static = [route for route in routes if route.static]
+        if dynamic:  # which trained scales count more than
+            routes = [] if any(route.trained for route in static) else [route for route in routes if not route.static]
+        for route in routes:
             built = self._by_route(each, route, dynamic=dynamic)
             tried.append(built)
             if built.outcome.state == "verified" and not built.shortfall:
                 break
         if not tried:
-            why = f"{', '.join(route.name for route in possible if route.static)} takes static shapes only"
+            why = f"{', '.join(route.name for route in static)} takes static shapes only"
             return Built(Outcome(each.name, each.precision, "failed", why), "", retry=True)
         best = min(tried, key=lambda built: (STATES.index(built.outcome.state), bool(built.shortfall)))
         for built in tried:
