@@ -10,6 +10,7 @@ import pytest
 import torch
 from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import FSDPStrategy
 
 import polyexport
 import runs
@@ -65,6 +66,17 @@ def test_training_there_is_bit_identical_and_comes_out_verified(settings: dict[s
     assert reports
     for outcome in reports[-1].outcomes:
         assert outcome.state == "verified", (outcome.format, outcome.reason)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["full", "sharded"])
+def test_a_checkpoint_of_fsdp_comes_out_verified(kind: Any, tmp_path: Path) -> None:
+    strategy = FSDPStrategy(auto_wrap_policy={torch.nn.Linear}, state_dict_type=kind)
+    _, reports = weights(tmp_path, export=True, strategy=strategy)
+    assert reports
+    assert {outcome.format: (outcome.state, outcome.reason) for outcome in reports[-1].outcomes} == dict.fromkeys(
+        FORMATS, ("verified", "")
+    )
 
 
 @pytest.mark.slow

@@ -73,7 +73,8 @@ def convert_for_gpu(source: Path, target: Path, spec: ExportSpec) -> None:
     settings, host = _settings()
     about = {_COMPILED_FOR: f"NVIDIA GPUs of compute capability {here.capability}; {host}"}
     metadata = {**spec.embedded, **about, _CAPABILITY: here.capability}
-    _compile(move_to_device_pass(load_program(source), "cuda"), "cuda", target, settings, metadata, spec)
+    on = "cuda:0"  # with its index: checks in the program compare devices, and tensors have one
+    _compile(move_to_device_pass(load_program(source), on), on, target, settings, metadata, spec)
 
 
 def _compile(
