@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import architectures
 import zoo_table
-from outcome_table import cell, page, page_by_format, record, recorded
+from outcome_table import cell, page, page_by_format, record, recorded, write
 
 GOOD, BAD = cell("verified", "", "dynamo"), cell("failed", "no <Op>\nfor it", None)
 FORMATS = ("onnx", "paddle")
@@ -29,7 +29,11 @@ def test_the_newest_run_wins(tmp_path):
     path = tmp_path / "folder" / "cells.jsonl"
     record(path, "net", {"onnx": BAD, "paddle": GOOD})
     record(path, "net", {"onnx": GOOD})
-    assert recorded(path) == {"net": {"onnx": GOOD, "paddle": GOOD}}
+    found = recorded(path)
+    assert found == {"net": {"onnx": GOOD, "paddle": GOOD}}
+    write(path, found)
+    assert recorded(path) == found
+    assert len(path.read_text().splitlines()) == 1
 
 
 def test_a_run_continues_with_missing_cells_and_repeats_failed_ones_on_request():

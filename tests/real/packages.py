@@ -11,16 +11,15 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from platformdirs import user_cache_path
 
 import environments
-from outcome_table import cell, page, record, recorded
+from outcome_table import OUTCOMES, cell, page, record, recorded, write
 from polyexport.errors import ToolMissing
 from polyexport.report.report import Report
 from real.training import FORMATS
 
 TESTS = Path(__file__).parents[1]
-RECORD = user_cache_path("polyexport") / "real.jsonl"
+RECORD = OUTCOMES / "real.jsonl"
 PACKAGES = sorted(file.stem for file in Path(__file__).parent.glob("*.py") if file.stem not in ("packages", "training"))
 
 
@@ -33,7 +32,9 @@ def written():
             "Written by `make test-real`: models of real Lightning packages, each trained for a few steps with the "
             "callback in an environment of its own, and exported from its best checkpoint."
         )
-        Path(path).write_text(page("Real packages", about, recorded(RECORD), PACKAGES, FORMATS), encoding="utf-8")
+        cells = recorded(RECORD)
+        Path(path).write_text(page("Real packages", about, cells, PACKAGES, FORMATS), encoding="utf-8")
+        write(RECORD, cells)
 
 
 @pytest.mark.parametrize("name", PACKAGES)

@@ -1,4 +1,7 @@
-"""States of many models in many formats: kept as JSON lines, so that a run can be stopped, and written as a page."""
+"""States of many models in many formats: kept as JSON lines, so that a run can be stopped, and written as a page.
+
+The lines are in `outcomes/` beside this file and committed with the page, so that another machine goes on with them.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ import textwrap
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+
+OUTCOMES = Path(__file__).parent / "outcomes"
 
 Cell = dict[str, str]
 """`state`, `reason` and `route` of one format of one model."""
@@ -31,7 +36,16 @@ def record(path: Path, model: str, cells: dict[str, Cell]) -> None:
     """Append the results of one model."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"model": model, "cells": cells}) + "\n")
+        file.write(_entry(model, cells))
+
+
+def write(path: Path, cells: Cells) -> None:
+    """Write all results anew, a line for each model."""
+    path.write_text("".join(_entry(model, found) for model, found in sorted(cells.items())), encoding="utf-8")
+
+
+def _entry(model: str, cells: dict[str, Cell]) -> str:
+    return json.dumps({"model": model, "cells": cells}, sort_keys=True) + "\n"
 
 
 def page(title: str, about: str, cells: Cells, models: Sequence[str], formats: Sequence[str]) -> str:

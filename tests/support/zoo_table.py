@@ -3,8 +3,8 @@
     python zoo_table.py families|models [--formats F,…] [--models PART] [--again] [--page FILE]
 
 `families` is one model of each architecture family of the libraries that have most of them, in the formats that devices
-have most; `models` are those of zoo.py, in every format. Results are kept in the user's cache folder as one JSON line a
-model, so that a run which was stopped goes on where it was. It ends with 1 where too few cells are verified.
+have most; `models` are those of zoo.py, in every format. Results are kept in `outcomes/` as one JSON line a model, so
+that a run which was stopped goes on where it was. It ends with 1 where too few cells are verified.
 """
 
 from __future__ import annotations
@@ -19,11 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from platformdirs import user_cache_path
-
 import environments
 import zoo
-from outcome_table import Cell, Cells, cell, page, page_by_format, record, recorded
+from outcome_table import OUTCOMES, Cell, Cells, cell, page, page_by_format, record, recorded, write
 from polyexport import FORMATS
 
 if TYPE_CHECKING:
@@ -56,7 +54,7 @@ class Table:
 
     @property
     def record(self) -> Path:
-        return user_cache_path("polyexport") / f"{self.name}.jsonl"
+        return OUTCOMES / f"{self.name}.jsonl"
 
 
 def _families() -> Sequence[str]:
@@ -177,6 +175,7 @@ def main() -> int:
         asked.page.parent.mkdir(parents=True, exist_ok=True)
         text = table.page(table.title, table.about.format(versions=made), cells, table.models(), table.formats)
         asked.page.write_text(text, encoding="utf-8")
+        write(table.record, cells)
     wanted = [name for name in table.asked if name in formats]
     return 0 if enough(cells, models, wanted, table.share) else 1
 
