@@ -296,14 +296,14 @@ SIZES = (("x", [2]), ("y", [1, 2]))
 
 
 class Outlier(torch.nn.Module):
-    """Between its first two matrices one column is 1,000 times as large as the others."""
+    """Between its first two matrices one column is 100,000 times as large as the others."""
 
     def __init__(self) -> None:
         super().__init__()
         self.first, self.second, self.third = (torch.nn.Linear(16, 16) for _ in range(3))
         with torch.no_grad():
-            self.first.weight[0] *= 1000
-            self.second.weight[:, 0] /= 1000
+            self.first.weight[0] *= 1e5
+            self.second.weight[:, 0] /= 1e5
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.third(self.second(self.first(x).relu()).relu())

@@ -89,6 +89,21 @@ def test_a_buffer_that_has_grown_since_comes_back_as_it_is_in_the_checkpoint(tmp
     assert torch.equal(modules.load(folder)(x), Bank(3)(x))
 
 
+class Versioned(nn.Linear):
+    """Has seen two layouts of its state, and asks which one it is given."""
+
+    _version = 2
+
+    def _load_from_state_dict(self, state, prefix, metadata, *rest):
+        assert metadata.get("version") == 2
+        super()._load_from_state_dict(state, prefix, metadata, *rest)
+
+
+def test_a_module_is_told_the_version_of_its_state(tmp_path):
+    x, net = torch.randn(2, 4), nn.Sequential(Versioned(4, 3))
+    assert torch.equal(modules.load(saved(net, tmp_path, x))(x), net(x))
+
+
 def reshaped(net):
     net[2] = nn.Linear(4, 7)
 

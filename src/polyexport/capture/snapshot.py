@@ -23,6 +23,7 @@ import io
 import json
 import pickle
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import FunctionType, MappingProxyType
@@ -398,7 +399,7 @@ def load(folder: Path, outputs: tuple[str, ...] | None = None) -> Any:
     for name, buffer in root.named_buffers():
         if name in state and buffer.shape != state[name].shape:  # it grows while training
             buffer.data = torch.empty_like(state[name], dtype=buffer.dtype)
-    missing, _ = root.load_state_dict(state, strict=bool(getattr(root, "strict_loading", True)))
+    missing, _ = root.load_state_dict(_versioned(state, root), strict=bool(getattr(root, "strict_loading", True)))
     module = selected(root, blueprint["select"])
     parameters, needed = dict(root.named_parameters()), set(map(id, module.parameters()))
     lost = [name for name in missing if id(parameters.get(name)) in needed]
@@ -488,6 +489,13 @@ def load_weights(path: Path) -> dict[str, Any]:
     """Read a state dict, bare or inside a checkpoint."""
     blob = read_checkpoint(path)
     return {unwrap.clean_name(name): tensor for name, tensor in blob.get("state_dict", blob).items()}
+
+
+def _versioned(state: Mapping[str, Any], root: nn.Module) -> OrderedDict[str, Any]:
+    """The state dict with the version of each module, as `root.state_dict()` has it; some modules refuse it without."""
+    found: Any = OrderedDict(state)
+    found._metadata = {name: {"version": getattr(each, "_version", 1)} for name, each in root.named_modules()}
+    return found  # type: ignore[no-any-return]
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
