@@ -27,6 +27,7 @@ from polyexport.spec import ExportSpec, example
 from polyexport.workers import compiler, gpu
 from polyexport.workers.gpu import device
 
+_X86 = ("x86_64", "AMD64")
 _COMPILED_FOR = "compiled_for"
 """The metadata entry with the machines that the package runs on."""
 _CAPABILITY = "compute_capability"
@@ -124,7 +125,7 @@ def _settings() -> tuple[dict[str, Any], str]:
 
     can, runs_on = inductor.list_options(), f"{platform.system()} on {platform.machine()}"
     settings = {name: value for name, value in _SETTINGS.items() if name in can}
-    if platform.machine() not in ("x86_64", "AMD64") or "cpp.march" not in can:
+    if platform.machine() not in _X86 or "cpp.march" not in can:
         return settings, f"{runs_on}, CPUs like this one"
     if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
         return settings | {"cpp.march": "x86-64"}, f"{runs_on}, any CPU"
@@ -150,7 +151,7 @@ def load(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
     from polyexport.capture.flatten import as_runner
 
     torch.set_num_threads(threads)
-    package = torch._inductor.aoti_load_package(str(path))
+    package = _opened(path)
     return Loaded(
         as_runner(package, spec),
         remark=f"compiled for {package.get_metadata()[_COMPILED_FOR]}",
@@ -172,7 +173,7 @@ def load_on_gpu(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
 
     torch.set_num_threads(threads)
     torch.backends.cudnn.allow_tf32 = False  # by default it is on for convolutions: ten bits of mantissa
-    package = torch._inductor.aoti_load_package(str(path))
+    package = _opened(path)
     metadata = package.get_metadata()
     gpu.check_capability(here, (metadata[_CAPABILITY],), "package")
 
@@ -184,6 +185,15 @@ def load_on_gpu(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
         remark=f"compiled for {metadata[_COMPILED_FOR]}",
         observed=lambda: Observed(device=here.name),
     )
+
+
+def _opened(path: Path) -> Any:
+    """A package, without what PyTorch compiles at each load to see which vector instructions this x86 CPU has."""
+    from torch import _inductor as inductor
+
+    known = {"cpp.vec_isa_ok": True, "cpp.simdlen": 256} if platform.machine() in _X86 else {}
+    with inductor.config.patch({name: value for name, value in known.items() if name in inductor.list_options()}):
+        return inductor.aoti_load_package(str(path))
 
 
 def _snippets(moved: str) -> tuple[Snippet, ...]:
