@@ -23,9 +23,10 @@ import torch.export._trace
 import torch.onnx
 
 import every_format
+import outgoing
 import polyexport
 import zoo
-from every_format import Everything, traced
+from every_format import Everything
 from isolated import many
 from polyexport import FORMATS, Report
 from polyexport.engine import plan
@@ -105,14 +106,14 @@ def everything(tmp_path_factory: pytest.TempPathFactory) -> Everything:
     for chain in {chain for chains in plan.toolchains(formats).values() for chain in chains}:
         chain.interpreter()  # what is installed comes over the network
     words = [sys.executable, str(Path(every_format.__file__)), str(folder / "out")]
-    trace = folder / "calls.txt" if shutil.which("strace") else None
+    packets = None if outgoing.lacks() else folder / "packets.txt"
     subprocess.run(
-        [*(traced(trace) if trace else ()), *words, *(each.name for each in formats)],
+        [*(outgoing.command(packets) if packets else ()), *words, *(each.name for each in formats)],
         check=True,
         cwd=folder,
         env={**os.environ, "HOME": str(folder / "home"), "POLYEXPORT_CACHE": str(cache_folder())},
     )
-    return Everything(Report.load(folder / "out"), trace, folder / "home")
+    return Everything(Report.load(folder / "out"), packets, folder / "home")
 
 
 @pytest.fixture(scope="session")

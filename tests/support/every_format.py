@@ -14,10 +14,10 @@ from polyexport import Report
 
 @dataclass(frozen=True)
 class Everything:
-    """One model in every format, static; `trace` has the calls of its export to the network, where strace is there."""
+    """One model in every format, static; `packets` has what its export sent, where that can be recorded."""
 
     report: Report
-    trace: Path | None
+    packets: Path | None
     home: Path
 
 
@@ -32,12 +32,6 @@ class Small(torch.nn.Module):
 
     def forward(self, relu: torch.Tensor) -> dict[str, torch.Tensor]:
         return {"linear": self.head(self.conv(relu).relu().flatten(1))}
-
-
-def traced(trace: Path) -> list[str]:
-    """The words before a command that write what it sends, and where to, into `trace`."""
-    calls = "trace=connect,sendto,sendmsg,sendmmsg"
-    return ["strace", "-f", "--seccomp-bpf", "-e", calls, "-o", str(trace)]
 
 
 def main(folder: str, *formats: str) -> None:
