@@ -1,10 +1,9 @@
 """How fast the artifacts are in their runtimes, beside eager PyTorch: a Markdown row for each model, batch and threads.
 
     python tests/benchmarks/runtimes.py [--models mobilenet resnet vit bert lstm] [--formats onnx tflite …]
-                                        [--batches 1 16] [--threads 1 2]
+                                        [--batches 1 16] [--threads 1 2] [--into FOLDER] [--page FILE]
 
-Weights are random. Each cell is the median in milliseconds, and its speed over eager PyTorch in the same rounds; `–`
-where there is no artifact that agrees. A cell in parentheses was measured while other programs had the processor.
+With `--into` exports are kept there, and those that are there already are only timed; without threads none is.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,10 @@ from polyexport import Engine, Report, export
 from polyexport.engine.bench import EAGER
 from polyexport.measure.latency import QUIET, Latency
 
+ABOUT = """\
+Written by `tests/benchmarks/runtimes.py`. Weights are random. Each cell is the median of a call in milliseconds and its
+speed over eager PyTorch, called in turn with it; `–` where there is no artifact that agrees, and in parentheses what
+was measured while other programs had the processor."""
 FORMATS = ("torchscript", "pt2", "onnx", "openvino", "executorch", "saved_model", "tflite", "tfjs", "paddle", "mnn")
 
 
@@ -116,23 +119,42 @@ def row(model: str, batch: int, threads: int, report: Report, formats: list[str]
     return f"| {' | '.join([model, str(batch), str(threads), f'{eager.p50_ms:.3g}', *cells])} |"
 
 
+def exported(model: str, batch: int, formats: list[str], folder: Path) -> Report:
+    """The export of a model, which may be there already."""
+    if (folder / "report.json").exists():
+        return Report.load(folder)
+    build, inputs = MODELS[model]
+    torch.manual_seed(0)
+    return export(build().eval(), inputs(batch), formats, folder, bench=False)
+
+
+def rows(given: Any, folder: Path) -> Iterator[str]:
+    """The table, line by line."""
+    head = ["model", "batch", "threads", "eager ms", *given.formats]
+    yield f"| {' | '.join(head)} |\n|{'---|' * len(head)}"
+    for model in given.models:
+        for batch in given.batches:
+            report = exported(model, batch, given.formats, folder / f"{model}-{batch}")
+            for threads in given.threads:
+                yield row(model, batch, threads, timed(report, threads), given.formats)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--formats", nargs="+", default=list(FORMATS))
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 16])
-    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
-    given: Any = parser.parse_args()
-    head = ["model", "batch", "threads", "eager ms", *given.formats]
-    print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}", flush=True)
-    for model in given.models:
-        build, inputs = MODELS[model]
-        for batch in given.batches:
-            torch.manual_seed(0)
-            with tempfile.TemporaryDirectory() as folder:
-                report = export(build().eval(), inputs(batch), given.formats, Path(folder, model), bench=False)
-                for threads in given.threads:
-                    print(row(model, batch, threads, timed(report, threads), given.formats), flush=True)
+    parser.add_argument("--threads", nargs="*", type=int, default=[1, 2])
+    parser.add_argument("--into", type=Path, help="folder that keeps the exports")
+    parser.add_argument("--page", type=Path, help="the page to write")
+    given = parser.parse_args()
+    lines = []
+    with tempfile.TemporaryDirectory() as folder:
+        for line in rows(given, given.into or Path(folder)):
+            print(line, flush=True)
+            lines.append(line)
+    if given.page:
+        given.page.write_text("\n".join(["# Runtimes\n", f"{ABOUT}\n", *lines]) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
