@@ -24,6 +24,7 @@ import numpy as np
 
 from polyexport.errors import CannotRun, ToolMissing
 from polyexport.format import Format, Loaded, Observed, OnDevice, Route, Snippet, Triton
+from polyexport.onnx_graph.uint8_inputs import cast_early
 from polyexport.spec import Arrays, ExportSpec, Precision
 from polyexport.workers import gpu
 from polyexport.workers.gpu import Device, device
@@ -108,7 +109,7 @@ def build(
     """
     builder = trt.Builder(trt.Logger(trt.Logger.WARNING))
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    _parse(source, network, trt)
+    _parse(source, network, trt, spec)
     config = builder.create_builder_config()
     config.clear_flag(trt.BuilderFlag.TF32)  # TF32 has only ten bits of mantissa
     settle(config)
@@ -123,11 +124,24 @@ def build(
     return config
 
 
-def _parse(source: Path, network: Any, trt: Any) -> None:
+def _parse(source: Path, network: Any, trt: Any, spec: ExportSpec) -> None:
     parser = trt.OnnxParser(network, trt.Logger(trt.Logger.WARNING))
-    if not parser.parse_from_file(str(source)):
+    rewritten = _rewritten(source) if any(tensor.dtype == "uint8" for tensor in spec.inputs) else None
+    read = parser.parse_from_file(str(source)) if rewritten is None else parser.parse(rewritten, str(source))
+    if not read:
         said = "; ".join(parser.get_error(index).desc() for index in range(parser.num_errors))
         raise RuntimeError(f"TensorRT cannot read the ONNX graph: {said}")
+
+
+def _rewritten(source: Path) -> bytes | None:
+    """The graph for TensorRT, of which only Cast takes uint8; None if it is so already.
+
+    https://docs.nvidia.com/deeplearning/tensorrt/latest/reference/data-types.html
+    """
+    import onnx
+
+    model = onnx.load(source, load_external_data=False)  # the parser finds it by the graph's path
+    return model.SerializeToString() if cast_early(model) else None
 
 
 def _profile(profile: Any, network: Any, spec: ExportSpec) -> Any:
