@@ -11,10 +11,11 @@ import pytest
 
 import polyexport
 from polyexport import FORMATS, BadRequest, Report
+from polyexport.publish.folder import copy_to
 from polyexport.report.folders import DESCRIPTION
 
 
-def answers(path: Path, report: Report) -> bool:
+def answers(path: Path | str, report: Report) -> bool:
     with np.load(report.folder / "validation_batch.npz") as batch:
         (output,) = polyexport.load(path)({"input": batch["input"]}).values()
         return np.allclose(output, batch["output_0"], atol=1e-6)
@@ -26,6 +27,15 @@ def test_a_format_that_was_copied_out_of_its_export_is_loaded(small: Report, tmp
     assert answers(tmp_path / "model of today", small)
     assert answers(tmp_path / "model of today" / FORMATS[name].artifact, small)
     assert answers(small.folder / name / FORMATS[name].artifact, small)
+
+
+def test_a_format_is_loaded_from_where_the_export_was_copied_to(small: Report) -> None:
+    copy_to("memory://bucket/exports")(small)
+    for path in ("best/onnx", "best/onnx/model.onnx", f"{small.folder.name}/torchscript"):
+        assert answers(f"memory://bucket/exports/{path}", small)
+    for path in ("best/onxx", "nowhere/onnx/model.onnx"):
+        with pytest.raises(BadRequest, match=rf"memory://bucket/exports/{path} is not a format of an export"):
+            polyexport.load(f"memory://bucket/exports/{path}")
 
 
 def test_files_that_describe_an_artifact_are_not_part_of_it(small: Report) -> None:

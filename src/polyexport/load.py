@@ -6,13 +6,18 @@ downloaded by itself. No runtime reads it, and the artifact's size and SHA-256 e
 
 from __future__ import annotations
 
+import atexit
+import posixpath
+import shutil
+import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from polyexport.errors import BadRequest, ToolMissing
 from polyexport.format import Format, Loaded
 from polyexport.formats import known
-from polyexport.report.folders import BEST, DESCRIPTION, followed
+from polyexport.report.folders import BEST, DESCRIPTION, followed, inside
 from polyexport.report.outcome import Checkpoint, Outcome, State
 from polyexport.serialization import read_record
 from polyexport.spec import ExportSpec, Precision, TensorSpec
@@ -58,7 +63,8 @@ def load(path: str | Path, *, threads: int = 1) -> Loaded:
     Some formats run code from the file (a `.pt2` may hold a pickle), so load only what you trust.
 
     Args:
-        path: A format's folder, in an export or copied from it, or the artifact in it.
+        path: A format's folder, in an export or copied from it, or the artifact in it; or its fsspec URL
+            (`s3://bucket/exports/best/onnx`), from which it is copied to a temporary folder of this process.
         threads: Number of threads of the runtime.
 
     Returns:
@@ -71,7 +77,7 @@ def load(path: str | Path, *, threads: int = 1) -> Loaded:
         ToolMissing: this environment lacks the format's runtime.
         CannotRun: nothing on this machine can run it.
     """
-    folder, about, each = described(Path(path))
+    folder, about, each = described(_fetched(path) if "://" in str(path) else Path(path))
     try:
         opened = each.open(folder / each.artifact, about.runner_spec, threads=threads)
     except ModuleNotFoundError as error:
@@ -81,6 +87,33 @@ def load(path: str | Path, *, threads: int = 1) -> Loaded:
         ) from error
     shortfall = about.reason if about.state == "degraded" else opened.shortfall
     return replace(opened, labels=about.spec.labels, metadata=about.spec.metadata, shortfall=shortfall)
+
+
+def _fetched(url: str | Path) -> Path:
+    """A copy of the format's folder at a URL, kept until this process ends: a runtime may read it at any time."""
+    import fsspec
+
+    filesystem, root = fsspec.url_to_fs(str(url))
+    root = _pointed(filesystem, root.rstrip("/"))
+    remote = next((each for each in (root, posixpath.dirname(root)) if filesystem.exists(f"{each}/{DESCRIPTION}")), "")
+    if not remote:
+        raise BadRequest(f"{url} is not a format of an export: there is no {DESCRIPTION} next to the artifact")
+    folder = Path(tempfile.mkdtemp(prefix="polyexport-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    for file in filesystem.find(remote):
+        target = inside(folder, posixpath.relpath(file, remote))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        filesystem.get_file(file, str(target))
+    return folder if remote == root else folder / posixpath.relpath(root, remote)
+
+
+def _pointed(filesystem: Any, path: str) -> str:
+    """`path`, in which `best` is resolved: a file with the name of the newest export, next to it."""
+    parent, found, rest = path.rpartition(f"/{BEST}/")
+    if not found or not filesystem.isfile(f"{parent}/{BEST}"):
+        return path
+    name = filesystem.cat_file(f"{parent}/{BEST}").decode().strip()
+    return f"{parent}/{name}/{rest}"
 
 
 def described(path: Path) -> tuple[Path, Description, Format]:
