@@ -30,7 +30,7 @@ from lightning.pytorch.loggers import WandbLogger
 import planted
 import runs
 import wandb_log
-from lightning_export import ExportCallback
+from lightning_export import ExportCallback, Wandb
 from planted import GOOD, planted as plant
 from polyexport import BadRequest, Engine, ExportFailed, Report, Toolchain, UnknownFormat
 from polyexport.capture.snapshot import load as load_module
@@ -61,6 +61,8 @@ def fit(folder: Path, callback: Callback | None, model: Any = None, *, epochs: i
         ({"workers": 0}, "workers=0"),
         ({"keep": 0}, "keep=0"),
         ({"publish": "wandb"}, "publish='wandb'; give 'auto'"),
+        ({"publish": [Wandb(alert=True)], "keep": 1}, "compares with the previous best, of which keep=1 leaves"),
+        ({"publish": [Wandb(alert=True)], "when": "fit_end"}, "of which when='fit_end' leaves no export on disk"),
         ({"bench": "none"}, "bench='none'; known: True, False, 'all'"),
     ],
 )

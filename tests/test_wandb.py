@@ -125,6 +125,8 @@ def test_what_agreed_is_uploaded_and_what_is_verified_is_linked(client, finished
     assert set(static.aliases) == {"latest", "best", "parity-passed", "candidate"}
     assert set(good.aliases) == {*static.aliases, "fastest"}
     assert good.tags == ["good", "float32", "verified", "digits"]
+    assert "| good | verified | 22 B | 1.0e-06 |" in good.description
+    assert "lost" not in good.description
     assert good.ttl_seconds == 30 * 24 * 3600
     metadata = json.loads(good.metadata)
     assert (metadata["checkpoint_sha256"], metadata["score"], metadata["latency"]["p50_ms"]) == ("abc", 2.0, 0.5)

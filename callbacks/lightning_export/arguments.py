@@ -16,10 +16,11 @@ from polyexport.capture.processing import resolved
 from polyexport.capture.snapshot import Select, selected
 from polyexport.engine.session import Options
 from polyexport.measure.budget import directed
+from polyexport.publish.wandb import Wandb
 from polyexport.report.outcome import STATES
 
 
-def check(*, when: str, fail_on: Sequence[str], publish: Any, metric_batches: int) -> None:
+def check(*, when: str, fail_on: Sequence[str], publish: Any, metric_batches: int, keep: int | None) -> None:
     """Refuse values that are impossible with any trainer."""
     if when not in ("improved", "fit_end"):
         raise BadRequest(f"when={when!r}; known: 'improved', 'fit_end'")
@@ -28,6 +29,12 @@ def check(*, when: str, fail_on: Sequence[str], publish: Any, metric_batches: in
         raise BadRequest(f"fail_on={fail_on!r}; give a list of states; known: {', '.join(STATES)}")
     if publish != "auto" and (isinstance(publish, str) or not all(callable(sink) for sink in publish)):
         raise BadRequest(f"publish={publish!r}; give 'auto' or a list of functions that take the report")
+    alerts = publish != "auto" and any(isinstance(sink, Wandb) and sink.alert for sink in publish)
+    if alerts and (keep == 1 or when == "fit_end"):
+        alone = "keep=1" if keep == 1 else "when='fit_end'"
+        raise BadRequest(
+            f"Wandb(alert=True) compares with the previous best, of which {alone} leaves no export on disk"
+        )
     if metric_batches < 0:
         raise BadRequest(f"metric_batches={metric_batches}; give 1 or more, or 0 for no metrics")
 

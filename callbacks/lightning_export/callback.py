@@ -125,7 +125,7 @@ class ExportCallback(Callback):
             metadata=dict(metadata) if isinstance(metadata, Mapping) else metadata or {},
             processing=Processing(preprocess, postprocess),
         )
-        check(when=when, fail_on=fail_on, publish=publish, metric_batches=metric_batches)
+        check(when=when, fail_on=fail_on, publish=publish, metric_batches=metric_batches, keep=keep)
         check_inputs(inputs, self.options, metric_batches)
         self.into = into
         self.when = when

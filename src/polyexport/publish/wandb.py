@@ -30,6 +30,7 @@ from typing import Any, Literal
 
 from polyexport.errors import BadRequest, line
 from polyexport.report import folders
+from polyexport.report.card import description
 from polyexport.report.compare import Bounds, compare
 from polyexport.report.manifest import MANIFEST
 from polyexport.report.outcome import Outcome
@@ -53,7 +54,8 @@ class Wandb:
 
     Artifacts are named `model-<run id>-<format>`, of type `model`, one for each format that agrees with PyTorch, with
     the aliases `latest`, `best` and `parity-passed`, and `fastest` for the `verified` one with the lowest median
-    latency. The page and its notes are another one, `report-<run id>`, of type `report`.
+    latency. Their description, which W&B and its registry show as a card, is the table of all formats that agree. The
+    page and its notes are another one, `report-<run id>`, of type `report`.
 
     Args:
         registry: Where verified artifacts are linked: `"<registry>/<collection>"`, or `"<registry>"` for collections
@@ -69,7 +71,8 @@ class Wandb:
         source: The artifact with the checkpoint. It is named in the metadata and becomes an input of this run, so that
             lineage leads from it to the exports. A name with a version (`"entity/project/name:v3"`) is used as it is;
             else it is the version with this checkpoint, once that is in W&B.
-        alert: Whether to send an alert if a format's state is worse than at the previous best checkpoint.
+        alert: Whether to send an alert if a format's state is worse than at the previous best checkpoint, whose export
+            has to be on disk.
         run: The run; None for that of the trainer's `WandbLogger`, or the active one.
 
     Raises:
@@ -405,7 +408,7 @@ def _log_artifact(options: Wandb, run: Any, report: Report, outcome: Outcome, *,
     import wandb as sdk
 
     name = _word(f"model-{run.id}-{outcome.format}")
-    artifact = sdk.Artifact(name, type="model", metadata=_metadata(options, report, outcome))
+    artifact = sdk.Artifact(name, "model", description(report), metadata=_metadata(options, report, outcome))
     days = options.ttl_days if newest else options.old_ttl_days or options.ttl_days
     if days is not None:
         artifact.ttl = timedelta(days=days)

@@ -35,6 +35,11 @@ def card(report: Report, repository: str, *, use: str = "", license_id: str = ""
     return "\n".join([*lines, "## How to load", "", *_loading(agreed, repository)])
 
 
+def description(report: Report) -> str:
+    """What was exported, and the table of the artifacts that agree with PyTorch, as Markdown without a header."""
+    return "\n".join([*_about(report), "", *_signature(report), "", *_artifacts(report, report.publishable)])
+
+
 def _metadata(agreed: Sequence[Outcome], license_id: str) -> Iterator[str]:
     """The header that the hub reads, in YAML, of which JSON is a subset."""
     yield "---"
