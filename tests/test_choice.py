@@ -12,7 +12,7 @@ from made_up import outcome
 from polyexport import Outcome, Report
 from polyexport.cli import app
 from polyexport.report.choice import choices
-from polyexport.report.compare import Bounds, compare, rows
+from polyexport.report.compare import Bounds, compare, rows, untimed
 from polyexport.report.files import save
 from polyexport.report.html import page
 from polyexport.report.outcome import Checkpoint
@@ -105,6 +105,19 @@ def test_a_figure_beyond_its_bound_is_worse(bounds: dict[str, float], message: s
     assert worse(SMALL, SMALL, **bounds) == ()
 
 
+def test_an_error_below_the_noise_floor_is_not_less_exact():
+    exact = outcome("onnx", "verified", megabytes=3.0, error=0.0, ms=2.0)
+    floor = exact.parity.noise_floor
+    near, far = (outcome("onnx", "verified", megabytes=3.0, error=factor * floor, ms=2.0) for factor in (1.5, 2.5))
+    assert worse(exact, near, off=2.0) == ()
+    assert worse(exact, far, off=2.0) != ()
+
+
+def test_what_was_not_timed_is_not_called_busy():
+    assert untimed(report(SMALL), report(SMALL)) == ""
+    assert untimed(report(replace(SMALL, latency=None)), report(SMALL)) == "no format was timed in both exports"
+
+
 def test_latency_of_a_busy_machine_is_not_judged():
     after = outcome("onnx", "verified", megabytes=3.0, error=1e-6, ms=40.0)
     busy = replace(after, latency=replace(after.latency, waited=0.9))
@@ -119,9 +132,10 @@ def test_the_table_shows_both_sides():
 
 def test_the_exit_code_says_whether_something_is_worse(tmp_path: Path):
     for name, each in (("a", SMALL), ("b", outcome("onnx", "verified", megabytes=6.0, error=1e-6, ms=2.0))):
-        (tmp_path / name).mkdir()
-        save(report(each, folder=tmp_path / name))
-    paths = [str(tmp_path / "a"), str(tmp_path / "b")]
+        folder = tmp_path / name / "exports" / "best"  # of a run
+        folder.mkdir(parents=True)
+        save(report(each, folder=folder))
+    paths = [str(tmp_path / "a"), str(tmp_path / "b" / "exports")]
     run = CliRunner().invoke
     assert run(app, ["compare", *paths]).exit_code == 0
     told = run(app, ["compare", *paths, "--larger", "1.5"])

@@ -69,7 +69,8 @@ def _toolchains_starting(incomplete: str) -> list[str]:
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-Folder = Annotated[Path, typer.Argument(metavar="DIR", help="An export, or a folder of exports: the best of them.")]
+_FOLDER = "An export; or a folder of exports, or of a run with them: the best of them."
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help=_FOLDER)]
 Trust = Annotated[
     bool,
     typer.Option("--trust", help="Unpickle files of the export, which may run any code. Only if you trust its author."),
@@ -405,9 +406,7 @@ def explain(
 
 @app.command()
 def compare(
-    before: Annotated[
-        Path, typer.Argument(metavar="BEFORE", help="An export, or a folder of exports: the best of them.")
-    ],
+    before: Annotated[Path, typer.Argument(metavar="BEFORE", help=_FOLDER)],
     now: Annotated[Path, typer.Argument(metavar="NOW", help="The export to judge.")],
     slower: Annotated[
         float | None, typer.Option(help="Largest allowed ratio of median latencies, such as 1.2.")
@@ -420,14 +419,14 @@ def compare(
 
     Latencies are judged only if both were measured on an idle machine, which has to be the same one.
     """
-    from polyexport.report.compare import Bounds, compare, rows
+    from polyexport.report.compare import Bounds, compare, rows, untimed
 
     with _one_line_errors():
         one, other = _report(before), _report(now)
     found = compare(one, other, Bounds(slower, larger, off))
     _show(rows(found), as_json)
-    if slower is not None and not (one.is_quiet and other.is_quiet):
-        _say("latency is not compared: it was measured on a busy machine")
+    if slower is not None and (why := untimed(one, other)):
+        _say(f"latency is not compared: {why}")
     for line in (f"{each.format}: {why}" for each in found for why in each.worse):
         _say(line)
     raise typer.Exit(1 if any(each.worse for each in found) else 0)
@@ -601,8 +600,8 @@ def _opened(engine: Engine, artifact: Path, *, trust: bool) -> contextlib.Abstra
 
 
 def _report(folder: Path) -> Report:
-    """The report in a folder, or in the best export of it."""
-    for candidate in (folder, folder / BEST):
+    """The report in a folder, or in the best export of it or of the run in it."""
+    for candidate in (folder, folder / BEST, folder / EXPORTS / BEST):
         if (followed(candidate) / "report.json").is_file():
             return Report.load(candidate)
     raise BadRequest(f"{folder} is neither an export nor a folder with a best one: there is no report.json")

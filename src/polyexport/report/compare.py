@@ -17,7 +17,7 @@ class Bounds:
     Attributes:
         slower: Of median latencies; checked only if both were measured on idle machines.
         larger: Of sizes.
-        off: Of largest absolute errors.
+        off: Of largest absolute errors; those below the noise floor count as that.
     """
 
     slower: float | None = None
@@ -65,7 +65,10 @@ def _worse(before: Outcome, now: Outcome | None, bounds: Bounds, *, timed: bool)
         ("larger", bounds.larger, _bytes(before), _bytes(now), lambda value: size(int(value))),
         ("less exact", bounds.off, _error(before), _error(now), error),
     ):
-        if limit is not None and then is not None and after is not None and after > limit * then:
+        if limit is None or then is None or after is None:
+            continue
+        least = _noise_floor(before) if what == "less exact" else 0.0
+        if after > limit * max(then, least):
             yield f"{what}: {written(then)} became {written(after)}, more than {limit:g} times"
 
 
@@ -79,6 +82,19 @@ def _bytes(outcome: Outcome) -> int | None:
 
 def _error(outcome: Outcome) -> float | None:
     return outcome.parity.max_abs_error if outcome.parity else None
+
+
+def _noise_floor(outcome: Outcome) -> float:
+    """The effect of rounding alone, below which errors differ from machine to machine; 0 if it is unknown."""
+    return (outcome.parity.noise_floor if outcome.parity else None) or 0.0
+
+
+def untimed(before: Report, now: Report) -> str:
+    """Why latencies are not compared; empty if they are."""
+    if not (before.is_quiet and now.is_quiet):
+        return "it was measured on a busy machine"
+    timed = [{outcome.format for outcome in each.outcomes if outcome.latency} for each in (before, now)]
+    return "" if timed[0] & timed[1] else "no format was timed in both exports"
 
 
 def rows(differences: list[Difference]) -> list[dict[str, str]]:
