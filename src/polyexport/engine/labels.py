@@ -18,16 +18,31 @@ def check(labels: Sequence[str], metadata: Mapping[str, str]) -> None:
     """Refuse what cannot be embedded.
 
     Raises:
-        BadRequest: a label or an entry is not a string, or a label has a line break.
+        BadRequest: a label or an entry is not a string, or has characters that files cannot have, or a label has a line
+            break.
     """
     if isinstance(labels, str) or not all(isinstance(label, str) for label in labels):
         raise BadRequest(f"labels={labels!r}; give a list of strings, one for each class in order")
-    if broken := [label for label in labels if "\n" in label or "\r" in label]:
+    if broken := [label for label in labels if f"{label}.".splitlines() != [f"{label}."]]:
         raise BadRequest(f"the label {broken[0]!r} has a line break; give labels of one line")
     if not isinstance(metadata, Mapping) or not all(
         isinstance(part, str) for entry in metadata.items() for part in entry
     ):
         raise BadRequest(f"metadata={metadata!r}; give a mapping of strings to strings")
+    for text in (*labels, *(part for entry in metadata.items() for part in entry)):
+        if wrong := _unwritable(text):
+            raise BadRequest(f"{text!r} in labels or metadata has {wrong}, which no format can embed")
+
+
+def _unwritable(text: str) -> str:
+    """What a text has that files of text cannot have; empty if nothing."""
+    if "\0" in text:
+        return "a null character"
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return "half of a surrogate pair"
+    return ""
 
 
 def labeled(spec: ExportSpec, labels: Sequence[str], metadata: Mapping[str, str]) -> tuple[ExportSpec, str]:

@@ -110,7 +110,8 @@ def save(model: Any, target: Path, spec: ExportSpec, *remarks: str, half: bool =
     for key, value in (*spec.metadata.items(), *([(REMARK, told)] if told else [])):
         model.set_rt_info(value, ["polyexport", key])
     if spec.labels:  # as OpenVINO's Model API reads them: separated by spaces, without spaces in them
-        model.set_rt_info(" ".join(re.sub(r"\s", "_", label) for label in spec.labels), ["model_info", "labels"])
+        words = " ".join(re.sub(r"\s", "_", label) or "_" for label in spec.labels)
+        model.set_rt_info(words, ["model_info", "labels"])
     _renumber(model)
     openvino.save_model(model, str(target), compress_to_fp16=half)
 

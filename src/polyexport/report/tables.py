@@ -142,7 +142,9 @@ def embedded(model: Model, outcomes: Sequence[Outcome]) -> str:
     """What is embedded in each artifact: `labels: cat, dog; license: MIT`; empty if nothing."""
     shown = ", ".join(model.labels[:_LABELS]) + (f" … ({len(model.labels)})" if len(model.labels) > _LABELS else "")
     steps = {name: _step(name, text, outcomes) for name, text in model.processing.items()}
-    parts = {**({"labels": shown} if model.labels else {}), **model.metadata, **steps}
+    own = {"labels": shown} if model.labels else {}
+    texts = {name: text if len(text) <= _STEP else f"{text[:_STEP]} …" for name, text in model.metadata.items()}
+    parts = {**own, **texts, **own, **steps}  # an entry of the user's that is called labels is not embedded then
     return escape.printable("; ".join(f"{name}: {text}" for name, text in parts.items()))
 
 
@@ -155,7 +157,7 @@ def _step(name: str, text: str, outcomes: Sequence[Outcome]) -> str:
 _LABELS = 10
 """How many labels are shown."""
 _STEP = 160
-"""How many characters of a step before or after forward are shown."""
+"""How many characters of an entry, or of a step before or after forward, are shown."""
 
 
 def markdown(table: Sequence[Mapping[str, str]]) -> Iterator[str]:
