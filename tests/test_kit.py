@@ -22,7 +22,8 @@ from polyexport.kit.prove import PROGRAM, PROOF, VERSION, table
 from polyexport.measure.latency import summarize
 from polyexport.measure.parity import OutputParity, Parity
 from polyexport.report.folders import DESCRIPTION
-from polyexport.report.outcome import Artifact, Proof
+from polyexport.report.outcome import Artifact, Checkpoint, Proof
+from polyexport.report.report import proofs
 from polyexport.serialization import read_json, write_json
 from polyexport.spec import read_arrays, write_arrays
 from polyexport.workers.toolchain import Toolchain
@@ -60,8 +61,12 @@ def test_what_another_interpreter_proves_stands_in_the_report(
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"{name} agrees with PyTorch\non {RUNTIMES[name]} ")
 
+    copied(everything.report, tmp_path / "wandb" / "out").joinpath(
+        "validation_batch.npz"
+    ).unlink()  # as loggers have it
     report, proven = accept(kit / PROOF, tmp_path)
     assert proven == name
+    assert report.folder == export
     (proof,) = report[name].proofs
     assert proof.runtime.startswith(f"{RUNTIMES[name]} ")
     assert proof.latency.samples == 100
@@ -208,6 +213,20 @@ def test_what_it_lacks_there_or_lacked_here_stays_said():
     static = settled(outcome("degraded", replace(GOOD, off_device=True), "static shapes only"), proof())
     assert (static.state, static.reason) == ("degraded", "static shapes only")
     assert settled(outcome("mismatch", BAD, BAD.reason), proof()).state == "mismatch"  # its own runtime ran it here
+
+
+def test_what_was_made_without_a_step_is_not_verified_by_a_device():
+    made = replace(outcome("unverified", None, "begins behind preprocess; no GPU"), outside=("preprocess",))
+    after = settled(made, proof())
+    assert (after.state, after.parity) == ("degraded", GOOD)
+    assert after.reason == "begins behind preprocess, which the application has to run first"
+
+
+def test_the_table_of_proofs_has_the_state_of_each():
+    assert [proof(*given).judgement.state for given in ((GOOD,), (BAD,))] == ["verified", "mismatch"]
+    degraded = replace(settled(outcome(), proof(elsewhere="on rows negated: y: off")))
+    (row,) = proofs(Report(Checkpoint(""), None, (degraded,)))
+    assert row["state"] == "degraded"
 
 
 def test_a_proof_of_something_else_is_refused(small: Report, tmp_path: Path, device: str):

@@ -20,7 +20,7 @@ import polyexport
 import runs
 from lightning_export import ExportCallback
 from lightning_export.inputs import _one_by_one
-from planted import GOOD, lacks_both, lacks_bytes, lacks_topk, load_narrow, planted, replay
+from planted import GOOD, lacks_both, lacks_bytes, lacks_topk, load_narrow, load_nowhere, planted, replay
 from polyexport import BadRequest, Engine, Processing, Report, Request
 from polyexport.capture import snapshot
 from polyexport.capture.processing import joined, unlike
@@ -175,6 +175,14 @@ def test_an_artifact_without_a_step_is_verified_and_timed_again_on_what_it_takes
     }
     assert all(outcome.latency for outcome in timed.outcomes)
     assert not any(outcome.latency.speedup for outcome in timed.outcomes if outcome.outside)
+
+
+def test_an_artifact_that_nothing_here_can_run_is_made_without_the_step_too(tmp_path: Path):
+    nowhere = planted("nowhere", lacks_bytes, load=load_nowhere)
+    report = polyexport.export(Net(), pixels(), [nowhere], tmp_path / "out", bench=False, preprocess=Pixels())
+    (outcome,) = report.outcomes
+    assert (outcome.state, outcome.outside) == ("unverified", ("preprocess",)), outcome.reason
+    assert re.match("begins behind preprocess.*no type uint8; there is no runtime for it", outcome.reason)
 
 
 @pytest.fixture(scope="module")

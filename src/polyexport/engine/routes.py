@@ -29,7 +29,7 @@ from polyexport.measure.parity import Parity
 from polyexport.measure.reference import Reference
 from polyexport.measure.verification import fingerprint
 from polyexport.report.folders import DESCRIPTION, link
-from polyexport.report.outcome import STATES, Artifact, Calibration, Outcome, State, Toolchain
+from polyexport.report.outcome import STATES, Artifact, Calibration, Outcome, State, Toolchain, lacking
 from polyexport.serialization import decode
 from polyexport.spec import LOW, ExportSpec
 from polyexport.tracing.reads import named
@@ -136,7 +136,7 @@ class Build:
         for outside, make in self._parts.items():
             part = self._once(outside, partial(self._part, outside, make))
             found = part._whole(each) if part else built
-            if part and found.outcome.publishable and not (built.narrow and found.narrow):
+            if part and _is_better(found, built) and not (built.narrow and found.narrow):
                 if not built.usable:  # else another format may be made from it right now
                     self._discard(built.path)
                 self.references[each.name] = part._reference
@@ -373,17 +373,20 @@ def _fixed(spec: ExportSpec) -> str:
     return f" ({', '.join(fixed)}; dynamic={freed} keeps the batch axis dynamic)" if fixed else ""
 
 
+def _is_better(found: Built, whole: Built) -> bool:
+    """Whether an artifact without a step is better than what came of all of them.
+
+    It agrees, or nothing here can run it (an engine for another GPU), and with the step it could not be made at all.
+    """
+    made = found.outcome.state == "unverified" and whole.outcome.state in ("failed", "skipped")
+    return found.outcome.publishable or made
+
+
 def _without(outcome: Outcome, outside: tuple[str, ...], why: str) -> Outcome:
     """The outcome of an artifact without processing steps; `why` is what happened with them."""
-    lost = f"{', and '.join(_OUTSIDE[step] for step in outside)}; with {' and '.join(outside)}: {why}"
+    lost = f"{lacking(outside)}; with {' and '.join(outside)}: {why}"
     reason = "; ".join(filter(None, [lost, outcome.reason]))
-    return replace(outcome, state="degraded", reason=reason, outside=outside)
-
-
-_OUTSIDE = {
-    "preprocess": "begins behind preprocess, which the application has to run first",
-    "postprocess": "ends in front of postprocess, which the application has to run on its outputs",
-}
+    return replace(outcome, state="degraded" if outcome.publishable else outcome.state, reason=reason, outside=outside)
 
 
 def _reason(best: Built, tried: Sequence[Built]) -> str:

@@ -10,11 +10,12 @@ from polyexport.errors import BadRequest
 from polyexport.formats import known
 from polyexport.kit.prove import VERSION
 from polyexport.load import Description
+from polyexport.measure.reference import VALIDATION_BATCH
 from polyexport.measure.verification import fingerprint, sha256
 from polyexport.report import manifest
 from polyexport.report.files import save
 from polyexport.report.folders import BEST, DESCRIPTION, followed, inside
-from polyexport.report.outcome import STATES, Artifact, Judgement, Outcome, Proof
+from polyexport.report.outcome import STATES, Artifact, Judgement, Outcome, Proof, lacking
 from polyexport.report.report import Report
 from polyexport.serialization import read_record, write_json
 
@@ -58,21 +59,14 @@ def settled(outcome: Outcome, proof: Proof) -> Outcome:
     here = outcome.here or Judgement(outcome.state, outcome.reason, outcome.parity)
     ran_here = here.parity is not None and not here.parity.off_device
     proofs = (*(each for each in outcome.proofs if each.verified_by != proof.verified_by), proof)
-    judgements = [*([here] if ran_here or here.state == "degraded" else []), *map(_judgement, reversed(proofs))]
+    without = [Judgement("degraded", lacking(outcome.outside), None)] if outcome.outside else []
+    judged_here = [here] if ran_here or here.state == "degraded" else []
+    judgements = [*judged_here, *(proof.judgement for proof in reversed(proofs)), *without]
     worst = max(judgements, key=lambda each: STATES.index(each.state))
-    parity = here.parity if ran_here else worst.parity
+    parity = here.parity if ran_here else worst.parity or proof.parity
     if (own := proof.signature) is not None:
         outcome = replace(outcome, inputs=own.inputs, outputs=own.outputs)
     return replace(outcome, state=worst.state, reason=worst.reason, parity=parity, proofs=proofs, here=here)
-
-
-def _judgement(proof: Proof) -> Judgement:
-    """The state and reason that the proof alone gives."""
-    if not proof.parity.passed:
-        return Judgement("mismatch", f"on {proof.verified_by}: {proof.parity.reason}", proof.parity)
-    if lost := "; ".join(filter(None, [proof.elsewhere, proof.shortfall])):
-        return Judgement("degraded", f"on {proof.verified_by}: {lost}", proof.parity)
-    return Judgement("verified", "", proof.parity)
 
 
 def _check(report: Report, outcome: Outcome, proof: Proof) -> None:
@@ -98,6 +92,8 @@ def _check(report: Report, outcome: Outcome, proof: Proof) -> None:
 def _export(proof: Proof, where: Path) -> Report:
     """The export with the artifact that was proven."""
     found = [folder for folder in _exports(where) if _holds(folder, proof)]
+    if len(found) > 1:  # loggers have copies, without the batch
+        found = [folder for folder in found if (folder / VALIDATION_BATCH).is_file()] or found
     if not found:
         raise BadRequest(
             f"no export in {where.absolute()} has a {proof.format} with SHA-256 {proof.sha256[:12]}…: "

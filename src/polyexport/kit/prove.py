@@ -159,7 +159,8 @@ def table(proof: Proof) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     agrees = f"does not agree with PyTorch: {proof.parity.reason}"
     if proof.parity.passed:
-        agrees = "agrees with PyTorch" + (f", but {proof.elsewhere}" if proof.elsewhere else "")
+        lost = "; ".join(filter(None, [proof.elsewhere, proof.shortfall]))
+        agrees = "agrees with PyTorch" + (f", but {lost}" if lost else "")
     latency = proof.latency
     return [
         f"{proof.format} {agrees}",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Literal, get_args
 
@@ -70,6 +70,15 @@ def _counted(count: int, one: str, many: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
+class Judgement:
+    """The state of a format with its reason, and its parity if it was run."""
+
+    state: State
+    reason: str
+    parity: Parity | None
+
+
+@dataclass(frozen=True, slots=True)
 class Proof:
     """The result of an artifact on another machine: `proof.json`, for `polyexport accept` (see `polyexport.kit`).
 
@@ -106,6 +115,15 @@ class Proof:
         """What ran it, and where: `onnxruntime 1.23.2, macOS 15.2, Apple M3`."""
         return f"{self.runtime}, {self.machine}"
 
+    @property
+    def judgement(self) -> Judgement:
+        """The state and reason that the proof alone gives."""
+        if not self.parity.passed:
+            return Judgement("mismatch", f"on {self.verified_by}: {self.parity.reason}", self.parity)
+        if lost := "; ".join(filter(None, [self.elsewhere, self.shortfall])):
+            return Judgement("degraded", f"on {self.verified_by}: {lost}", self.parity)
+        return Judgement("verified", "", self.parity)
+
 
 @dataclass(frozen=True, slots=True)
 class Round:
@@ -126,15 +144,6 @@ class Round:
     p50_ms: float | None = None
     remark: str = ""
     chosen: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Judgement:
-    """The state of a format with its reason, and its parity if it was run."""
-
-    state: State
-    reason: str
-    parity: Parity | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +194,17 @@ class Outcome:
         """The state as it is shown everywhere: `verified off-device` if a stand-in for the runtime agreed."""
         off_device = self.publishable and not self.proofs and self.parity is not None and self.parity.off_device
         return f"{self.state} off-device" if off_device else self.state
+
+
+_OUTSIDE = {
+    "preprocess": "begins behind preprocess, which the application has to run first",
+    "postprocess": "ends in front of postprocess, which the application has to run on its outputs",
+}
+
+
+def lacking(outside: Sequence[str]) -> str:
+    """What it means for an application that processing steps are not in the artifact."""
+    return ", and ".join(_OUTSIDE[step] for step in outside)
 
 
 @dataclass(frozen=True, slots=True)

@@ -255,7 +255,7 @@ def proofs(report: Report) -> list[dict[str, str]]:
         {
             "format": outcome.format,
             "verified by": escape.printable(proof.verified_by),
-            "state": "verified" if proof.parity.passed else "mismatch",
+            "state": proof.judgement.state,
             "max error": tables.error(proof.parity.max_abs_error),
             "p50 ms": tables.milliseconds(proof.latency.p50_ms),
             "p95 ms": tables.milliseconds(proof.latency.p95_ms),
