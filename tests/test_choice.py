@@ -60,6 +60,11 @@ def test_a_choice_that_a_stand_in_ran_says_how_to_prove_it():
     assert choice.why.endswith("not run on the device: verify it there with polyexport kit")
 
 
+def test_what_only_its_device_can_run_says_how_to_prove_it():
+    (choice,) = choices(report(outcome("tensorrt-rtx", "unverified", "there is no GPU")))
+    assert (choice.outcome, choice.why) == (None, "tensorrt-rtx is unverified: verify it there with polyexport kit")
+
+
 def test_the_page_answers_first():
     text = page(report(FAST, SMALL))
     assert text.index("What to ship</h2>") < text.index('<h2 id="formats">')

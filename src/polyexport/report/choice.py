@@ -41,14 +41,20 @@ def choices(report: Report) -> Iterator[Choice]:
         asked = [report[each.name] for each in formats]
         agreed = [each for each in asked if each.publishable]
         if not agreed:
-            states = "; ".join(f"{each.format} is {each.shown_state}" for each in asked)
-            yield Choice(target, None, states)
+            yield Choice(target, None, "; ".join(map(_state, asked)))
             continue
         best = min((each.state for each in agreed), key=STATES.index)
         fitting = [each for each in agreed if each.state == best]
         by_time = target in _TIMED_HERE and report.is_quiet and all(each.latency for each in fitting)
         chosen = min(fitting, key=_time if by_time else _bytes)
         yield Choice(target, chosen, _why(chosen, len(fitting), by_time=by_time))
+
+
+def _state(outcome: Outcome) -> str:
+    """The state of a format that cannot be shipped yet, with what to do if only its device is missing."""
+    each = known()[outcome.format]
+    kit = ": verify it there with polyexport kit" if outcome.state == "unverified" and each.on_device else ""
+    return f"{outcome.format} is {outcome.shown_state}{kit}"
 
 
 def _time(outcome: Outcome) -> float:
