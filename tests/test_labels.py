@@ -112,6 +112,8 @@ def test_the_keys_of_polyexport_are_not_overwritten():
     ("given", "message"),
     [
         ({"labels": "cat"}, "labels='cat'; give a list of strings, one for each class in order"),
+        ({"labels": {"dog": 1, "cat": 0}}, "labels={'dog': 1, 'cat': 0}; give a list of strings"),
+        ({"labels": {"dog"}}, "labels={'dog'}; give a list of strings"),
         ({"labels": ("cat", 3)}, "labels=('cat', 3); give a list"),
         ({"labels": ("cat\n", "dog")}, r"the label 'cat\n' has a line break; give labels of one line"),
         ({"labels": ("cat\u2028", "dog")}, r"the label 'cat\u2028' has a line break"),

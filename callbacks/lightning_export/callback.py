@@ -22,6 +22,7 @@ from lightning_export.offers import Offers
 from lightning_export.trainer import exports_folder, is_last_epoch, say, siblings
 from polyexport import Budget, Format, Report
 from polyexport.capture.processing import Processing
+from polyexport.engine.labels import UNORDERED
 from polyexport.engine.session import Options, Session, complaint
 from polyexport.formats import resolve
 from polyexport.measure.budget import budgets
@@ -121,7 +122,7 @@ class ExportCallback(Callback):
             executor=executor,
             staging=staging,
             budget=budgets(budget),
-            labels=labels if isinstance(labels, str) else tuple(labels),  # type: ignore[arg-type]  # refused by Options
+            labels=labels if isinstance(labels, UNORDERED) else tuple(labels),  # type: ignore[arg-type]  # refused by Options
             metadata=dict(metadata) if isinstance(metadata, Mapping) else metadata or {},
             processing=Processing(preprocess, postprocess),
         )
