@@ -121,6 +121,16 @@ def test_an_input_that_only_the_run_knows_is_named(target: str) -> None:
     assert said == "ONNX operator Squeeze (node 'y', opset 18): its input 'axes' is not known before the run"
 
 
+@pytest.mark.parametrize("target", ["tensorflow", "paddle"])
+def test_random_operators_draw_what_they_are_asked_for(target: str) -> None:
+    """By mean and deviation, since ONNX's suite, which compares numbers, cannot judge them."""
+    normal, uniform = (2.0, 3.0), (1.0, 4 / 12**0.5)
+    expected = {"normal": normal, "normal_like": normal, "uniform": uniform, "uniform_like": uniform}
+    expected |= {"bernoulli": (0.3, 0.21**0.5), "multinomial": (1.6, 0.44**0.5)}
+    for name, numbers in answer(target, "drawn").items():
+        np.testing.assert_allclose(numbers, expected[name], atol=0.15 if "normal" in name else 0.06, err_msg=name)
+
+
 def test_transposes_around_convolutions_cancel() -> None:
     """A chain of convolutions, activations, additions and a pool is transposed once on its way in and once out."""
     assert answer("tensorflow", "transposes") == 2

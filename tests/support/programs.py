@@ -39,3 +39,28 @@ def refusal(target):
         backend_suite.TARGETS[target](model, inputs, {"x": [1, 3], "last": [1]})
     except Exception as error:
         return str(error)
+
+
+def drawn(target):
+    """Mean and deviation of what each random operator draws, a few thousand numbers."""
+    from onnx import helper, numpy_helper
+
+    import backend_suite
+
+    normal, even = {"mean": 2.0, "scale": 3.0}, {"low": -1.0, "high": 3.0}
+    nodes = [
+        helper.make_node("RandomNormal", [], ["normal"], shape=[100, 100], **normal),
+        helper.make_node("RandomNormalLike", ["x"], ["normal_like"], **normal),
+        helper.make_node("RandomUniform", [], ["uniform"], shape=[100, 100], **even),
+        helper.make_node("RandomUniformLike", ["x"], ["uniform_like"], **even),
+        helper.make_node("Bernoulli", ["x"], ["bernoulli"], dtype=6),
+        helper.make_node("Multinomial", ["chances"], ["multinomial"], sample_size=10000),
+    ]
+    chances = numpy_helper.from_array(np.log(np.float32([[0.1, 0.2, 0.7]])), "chances")
+    outputs = [helper.make_tensor_value_info(node.output[0], 1, None) for node in nodes]
+    given = helper.make_tensor_value_info("x", 1, [100, 100])
+    graph = helper.make_graph(nodes, "g", [given], outputs, [chances])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
+    x = np.full((100, 100), 0.3, "f4")
+    found = backend_suite.TARGETS[target](model, {"x": x}, {"x": [None, None]})
+    return {name: [float(numbers.mean()), float(numbers.std())] for name, numbers in found.items()}

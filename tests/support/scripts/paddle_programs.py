@@ -18,6 +18,10 @@ def unknown_input(folder):
     return programs.refusal("paddle")
 
 
+def drawn(folder):
+    return programs.drawn("paddle")
+
+
 def weight_in_a_loop(folder):
     weight = np.random.rand(12, 12).astype("f4")
 
@@ -115,4 +119,4 @@ def clip_to_0_and_6(folder):
     np.testing.assert_allclose(predictor.get_output_handle("y").copy_to_cpu(), expected, rtol=1e-4, atol=1e-5)
 
 
-programs.run(clip_to_0_and_6, unknown_input, weight_in_a_loop, sum_of_nothing, outputs_of_one_value)
+programs.run(clip_to_0_and_6, unknown_input, drawn, weight_in_a_loop, sum_of_nothing, outputs_of_one_value)

@@ -21,6 +21,10 @@ def unknown_input(folder):
     return programs.refusal("tensorflow")
 
 
+def drawn(folder):
+    return programs.drawn("tensorflow")
+
+
 def names(folder):
     inputs = ("ä", "日本", "x", "X", "_0", "serving_default_x", "StatefulPartitionedCall")
     outputs = ("ö", "Y", "y", "_1", "Identity", "Identity_1", "PartitionedCall")
@@ -198,4 +202,4 @@ def right(x, rows, image):
     return found | {"Split": np.ceil(x).astype("i8")[:, 2:], "Slice": image[:, :, None, None, :, 4:7]}
 
 
-programs.run(unknown_input, names, transposes, plain, elementary)
+programs.run(unknown_input, drawn, names, transposes, plain, elementary)
