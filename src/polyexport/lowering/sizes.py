@@ -30,18 +30,6 @@ def infer(op: str, inputs: list[Value | None], attributes: Mapping[str, Any]) ->
     return found if found.ndim <= 1 and any(entry is not None for entry in found.ravel()) else None
 
 
-def _shape(x: Value, *, start: int = 0, end: int | None = None) -> Any:
-    return _objects(x.shape)[start:end]
-
-
-def _size(x: Value) -> Any:
-    return None if x.shape is None or None in x.shape else math.prod(size for size in x.shape if size is not None)
-
-
-def _gather(x: Value, indices: Value, *, axis: int = 0) -> Any:
-    return np.take(x.sizes, indices.known, axis=axis)  # type: ignore[arg-type]  # None raises, which is the contract
-
-
 def _slice(x: Value, starts: Value, ends: Value, axes: Value | None = None, steps: Value | None = None) -> Any:
     step = 1 if steps is None else int(steps.known[0])  # type: ignore[index]  # None raises, which is the contract
     return x.sizes[int(starts.known[0]) : int(ends.known[0]) : step]  # type: ignore[index]  # the same
@@ -52,40 +40,11 @@ def _concat(*parts: Value, axis: int) -> Any:
     return np.concatenate([np.asarray(each, dtype=object) for each in entries])
 
 
-def _reshape(x: Value, shape: Value, **_: Any) -> Any:
-    return x.sizes.reshape(shape.known)  # type: ignore[union-attr]  # None raises, which is the contract
-
-
-def _same(x: Value, *_: Any, **__: Any) -> Any:
-    return x.sizes
-
-
-def _cast(x: Value, *, to: int, **_: Any) -> Any:
-    return x.sizes if to in (6, 7) else None  # int32, int64
-
-
-def _flat(x: Value, *_: Any, **__: Any) -> Any:
-    return None if x.sizes is None else x.sizes.ravel()
-
-
-def _first(x: Value, *_: Any, **__: Any) -> Any:
-    return x.sizes.reshape(())  # type: ignore[union-attr]  # None raises, which is the contract
-
-
 def _arithmetic(apply: Callable[[int, int], int]) -> Rule:
     def both(left: int | None, right: int | None) -> int | None:
         return None if left is None or right is None else apply(int(left), int(right))
 
-    def rule(left: Value, right: Value) -> Any:
-        if left.sizes is None or right.sizes is None:
-            return None
-        return np.frompyfunc(both, 2, 1)(left.sizes.astype(object), right.sizes.astype(object))
-
-    return rule
-
-
-def _divide(left: int, right: int) -> int:
-    return int(left / right)  # ONNX's integer division truncates
+    return lambda left, right: np.frompyfunc(both, 2, 1)(left.sizes.astype(object), right.sizes.astype(object))
 
 
 def _objects(entries: Any) -> Sizes:
@@ -95,18 +54,18 @@ def _objects(entries: Any) -> Sizes:
 
 
 _RULES: Mapping[str, Rule] = {
-    "Shape": _shape,
-    "Size": _size,
-    "Gather": _gather,
+    "Shape": lambda x, *, start=0, end=None: _objects(x.shape)[start:end],
+    "Size": lambda x: math.prod(x.shape),
+    "Gather": lambda x, indices, *, axis=0: np.take(x.sizes, indices.known, axis=axis),
     "Slice": _slice,
     "Concat": _concat,
-    "Reshape": _reshape,
-    "Identity": _same,
-    "Cast": _cast,
-    "Unsqueeze": _flat,
-    "Squeeze": _first,
+    "Reshape": lambda x, shape, *, allowzero=0: x.sizes.reshape(shape.known),
+    "Identity": lambda x: x.sizes,
+    "Cast": lambda x, *, to, saturate=1, round_mode="up": x.sizes,
+    "Unsqueeze": lambda x, axes: x.sizes.ravel(),
+    "Squeeze": lambda x, axes=None: x.sizes.reshape(()),
     "Add": _arithmetic(operator.add),
     "Sub": _arithmetic(operator.sub),
     "Mul": _arithmetic(operator.mul),
-    "Div": _arithmetic(_divide),
+    "Div": _arithmetic(lambda left, right: int(left / right)),  # ONNX's integer division truncates
 }
