@@ -93,10 +93,11 @@ def lower(source: Path, target: Path, spec: ExportSpec) -> None:
     """Lower the ONNX graph to Paddle's operators, under forward's own names."""
     from paddle.static import InputSpec
 
-    from polyexport.lowering import paddle
+    from polyexport.lowering.paddle import lower_model
+    from polyexport.lowering.protobuf import read
 
     shaped = [InputSpec(tensor.sized(lambda _: -1), tensor.dtype, tensor.name) for tensor in spec.inputs]
-    lowered = paddle.lower(source, shaped)
+    lowered = lower_model(read(source), shaped)
     target.mkdir()
     lowered.save(target / "model")
 

@@ -26,7 +26,6 @@ from polyexport.lowering.paddle import (  # each writes its operators into the t
 )
 from polyexport.lowering.paddle.backend import OPS, backend
 from polyexport.lowering.paddle.weights import Weights
-from polyexport.lowering.protobuf import read
 from polyexport.lowering.value import Value
 
 if TYPE_CHECKING:
@@ -56,21 +55,16 @@ class Lowered:
             )
 
 
-def lower(path: Path, inputs: list[InputSpec]) -> Lowered:
-    """The program that computes an ONNX file's graph.
+def lower_model(model: onnx.ModelProto, inputs: list[InputSpec]) -> Lowered:
+    """The program that computes a model's graph.
 
     Args:
-        path: The ONNX file.
+        model: The model from `polyexport.lowering.protobuf.read`, with functions inlined.
         inputs: Name, type and shape of forward's inputs; one that the graph does not read is accepted and ignored.
 
     Raises:
         UnsupportedOp: the graph has an operator, or a use of one, that is not supported.
     """
-    return lower_model(read(path), inputs)
-
-
-def lower_model(model: onnx.ModelProto, inputs: list[InputSpec]) -> Lowered:
-    """The same for a model in memory, its functions inlined."""
     paddle.enable_static()
     weights, program, scope = Weights(), Program(), paddle.static.Scope()
     names = [output.name for output in model.graph.output]
