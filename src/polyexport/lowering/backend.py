@@ -58,18 +58,16 @@ class Backend:
         zeros_like: Zeros of a tensor's shape, and of a type.
         range: The integers from a size up to another one, of the type `index`.
         normal: Normal random numbers: sizes, mean, deviation, seed or None, type.
-        uniform: Uniform random numbers: sizes, lower and upper bound, seed or None, type.
+        uniform: Uniform ones: sizes, lower and upper bound, seed or None, type.
 
         transpose: Tensor and permutation to tensor.
         reshape: To sizes of which one may be -1.
         broadcast: To sizes.
         squeeze: Without axes of size 1.
         unsqueeze: With new axes of size 1, ascending and counted in the result.
-        concat: Tensors along an axis.
-        stack: Tensors along a new axis.
+        concat, stack: Tensors along an axis; along a new axis.
         split: Into parts of some sizes along an axis.
         tile: Each axis so many times.
-        repeat: Each element of an axis n times.
         flip: Reversed along axes.
         pad: By known amounts before and after each axis, negative ones crop; filled with a number or a scalar tensor.
 
@@ -80,33 +78,23 @@ class Backend:
         scatter_add: Zeros of a first size, with rows `(n, ...)` added at positions `(n,)`.
         nonzero: The indices of what is not zero, `(count, axes)`, int64.
         one_hot: Of indices from 0 up to a size, along a new axis: bool.
-        reverse_within: The first elements of each sequence reversed: tensor, lengths, time axis, batch axis, which
-            are the first two axes.
 
         cast: To a type.
         where: The second where the first is true, else the third, a tensor or a number.
-        equal: Element by element, as are all that follow.
-        add: ONNX's Add; in compositions `+` is enough.
+        add: ONNX's Add, element by element as are all that follow; in compositions `+` is enough.
         add_n: The sum of several tensors of one shape.
-        maximum: Of a tensor, and a tensor or a number.
-        minimum: See maximum.
+        maximum, minimum: Of a tensor, and a tensor or a number.
         clip: Between two numbers.
         round: Halves to even numbers.
         elu: With its alpha, as has leaky_relu; the other elementary functions are called as numpy and ONNX call them.
-        softmax: Along an axis.
-        log_softmax: Along an axis.
+        softmax, log_softmax: Along an axis.
         fourier: A transform: tensor `(..., n, ..., 1 or 2)`, its axis, whether it is the inverse, and how many
             frequencies are kept; `(..., kept, ..., 2)`.
 
-        sum: Over axes; the last argument is whether they are kept with size 1.
-        mean: See sum.
-        prod: See sum.
-        max: See sum; for bools it is an or.
-        min: See sum.
+        sum, mean, prod, max, min, log_sum_exp: Over axes; the last argument is whether they are kept with size 1. The
+            max of bools is an or.
         peak: As max, over axes that are not empty.
-        log_sum_exp: See sum.
-        argmax: The first index along one axis; the last argument is whether the axis is kept.
-        argmin: See argmax.
+        argmax, argmin: The first index along one axis; the last argument is whether the axis is kept.
         matmul: Of tensors of any rank, one included, and of integers.
         einsum: Equation, with its output, and tensors.
 
@@ -148,7 +136,6 @@ class Backend:
     stack: Callable[[Sequence[Tensor], int], Tensor]
     split: Callable[[Tensor, Sequence[Size], int], Sequence[Tensor]]
     tile: Callable[[Tensor, Sequence[Size]], Tensor]
-    repeat: Callable[[Tensor, int, int], Tensor]
     flip: Callable[[Tensor, Sequence[int]], Tensor]
     pad: Callable[[Tensor, Sequence[tuple[int, int]], Any], Tensor]
 
@@ -159,11 +146,9 @@ class Backend:
     scatter_add: Callable[[Size, Tensor, Tensor], Tensor]
     nonzero: Callable[[Tensor], Tensor]
     one_hot: Callable[[Tensor, Size, int], Tensor]
-    reverse_within: Callable[[Tensor, Tensor, int, int], Tensor]
 
     cast: Callable[[Tensor, np.dtype[Any]], Tensor]
     where: Callable[[Tensor, Tensor, Any], Tensor]
-    equal: Callable[[Tensor, Tensor], Tensor]
     add: Callable[[Tensor, Tensor], Tensor]
     add_n: Callable[[Sequence[Tensor]], Tensor]
     maximum: Callable[[Tensor, Any], Tensor]

@@ -1,9 +1,11 @@
-"""Operators as the ONNX standard defines them by others, for those without a lowering."""
+"""Operators as the ONNX standard defines them: by others, or by a reference implementation, for constant inputs."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from polyexport.lowering.protobuf import domain_name
 from polyexport.lowering.value import Value
@@ -40,6 +42,14 @@ def definition(
         body.CopyFrom(schema.function_body)
     defaults = {name: attribute.default_value for name, attribute in schema.attributes.items()}
     return (body if body.node else None), {name: each for name, each in defaults.items() if each.name}
+
+
+def evaluated(node: onnx.NodeProto, version: int, inputs: Sequence[Any]) -> tuple[np.ndarray, ...]:
+    """The outputs of a node for constant inputs, computed by the implementation that comes with the standard."""
+    from onnx.reference import ReferenceEvaluator
+
+    given = {name: value.known for name, value in zip(node.input, inputs, strict=True) if name}
+    return tuple(ReferenceEvaluator(node, opsets={node.domain: version}).run(None, given))
 
 
 def _type(value: Any) -> onnx.TypeProto:

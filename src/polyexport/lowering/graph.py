@@ -2,7 +2,7 @@
 
 Requirements:
 * An operator is found by its name and opset version. One without a lowering is replaced by its function body in the
-  ONNX standard, if it has one; else an error names it, and nothing is written.
+  ONNX standard, or computed at once if its inputs are constants; else an error names it, and nothing is written.
 * What depends only on constants is computed at once, so that shapes are static where possible.
 * Functions of the model are inlined; the graphs of If, Loop and Scan see the values around them.
 """
@@ -17,7 +17,7 @@ import numpy as np
 
 from polyexport.errors import line
 from polyexport.lowering.backend import Backend
-from polyexport.lowering.definitions import definition, with_attributes
+from polyexport.lowering.definitions import definition, evaluated, with_attributes
 from polyexport.lowering.opsets import current
 from polyexport.lowering.protobuf import attribute_value, dense, domain_name
 from polyexport.lowering.sizes import infer
@@ -211,7 +211,9 @@ class Lowering:
         """
         body, defaults = definition(node.proto, node.version, inputs)
         if body is None:
-            raise node.unsupported("there is no lowering for it")
+            if not inputs or not all(value is None or _is_known(value) for value in inputs):
+                raise node.unsupported("there is no lowering for it")
+            return self._values(evaluated(node.proto, node.version, inputs))
         given: Scope = dict(zip(body.input, inputs, strict=False))
         given |= dict.fromkeys(body.input[len(inputs) :])
         opsets = self.opsets

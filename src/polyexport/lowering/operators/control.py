@@ -5,7 +5,7 @@ A sequence is a Python list while the graph is built, so its length must be know
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -112,22 +112,20 @@ def _placed(ops: Backend, tensor: Tensor, axis: int, turned: int) -> Tensor:
 # --- sequences --------------------------------------------------------------------------------------------------------
 
 
-@SHARED.op("SequenceEmpty", narrow=True)
-def sequence_empty(*, dtype: int = 1) -> list[Value]:
-    """A sequence of no tensor."""
-    return []
+_PASSED_ON: dict[str, Callable[..., Any]] = {
+    "Identity": lambda value: value,
+    "Optional": lambda value=None, *, type=None: value,
+    "OptionalGetElement": lambda value: value,
+    "OptionalHasElement": lambda value=None: np.array(value is not None),
+    "SequenceConstruct": lambda *values: list(values),
+    "SequenceEmpty": lambda *, dtype=1: [],
+    "SequenceLength": lambda sequence: np.array(len(sequence), np.int64),
+    "StopGradient": lambda value: value,
+}
+"""Operators that compute nothing with the tensors; an empty optional is None."""
 
-
-@SHARED.op("SequenceConstruct", narrow=True)
-def sequence_construct(*values: Value) -> list[Value]:
-    """A sequence of the inputs."""
-    return list(values)
-
-
-@SHARED.op("SequenceLength", narrow=True)
-def sequence_length(sequence: list[Value]) -> np.ndarray:
-    """The number of tensors."""
-    return np.array(len(sequence), np.int64)
+for _name, _function in _PASSED_ON.items():
+    SHARED.op(_name, narrow=True)(_function)
 
 
 @SHARED.op("SequenceInsert", narrow=True)
@@ -162,21 +160,3 @@ def sequence_map(*inputs: Any, body: Any, node: Node) -> tuple[list[Value], ...]
     for index in range(len(inputs[0])):
         found.append(node.run(body, [each[index] if isinstance(each, list) else each for each in inputs]))
     return tuple(list(each) for each in zip(*found, strict=True))
-
-
-@SHARED.op("Optional", narrow=True)
-def optional(value: Any = None, *, type: Any = None) -> Any:
-    """The value itself, or nothing."""
-    return value
-
-
-@SHARED.op("OptionalHasElement", narrow=True)
-def optional_has_element(value: Any = None) -> np.ndarray:
-    """Whether there is a value."""
-    return np.array(value is not None)
-
-
-@SHARED.op("OptionalGetElement", narrow=True)
-def optional_get_element(value: Any) -> Any:
-    """The value itself."""
-    return value

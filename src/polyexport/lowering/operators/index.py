@@ -9,8 +9,9 @@ import numpy as np
 
 from polyexport.lowering.backend import Backend, Tensor
 from polyexport.lowering.graph import Node
+from polyexport.lowering.operators.shape import entry
 from polyexport.lowering.table import SHARED
-from polyexport.lowering.value import Value, static
+from polyexport.lowering.value import Value
 
 
 @SHARED.op("Gather")
@@ -56,14 +57,23 @@ def depth_of(indices: Value, node: Node) -> int:
 @SHARED.op("ReverseSequence")
 def reverse_sequence(ops: Backend, x: Value, lengths: Value, *, batch_axis: int = 1, time_axis: int = 0) -> Tensor:
     """The first entries of each sequence turned round, the rest as it is."""
-    return ops.reverse_within(x.tensor, lengths.tensor, time_axis, batch_axis)
+    return reverse_within(ops, x.tensor, lengths.tensor, time_axis, batch_axis)
+
+
+def reverse_within(ops: Backend, x: Tensor, lengths: Tensor, time_axis: int, batch_axis: int) -> Tensor:
+    """By a gather, since TensorFlow.js has no ReverseSequence; time and batch are the first two axes."""
+    sizes = ops.sizes(Value(ops, x))
+    time, batch = (ops.column(ops.range(0, sizes[axis]), axis, 2) for axis in (time_axis, batch_axis))
+    length = ops.column(ops.cast(lengths, ops.index), batch_axis, 2)
+    source = ops.where(time < length, length - 1 - time, time)
+    batch = batch + ops.zeros_like(source, ops.index)
+    return ops.gather_nd(x, ops.stack([source, batch] if time_axis == 0 else [batch, source], 2))
 
 
 @SHARED.op("OneHot")
 def one_hot(ops: Backend, indices: Value, depth: Value, values: Value, *, axis: int = -1) -> Tensor:
     """Indices from -depth to depth - 1 give a one, others do not."""
-    known = static(depth)
-    count = known[0] if known else ops.cast(ops.reshape(depth.tensor, []), ops.index)
+    count = entry(ops, depth)
     positions = ops.cast(indices.tensor, np.dtype(np.int64))
     positions = ops.where(positions < 0, positions + ops.scalar(count, np.int64), positions)
     lit = ops.one_hot(positions, count, axis % ((indices.rank or 0) + 1))

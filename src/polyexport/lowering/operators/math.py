@@ -12,7 +12,7 @@ import numpy as np
 from polyexport.lowering.backend import Backend, Tensor, is_float
 from polyexport.lowering.graph import Node
 from polyexport.lowering.table import SHARED
-from polyexport.lowering.value import Value, align
+from polyexport.lowering.value import Value
 
 for _name, _function in {
     "And": operator.and_,
@@ -33,37 +33,35 @@ for _name, _function in {
 
 Function = Callable[..., Tensor]
 
-_FUNCTIONS: dict[str, Function] = {
-    "Abs": lambda ops, x: ops.abs(x),
+
+def _primitive(name: str) -> Function:
+    return lambda ops, x: getattr(ops, name)(x)
+
+
+_PRIMITIVES = ("Abs", "Ceil", "Exp", "Floor", "Log", "Relu", "Round", "Sigmoid", "Softplus", "Softsign", "Sqrt", "Tanh")
+"""Operators that a primitive of the same name computes."""
+
+FUNCTIONS: dict[str, Function] = {
+    **{name: _primitive(name.lower()) for name in _PRIMITIVES},
     "Add": lambda ops, a, b: ops.add(a, b),
+    "Affine": lambda ops, x, *, alpha=1.0, beta=0.0: alpha * x + beta,
     "Celu": lambda ops, x, *, alpha=1.0: ops.where(x < 0, alpha * ops.expm1(x / alpha), x),
-    "Ceil": lambda ops, x: ops.ceil(x),
     "Elu": lambda ops, x, *, alpha=1.0: ops.elu(x, alpha),
-    "Equal": lambda ops, a, b: ops.equal(a, b),
-    "Exp": lambda ops, x: ops.exp(x),
-    "Floor": lambda ops, x: ops.floor(x),
     "HardSigmoid": lambda ops, x, *, alpha=0.2, beta=0.5: ops.clip(alpha * x + beta, 0, 1),
     "HardSwish": lambda ops, x: x * ops.clip(x / 6 + 0.5, 0, 1),
     "LeakyRelu": lambda ops, x, *, alpha=0.01: ops.leaky_relu(x, alpha),
-    "Log": lambda ops, x: ops.log(x),
     "PRelu": lambda ops, x, slope: ops.where(x < 0, slope * x, x),
-    "Relu": lambda ops, x: ops.relu(x),
-    "Round": lambda ops, x: ops.round(x),
+    "ScaledTanh": lambda ops, x, *, alpha=1.0, beta=1.0: alpha * ops.tanh(beta * x),
     "Selu": lambda ops, x, *, alpha=1.67326319217681884765625, gamma=1.05070102214813232421875: (
         gamma * ops.where(x > 0, x, alpha * ops.expm1(x))
     ),
-    "Sigmoid": lambda ops, x: ops.sigmoid(x),
-    "Softplus": lambda ops, x: ops.softplus(x),
-    "Softsign": lambda ops, x: ops.softsign(x),
-    "Sqrt": lambda ops, x: ops.sqrt(x),
     "Swish": lambda ops, x, *, alpha=1.0: x * ops.sigmoid(alpha * x),
-    "Tanh": lambda ops, x: ops.tanh(x),
     "ThresholdedRelu": lambda ops, x, *, alpha=1.0: ops.where(x > alpha, x, 0),
     "Where": lambda ops, condition, x, y: ops.where(condition, x, y),
 }
 """Operators that one line computes, with ONNX's attributes and their defaults."""
 
-for _name, _function in _FUNCTIONS.items():
+for _name, _function in FUNCTIONS.items():
     SHARED.elementwise(_name)(_function)
 
 
@@ -123,12 +121,6 @@ def cast(ops: Backend, x: Value, *, to: int, saturate: int = 1, round_mode: str 
     return x.cast(ops.type_of(to))
 
 
-@SHARED.op("CastLike", narrow=True)
-def cast_like(x: Value, other: Value, *, saturate: int = 1, round_mode: str = "up") -> Value:
-    """To the type of another tensor."""
-    return x.cast(other.dtype)
-
-
 @SHARED.op("Dropout", narrow=True)
 def dropout(
     ops: Backend, x: Value, ratio: Any = None, training: Value | None = None, *, seed: int = 0, node: Node
@@ -143,58 +135,3 @@ def dropout(
         if share is None or float(share) > 0:
             raise node.unsupported("it drops elements at random, since it is in training mode")
     return (x, ops.full(ops.sizes(x), True, np.dtype(bool))) if node.wants(1) else x
-
-
-@SHARED.op("Identity", "StopGradient", narrow=True)
-def identity(x: Any) -> Any:
-    """The value itself; a sequence too."""
-    return x
-
-
-@SHARED.op("BatchNormalization")
-def batch_normalization(
-    ops: Backend,
-    x: Value,
-    scale: Value,
-    bias: Value,
-    mean: Value,
-    variance: Value,
-    *,
-    epsilon: float = 1e-5,
-    momentum: float = 0.9,
-    training_mode: int = 0,
-    spatial: int = 1,
-    node: Node,
-) -> Any:
-    """One factor and one offset per channel; in training mode by the batch's own statistics."""
-    per_channel = [-1] + [1] * ((x.rank or 2) - 2)
-    if training_mode:
-        return _trained(ops, x, scale, bias, mean, variance, epsilon, momentum)
-    if all(each.known is not None for each in (scale, bias, mean, variance)):
-        deviation = np.sqrt(variance.known.astype(np.float64) + epsilon)  # type: ignore[union-attr]  # the line above
-        factor = scale.known / deviation
-        offset = bias.known - mean.known * factor
-        parts = [node.value(part.astype(x.dtype).reshape(per_channel)) for part in (factor, offset)]
-    else:
-        factor = scale.tensor / ops.sqrt(variance.tensor + epsilon)
-        offset = bias.tensor - mean.tensor * factor
-        parts = [node.value(ops.reshape(ops.cast(part, x.dtype), per_channel)) for part in (factor, offset)]
-    (tensor, times, plus), order = align([x, *parts])
-    return node.value(tensor * times + plus, order)
-
-
-def _trained(
-    ops: Backend, x: Value, scale: Value, bias: Value, mean: Value, variance: Value, epsilon: float, momentum: float
-) -> Any:
-    data, per_channel = x.tensor, [-1] + [1] * ((x.rank or 2) - 2)
-    others = [axis for axis in range(x.rank or 2) if axis != 1]
-    now = ops.mean(data, others, True)
-    centered = data - now
-    spread = ops.mean(centered * centered, others, True)
-    normal = centered / ops.sqrt(spread + epsilon)
-    running = [
-        old.tensor * momentum + ops.reshape(new, [-1]) * (1 - momentum)
-        for old, new in ((mean, now), (variance, spread))
-    ]
-    times, plus = (ops.reshape(each.tensor, per_channel) for each in (scale, bias))
-    return (normal * times + plus, *running)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from polyexport.lowering.backend import Backend, Tensor
 from polyexport.lowering.graph import Node
 from polyexport.lowering.table import SHARED
@@ -56,20 +58,58 @@ def rms_norm(
     return ops.cast(data * ops.rsqrt(square + epsilon), x.dtype) * scale.tensor
 
 
-@SHARED.op("InstanceNormalization")
-def instance_norm(ops: Backend, x: Value, scale: Value, bias: Value, *, epsilon: float = 1e-5, node: Node) -> Value:
-    """Each channel of each sample by its own mean and variance."""
-    rank = x.rank or 0
-    normal, _, _ = _normal(ops, x.stored, [x.placed(axis) for axis in range(2, rank)], epsilon)
-    parts = [_per_channel(ops, each, rank, node) for each in (scale, bias)]
-    (made, times, plus), order = align([node.value(normal, x.order), *parts])
+def _scaled(ops: Backend, x: Value, scale: Value, bias: Value, node: Node) -> Value:
+    """Each channel by its own factor, plus its own offset."""
+    sizes = [-1] + [1] * ((x.rank or 2) - 2)
+    parts = [
+        node.value(ops.reshape(each.tensor, sizes) if each.known is None else each.known.reshape(sizes))
+        for each in (scale, bias)
+    ]
+    (made, times, plus), order = align([x, *parts])
     return node.value(made * times + plus, order)
 
 
-def _per_channel(ops: Backend, value: Value, rank: int, node: Node) -> Value:
-    """One entry per channel, so that it can be combined with a tensor of `rank` axes."""
-    sizes = [-1] + [1] * (rank - 2)
-    return node.value(ops.reshape(value.tensor, sizes) if value.known is None else value.known.reshape(sizes))
+@SHARED.op("InstanceNormalization")
+def instance_norm(ops: Backend, x: Value, scale: Value, bias: Value, *, epsilon: float = 1e-5, node: Node) -> Value:
+    """Each channel of each sample by its own mean and variance."""
+    normal, _, _ = _normal(ops, x.stored, [x.placed(axis) for axis in range(2, x.rank or 0)], epsilon)
+    return _scaled(ops, node.value(normal, x.order), scale, bias, node)
+
+
+@SHARED.op("BatchNormalization")
+def batch_norm(
+    ops: Backend,
+    x: Value,
+    scale: Value,
+    bias: Value,
+    mean: Value,
+    variance: Value,
+    *,
+    epsilon: float = 1e-5,
+    momentum: float = 0.9,
+    training_mode: int = 0,
+    spatial: int = 1,
+    node: Node,
+) -> Any:
+    """Each channel by a mean and variance; in training mode by the batch's own, and the running ones follow them."""
+    if training_mode:
+        others = [axis for axis in range(x.rank or 2) if axis != 1]
+        now = ops.mean(x.tensor, others, True)
+        centered = x.tensor - now
+        spread = ops.mean(centered * centered, others, True)
+        running = [
+            old.tensor * momentum + ops.reshape(new, [-1]) * (1 - momentum)
+            for old, new in ((mean, now), (variance, spread))
+        ]
+        return (_scaled(ops, node.value(centered / ops.sqrt(spread + epsilon)), scale, bias, node), *running)
+    if all(each.known is not None for each in (scale, bias, mean, variance)):
+        factor = scale.known / np.sqrt(variance.known.astype(np.float64) + epsilon)  # type: ignore[union-attr]  # known
+        offset = bias.known - mean.known * factor
+    else:
+        factor = scale.tensor / ops.sqrt(variance.tensor + epsilon)
+        offset = bias.tensor - mean.tensor * factor
+    times, plus = (node.value(each).cast(x.dtype) for each in (factor, offset))
+    return _scaled(ops, x, times, plus, node)
 
 
 @SHARED.op("GroupNormalization")

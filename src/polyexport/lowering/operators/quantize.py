@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from polyexport.lowering.backend import Backend, Tensor
+from polyexport.lowering.backend import Backend, Tensor, is_known
 from polyexport.lowering.graph import Node
 from polyexport.lowering.table import SHARED
 from polyexport.lowering.value import Value
@@ -22,7 +22,8 @@ def _spread(ops: Backend, value: Value, x: Value, axis: int, block: int, dtype: 
         return scale
     axis = axis % rank
     if block:
-        return ops.repeat(scale, block, axis)
+        size = ops.sizes(value)[axis] * block
+        return ops.gather(scale, (np.arange(size) if is_known(size) else ops.range(0, size)) // block, axis)
     if value.shape == (1,) and rank:
         return ops.reshape(scale, [])
     return ops.column(scale, axis, rank)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from polyexport.lowering.backend import Backend, Size, State, Tensor, is_known
+from polyexport.lowering.operators.index import reverse_within
+from polyexport.lowering.operators.math import FUNCTIONS
 from polyexport.lowering.table import SHARED
 from polyexport.lowering.value import Value
 
@@ -21,34 +25,16 @@ Cell = Callable[["_Layer", int], tuple[Ahead, Step]]
 UNROLLED = 32
 """Sequences of known length up to this are unrolled, which every runtime supports and runs faster."""
 
-_DEFAULTS: Mapping[str, tuple[float, float]] = {
-    "affine": (1.0, 0.0),
-    "leakyrelu": (0.01, 0.0),
-    "thresholdedrelu": (1.0, 0.0),
-    "scaledtanh": (1.0, 1.0),
-    "hardsigmoid": (0.2, 0.5),
-    "elu": (1.0, 0.0),
-}
-"""Alpha and beta of the activation functions that have an alpha."""
-
-_WITH_BETA = {"affine", "scaledtanh", "hardsigmoid"}
+_ACTIVATIONS = {name.lower(): function for name, function in FUNCTIONS.items()}
+"""ONNX writes the names of activation functions in any case."""
 
 
-def _activation(ops: Backend, name: str, alpha: float, beta: float) -> Function:
-    found: dict[str, Function] = {
-        "relu": ops.relu,
-        "tanh": ops.tanh,
-        "sigmoid": ops.sigmoid,
-        "softsign": ops.softsign,
-        "softplus": ops.softplus,
-        "affine": lambda x: alpha * x + beta,
-        "leakyrelu": lambda x: ops.leaky_relu(x, alpha),
-        "thresholdedrelu": lambda x: ops.where(x > alpha, x, 0),
-        "scaledtanh": lambda x: alpha * ops.tanh(beta * x),
-        "hardsigmoid": lambda x: ops.clip(alpha * x + beta, 0, 1),
-        "elu": lambda x: ops.elu(x, alpha),
-    }
-    return found[name]
+def _activation(ops: Backend, name: str, given: Mapping[str, list[float]]) -> Function:
+    """The function of a name, with its alpha and beta, if it has them, taken from the front of the lists given."""
+    function = _ACTIVATIONS[name.lower()]
+    parameters = inspect.signature(function).parameters
+    taken = {each: numbers.pop(0) for each, numbers in given.items() if each in parameters and numbers}
+    return functools.partial(function, ops, **taken)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,15 +64,10 @@ class _Layer:
         """One direction's activation functions; ONNX lists parameters only for those that have them, in order."""
         count = len(self.functions)
         given = self.activations or list(self.functions) * 2
-        names = [name.lower() for name in given[index * count : (index + 1) * count] or self.functions]
-        alphas, betas = self._share(self.activation_alpha, index), self._share(self.activation_beta, index)
-        found = []
-        for name in names:
-            alpha, beta = _DEFAULTS.get(name, (0.0, 0.0))
-            alpha = alphas.pop(0) if alphas and name in _DEFAULTS else alpha
-            beta = betas.pop(0) if betas and name in _WITH_BETA else beta
-            found.append(_activation(self.ops, name, alpha, beta))
-        return found
+        names = given[index * count : (index + 1) * count] or self.functions
+        shares = {"alpha": self.activation_alpha, "beta": self.activation_beta}
+        parameters = {name: self._share(values, index) for name, values in shares.items()}
+        return [_activation(self.ops, name, parameters) for name in names]
 
     def _share(self, values: Sequence[float] | None, index: int) -> list[float]:
         if not values or self.direction != "bidirectional" or len(values) < 2:
@@ -137,7 +118,7 @@ class _Layer:
 
 def _turned(ops: Backend, x: Tensor, lengths: Tensor | None) -> Tensor:
     """A sequence `(time, batch, width)` reversed, each within its length if lengths are given."""
-    return ops.flip(x, [0]) if lengths is None else ops.reverse_within(x, lengths, 0, 1)
+    return ops.flip(x, [0]) if lengths is None else reverse_within(ops, x, lengths, 0, 1)
 
 
 def _scanned(ops: Backend, x: Tensor, state: State, step: Step, lengths: Tensor | None) -> tuple[Tensor, State]:

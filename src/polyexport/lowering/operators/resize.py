@@ -117,10 +117,7 @@ def _plan(
 ) -> list[Axis]:
     own = [ops.sizes(x)[axis] for axis in chosen]
     if scales is not None:
-        factors = [
-            ops.cast(scales.tensor[position], _SINGLE) if scales.known is None else float(scales.known[position])
-            for position in range(len(chosen))
-        ]
+        factors = _numbers(ops, scales, len(chosen))
         wanted = [(_floored(ops, size, scale), scale) for size, scale in zip(own, factors, strict=True)]
     else:
         wanted = _kept_aspect(ops, own, sizes, policy)
@@ -174,8 +171,15 @@ def _ratio(ops: Backend, target: Size, size: Size) -> Any:
 def _regions(ops: Backend, roi: Value | None, count: int) -> list[tuple[Any, Any] | None]:
     if roi is None or roi.shape == (0,):
         return [None] * count
-    bounds = [ops.cast(roi.tensor[i], _SINGLE) if roi.known is None else float(roi.known[i]) for i in range(2 * count)]
+    bounds = _numbers(ops, roi, 2 * count)
     return [(bounds[i], bounds[i + count]) for i in range(count)]
+
+
+def _numbers(ops: Backend, vector: Value, count: int) -> list[Any]:
+    """The elements of a vector of real numbers, each a scalar tensor if it is not known before the run."""
+    if vector.known is not None:
+        return [float(each) for each in vector.known]
+    return [ops.cast(vector.tensor[i], _SINGLE) for i in range(count)]
 
 
 # --- one axis after the other -----------------------------------------------------------------------------------------

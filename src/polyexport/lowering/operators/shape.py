@@ -15,7 +15,7 @@ from polyexport.lowering.backend import Backend, Size, Tensor, is_known, product
 from polyexport.lowering.graph import Node
 from polyexport.lowering.protobuf import dense
 from polyexport.lowering.table import SHARED, Ints
-from polyexport.lowering.value import Value, align
+from polyexport.lowering.value import Value, align, static
 
 
 def entries(ops: Backend, shape: Value, node: Node) -> list[Size]:
@@ -32,6 +32,12 @@ def entries(ops: Backend, shape: Value, node: Node) -> list[Size]:
     content = ops.cast(shape.tensor, ops.index)
     sizes = [None] * count if shape.sizes is None else shape.sizes
     return [content[i] if size is None else int(size) for i, size in enumerate(sizes)]
+
+
+def entry(ops: Backend, number: Value) -> Size:
+    """The only element of an input, of whatever rank: an `int` if known, else a scalar tensor."""
+    known = static(number)
+    return known[0] if known else ops.cast(ops.reshape(number.tensor, []), ops.index)
 
 
 @SHARED.op("Size", narrow=True)
@@ -180,7 +186,7 @@ def _beyond(ops: Backend, rows: Size, columns: Size) -> Tensor:
 def triangle(ops: Backend, x: Value, k: Value | None = None, *, upper: int = 1) -> Tensor:
     """The upper or lower triangle of the last two axes, the rest zero."""
     beyond = _beyond(ops, *ops.sizes(x)[-2:])
-    shift = 0 if k is None else ops.cast(ops.reshape(k.tensor, []), ops.index)
+    shift = 0 if k is None else entry(ops, k)
     return ops.where(beyond >= shift if upper else beyond <= shift, x.tensor, 0)
 
 

@@ -6,9 +6,10 @@ import numpy as np
 
 from polyexport.lowering.backend import Backend, Size, Tensor, is_known
 from polyexport.lowering.graph import Node
-from polyexport.lowering.spectra import block_positions, mel_triangles
+from polyexport.lowering.operators.shape import entry
+from polyexport.lowering.spectra import block_positions
 from polyexport.lowering.table import SHARED, Int, Ints
-from polyexport.lowering.value import Value, static
+from polyexport.lowering.value import Value
 
 
 @SHARED.op("DFT")
@@ -18,18 +19,11 @@ def transform(
     """Along one axis, padded with zeros or cut to `length`."""
     axis = (-2 if axis is None else axis) % (x.rank or 1)
     have = ops.sizes(x)[axis]
-    count = _length(ops, length, 2 * (have - 1) if inverse and onesided else have)
+    count = entry(ops, length) if length is not None else 2 * (have - 1) if inverse and onesided else have
     if inverse and onesided:
         made = ops.fourier(_mirrored(ops, x.tensor, axis, have, count), axis, True, count)
         return made[..., :1]
     return ops.fourier(_fitted(ops, x, axis, have, count), axis, bool(inverse), count // 2 + 1 if onesided else count)
-
-
-def _length(ops: Backend, length: Value | None, default: Size) -> Size:
-    if length is None:
-        return default
-    known = static(length)
-    return known[0] if known else ops.cast(ops.reshape(length.tensor, []), ops.index)
 
 
 def _fitted(ops: Backend, x: Value, axis: int, have: Size, count: Size) -> Tensor:
@@ -81,17 +75,6 @@ def short_transform(
         wide = ops.pad(window.tensor, [(missing // 2, missing - missing // 2)], 0)
         frames = frames * ops.unsqueeze(wide, [1])
     return ops.fourier(frames, 2, False, span // 2 + 1 if onesided else span)
-
-
-@SHARED.op("MelWeightMatrix")
-def mel(
-    ops: Backend, bins: Int, length: Int, rate: Int, low: Value, high: Value, *, output_datatype: int = 1, node: Node
-) -> np.ndarray:
-    """Triangles on the mel scale, computed now."""
-    if low.known is None or high.known is None:
-        raise node.unsupported("its edges are not known before the run")
-    triangles = mel_triangles(bins, length, rate, low.known.item(), high.known.item())
-    return triangles.astype(ops.type_of(output_datatype))
 
 
 @SHARED.op("Col2Im")

@@ -9,10 +9,11 @@ import paddle
 from polyexport.lowering.backend import Tensor, product
 from polyexport.lowering.graph import Node
 from polyexport.lowering.operators.index import depth_of
+from polyexport.lowering.operators.shape import entry
 from polyexport.lowering.paddle.backend import OPS
 from polyexport.lowering.paddle.primitives import from_end, reshape, sizes_of, vector
 from polyexport.lowering.paddle.weights import set_shape
-from polyexport.lowering.value import Value, static
+from polyexport.lowering.value import Value
 
 _REDUCTIONS = {"none": "assign", "add": "add", "mul": "mul", "max": "amax", "min": "amin"}
 
@@ -52,10 +53,8 @@ def scatter_nd(x: Value, indices: Value, updates: Value, *, reduction: str = "no
 def top_k(x: Value, k: Value, *, axis: int = -1, largest: int = 1, sorted: int = 1) -> Any:
     """Values and indices; equal values keep their order, which Paddle's own does not guarantee."""
     axis = axis % (x.rank or 1)
-    known = static(k)
-    count = known[0] if known else paddle.reshape(paddle.cast(k.tensor, "int64"), [])
     ranked = paddle.argsort(x.tensor, axis, bool(largest), True)
-    positions = paddle.slice(ranked, [axis], [0], [count])
+    positions = paddle.slice(ranked, [axis], [0], [entry(x.backend, k)])
     return paddle.take_along_axis(x.tensor, positions, axis, broadcast=False), positions
 
 

@@ -41,6 +41,9 @@ OPS.functions(
 )
 
 
+OPS.elementwise("Equal")(lambda a, b: paddle.equal(a, b))
+
+
 @OPS.elementwise("Div")
 def divide(a: Tensor, b: Tensor) -> Tensor:
     """True division of floats; integers are cut towards zero."""
@@ -88,10 +91,7 @@ def is_infinite(x: Tensor, *, detect_negative: int = 1, detect_positive: int = 1
     return paddle.logical_and(found, wanted if detect_negative or detect_positive else nothing)
 
 
-@OPS.elementwise("Gelu")
-def gelu(x: Tensor, *, approximate: str = "none") -> Tensor:
-    """By the error function, or by tanh."""
-    return F.gelu(x, approximate=approximate == "tanh")
+OPS.elementwise("Gelu")(lambda x, *, approximate="none": F.gelu(x, approximate=approximate == "tanh"))
 
 
 @OPS.op("CumSum")
@@ -103,10 +103,7 @@ def cumulative_sum(x: Value, axis: Int, *, exclusive: int = 0, reverse: int = 0)
     return paddle.flip(total, [axis]) if reverse else total
 
 
-@OPS.op("Det")
-def determinant(x: Value) -> Tensor:
-    """Of the last two axes."""
-    return paddle.linalg.det(x.tensor)
+OPS.op("Det")(lambda x: paddle.linalg.det(x.tensor))
 
 
 @OPS.op("Multinomial")

@@ -171,11 +171,6 @@ def take_along(tensor: Tensor, indices: Tensor, axis: int) -> Tensor:
     return paddle.take_along_axis(tensor, indices, axis, broadcast=False)
 
 
-def column(line: Tensor, axis: int, rank: int) -> Tensor:
-    """A vector along one axis of tensors of a rank."""
-    return paddle.reshape(line, column_shape(axis, rank))
-
-
 def line(start: Size, end: Size) -> Tensor:
     """The integers from a size up to another one."""
     return paddle.arange(start, end, 1, "int64")
@@ -183,16 +178,7 @@ def line(start: Size, end: Size) -> Tensor:
 
 def one_hot(indices: Tensor, size: Size, axis: int) -> Tensor:
     """By a comparison with all indices."""
-    return paddle.unsqueeze(indices, axis) == column(line(0, size), axis, len(indices.shape) + 1)
-
-
-def reverse_within(x: Tensor, lengths: Tensor, time_axis: int, batch_axis: int) -> Tensor:
-    """By one index for each entry."""
-    rank = len(x.shape)
-    position = column(line(0, tensor_sizes(x)[time_axis]), time_axis, rank)
-    length = column(cast(lengths, "int64"), batch_axis, rank)
-    source = paddle.where(position < length, length - 1 - position, position)
-    return take_along(x, source + paddle.zeros_like(x, "int64"), time_axis)
+    return paddle.unsqueeze(indices, axis) == reshape(line(0, size), column_shape(axis, len(indices.shape) + 1))
 
 
 def scatter_add(size: Size, indices: Tensor, rows: Tensor) -> Tensor:

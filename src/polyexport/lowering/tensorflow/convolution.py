@@ -189,10 +189,6 @@ def _in_turn(data: Tensor, kernel: list[int], strides: list[int], native: Callab
     return tf.reshape(made, [-1, tensor_sizes(made)[1], height, width, channels])
 
 
-def _max_native(data: Tensor, kernel: list[int], strides: list[int], padding: str) -> Tensor:
-    return tf.nn.max_pool2d(data, kernel, strides, padding)
-
-
 def _average_native(data: Tensor, kernel: list[int], strides: list[int], padding: str) -> Tensor:
     return tf.nn.avg_pool2d(data, kernel, strides, padding) * float(np.prod(kernel))
 
@@ -204,7 +200,7 @@ def max_pool(x: Value, *, storage_order: int = 0, node: Node, **attributes: Any)
     where = windows(node.ops, sizes_of(x)[2:], **attributes)
     data = x.in_order(last(rank))
     wide = _pad(data, where.whole, data.dtype.min if data.dtype.is_integer else -np.inf)
-    made = node.value(_pool(node.ops, wide, where, _max_native, tf.maximum), last(rank))
+    made = node.value(_pool(node.ops, wide, where, tf.nn.max_pool2d, tf.maximum), last(rank))
     if not node.wants(1):
         return made
     indices = _pad(flat_indices(node.ops, x, storage_order).in_order(last(rank)), where.whole, -1)

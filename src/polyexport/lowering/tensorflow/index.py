@@ -10,10 +10,11 @@ import tensorflow as tf
 from polyexport.lowering.backend import Tensor
 from polyexport.lowering.graph import Node
 from polyexport.lowering.operators.index import depth_of
+from polyexport.lowering.operators.shape import entry
 from polyexport.lowering.tensorflow.backend import OPS
 from polyexport.lowering.tensorflow.primitives import column, from_end, grid, sizes_of
 from polyexport.lowering.tensorflow.weights import set_shape
-from polyexport.lowering.value import Value, static
+from polyexport.lowering.value import Value
 
 # a scatter into zeros adds duplicates; TensorFlow.js and TFLite have it, but not a scatter into a tensor
 _SCATTER = {
@@ -82,11 +83,9 @@ def top_k(x: Value, k: Value, *, axis: int = -1, largest: int = 1, sorted: int =
     axis = axis % rank
     last = [i for i in range(rank) if i != axis] + [axis]
     tensor = tf.transpose(x.tensor, last)
-    known = static(k)
-    count = known[0] if known else tf.cast(tf.reshape(k.tensor, []), tf.int32)
     if tensor.dtype in (tf.uint64, tf.uint32):
         tensor = tf.cast(tensor, tf.int64)
-    values, positions = tf.math.top_k(tensor if largest else _reversed(tensor), count)
+    values, positions = tf.math.top_k(tensor if largest else _reversed(tensor), entry(x.backend, k))
     values = values if largest else _reversed(values)
     back = np.argsort(last)
     return tf.cast(tf.transpose(values, back), tf.as_dtype(x.dtype)), tf.cast(tf.transpose(positions, back), tf.int64)

@@ -61,6 +61,9 @@ OPS.functions(
 )
 
 
+OPS.elementwise("Equal")(lambda a, b: tf.equal(a, b))
+
+
 @OPS.elementwise("Div")
 def divide(a: Tensor, b: Tensor) -> Tensor:
     """True division of floats; integers are truncated towards zero."""
@@ -128,10 +131,7 @@ def _from_start(x: Value, axis: Value) -> Tensor:
     return tf.cast(tf.reshape(axis.tensor, []), tf.int32) if axis.known is None else axis.known.item() % (x.rank or 1)
 
 
-@OPS.op("Det")
-def determinant(x: Value) -> Tensor:
-    """Of the last two axes."""
-    return tf.linalg.det(x.tensor)
+OPS.op("Det")(lambda x: tf.linalg.det(x.tensor))
 
 
 @OPS.op("Multinomial")

@@ -119,13 +119,6 @@ def grid(indices: Any, axis: int) -> Tensor:
     return tf.stack(axes, -1)
 
 
-def reverse_within(x: Tensor, lengths: Tensor, time_axis: int, batch_axis: int) -> Tensor:
-    """By a gather: TensorFlow.js has no ReverseSequence."""
-    times = tf.range(tf.shape(x, out_type=lengths.dtype)[time_axis])
-    position, length = column(times, time_axis, 2), column(lengths, batch_axis, 2)
-    return tf.gather_nd(x, grid(tf.where(position < length, length - 1 - position, position), time_axis))
-
-
 def scatter_add(size: Size, indices: Tensor, rows: Tensor) -> Tensor:
     """By a scatter into zeros, which TensorFlow.js and TFLite have."""
     shape = tf.concat([[tf.cast(size, indices.dtype)], tf.shape(rows, out_type=indices.dtype)[1:]], 0)
