@@ -46,12 +46,8 @@ def backend(weights: Weights) -> Backend:
         full=primitives.full,
         zeros_like=lambda x, dtype: tf.zeros_like(x, tf.as_dtype(dtype)),
         range=lambda start, end: tf.range(start, end),
-        normal=primitives.drawn(
-            lambda shape, mean, deviation, dtype, seed: tf.random.normal(shape, mean, deviation, dtype, seed)
-        ),
-        uniform=primitives.drawn(
-            lambda shape, low, high, dtype, seed: tf.random.uniform(shape, low, high, dtype, seed)
-        ),
+        normal=primitives.drawn(tf.random.normal),
+        uniform=primitives.drawn(tf.random.uniform),
         transpose=lambda x, order: tf.transpose(x, list(order)),
         reshape=primitives.reshape,
         broadcast=primitives.broadcast,
