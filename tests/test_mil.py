@@ -381,6 +381,43 @@ def shifted_and_back(x):
     return parts.permute(0, 5, 1, 3, 2, 4).reshape(x.shape).roll((2, -1), (2, 3))
 
 
+PROJECTION = torch.linspace(-1, 1, 24 * 4).view(24, 4).sin()
+
+
+def windowed(x):
+    """Queries, keys and values of windows, as Hiera has them: 3, batch, heads, windows, tokens, channels."""
+    tokens = functional.linear(x.permute(0, 2, 3, 1).flatten(1, 2), PROJECTION)
+    return tokens.reshape(x.shape[0], -1, 4, 3, 2, 4).permute(3, 0, 4, 2, 1, 5)
+
+
+def pooled_windows(x):
+    q, k, v = windowed(x).unbind(0)
+    q = q.view(x.shape[0], 2, 4, 5, -1, 4).amax(3)
+    return functional.scaled_dot_product_attention(q, k, v).transpose(1, 3).reshape(x.shape[0], -1, 8)
+
+
+def picked_windows(x):
+    """One by one, along other axes, and with an op between that reads what is left."""
+    every = windowed(x)
+    return every[0] * every[-1], every[:, :, 1].amin(0), every.mean(3)
+
+
+def unrolled(x):
+    """Cells of two by two, and again, each time with the neighbors in the batch."""
+    for _ in range(2):
+        n, high, wide, channels = x.shape
+        cells = x.view(n, high // 2, 2, wide // 2, 2, channels)
+        x = cells.permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
+    return x.reshape(-1, 16, 6)
+
+
+def with_a_token(x):
+    """A token before the others in each row, and heads whose size only -1 names."""
+    tokens = torch.cat([PROJECTION[:1, None].expand(x.shape[0], -1, -1), x], 1)
+    q, k, v = functional.linear(tokens, PROJECTION).reshape(*tokens.shape[:2], 3, 2, -1).permute(2, 0, 3, 1, 4)
+    return functional.scaled_dot_product_attention(q, k, v)
+
+
 def proven(function, shape, folder, *, convert=coreml.convert_trace, free=False):
     """What comes of a function against PyTorch: in that shape, and where its first axis is free in others too."""
     torch.manual_seed(0)
@@ -530,6 +567,14 @@ def test_a_fourier_transform_of_a_dynamic_batch(norm, tmp_path):
     proven(lambda x: torch.fft.fftn(x, (8, 6), (1, 2), norm).real, (2, 5, 7), tmp_path, free=True)
 
 
-@pytest.mark.parametrize("function", [windows, shifted_and_back])
+@pytest.mark.parametrize("function", [windows, shifted_and_back, pooled_windows, picked_windows])
 def test_windows_of_a_dynamic_batch_pass_through_five_axes(function, tmp_path):
     proven(function, (2, 4, 8, 10), tmp_path, free=True)
+
+
+def test_a_dynamic_batch_grows_while_axes_move_into_it(tmp_path):
+    proven(unrolled, (2, 8, 8, 6), tmp_path, free=True)
+
+
+def test_sizes_beside_a_dynamic_batch_stay_known(tmp_path):
+    proven(with_a_token, (2, 6, 4), tmp_path, free=True)

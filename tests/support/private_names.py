@@ -32,6 +32,7 @@ NAMES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "capture/dtypes.py": ("torch.amp.autocast_mode:autocast._enabled",),
         "capture/sharded.py": ("torch.distributed.checkpoint.format_utils:dcp_to_torch_save",),
         "capture/snapshot.py": (
+            "torch.nn:Module._metadata",
             "transformers.utils.output_capturing:_CAN_RECORD_REGISTRY",
             "transformers.modeling_utils:PreTrainedModel._can_record_outputs",
             "torch.utils._pytree:tree_leaves",
@@ -67,6 +68,7 @@ NAMES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
             f"{MIL}.mil.types.symbolic:any_symbolic",
             f"{MIL}:register_torch_op",
         ),
+        "coreml/patches/size_ops.py": (f"{MIL}.frontend.torch.ops:_int", f"{MIL}.frontend.torch.ops:_get_inputs"),
         "coreml/patches/fourier.py": (
             f"{MIL}.mil.passes.defs.lower_complex_dialect_ops:_fft_1d",
             f"{MIL}.mil.ops.defs.complex_dialect_ops:fft_canonicalize_length_dim",

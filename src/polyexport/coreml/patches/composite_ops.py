@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from polyexport.coreml.patches import arithmetic_ops, elementwise_ops, pooling_ops, scatter_ops
+from polyexport.coreml.patches import arithmetic_ops, elementwise_ops, pooling_ops, scatter_ops, size_ops
 
 
 def new_ones(context: Any, node: Any) -> None:
@@ -385,6 +385,7 @@ _COMPOSITES = {
     **arithmetic_ops.COMPOSITES,
     **elementwise_ops.COMPOSITES,
     **pooling_ops.COMPOSITES,
+    **size_ops.COMPOSITES,
     **dict.fromkeys(("upsample_bilinear2d", "upsample_bilinear2d.vec"), bilinear),
     **{f"{name}{rank}d{of}": nearest for name in _NEAREST for rank in (1, 2, 3) for of in ("", ".vec")},
     **{f"{name}{of}": resampled for name in _SEPARABLE for of in ("", ".vec")},
