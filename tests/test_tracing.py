@@ -87,6 +87,9 @@ CALLS = {
         )
         for more in (0, 1)
     },
+    "adaptive_avg_pool1d, uneven": lambda: nn.AdaptiveAvgPool1d(3)(X) + torch.adaptive_avg_pool1d(X, 3),
+    "adaptive_avg_pool2d, uneven": lambda: nn.AdaptiveAvgPool2d((7, 4))(X) + functional.adaptive_avg_pool2d(X, [7, 4]),
+    "adaptive_avg_pool2d, even": lambda: nn.AdaptiveAvgPool2d((None, 1))(X),
     "hypot": lambda: torch.hypot(X, Y[:, :5]),
     "and, or": lambda: ((X > 0) & (X < 1)) | (X > 1.5),
     "xor of integers": lambda: IDS ^ 3,
@@ -125,6 +128,15 @@ class Apart(nn.Module):
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         same = torch.eye(x.shape[0], dtype=torch.bool)
         return (x @ x.T).masked_fill(same, 0.0), torch.eye(x.shape[0], 3)
+
+
+def test_means_of_uneven_parts_are_matrix_products():
+    """Else they are lookups of six axes, which TensorFlow Lite cannot choose from."""
+    with decompositions.decomposed():
+        program = torch.export.export(nn.AdaptiveAvgPool2d((7, 4)), (torch.rand(2, 3, 2, 6),), strict=False)
+    targets = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert "aten.matmul.default" in targets
+    assert not any("pool" in target for target in targets)
 
 
 def test_an_identity_of_a_dynamic_size_is_a_comparison_of_indices():

@@ -89,6 +89,9 @@ def decomposed() -> Iterator[None]:
         torch.movedim: movedim,
         torch.Tensor.movedim: movedim,
         torch.nn.functional.pad: pad,
+        torch.nn.functional.adaptive_avg_pool1d: adaptive_avg_pool1d,
+        torch.nn.functional.adaptive_avg_pool2d: adaptive_avg_pool2d,
+        torch.adaptive_avg_pool1d: adaptive_avg_pool1d,
         torch.take_along_dim: take_along_dim,
         torch.Tensor.take_along_dim: take_along_dim,
         torch.conv_transpose3d: conv_transpose3d,
@@ -422,6 +425,41 @@ def pad(x: torch.Tensor, pad: Any, mode: str = "constant", value: float | None =
         ends = (x.narrow(axis, x.shape[axis] - before, before), x, x.narrow(axis, 0, after))
         x = torch.cat([part for part, size in zip(ends, (before, 1, after), strict=True) if size], axis)
     return x
+
+
+def adaptive_avg_pool1d(x: torch.Tensor, output_size: Any) -> torch.Tensor:
+    """`torch.nn.functional.adaptive_avg_pool1d` as a matrix product, if a known size is no multiple of the new one."""
+    import torch
+
+    wanted = output_size if isinstance(output_size, list | tuple) else [output_size]
+    if not _are_uneven(x.shape[-1:], wanted):
+        return torch.nn.functional.adaptive_avg_pool1d(x, output_size)
+    return x @ _means(x.shape[-1], wanted[0]).to(x).t()
+
+
+def adaptive_avg_pool2d(x: torch.Tensor, output_size: Any) -> torch.Tensor:
+    """`torch.nn.functional.adaptive_avg_pool2d` as two, along rows and columns."""
+    import torch
+
+    wanted = output_size if isinstance(output_size, list | tuple) else [output_size] * 2
+    if not _are_uneven(x.shape[-2:], wanted):
+        return torch.nn.functional.adaptive_avg_pool2d(x, output_size)
+    rows, columns = (_means(*pair).to(x) for pair in zip(x.shape[-2:], wanted, strict=True))
+    return rows @ (x @ columns.t())
+
+
+def _are_uneven(sizes: Any, wanted: Any) -> bool:
+    """Whether parts overlap, which converters write as lookups of many axes; not for sizes known only at run time."""
+    known = all(type(each) is int for each in (*sizes, *wanted))
+    return known and any(size % count for size, count in zip(sizes, wanted, strict=True))
+
+
+def _means(size: int, wanted: int) -> torch.Tensor:
+    """The matrix `(wanted, size)` of means of nearly equal parts, as a constant of the graph."""
+    import torch
+
+    parts = [(part * size // wanted, -(-(part + 1) * size // wanted)) for part in range(wanted)]
+    return torch.tensor([[(start <= at < end) / (end - start) for at in range(size)] for start, end in parts])
 
 
 def conv_transpose3d(
