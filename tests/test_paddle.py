@@ -42,6 +42,17 @@ def roots(exported):
 
 
 @pytest.mark.slow
+class Aligned(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True)
+
+
+@pytest.mark.slow
+def test_corners_stay_aligned_in_paddle_inference(tmp_path):
+    report = polyexport.export(Aligned(), torch.rand(2, 3, 4, 4), ["paddle"], tmp_path / "out", bench=False)
+    assert report["paddle"].state == "verified", report["paddle"].reason
+
+
 def test_our_own_lowering_of_the_whole_zoo_agrees_with_pytorch(roots):
     found = many("paddle", "verify", ("paddle",), roots)
     cells = {Path(root).name: parities["paddle"] for root, parities in found.items()}

@@ -27,15 +27,14 @@ OPS = Operators(SHARED)
 
 
 def resize(x: Value, plan: list[Axis], how: Mode) -> Value | None:
-    """By Paddle's own interpolation."""
+    """By Paddle's own interpolation; on CPUs, Paddle Inference computes each linear one as "half_pixel" by oneDNN."""
     found = native_kind(x, plan, how)
-    if found is None:
+    if found is None or found[1] not in ("nearest", "half_pixel"):
         return None
     size, kind = found
     if kind == "nearest":
         return Value(x.backend, F.interpolate(x.tensor, size, mode="nearest"))
-    flags = {"align_corners": kind == "align_corners", "align_mode": int(kind == "asymmetric")}
-    return Value(x.backend, F.interpolate(x.tensor, size, mode="bilinear", **flags))
+    return Value(x.backend, F.interpolate(x.tensor, size, mode="bilinear", align_corners=False, align_mode=0))
 
 
 def grid_sample(x: Value, grid: Value, mode: str, padding: str, align_corners: bool) -> Tensor | None:
