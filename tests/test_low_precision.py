@@ -256,6 +256,38 @@ def test_the_costliest_matrix_goes_back_to_float(outlier, tmp_path):
     assert "in float32: 2 × MatMul" in remark
 
 
+def test_a_draft_that_onnx_runtime_does_not_load_is_not_the_only_one(outlier, tmp_path, monkeypatch, capsys):
+    """ONNX Runtime's optimizers can make a graph of a whole model in Q/DQ that its own check refuses."""
+    source, spec = outlier
+    quantized = onnx_quantized._with_ranges
+
+    def refused_as_a_whole(prepared, found, operators, kept, alone):
+        model = quantized(prepared, found, operators, kept, alone)
+        if operators == onnx_quantized._every_operator():
+            model.graph.node[-1].op_type = "Unknown"
+        return model
+
+    monkeypatch.setattr(onnx_quantized, "_with_ranges", refused_as_a_whole)
+    assert off(source, tmp_path / "y.onnx", spec) < 0.05
+    assert "ONNX Runtime does not load a draft: " in capsys.readouterr().out
+
+
+def test_what_symbolic_inference_leaves_behind_is_not_in_the_current_folder(outlier, tmp_path, monkeypatch):
+    from onnxruntime import quantization
+
+    def gives_up(source, target, *, skip_symbolic_shape=False):
+        if not skip_symbolic_shape:
+            Path("sym_shape_infer_temp.onnx").touch()
+            raise RuntimeError("Incomplete symbolic shape inference")
+
+    monkeypatch.setattr(quantization, "quant_pre_process", gives_up)
+    (tmp_path / "here").mkdir()
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    onnx_quantized._prepared(outlier[0], tmp_path / "temporary")
+    assert list((tmp_path / "here").iterdir()) == []
+
+
 def test_a_requested_share_of_layers_goes_back_to_float(outlier, tmp_path):
     source, spec = outlier
     off(source, tmp_path / "y.onnx", replace(spec, in_float=1 / 2))

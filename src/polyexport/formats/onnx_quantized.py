@@ -21,6 +21,7 @@ import platform
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import chdir
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -57,8 +58,7 @@ def quantize(source: Path, target: Path, spec: ExportSpec, *, methods: Iterable[
         def make(how: str, operators: Sequence[str], kept: Sequence[str] = (), alone: Sequence[str] = ()) -> Draft:
             model, most = _with_ranges(prepared, found[how], operators, kept, alone), 1 if alone else len(expected)
             save(model, draft, {})
-            answers = map(opened(draft, threads=1), islice(calibration(spec), most))
-            return Draft(model, how, distance(expected[:most], answers), tuple(kept))
+            return Draft(model, how, _error(draft, expected[:most], spec), tuple(kept))
 
         drafts = [make(how, _every_operator()) for how in found]
         if best(drafts).error > NEAR:
@@ -70,6 +70,16 @@ def quantize(source: Path, target: Path, spec: ExportSpec, *, methods: Iterable[
     left = in_float(*float_weights(chosen.model), "", float_operators(chosen.model))
     remarks = (f"ranges by {chosen.how.lower()}", seven_bits(), mending, left.remark)
     save(chosen.model, target, spec.embedded, *remarks, shortfall=left.shortfall)
+
+
+def _error(draft: Path, expected: Sequence[Arrays], spec: ExportSpec) -> float:
+    """The error of a draft's outputs; infinite if ONNX Runtime refuses what its own optimizers make of the draft."""
+    try:
+        run = opened(draft, threads=1)
+    except Exception as error:  # it has a type for each of its codes, without a common base
+        print(f"ONNX Runtime does not load a draft: {error}")
+        return math.inf
+    return distance(expected, map(run, islice(calibration(spec), len(expected))))
 
 
 def keep_trained_scales(source: Path, target: Path, spec: ExportSpec) -> None:
@@ -150,9 +160,10 @@ def _prepared(source: Path, folder: Path) -> Path:
     """The model with constants folded and shapes inferred, as the quantizer needs it."""
     from onnxruntime.quantization import quant_pre_process
 
-    prepared = folder / "prepared.onnx"
+    source, prepared = source.absolute(), folder / "prepared.onnx"
     try:
-        quant_pre_process(str(source), str(prepared))
+        with chdir(folder):  # where symbolic inference gives up, it writes the model into the current folder
+            quant_pre_process(str(source), str(prepared))
     except Exception as error:  # symbolic inference lacks some operators, and raises many types
         print(f"symbolic shapes are left out: {error}")
         quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
