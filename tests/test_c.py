@@ -27,15 +27,20 @@ pytestmark = pytest.mark.skipif(bool(c.lacks()), reason=c.lacks())
 
 
 class Sequence(torch.nn.Module):
-    """A reversed LSTM whose answers are all used, and a GRU that goes forward; `unread` is never read."""
+    """Layers in both directions whose answers are all used, and a GRU that goes forward; `unread` is never read."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.both = torch.nn.LSTM(3, 4, batch_first=True, bidirectional=True)
+        self.both = torch.nn.ModuleList(
+            kind(size, 4, batch_first=True, bidirectional=True)
+            for kind, size in ((torch.nn.LSTM, 3), (torch.nn.GRU, 8))
+        )
         self.one = torch.nn.GRU(8, 5, batch_first=True)
 
     def forward(self, sequence: torch.Tensor, unread: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
-        steps = self.one(self.both(sequence)[0])[0]
+        for layer in self.both:
+            sequence = layer(sequence)[0]
+        steps = self.one(sequence)[0]
         return {"steps": steps, "masked": mask & (steps[..., 0] > 0), "sums": steps.sum((1, 2))}
 
 

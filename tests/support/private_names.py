@@ -133,6 +133,7 @@ NAMES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "lightning_export/metrics.py": ("lightning.pytorch:LightningModule._metric_attributes",),
         "lightning_export/ranks.py": ("torch.distributed.distributed_c10d:_get_default_store",),
     },
+    "c": {"formats/c.py": ("emx_onnx_cgen.onnx_import:_node_attrs",)},
     "executorch": {"formats/executorch.py": ("executorch.exir._serialize._program:deserialize_pte_binary",)},
     "onnx": {"formats/onnx_fp16.py": ("onnxruntime.transformers.float16:convert_float_to_float16",)},
     "paddle": {

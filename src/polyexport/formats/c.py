@@ -56,6 +56,7 @@ def convert(source: Path, target: Path, spec: ExportSpec) -> None:
         raise ToolMissing(why)
     from emx_onnx_cgen.compiler import Compiler, CompilerOptions
 
+    _read_directions()
     options = CompilerOptions(large_weight_threshold=_IN_SOURCE_BYTES, large_temp_threshold_bytes=_ON_STACK_BYTES)
     code, weights = Compiler(options).compile_with_weight_data(_fixed(source, spec))
     code = code.replace("[step][dir][b][h] = h_new;", "[t][dir][b][h] = h_new;")  # in the order of the inputs
@@ -73,11 +74,22 @@ def _fixed(source: Path, spec: ExportSpec) -> onnx.ModelProto:
     model = with_sizes(source, spec, one)
     read = {value.name: value for value in model.graph.input}
     set_values(model.graph.input, [read.get(tensor.name) or _unread(tensor) for tensor in one.inputs])
-    for node in model.graph.node:  # the generator's GRU does not support the default value if it is given explicitly
-        set_values(
-            node.attribute, [each for each in node.attribute if (each.name, each.s) != ("direction", b"forward")]
-        )
     return model
+
+
+def _read_directions() -> None:
+    """Give the generator the direction of a GRU or RNN as text, the only type in which it reads it."""
+    from emx_onnx_cgen import onnx_import
+
+    read = onnx_import._node_attrs
+
+    def in_text(node: onnx.NodeProto) -> dict[str, object]:
+        return {
+            name: value.decode() if name == "direction" and isinstance(value, bytes) else value
+            for name, value in read(node).items()
+        }
+
+    onnx_import._node_attrs = in_text
 
 
 def _unread(tensor: TensorSpec) -> onnx.ValueInfoProto:
