@@ -217,6 +217,17 @@ def test_what_vela_leaves_on_the_microcontroller_is_counted_by_name() -> None:
     assert ethosu.placement(SAID) == {"operations": 4, "on_cpu": {"SIN": 1}}
     with pytest.raises(ValueError, match="does not say how many operations"):
         ethosu.placement("Network summary for model")
+    unlisted = "CPU operators = 2 (50.0%)\nNPU operators = 2 (50.0%)\n"
+    assert ethosu.placement(unlisted) == {"operations": 4, "on_cpu": {"operations without a name": 2}}
+
+
+def test_a_fault_of_vela_itself_is_told_from_its_refusals():
+    traced = 'Traceback (most recent call last):\n  File "stats_writer.py", line 525, in f\n'
+    assert ethosu._why(f"{traced}KeyError: '0'\n") == "it fails by itself, with KeyError: '0'"
+    assert ethosu._why("Error: Non-passthrough operation (Sin) could\nnot run\n") == (
+        "Non-passthrough operation (Sin) could not run"
+    )
+    assert ethosu._why("killed") == "killed"
 
 
 @pytest.mark.slow

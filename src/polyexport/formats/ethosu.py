@@ -70,8 +70,10 @@ def compile_for(chip: Chip) -> Convert:
         """
         shutil.copyfile(source, target.with_name(_MODEL))
         with tempfile.TemporaryDirectory() as folder:
-            words = [*chip.words(), "--show-cpu-operations", "--output-dir", folder, str(source)]
-            done = programs.run([sys.executable, "-P", "-m", "ethosu.vela", *words])
+            words = [sys.executable, "-P", "-m", "ethosu.vela", *chip.words(), "--output-dir", folder, str(source)]
+            done = programs.run([*words, "--show-cpu-operations"])
+            if done.returncode and _LISTING in done.stderr:
+                done = programs.run(words)
             if done.returncode:
                 raise RuntimeError(f"Vela refuses it: {_why(done.stderr or done.stdout)}")
             shutil.copyfile(Path(folder, f"{source.stem}_vela.tflite"), target)
@@ -82,9 +84,15 @@ def compile_for(chip: Chip) -> Convert:
     return convert
 
 
+_LISTING = "in regor_operations_from_database"
+"""In the traceback if Vela fails after compiling, as it lists an operation that it made itself."""
+
+
 def _why(said: str) -> str:
-    """The last line of a traceback."""
-    return " ".join(said[said.rfind("Error: ") :].removeprefix("Error: ").split())
+    """Vela's own error, or the exception that it did not expect, from the end of its output."""
+    before, _, error = said.rpartition("Error: ")
+    kind, words = re.split(r"\W", before)[-1], " ".join(error.split())
+    return f"it fails by itself, with {kind}Error: {words}" if kind else words
 
 
 def placement(said: str) -> dict[str, object]:
@@ -102,6 +110,8 @@ def placement(said: str) -> dict[str, object]:
     on_cpu = Counter(name for name, _ in refused)
     if on_cpu.total() != int(counts["CPU"]):  # Vela has rewritten them by then, and calls most `Passthrough`
         on_cpu = Counter(re.findall(r"^\s+CPU: (\w+) = ", said, re.MULTILINE))
+    if (unnamed := int(counts["CPU"]) - on_cpu.total()) > 0:
+        on_cpu["operations without a name"] += unnamed
     return {"operations": sum(map(int, counts.values())), "on_cpu": on_cpu}
 
 
