@@ -134,7 +134,13 @@ NAMES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "lightning_export/ranks.py": ("torch.distributed.distributed_c10d:_get_default_store",),
     },
     "c": {"formats/c.py": ("emx_onnx_cgen.onnx_import:_node_attrs",)},
-    "executorch": {"formats/executorch.py": ("executorch.exir._serialize._program:deserialize_pte_binary",)},
+    "executorch": {
+        "formats/executorch.py": (
+            "executorch.backends.xnnpack.partition.config.gemm_configs:ConvolutionConfig",
+            "executorch.exir._serialize._program:deserialize_pte_binary",
+            "torchao.quantization.pt2e.quantizer.quantizer:Q_ANNOTATION_KEY",
+        )
+    },
     "onnx": {"formats/onnx_fp16.py": ("onnxruntime.transformers.float16:convert_float_to_float16",)},
     "paddle": {
         "formats/paddle.py": ("x2paddle.convert:onnx2paddle",),

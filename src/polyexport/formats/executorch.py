@@ -50,10 +50,21 @@ def keep_trained_scales(source: Path, target: Path, spec: ExportSpec) -> None:
 
 
 def quantize_weights(source: Path, target: Path, spec: ExportSpec) -> None:
-    """Lower the program with weights in int8; XNNPACK quantizes activations at run time."""
+    """Lower the program with weights in int8; XNNPACK quantizes activations at run time.
+
+    Each convolution is a delegate of its own: together with what comes before it, its input's axes are reordered for
+    all that read the input.
+    """
+    from executorch.backends.xnnpack.partition.config.gemm_configs import ConvolutionConfig
+    from executorch.backends.xnnpack.partition.config.xnnpack_config import ConfigPrecisionType
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 
-    _lower(_calibrated(load_program(source).module(), spec, dynamic=True), target, spec, [XnnpackPartitioner()])
+    alone, rest = (
+        XnnpackPartitioner([ConvolutionConfig], ConfigPrecisionType.DYNAMIC_QUANT, per_op_mode=True),
+        XnnpackPartitioner(),
+    )
+    alone.ops_to_not_decompose = rest.ops_to_not_decompose  # else operators are decomposed before the rest sees them
+    _lower(_calibrated(load_program(source).module(), spec, dynamic=True), target, spec, [alone, rest])
 
 
 def _calibrated(module: torch.fx.GraphModule, spec: ExportSpec, *, dynamic: bool) -> torch.fx.GraphModule:
@@ -71,6 +82,7 @@ def _calibrated(module: torch.fx.GraphModule, spec: ExportSpec, *, dynamic: bool
 
     rules = get_symmetric_quantization_config(is_per_channel=True, is_dynamic=dynamic)
     program = _exported(module, spec).module()
+    _keep_integers(program)
     if dynamic:
         _copy_convolutions(program)
     observed = prepare_pt2e(program, XNNPACKQuantizer().set_global(rules))
@@ -83,6 +95,28 @@ def _calibrated(module: torch.fx.GraphModule, spec: ExportSpec, *, dynamic: bool
             "XNNPACK supports int8 for products, convolutions and sums, and the model has none; use executorch"
         )
     return quantized
+
+
+def _keep_integers(module: torch.fx.GraphModule) -> None:
+    """Exclude what computes in integers from quantization.
+
+    The quantizer stores the constants of sums and products in float32, so indices become float32, and it takes a
+    concatenation of integers for one of activations.
+    """
+    import torch
+    from torchao.quantization.pt2e.quantizer import QuantizationAnnotation
+    from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
+
+    with_constant = {torch.ops.aten.add.Tensor: torch.ops.aten.add.Scalar}
+    with_constant[torch.ops.aten.mul.Tensor] = torch.ops.aten.mul.Scalar
+    for node in module.graph.nodes:
+        value = node.meta.get("val")
+        if not isinstance(value, torch.Tensor) or value.is_floating_point():
+            continue
+        node.meta[Q_ANNOTATION_KEY] = QuantizationAnnotation(_annotated=True)
+        if node.target in with_constant and len(node.all_input_nodes) == 1:
+            node.target = with_constant[node.target]
+    module.recompile()
 
 
 def _copy_convolutions(module: torch.fx.GraphModule) -> None:
