@@ -11,7 +11,7 @@ import torch
 
 from polyexport.errors import ToolMissing
 from polyexport.formats import imx500
-from polyexport.spec import ExportSpec
+from polyexport.spec import ExportSpec, TensorSpec
 from polyexport.tracing.exported_program import export_program
 
 
@@ -56,6 +56,19 @@ def test_an_operator_that_computes_its_own_weight_stays_a_function():
     found = imx500.layers(export_program(Computed(), (x,), [()]))
     assert not list(found.graph.find_nodes(op="call_module"))
     torch.testing.assert_close(found(x), Computed()(x))
+
+
+@pytest.mark.parametrize(
+    ("module", "x", "why"),
+    [
+        (torch.nn.GRU(3, 4), torch.rand(1, 5, 3), "does not support recurrent layers, and the model has GRU"),
+        (torch.nn.Embedding(5, 3), torch.tensor([[1, 2]]), "the model reads integers: x (int64)"),
+        (torch.nn.Linear(3, 4), torch.rand(1, 3), ""),
+    ],
+)
+def test_what_the_toolkit_lacks_is_named(module: torch.nn.Module, x: torch.Tensor, why: str):
+    tensor = TensorSpec("x", str(x.dtype).removeprefix("torch."), tuple(x.shape))
+    assert imx500.beyond(export_program(module.eval(), (x,), [()]), ExportSpec((tensor,), ())).endswith(why)
 
 
 SAID = """\

@@ -28,6 +28,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from zipfile import ZIP_DEFLATED, ZipFile, ZipInfo
 
+import numpy as np
+
 from polyexport.errors import ToolMissing
 from polyexport.format import Format, Loaded, Observed, Route, Snippet
 from polyexport.spec import Arrays, ExportSpec, calibration, in_rows, row_remark
@@ -62,15 +64,31 @@ def convert(source: Path, target: Path, spec: ExportSpec) -> None:
 
     Raises:
         ToolMissing: there is no Java, or Python is too new.
-        RuntimeError: the converter refuses it; the message is the converter's.
+        RuntimeError: the toolkit lacks what it needs, or the converter refuses it; then the message is the converter's.
     """
     if why := lacks():
         raise ToolMissing(why)
     graph = target.with_name(GRAPH)
     with tempfile.TemporaryDirectory() as folder:
         os.environ["MPLCONFIGDIR"] = folder  # else matplotlib, which the toolkit imports, writes ~/.config/matplotlib
-        quantize(source, graph, spec.one_row())
+        try:
+            quantize(source, graph, spec.one_row())
+        except Exception as error:
+            if why := beyond(load_program(source), spec):
+                raise RuntimeError(why) from error
+            raise
     _compile(graph, target)
+
+
+def beyond(program: torch.export.ExportedProgram, spec: ExportSpec) -> str:
+    """What the toolkit is known to lack of a program that it failed on, in a line; empty if nothing."""
+    recurrent = {"aten::lstm": "LSTM", "aten::gru": "GRU", "aten::rnn_tanh": "RNN", "aten::rnn_relu": "RNN"}
+    names = {each.target._schema.name for each in program.graph.nodes if hasattr(each.target, "_schema")}
+    if found := sorted({layer for name, layer in recurrent.items() if name in names}):
+        return f"Sony's toolkit does not support recurrent layers, and the model has {', '.join(found)}"
+    if whole := [f"{each.name} ({each.dtype})" for each in spec.inputs if np.dtype(each.dtype).kind in "iub"]:
+        return f"Sony's toolkit makes every input float32, and the model reads integers: {', '.join(whole)}"
+    return ""
 
 
 def quantize(source: Path, target: Path, one: ExportSpec) -> None:
