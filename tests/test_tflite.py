@@ -135,6 +135,20 @@ def test_fixed_shapes_come_by_the_first_route_with_narrow_integers(tmp_path):
     assert [str(tensor) for tensor in outcome.inputs] == ["ids: int32[4, 9]", "mask: bool[4, 9]"]
 
 
+class Twice(torch.nn.Linear):
+    """Returns one tensor by two names."""
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        y = super().forward(x)
+        return {"one": y, "other": y}
+
+
+@pytest.mark.slow
+def test_two_names_of_one_tensor_are_both_answered(tmp_path):
+    report = polyexport.export(Twice(4, 3), torch.rand(4, 4), ["tflite"], tmp_path / "x", bench=False)
+    assert (report["tflite"].state, report["tflite"].reason) == ("verified", "")
+
+
 @pytest.mark.slow
 def test_by_the_manifest_alone_a_compiled_model_takes_any_number_of_rows(shadows):
     assert shadows["loaded"] == {"output_0": ["float32", [3, 5]]}

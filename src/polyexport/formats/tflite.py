@@ -343,11 +343,12 @@ def _compiled(path: Path, *, threads: int) -> Any:
     return CompiledModel.from_file(str(path), options=Options(cpu_options=CpuOptions(num_threads=threads)))
 
 
-def _run_compiled(model: Any, like: Callable[..., Arrays], **inputs: np.ndarray) -> Arrays:
-    """Run a `CompiledModel` on inputs in the artifact's own dtypes, as the runner `like` does.
+def _run_compiled(model: Any, like: Any, **inputs: np.ndarray) -> Arrays:
+    """Run a `CompiledModel` on inputs in the artifact's own dtypes, as the interpreter's runner `like` does.
 
     The buffers that it makes for its outputs may be for one row where the batch is dynamic, and it writes beyond their
-    end; so they are made here. All are made of bytes, since buffers know only some dtypes by name.
+    end; so they are made here. All are made of bytes, since buffers know only some dtypes by name. Of the names of one
+    tensor it knows one.
     """
     from ai_edge_litert.tensor_buffer import TensorBuffer
 
@@ -363,7 +364,12 @@ def _run_compiled(model: Any, like: Callable[..., Arrays], **inputs: np.ndarray)
     made = {name: TensorBuffer.create_from_host_memory(array) for name, array in content.items()}
     model.run_by_name(signature, given, made)
     read = {name: made[name].read(len(array), np.uint8) for name, array in content.items()}
-    return {name: array.view(expected[name].dtype).reshape(expected[name].shape) for name, array in read.items()}
+    outputs = like.get_output_details()
+    bytes_of = {outputs[name]["index"]: array for name, array in read.items()}
+    return {
+        name: bytes_of[output["index"]].view(expected[name].dtype).reshape(expected[name].shape)
+        for name, output in outputs.items()
+    }
 
 
 def _aligned(count: int) -> np.ndarray:
