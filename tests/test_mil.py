@@ -195,6 +195,7 @@ FUNCTIONS = {
     "cat, chunk": (lambda x: torch.cat(x.chunk(2, 1)[::-1], 1), IMAGE),
     "split, stack": (lambda x: torch.stack(x.split(2, 1), 0), IMAGE),
     "unsqueeze, squeeze, expand": (lambda x: x.unsqueeze(1).expand(-1, 3, -1).squeeze(), ROWS),
+    "expand to no axes": (lambda x: x * x.sum().expand(()), ROWS),
     "repeat": (lambda x: x.repeat(2, 1, 3), ROWS),
     "repeat_interleave": (lambda x: x.repeat_interleave(2, 1), ROWS),
     "flip": (lambda x: x.flip(1), ROWS),

@@ -34,6 +34,9 @@ def expand(context: Any, node: Any) -> None:
 
     x, sizes = ops._get_inputs(context, node)[:2]
     listed = sizes if isinstance(sizes, list | tuple) else []
+    if not listed and tuple(getattr(sizes, "shape", (0,))) == (0,):  # a scalar to no axes
+        context.add(mb.identity(x=x, name=node.name))
+        return
     if not any(hasattr(size, "dtype") and size.val is None for size in listed):
         ops.expand(context, node)
         return
