@@ -67,7 +67,7 @@ bench: $(VENV)/test $(VENV)/bench
 	$(BIN)/python tests/benchmarks/overhead.py
 	$(BIN)/python tests/benchmarks/overlap.py
 	$(BIN)/python tests/benchmarks/servers.py
-	$(BIN)/python tests/benchmarks/runtimes.py
+	$(BIN)/python tests/benchmarks/runtimes.py --page docs/runtimes.md
 	$(BIN)/python tests/benchmarks/onnx2tf.py
 	$(BIN)/python tests/benchmarks/precisions.py --page docs/precisions.md
 	$(BIN)/python tests/benchmarks/growth.py --page docs/growth.md
