@@ -60,15 +60,12 @@ def _worse(before: Outcome, now: Outcome | None, bounds: Bounds, *, timed: bool)
         return
     if STATES.index(now.state) > STATES.index(before.state):
         yield f"{before.shown_state} became {now.shown_state}" + (f": {now.reason}" if now.reason else "")
-    for what, limit, then, after, written in (
-        ("slower", bounds.slower if timed else None, _p50(before), _p50(now), milliseconds),
-        ("larger", bounds.larger, _bytes(before), _bytes(now), lambda value: size(int(value))),
-        ("less exact", bounds.off, _error(before), _error(now), error),
+    for what, limit, then, least, after, written in (
+        ("slower", bounds.slower if timed else None, _p50(before), 0.0, _p50(now), milliseconds),
+        ("larger", bounds.larger, _bytes(before), 0.0, _bytes(now), lambda value: size(int(value))),
+        ("less exact", bounds.off, _error(before), _noise_floor(before), _error(now), error),
     ):
-        if limit is None or then is None or after is None:
-            continue
-        least = _noise_floor(before) if what == "less exact" else 0.0
-        if after > limit * max(then, least):
+        if limit is not None and then is not None and after is not None and after > limit * max(then, least):
             yield f"{what}: {written(then)} became {written(after)}, more than {limit:g} times"
 
 
