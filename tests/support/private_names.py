@@ -137,6 +137,8 @@ NAMES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "executorch": {
         "formats/executorch.py": (
             "executorch.backends.xnnpack.partition.config.gemm_configs:ConvolutionConfig",
+            "executorch.backends.xnnpack.serialization.xnnpack_graph_serialize:XNNHeader",
+            "executorch.exir._serialize._flatbuffer:_flatc_decompile",
             "executorch.exir._serialize._program:deserialize_pte_binary",
             "torchao.quantization.pt2e.quantizer.quantizer:Q_ANNOTATION_KEY",
         )

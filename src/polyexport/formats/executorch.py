@@ -1,20 +1,28 @@
-"""ExecuTorch: a program for phones and microcontrollers, with XNNPACK for the CPU, in float32 and with int8.
+"""ExecuTorch: a program for phones and microcontrollers, with XNNPACK for the CPU, in float32, int8 and 4 bits.
 
 https://docs.pytorch.org/executorch/stable/
 
 Operators that XNNPACK does not support run with ExecuTorch's portable kernels, in the same file; if its partitioner
 fails on a program, all of them do. int8 is torchao's quantization of the exported program with XNNPACK's quantizer,
-since XNNPACK has the kernels.
+since XNNPACK has the kernels; so are weights in 4 bits, which it has kernels for in linear layers.
 """
 
 from __future__ import annotations
 
+import json
+import math
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from polyexport.format import Convert, Format, OnDevice, Route, Snippet
+from polyexport.format import Convert, Format, Load, Loaded, OnDevice, Route, Snippet
+from polyexport.measure.weights import in_float, is_weight
 from polyexport.spec import Arrays, ExportSpec, Precision, Runner, calibration
 from polyexport.tracing.exported_program import load_program
 from polyexport.tracing.fake_quantization import with_trained_scales
@@ -50,7 +58,66 @@ def keep_trained_scales(source: Path, target: Path, spec: ExportSpec) -> None:
 
 
 def quantize_weights(source: Path, target: Path, spec: ExportSpec) -> None:
-    """Lower the program with weights in int8; XNNPACK quantizes activations at run time.
+    """Lower the program with weights in int8; XNNPACK quantizes activations at run time."""
+    _lower_weights(load_program(source).module(), target, spec)
+
+
+def store_in_4_bits(source: Path, target: Path, spec: ExportSpec) -> None:
+    """Like `quantize_weights`, with the weights of linear layers in 4 bits."""
+    _lower_weights(_in_4_bits(load_program(source).module()), target, spec)
+
+
+def _in_4_bits(module: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """The module with the weights of linear layers in 4 bits, where XNNPACK has the kernel.
+
+    Raises:
+        RuntimeError: it has no such layers.
+    """
+    import torch
+    from torchao.quantization import Int8DynamicActivationIntxWeightConfig, quantize_
+    from torchao.quantization.granularity import PerGroup
+
+    int4 = torch.int4  # type: ignore[attr-defined]  # PyTorch's stubs lack it
+    config = Int8DynamicActivationIntxWeightConfig(weight_dtype=int4, weight_granularity=PerGroup(_GROUP))
+    weights = _in_groups(module)
+    if not weights:
+        raise RuntimeError(
+            f"XNNPACK supports 4 bits for linear layers whose number of inputs is divisible by {_GROUP}, and the model "
+            "has none; use executorch-w8"
+        )
+    for weight in weights:
+        path = str(weight.target)
+        layer = torch.nn.Linear(1, 1, bias=False)
+        layer.weight = torch.nn.Parameter(module.get_parameter(path).detach())
+        quantize_(layer, config)
+        owner, _, name = path.rpartition(".")
+        setattr(module.get_submodule(owner), name, layer.weight)
+        for node in weight.users:
+            node.target = torch.nn.functional.linear  # torchao's weights do not know the operator beneath it
+    module.recompile()
+    return module
+
+
+_GROUP = 32
+"""Weights per scale, along what a layer reads."""
+
+
+def _in_groups(module: torch.fx.GraphModule) -> list[torch.fx.Node]:
+    """The weights that only linear layers read, and whose rows are whole groups."""
+    import torch
+
+    linear, parameters = torch.ops.aten.linear.default, dict(module.named_parameters())
+    return [
+        node
+        for node in module.graph.find_nodes(op="get_attr")
+        if node.target in parameters
+        and parameters[node.target].shape[-1] % _GROUP == 0
+        and all(user.target is linear and node is user.args[1] for user in node.users)
+    ]
+
+
+def _lower_weights(module: torch.fx.GraphModule, target: Path, spec: ExportSpec) -> None:
+    """Lower a module with the weights in int8 that are not in fewer bits.
 
     Each convolution is a delegate of its own: together with what comes before it, its input's axes are reordered for
     all that read the input.
@@ -64,7 +131,7 @@ def quantize_weights(source: Path, target: Path, spec: ExportSpec) -> None:
         XnnpackPartitioner(),
     )
     alone.ops_to_not_decompose = rest.ops_to_not_decompose  # else operators are decomposed before the rest sees them
-    _lower(_calibrated(load_program(source).module(), spec, dynamic=True), target, spec, [alone, rest])
+    _lower(_calibrated(module, spec, dynamic=True), target, spec, [alone, rest])
 
 
 def _calibrated(module: torch.fx.GraphModule, spec: ExportSpec, *, dynamic: bool) -> torch.fx.GraphModule:
@@ -83,6 +150,7 @@ def _calibrated(module: torch.fx.GraphModule, spec: ExportSpec, *, dynamic: bool
     rules = get_symmetric_quantization_config(is_per_channel=True, is_dynamic=dynamic)
     program = _exported(module, spec).module()
     _keep_integers(program)
+    _keep_quantized(program)
     if dynamic:
         _copy_convolutions(program)
     observed = prepare_pt2e(program, XNNPACKQuantizer().set_global(rules))
@@ -117,6 +185,17 @@ def _keep_integers(module: torch.fx.GraphModule) -> None:
         if node.target in with_constant and len(node.all_input_nodes) == 1:
             node.target = with_constant[node.target]
     module.recompile()
+
+
+def _keep_quantized(module: torch.fx.GraphModule) -> None:
+    """Exclude linear layers whose weights are quantized already."""
+    import torch
+    from torchao.quantization.pt2e.quantizer import QuantizationAnnotation
+    from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
+
+    for node in module.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default):
+        if node.args[1].op == "call_function":
+            node.meta[Q_ANNOTATION_KEY] = QuantizationAnnotation(_annotated=True)
 
 
 def _copy_convolutions(module: torch.fx.GraphModule) -> None:
@@ -188,6 +267,54 @@ def load(path: Path, spec: ExportSpec, *, threads: int) -> Runner:
     return run
 
 
+def load_quantized(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
+    """Run it with ExecuTorch's runtime, with a remark on weights in float, and on those in 4 bits."""
+    sizes: Counter[str] = Counter()
+    for kind, size in _weights(path):
+        sizes[_BITS.get(kind, "float")] += size
+    total = sizes.total()
+    four, eight = (f"{sizes[bits] / max(1, total):.0%} of its weights in {bits} bits" for bits in ("4", "8"))
+    in_bits = f"{four}, {eight}" if sizes["4"] else ""
+    left = in_float(sizes["float"], total, "which XNNPACK does not quantize", in_bits)
+    few = in_bits if sizes["4"] < total / 2 else ""
+    return Loaded(load(path, spec, threads=threads), remark=left.remark, shortfall=left.shortfall or few)
+
+
+_BITS = {"qint8": "8", "qcint8": "8", "qcint4": "4", "qbint4": "4"}
+"""Bits of XNNPACK's types of weights."""
+
+
+def _weights(path: Path) -> list[tuple[str, int]]:
+    """XNNPACK's type and the size of each weight; those outside of XNNPACK are float, as its portable kernels take."""
+    from executorch.exir._serialize._program import deserialize_pte_binary
+
+    program = deserialize_pte_binary(path.read_bytes()).program
+    (plan,) = program.execution_plan
+    tensors = [value.val for value in plan.values if type(value.val).__name__ == "Tensor"]
+    found = [("fp32", tensor.sizes) for tensor in tensors if tensor.data_buffer_idx and not tensor.allocation_info]
+    for delegate in plan.delegates:
+        found += _of_xnnpack(program.backend_delegate_data[delegate.processed.index].data)
+    return [(kind, math.prod(sizes)) for kind, sizes in found if is_weight(sizes)]
+
+
+def _of_xnnpack(data: bytes) -> Iterator[tuple[str, list[int]]]:
+    """The type and the sizes of each constant of a part that XNNPACK runs."""
+    from executorch.backends.xnnpack import serialization
+    from executorch.backends.xnnpack.serialization.xnnpack_graph_serialize import XNNHeader
+    from executorch.exir._serialize._flatbuffer import _flatc_decompile
+
+    header = XNNHeader.from_bytes(data[: XNNHeader.EXPECTED_LENGTH])
+    graph = data[header.flatbuffer_offset : header.flatbuffer_offset + header.flatbuffer_size]
+    with tempfile.TemporaryDirectory() as folder, resources.path(serialization, "schema.fbs") as schema:
+        Path(folder, "graph.bin").write_bytes(graph)
+        _flatc_decompile(folder, str(schema), str(Path(folder, "graph.bin")))
+        text = Path(folder, "graph.json").read_text(encoding="utf-8")
+    for value in json.loads(re.sub(r": (-?)inf\b", r": \1Infinity", text))["xvalues"]:
+        tensor = value["xvalue_union"].get("tensor_value", value["xvalue_union"])
+        if tensor.get("constant_buffer_idx"):
+            yield tensor["datatype"].removeprefix("xnn_datatype_"), tensor["dims"]
+
+
 def _lacking(path: Path) -> list[str]:
     """The operators of a file that the runtime lacks."""
     from executorch.exir._serialize._program import deserialize_pte_binary
@@ -237,7 +364,14 @@ outputs = program.load_method("forward").execute(inputs)
 )
 
 
-def _format(name: str, precision: Precision, description: str, *ways: tuple[str, Convert], **more: Any) -> Format:
+def _format(
+    name: str,
+    precision: Precision,
+    description: str,
+    *ways: tuple[str, Convert],
+    opens: Load = load_quantized,
+    **more: Any,
+) -> Format:
     return Format(
         name=name,
         aliases=(name.replace("executorch", "pte"),),
@@ -247,10 +381,10 @@ def _format(name: str, precision: Precision, description: str, *ways: tuple[str,
         graph="model.pte",
         precision=precision,
         routes=tuple(Route(way, "pt2", "executorch", convert, trained=way == _TRAINED) for way, convert in ways),
-        load=load,
+        load=opens,
         targets=("phone", "microcontroller"),
         snippets=_SNIPPETS,
-        on_device=OnDevice(("executorch",)),
+        on_device=OnDevice(("executorch",), load=load),
         **more,
     )
 
@@ -264,12 +398,19 @@ FORMATS = (
         "ExecuTorch program with XNNPACK, for phones and small devices",
         ("xnnpack", convert),
         ("portable", convert_portable),
+        opens=load,
     ),
     _format(
         "executorch-w8",
         "w8",
         "ExecuTorch program with int8 weights, for phones' CPUs",
         ("xnnpack", quantize_weights),
+    ),
+    _format(
+        "executorch-w4",
+        "w4",
+        "ExecuTorch program with its linear layers' weights in 4 bits, for language models on phones' CPUs",
+        ("xnnpack", store_in_4_bits),
     ),
     _format(
         "executorch-int8",
