@@ -1,6 +1,7 @@
 # make demo       train on real data, export, prove, measure, publish offline, print the table
 # make test       run every test
 # make test-fast  run what needs no toolchain and no training: what to run before each commit, a minute
+# make toolchains install the converters that the tests use
 # make lint       run every check of the pre-commit configuration
 # make docs       build the site into site/; a warning or a broken link is an error
 # make lock       resolve the toolchains anew and write their lock files; CHAINS="onnx tflite" for some
@@ -19,18 +20,20 @@ WATCHED := torch lightning onnx onnxscript onnxruntime openvino coremltools wand
 # with it each process of a test would compile our sources anew
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-fast test-newest lint docs lock bench test-zoo test-matrix test-real clean
+.PHONY: demo test toolchains test-fast test-newest lint docs lock bench test-zoo test-matrix test-real clean
 
 demo: $(VENV)/demo
 	$(BIN)/python examples/digits.py
 
 # the toolchains first, since the sessions would wait for each other's; then two side by side, since most of a test is one
 # process that imports or converts
-test: $(VENV)/test
-	$(BIN)/polyexport toolchain install c executorch imx500 litert litert_web mnn ncnn nncf onnx_web paddle rknn tensorflow \
-		tensorrt_rtx tfjs tflite vela
+test: toolchains
 	shared=$$(mktemp -d) && trap "rm -rf $$shared" EXIT && \
 		$(MAKE) --jobs=2 --output-sync=target SHARED=$$shared session-1 session-2
+
+toolchains: $(VENV)/test
+	$(BIN)/polyexport toolchain install c executorch imx500 litert litert_web mnn ncnn nncf onnx_web paddle rknn tensorflow \
+		tensorrt_rtx tfjs tflite vela
 
 # idle threads of OpenMP wait actively
 session-%: export OMP_NUM_THREADS := 1
@@ -84,12 +87,13 @@ test-real: $(VENV)/test
 clean:
 	rm -rf $(VENV) $(NEWEST) runs site
 
-# torch first and by pip, so that a build for this machine's accelerator (or a CPU build) is taken where one is offered
+# torch first and by pip, so that a build for this machine's accelerator (or a CPU build) is taken where one is offered;
+# the rest by uv, which keeps that torch and downloads side by side. Python compiles what is imported
 $(VENV)/torch: constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt torch uv
 	touch $@
 
 $(VENV)/demo $(VENV)/test $(VENV)/bench $(VENV)/lint $(VENV)/docs: $(VENV)/%: $(VENV)/torch pyproject.toml
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[$*]"
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable ".[$*]"
 	touch $@
