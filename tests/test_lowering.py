@@ -144,3 +144,8 @@ def test_what_tflite_and_tensorflow_js_lack_is_not_in_the_graph() -> None:
 def test_elementary_functions_run_by_tflites_own_operators() -> None:
     """Each as numpy computes it, beside turned sequences, and images whose batch alone is not known while lowering."""
     assert answer("tensorflow", "elementary") is None
+
+
+def test_integers_of_64_bits_run_by_tflites_own_operators() -> None:
+    """Absolute values, signs, quotients and indices of the extremes, exactly as numpy and Python compute them."""
+    assert answer("tensorflow", "integers") is None

@@ -202,4 +202,25 @@ def right(x, rows, image):
     return found | {"Split": np.ceil(x).astype("i8")[:, 2:], "Slice": image[:, :, None, None, :, 4:7]}
 
 
-programs.run(unknown_input, drawn, names, transposes, plain, elementary)
+def integers(folder):
+    """Of int64, which few of TFLite's operators take; quotients at both ends of it too."""
+    a = np.array([[7, -7, 6, 0, 2**62 + 3], [-(2**53) - 1, 2**40, 2**63 - 1, -(2**62), 5]])
+    b = np.array([[2, 2, -3, 4, 3], [3, -7, 1, 2**31 + 1, -5]])
+    nodes = [
+        *(helper.make_node(op, ["a"], [op]) for op in ("Abs", "Sign")),
+        *(helper.make_node(op, ["a"], [op], axis=1, keepdims=0) for op in ("ArgMax", "ArgMin")),
+        helper.make_node("Div", ["a", "b"], ["Div"]),
+    ]
+    values = {name: helper.make_tensor_value_info(name, 7, None) for name in ("a", "b", *(n.op_type for n in nodes))}
+    graph = helper.make_graph(nodes, "g", [values.pop("a"), values.pop("b")], list(values.values()))
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)])
+    lowered = lower_model(model, [tf.TensorSpec([None, 5], tf.int64, name) for name in "ab"])
+    found = by_tflite(lowered, folder / "made", a=a, b=b)
+    pairs = [(int(x), int(y)) for x, y in zip(a.flat, b.flat, strict=True)]
+    quotients = [x // y if (x < 0) == (y < 0) else -(-x // y) for x, y in pairs]
+    expected = {"Abs": abs(a), "Sign": np.sign(a), "ArgMax": a.argmax(1), "ArgMin": a.argmin(1)}
+    for name, right in (expected | {"Div": np.reshape(quotients, a.shape)}).items():
+        np.testing.assert_array_equal(found[name], right, err_msg=name)
+
+
+programs.run(unknown_input, drawn, names, transposes, plain, elementary, integers)

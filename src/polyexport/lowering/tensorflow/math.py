@@ -9,6 +9,7 @@ import tensorflow as tf
 
 from polyexport.lowering.backend import Tensor
 from polyexport.lowering.tensorflow.backend import OPS
+from polyexport.lowering.tensorflow.primitives import floor_divided
 from polyexport.lowering.value import Value
 
 
@@ -20,6 +21,11 @@ def _other_leg(x: Tensor) -> Tensor:
 def _asinh(x: Tensor) -> Tensor:
     size = tf.abs(x)
     return tf.sign(x) * tf.math.log1p(size + size * size / (1 + tf.sqrt(size * size + 1)))
+
+
+def _sign(x: Tensor) -> Tensor:
+    """-1, 0 or 1; TFLite's operator does not take int64."""
+    return tf.clip_by_value(x, -1, 1) if x.dtype == tf.int64 else tf.sign(x)
 
 
 _ERF = (1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592)
@@ -54,7 +60,7 @@ OPS.functions(
     Neg=tf.negative,
     Not=tf.logical_not,
     Reciprocal=tf.math.reciprocal,
-    Sign=tf.sign,
+    Sign=_sign,
     Sin=tf.sin,
     BitwiseNot=tf.bitwise.invert,
     Mish=lambda x: x * tf.tanh(tf.math.softplus(x)),
@@ -69,7 +75,7 @@ def divide(a: Tensor, b: Tensor) -> Tensor:
     """True division of floats; integers are truncated towards zero."""
     if a.dtype.is_floating or a.dtype.is_complex:
         return a / b
-    quotient = a // b  # not tf.truncatediv, which TensorFlow.js and TensorFlow Lite lack
+    quotient = floor_divided(a, b)  # not tf.truncatediv, which TensorFlow.js and TensorFlow Lite lack
     if a.dtype.is_unsigned:
         return quotient
     return quotient + tf.cast((quotient < 0) & (quotient * b != a), a.dtype)

@@ -156,14 +156,37 @@ def reduction(reduce: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return lambda x, axes, keepdims: reduce(x, list(axes), keepdims)
 
 
-def extreme(find: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The index along one axis, int64."""
+def extreme(find: Callable[..., Tensor], reduce: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The index along one axis, int64; of int64, which TFLite's operator does not take, where `reduce`'s result is."""
 
     def apply(x: Tensor, axis: int, keepdims: bool) -> Tensor:
-        found = find(x, axis, tf.int64)
+        if x.dtype == tf.int64:
+            found = tf.argmax(tf.cast(tf.equal(x, reduce(x, axis, True)), tf.int32), axis, tf.int64)
+        else:
+            found = find(x, axis, tf.int64)
         return tf.expand_dims(found, axis) if keepdims else found
 
     return apply
+
+
+def magnitude(x: Tensor) -> Tensor:
+    """The absolute value; TFLite's operator does not take int64."""
+    return tf.maximum(x, -x) if x.dtype == tf.int64 else tf.abs(x)
+
+
+def floor_divided(a: Tensor, b: Tensor) -> Tensor:
+    """The quotient, rounded down; of int64, which TFLite's operator does not take, by three quotients in float32.
+
+    Each of them leaves 2^-22 of what it divides. The last one is exact, since a multiple of `b` is divided.
+    """
+    if a.dtype != tf.int64:
+        return a // b
+    divisor, quotient = tf.cast(b, tf.float32), tf.zeros([], tf.int64)
+    rest = a - tf.math.floormod(a, b)
+    for _ in range(3):
+        part = tf.cast(tf.round(tf.cast(rest, tf.float32) / divisor), tf.int64)
+        quotient, rest = quotient + part, rest - part * b
+    return quotient
 
 
 _SHORT = (tf.int8, tf.uint8, tf.int16, tf.uint16, tf.uint32, tf.uint64)
