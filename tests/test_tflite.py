@@ -135,17 +135,20 @@ def test_fixed_shapes_come_by_the_first_route_with_narrow_integers(tmp_path):
     assert [str(tensor) for tensor in outcome.inputs] == ["ids: int32[4, 9]", "mask: bool[4, 9]"]
 
 
-class Twice(torch.nn.Linear):
-    """Returns one tensor by two names."""
+class Handed(torch.nn.Linear):
+    """Returns one tensor by two names, its inputs, and outputs that LiteRT allocates while it runs."""
 
-    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    def forward(self, x: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
         y = super().forward(x)
-        return {"one": y, "other": y}
+        best, indices = y.topk(2)
+        given = {"features": x, "ids again": ids, "mask again": mask}
+        return given | {"one": y, "other": y, "best": best, "indices": indices}
 
 
 @pytest.mark.slow
-def test_two_names_of_one_tensor_are_both_answered(tmp_path):
-    report = polyexport.export(Twice(4, 3), torch.rand(4, 4), ["tflite"], tmp_path / "x", bench=False)
+def test_every_output_is_answered_also_by_a_compiled_model(tmp_path):
+    inputs = (torch.rand(4, 4), torch.arange(4), torch.arange(4) > 1)
+    report = polyexport.export(Handed(4, 3), inputs, ["tflite"], tmp_path / "x", bench=False)
     assert (report["tflite"].state, report["tflite"].reason) == ("verified", "")
 
 

@@ -55,4 +55,25 @@ def lower_model(model: onnx.ModelProto, inputs: list[tf.TensorSpec]) -> tf.Modul
 def _named(name: str, content: Any) -> Any:
     if not isinstance(content, Value):
         raise NotImplementedError(f"the output {name!r} is a sequence, and TensorFlow's signatures have only tensors")
-    return tf.identity(content.tensor)
+    tensor = content.tensor
+    return tf.where(tf.equal(tensor, tensor), tensor, tensor) if _is_sized_at_run_time(tensor) else tf.identity(tensor)
+
+
+_ALWAYS = ("Placeholder", "TopKV2", "Where")
+_BY_OPERANDS = (
+    *("Reshape", "Tile", "Pad", "PadV2", "MirrorPad", "Range", "Slice", "StridedSlice"),
+    *("ResizeBilinear", "ResizeNearestNeighbor"),
+)
+
+
+def _is_sized_at_run_time(tensor: Any) -> bool:
+    """Whether LiteRT allocates a tensor while it runs, or takes an input's.
+
+    Its `CompiledModel` leaves such an output empty, or refuses it, unless another operation follows that its converter
+    keeps, and that computes the same values.
+    """
+    while tensor.op.type in ("Identity", "Transpose"):  # which may change nothing, and be gone then
+        tensor = tensor.op.inputs[0]
+    kind, operands = tensor.op.type, tensor.op.inputs[1:]
+    by_operands = kind in _BY_OPERANDS and any(tf.get_static_value(each) is None for each in operands)
+    return kind in _ALWAYS or by_operands
