@@ -579,3 +579,35 @@ def test_a_dynamic_batch_grows_while_axes_move_into_it(tmp_path):
 
 def test_sizes_beside_a_dynamic_batch_stay_known(tmp_path):
     proven(with_a_token, (2, 6, 4), tmp_path, free=True)
+
+
+def columns(x):
+    """Blocks of an image of dynamic width, here the batch's axis, beside a known batch and a dynamic one."""
+    return functional.unfold(x.T[None, :, None], (1, 3), padding=(0, 1)), functional.unfold(x[:, None, None], (1, 3))
+
+
+def ruler(x):
+    """Evenly spaced numbers, as many as an axis has, of dynamic and of known size."""
+    rows, width = x.shape
+    places = torch.meshgrid(torch.linspace(0.5, rows - 0.5, rows), torch.linspace(0, width - 1, width), indexing="ij")
+    return torch.stack(places, -1) * x[..., None]
+
+
+@pytest.mark.parametrize("function", [columns, ruler])
+def test_sizes_that_only_the_run_knows(function, tmp_path):
+    proven(function, ROWS, tmp_path, free=True)
+
+
+class Unset(nn.Module):
+    """A threshold that is NaN until it is found."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("threshold", torch.tensor(torch.nan))
+
+    def forward(self, x):
+        return torch.where(self.threshold.isnan(), x, x - self.threshold)
+
+
+def test_a_weight_may_be_nan(tmp_path):
+    proven(Unset(), ROWS, tmp_path)

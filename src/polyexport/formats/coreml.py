@@ -46,7 +46,27 @@ def convert_trace(source: Path, target: Path, spec: ExportSpec, *, precision: st
     module, inputs = _behind_casts(torch.jit.load(str(source)), spec)
     with torch.inference_mode():
         traced = torch.jit.trace(module, inputs, check_trace=False)
-    _convert(traced, target, spec, precision)
+    with _equal_nans():
+        _convert(traced, target, spec, precision)
+
+
+@contextlib.contextmanager
+def _equal_nans() -> Iterator[None]:
+    """Make `torch.equal` take NaN for equal to itself, as coremltools compares each weight with the state dict's."""
+    import torch
+
+    plain = torch.equal
+
+    def equal(input: torch.Tensor, other: torch.Tensor) -> bool:
+        if plain(input, other) or input.shape != other.shape or input.dtype != other.dtype:
+            return plain(input, other)
+        return torch.allclose(input, other, rtol=0, atol=0, equal_nan=True)
+
+    torch.equal = equal
+    try:
+        yield
+    finally:
+        torch.equal = plain
 
 
 def convert_program(source: Path, target: Path, spec: ExportSpec, *, precision: str) -> None:

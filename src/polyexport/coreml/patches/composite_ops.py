@@ -126,9 +126,10 @@ def _places(count: int, corners: bool) -> np.ndarray:
 
 
 def unfold(context: Any, node: Any) -> None:
-    """The blocks of an image as columns, by a convolution per position of a block; the batch may be dynamic."""
+    """The blocks of an image as columns, by a convolution per position of a block; all but the channels is dynamic."""
     from coremltools.converters.mil import Builder as mb
     from coremltools.converters.mil.frontend.torch.ops import _get_inputs
+    from coremltools.converters.mil.mil.types.symbolic import any_symbolic
 
     x, *blocks = _get_inputs(context, node)
     kernel, dilations, padding, strides = (_pair(each) for each in blocks)
@@ -142,8 +143,14 @@ def unfold(context: Any, node: Any) -> None:
         pad_type="custom",
         pad=[padding[0], padding[0], padding[1], padding[1]],
     )
-    count = int(made.shape[2] * made.shape[3])
-    context.add(mb.reshape(x=made, shape=[-1, channels * kernel[0] * kernel[1], count], name=node.name))
+    depth, counts = channels * kernel[0] * kernel[1], made.shape[2:]
+    if not any_symbolic(counts):
+        shape: Any = [-1, depth, math.prod(map(int, counts))]
+    elif any_symbolic(x.shape[:1]):
+        shape = mb.concat(values=[mb.slice_by_size(x=mb.shape(x=x), begin=[0], size=[1]), [depth, -1]], axis=0)
+    else:
+        shape = [int(x.shape[0]), depth, -1]
+    context.add(mb.reshape(x=made, shape=shape, name=node.name))
 
 
 def fold(context: Any, node: Any) -> None:

@@ -9,6 +9,8 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+
 from polyexport.coreml.patches.scatter_ops import _kind
 
 
@@ -81,9 +83,27 @@ def flatten(context: Any, node: Any) -> None:
     context.add(mb.reshape(x=x, shape=shape, name=node.name))
 
 
+def linspace(context: Any, node: Any) -> None:
+    """Evenly spaced numbers; coremltools takes the traced size of an axis for a vector, and needs a known count."""
+    from coremltools.converters.mil import Builder as mb
+    from coremltools.converters.mil.frontend.torch import ops
+
+    ends = [mb.squeeze(x=each) if each.rank else each for each in ops._get_inputs(context, node)[:3]]
+    if all(each.val is not None for each in ends):
+        first, last, steps = (each.val.item() for each in ends)
+        context.add(mb.const(val=np.linspace(first, last, int(steps), dtype=np.float32), name=node.name))
+        return
+    first, last, steps = (mb.cast(x=each, dtype="fp32") for each in ends)
+    gaps = mb.maximum(x=mb.sub(x=steps, y=1.0), y=1.0)
+    step = mb.real_div(x=mb.sub(x=last, y=first), y=gaps)
+    counted = mb.range_1d(start=0.0, end=steps, step=1.0)
+    context.add(mb.add(x=mb.mul(x=counted, y=step), y=first, name=node.name))
+
+
 COMPOSITES: Mapping[str, Callable[[Any, Any], None]] = {
     "to": _without_idle_casts("to"),
     "int": _without_idle_casts("_int"),
     "expand": expand,
     "flatten": flatten,
+    "linspace": linspace,
 }
