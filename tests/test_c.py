@@ -27,13 +27,16 @@ pytestmark = pytest.mark.skipif(bool(c.lacks()), reason=c.lacks())
 
 
 class Sequence(torch.nn.Module):
-    """Layers in both directions whose answers are all used, and a GRU that goes forward; `unread` is never read."""
+    """Layers in both directions whose answers are all used, and a GRU that goes forward; `unread` is never read.
+
+    PyTorch reverses the sequence for an RNN by a slice that goes backwards.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.both = torch.nn.ModuleList(
             kind(size, 4, batch_first=True, bidirectional=True)
-            for kind, size in ((torch.nn.LSTM, 3), (torch.nn.GRU, 8))
+            for kind, size in ((torch.nn.LSTM, 3), (torch.nn.GRU, 8), (torch.nn.RNN, 8))
         )
         self.one = torch.nn.GRU(8, 5, batch_first=True)
 
@@ -41,7 +44,12 @@ class Sequence(torch.nn.Module):
         for layer in self.both:
             sequence = layer(sequence)[0]
         steps = self.one(sequence)[0]
-        return {"steps": steps, "masked": mask & (steps[..., 0] > 0), "sums": steps.sum((1, 2))}
+        return {
+            "turned": sequence.flip(1, 2),
+            "steps": steps,
+            "masked": mask & (steps[..., 0] > 0),
+            "sums": steps.sum((1, 2)),
+        }
 
 
 @pytest.fixture(scope="module")

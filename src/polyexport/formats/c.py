@@ -68,10 +68,11 @@ def convert(source: Path, target: Path, spec: ExportSpec) -> None:
 
 def _fixed(source: Path, spec: ExportSpec) -> onnx.ModelProto:
     """The ONNX graph for one row, including inputs that forward never reads."""
+    from polyexport.onnx_graph.reversals import without_reversals
     from polyexport.onnx_graph.static_shapes import set_values, with_sizes
 
     one = spec.one_row()
-    model = with_sizes(source, spec, one)
+    model = without_reversals(with_sizes(source, spec, one))
     read = {value.name: value for value in model.graph.input}
     set_values(model.graph.input, [read.get(tensor.name) or _unread(tensor) for tensor in one.inputs])
     return model
