@@ -599,15 +599,17 @@ def test_sizes_that_only_the_run_knows(function, tmp_path):
 
 
 class Unset(nn.Module):
-    """A threshold that is NaN until it is found."""
+    """A threshold that is NaN until it is found, and chosen by scalars alone."""
 
     def __init__(self):
         super().__init__()
         self.register_buffer("threshold", torch.tensor(torch.nan))
 
     def forward(self, x):
-        return torch.where(self.threshold.isnan(), x, x - self.threshold)
+        half = torch.where(self.threshold.isnan(), x.mean() * 0.5, self.threshold)
+        return torch.where(self.threshold.isnan(), x, x - self.threshold) - half
 
 
-def test_a_weight_may_be_nan(tmp_path):
-    proven(Unset(), ROWS, tmp_path)
+@pytest.mark.parametrize("convert", [coreml.convert_trace, coreml.convert_program])
+def test_a_weight_may_be_nan(convert, tmp_path):
+    proven(Unset(), ROWS, tmp_path, convert=convert, free=True)

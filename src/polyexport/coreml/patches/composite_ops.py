@@ -232,6 +232,10 @@ def where(context: Any, node: Any) -> None:
     values = ops._get_inputs(context, node)
     shapes = [tuple(value.shape) for value in values if value is not None]
     scalars = len(values) == 3 and not any(shapes[1:])
+    if len(shapes) == 3 and not any(shapes):  # for which coremltools joins no sizes
+        first, second = ops.promote_input_dtypes(values[1:])
+        context.add(mb.select(cond=mb.cast(x=values[0], dtype="bool"), a=first, b=second, name=node.name))
+        return
     if len(shapes) != 3 or len(set(shapes)) == 1 or not (scalars or any(map(any_symbolic, shapes))):
         ops.where(context, node)
         return
