@@ -25,7 +25,7 @@ ARGUMENTS = {
     "erfinv": (UNIT,),
     "ndtri": (torch.cat([UNIT.abs(), torch.logspace(-7, -1, 200)]),),
     "spherical_bessel_j0": (REAL[REAL.isfinite()],),
-    **dict.fromkeys(("bessel_j0", "bessel_j1"), (REAL[REAL.abs() < 100],)),  # greater phases are rounded
+    **dict.fromkeys(("bessel_j0", "bessel_j1", "airy_ai"), (REAL[REAL.abs() < 100],)),  # greater phases are rounded
     **dict.fromkeys(("bessel_y0", "bessel_y1"), (POSITIVE[POSITIVE < 100],)),
 }
 

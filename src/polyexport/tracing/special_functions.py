@@ -322,6 +322,81 @@ def _spherical_j0(x: torch.Tensor) -> torch.Tensor:
     return torch.where(x == 0, 1.0, safe.sin() / safe)
 
 
+# --- Airy's -----------------------------------------------------------------------------------------------------------
+
+_AIRY_AN = (1.0, 14.02646912, 70.53609068, 159.7563914, 168.0892249, 76.27960536, 12.00759527, 0.3465381015)
+_AIRY_AD = (1.0, 14.09591356, 71.47784008, 164.2346929, 177.3180881, 84.51389701, 14.75625626, 0.5675945326)
+_AIRY_AFN = (
+    -1.677876985e-08,
+    -2.776491082e-06,
+    -0.0001592764962,
+    -0.004062659236,
+    -0.04919001326,
+    -0.2797799815,
+    -0.693158036,
+    -0.6264565444,
+    -0.1316963234,
+)
+_AIRY_AFD = (
+    4.51850093e-07,
+    7.547203483e-05,
+    0.004402916416,
+    0.1156871738,
+    1.475291468,
+    9.187074029,
+    26.73670409,
+    32.68250328,
+    13.35604207,
+)
+_AIRY_AGN = (
+    3.415517848e-10,
+    8.117892396e-08,
+    6.9879367e-06,
+    0.0002828516008,
+    0.00585804113,
+    0.06338889196,
+    0.3514656561,
+    0.9391692298,
+    1.065798976,
+    0.3911030296,
+    0.01973399321,
+)
+_AIRY_AGD = (
+    4.918345701e-09,
+    1.171667332e-06,
+    0.0001012590851,
+    0.004126565238,
+    0.08645808264,
+    0.9542936116,
+    5.476860694,
+    15.56466289,
+    19.83529287,
+    9.308929081,
+)
+
+
+def airy_ai(x: torch.Tensor) -> torch.Tensor:
+    """`torch.special.airy_ai`: a power series near zero, Cephes' rational approximations elsewhere."""
+    import torch
+
+    x = _real(x)
+    size = x.abs().clamp(min=2.09)
+    zeta, root = size * size.sqrt() * (2 / 3), size.sqrt().sqrt()
+    z = 1 / zeta
+    above = _polynomial(z, *_AIRY_AN) / _polynomial(z, *_AIRY_AD) * (-zeta).exp() / 2
+    cosines = z * _polynomial(z * z, *_AIRY_AGN) / _polynomial(z * z, *_AIRY_AGD)
+    sines = 1 + z * z * _polynomial(z * z, *_AIRY_AFN) / _polynomial(z * z, *_AIRY_AFD)
+    phase = zeta + math.pi / 4
+    far = torch.where(x > 0, above, phase.sin() * sines - phase.cos() * cosines) / (root * math.sqrt(math.pi))
+    near = x.clamp(-2.09, 2.09)
+    cube, even, odd = near**3, [1.0], [1.0]
+    for step in range(3, 31, 3):
+        even.append(even[-1] / (step * (step - 1)))
+        odd.append(odd[-1] / (step * (step + 1)))
+    series = 0.355028053887817239 * _polynomial(cube, *even) - 0.258819403792806798 * near * _polynomial(cube, *odd)
+    return torch.where(x.isinf(), math.nan, torch.where(x.abs() < 2.09, series, far))
+
+
 _FUNCTIONS: Mapping[str, Callable[..., Any]] = {
     "lgamma": lgamma,
     "mvlgamma": mvlgamma,
@@ -345,6 +420,7 @@ _FUNCTIONS: Mapping[str, Callable[..., Any]] = {
     "bessel_y0": bessel_y0,
     "bessel_y1": bessel_y1,
     "spherical_bessel_j0": _spherical_j0,
+    "airy_ai": airy_ai,
 }
 _ALIASES = {
     "lgamma": "gammaln",
