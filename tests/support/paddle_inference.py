@@ -65,6 +65,11 @@ def cases() -> Iterator[Case]:
         ("Concat", ["zeros"], {"axis": 1}),
     ]
     yield "pixels in rows", steps, image, {**half, "rows": [-1, 72, 3], "zeros": np.zeros((2, 1, 3), "f4")}
+    steps = [
+        *(("Mul", ["half"], {}), ("Transpose", [], {"perm": [0, 2, 1, 3]}), ("Reshape", ["rows"], {})),
+        ("Concat", ["t3"], {"axis": -1}),
+    ]
+    yield "rows of one head, beside themselves", steps, RANDOM.random((2, 1, 5, 8), "f4"), {**half, "rows": [-1, 5, 8]}
     steps = [("MatMul", ["matrix"], {}), ("Squeeze", ["axes"], {})]
     matrix = {"matrix": RANDOM.random((1, 3, 9, 1), "f4"), "axes": [-1]}
     yield "a product whose batch is free on one side", steps, image, matrix

@@ -99,8 +99,9 @@ def _is_in_danger(tensor: Tensor, op: Any) -> bool:
     name, source = _name(op), _name(tensor.get_defining_op())
     if tensor.dtype != paddle.float32 and name in _FUSED and source in _FUSED:
         return True
-    if source == "transpose" and name == "reshape":  # fused, it keeps a shape that a later product is checked against
-        return not (tensor.ndim == 4 and list(op.result(0).shape[:-1]) == list(tensor.shape[:2]))
+    if source == "transpose" and name == "reshape":  # fused, it keeps a shape that later operators are checked against
+        heads = tensor.ndim == 4 and list(op.result(0).shape[:-1]) == list(tensor.shape[:2])
+        return not heads or any(reader.name() == "builtin.combine" for reader in op.result(0).all_used_ops())
     overwrites = name not in _OVERWRITING and hasattr(paddle._C_ops, f"{name}_")
     return overwrites and not tensor.has_one_use() and (tensor.dtype == paddle.float32 or source == "cast")
 
