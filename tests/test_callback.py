@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
 import signal
+import textwrap
 import threading
 import time
 from collections.abc import Iterator
@@ -554,6 +556,27 @@ def test_other_state_that_training_changes_is_exported_as_of_the_checkpoint(tmp_
     with np.load(report.folder / "validation_batch.npz") as batch:
         expected = module.eval()(torch.from_numpy(batch["x"])).detach().numpy()
         np.testing.assert_allclose(batch["output_0"], expected, rtol=1e-5)
+
+
+def test_globals_that_training_changes_are_exported_as_of_the_checkpoint(tmp_path, monkeypatch):
+    code = """
+    import runs
+    CONFIG = {"by": 1.0}
+    class Net(runs.Scripted):
+        def forward(self, x):
+            return super().forward(x) * CONFIG["by"]
+        def on_train_epoch_start(self):
+            CONFIG["by"] += 1
+    """
+    (tmp_path / "net_with_globals.py").write_text(textwrap.dedent(code))
+    monkeypatch.syspath_prepend(tmp_path)
+    net = importlib.import_module("net_with_globals")
+    callback = ExportCallback([GOOD], into=tmp_path / "out", publish=(), bench=False, when="fit_end")
+    fit(tmp_path, callback, net.Net([1.0, 0.5]))
+    (report,) = callback.reports
+    assert report["good"].state == "verified"
+    told = "global variables were set to their values in training: net_with_globals.CONFIG"
+    assert told in [note.text for note in report.notes]
 
 
 class Scheduled(runs.Scripted):

@@ -3,7 +3,8 @@
 A script may change them (`net.SCALE = 3`, `Net.forward = mine`), but a worker imports the unchanged files.
 
 Requirements:
-* Only plain values and functions of the user's own files are taken; installed packages are the same in a worker.
+* Only plain values, small containers and arrays of them, and functions are taken, of the user's own files; installed
+  packages are the same in a worker.
 * They are saved with the module, but set only if the module's outputs differ from training without them (see
   `polyexport.measure.reference`): some globals must differ in a worker, such as a flag for a GPU.
 """
@@ -11,12 +12,17 @@ Requirements:
 from __future__ import annotations
 
 import importlib
+import itertools
+import math
 import sys
 import sysconfig
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from polyexport.capture.pickling import importable
 
@@ -52,8 +58,22 @@ def _own(values: Mapping[str, Any], home: str) -> dict[str, Any]:
     }
 
 
-def _is_plain(value: Any) -> bool:
-    return isinstance(value, _PLAIN) or (isinstance(value, tuple) and all(map(_is_plain, value)))
+def _is_plain(value: Any, depth: int = 4) -> bool:
+    """Whether it is a number, a string and the like, an array of few elements, or a small container of those."""
+    import torch
+
+    if isinstance(value, _PLAIN):
+        return True
+    if isinstance(value, np.ndarray | torch.Tensor):
+        return math.prod(value.shape) <= _ELEMENTS and (isinstance(value, torch.Tensor) or value.dtype.kind in "biufc")
+    if type(value) in (dict, OrderedDict):
+        return depth > 0 and len(value) <= _ITEMS and all(_is_plain(each, depth - 1) for each in value.values())
+    is_small = type(value) in (tuple, list, set, frozenset) and len(value) <= _ITEMS
+    return is_small and depth > 0 and all(_is_plain(each, depth - 1) for each in value)
+
+
+_ELEMENTS, _ITEMS = 2**16, 256
+"""Above these sizes, arrays and containers are data, which forward should not read from globals."""
 
 
 def _homes(root: nn.Module) -> Iterable[ModuleType]:
@@ -101,8 +121,26 @@ def _differing(surroundings: Surroundings) -> Iterator[tuple[str, str, Any, Any]
             owner = getattr(owner, part)
         for name, value in values.items():
             here = vars(owner).get(name)
-            if here is not value and (isinstance(value, FunctionType) or here != value):
+            if here is not value and not _is_same(here, value):
                 yield home.replace(":", "."), name, value, owner
+
+
+def _is_same(here: Any, value: Any) -> bool:
+    import torch
+
+    if type(here) is not type(value):
+        return False
+    if isinstance(value, FunctionType):  # pickled by value, it is another object
+        return here.__code__ == value.__code__ and not value.__closure__ and not here.__closure__
+    if isinstance(value, torch.Tensor):
+        return here.dtype == value.dtype and torch.equal(here.cpu(), value)
+    if isinstance(value, np.ndarray):
+        return here.dtype == value.dtype and np.array_equal(here, value, equal_nan=value.dtype.kind in "fc")
+    if isinstance(value, dict):
+        return here.keys() == value.keys() and all(_is_same(here[key], each) for key, each in value.items())
+    if isinstance(value, list | tuple):
+        return len(here) == len(value) and all(itertools.starmap(_is_same, zip(here, value, strict=True)))
+    return bool(here == value)
 
 
 def accept(folder: Path) -> None:

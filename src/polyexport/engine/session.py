@@ -26,7 +26,17 @@ from typing import TYPE_CHECKING, Any, Literal
 from polyexport.capture import answer as answers
 from polyexport.capture.changes import beside_weights, retake
 from polyexport.capture.processing import NONE, Processing
-from polyexport.capture.snapshot import ATTRIBUTES, UNAVAILABLE, WEIGHTS, Select, dump, save_call, save_module
+from polyexport.capture.snapshot import (
+    ATTRIBUTES,
+    STRUCTURE,
+    UNAVAILABLE,
+    WEIGHTS,
+    Select,
+    dump,
+    save_call,
+    save_module,
+    save_surroundings,
+)
 from polyexport.engine import plan
 from polyexport.engine.engine import Engine, check_limits
 from polyexport.engine.judge import Metric, measured
@@ -350,6 +360,8 @@ class Session:
             start = time.thread_time()
             retake(root, self.options.select, work / "source", attributes)
             self._retakes = time.thread_time() - start < _CHEAP_SECONDS
+        elif (work / "source" / STRUCTURE).exists():
+            save_surroundings(root, work / "source")
         if attributes:
             dump(attributes, work / "source" / ATTRIBUTES)
         if (recorded := self.answer) is not None:
