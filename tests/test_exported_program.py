@@ -213,13 +213,15 @@ class Reading(nn.Module):
     [
         (lambda x: 2 if x.abs().max() > 1 else 3, "forward reads a value of its data into Python (SITE)"),
         (lambda x: sum(range(int(x.sum()))), "forward reads a value of its data into Python (SITE)"),
+        (lambda x: 2 if torch.equal(x, x) else 3, "forward reads a value of its data into Python (SITE)"),
+        (lambda x: len(f"{x.sum():.3f}"), "forward reads a value of its data into Python (SITE)"),
         (lambda x: float(x.numpy().max()), "torch.export refuses SITE: RuntimeError: .numpy() is not supported"),
         (
             lambda x: int(x.shape[0]),
             "forward uses axis 0 of input as 2 in Python, which makes it a constant: ",
         ),
     ],
-    ids=["a branch", "a count", "an array", "a size"],
+    ids=["a branch", "a count", "equality", "a text", "an array", "a size"],
 )
 def test_code_that_cannot_be_exported_is_reported_with_its_line(read, why):
     with pytest.raises(RuntimeError) as raised:

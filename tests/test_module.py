@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
 import os
 import threading
@@ -10,6 +11,7 @@ from collections import UserDict, namedtuple
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -120,12 +122,28 @@ CHANGES = {
     "a hook": lambda net: net[0].register_forward_hook(lambda *told: told[-1] * 2),
     "a hook before": lambda net: net[0].register_forward_pre_hook(lambda module, args: (args[0] * 2,)),
     "an attribute": lambda net: setattr(net, "scale", 2.0),
+    "a number in a namespace": lambda net: setattr(net.config, "scale", 2.0),
+    "a tensor that is no buffer": lambda net: net.config.state["mean"].add_(1),
+    "a number in a closure": lambda net: net.count(),
+    "a bound argument": lambda net: net.scaled.keywords.update(by=2.0),
 }
+
+
+def counter():
+    seen = 0
+
+    def count():
+        nonlocal seen
+        seen += 1
+
+    return count
 
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_change_of_structure_while_training_is_seen_and_a_step_is_none(name):
     net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2), nn.LazyLinear(2))
+    net.config = SimpleNamespace(scale=1.0, state={"mean": torch.zeros(2)})
+    net.config.itself, net.count, net.scaled = net.config, counter(), functools.partial(torch.mul, by=1.0)
     before = beside_weights(net)
     with torch.no_grad():
         for weight in net[:3].parameters():
@@ -170,6 +188,20 @@ def test_buffers_that_no_checkpoint_has_are_kept(tmp_path):
 
     loaded = modules.load(saved(Scaled(), tmp_path, torch.ones(2, 1)))
     assert loaded(torch.ones(2, 1)).tolist() == [[3.0], [3.0]]
+
+
+@pytest.mark.parametrize("persistent", [True, False])
+def test_a_sparse_buffer_is_kept(tmp_path, persistent):
+    class Neighbors(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("adjacency", torch.eye(2).flip(0).to_sparse(), persistent=persistent)
+
+        def forward(self, x):
+            return self.adjacency @ x
+
+    loaded = modules.load(saved(Neighbors(), tmp_path, torch.rand(2, 1)))
+    assert loaded(torch.tensor([[1.0], [2.0]])).tolist() == [[2.0], [1.0]]
 
 
 def test_a_lightning_checkpoint_is_read_by_its_state_dict(tmp_path):

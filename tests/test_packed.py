@@ -85,5 +85,8 @@ def test_what_was_packed_before_the_trace_stays_packed():
     net, (x, lengths) = nn.LSTM(6, 8), sequences(nn.LSTM(6, 8), [7, 4])
     packed = pack_padded_sequence(x, lengths)
     with decomposed():
-        found = net(packed)[0].data
-    assert torch.equal(found, net(packed)[0].data)
+        found = net(packed)[0]
+        padded, ends = pad_packed_sequence(found)
+    assert torch.equal(found.data, net(packed)[0].data)
+    assert torch.equal(padded, pad_packed_sequence(net(packed)[0])[0])
+    assert ends.tolist() == [7, 4]

@@ -241,7 +241,7 @@ class Takes(runs.Scripted):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", ARGUMENTS)
-def test_fit_goes_on_whatever_forward_is_given(tmp_path, monkeypatch, name):
+def test_fit_goes_on_whatever_forward_is_given(tmp_path, monkeypatch, recwarn, name):
     monkeypatch.setattr(Takes, "make", ARGUMENTS[name], raising=False)
     model, callback = Takes([3.0]), ExportCallback([GOOD], bench=False, when="fit_end")
     trainer = runs.trainer(tmp_path, [ModelCheckpoint(monitor="val_loss"), callback], max_epochs=1)
@@ -249,6 +249,8 @@ def test_fit_goes_on_whatever_forward_is_given(tmp_path, monkeypatch, name):
     assert float(model.clock) == 4
     states = {report["good"].state for report in callback.reports}
     assert states == ({"verified"} if name in list(ARGUMENTS)[:3] else states)
+    refused = [str(each.message) for each in recwarn if "Nothing is exported" in str(each.message)]
+    assert len(refused) == ("is a sparse tensor" in "".join(refused)) == (name == "a sparse tensor")
 
 
 # --- what forward answered --------------------------------------------------------------------------------------------

@@ -84,6 +84,8 @@ BRANCHES = {
     "membership": lambda x: float(X[0].min()) not in x,
     "silence": lambda x: x.any() and x.abs().max() < 0.1,
     "the sign of a sum": lambda x: x[0].sum() * float(X[0].sum()) < 0,
+    "equality": lambda x: torch.equal(x, x.abs()),
+    "memory that is shared": lambda x: np.abs(np.from_dlpack(x)).max() > 8,
     "one element": lambda x: abs(float(x[0, 0])) > 100,
 }
 
@@ -348,6 +350,39 @@ def test_fixed_sizes_are_proven_on_other_values_of_those_sizes(tmp_path):
     assert all(each.real for each in proofs(found.batches, dynamic=True, made_up=False)), "of low precision"
 
 
+class Sized(nn.Module):
+    """Another head for some sizes."""
+
+    def __init__(self, decide) -> None:
+        super().__init__()
+        self.decide, self.one, self.other = decide, nn.Linear(5, 3), nn.Linear(5, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.other(x) if self.decide(x) else self.one(x)
+
+
+SIZES = {
+    "more rows": (lambda x: x.shape[0] > 40, {0: "batch"}, {"batch": 41}),
+    "an odd length": (lambda x: x.shape[1] % 2, {1: "length"}, {"length": 5}),
+    "more rows, and reads its data": (lambda x: x.shape[0] > 12 and x.max().item() < 99, {0: "batch"}, {"batch": 13}),
+    "far more rows": (lambda x: x.shape[0] > 400, {0: "batch"}, None),
+    "one row, which is among all proofs": (lambda x: x.shape[0] == 1, {0: "batch"}, None),
+    "a loop": (lambda x: not [row + 1 for row in x], {0: "batch"}, None),
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_a_size_at_which_forward_takes_another_branch_is_among_the_proofs(tmp_path, name):
+    decide, axes, expected = SIZES[name]
+    x = torch.randn(6, 4, 5, generator=torch.Generator().manual_seed(3))
+    found = prepared(tmp_path, Sized(decide), x, dynamic={"x": axes})
+    sizes = [each.sizes for each in found.batches if each.label == "a size at which forward takes another branch"]
+    assert sizes == ([] if expected is None else [expected])
+    answer, frozen = traced(tmp_path, found)
+    why = routes.narrow(answer["elsewhere"], frozen, found)
+    assert why.startswith("right on data like the first batch only: on a size") == (expected is not None)
+
+
 def test_inputs_without_axes_and_without_rows_are_traced_as_what_they_are(tmp_path):
     class Scaled(nn.Module):
         def forward(self, x: torch.Tensor, by: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
@@ -560,6 +595,8 @@ def test_running_a_module_leaves_it_as_it_was(tmp_path):
 USERS = """
 import torch
 SCALE = 1.0
+CONFIG = {"scales": [1.0]}
+SHIFT = torch.zeros(3)
 def bend(x):
     return x
 class Net(torch.nn.Module):
@@ -568,7 +605,7 @@ class Net(torch.nn.Module):
         super().__init__()
         self.head = torch.nn.Linear(5, 3)
     def forward(self, x):
-        return bend(self.head(x) * SCALE) ** self.power
+        return bend(self.head(x) * SCALE * CONFIG["scales"][0] + SHIFT) ** self.power
 """
 
 
@@ -576,13 +613,20 @@ def doubled(x):
     return 2 * x
 
 
-@pytest.mark.parametrize("change", ["SCALE", "bend", "Net.power", "Net.forward"])
+@pytest.mark.parametrize("change", ["SCALE", "CONFIG", "SHIFT", "bend", "Net.power", "Net.forward"])
 def test_what_a_script_set_in_an_imported_file_is_set_again(tmp_path, monkeypatch, change):
     name = "users_" + change.replace(".", "_")
     (tmp_path / f"{name}.py").write_text(USERS)
     monkeypatch.syspath_prepend(tmp_path)
     home = importlib.import_module(name)
-    values = {"SCALE": 3.0, "bend": doubled, "Net.power": 3, "Net.forward": lambda self, x: self.head(x) - 1}
+    values = {
+        "SCALE": 3.0,
+        "CONFIG": {"scales": [3.0]},
+        "SHIFT": torch.ones(3),
+        "bend": doubled,
+        "Net.power": 3,
+        "Net.forward": lambda self, x: self.head(x) - 1,
+    }
     owner = home.Net if "." in change else home
     attribute = change.rpartition(".")[2]
     net, was = home.Net(), vars(owner)[attribute]

@@ -19,7 +19,7 @@ from lightning_export.capture import Called, Spy, is_compiled
 from lightning_export.trainer import example, shards, validates
 from lightning_export.watch import Call
 from polyexport import BadRequest
-from polyexport.capture.flatten import as_call, flattened_call
+from polyexport.capture.flatten import as_call, check_dense, flattened_call
 from polyexport.capture.processing import Processing, entry, preprocessed, resolved, unlike
 from polyexport.capture.snapshot import selected
 from polyexport.engine.session import Session
@@ -140,20 +140,28 @@ class Inputs:
             call = self._arguments(pl_module, batch, seen, called)
             steps = resolved(self._session.options.processing, pl_module)
             first = entry(selected(pl_module, self._select), steps)
-            flattened_call(getattr(first, "forward", first), *call)
+            leaves, _, names = flattened_call(getattr(first, "forward", first), *call)
             if self._given is not None and steps.preprocess is not None:
                 self._try_step(steps, call, seen)
         except BadRequest as error:
             if early:  # in the sanity check nothing is lost yet
                 raise
-            self._refused = True
-            rank_zero_warn(f"{error}. Nothing is exported.")
+            self._refuse(error)
+            return
+        try:
+            check_dense({name: leaves[leaf] for name, leaf in names.items()})
+        except BadRequest as error:
+            self._refuse(error)
             return
         try:
             self._session.take(pl_module, *call)
         except BaseException:
             self._refused = True
             raise
+
+    def _refuse(self, error: BadRequest) -> None:
+        self._refused = True
+        rank_zero_warn(f"{error}. Nothing is exported.")
 
     def _arguments(self, pl_module: LightningModule, batch: Any, seen: Call | None, called: Any) -> Call:
         """The inputs from `inputs`, else as captured, else from `example_input_array`."""

@@ -93,6 +93,7 @@ NAMES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
             "torch._inductor.package.package:package_aoti",
         ),
         "formats/torchscript.py": ("torch._ops:OpOverload._schema",),
+        "measure/size_branches.py": ("torch._subclasses.fake_tensor:FakeTensorMode",),
         "measure/noise.py": ("torch.utils._python_dispatch:TorchDispatchMode",),
         "tracing/decompositions.py": ("torch.nn.modules.transformer:_detect_is_causal_mask",),
         "tracing/draws.py": (
@@ -109,6 +110,7 @@ NAMES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
             "torch:_C._set_grad_enabled",
             "torch._ops:OpOverload._overloadname",
             "torch._ops:OpOverload._schema",
+            "torch._subclasses.fake_tensor:DataDependentOutputException",
             "torch.fx.experimental.symbolic_shapes:GuardOnDataDependentSymNode",
         ),
         "tracing/packed.py": (

@@ -142,6 +142,8 @@ def write(found: Answer | None, folder: Path) -> None:
 @contextlib.contextmanager
 def left_as_it_is(root: nn.Module) -> Iterator[None]:
     """Restore attributes, what is in lists, sets and dicts among them (such as hooks), and buffers at the end."""
+    import torch
+
     attributes = [(each, dict(vars(each))) for each in root.modules()]
     containers = [each for _, held in attributes for each in held.values() if type(each) in _CONTAINERS]
     contents: list[tuple[Any, Any]] = [(each, copy.copy(each)) for each in containers]
@@ -156,7 +158,8 @@ def left_as_it_is(root: nn.Module) -> Iterator[None]:
             container.clear()
             (container.extend if isinstance(container, list) else container.update)(content)
         for buffer, value in values:
-            buffer.copy_(value)
+            with torch.inference_mode(buffer.is_inference()):
+                buffer.copy_(value)
 
 
 _CONTAINERS = (dict, OrderedDict, defaultdict, list, set)

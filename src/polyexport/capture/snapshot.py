@@ -167,7 +167,9 @@ def _on_the_cpu(tensor: torch.Tensor) -> torch.Tensor:
 
     if tensor.is_meta:
         return torch.zeros(tensor.shape, dtype=tensor.dtype)
-    is_dense = tensor.device.type == "cpu" and tensor.layout is torch.strided and tensor.is_contiguous()
+    if tensor.layout is not torch.strided:
+        return tensor.to("cpu", copy=True)
+    is_dense = tensor.device.type == "cpu" and tensor.is_contiguous()
     if is_dense and tensor.nbytes == tensor.untyped_storage().nbytes():
         return tensor  # a copy is made by all of PyTorch's threads, and the cores may be busy
     return tensor.to("cpu", copy=True).contiguous()
@@ -250,6 +252,12 @@ def save_structure(
     blueprint = {"root": root, "select": select, "attributes": dict(attributes)}
     # a module that is hidden in a list, say, is in no checkpoint
     dump(blueprint, folder / STRUCTURE, without=root.parameters())
+    save_surroundings(root, folder)
+
+
+def save_surroundings(root: nn.Module, folder: Path) -> None:
+    """Write the globals that forward may read, in place of a file that may be a hard link; see `surroundings`."""
+    (folder / surroundings.OFFERED).unlink(missing_ok=True)
     with contextlib.suppress(Exception):  # functions in the user's files may refer to anything
         dump(surroundings.taken(root), folder / surroundings.OFFERED, without=None)
 

@@ -394,7 +394,7 @@ def _reason(best: Built, tried: Sequence[Built]) -> str:
     if best.outcome.state == "verified":
         return ""
     ran = [built for built in tried if built.outcome.state != "skipped"]
-    different = len({built.outcome.reason for built in tried}) > 1
+    different = len({built.outcome.reason for built in ran}) > 1
     return _reasons(ran) if len(ran) > 1 and different else best.outcome.reason
 
 

@@ -27,6 +27,7 @@ from polyexport.measure.dynamic_axes import Axes, Dynamic, resized
 from polyexport.measure.noise import rounding
 from polyexport.measure.other_values import changed, jittered
 from polyexport.measure.parity import NARROW, compare, says_little
+from polyexport.measure.size_branches import branching
 from polyexport.measure.tolerance import Tolerance
 from polyexport.spec import Arrays, Batch, ExportSpec, Runner, write_arrays
 from polyexport.tracing.decompositions import plain_attention
@@ -368,9 +369,23 @@ def _asked(
     model: Any, run: Runner, inputs: Arrays, outputs: Arrays, others: Mapping[int, Arrays], dynamic: Dynamic
 ) -> _Asked:
     axes, sizes, sized, why_not = _sized(run, inputs, outputs, others, dynamic)
+    sized += _of_other_branches(model, run, inputs, outputs, axes, [sizes, *(each.sizes for each in sized)])
     values, tried = _with_other_values(model, run, inputs, outputs, [each.arrays for each in sized if each.label])
     valued = [replace(each, sizes=sizes) for each in values]
     return _Asked(axes, sizes, (Answered(inputs | outputs, sizes), *sized, *valued), why_not, tried)
+
+
+def _of_other_branches(
+    model: Any, run: Runner, inputs: Arrays, outputs: Arrays, axes: Axes, known: Sequence[Mapping[str, int]]
+) -> list[Answered]:
+    """Batches of sizes at which forward takes another branch than at the `known` ones, if PyTorch can run them."""
+    found = []
+    for sizes in branching(model, inputs, axes, known):
+        batch = resized(inputs, axes, sizes)
+        answer = dynamic_axes.answered(run, batch, outputs, "")
+        if not isinstance(answer, str):
+            found.append(Answered(batch | answer, sizes, "a size at which forward takes another branch", real=False))
+    return found
 
 
 def _spec(root: Path, inputs: Arrays, outputs: Arrays, others: Mapping[int, Arrays], asked: _Asked) -> ExportSpec:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from polyexport.tracing import packed
 from polyexport.tracing.einsum import einsum
+from polyexport.tracing.reads import note_frozen
 
 if TYPE_CHECKING:
     import torch
@@ -119,6 +120,7 @@ def decomposed() -> Iterator[None]:
 
     class Decomposed(TorchFunctionMode):
         def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            note_frozen(function)
             written, given = functions.get(function, function), dict(kwargs or {})
             if written is not function:
                 signature = inspect.signature(written)

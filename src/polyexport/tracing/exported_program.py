@@ -68,14 +68,20 @@ def _fixed(axes: Sequence[tuple[str, str, str]]) -> str:
 
 def _refused(error: Exception, site: str) -> str:
     """Why `torch.export` refuses what forward does at `site`."""
+    from torch._subclasses.fake_tensor import DataDependentOutputException
     from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
-    if isinstance(error, GuardOnDataDependentSymNode):
+    known = isinstance(error, GuardOnDataDependentSymNode | DataDependentOutputException)
+    if known or any(words in str(error) for words in _NEEDS_VALUES):
         return (
             f"forward reads a value of its data into Python ({site}), which torch.export refuses; use torch.where or "
             "torch.cond, which keep both branches"
         )
     return f"torch.export refuses {site}: {line(error)}"
+
+
+_NEEDS_VALUES = ("FakeTensor.__format__", "Cannot access data pointer of Tensor")
+"""Parts of PyTorch's other errors for what has no values while it is traced."""
 
 
 def _scripted(module: torch.nn.Module) -> str:

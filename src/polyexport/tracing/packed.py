@@ -62,6 +62,8 @@ def pad(
     """The padded sequence, with `padding_value` after each end, and the lengths."""
     import torch
 
+    if not hasattr(batch_sizes, "rows"):  # forward was given a packed sequence
+        return torch._VF._pad_packed_sequence(data, batch_sizes, batch_first, padding_value, total_length)
     lengths, x = _lengths(data, batch_sizes), data[:total_length]
     more = x.new_full((total_length - x.shape[0], *x.shape[1:]), padding_value)
     if not isinstance(more.shape[0], int) or more.shape[0]:

@@ -36,7 +36,7 @@ class Reads:
 
     Attributes:
         values: The values read at each site, in order, as text.
-        path: A hash of the functions called and of the lines that called them.
+        path: A hash of the functions called and of the places in the code that called them.
         objects: The same values as objects.
         outputs: What forward returned.
     """
@@ -72,6 +72,10 @@ _READERS = {
 }
 _SIZED_BY_DATA = {"nonzero", "argwhere", "masked_select", "unique", "unique_consecutive"}
 """Functions whose results have sizes that depend on values; the sizes are then read without a call."""
+_SHARED = {"__dlpack__", "untyped_storage", "storage", "data_ptr"}
+"""Functions that share a tensor's memory with code that cannot be watched: it may read any value there."""
+_UNWARNED = {"equal", "allclose", "__dlpack__"}
+"""Readers of which the tracer gives no warning."""
 _WARNING = "Converting a tensor to a "
 
 
@@ -115,6 +119,23 @@ def reads(model: Any, inputs: Arrays, given: Given = NOTHING) -> Reads:
     texts = {site: tuple(map(_plain, values)) for site, values in objects.items()}
     outputs = answer if isinstance(answer, tuple) else (answer,)
     return Reads(texts, watch.path, objects, tuple(tensor.clone() for tensor in outputs))
+
+
+def path(model: Any, tensors: Sequence[torch.Tensor]) -> int:
+    """A hash of the functions of torch that a flat module calls for some inputs, and of where it calls them.
+
+    The inputs may be fake, without values.
+
+    Raises:
+        Exception: whatever forward raises.
+    """
+    import torch
+
+    watch = watching(())
+    fake = next((tensor.fake_mode for tensor in tensors if hasattr(tensor, "fake_mode")), contextlib.nullcontext())
+    with torch.no_grad(), fake, watch:
+        model(*tensors)
+    return int(watch.path)
 
 
 def _raised_by(frames: Sequence[FrameType], error: BaseException) -> bool:
@@ -171,7 +192,7 @@ def watching(inputs: Sequence[torch.Tensor], given: Given = NOTHING) -> Any:
                 return function(*args, **(kwargs or {}))
             name, frames = getattr(function, "__name__", ""), _frames()
             site = _at(frames[-1])
-            self.path = hash((self.path, name, site))
+            self.path = hash((self.path, name, site, _position(frames[-1])))
             depends = any(tensor in dependent for tensor in tensors((args, kwargs)))
             if depends and name in _READERS:
                 there, self.reading = self.found.setdefault(site, []), frames
@@ -188,6 +209,8 @@ def watching(inputs: Sequence[torch.Tensor], given: Given = NOTHING) -> Any:
                 elif name in _SIZED_BY_DATA:
                     sizes = [tuple(tensor.shape) for tensor in tensors(answer)]
                     self.found.setdefault(site, []).append(Followed(sizes))
+                elif name in _SHARED:
+                    self.found.setdefault(site, []).append(Followed(args[0].detach().cpu().numpy().tobytes().hex()))
                 elif name == "cond" and args[0] in dependent:
                     self.found.setdefault(site, []).append(Followed(bool(args[0])))
                 mark(answer)
@@ -210,6 +233,17 @@ def caller_site() -> str:
 
 def _at(frame: FrameType) -> str:
     return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+
+
+def _position(frame: FrameType) -> Any:
+    """Where the expression that a frame is at begins and ends: two sides of a branch may be in one line."""
+    # not `f_lasti` itself: the interpreter specializes instructions after some runs, which moves it a little
+    return _positions(frame.f_code)[frame.f_lasti // 2]
+
+
+@functools.lru_cache(4096)
+def _positions(code: CodeType) -> tuple[Any, ...]:
+    return tuple(code.co_positions())
 
 
 def _frames() -> tuple[FrameType, ...]:
@@ -245,7 +279,7 @@ def _not_the_users() -> tuple[str, ...]:
 
 @contextlib.contextmanager
 def frozen_sites() -> Iterator[set[str]]:
-    """Collect the sites at which `torch.jit` warns that it records a value as a constant."""
+    """Collect the sites at which `torch.jit` records a value as a constant, with a warning, or see `note_frozen`."""
     found: set[str] = set()
 
     def show(message: Any, *rest: Any, **more: Any) -> None:
@@ -256,7 +290,22 @@ def frozen_sites() -> Iterator[set[str]]:
     with warnings.catch_warnings():
         warnings.filterwarnings("always", message=_WARNING)
         shown, warnings.showwarning = warnings.showwarning, show
-        yield found
+        _collecting.append(found)
+        try:
+            yield found
+        finally:
+            _collecting.pop()
+
+
+_collecting: list[set[str]] = []
+
+
+def note_frozen(function: Any) -> None:
+    """Add the caller's site to those of `frozen_sites`, if a tracer freezes without a warning what `function` reads."""
+    import torch
+
+    if _collecting and getattr(function, "__name__", "") in _UNWARNED and torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]  # public, but untyped
+        _collecting[-1].add(caller_site())
 
 
 def named(sites: set[str]) -> str:
