@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 
 import torch
 from torch import nn
@@ -38,6 +39,8 @@ def test_frozen_weights_that_a_checkpoint_lacks_are_copied_once(tmp_path):
     net, (captured, one, two) = Backbone(), folders(tmp_path)
     checkpoint = write(tmp_path / "a.ckpt", net, "frozen.")
     for source in (one, two):
+        for file in captured.iterdir():  # as of a second best
+            os.link(file, source / file.name)
         assert save_lacking(net, checkpoint, captured, source) == ["frozen.weight", "frozen.bias"]
     assert (one / "lacking.pt").samefile(two / "lacking.pt")
     assert torch.equal(torch.load(one / "lacking.pt")["frozen.weight"], net.frozen.weight)

@@ -68,7 +68,7 @@ def save_lacking(root: nn.Module, checkpoint: str, captured: Path, source: Path)
     file = (captured if frozen else source) / LACKING
     if not file.exists():
         torch.save({name: tensor.detach() for name, tensor in lacking.items()}, file)
-    if frozen:
+    if frozen and not (source / LACKING).exists():  # it may come with the rest of what was captured
         link(file, source / LACKING)
     return list(lacking)
 
