@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import warnings
 from pathlib import Path
 
@@ -242,6 +243,36 @@ STATES = {
 def test_a_forward_with_state_between_calls_is_unverified(tmp_path, name, dynamic):
     found = prepared(tmp_path, Keeps(STATES[name]), X, dynamic=dynamic)
     assert found.undecidable.startswith("forward returns different outputs")
+
+
+class Begins(nn.Module):
+    """Normalizes by the first batch that it sees, from then on, or masks by sizes alone."""
+
+    def __init__(self, begin, *, on_weights: bool = False) -> None:
+        super().__init__()
+        self.begin, self.on_weights, self.first = begin, on_weights, None
+        self.shift = nn.Parameter(torch.zeros(5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.first is None:
+            self.first = self.begin(x)
+            self.shift.data.copy_(self.first if self.on_weights else self.shift)
+        return x - self.shift if self.on_weights else x - self.first
+
+
+@pytest.mark.parametrize("on_weights", [True, False])
+@pytest.mark.parametrize(("begin", "keeps"), [(lambda x: x.mean(0), True), (lambda x: torch.arange(5.0), False)])
+def test_what_forward_keeps_of_its_first_inputs_is_a_state(tmp_path, begin, keeps, on_weights):
+    net = Begins(begin, on_weights=on_weights)
+    found = prepared(tmp_path, net, X)
+    assert bool(found.undecidable) == keeps
+
+
+def test_a_module_whose_first_call_sets_its_weights_is_not_changed(tmp_path):
+    net = Begins(lambda x: x.mean(0), on_weights=True)
+    source = saved(tmp_path, net, X, trained=net)
+    assert (source / ANSWER).exists()
+    assert (net.first, net.shift.tolist()) == (None, [0.0] * 5)
 
 
 def test_a_state_that_changes_no_output_is_ignored(tmp_path):
@@ -599,6 +630,8 @@ CONFIG = {"scales": [1.0]}
 SHIFT = torch.zeros(3)
 def bend(x):
     return x
+def seven():
+    return lambda self, x: self.head(x) * 7
 class Net(torch.nn.Module):
     power = 1
     def __init__(self):
@@ -613,9 +646,11 @@ def doubled(x):
     return 2 * x
 
 
-@pytest.mark.parametrize("change", ["SCALE", "CONFIG", "SHIFT", "bend", "Net.power", "Net.forward"])
+@pytest.mark.parametrize(
+    "change", ["SCALE", "CONFIG", "SHIFT", "bend", "Net.power", "Net.forward", "Net.forward, to one of its file"]
+)
 def test_what_a_script_set_in_an_imported_file_is_set_again(tmp_path, monkeypatch, change):
-    name = "users_" + change.replace(".", "_")
+    name = "users_" + re.sub(r"\W", "_", change)
     (tmp_path / f"{name}.py").write_text(USERS)
     monkeypatch.syspath_prepend(tmp_path)
     home = importlib.import_module(name)
@@ -626,11 +661,13 @@ def test_what_a_script_set_in_an_imported_file_is_set_again(tmp_path, monkeypatc
         "bend": doubled,
         "Net.power": 3,
         "Net.forward": lambda self, x: self.head(x) - 1,
+        "Net.forward, to one of its file": home.seven(),
     }
+    value, change = values[change], change.partition(",")[0]
     owner = home.Net if "." in change else home
     attribute = change.rpartition(".")[2]
     net, was = home.Net(), vars(owner)[attribute]
-    setattr(owner, attribute, values[change])
+    setattr(owner, attribute, value)
     source = saved(tmp_path, net, X, trained=net)
     expected = net(X).detach().numpy()
     setattr(owner, attribute, was)  # as a worker imports it

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from polyexport.capture import snapshot
+from polyexport.capture.changes import beside_weights
 from polyexport.capture.flatten import as_runner, as_taken, flat, in_pairs, named_tensors, to_arrays
 from polyexport.capture.pytree import closed, opened
 from polyexport.errors import line
@@ -117,7 +118,8 @@ def _middle(tensor: torch.Tensor) -> torch.Tensor:
 def ask(module: nn.Module, call: Call, folder: Path) -> None:
     """Call `module` on its device in eval mode, restore its state, and write the outputs to `folder`.
 
-    If that fails nothing is written, and nothing will be compared.
+    If that fails nothing is written, and nothing will be compared. A first call may set weights, as a normalization by
+    the first batch does: they are restored from `folder`, if it has them.
     """
     import torch
     from torch.utils import _pytree as pytree
@@ -126,7 +128,20 @@ def ask(module: nn.Module, call: Call, folder: Path) -> None:
     moved = pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.detach().to(device, copy=True), opened(call))
     with contextlib.suppress(Exception), torch.no_grad(), torch.random.fork_rng(), left_as_it_is(module):
         args, kwargs = closed(moved)
-        snapshot.dump(answer(module, *call, module.eval()(*args, **kwargs)), folder / ANSWER)
+        before, returned = beside_weights(module), module.eval()(*args, **kwargs)
+        if beside_weights(module) != before:
+            _restore_weights(module, folder / snapshot.WEIGHTS)
+        snapshot.dump(answer(module, *call, returned), folder / ANSWER)
+
+
+def _restore_weights(module: nn.Module, path: Path) -> None:
+    """Set weights that differ from those of a file to its values."""
+    import torch
+
+    saved = snapshot.load_weights(path) if path.exists() else {}
+    for name, tensor in module.named_parameters():
+        if name in saved and not torch.equal(saved[name], tensor.cpu()):
+            tensor.copy_(saved[name])
 
 
 def write(found: Answer | None, folder: Path) -> None:

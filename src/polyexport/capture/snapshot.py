@@ -259,7 +259,12 @@ def save_surroundings(root: nn.Module, folder: Path) -> None:
     """Write the globals that forward may read, in place of a file that may be a hard link; see `surroundings`."""
     (folder / surroundings.OFFERED).unlink(missing_ok=True)
     with contextlib.suppress(Exception):  # functions in the user's files may refer to anything
-        dump(surroundings.taken(root), folder / surroundings.OFFERED, without=None)
+        found = surroundings.taken(root)
+        try:
+            dump(found, folder / surroundings.OFFERED, without=None)
+        except Unpicklable:
+            kept = {home: {n: v for n, v in values.items() if _can_be_pickled(v)} for home, values in found.items()}
+            dump(kept, folder / surroundings.OFFERED, without=None)
 
 
 def save_processing(steps: Processing, root: nn.Module, folder: Path) -> None:

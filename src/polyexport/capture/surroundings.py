@@ -42,20 +42,25 @@ def taken(root: nn.Module) -> Surroundings:
     """The plain globals of the files of the classes of `root`, and functions that were assigned there."""
     found: dict[str, dict[str, Any]] = {}
     for home in _homes(root):
-        found[home.__name__] = _own(vars(home), home.__name__)
+        found[home.__name__] = _own(vars(home), home.__name__, "")
         for kind in vars(home).values():
             if isinstance(kind, type) and kind.__module__ == home.__name__:
-                found[f"{home.__name__}:{kind.__qualname__}"] = _own(vars(kind), home.__name__)
+                found[f"{home.__name__}:{kind.__qualname__}"] = _own(vars(kind), home.__name__, f"{kind.__qualname__}.")
     return {name: values for name, values in found.items() if values}
 
 
-def _own(values: Mapping[str, Any], home: str) -> dict[str, Any]:
+def _own(values: Mapping[str, Any], home: str, prefix: str) -> dict[str, Any]:
+    """The plain values, and the functions that were defined elsewhere, or under another name."""
     return {
         name: value
         for name, value in values.items()
         if not name.startswith("__")
-        and (_is_plain(value) or (isinstance(value, FunctionType) and value.__module__ != home))
+        and (_is_plain(value) or (isinstance(value, FunctionType) and _name(value) != (home, prefix + name)))
     }
+
+
+def _name(function: FunctionType) -> tuple[str, str]:
+    return function.__module__, function.__qualname__
 
 
 def _is_plain(value: Any, depth: int = 4) -> bool:

@@ -147,8 +147,8 @@ def requested(
         received = as_call(inputs) if found.preprocess is None else as_call(preprocessed(found, *as_call(inputs)))
         check_call(module, *received)
         note = save_module(module, None, *as_call(inputs), work / "source", steps=steps)
-        ask(module, received, work / "source")
         torch.save(module.state_dict(), work / "source" / WEIGHTS)
+        ask(module, received, work / "source")
         yield Request(work, final.name, formats, dynamic, checkpoint, (note,) if note else (), best=False)
     finally:
         discard(work)

@@ -18,6 +18,7 @@ import numpy as np
 
 from polyexport.capture import sharded, snapshot as modules, surroundings
 from polyexport.capture.answer import NotCompared, disagreement, left_as_it_is
+from polyexport.capture.changes import beside_weights
 from polyexport.capture.dtypes import fails, needs_float32
 from polyexport.capture.flatten import as_runner, to_arrays
 from polyexport.capture.unwrap import has_fake_quantization
@@ -111,15 +112,18 @@ def make(root: Path, source: Path, dynamic: Dynamic, commit: str = "", *, sha256
     unlike_trained, as_trained = _as_trained(source, model)
     own = _on_copies(as_runner(model))
     run = plain_attention()(own)
-    inputs = to_arrays(model.input_names, model.example)
+    inputs, inner = to_arrays(model.input_names, model.example), getattr(model, "inner", model)
+    before = beside_weights(inner)
     outputs, again = run(inputs), _seeded(run, 1)(inputs)
+    keeps = beside_weights(inner) != before
     of_model = _of_the_model(model, own, inputs, outputs)
     others, of_batches = _other_batches(source, model.input_names, inputs)
     asked = _asked(model, run, inputs, outputs, others, dynamic)
     spec = _spec(root, inputs, outputs, others, asked)
     write_arrays(source / "example.npz", _example(inputs, asked))
     drawn = plain_attention()(draws)(model, [each.arrays for each in asked.batches])
-    undecidable = _undecidable(outputs, (again, *_in_between(run, inputs)), drawn) or unlike_trained
+    later = itertools.chain([again], _in_between(run, inputs), _seen_later(source, inputs) if keeps else ())
+    undecidable = _undecidable(outputs, later, drawn) or unlike_trained
     unused = plain_attention()(idle)(model, inputs, asked.tried.one_side())
     _write(source / modules.IDLE, unused.values)
     _write(source / modules.DRAWS, drawn if drawn.known else None)
@@ -310,6 +314,15 @@ def _in_between(run: Runner, inputs: Arrays) -> Iterator[Arrays]:
         with contextlib.suppress(Exception):  # forward is the user's, and may not take them
             run(values)
         yield _seeded(run, 2)(inputs)
+
+
+def _seen_later(source: Path, inputs: Arrays) -> Iterator[Arrays]:
+    """Outputs of the module, loaded anew, for inputs that are not the first that it sees: it may keep those."""
+    run = plain_attention()(_on_copies(as_runner(_loaded_in_float32(source))))
+    for _, values in itertools.islice(changed(inputs), 1):
+        with contextlib.suppress(Exception):  # as above
+            run(values)
+        yield run(inputs)
 
 
 def _seeded(run: Runner, seed: int) -> Runner:
