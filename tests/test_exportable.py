@@ -147,6 +147,16 @@ def test_a_number_read_from_data_is_not_a_size() -> None:
         torch.testing.assert_close(torch.jit.trace(model, (x,), check_trace=False)(x), model(x))
 
 
+def test_a_size_read_from_data_is_dynamic_in_a_program() -> None:
+    """As in `int(batch.max()) + 1`, the number of graphs in a batch."""
+    model = SizesAsNumbers(lambda x: torch.zeros(int(x.abs().max() * 0) + x.shape[0], 4) + x).eval()
+    counts = SizesAsNumbers(lambda x: torch.ones(int(x.argmax(1).max()) + 1, 2)).eval()
+    four, nine = torch.rand(4, 4), torch.rand(9, 4)
+    with torch.no_grad(), exportable(model, dynamic=True):
+        program = export_program(counts, (four,), [(0,)])
+        torch.testing.assert_close(program.module()(nine), counts(nine))
+
+
 def test_names_that_torch_jit_script_will_read_are_left_alone() -> None:
     apart = {"torch": torch, "scripted": torch.jit.script_if_tracing(lambda x: x * int(x.shape[0] / 2))}
     exec("class Apart(torch.nn.Module):\n    def forward(self, x):\n        return scripted(x)", apart)

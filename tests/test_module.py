@@ -154,6 +154,13 @@ def test_a_change_of_structure_while_training_is_seen_and_a_step_is_none(name):
     assert beside_weights(net) != before
 
 
+def test_the_structure_of_scripted_parts_is_looked_at_too():
+    net = nn.Sequential(torch.jit.script(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))))
+    before = beside_weights(net)
+    net.append(nn.ReLU())
+    assert beside_weights(net) != before
+
+
 def test_tied_weights_stay_tied(tmp_path):
     net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     net[1].weight = net[0].weight

@@ -36,7 +36,7 @@ def beside_weights(root: nn.Module, ignored: Collection[str] = ()) -> int:
         found += ((name, digest.of(value)) for name, value in vars(each).items() if name not in internal)
         buffers = (each._buffers[name] for name in each._non_persistent_buffers_set)
         found += ((id(b), None if b is None or b.is_inference() else b._version) for b in buffers)
-        found += (type(each), *each._modules, *each._forward_hooks, *each._forward_pre_hooks)
+        found += (type(each), *each._modules.keys(), *each._forward_hooks, *each._forward_pre_hooks)
         found += ((name, _shape(tensor)) for held in (each._parameters, each._buffers) for name, tensor in held.items())
     return hash(tuple(found))
 

@@ -89,7 +89,7 @@ class _Number(type):
 
 
 class Int(int, metaclass=_Number):
-    """`int`, but a size stays one."""
+    """`int`, but a size stays one, and so does an element of a tensor in a program of `torch.export`."""
 
     own = int
 
@@ -109,6 +109,8 @@ def _followed(kind: type, value: Any) -> Any:
         return change(value)
     if _is_traced(value):
         return value.to(torch.int64 if kind is int else torch.float64)
+    if kind is int and isinstance(value, torch.Tensor) and value.numel() == 1 and torch.compiler.is_exporting():
+        return value.to(torch.int64).item()  # which `torch.export` takes as a size, as in `int(graph.max()) + 1`
     return None
 
 
