@@ -154,7 +154,8 @@ class Build:
         because = self._reference.static_because
         if self._reference.spec.is_dynamic and built.retry:
             static = self._built(each.name, dynamic=False)
-            if static.outcome.state == "verified":
+            proves_nothing = static.outcome.state == "unverified" and bool(self._reference.undecidable)
+            if static.outcome.state == "verified" or proves_nothing:
                 built, because = static, built.outcome.reason
             elif static.outcome.state in ("failed", "mismatch"):
                 why = also_static(built.outcome.reason, static.outcome.reason)

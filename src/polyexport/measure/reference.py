@@ -109,11 +109,12 @@ def make(root: Path, source: Path, dynamic: Dynamic, commit: str = "", *, sha256
 
     model, hashed, at = _loaded(source)
     sha256, about = sha256 or hashed, environment()
+    inner = getattr(model, "inner", model)
+    before = beside_weights(inner)
     unlike_trained, as_trained = _as_trained(source, model)
     own = _on_copies(as_runner(model))
     run = plain_attention()(own)
-    inputs, inner = to_arrays(model.input_names, model.example), getattr(model, "inner", model)
-    before = beside_weights(inner)
+    inputs = to_arrays(model.input_names, model.example)
     outputs, again = run(inputs), _seeded(run, 1)(inputs)
     keeps = beside_weights(inner) != before
     of_model = _of_the_model(model, own, inputs, outputs)

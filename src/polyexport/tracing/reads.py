@@ -65,6 +65,7 @@ _READERS = {
     "tolist",
     "numpy",
     "__format__",
+    "__repr__",
     "_assert",
     "equal",
     "allclose",
