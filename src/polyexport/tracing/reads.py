@@ -196,7 +196,9 @@ def watching(inputs: Sequence[torch.Tensor], given: Given = NOTHING) -> Any:
             self.path = hash((self.path, name, site, _position(frames[-1])))
             depends = any(tensor in dependent for tensor in tensors((args, kwargs)))
             if depends and name in _READERS:
-                there, self.reading = self.found.setdefault(site, []), frames
+                there = self.found.setdefault(site, [])
+                if name != "__repr__":  # which the message of a failed assertion may use, from anywhere
+                    self.reading = frames
                 known = given.get(site, ())
                 if len(there) < len(known):
                     there.append(known[len(there)])
