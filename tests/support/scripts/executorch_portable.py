@@ -2,7 +2,8 @@
 
 Prints whether XNNPACK refused a permuted tensor that several operators read, and the size of convolutions before a ReLU
 with weights in int8 as a share of that in float32. Asserts that quantized models compute the same where integers are
-computed with, and where others than a convolution read its input.
+computed with, where others than a convolution read its input, where a view of attention follows, and where numbers are
+small.
 
 python executorch_portable.py FOLDER
 """
@@ -88,5 +89,35 @@ for convert in (executorch.quantize, executorch.quantize_weights):
     for array, tensor in zip(found.values(), module(ids), strict=True):
         expected = tensor.detach().numpy()
         np.testing.assert_allclose(array, expected, atol=0.05 * np.abs(expected).max())
+
+
+class Attentive(torch.nn.Module):
+    """A matrix product that takes attention's result as a view; all of it is small."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.weight = torch.nn.Linear(8, 8), torch.nn.Parameter(torch.randn(8, 8) / 100)
+        torch.nn.init.normal_(self.linear.weight, std=0.003)
+
+    def forward(self, x):
+        heads = x.unflatten(2, (2, 4)).transpose(1, 2)
+        seen = torch.nn.functional.scaled_dot_product_attention(heads, heads, heads).transpose(1, 2).reshape(x.shape)
+        return self.linear((seen.view(-1, 8) @ self.weight).view(x.shape))
+
+
+module, x = Attentive().eval(), torch.randn(4, 6, 8)
+torch.nn.init.zeros_(module.linear.bias)
+with torch.no_grad():
+    torch.export.save(torch.export.export(module, (x,), dynamic_shapes=({0: free},)), folder / "a.pt2")
+np.savez(folder / "a.npz", x=x.numpy())
+spec = ExportSpec(
+    (TensorSpec("x", "float32", ("batch", 6, 8)),),
+    (TensorSpec("y", "float32", ("batch", 6, 8)),),
+    {"batch": 4},
+    calibration=(folder / "a.npz",),
+)
+executorch.quantize(folder / "a.pt2", folder / "a.pte", spec)
+found, expected = executorch.load(folder / "a.pte", spec, threads=1)({"x": x.numpy()})["y"], module(x).detach().numpy()
+np.testing.assert_allclose(found, expected, atol=0.05 * np.abs(expected).max())
 print("refused" if refused else "taken")
 print(share)
