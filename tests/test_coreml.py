@@ -337,6 +337,34 @@ def test_ranges_are_those_of_all_batches(compressed):
     assert found["x"] == {"rmin": float(x.min()), "rmax": float(x.max())}
 
 
+class Unranged(nn.Module):
+    """A GRU, which is a loop in Core ML, and a sum of which one term has no scale in half precision."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gru, self.head = nn.GRU(4, 8, batch_first=True), nn.Linear(8, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        seen = self.head(self.gru(x)[0])
+        return seen + seen.tanh() * 1e-6
+
+
+def test_what_has_no_range_or_scale_stays_in_float(tmp_path):
+    torch.manual_seed(0)
+    x, module = torch.randn(4, 5, 4), Unranged().eval()
+    write_arrays(tmp_path / "x.npz", {"x": x.numpy()})
+    ports = ((TensorSpec("x", "float32", ("batch", 5, 4)),), (TensorSpec("y", "float32", ("batch", 5, 32)),))
+    spec = ExportSpec(*ports, {"batch": 4}, calibration=(tmp_path / "x.npz",))
+    torch.jit.trace(module, x).save(tmp_path / "m.pt")
+    coreml.convert_trace(tmp_path / "m.pt", tmp_path / "half.mlpackage", spec, precision="float16")
+    coreml.quantize(tmp_path / "half.mlpackage", tmp_path / "int8.mlpackage", spec)
+    kinds = [each.kind for each in read(tmp_path / "int8.mlpackage").main.operations]
+    assert "quantize" in kinds
+    run = coreml.load_compressed(tmp_path / "int8.mlpackage", spec, threads=1)
+    with torch.no_grad():
+        assert compare(run({"x": x.numpy()}), {"y": module(x).numpy()}, FORMATS["coreml-int8"].limits).passed
+
+
 def test_weights_left_in_float_are_reported(compressed, tmp_path):
     opened = coreml.load_compressed(compressed.packages["coreml-fp16"], compressed.spec, threads=1)
     assert opened.shortfall == "100% of its weights in float, small ones and those that coremltools does not compress"

@@ -85,6 +85,9 @@ NAMES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
             f"{MIL}.frontend.torch.torch_op_registry:is_torch_fx_node_supported",
             f"{MIL}.mil.passes.defs.preprocess:NameSanitizer",
             "coremltools.optimize.coreml._post_training_quantization:_get_activation_calibration_stats",
+            "coremltools.optimize.coreml._quantization_passes:insert_prefix_quantize_dequantize_pair.transform_op",
+            f"{MIL}.mil.passes.defs.optimize_activation_quantization:"
+            "insert_suffix_quantize_dequantize_pair._insert_quantize_dequantize",
         ),
         "formats/aoti.py": (
             "torch._inductor:aot_compile",

@@ -290,15 +290,48 @@ def ranges(package: Path, spec: ExportSpec) -> dict[str, dict[str, float]]:
 
 @contextlib.contextmanager
 def _known_ranges(found: dict[str, dict[str, float]]) -> Iterator[None]:
-    """Make coremltools use these ranges; it would run the model, which needs macOS, and use only the last batch's."""
-    from coremltools.optimize.coreml import _post_training_quantization as quantization
+    """Make coremltools use these ranges; it would run the model, which needs macOS, and use only the last batch's.
 
-    measure = quantization._get_activation_calibration_stats
+    Operations on values without a range, such as those in a loop, or with one too small for a scale in float16, stay in
+    float: coremltools fails on them.
+    """
+    from coremltools.converters.mil.mil.passes.defs.optimize_activation_quantization import (
+        insert_suffix_quantize_dequantize_pair as after,
+    )
+    from coremltools.optimize.coreml import _post_training_quantization as quantization
+    from coremltools.optimize.coreml._quantization_passes import insert_prefix_quantize_dequantize_pair as before
+
+    measure, insert, go_on = (
+        quantization._get_activation_calibration_stats,
+        before.transform_op,
+        after._insert_quantize_dequantize,
+    )
+
+    def insert_where_possible(self: Any, operation: Any) -> None:
+        values = (operation.inputs.get(name) for name in ("x", "y"))
+        if all(_has_scale(found.get(value.name)) for value in values if value is not None and value.val is None):
+            insert(self, operation)
+
+    def go_on_outside_of_loops(self: Any, block: Any, *settings: Any) -> None:
+        if settings:  # coremltools forgets them for inner blocks
+            go_on(self, block, *settings)
+
     quantization._get_activation_calibration_stats = lambda *_: found
+    before.transform_op, after._insert_quantize_dequantize = insert_where_possible, go_on_outside_of_loops
     try:
         yield
     finally:  # another model may be converted in this process later
         quantization._get_activation_calibration_stats = measure
+        before.transform_op, after._insert_quantize_dequantize = insert, go_on
+
+
+_STEPS = 255
+"""Between the least and the greatest number in int8."""
+
+
+def _has_scale(found: dict[str, float] | None) -> bool:
+    """Whether a range is known, and its scale is a normal number in float16."""
+    return found is not None and found["rmax"] - found["rmin"] >= _STEPS * float(np.finfo(np.float16).tiny)
 
 
 # --- running ----------------------------------------------------------------------------------------------------------
