@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import re
+import struct
 import subprocess
 import sys
 import uuid
@@ -98,6 +99,10 @@ def _quantized(method: str) -> Convert:
     """A quantization of the float32 file to int8, with ranges from `spec.calibration` by one of MNN's methods."""
 
     def quantize(source: Path, target: Path, spec: ExportSpec) -> None:
+        if has_loops(source.read_bytes()):
+            raise RuntimeError(
+                "MNN's quantizer crashes on loops, which MNN's converter makes of recurrent layers; use mnn-w8"
+            )
         with TemporaryDirectory() as folder:
             samples, config = Path(folder, "samples"), Path(folder, "config.json")
             count = _write_samples(samples, spec)
@@ -111,6 +116,26 @@ def _quantized(method: str) -> Convert:
         target.with_name(f"{target.name}.json").unlink(missing_ok=True)  # its own notes
 
     return quantize
+
+
+_SUBGRAPHS = 10
+"""Number of the field `subgraphs` in the table `Net` of MNN's schema, MNN.fbs."""
+
+
+def has_loops(content: bytes) -> bool:
+    """Whether an MNN file, which is a flatbuffer, has a vector of subgraphs: the bodies of loops and branches."""
+    (root,) = struct.unpack_from("<I", content)
+    (back,) = struct.unpack_from("<i", content, root)
+    (size,) = struct.unpack_from("<H", content, root - back)
+    place = 4 + 2 * _SUBGRAPHS  # behind the sizes of the list of fields and of the table
+    if place >= size:
+        return False
+    (field,) = struct.unpack_from("<H", content, root - back + place)
+    if not field:
+        return False
+    (vector,) = struct.unpack_from("<I", content, root + field)
+    (length,) = struct.unpack_from("<I", content, root + field + vector)
+    return bool(length)
 
 
 def _write_samples(folder: Path, spec: ExportSpec) -> int:

@@ -1,4 +1,7 @@
-"""In the toolchain of MNN: convolutions over one axis answer with three. `python mnn_axes.py FOLDER`."""
+"""In the toolchain of MNN: convolutions over one axis answer with three, and loops are found.
+
+python mnn_axes.py FOLDER
+"""
 
 import sys
 from pathlib import Path
@@ -7,7 +10,7 @@ import numpy as np
 import onnx
 
 import bare  # noqa: F401  # before our package
-from polyexport.formats.mnn import convert, load
+from polyexport.formats.mnn import convert, has_loops, load
 from polyexport.spec import ExportSpec, TensorSpec
 
 MODEL = """
@@ -38,3 +41,17 @@ expected = np.einsum("ncdk,ock->nod", windows, weights["w"])
 assert {name: array.shape for name, array in found.items()} == shapes
 np.testing.assert_allclose(found["last"], expected, rtol=1e-4)
 np.testing.assert_allclose(found["turned"], expected.transpose(0, 2, 1), rtol=1e-4)
+assert not has_loops((folder / "m.mnn").read_bytes())
+
+RECURRENT = """
+<ir_version: 10, opset_import: ["": 20]>
+graph (float[5, n, 3] x) => (float[5, 1, n, 4] y) { y = GRU<hidden_size = 4, linear_before_reset = 1>(x, w, r, b) }
+"""
+model = onnx.parser.parse_model(RECURRENT)
+weights = {
+    name: random.random(shape, np.float32) for name, shape in (("w", (1, 12, 3)), ("r", (1, 12, 4)), ("b", (1, 24)))
+}
+model.graph.initializer.extend(onnx.numpy_helper.from_array(array, name) for name, array in weights.items())
+onnx.save(model, folder / "r.onnx")
+convert(folder / "r.onnx", folder / "r.mnn", spec)
+assert has_loops((folder / "r.mnn").read_bytes())
