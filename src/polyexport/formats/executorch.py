@@ -148,6 +148,7 @@ def _calibrated(module: torch.fx.GraphModule, spec: ExportSpec, *, dynamic: bool
     program = _exported(module, spec).module()
     _keep_integers(program)
     _keep_quantized(program)
+    _keep_residuals(program)
     if dynamic:
         _copy_convolutions(program)
     observed = prepare_pt2e(program, XNNPACKQuantizer().set_global(_rules(dynamic=dynamic)))
@@ -216,6 +217,27 @@ def _keep_quantized(module: torch.fx.GraphModule) -> None:
     for node in module.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default):
         if node.args[1].op == "call_function":
             node.meta[Q_ANNOTATION_KEY] = QuantizationAnnotation(_annotated=True)
+
+
+def _keep_residuals(module: torch.fx.GraphModule) -> None:
+    """Exclude sums and concatenations that a layer norm reads: the residual path of a transformer.
+
+    XNNPACK computes layer norms in float: int8 would only add errors, each block to those of the blocks before.
+    """
+    import torch
+    from torchao.quantization.pt2e.quantizer import QuantizationAnnotation
+    from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
+
+    aten = torch.ops.aten
+    computed = {aten.add.Tensor, aten.add_.Tensor, aten.cat.default}
+    passed = {*computed, aten.dropout.default, aten.slice.Tensor}
+    read: set[torch.fx.Node] = set()
+    for node in reversed(module.graph.nodes):
+        is_read = (user.target is aten.layer_norm.default or user in read for user in node.users)
+        if node.target in passed and any(is_read):
+            read.add(node)
+            if node.target in computed:
+                node.meta[Q_ANNOTATION_KEY] = QuantizationAnnotation(_annotated=True)
 
 
 def _copy_convolutions(module: torch.fx.GraphModule) -> None:

@@ -3,7 +3,7 @@
 Prints whether XNNPACK refused a permuted tensor that several operators read, and the size of convolutions before a ReLU
 with weights in int8 as a share of that in float32. Asserts that quantized models compute the same where integers are
 computed with, where others than a convolution read its input, where a view of attention follows, and where numbers are
-small.
+small. Asserts that sums that a layer norm reads stay in float.
 
 python executorch_portable.py FOLDER
 """
@@ -119,5 +119,28 @@ spec = ExportSpec(
 executorch.quantize(folder / "a.pt2", folder / "a.pte", spec)
 found, expected = executorch.load(folder / "a.pte", spec, threads=1)({"x": x.numpy()})["y"], module(x).detach().numpy()
 np.testing.assert_allclose(found, expected, atol=0.05 * np.abs(expected).max())
+
+
+class Residual(torch.nn.Module):
+    """Sums that a layer norm reads, one of them by way of the other, and a last one that none reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.norm = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8), torch.nn.LayerNorm(8)
+
+    def forward(self, x):
+        path = x + self.first(x)
+        path = path + self.first(path)
+        return self.second(self.norm(path)) + path
+
+
+x = torch.randn(4, 8)
+module = torch.export.export(Residual().eval(), (x,), dynamic_shapes=({0: free},)).module()
+np.savez(folder / "r.npz", x=x.numpy())
+ports = [(TensorSpec(name, "float32", ("batch", 8)),) for name in "xy"]
+spec = ExportSpec(*ports, {"batch": 4}, calibration=(folder / "r.npz",))
+graph = executorch._calibrated(module, spec, dynamic=False).graph
+sums = graph.find_nodes(op="call_function", target=torch.ops.aten.add.Tensor)
+assert [["dequantize" in str(term.target) for term in node.args] for node in sums] == [[False, True]] * 2 + [[True] * 2]
 print("refused" if refused else "taken")
 print(share)
