@@ -48,7 +48,7 @@ def quantize(source: Path, target: Path, spec: ExportSpec) -> None:
     """Lower the program with weights and activations in int8."""
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 
-    _lower(_calibrated(load_program(source).module(), spec, dynamic=False), target, spec, [XnnpackPartitioner()])
+    _lower(_calibrated(_layers(source), spec, dynamic=False), target, spec, [XnnpackPartitioner()])
 
 
 def keep_trained_scales(source: Path, target: Path, spec: ExportSpec) -> None:
@@ -60,12 +60,35 @@ def keep_trained_scales(source: Path, target: Path, spec: ExportSpec) -> None:
 
 def quantize_weights(source: Path, target: Path, spec: ExportSpec) -> None:
     """Lower the program with weights in int8; XNNPACK quantizes activations at run time."""
-    _lower_weights(load_program(source).module(), target, spec)
+    _lower_weights(_layers(source), target, spec)
 
 
 def store_in_4_bits(source: Path, target: Path, spec: ExportSpec) -> None:
     """Like `quantize_weights`, with the weights of linear layers in 4 bits."""
-    _lower_weights(_in_4_bits(load_program(source).module()), target, spec)
+    _lower_weights(_in_4_bits(_layers(source)), target, spec)
+
+
+def _layers(source: Path) -> torch.fx.GraphModule:
+    """The program's module with linear layers in place of other products with a weight, such as GPT-2's.
+
+    XNNPACK's quantizer knows linear layers only, whose weights are the other way round.
+    """
+    import torch
+
+    module = load_program(source).module()
+    weights = dict(module.named_parameters())
+    for node in module.graph.find_nodes(op="call_function", target=torch.ops.aten.addmm.default):
+        bias, x, weight = node.args
+        if node.kwargs or weight.target not in weights or bias.target not in weights:
+            continue
+        name = f"{node.name}_weight"
+        module.register_parameter(name, torch.nn.Parameter(weights[weight.target].detach().T.contiguous()))
+        with module.graph.inserting_before(node):
+            turned = module.graph.get_attr(name)
+        node.target, node.args = torch.ops.aten.linear.default, (x, turned, bias)
+    module.graph.eliminate_dead_code()
+    module.recompile()
+    return module
 
 
 def _in_4_bits(module: torch.fx.GraphModule) -> torch.fx.GraphModule:
