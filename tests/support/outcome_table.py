@@ -11,6 +11,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from polyexport.report.escape import markdown
+
 OUTCOMES = Path(__file__).parent / "outcomes"
 
 Cell = dict[str, str]
@@ -141,5 +143,5 @@ def _row(entries: Sequence[str]) -> str:
 
 
 def _line(reason: str, longest: int = 300) -> str:
-    """A reason as an item of a Markdown list: one line, in which nothing reads as a tag."""
-    return textwrap.shorten(reason.replace("<", "&lt;"), longest, placeholder=" …")
+    """A reason as an item of a Markdown list: one line, in which nothing reads as a tag or a link."""
+    return markdown(textwrap.shorten(reason, longest, placeholder=" …"))
