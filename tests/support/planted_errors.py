@@ -118,15 +118,14 @@ def executorch_changed(change: Callable[[torch.fx.GraphModule], None], *, dynami
     """The quantized module is changed before it is lowered."""
 
     def convert(source: Path, target: Path, spec: ExportSpec) -> None:
-        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-
-        from polyexport.formats.executorch import _calibrated, _lower
+        from polyexport.formats.executorch import lower
+        from polyexport.formats.executorch_quantized import calibrated
         from polyexport.tracing.exported_program import load_program
 
-        module = _calibrated(load_program(source).module(), spec, dynamic=dynamic)
+        module = calibrated(load_program(source).module(), spec, dynamic=dynamic)
         change(module)
         module.recompile()
-        _lower(module, target, spec, [XnnpackPartitioner()])
+        lower(module, target, spec)
 
     return convert
 

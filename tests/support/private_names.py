@@ -140,13 +140,14 @@ NAMES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     },
     "c": {"formats/c.py": ("emx_onnx_cgen.onnx_import:_node_attrs",)},
     "executorch": {
-        "formats/executorch.py": (
+        "formats/executorch.py": ("executorch.exir._serialize._program:deserialize_pte_binary",),
+        "formats/executorch_quantized.py": (
             "executorch.backends.xnnpack.partition.config.gemm_configs:ConvolutionConfig",
             "executorch.backends.xnnpack.serialization.xnnpack_graph_serialize:XNNHeader",
             "executorch.exir._serialize._flatbuffer:_flatc_decompile",
             "executorch.exir._serialize._program:deserialize_pte_binary",
             "torchao.quantization.pt2e.quantizer.quantizer:Q_ANNOTATION_KEY",
-        )
+        ),
     },
     "onnx": {"formats/onnx_fp16.py": ("onnxruntime.transformers.float16:convert_float_to_float16",)},
     "paddle": {

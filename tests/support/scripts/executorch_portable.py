@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 import bare  # noqa: F401  # before our package
-from polyexport.formats import executorch
+from polyexport.formats import executorch, executorch_quantized as quantized
 from polyexport.spec import ExportSpec, TensorSpec
 
 
@@ -55,12 +55,12 @@ spec = ExportSpec(
     (TensorSpec("x", "float32", ("batch", 3, 8, 8)),), outputs, {"batch": 4}, calibration=(folder / "batch.npz",)
 )
 bytes_of = {}
-for convert in (executorch.convert, executorch.quantize_weights):
+for convert in (executorch.convert, quantized.quantize_weights):
     convert(folder / "c.pt2", folder / "c.pte", spec)
     bytes_of[convert] = (folder / "c.pte").stat().st_size
 found = executorch.load(folder / "c.pte", spec, threads=1)({"x": x.numpy()})
 np.testing.assert_allclose(found["y"], module(x).detach().numpy(), atol=0.02)
-share = bytes_of[executorch.quantize_weights] / bytes_of[executorch.convert]
+share = bytes_of[quantized.quantize_weights] / bytes_of[executorch.convert]
 
 
 class Shifted(torch.nn.Module):
@@ -83,7 +83,7 @@ torch.export.save(torch.export.export(module, (ids,), dynamic_shapes=({0: free},
 outputs = (TensorSpec("seen", "float32", ("batch", 8)), TensorSpec("read", "float32", ("batch", 120)))
 np.savez(folder / "ids.npz", ids=ids.numpy())
 spec = ExportSpec((TensorSpec("ids", "int64", ("batch", 3)),), outputs, {"batch": 4}, calibration=(folder / "ids.npz",))
-for convert in (executorch.quantize, executorch.quantize_weights):
+for convert in (quantized.quantize, quantized.quantize_weights):
     convert(folder / "s.pt2", folder / "s.pte", spec)
     found = executorch.load(folder / "s.pte", spec, threads=1)({"ids": ids.numpy()})
     for array, tensor in zip(found.values(), module(ids), strict=True):
@@ -117,8 +117,8 @@ spec = ExportSpec(
     {"batch": 4},
     calibration=(folder / "a.npz",),
 )
-executorch.quantize(folder / "a.pt2", folder / "a.pte", spec)
-loaded = executorch.load_quantized(folder / "a.pte", spec, threads=1)
+quantized.quantize(folder / "a.pt2", folder / "a.pte", spec)
+loaded = quantized.load_quantized(folder / "a.pte", spec, threads=1)
 assert (loaded.remark, loaded.shortfall) == ("", "")  # all weights are in int8
 found, expected = loaded({"x": x.numpy()})["y"], module(x).detach().numpy()
 np.testing.assert_allclose(found, expected, atol=0.05 * np.abs(expected).max())
@@ -142,7 +142,7 @@ module = torch.export.export(Residual().eval(), (x,), dynamic_shapes=({0: free},
 np.savez(folder / "r.npz", x=x.numpy())
 ports = [(TensorSpec(name, "float32", ("batch", 8)),) for name in "xy"]
 spec = ExportSpec(*ports, {"batch": 4}, calibration=(folder / "r.npz",))
-graph = executorch._calibrated(module, spec, dynamic=False).graph
+graph = quantized.calibrated(module, spec, dynamic=False).graph
 sums = graph.find_nodes(op="call_function", target=torch.ops.aten.add.Tensor)
 assert [["dequantize" in str(term.target) for term in node.args] for node in sums] == [[False, True]] * 2 + [[True] * 2]
 print("refused" if refused else "taken")
