@@ -61,14 +61,16 @@ def _layers(source: Path) -> torch.fx.GraphModule:
     module = load_program(source).module()
     weights = dict(module.named_parameters())
     for node in module.graph.find_nodes(op="call_function", target=torch.ops.aten.addmm.default):
-        bias, x, weight = node.args
-        if node.kwargs or weight.target not in weights or bias.target not in weights:
+        added, x, multiplied = node.args
+        bias, weight = weights.get(added.target), weights.get(multiplied.target)
+        if node.kwargs or bias is None or weight is None or not bias.shape[-1] == bias.numel() == weight.shape[1]:
             continue
-        name = f"{node.name}_weight"
-        module.register_parameter(name, torch.nn.Parameter(weights[weight.target].detach().T.contiguous()))
         with module.graph.inserting_before(node):
-            turned = module.graph.get_attr(name)
-        node.target, node.args = torch.ops.aten.linear.default, (x, turned, bias)
+            own = []
+            for name, tensor in (("weight", weight.T), ("bias", bias.flatten())):
+                module.register_parameter(f"{node.name}_{name}", torch.nn.Parameter(tensor.detach().contiguous()))
+                own.append(module.graph.get_attr(f"{node.name}_{name}"))
+        node.target, node.args = torch.ops.aten.linear.default, (x, *own)
     module.graph.eliminate_dead_code()
     module.recompile()
     return module

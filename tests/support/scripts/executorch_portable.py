@@ -97,7 +97,7 @@ class Attentive(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.linear, self.weight = torch.nn.Linear(8, 8), torch.nn.Parameter(torch.randn(8, 8) / 100)
-        self.bias = torch.nn.Parameter(torch.zeros(8))
+        self.bias = torch.nn.Parameter(torch.zeros(1, 8))
         torch.nn.init.normal_(self.linear.weight, std=0.003)
 
     def forward(self, x):
