@@ -36,32 +36,32 @@ def branching(model: Any, inputs: Arrays, axes: Axes, known: Sequence[Sizes]) ->
         return
 
     @functools.cache
-    def way(sizes: tuple[tuple[str, int], ...]) -> int | None:
+    def path_of(sizes: tuple[tuple[str, int], ...]) -> int | None:
         found = _path(model, _valueless(model, inputs, axes, dict(sizes)))
         is_near = all(size <= _NEAR * known[0][name] + 1 for name, size in sizes)
         return _path(model, _filled(model, inputs, axes, dict(sizes))) if found is None and is_near else found
 
     with left_as_it_is(model):
-        found = [_first_other(lambda sizes: way(tuple(sizes.items())), name, known) for name in known[0]]
+        found = [_first_other(lambda sizes: path_of(tuple(sizes.items())), name, known) for name in known[0]]
     yield from (at for at in found if at is not None and _elements(inputs, axes, at) <= _ELEMENTS)
 
 
-def _first_other(way: Callable[[Sizes], int | None], name: str, known: Sequence[Sizes]) -> dict[str, int] | None:
-    """The least size of the axis `name` that takes a branch of its own; `way` numbers branches, None if it fails."""
+def _first_other(path_of: Callable[[Sizes], int | None], name: str, known: Sequence[Sizes]) -> dict[str, int] | None:
+    """The least size of the axis `name` that takes a branch of its own; `path_of` is None where forward fails."""
     size = known[0][name]
 
-    def way_at(other: int) -> int | None:
-        return way({**known[0], name: other})
+    def path_at(other: int) -> int | None:
+        return path_of({**known[0], name: other})
 
-    seen = {way(each) for each in known}
-    steps = [way_at(size + more) for more in (0, 1, 2)]
-    if None in (*seen, *steps) or len(set(steps)) == len(steps):
+    seen = {path_of(each) for each in known}
+    nearby = [path_at(size + more) for more in (0, 1, 2)]
+    if None in (*seen, *nearby) or len(set(nearby)) == len(nearby):  # it fails, or is a loop over the axis
         return None
     last = size
     for other in (size + 1, size + 2, _NEAR * size + 1, _FAR * size + 1):
-        found = way_at(other)
+        found = path_at(other)
         if found is not None and found not in seen:
-            return {**known[0], name: _least(lambda n: way_at(n) in seen, last, other)}
+            return {**known[0], name: _least(lambda n: path_at(n) in seen, last, other)}
         last = other if found in seen else last
     return None
 
