@@ -33,6 +33,7 @@ def train(callback):
     cells = anndata.AnnData(numpy.random.default_rng(0).poisson(1.0, (64, 20)).astype("float32"))
     scvi.model.SCVI.setup_anndata(cells)
     given = settings(callback, monitor="elbo_validation")
+    scvi.settings.logging_dir = given["default_root_dir"]
     for named in ("logger", "accelerator", "devices", "max_epochs"):  # its own parameters
         del given[named]
     model = scvi.model.SCVI(cells, n_hidden=16, n_latent=4)
