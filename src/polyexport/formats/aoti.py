@@ -124,15 +124,20 @@ def _settings() -> tuple[dict[str, Any], str]:
     from torch import _inductor as inductor
 
     can, runs_on = inductor.list_options(), f"{platform.system()} on {platform.machine()}"
-    settings = {name: value for name, value in _SETTINGS.items() if name in can}
-    if platform.machine() not in _X86 or "cpp.march" not in can:
-        return settings, f"{runs_on}, CPUs like this one"
-    if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
-        return settings | {"cpp.march": "x86-64"}, f"{runs_on}, any CPU"
-    # the CPU has it, so Inductor need not test for it
-    avx2 = {"cpp.march": "x86-64-v3", "cpp.simdlen": 256, "cpp.vec_isa_ok": True}
-    return settings | avx2, f"{runs_on}, any CPU with AVX2"
+    settings, like_this = dict(_SETTINGS), "CPUs like this one"
+    if platform.machine() in _X86:
+        if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"):
+            settings |= {"cpp.march": "x86-64-v3", **_AVX2}
+            portable = "any CPU with AVX2"
+        else:
+            settings["cpp.march"] = "x86-64"
+            portable = "any CPU"
+        like_this = portable if "cpp.march" in can else like_this
+    return {name: value for name, value in settings.items() if name in can}, f"{runs_on}, {like_this}"
 
+
+_AVX2 = {"cpp.simdlen": 256, "cpp.vec_isa_ok": True}
+"""Inductor's settings for a CPU with AVX2; without them it compiles and runs a program for each kind of vectors."""
 
 _SETTINGS = {
     "aot_inductor.package": True,
@@ -191,7 +196,7 @@ def _opened(path: Path) -> Any:
     """A package, without what PyTorch compiles at each load to see which vector instructions this x86 CPU has."""
     from torch import _inductor as inductor
 
-    known = {"cpp.vec_isa_ok": True, "cpp.simdlen": 256} if platform.machine() in _X86 else {}
+    known = _AVX2 if platform.machine() in _X86 else {}
     with inductor.config.patch({name: value for name, value in known.items() if name in inductor.list_options()}):
         return inductor.aoti_load_package(str(path))
 
