@@ -1,9 +1,11 @@
 """What training pays while exports run beside it: steps per second and memory, with and without the callback.
 
-    python tests/benchmarks/overhead.py [--sizes 1 25] [--seconds 20] [--accelerator gpu]
+    python tests/benchmarks/overhead.py [--sizes 1 25] [--rounds 30] [--accelerator gpu]
 
-Every run is a process of its own and trains for the same time; with the callback, an export is under way all along.
-Each run with it stands beside one without it, right before. Steps count from the second epoch on, when an export runs.
+A training with the callback and one without it take turns for a few seconds each, while all processes of the other are
+stopped, so what else the machine does meets both. `ratio` is the median over the rounds, in parentheses its quartiles.
+Steps count from the second epoch on; with the callback, an export is under way all along, and every second or two there
+is a new best.
 `lasting` is what the callback keeps alive in the training process: bytes of tensors when training ends, less those
 without it.
 `resident` and `peak` are the same differences of the whole process's memory, imports included.
@@ -15,33 +17,51 @@ import argparse
 import gc
 import json
 import resource
+import signal
+import statistics
+import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import psutil
 import torch
-from lightning.pytorch.callbacks import Callback, Timer
+from lightning.pytorch.callbacks import Callback
 from rich.console import Console
 from rich.table import Table
-from training import FORMATS, accelerator_option, fit, in_process
+from training import FORMATS, accelerator_option, fit
 
 from lightning_export import ExportCallback
 
-STEPS = 20  # in an epoch: most of the time is training, and yet there is a new best every few seconds at most
+STEPS = 500  # in an epoch, divided by the millions of parameters
+WINDOW_SECONDS, SETTLING_SECONDS = 3.0, 0.3
 COLUMNS = ("parameters", "formats", "steps/s without", "with", "ratio", "lasting B", "resident MB", "peak MB")
+
+
+# --- the training -----------------------------------------------------------------------------------------------------
+
+
+def shared_count(path: Path) -> Any:
+    """Two integers that both processes see: the steps so far, and whether training is to end."""
+    return np.memmap(path, np.int64, "r+", shape=(2,))
 
 
 class Meter(Callback):
     """Counts steps from the second epoch on, and looks at the memory when training ends."""
 
-    def __init__(self) -> None:
-        self.ends: list[float] = []
+    def __init__(self, count: Any) -> None:
+        self.count = count
         self.memory: dict[str, int] = {}
 
     def on_train_batch_end(self, trainer: Any, *rest: Any) -> None:
         if trainer.current_epoch:
-            self.ends.append(time.perf_counter())
+            self.count[0] += 1
+        trainer.should_stop = bool(self.count[1])
 
     def on_train_end(self, *rest: Any) -> None:
         gc.collect()
@@ -62,47 +82,122 @@ class Leaving(ExportCallback):
         self._close()
 
 
-def child(accelerator: str, millions: int, formats: int, seconds: int) -> dict[str, Any]:
-    """One training; what it measured."""
+def child(accelerator: str, millions: int, formats: int, count: Path) -> None:
+    """Train until told to end, and print what the memory was."""
     torch.manual_seed(0)
-    meter = Meter()
+    meter = Meter(shared_count(count))
     export = [Leaving(FORMATS[formats])] if formats else []
-    timer = Timer(duration={"seconds": seconds}, verbose=False)
-    fit(millions, [meter, timer, *export], steps=STEPS, max_epochs=-1, accelerator=accelerator)
-    if len(meter.ends) < 2:
-        sys.exit(f"no second epoch in {seconds} s; give more --seconds")
-    rate = (len(meter.ends) - 1) / (meter.ends[-1] - meter.ends[0])
-    return {"rate": rate, **meter.memory}
+    fit(millions, [meter, *export], steps=max(20, STEPS // millions), max_epochs=-1, accelerator=accelerator)
+    print(json.dumps(meter.memory))
+
+
+# --- taking turns -----------------------------------------------------------------------------------------------------
+
+
+class Training:
+    """A training in a process of its own, which can be stopped with all that it started."""
+
+    def __init__(self, accelerator: str, millions: int, formats: int, folder: Path) -> None:
+        path = folder / str(formats)
+        path.write_bytes(bytes(16))
+        self.count = shared_count(path)
+        command = [sys.executable, __file__, "--accelerator", accelerator, "--child"]
+        self.process = subprocess.Popen(
+            [*command, *map(str, (millions, formats, path))],
+            stdout=subprocess.PIPE,
+            stderr=(folder / f"{formats}.log").open("w"),
+            text=True,
+            start_new_session=True,
+        )
+
+    def wait(self) -> None:
+        """Until its second epoch has begun."""
+        while not self.count[0]:
+            if self.process.poll() is not None:
+                sys.exit(f"a training ended with {self.process.returncode}")
+            time.sleep(0.1)
+
+    def rate(self) -> float:
+        """Steps per second in a window of time."""
+        time.sleep(SETTLING_SECONDS)
+        start, before = time.perf_counter(), int(self.count[0])
+        time.sleep(WINDOW_SECONDS)
+        return (int(self.count[0]) - before) / (time.perf_counter() - start)
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """While it neither trains nor exports."""
+        stopped: dict[int, psutil.Process] = {}
+        while new := {each.pid: each for each in self._processes() if each.pid not in stopped}:
+            _signal(new, signal.SIGSTOP)  # which may have started others until then
+            stopped |= new
+        yield
+        _signal(stopped, signal.SIGCONT)
+
+    def end(self) -> dict[str, int]:
+        """What it printed at its end."""
+        self.count[1] = 1
+        found: dict[str, int] = json.loads(self.process.communicate()[0].splitlines()[-1])
+        return found
+
+    def _processes(self) -> list[psutil.Process]:
+        this = psutil.Process(self.process.pid)
+        return [this, *this.children(recursive=True)]
+
+
+def _signal(processes: dict[int, psutil.Process], number: signal.Signals) -> None:
+    for each in processes.values():
+        try:
+            each.send_signal(number)
+        except psutil.NoSuchProcess:
+            continue
+
+
+def measured(accelerator: str, millions: int, formats: int, rounds: int) -> tuple[str, ...]:
+    """A row of the table."""
+    with tempfile.TemporaryDirectory() as folder:
+        without = Training(accelerator, millions, 0, Path(folder))
+        without.wait()
+        with without.stopped():
+            exporting = Training(accelerator, millions, formats, Path(folder))
+            exporting.wait()
+        pairs = []
+        for _ in range(rounds):
+            with exporting.stopped():
+                plain = without.rate()
+            with without.stopped():
+                pairs.append((plain, exporting.rate()))
+        with exporting.stopped():
+            memory = without.end()
+        added = {key: value - memory[key] for key, value in exporting.end().items()}
+    low, ratio, high = statistics.quantiles([found / plain for plain, found in pairs], n=4)
+    return (
+        f"{millions} M",
+        str(formats),
+        *(f"{statistics.median(each):.3g}" for each in zip(*pairs, strict=True)),
+        f"{ratio:.2f} ({low:.2f} to {high:.2f})",
+        f"{added['lasting']:+d}",
+        f"{added['resident'] / 1e6:+.0f}",
+        f"{added['peak'] / 1e6:+.0f}",
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", nargs="+", type=int, default=[1, 25], help="millions of parameters")
-    parser.add_argument("--seconds", type=int, default=20, help="how long each run trains")
+    parser.add_argument("--rounds", type=int, default=30, help="how often the two take turns")
     accelerator_option(parser)
-    parser.add_argument("--child", nargs=3, type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.child:
-        print(json.dumps(child(given.accelerator, *given.child)))
+        millions, formats, count = given.child
+        child(given.accelerator, int(millions), int(formats), Path(count))
         return
-    on = ("--accelerator", given.accelerator)
     table = Table(*COLUMNS, title="training while exports run beside it")
     for millions in given.sizes:
         for formats in (1, 4, 12):
-            without = in_process(__file__, millions, 0, given.seconds, *on)
-            found = in_process(__file__, millions, formats, given.seconds, *on)
-            added = {key: found[key] - without[key] for key in ("lasting", "resident", "peak")}
-            table.add_row(
-                f"{millions} M",
-                str(formats),
-                f"{without['rate']:.0f}",
-                f"{found['rate']:.0f}",
-                f"{found['rate'] / without['rate']:.2f}",
-                f"{added['lasting']:+d}",
-                f"{added['resident'] / 1e6:+.0f}",
-                f"{added['peak'] / 1e6:+.0f}",
-            )
-    Console(width=120).print(table)
+            table.add_row(*measured(given.accelerator, millions, formats, given.rounds))
+    Console(width=140).print(table)
 
 
 if __name__ == "__main__":
