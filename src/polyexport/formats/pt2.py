@@ -65,5 +65,6 @@ FORMAT = Format(
     routes=(Route("export", upstream=MODULE, toolchain="torch", convert=convert),),
     load=load,
     targets=("server CPU",),
+    slow_because="its module checks the inputs in Python at each call",
     snippets=_SNIPPETS,
 )
