@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from polyexport.errors import ended
-from polyexport.format import Convert, Format, Route, Snippet
+from polyexport.format import Convert, Format, Loaded, Route, Snippet
 from polyexport.onnx_graph.decompose import decomposed
 from polyexport.spec import Arrays, ExportSpec, Precision, Runner, calibration
 from polyexport.workers import programs
@@ -220,6 +220,20 @@ def _keep_three_axes(model: onnx.ModelProto) -> None:
             graph.node.append(onnx.helper.make_node("Reshape", [inner, shape.name], [output.name]))
 
 
+def load_int8(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
+    """Like `load`, with a module for each size of the inputs: MNN crashes when it resizes some modules in int8."""
+    runners: dict[tuple[tuple[int, ...], ...], Runner] = {}
+
+    def run(inputs: Arrays) -> Arrays:
+        sizes = tuple(array.shape for array in inputs.values())
+        if sizes not in runners:
+            runners[sizes] = load(path, spec, threads=threads)
+        return runners[sizes](inputs)
+
+    remark = "load a module for each size of the inputs, since MNN crashes when it resizes some in int8"
+    return Loaded(run, remark=remark if spec.is_dynamic else "")
+
+
 def load(path: Path, spec: ExportSpec, *, threads: int) -> Runner:
     """Run it with MNN on the CPU, in full precision; int64 and bool, which it lacks, become int32."""
     import MNN
@@ -266,6 +280,7 @@ outputs = [np.array(answer.read()) for answer in answers]
 
 
 def _format(name: str, precision: Precision, description: str, *routes: Route, **more: Any) -> Format:
+    defaults: dict[str, Any] = {"load": load}
     return Format(
         name=name,
         description=description,
@@ -274,10 +289,9 @@ def _format(name: str, precision: Precision, description: str, *routes: Route, *
         graph="model.mnn",
         precision=precision,
         routes=routes,
-        load=load,
         targets=("phone",),
         snippets=_SNIPPETS,
-        **more,
+        **(defaults | more),
     )
 
 
@@ -312,6 +326,7 @@ FORMATS = (
         "int8",
         "MNN model in int8, calibrated with validation batches",
         *(Route(method, "mnn", "mnn", _quantized(method)) for method in ("EMA", "ADMM", "KL")),
+        load=load_int8,
         calibrated=True,
     ),
 )

@@ -1,4 +1,4 @@
-"""In the toolchain of MNN: convolutions over one axis answer with three, and loops are found.
+"""In the toolchain of MNN: convolutions over one axis answer with three, loops are found, int8 runs at every size.
 
 python mnn_axes.py FOLDER
 """
@@ -10,8 +10,9 @@ import numpy as np
 import onnx
 
 import bare  # noqa: F401  # before our package
-from polyexport.formats.mnn import convert, has_loops, load
-from polyexport.spec import ExportSpec, TensorSpec
+from polyexport.formats import known
+from polyexport.formats.mnn import convert, has_loops, load, load_int8
+from polyexport.spec import ExportSpec, TensorSpec, write_arrays
 
 MODEL = """
 <ir_version: 10, opset_import: ["": 20]>
@@ -55,3 +56,30 @@ model.graph.initializer.extend(onnx.numpy_helper.from_array(array, name) for nam
 onnx.save(model, folder / "r.onnx")
 convert(folder / "r.onnx", folder / "r.mnn", spec)
 assert has_loops((folder / "r.mnn").read_bytes())
+
+LAYERS = """
+<ir_version: 10, opset_import: ["": 20]>
+graph (float[n, 10] x) => (float[n, 12] hidden, float[n, 3] y)
+{
+    sums = Gemm<transB = 1>(x, w, b)
+    hidden = Gelu(sums)
+    last = Gemm<transB = 1>(hidden, v, c)
+    y = Softplus(last)
+}
+"""
+model = onnx.parser.parse_model(LAYERS)
+shapes = {"w": (12, 10), "b": (12,), "v": (3, 12), "c": (3,)}
+weights = {name: random.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+model.graph.initializer.extend(onnx.numpy_helper.from_array(array, name) for name, array in weights.items())
+onnx.save(model, folder / "l.onnx")
+batch = random.normal(size=(4, 10)).astype(np.float32)
+write_arrays(folder / "x.npz", {"x": batch})
+outputs = tuple(TensorSpec(name, "float32", ("n", size)) for name, size in (("hidden", 12), ("y", 3)))
+spec = ExportSpec((TensorSpec("x", "float32", ("n", 10)),), outputs, {"n": 4}, calibration=(folder / "x.npz",))
+convert(folder / "l.onnx", folder / "l.mnn", spec)
+known()["mnn-int8"].routes[0].convert(folder / "l.mnn", folder / "i.mnn", spec)
+run = load_int8(folder / "i.mnn", spec, threads=1)
+for rows in (4, 1, 7, 1):  # one module that is resized so crashes
+    x = {"x": np.concatenate([batch, batch])[:rows]}
+    exact = load(folder / "l.mnn", spec, threads=1)(x)
+    assert max(np.abs(run(x)[name] - array).max() / np.abs(array).max() for name, array in exact.items()) < 0.1
