@@ -8,8 +8,8 @@ Requirements:
   error of the outputs on those batches is kept. If all errors are large, as for most transformers, only matrices are
   quantized, and the costliest of those stay in float.
 * Weights have seven bits if this machine's processor adds int8 products in 16 bits, which eight would overflow.
-* w8 multiplies matrices in int8 with ranges taken at run time; weights of convolutions are stored in int8, and the
-  convolution is in float.
+* w8 multiplies matrices in int8 with ranges taken at run time; weights of convolutions and recurrent layers are stored
+  in int8, and the layers compute in float. So do recurrent layers in int8, for which there is no integer operator.
 * Models trained with fake quantization keep their scales, and are not calibrated.
 * The file's metadata lists what stays in float. That is not a fault as long as most weights are in int8.
 """
@@ -20,7 +20,7 @@ import math
 import platform
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import chdir
 from functools import partial
 from itertools import islice
@@ -67,7 +67,8 @@ def quantize(source: Path, target: Path, spec: ExportSpec, *, methods: Iterable[
             print(f"ranges by {each.how}: relative error {each.error:.3g}")
         whole = onnx.load(prepared)
         chosen, mending = mended(drafts, _layers(whole), partial(make, best(drafts).how, _MATRICES), spec.in_float)
-    left = in_float(*float_weights(chosen.model), "", float_operators(chosen.model))
+    stored = _stored(chosen.model, _RECURRENT)
+    left = in_float(*float_weights(chosen.model), "", float_operators(chosen.model), stored)
     remarks = (f"ranges by {chosen.how.lower()}", seven_bits(), mending, left.remark)
     save(chosen.model, target, spec.embedded, *remarks, shortfall=left.shortfall)
 
@@ -307,10 +308,11 @@ _DYNAMIC = ("MatMul", "LSTM", "Attention", "Gather", "EmbedLayerNormalization")
 """Operators whose weights are quantized."""
 
 _CONVOLUTIONS = {"Conv": 0, "ConvTranspose": 1}
-"""Operators whose weights are stored in int8, and the weight's axis of output channels."""
+_RECURRENT = {"LSTM": 1, "GRU": 1, "RNN": 1}
+"""Operators whose weights are stored in int8, and the weights' axis of output channels."""
 
-_FEW = 256
-"""Weights with fewer elements stay in float, since scales would cost more."""
+_OVERHEAD = 256
+"""Bytes that a further node, its name and the names of its inputs take in the file, at most."""
 
 
 def quantize_weights(source: Path, target: Path, spec: ExportSpec) -> None:
@@ -328,21 +330,26 @@ def quantize_weights(source: Path, target: Path, spec: ExportSpec) -> None:
             reduce_range=overflows(),
         )
         model = onnx.load(draft)
-    stored = _store_convolutions(model)
-    kept = "convolutions compute in float32, with weights stored in int8" if stored else ""
-    left = in_float(*float_weights(model), "", kept)
+    stored = _stored(model, _CONVOLUTIONS | _RECURRENT)
+    left = in_float(*float_weights(model), "", stored)
     save(model, target, spec.embedded, seven_bits(), left.remark, shortfall=left.shortfall)
 
 
-def _store_convolutions(model: onnx.ModelProto) -> int:
-    """Store the weights of convolutions in int8, per channel, under the same names; returns how many."""
+def _stored(model: onnx.ModelProto, axes: Mapping[str, int]) -> str:
+    """Store the weights of operators in int8, per channel, under the same names; returns a remark on them, or nothing.
+
+    `axes` has the axis of output channels for each type of operator. Weights that would take no fewer bytes are left.
+    """
     from onnx import helper, numpy_helper
 
     graph = model.graph
-    axes = {node.input[1]: _CONVOLUTIONS[node.op_type] for node in graph.node if node.op_type in _CONVOLUTIONS}
-    weights = [each for each in graph.initializer if each.name in axes and np.prod(each.dims) >= _FEW]
-    for tensor in weights:
-        array, axis = numpy_helper.to_array(tensor), axes[tensor.name]
+    readers = {name: node for node in graph.node if node.op_type in axes for name in node.input[1:3]}
+    kinds = set()
+    for tensor in [each for each in graph.initializer if each.name in readers and is_weight(each.dims)]:
+        node, array = readers[tensor.name], numpy_helper.to_array(tensor)
+        axis = axes[node.op_type]
+        if array.dtype != np.float32 or 3 * array.size <= 4 * array.shape[axis] + _OVERHEAD:
+            continue
         others = tuple(index for index in range(array.ndim) if index != axis)
         scale = np.maximum(np.abs(array).max(others), np.finfo(np.float32).tiny) / np.float32(127)
         steps = np.round(array / np.expand_dims(scale, others)).astype(np.int8)
@@ -350,7 +357,8 @@ def _store_convolutions(model: onnx.ModelProto) -> int:
         graph.initializer.remove(tensor)
         graph.initializer.extend(map(numpy_helper.from_array, (steps, scale), parts))
         graph.node.insert(0, helper.make_node("DequantizeLinear", parts, [tensor.name], axis=axis))
-    return len(weights)
+        kinds.add("convolutions" if node.op_type in _CONVOLUTIONS else "recurrent layers")
+    return f"{' and '.join(sorted(kinds))} compute in float32, with weights stored in int8" if kinds else ""
 
 
 _URL = "https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html"
