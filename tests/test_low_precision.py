@@ -16,9 +16,11 @@ import polyexport
 from polyexport import FORMATS, ExportSpec, Report, TensorSpec
 from polyexport.formats import onnx_quantized
 from polyexport.formats.onnx import opened
+from polyexport.formats.openvino_nncf import group_size
 from polyexport.measure import drafts
 from polyexport.measure.drafts import distance
 from polyexport.measure.parity import Parity, compare
+from polyexport.measure.weights import InFloat, in_four_bits
 from polyexport.report import manifest
 from polyexport.spec import calibration, read_arrays, write_arrays
 
@@ -99,16 +101,44 @@ def test_values_beyond_half_precision_stay_float(report):
 
 
 @pytest.mark.slow
-def test_the_report_has_the_number_of_weights_in_four_bits(report):
-    assert report["openvino-w4"].remark == "2 weights in 4 bits, 3 in 8"
+def test_the_report_has_the_share_of_the_weights_in_four_bits(report):
+    assert report["openvino-w4"].remark == "93% of its weights in 4 bits, 7% in 8 bits"
+
+
+class Sequence1d(torch.nn.Module):
+    """A convolution and a recurrent layer, of which NNCF stores neither in four bits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.rnn = torch.nn.Conv1d(3, 24, 5), torch.nn.GRU(24, 16, batch_first=True)
+
+    def forward(self, signal: torch.Tensor) -> torch.Tensor:
+        return self.rnn(self.body(signal).transpose(1, 2))[0]
 
 
 @pytest.mark.slow
-def test_a_model_without_matrices_has_no_weights_in_four_bits(tmp_path):
-    module = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 3), torch.nn.ReLU(), torch.nn.Conv2d(16, 8, 3))
-    report = polyexport.export(module, torch.rand(4, 3, 8, 8), ["openvino-w4"], tmp_path / "out", bench=False)
-    assert report["openvino-w4"].state == "degraded"
-    assert "no weight is in 4 bits" in report["openvino-w4"].reason
+def test_weights_that_nncf_leaves_are_stored_in_few_bits_too(tmp_path):
+    torch.manual_seed(0)
+    names = ["openvino-w8", "openvino-w4"]
+    report = polyexport.export(Sequence1d(), torch.rand(4, 3, 20), names, tmp_path / "out", bench=False)
+    assert [(each.state, each.reason) for each in report.outcomes if each.format in names] == [("verified", "")] * 2
+    assert "in 4 bits" in report["openvino-w4"].remark
+
+
+@pytest.mark.parametrize(
+    ("four", "eight", "in_floats", "remark", "shortfall"),
+    [
+        (90, 10, 0, "90% of its weights in 4 bits, 10% in 8 bits", ""),
+        (40, 60, 0, "", "40% of its weights in 4 bits, 60% in 8 bits"),
+        (20, 20, 60, "", "20% of its weights in 4 bits, 20% in 8 bits; 60% of its weights in float, since"),
+    ],
+)
+def test_most_weights_have_to_be_in_four_bits(four, eight, in_floats, remark, shortfall):
+    assert in_four_bits(four, eight, in_floats, "since") == InFloat(remark, shortfall)
+
+
+def test_the_size_of_a_group_divides_the_row():
+    assert [group_size(row) for row in (128, 96, 27, 10, 6, 131)] == [32, 32, 27, 10, 6, 131]
 
 
 # --- shadows: what must not pass --------------------------------------------------------------------------------------

@@ -213,7 +213,7 @@ def _translated(model: Any, spec: ExportSpec, precision: str, oldest: Any) -> An
 # --- compression ------------------------------------------------------------------------------------------------------
 
 _FEWEST_WEIGHTS = 512
-"""Smaller constants are not compressed, since that saves nothing."""
+"""Smaller constants are not compressed: the package would be larger, by the operator that reads them."""
 
 
 def quantize_weights(source: Path, target: Path, spec: ExportSpec) -> None:
@@ -348,12 +348,18 @@ def load(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
     )
 
 
+_LEFT = (
+    f"which have fewer than {_FEWEST_WEIGHTS} numbers, where compression saves nothing, or which coremltools does not "
+    "compress; coreml-fp16 has all of them in half precision"
+)
+
+
 def load_compressed(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
     """Like `load`, with a remark on weights in float."""
     from polyexport.coreml.program import float_weights, read
 
     opened = load(path, spec, threads=threads)
-    left = in_float(*float_weights(read(path)), "small ones and those that coremltools does not compress")
+    left = in_float(*float_weights(read(path)), _LEFT)
     return replace(opened, remark=left.remark, shortfall="; ".join(filter(None, (opened.shortfall, left.shortfall))))
 
 

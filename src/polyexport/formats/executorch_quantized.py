@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from polyexport.format import Loaded, Route
 from polyexport.formats.executorch import executorch_format, exported, load, lower
-from polyexport.measure.weights import in_float, is_weight
+from polyexport.measure.weights import in_float, in_four_bits, is_weight
 from polyexport.spec import ExportSpec, calibration
 from polyexport.tracing.exported_program import load_program
 from polyexport.tracing.fake_quantization import with_trained_scales
@@ -283,12 +283,11 @@ def load_quantized(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
     sizes: Counter[str] = Counter()
     for kind, size in _weights(path):
         sizes[_BITS.get(kind, "float")] += size
-    total = sizes.total()
-    four, eight = (f"{sizes[bits] / max(1, total):.0%} of its weights in {bits} bits" for bits in ("4", "8"))
-    in_bits = f"{four}, {eight}" if sizes["4"] else ""
-    left = in_float(sizes["float"], total, "which XNNPACK does not quantize", in_bits)
-    few = in_bits if sizes["4"] < total / 2 else ""
-    return Loaded(load(path, spec, threads=threads), remark=left.remark, shortfall=left.shortfall or few)
+    why = "which XNNPACK does not quantize"
+    left = in_float(sizes["float"], sizes.total(), why)
+    if sizes["4"]:
+        left = in_four_bits(sizes["4"], sizes["8"], sizes["float"], why)
+    return Loaded(load(path, spec, threads=threads), remark=left.remark, shortfall=left.shortfall)
 
 
 _BITS = {"qint8": "8", "qcint8": "8", "qcint4": "4", "qbint4": "4"}

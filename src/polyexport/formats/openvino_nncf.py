@@ -3,7 +3,8 @@
 https://docs.openvino.ai/2025/openvino-workflow/model-optimization.html
 
 `openvino-int8` has weights and activations in int8, for CPUs and NPUs; `openvino-w8` and `openvino-w4` have only the
-weights in 8 and in 4 bits, for transformers, which are limited by memory bandwidth.
+weights in 8 and in 4 bits, for transformers, which are limited by memory bandwidth. NNCF has 4 bits for matrices and
+embeddings; convolutions and recurrent layers, which it leaves in more, are stored in them here, for a smaller file.
 
 Requirements:
 * Ranges come from real batches. Of NNCF's two schemes, the general one and the one for transformers, the one with the
@@ -20,13 +21,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from polyexport.format import Loaded, Route
 from polyexport.formats.onnx_quantized import TRAINED, overflows, seven_bits
 from polyexport.formats.openvino import compiled, load, openvino_format, save, without_telemetry
 from polyexport.measure.drafts import Draft, best, distance, mended
-from polyexport.measure.weights import counted, in_float, is_weight
+from polyexport.measure.weights import InFloat, counted, in_float, in_four_bits, is_weight
 from polyexport.spec import Arrays, ExportSpec, calibration
 
 URL = "https://docs.openvino.ai/2025/openvino-workflow/model-optimization.html"
@@ -59,7 +62,8 @@ def convert_trained(source: Path, target: Path, spec: ExportSpec) -> None:
     save(model, target, spec, TRAINED, float_operators(model))
 
 
-_MATRICES = ("MatMul", "Convolution", "GroupConvolution", "ConvolutionBackpropData", "GroupConvolutionBackpropData")
+_CONVOLUTIONS = ("Convolution", "GroupConvolution", "ConvolutionBackpropData", "GroupConvolutionBackpropData")
+_MATRICES = ("MatMul", *_CONVOLUTIONS)
 
 
 def _layers(model: Any) -> dict[str, str]:
@@ -120,60 +124,200 @@ def float_operators(model: Any) -> str:
 
 def store_in_8_bits(source: Path, target: Path, spec: ExportSpec) -> None:
     """Store the weights in int8, per channel."""
-    save(_stored(source, "INT8_ASYM"), target, spec)
+    save(_with_stored(_compressed(_read(source), "INT8_ASYM"), _RECURRENT, 8), target, spec)
 
 
-def store_in_4_bits(source: Path, target: Path, spec: ExportSpec) -> None:
-    """Store the weights of matrices in 4 bits, by groups along a channel, and the others in int8.
+def store_in_4_bits(
+    source: Path, target: Path, spec: ExportSpec, *, convolutions: bool = False, every: bool = False
+) -> None:
+    """Store the weights of matrices and recurrent layers in 4 bits, by groups along a channel, and the others in int8.
 
-    Scales are fitted to the layers' outputs on the calibration batches.
+    Scales of matrices are fitted to the layers' outputs on the calibration batches.
+
+    Args:
+        source: The model in float32.
+        target: The file.
+        spec: Its signature, with batches to calibrate with.
+        convolutions: Whether convolutions are in 4 bits too, but for the first.
+        every: Whether all weights are: embeddings, the last matrix and the first convolution too.
     """
+    nncf, model = _nncf(), _read(source)
+    batches = nncf.Dataset(_batches(model, spec))
+    weights = _float_weights(model)
+    for_nncf = {"MatMul", "Gather"} if convolutions else {"MatMul", "Gather", *_CONVOLUTIONS}
+    own = [
+        each for each in weights if not each.kinds <= for_nncf or (each.width % _LEAST_GROUP and "MatMul" in each.kinds)
+    ]
+    ignored = [layer.get_friendly_name() for weight in own for layer in weight.layers]
+    options = nncf.AdvancedCompressionParameters(
+        group_size_fallback_mode=nncf.GroupSizeFallbackMode.ADJUST, min_adjusted_group_size=_LEAST_GROUP
+    )
+    if len(own) < len(weights):
+        model = _compressed(
+            model,
+            "INT4_ASYM",
+            group_size=_GROUP,
+            dataset=batches,
+            scale_estimation=True,
+            all_layers=every,
+            ignored_scope=nncf.IgnoredScope(names=ignored),
+            advanced_parameters=options,
+        )
+    save(_with_stored(model, _MULTIPLIES, 4, every=every), target, spec)
+
+
+_GROUP, _LEAST_GROUP = 64, 8
+"""Weights per scale, at most and at least; the greatest power of two that divides a channel's number of weights."""
+
+
+def _read(source: Path) -> Any:
+    return without_telemetry().Core().read_model(source)
+
+
+def _compressed(model: Any, mode: str, **options: Any) -> Any:
     nncf = _nncf()
-    batches = nncf.Dataset(_batches(without_telemetry().Core().read_model(source), spec))
-    fallback = nncf.AdvancedCompressionParameters(group_size_fallback_mode=nncf.GroupSizeFallbackMode.ADJUST)
-    options = {"group_size": _GROUP, "dataset": batches, "scale_estimation": True, "advanced_parameters": fallback}
-    save(_stored(source, "INT4_ASYM", **options), target, spec)
-
-
-_GROUP = 64
-"""Weights per scale; fewer if a channel's number of weights is not divisible."""
-
-
-def _stored(source: Path, mode: str, **options: Any) -> Any:
-    nncf = _nncf()
-    model = without_telemetry().Core().read_model(source)
     return nncf.compress_weights(model, mode=nncf.CompressWeightsMode[mode], **options)
+
+
+_RECURRENT = ("LSTMSequence", "GRUSequence", "RNNSequence", "LSTMCell", "GRUCell", "RNNCell")
+"""Layers that NNCF leaves in float. OpenVINO reads their weights into float32 when it loads the model.
+
+In int8 they are left so: if their inputs are in int8, OpenVINO takes stored weights for those of integer kernels, and
+is wrong.
+"""
+
+_MULTIPLIES = (*_MATRICES, *_RECURRENT, "Gather")
+
+_PASSED = ("Reshape", "Transpose", "Unsqueeze", "Squeeze", "Convert")
+
+
+class _FloatWeight(NamedTuple):
+    """A constant of float32 and the layers that read it, perhaps reshaped."""
+
+    constant: Any
+    layers: tuple[Any, ...]
+
+    @property
+    def kinds(self) -> set[str]:
+        """The types of the layers."""
+        return {layer.get_type_name() for layer in self.layers}
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.constant.get_output_shape(0))
+
+    @property
+    def width(self) -> int:
+        """The number of weights of one output channel, or of one row of an embedding."""
+        if self.kinds & {*_CONVOLUTIONS}:
+            return math.prod(self.shape[1:])
+        attributes = self.layers[0].get_attributes()
+        return self.shape[-1 if attributes.get("transpose_b", True) else -2]
+
+
+def _float_weights(model: Any) -> list[_FloatWeight]:
+    """The weights in float32 of layers that multiply by them."""
+    constants = [node for node in model.get_ordered_ops() if node.get_type_name() == "Constant"]
+    found = [
+        _FloatWeight(node, tuple(_reading(node)))
+        for node in constants
+        if node.get_element_type().to_string() == "f32" and is_weight(node.get_output_shape(0))
+    ]
+    return [each for each in found if each.layers and each.kinds <= {*_MULTIPLIES}]
+
+
+def _reading(node: Any) -> Iterator[Any]:
+    """The nodes that read a constant, themselves or reshaped."""
+    for given in node.output(0).get_target_inputs():
+        reader = given.get_node()
+        if reader.get_type_name() in _PASSED:
+            yield from _reading(reader)
+        else:
+            yield reader
+
+
+def _with_stored(model: Any, kinds: Sequence[str], bits: int, *, every: bool = True) -> Any:
+    """The model with the float weights of these kinds of layers, which NNCF left, in 8 or 4 bits.
+
+    Without `every`, the first convolution's weights are in 8 bits.
+    """
+    weights = [weight for weight in _float_weights(model) if weight.kinds <= {*kinds}]
+    first = next((weight.constant for weight in weights if weight.kinds & {*_CONVOLUTIONS}), None)
+    for weight in weights:
+        in_bits = bits if every or weight.constant is not first else 8
+        readers = list(weight.constant.output(0).get_target_inputs())
+        stored = _in_groups(weight, in_bits)
+        for reader in readers:
+            reader.replace_source_output(stored.output(0))
+    model.validate_nodes_and_infer_types()
+    return model
+
+
+def _in_groups(weight: _FloatWeight, bits: int) -> Any:
+    """A subgraph that computes the weights from integers, with a scale and a zero point for each group."""
+    openvino = without_telemetry()
+    from openvino import opset13
+
+    row = math.prod(weight.shape[1:]) if weight.kinds & {*_CONVOLUTIONS} else weight.shape[-1]
+    size = group_size(row) if bits == 4 else row
+    groups = weight.constant.get_data().reshape(-1, size)
+    levels = 2**bits - 1
+    least, most = np.minimum(groups.min(1, keepdims=True), 0), np.maximum(groups.max(1, keepdims=True), 0)
+    exact = np.maximum((most - least) / levels, np.finfo(np.float32).tiny).astype(np.float32)
+    halves = np.finfo(np.float16)
+    is_half = halves.tiny <= exact.min() <= exact.max() <= halves.max
+    scales = exact.astype(np.float16 if is_half else np.float32)
+    zeros = np.clip(np.round(-least / scales.astype(np.float32)), 0, levels)
+    steps = np.clip(np.round(groups / scales.astype(np.float32)) + zeros, 0, levels)
+    kind = openvino.Type.u4 if bits == 4 else openvino.Type.u8
+
+    def integers(numbers: np.ndarray, name: str) -> Any:
+        tensor = openvino.Tensor(kind, openvino.Shape(numbers.shape))
+        numbers = numbers.astype(np.uint8).reshape(-1)
+        if bits == 4:
+            numbers = np.append(numbers, [0] * (len(numbers) % 2)).astype(np.uint8)
+            numbers = numbers[0::2] | numbers[1::2] << 4
+        tensor.data.reshape(-1)[:] = numbers
+        return opset13.convert(opset13.constant(tensor, name=name), "f32")
+
+    name = weight.constant.get_friendly_name()
+    shifted = opset13.subtract(integers(steps, name), integers(zeros, f"{name}/zero_point"))
+    scaled = opset13.multiply(shifted, opset13.convert(opset13.constant(scales, name=f"{name}/scale"), "f32"))
+    return opset13.reshape(scaled, opset13.constant(np.array(weight.shape, np.int64)), special_zero=False)
+
+
+def group_size(row: int) -> int:
+    """The number of weights per scale: the greatest divisor of a row's length up to 32, or all of the row."""
+    most = max(size for size in range(1, 32 + 1) if row % size == 0)
+    return most if most >= _LEAST_GROUP else row
 
 
 def load_quantized(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
     """Run it on the CPU, with a remark on weights in float."""
-    return _telling(load(path, spec, threads=threads), _weights(path))
+    sizes, loaded = _bits(path), load(path, spec, threads=threads)
+    why = "which NNCF does not quantize; openvino-w8 stores those of recurrent layers in 8 bits"
+    return _telling(loaded, in_float(sizes[-1], sum(sizes), why, loaded.remark))
 
 
 def load_w4(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
-    """Run it on the CPU, with a remark on weights in 4 bits."""
-    weights = _weights(path)
-    kinds = Counter(kind for kind, _ in weights)
-    four, eight = (kinds[f"i{bits}"] + kinds[f"u{bits}"] for bits in (4, 8))
-    loaded = _telling(load(path, spec, threads=threads), weights, f"{four} weights in 4 bits, {eight} in 8")
-    if not four:
-        why = "no weight is in 4 bits: convolutions, embeddings and the last layer are stored in 8"
-        return replace(loaded, remark="", shortfall=why)
-    return loaded
+    """Run it on the CPU, with a remark on the shares of the weights in 4 and 8 bits."""
+    loaded = load(path, spec, threads=threads)
+    return _telling(loaded, in_four_bits(*_bits(path), "", loaded.remark))
 
 
-def _telling(loaded: Loaded, weights: Sequence[tuple[str, int]], *also: str) -> Loaded:
-    in_floats = sum(size for kind, size in weights if kind.startswith("f"))
-    left = in_float(in_floats, sum(size for _, size in weights), "which NNCF does not quantize", loaded.remark, *also)
+def _telling(loaded: Loaded, left: InFloat) -> Loaded:
     return replace(loaded, remark=left.remark, shortfall=left.shortfall)
 
 
-def _weights(path: Path) -> list[tuple[str, int]]:
-    """Element type and size of each weight."""
-    nodes = without_telemetry().Core().read_model(str(path)).get_ops()
-    found = [node for node in nodes if node.get_type_name() == "Constant" and is_weight(node.get_output_shape(0))]
-    weights = [node for node in found if "zero_point" not in str(node.get_friendly_name())]
-    return [(node.get_element_type().to_string(), math.prod(node.get_output_shape(0))) for node in weights]
+def _bits(path: Path) -> tuple[int, int, int]:
+    """The number of elements of weights in 4 bits, in 8, and in float."""
+    sizes: Counter[str] = Counter()
+    for node in _read(path).get_ordered_ops():
+        is_scale = str(node.get_friendly_name()).rpartition("/")[2].startswith(("zero_point", "scale"))
+        if node.get_type_name() == "Constant" and is_weight(node.get_output_shape(0)) and not is_scale:
+            sizes[node.get_element_type().to_string()] += math.prod(node.get_output_shape(0))
+    four, eight = (sizes[f"i{bits}"] + sizes[f"u{bits}"] for bits in (4, 8))
+    return four, eight, sizes["f32"] + sizes["f16"]
 
 
 FORMATS = (
@@ -202,6 +346,8 @@ FORMATS = (
         "OpenVINO IR with its weights in 4 bits, for language models",
         URL,
         Route("nncf", "openvino", "nncf", store_in_4_bits),
+        Route("convolutions too", "openvino", "nncf", partial(store_in_4_bits, convolutions=True)),
+        Route("every weight", "openvino", "nncf", partial(store_in_4_bits, convolutions=True, every=True)),
         precision="w4",
         load=load_w4,
         runtime="openvino",

@@ -37,6 +37,23 @@ def in_float(weights: int, total: int, why: str = "", *also: str) -> InFloat:
     return InFloat("; ".join(filter(None, remarks)), told if is_most else "")
 
 
+def in_four_bits(four: int, eight: int, in_floats: int, why: str = "", *also: str) -> InFloat:
+    """The remark and shortfall of an artifact with weights in 4 bits: it is a shortfall if most are not.
+
+    Args:
+        four: Elements of weights in 4 bits.
+        eight: Elements of weights in 8 bits.
+        in_floats: Elements of weights in float.
+        why: The reason to give with those in float.
+        also: Further remarks.
+    """
+    total = max(1, four + eight + in_floats)
+    shares = f"{four / total:.0%} of its weights in 4 bits, {eight / total:.0%} in 8 bits"
+    is_most = four >= _MOST * total
+    left = in_float(in_floats, total, why, shares if is_most else "", *also)
+    return InFloat(left.remark, "; ".join(filter(None, ("" if is_most else shares, left.shortfall))))
+
+
 def is_weight(shape: Iterable[int]) -> bool:
     """Whether a constant is a weight: it has more than one axis of size above 1, unlike a bias or a scale."""
     return sum(size > 1 for size in shape) > 1
