@@ -200,6 +200,11 @@ def test_small_weights_agree_and_two_channels_that_are_swapped_do_not(shadows, n
 
 
 @pytest.mark.slow
+def test_weights_that_are_too_small_for_scales_of_blocks_have_one_for_each_row(shadows):
+    assert shadows["tiny weights in four bits"] == "100% of its weights in 4 bits, 0% in 8 bits"
+
+
+@pytest.mark.slow
 def test_weights_left_in_float_are_told(shadows):
     assert shadows["not tflite-w8"]["shortfall"] == (
         "100% of its weights in float, since int8 is not supported for them: 2 × CONV_2D, 1 × FULLY_CONNECTED"

@@ -15,6 +15,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
+from copy import copy
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
@@ -26,7 +27,7 @@ import numpy as np
 
 from polyexport.format import Format, Loaded, OnDevice, Route, Snippet
 from polyexport.formats.saved_model import SIGNATURE
-from polyexport.measure.weights import counted, in_float, is_weight
+from polyexport.measure.weights import counted, in_float, in_four_bits, is_weight
 from polyexport.spec import Arrays, ExportSpec, Precision, Runner, TensorSpec, calibration
 from polyexport.tracing.exported_program import in_float32, load_program
 from polyexport.tracing.fake_quantization import quantize_in_graph, quantized_module
@@ -201,44 +202,119 @@ def quantize_weights(source: Path, target: Path, spec: ExportSpec) -> None:
     from ai_edge_quantizer import recipe
 
     _apply(recipe.dynamic_wi8_afp32(), source, target)
+    _store_tables(target)
 
 
 _BLOCK = 32
-"""The number of four-bit weights per scale."""
+"""The number of four-bit weights per scale, where a row is divisible into blocks."""
+
+_LEAST_SCALE = 2.0**-17
+"""Scales of blocks are in half precision, which has less than 7 bits of smaller ones."""
 
 
-def quantize_weights_to_four_bits(source: Path, target: Path, spec: ExportSpec) -> None:
-    """Store weights of fully connected layers and embeddings in four bits, all others as `quantize_weights` does.
+def quantize_weights_to_four_bits(
+    source: Path, target: Path, spec: ExportSpec, *, rows: bool = False, convolutions: bool = False
+) -> None:
+    """Store weights of fully connected layers and embeddings in four bits, in blocks; all others in int8.
 
-    Weights whose rows are not divisible into blocks count as others.
+    Args:
+        source: The file in float32.
+        target: The file.
+        spec: Its signature.
+        rows: Whether to store those that are not divisible into blocks in four bits too, with a scale for each row.
+        convolutions: Whether to store those of convolutions so too, except depthwise ones.
 
     Raises:
-        RuntimeError: no rows are divisible.
+        RuntimeError: there are no such weights.
     """
     from ai_edge_quantizer import recipe
     from ai_edge_quantizer.qtyping import TFLOperationName
 
-    rules = [
-        rule
-        for kind in (TFLOperationName.FULLY_CONNECTED, TFLOperationName.EMBEDDING_LOOKUP)
-        for name in _in_blocks(source, kind.value)
-        for rule in recipe.dynamic_wi4b32_afp32(operation_name=kind, regex=f"^{re.escape(name)};")
-    ]
+    kinds = [TFLOperationName.FULLY_CONNECTED, TFLOperationName.EMBEDDING_LOOKUP]
+    if convolutions:
+        kinds.append(TFLOperationName.CONV_2D)
+    by_name, in_blocks, rules = {kind.value: kind for kind in kinds}, _in_blocks(source), []
+    for each in (each for each in operations(source) if each.constants and each.kind in by_name):
+        name = each.tensors[-1]["name"]
+        if name in in_blocks or rows:
+            rule = recipe.dynamic_wi4b32_afp32 if name in in_blocks else recipe.dynamic_wi4c_afp32
+            rules += rule(operation_name=by_name[each.kind], regex=f"^{re.escape(name)};")
     if not rules:
         raise RuntimeError(
-            f"LiteRT supports four bits in fully connected layers and embeddings whose rows are a multiple of {_BLOCK} "
-            "long, and the model has none; use tflite-w8"
+            f"LiteRT supports four bits in {', '.join(by_name)}, and the model has none"
+            f"{'' if rows else f' with rows of blocks of {_BLOCK}'}; use tflite-w8"
         )
     _apply([*recipe.dynamic_wi8_afp32(), *rules], source, target)
+    _store_tables(target)
 
 
-def _in_blocks(path: Path, kind: str) -> list[str]:
-    """The outputs of operations of a kind whose weights have rows of whole blocks."""
-    return [
-        each.tensors[-1]["name"]
-        for each in operations(path)
-        if each.kind == kind and any(len(w["shape"]) == 2 and w["shape"][-1] % _BLOCK == 0 for w in each.constants)
-    ]
+def _in_blocks(path: Path) -> list[str]:
+    """The outputs of operations whose weights are divisible into blocks, each with a scale that its type can have."""
+    interpreter = _interpreter(path, threads=1)
+    found = []
+    for each in operations(path):
+        for weight in each.constants:
+            if len(weight["shape"]) == 2 and weight["shape"][-1] % _BLOCK == 0:
+                blocks = np.abs(interpreter.get_tensor(weight["index"])).reshape(-1, _BLOCK)
+                if blocks.max(1).min() / 7 >= _LEAST_SCALE:
+                    found.append(each.tensors[-1]["name"])
+    return found
+
+
+def _store_tables(path: Path) -> None:
+    """Store the tables that GATHER reads rows of, such as embeddings, in int8, and dequantize the rows.
+
+    The quantizer has no rule for GATHER. A table has one scale, as the operator needs it.
+    """
+    from ai_edge_litert import schema_py_generated as schema
+    from ai_edge_quantizer.utils import tfl_flatbuffer_utils as flatbuffers
+
+    model = flatbuffers.read_model(str(path))
+    (graph, *_), codes = model.subgraphs, model.operatorCodes
+    gathers = [each for each in graph.operators if _code(codes[each.opcodeIndex]) == schema.BuiltinOperator.GATHER]
+    others = {index for each in graph.operators if each not in gathers for index in each.inputs}
+    known: set[int] = set()
+    for each in gathers:
+        table = graph.tensors[each.inputs[0]]
+        data = model.buffers[table.buffer].data
+        if each.inputs[0] not in known:
+            if table.type != schema.TensorType.FLOAT32 or data is None or not is_weight(table.shape):
+                continue
+            if each.inputs[0] in others:
+                continue
+            numbers = np.frombuffer(bytes(data), np.float32)
+            scale = max(float(np.abs(numbers).max()), float(np.finfo(np.float32).tiny)) / 127
+            model.buffers[table.buffer].data = np.round(numbers / scale).astype(np.int8).view(np.uint8)
+            table.type, table.quantization = schema.TensorType.INT8, schema.QuantizationParametersT()
+            table.quantization.scale, table.quantization.zeroPoint = [scale], [0]
+            known.add(each.inputs[0])
+        rows = copy(graph.tensors[each.outputs[0]])
+        rows.name, rows.type, rows.quantization = rows.name + b"_int8", table.type, table.quantization
+        graph.tensors.append(rows)
+        dequantize = schema.OperatorT()
+        dequantize.opcodeIndex = _opcode(codes, schema.BuiltinOperator.DEQUANTIZE)
+        dequantize.inputs, dequantize.outputs = [len(graph.tensors) - 1], list(each.outputs)
+        each.outputs = dequantize.inputs
+        graph.operators.insert(graph.operators.index(each) + 1, dequantize)
+    flatbuffers.write_model(model, str(path))
+
+
+def _code(code: Any) -> int:
+    """The number of an operator, which older files have in a field of one byte."""
+    return int(max(code.builtinCode, code.deprecatedBuiltinCode))
+
+
+def _opcode(codes: list[Any], number: int) -> int:
+    """The index of an operator in a file's list of operators, to which it is added if it is not there."""
+    from ai_edge_litert import schema_py_generated as schema
+
+    for index, code in enumerate(codes):
+        if _code(code) == number:
+            return index
+    added = schema.OperatorCodeT()
+    added.builtinCode, added.deprecatedBuiltinCode, added.version = number, min(number, 127), 2
+    codes.append(added)
+    return len(codes) - 1
 
 
 def _apply(recipe: Any, source: Path, target: Path) -> None:
@@ -387,6 +463,26 @@ def load_int8(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
 def load_weights(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
     """Like `load`, with a remark on weights that are not in integers."""
     return _telling(load(path, spec, threads=threads), path)
+
+
+def load_w4(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
+    """Like `load`, with a remark on the shares of the weights in 4 and 8 bits."""
+    loaded, in_4_bits, sizes = load(path, spec, threads=threads), _in_4_bits(path), Counter[str]()
+    for each in operations(path):
+        for weight in filter(lambda constant: is_weight(constant["shape"]), each.constants):
+            kind = "float" if weight["dtype"] == np.float32 else "4" if weight["index"] in in_4_bits else "8"
+            sizes[kind] += int(np.prod(weight["shape"]))
+    why = f"since int8 is not supported for them: {float_weights(path)[-1]}"
+    left = in_four_bits(sizes["4"], sizes["8"], sizes["float"], why)
+    return replace(loaded, remark=left.remark, shortfall=left.shortfall)
+
+
+def _in_4_bits(path: Path) -> set[int]:
+    """The indices of the main graph's tensors in 4 bits, which the interpreter shows as int8."""
+    from ai_edge_litert import schema_py_generated as schema
+
+    graph = schema.Model.GetRootAs(path.read_bytes()).Subgraphs(0)
+    return {index for index in range(graph.TensorsLength()) if graph.Tensors(index).Type() == schema.TensorType.INT4}
 
 
 def _telling(loaded: Loaded, path: Path, *also: str) -> Loaded:
@@ -623,7 +719,12 @@ FORMATS = (
         "w4",
         "TensorFlow Lite model with fully connected layers in four bits, for large transformers on phones",
         Route("quantizer", "tflite", "tflite", quantize_weights_to_four_bits),
-        load=load_weights,
+        Route("each row", "tflite", "tflite", partial(quantize_weights_to_four_bits, rows=True)),
+        Route(
+            *("convolutions too", "tflite", "tflite"),
+            partial(quantize_weights_to_four_bits, rows=True, convolutions=True),
+        ),
+        load=load_w4,
     ),
     _format(
         "tflite-int8",
