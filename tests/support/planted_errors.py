@@ -157,6 +157,33 @@ def zero_points(module: torch.fx.GraphModule) -> None:
         node.args = (x, scale, zero + 64 if zero < 0 else zero - 64, *rest)  # type: ignore[operator]  # numbers
 
 
+def executorch_in_4_bits(change: Callable[[Any], None]) -> Convert:
+    """With the last layer's weights in 4 bits changed; they have `qdata` and, for each group of 32, `scale`."""
+
+    def convert(source: Path, target: Path, spec: ExportSpec) -> None:
+        from polyexport.formats import executorch_quantized as executorch
+
+        module = executorch._in_4_bits(executorch._layers(source))
+        change(min((each for each in module.parameters() if hasattr(each, "qdata")), key=len))
+        executorch._lower_weights(module, target, spec)
+
+    return convert
+
+
+def first_two_rows(weight: Any) -> None:
+    for numbers in (weight.qdata, weight.scale):
+        numbers[[0, 1]] = numbers[[1, 0]].clone()
+
+
+def half_the_scales(weight: Any) -> None:
+    weight.scale /= 2
+
+
+def saturated(weight: Any) -> None:
+    """Clip the weights to a seventh of their range."""
+    weight.qdata.clamp_(-1, 1)
+
+
 # --- IMX500 -----------------------------------------------------------------------------------------------------------
 
 
@@ -176,6 +203,10 @@ WRONG = (
     wrong("executorch-int8", "saturated", executorch_changed(scales), "pt2", "executorch"),
     wrong("executorch-w8", "swapped", executorch_changed(first_two_outputs, dynamic=True), "pt2", "executorch"),
     wrong("executorch-int8", "zero-point", executorch_changed(zero_points), "pt2", "executorch"),
+    *(
+        wrong("executorch-w4", error, executorch_in_4_bits(change), "pt2", "executorch")
+        for error, change in (("swapped", first_two_rows), ("scale", half_the_scales), ("saturated", saturated))
+    ),
     wrong("imx500", "saturated", imx500_saturated, "pt2", "imx500"),
     wrong("mnn-w8", "swapped", mnn_swapped, "onnx", "mnn"),
     wrong("mnn-int8", "saturated", mnn_saturated, "mnn", "mnn"),
