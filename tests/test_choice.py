@@ -76,8 +76,8 @@ def test_a_notebook_shows_the_page(tmp_path: Path):
     assert made._repr_html_() is None  # it draws Markdown then
     save(made)
     shown = made._repr_html_()
-    assert shown.startswith('<iframe srcdoc="&lt;!doctype html&gt;')
-    assert '"' not in shown[len('<iframe srcdoc="') : shown.index('" title=')]
+    assert shown.startswith('<iframe sandbox="allow-scripts" srcdoc="&lt;!doctype html&gt;')
+    assert '"' not in shown[shown.index('srcdoc="') + len('srcdoc="') : shown.index('" title=')]
 
 
 # --- comparing --------------------------------------------------------------------------------------------------------

@@ -40,6 +40,12 @@ class Net(nn.Module):
         self.net = nn.Sequential(nn.Linear(4, width), nn.Tanh(), nn.Linear(width, 3))
     def forward(self, x):
         return {"y": self.net(x)}
+
+def Broken(width):
+    raise RuntimeError("no GPU here")
+
+def Leaves(width):
+    raise SystemExit(3)
 """
 
 
@@ -76,6 +82,10 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.jit.save(torch.jit.trace(net.net, torch.zeros(1, 4)), folder / "script.pt")
     torch.export.save(torch.export.export(net.net, (torch.zeros(1, 4),)), folder / "program.ckpt")
     (folder / "half.npz").write_bytes((folder / "batch.npz").read_bytes()[:40])
+    (folder / "empty.npz").touch()
+    np.savez(folder / "dates.npz", x=np.array(["2020-01-01"], "M8[D]"))
+    torch.save({"state_dict": net.state_dict(), "hyper_parameters": {1: 2}}, folder / "numbers.ckpt")
+    (folder / "script.py").write_text("import sys\nsys.exit(0)\n")
     (folder / "half").mkdir()
     (folder / "half" / "report.json").write_text((folder / "out" / "report.json").read_text()[:40])
     return folder
@@ -269,6 +279,38 @@ GIVEN = ("--inputs", "batch.npz", "-f", "onnx")
             ("export", "best.ckpt", "--model", "builtins:dict", *GIVEN),
             "builtins:dict returned a dict, which is not a torch.nn.Module",
         ),
+        (
+            ("export", "best.ckpt", "--model", "shop.py:Broken", *GIVEN),
+            "shop.py:Broken(width) failed: RuntimeError: no",
+        ),
+        (("export", "best.ckpt", "--model", "shop.py:Leaves", *GIVEN), "shop.py:Leaves(width) failed: SystemExit: 3"),
+        (
+            ("export", "best.ckpt", "--model", "script.py:Net", *GIVEN),
+            "since script.py ends the program: SystemExit: 0",
+        ),
+        (
+            ("export", "numbers.ckpt", "--model", "shop:Net", *GIVEN),
+            "the hyperparameters in numbers.ckpt are no keyword",
+        ),
+        (("export", "best.ckpt", "--model", "shop:Net", *GIVEN, "--labels", "best.ckpt"), "best.ckpt is not text in"),
+        (
+            ("export", "best.ckpt", "--model", "shop:Net", *GIVEN, "--labels", "none"),
+            "none cannot be read: No such file",
+        ),
+        (("export", "best.ckpt", "--model", "shop:Net", *GIVEN, "--arguments", "[" * 100_000), "is not JSON: maximum"),
+        (("export", "best.ckpt", "--model", "shop:Net", *GIVEN, "--timeout", "nan"), "must be greater than zero"),
+        (
+            ("export", "best.ckpt", "--model", "shop:Net", *GIVEN, "--into", "shop.py/x"),
+            "shop.py is no folder that can",
+        ),
+        (("run", "out/onnx", "--inputs", "none.npz"), "there is no file none.npz; give an .npz of named arrays"),
+        (("run", "out/onnx", "--inputs", "empty.npz"), "empty.npz is not an .npz of named arrays: EOFError"),
+        (
+            ("run", "out/onnx", "--inputs", "best.ckpt"),
+            "best.ckpt is not an .npz of named arrays: it has a file 'best/",
+        ),
+        (("run", "out/onnx", "--inputs", "dates.npz"), "x in dates.npz is datetime64[D]; give an array of numbers or"),
+        (("doctor", "ONNX"), "no format 'ONNX'; did you mean 'onnx'?"),
         (("run", "out/onnx", "--inputs", "half.npz"), "half.npz is not an .npz of named arrays: BadZipFile"),
         (("report", "half"), "half/report.json cannot be read: JSONDecodeError"),
     ],

@@ -325,9 +325,10 @@ def test_a_newer_request_replaces_one_that_waits(tmp_path):
         running = engine.submit(request(tmp_path, name="running"))
         while not engine.doing:
             time.sleep(0.01)
-        held = tmp_path / ".weights"  # where the folder is on another file system than the checkpoint
+        asked = request(tmp_path, name="waiting")
+        held = tmp_path / f".weights.{asked.work.name}"  # the folder is on another file system than the checkpoint
         held.touch()
-        waiting = engine.submit(request(tmp_path, name="waiting", held=str(held)))
+        waiting = engine.submit(replace(asked, held=str(held)))
         newest = engine.submit(request(tmp_path, name="newest"))
         assert running.result().folder.name == "running"
         assert newest.result()["good"].state == "verified"

@@ -9,10 +9,13 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
 from polyexport import BadRequest, Outcome, Report
-from polyexport.report import console, escape
+from polyexport.cli import app
+from polyexport.report import console, escape, folders, svg
 from polyexport.report.files import save
+from polyexport.report.html import page
 from polyexport.report.outcome import Checkpoint, notes
 from polyexport.report.report import markdown
 from polyexport.report.tables import sentence
@@ -53,9 +56,11 @@ def test_control_characters_do_not_reach_the_terminal(text: str, shown: str) -> 
 def test_what_is_printed_of_a_report_is_printable() -> None:
     stream = io.StringIO()
     screen = Console(file=stream, width=200, no_color=True)
-    console.show(hostile(), screen)
+    report = hostile()
+    measured = tuple(replace(outcome, metrics=report.metrics) for outcome in report.outcomes)
+    console.show(replace(report, outcomes=measured), screen)
     console.say(screen, sentence(hostile().outcomes[0]))
-    printed = stream.getvalue()
+    printed = stream.getvalue() + page(report)
     assert printed == escape.printable(printed)
     assert "[red]line[/red]" in printed  # no markup of the terminal's library either
 
@@ -75,8 +80,35 @@ def test_markdown_shows_names_and_reasons_as_they_are() -> None:
     assert "# gone" in html.split("<pre>")[1]
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"version": 2, "seconds": 1' + "0" * 400 + "}",
+        '{"version": 2, "checkpoint": {"path": "", "epoch": 1' + "0" * 400 + "}}",
+        "[" * 100_000,
+        "9" * 5000,
+    ],
+    ids=["a number", "an integer", "lists", "digits"],
+)
+def test_a_report_beyond_all_measure_is_refused_in_one_line(tmp_path: Path, text: str) -> None:
+    (tmp_path / "report.json").write_text(text)
+    done = CliRunner().invoke(app, ["report", str(tmp_path)])
+    assert (done.exit_code, done.stderr.count("\n")) == (2, 1)
+    assert "cannot be read" in done.stderr
+
+
+@pytest.mark.parametrize("named", ["/etc", "..", "../x", "\x00", "", "x" * 300])
+def test_a_best_that_is_a_file_names_a_folder_next_to_it(tmp_path: Path, named: str) -> None:
+    (tmp_path / "best").write_text(named)
+    assert folders.followed(tmp_path / "best") == tmp_path / "best"
+
+
+def test_the_picture_of_errors_has_an_axis_for_every_float() -> None:
+    assert "svg" in svg.dots({"onnx": (1e308, 1e-9), "tflite": (float("inf"), None)}, str)
+
+
 @pytest.mark.parametrize("field", ["format", "log", "artifact"])
-@pytest.mark.parametrize("path", ["../other", "/etc/passwd", "onnx/../../other", "away/model"])
+@pytest.mark.parametrize("path", ["../other", "/etc/passwd", "onnx/../../other", "away/model", "\x00", "\ud800"])
 def test_a_report_that_names_files_elsewhere_is_refused(tmp_path: Path, field: str, path: str) -> None:
     folder = tmp_path / "export"
     report = replace(hostile(), folder=folder)

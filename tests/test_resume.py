@@ -257,7 +257,7 @@ def test_leftovers_of_killed_runs_are_removed_except_the_newest_export(tmp_path)
     names = ("old", "new")
     for name in names:
         work = unfinished(exports)
-        hidden = tmp_path / f".{name}.ckpt"
+        hidden = tmp_path / f".{name}.ckpt.{work.name}"
         hidden.touch()
         lies_elsewhere(work, hidden)
         write_json(work / REQUEST, {"name": name})
@@ -271,7 +271,7 @@ def test_leftovers_of_killed_runs_are_removed_except_the_newest_export(tmp_path)
     left = clear(exports)
     assert {path.name for path in exports.iterdir()} == {left.name, mine.name}
     assert read_json(left / REQUEST) == {"name": "new"}
-    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == [".new.ckpt"]
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == [f".new.ckpt.{left.name}"]
     done = exports / "done"
     write_json(done / "report.json", {})
     write_json(done / REQUEST, {})

@@ -91,6 +91,38 @@ def test_an_artifact_that_is_run_unpickles_nothing(theirs: Path, tmp_path: Path)
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize("words", [("verify", "X"), ("run", "X/onnx", "--inputs", "X/validation_batch.npz")])
+@pytest.mark.parametrize("link", ["logs/onnx.log", "source/jobs", "source/jobs/.onnx.again.json.tmp"])
+def test_links_that_lead_out_of_an_export_are_not_written_to(
+    small: Report, tmp_path: Path, link: str, words: tuple[str, ...]
+) -> None:
+    folder, outside = tmp_path / "X", tmp_path / "outside"
+    shutil.copytree(small.folder, folder)
+    outside.mkdir()
+    (outside / "mine").write_text("mine")
+    place = folder / link
+    shutil.rmtree(place) if place.is_dir() else place.unlink(missing_ok=True)
+    place.symlink_to(outside if link == "source/jobs" else outside / "mine")
+    done = CliRunner().invoke(app, [word.replace("X", str(folder)) for word in words])
+    assert done.exit_code == 2
+    assert f"'{link}' is outside of the export" in done.stderr
+    assert {path.name: path.read_text() for path in outside.iterdir()} == {"mine": "mine"}
+
+
+def test_what_a_leftover_names_is_removed_only_if_it_is_our_link(tmp_path: Path) -> None:
+    """A leftover in somebody else's folder may name any path; or be a link, which gets no lock."""
+    (tmp_path / "mine").mkdir()
+    for name in ("one", "two"):
+        left = tmp_path / "theirs" / f".unfinished-{name}"
+        (left / "source").mkdir(parents=True)
+        (left / "source" / "elsewhere.txt").write_text(str(tmp_path / "mine"))
+    (tmp_path / "theirs" / ".unfinished-link").symlink_to(tmp_path / "mine")
+    done = CliRunner().invoke(app, ["resume", str(tmp_path / "theirs")])
+    assert done.exit_code == 2
+    assert list((tmp_path / "mine").iterdir()) == []
+    assert [path.name for path in (tmp_path / "theirs").iterdir()] == [".unfinished-link"]
+
+
 def test_an_interrupted_export_of_somebody_else_is_resumed_with_trust_only(tmp_path: Path) -> None:
     """A copy is another's as far as anybody can tell: what is sealed is the place where it was begun."""
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"

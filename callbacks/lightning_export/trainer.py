@@ -89,7 +89,7 @@ def exports_folder(trainer: Trainer, into: str | Path | None, monitor: str | Non
     Nothing here may broadcast, since only rank zero calls it.
     """
     if into is not None and "://" not in str(into):
-        return Path(into).absolute()
+        return Path(into).expanduser().absolute()
     name = f"{EXPORTS}-{index + 1}" if index else EXPORTS  # a second callback's exports would have the same names
     directory = getattr(checkpointer(callbacks(trainer), monitor), "dirpath", None)
     if directory and "://" not in str(directory):

@@ -273,7 +273,7 @@ def export_checkpoint(
             timeout=timeout,
             progress=_say,
             checkpoint=checkpoint.record(path, blob),
-            labels=labels.read_text(encoding="utf-8").splitlines() if labels else (),
+            labels=checkpoint.lines(labels) if labels else (),
             metadata=checkpoint.metadata(metadata or ()),
             preprocess=checkpoint.step(preprocess),
             postprocess=checkpoint.step(postprocess),

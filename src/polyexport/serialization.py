@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import sys
 import types
 import typing
 from collections.abc import Mapping
@@ -66,13 +67,16 @@ def _decode(kind: Any, data: Any, where: str) -> Any:
         return Path(_checked(isinstance(data, str), data, where, "a path"))
     if kind is float:
         number = isinstance(data, int | float) and not isinstance(data, bool)
-        _checked(number or data is None, data, where, "a number")
+        _checked(data is None or (number and abs(data) <= _LARGEST), data, where, "a number")
         return math.nan if data is None else data
     if kind in (int, str, bool):
         fits = isinstance(data, kind) and (kind is bool or not isinstance(data, bool))
+        fits = fits and (kind is not int or abs(data) <= _LARGEST)
         return _checked(fits, data, where, _WORDS[kind])
     return data
 
+
+_LARGEST = sys.float_info.max  # larger integers cannot be formatted as numbers
 
 _WORDS = {int: "an integer", str: "a string", bool: "true or false"}
 
@@ -181,7 +185,7 @@ def read_record(kind: type[T], path: Path, version: int | None = None) -> T:
         return decode(kind, data)
     except BadRequest:
         raise
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise BadRequest(f"{path} cannot be read: {line(error)}") from error
 
 

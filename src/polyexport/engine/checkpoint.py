@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -13,7 +14,7 @@ from importlib import import_module
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from zipfile import BadZipFile, ZipFile, is_zipfile
+from zipfile import ZipFile, is_zipfile
 
 import numpy as np
 
@@ -78,16 +79,21 @@ def record(path: Path, blob: Mapping[str, Any]) -> Checkpoint:
     """A checkpoint's record in the report: its path, epoch, step, and the score that `ModelCheckpoint` gave it."""
     with path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    at = {key: blob[key] for key in ("epoch", "global_step") if isinstance(blob.get(key), int)}
-    states = blob.get("callbacks", {})
-    monitors = [state for state in states.values() if isinstance(state, Mapping) and state.get("monitor")]
-    for state in monitors:
-        scores = {Path(kept).name: score for kept, score in state.get("best_k_models", {}).items()}
-        score = scores.get(path.name, state.get("current_score"))
-        if score is not None:
-            at |= {"monitor": state["monitor"], "score": float(score)}
-            break
+    at = {key: blob[key] for key in ("epoch", "global_step") if type(blob.get(key)) is int}
+    with contextlib.suppress(Exception):  # a checkpoint that is not Lightning's may have anything under these names
+        at |= _score(path, blob)
     return Checkpoint(path.absolute().as_posix(), sha256=sha256, **at)
+
+
+def _score(path: Path, blob: Mapping[str, Any]) -> dict[str, Any]:
+    """What was monitored, and the checkpoint's score, from the state of the first `ModelCheckpoint` that has one."""
+    for state in blob.get("callbacks", {}).values():
+        if isinstance(state, Mapping) and state.get("monitor"):
+            scores = {Path(kept).name: score for kept, score in state.get("best_k_models", {}).items()}
+            score = scores.get(path.name, state.get("current_score"))
+            if score is not None:
+                return {"monitor": str(state["monitor"]), "score": float(score)}
+    return {}
 
 
 def model(path: Path, blob: Mapping[str, Any], name: str, arguments: Mapping[str, Any]) -> torch.nn.Module:
@@ -106,15 +112,22 @@ def model(path: Path, blob: Mapping[str, Any], name: str, arguments: Mapping[str
     import torch
 
     make = _named(name)
-    given = {**blob.get("hyper_parameters", {}), **arguments}
+    stored = blob.get("hyper_parameters") or {}
+    if not isinstance(stored, Mapping) or not all(isinstance(key, str) for key in stored):
+        raise BadRequest(f"the hyperparameters in {path} are no keyword arguments: {repr(stored)[:80]}")
+    given = {**stored, **arguments}
+    call = f"{name}({', '.join(given)})"
     try:
         made = make(**given)
-        if isinstance(made, torch.nn.Module):
-            made.load_state_dict(blob.get("state_dict", blob))
-            return made
-    except Exception as error:  # the user's own constructor; or weights that do not fit
-        raise BadRequest(f"{name}({', '.join(given)}) does not fit {path}: {line(error, 300)}") from None
-    raise BadRequest(f"{name} returned a {type(made).__name__}, which is not a torch.nn.Module")
+    except (Exception, SystemExit) as error:  # the user's own constructor
+        raise BadRequest(f"{call} failed: {line(error, 300)}") from None
+    if not isinstance(made, torch.nn.Module):
+        raise BadRequest(f"{name} returned a {type(made).__name__}, which is not a torch.nn.Module")
+    try:
+        made.load_state_dict(blob.get("state_dict", blob))
+    except Exception as error:  # the weights do not fit
+        raise BadRequest(f"{call} does not fit {path}: {line(error, 300)}") from None
+    return made
 
 
 def arguments(text: str) -> dict[str, Any]:
@@ -125,19 +138,21 @@ def arguments(text: str) -> dict[str, Any]:
     """
     try:
         found = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise BadRequest(f"{text!r} is not JSON: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise BadRequest(f"{text[:80]!r} is not JSON: {error}") from None
     if not isinstance(found, dict):
-        raise BadRequest(f"{text!r} is not a JSON object of keyword arguments")
+        raise BadRequest(f"{text[:80]!r} is not a JSON object of keyword arguments")
     return found
 
 
 def inputs(path: Path) -> Arrays:
-    """Named arrays from an `.npz`.
+    """Named arrays of numbers or booleans from an `.npz`.
 
     Raises:
         BadRequest: there is no such file, or it is not an `.npz` of named arrays.
     """
+    if not path.is_file():
+        raise BadRequest(f"there is no file {path}; give an .npz of named arrays: np.savez('inputs.npz', NAME=array)")
     try:
         arrays = np.load(path)
         if isinstance(arrays, np.ndarray):
@@ -145,11 +160,34 @@ def inputs(path: Path) -> Arrays:
                 f"{path} holds one array without a name; save it with one: np.savez('inputs.npz', NAME=array)"
             )
         with arrays:
-            return {name: arrays[name] for name in arrays.files}
+            return {name: _of_numbers(path, name, arrays[name]) for name in arrays.files}
     except BadRequest:
         raise
-    except (OSError, ValueError, AttributeError, BadZipFile) as error:
+    except Exception as error:  # numpy and zipfile raise many types for a file that is damaged or something else
         raise BadRequest(f"{path} is not an .npz of named arrays: {line(error, 300)}") from None
+
+
+def _of_numbers(path: Path, name: str, array: Any) -> np.ndarray:
+    """The array, in this machine's byte order, which PyTorch needs."""
+    if not isinstance(array, np.ndarray):
+        raise BadRequest(f"{path} is not an .npz of named arrays: it has a file {name!r}")
+    if array.dtype.kind not in "biufc" or array.dtype.char in "gG":  # long doubles
+        raise BadRequest(f"{name} in {path} is {array.dtype}; give an array of numbers or booleans")
+    return array.astype(array.dtype.newbyteorder("="), copy=False)
+
+
+def lines(path: Path) -> list[str]:
+    """The lines of a text file.
+
+    Raises:
+        BadRequest: there is no such file, or it is not text in UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise BadRequest(f"{path} is not text in UTF-8: {error}") from None
+    except OSError as error:
+        raise BadRequest(f"{path} cannot be read: {error.strerror}") from None
 
 
 def metadata(texts: Sequence[str]) -> dict[str, str]:
@@ -174,7 +212,7 @@ def step(name: str | None) -> Any:
     found = _named(name)
     try:
         return found() if isinstance(found, type) else found
-    except Exception as error:  # the user's own constructor
+    except (Exception, SystemExit) as error:  # the user's own constructor
         raise BadRequest(f"{name}() failed: {line(error, 300)}") from None
 
 
@@ -200,6 +238,11 @@ def _named(name: str) -> Any:
         raise BadRequest(f"{name!r} is neither package.module:Name nor file.py:Name")
     try:
         return getattr(_of_file(Path(home)) if home.endswith(".py") else _of_path(home), attribute)
+    except SystemExit as error:
+        guard = 'put what it does as a program below `if __name__ == "__main__":`'
+        raise BadRequest(
+            f"{name!r} cannot be imported, since {home} ends the program: {line(error)}; {guard}"
+        ) from None
     except Exception as error:  # an import runs the user's code
         raise BadRequest(f"{name!r} cannot be imported: {line(error, 300)}") from None
 

@@ -49,6 +49,7 @@ from polyexport.report.files import save
 from polyexport.report.folders import (
     BEST,
     DESCRIPTION,
+    check_links,
     clear,
     discard,
     free_name,
@@ -402,6 +403,8 @@ class Engine:
     def _quiet(self, report: Report, *, trust: bool = True) -> Dispatcher:
         """A dispatcher for a finished export, whose jobs may use the whole machine."""
         self.hurry()
+        if not trust:
+            check_links(report.folder)
         whole = replace(self._limits, threads=self._cores)
         return replace(self._dispatcher(report.folder, report.folder, whole), trusted=trust)
 
@@ -418,7 +421,7 @@ def check_limits(workers: int | None, timeout: float, executor: Any, staging: st
     Raises:
         BadRequest: a value is impossible.
     """
-    if timeout <= 0 or (workers is not None and workers < 1):
+    if not timeout > 0 or (workers is not None and workers < 1):
         raise BadRequest(f"workers={workers}, timeout={timeout}: both must be greater than zero")
     if executor is not None and not callable(getattr(executor, "submit", None)):
         raise BadRequest(f"executor={executor!r} has no submit(function, *arguments)")

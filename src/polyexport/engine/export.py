@@ -131,11 +131,14 @@ def requested(
     from polyexport.capture.flatten import as_call, check_dense, flattened_call
     from polyexport.capture.snapshot import check_call, save_call, save_module
 
-    final = Path(into).resolve()
+    final = Path(into).expanduser().resolve()
     if not may_become_export(final):
         raise BadRequest(f"{final} exists and is not an export; give a new or empty folder, or an export to replace")
-    final.parent.mkdir(parents=True, exist_ok=True)
-    work = unfinished(final.parent)
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        work = unfinished(final.parent)
+    except OSError as error:
+        raise BadRequest(f"{final.parent} is no folder that can be written: {error.strerror}") from None
     try:
         found = resolved(steps, module)
         for index, call in enumerate(map(as_call, itertools.chain([inputs], calibration))):

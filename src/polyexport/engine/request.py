@@ -36,8 +36,8 @@ class Request:
         dynamic: Which input axes are dynamic.
         checkpoint: The checkpoint of the weights, as far as it is known yet.
         notes: Notes for the report about how it came to be.
-        held: Path or fsspec URL of the weights, where they are not in the folder yet. The engine may move or remove a
-            path; a URL is copied.
+        held: Path or fsspec URL of the weights, where they are not in the folder yet. The engine moves a path, and
+            removes it with an incomplete export if its name ends with `.` and the name of `work`; a URL is copied.
         best: Whether the link `best` is to point to the finished folder.
         keep: How many finished folders may stay in the parent folder; None for all.
         former: Parent folders of a run that this one resumes, where this may have been exported under the same name.
@@ -138,7 +138,7 @@ def _read(work: Path) -> Asked:
     file = work / REQUEST
     try:
         return decode(Asked, read_json(file))
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise BadRequest(f"{file} cannot be read; another version may have written it: {error}") from None
 
 

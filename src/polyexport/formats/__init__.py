@@ -50,7 +50,7 @@ def resolve(formats: Iterable[str | Format]) -> tuple[Format, ...]:
         if each is None:
             names = ", ".join(known())
             aliases = ", ".join(f"{alias} = {each.name}" for alias, each in sorted(by_alias.items()))
-            near = get_close_matches(str(given), [*known(), *by_alias], 1)
+            near = get_close_matches(str(given).lower(), [*known(), *by_alias], 1)
             meant = _family(str(given), by_alias) or (f"did you mean {near[0]!r}? " if near else "")
             raise UnknownFormat(f"no format {given!r}; {meant}known formats: {names} (aliases: {aliases})")
         chosen[each.name] = each

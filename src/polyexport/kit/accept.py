@@ -14,7 +14,7 @@ from polyexport.measure.reference import VALIDATION_BATCH
 from polyexport.measure.verification import fingerprint, sha256
 from polyexport.report import manifest
 from polyexport.report.files import save
-from polyexport.report.folders import BEST, DESCRIPTION, followed, inside
+from polyexport.report.folders import BEST, DESCRIPTION, check_links, followed, inside
 from polyexport.report.outcome import STATES, Artifact, Judgement, Outcome, Proof, lacking
 from polyexport.report.report import Report
 from polyexport.serialization import read_record, write_json
@@ -36,6 +36,7 @@ def accept(path: Path, where: Path = Path()) -> tuple[Report, str]:
     """
     proof = read_record(Proof, path, VERSION)
     report = _export(proof, where)
+    check_links(report.folder)
     outcome = report[proof.format]
     _check(report, outcome, proof)
     proven = settled(outcome, proof)

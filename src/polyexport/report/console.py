@@ -85,7 +85,7 @@ def _plain(title: str, found: Sequence[Mapping[str, str]]) -> Table:
         header = Text(escape.printable(column))
         drawn.add_column(header, justify="left" if column == "format" else "right", overflow="fold")
     for row in found:
-        drawn.add_row(*map(Text, row.values()))
+        drawn.add_row(*map(Text, map(escape.printable, row.values())))
     return drawn
 
 

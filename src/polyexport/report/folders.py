@@ -72,7 +72,7 @@ def take(folder: Path) -> bool:
     if fcntl is None:
         return False
     try:
-        lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     except OSError:
         return False
     try:
@@ -101,10 +101,11 @@ if hasattr(os, "register_at_fork"):  # a child that outlives this process must n
 
 def discard(folder: Path) -> None:
     """Remove an incomplete folder, and the link to its weights if that is elsewhere."""
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, ValueError):
         elsewhere = Path((folder / _ELSEWHERE).read_text(encoding="utf-8"))
-        shutil.rmtree(elsewhere, ignore_errors=True)
-        elsewhere.unlink(missing_ok=True)  # a file; if it was a folder, it is removed by now
+        if elsewhere.name.endswith(f".{folder.name}"):  # else it is no link of ours; the folder may be anybody's
+            shutil.rmtree(elsewhere, ignore_errors=True)
+            elsewhere.unlink(missing_ok=True)  # a file; if it was a folder, it is removed by now
     shutil.rmtree(folder, ignore_errors=True)
     let_go(folder)
 
@@ -120,7 +121,8 @@ def clear(parent: Path, remove: Callable[[Path], object] = discard) -> Path | No
     Returns:
         The leftover that stays: the newest request, if no later one is complete; else None.
     """
-    taken = [each for prefix in (UNFINISHED, CAPTURE) for each in parent.glob(f"{prefix}*") if take(each)]
+    there = (each for prefix in (UNFINISHED, CAPTURE) for each in parent.glob(f"{prefix}*"))
+    taken = [each for each in there if not each.is_symlink() and take(each)]
     left = max(filter(_asked, taken), key=_asked, default=None)
     if left is not None and _asked(left) <= max(map(_asked, finished(parent)), default=0):
         left = None
@@ -221,7 +223,11 @@ def followed(path: Path) -> Path:
     """`path`, in which a `best` that is a file is resolved like the link that it replaces."""
     for pointer in (path, *path.parents):
         if pointer.name == BEST and pointer.is_file():
-            return pointer.parent / pointer.read_text(encoding="utf-8").strip() / path.relative_to(pointer)
+            with pointer.open("rb") as file:
+                named = file.read(_LONGEST_NAME + 1).decode(errors="replace").strip()
+            if named in ("", ".", "..") or "\0" in named or len(named) > _LONGEST_NAME or "/" in named:
+                break  # it is no name of a folder next to it
+            return pointer.parent / named / path.relative_to(pointer)
     return path
 
 
@@ -242,9 +248,25 @@ def inside(folder: Path, path: str) -> Path:
         BadRequest: it is outside of `folder`, by its name or by a link on the way; records may come from anybody.
     """
     found = folder / path
-    if not found.resolve().is_relative_to(folder.resolve()):
+    try:
+        is_inside = found.resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError, ValueError):  # a loop of links, or no name of a file
+        is_inside = False
+    if not is_inside:
         raise BadRequest(f"{path!r} is outside of the export {folder}")
     return found
+
+
+def check_links(folder: Path) -> None:
+    """Refuse a folder with a link that leads out of it: what is written to the link's name would change files there.
+
+    Raises:
+        BadRequest: there is such a link.
+    """
+    for parent, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            if os.path.islink(os.path.join(parent, name)):
+                inside(folder, os.path.relpath(os.path.join(parent, name), folder))
 
 
 def point_best(folder: Path) -> None:

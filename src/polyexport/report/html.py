@@ -27,6 +27,7 @@ from polyexport.measure.budget import losses
 from polyexport.measure.reference import VALIDATION_BATCH
 from polyexport.report import svg
 from polyexport.report.choice import choices
+from polyexport.report.escape import printable
 from polyexport.report.outcome import STATES, Outcome
 from polyexport.report.report import Report, columns, eager, history, metrics, proofs, rounds, rows
 from polyexport.report.svg import Point
@@ -40,8 +41,8 @@ HISTORY = 30
 
 
 def page(report: Report) -> str:
-    """The whole page."""
-    return (
+    """The whole page, without control characters, since it may be printed too."""
+    return printable(
         _environment()
         .get_template("report.html.j2")
         .render(

@@ -63,7 +63,9 @@ class Report:
             page = (self.folder / "report.html").read_text(encoding="utf-8")
         except OSError:
             return None
-        return f'<iframe srcdoc="{html.escape(page)}" title="export report" width="100%" height="700"></iframe>'
+        # sandboxed, since a page by somebody else must not reach the notebook
+        about = 'title="export report" width="100%" height="700"'
+        return f'<iframe sandbox="allow-scripts" srcdoc="{html.escape(page)}" {about}></iframe>'
 
     @property
     def is_quiet(self) -> bool:
@@ -270,7 +272,7 @@ def markdown(report: Report) -> str:
     """The report as Markdown: what was exported, the table, the notes, how to reproduce each step."""
     lines = ["# Export report", "", *_exported(report), *tables.markdown(rows(report)), "", *_measured(report)]
     lines += [f"* {escape.markdown(note.text)}" for note in report.notes] + ([""] if report.notes else [])
-    return "\n".join([*lines, *_commands(report), ""])
+    return escape.printable("\n".join([*lines, *_commands(report), ""]))
 
 
 def _exported(report: Report) -> Iterator[str]:
@@ -302,7 +304,7 @@ def _measured(report: Report) -> Iterator[str]:
         yield from ("On other machines, by `polyexport kit`:", "", *tables.markdown(elsewhere), "")
     if measured := report.baseline:
         yield (
-            f"Latency: batch {measured.batch}, {measured.threads} threads, {measured.device}, "
+            f"Latency: batch {measured.batch}, {measured.threads} threads, {escape.markdown(measured.device)}, "
             f"{measured.samples} calls per format in alternating rounds."
         )
         yield ""

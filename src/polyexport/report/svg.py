@@ -60,9 +60,12 @@ class Axis:
         return [index * step for index in range(math.ceil(self.low / step), math.floor(self.high / step) + 1)]
 
 
+_HIGHEST = 1e300  # the largest floats have no round number above them
+
+
 def axis(values: Sequence[float], start: float, end: float, *, log: bool) -> Axis:
     """An axis with room for all values; a logarithmic one ignores those not greater than zero."""
-    values = [value for value in values if value > 0] if log else values
+    values = [min(value, _HIGHEST) for value in values if value > 0] if log else values
     low, high = min(values, default=1.0), max(values, default=1.0)
     if log:
         return Axis(low / 1.25, high * 1.25, start, end, log=True)
