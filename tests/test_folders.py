@@ -12,7 +12,7 @@ from torch import nn
 import polyexport
 from planted import GOOD
 from polyexport import BadRequest, Engine, Report
-from polyexport.report.folders import BEST, free_name, may_become_export, may_point_best, point_best
+from polyexport.report.folders import BEST, foreign, free_name, may_become_export, may_point_best, point_best
 from test_engine import request
 
 REPORT = '{"version": 1, "checkpoint": {}, "outcomes": []}'
@@ -30,13 +30,25 @@ def a_folder(path: Path, **files: str) -> Path:
     [
         ({}, True),
         ({"report": REPORT}, True),
-        ({"report": REPORT.replace("1", "99"), "notes": ""}, True),
+        ({"report": REPORT.replace("1", "99")}, True),
+        ({"report": REPORT, "notes": ""}, False),
+        ({"report": REPORT.replace("[]", '[{"format": "onnx"}, 3]'), "manifest": "", "bom": ""}, True),
         ({"notes": ""}, False),
         ({"report": '{"passed": 3}'}, False),
         ({"report": "[]"}, False),
         ({"report": "no JSON"}, False),
     ],
-    ids=["empty", "an export", "one of another version", "notes", "of another tool", "a list", "broken"],
+    ids=[
+        "empty",
+        "an export",
+        "one of another version",
+        "one with notes",
+        "all of it",
+        "notes",
+        "of another tool",
+        "a list",
+        "broken",
+    ],
 )
 def test_only_an_export_and_an_empty_folder_may_be_replaced(tmp_path, files, may):
     folder = a_folder(tmp_path / "x", **files)
@@ -49,6 +61,17 @@ def test_a_file_and_a_link_of_the_users_may_not_be_replaced(tmp_path):
     (tmp_path / "link").symlink_to(a_folder(tmp_path / "export", report=REPORT))
     (tmp_path / "dangling").symlink_to("nowhere")
     assert [may_become_export(tmp_path / name) for name in ("file", "link", "dangling", "new")] == [False] * 3 + [True]
+
+
+def test_an_export_with_a_users_files_is_not_replaced(tmp_path):
+    first = polyexport.export(nn.Linear(5, 3), torch.rand(4, 5), [GOOD], tmp_path / "out", bench=False).folder
+    (first / "notes").write_text("mine")
+    with pytest.raises(BadRequest, match="is an export that also has notes, which would be lost; move that"):
+        polyexport.export(nn.Linear(5, 3), torch.rand(4, 5), [GOOD], tmp_path / "out", bench=False)
+    assert (first / "notes").read_text() == "mine"
+    assert sorted(os.listdir(tmp_path)) == ["out"]
+    (first / "notes").unlink()
+    assert foreign(first) == []
 
 
 @pytest.mark.parametrize("kind", ["folder", "file", "report of another tool"])

@@ -53,8 +53,10 @@ from polyexport.report.folders import (
     clear,
     discard,
     free_name,
+    is_export,
     let_go,
     lies_elsewhere,
+    may_become_export,
     may_point_best,
     point_best,
     take_place,
@@ -526,14 +528,16 @@ def _prune(newest: Report, keep: int | None) -> None:
     """Remove the oldest exports of this run beyond `keep`; never the newest, which is the best, nor another run's."""
     older = history(newest)[:-1] if keep is not None else []
     for each in older[: max(0, len(older) + 1 - (keep or 1))]:
-        shutil.rmtree(each.folder, ignore_errors=True)
+        if may_become_export(each.folder):  # else the user has put files in it
+            shutil.rmtree(each.folder, ignore_errors=True)
 
 
 def _beside_what_is_there(request: Request) -> Request:
     """The request, renamed if its name would overwrite files that are not an export; a note says so."""
     parent, name, found = request.work.parent, request.name, request.notes
     if (free := free_name(parent, name)) != name:
-        found += (f"{parent / name} is not an export and is left alone, so this export is called {free}",)
+        what = "has files of yours" if is_export(parent / name) else "is not an export"
+        found += (f"{parent / name} {what} and is left alone, so this export is called {free}",)
     if request.best and not may_point_best(parent / BEST):
         found += (
             f"{parent / BEST} does not point to an export and is left alone, so nothing points to the newest export",

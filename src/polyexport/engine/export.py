@@ -20,7 +20,7 @@ from polyexport.format import Format
 from polyexport.formats import resolve
 from polyexport.measure.budget import Budget, budgets, directed
 from polyexport.measure.dynamic_axes import Dynamic
-from polyexport.report.folders import discard, may_become_export, unfinished
+from polyexport.report.folders import discard, foreign, is_export, may_become_export, unfinished
 from polyexport.report.outcome import Checkpoint
 from polyexport.report.report import Report
 from polyexport.spec import Runner
@@ -86,8 +86,8 @@ def export(
     Raises:
         UnknownFormat: a format's name is unknown.
         BadRequest: the module's or the inputs' values cannot be flattened into tensors, forward or `preprocess` takes
-            other arguments, labels or metadata are not strings, `into` exists and is not an export, or a budget has no
-            metric or does not say which way it is better.
+            other arguments, labels or metadata are not strings, `into` exists and is not an export or has files of
+            yours, or a budget has no metric or does not say which way it is better.
     """
     from polyexport.capture.flatten import as_runner
     from polyexport.capture.snapshot import load
@@ -132,6 +132,11 @@ def requested(
     from polyexport.capture.snapshot import check_call, save_call, save_module
 
     final = Path(into).expanduser().resolve()
+    if is_export(final) and (theirs := foreign(final)):
+        raise BadRequest(
+            f"{final} is an export that also has {', '.join(theirs[:3])}, which would be lost; move that, or give "
+            "another folder"
+        )
     if not may_become_export(final):
         raise BadRequest(f"{final} exists and is not an export; give a new or empty folder, or an export to replace")
     try:

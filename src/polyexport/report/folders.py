@@ -35,6 +35,14 @@ UNFINISHED, CAPTURE = ".unfinished-", ".capture-"  # prefixes of the engine's hi
 REQUEST = Path("source", "request.json")
 """File of an export that stores the request."""
 
+_FILES = {
+    *("report.json", "report.md", "report.html", "manifest.json", "validation_batch.npz", "source", "logs"),
+    *("bom.json", "model.sig", "wandb_links.json", ".lock"),
+}
+"""What an export has besides its formats' folders; the second line is from publishing and from locking."""
+
+_LEFT_BY_PROGRAMS = (".tmp", ".DS_Store")
+
 _LOCK, _ELSEWHERE = ".lock", "source/elsewhere.txt"
 _ATTEMPTS = 100
 _LONGEST_NAME = 255  # of a file name, in bytes
@@ -187,10 +195,22 @@ def is_export(folder: Path) -> bool:
 
 
 def may_become_export(folder: Path) -> bool:
-    """Whether an export may replace this folder: it is missing, empty, or an export."""
+    """Whether an export may replace this folder: it is missing, empty, or an export without files of the user's."""
     if folder.is_symlink() or not folder.is_dir():
         return not os.path.lexists(folder)
-    return is_export(folder) or next(folder.iterdir(), None) is None
+    if is_export(folder):
+        return not foreign(folder)
+    return next(folder.iterdir(), None) is None
+
+
+def foreign(folder: Path) -> list[str]:
+    """Names of files and folders in an export that are not the export's."""
+    outcomes = json.loads((folder / "report.json").read_bytes())["outcomes"]
+    listed = outcomes if isinstance(outcomes, list) else []
+    formats = {str(each.get("format")) for each in listed if isinstance(each, dict)}
+    return sorted(
+        name for name in os.listdir(folder) if name not in _FILES | formats and not name.endswith(_LEFT_BY_PROGRAMS)
+    )
 
 
 def free_name(parent: Path, name: str) -> str:
