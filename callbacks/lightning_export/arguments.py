@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,20 +16,35 @@ from lightning_export.trainer import callbacks, example, modes, overrides, valid
 from polyexport import BadRequest
 from polyexport.capture.processing import resolved
 from polyexport.capture.snapshot import Select, selected
+from polyexport.engine.engine import check_whole
 from polyexport.engine.session import Options
 from polyexport.measure.budget import directed
 from polyexport.publish.wandb import Wandb
 from polyexport.report.outcome import STATES
 
 
-def check(*, when: str, fail_on: Sequence[str], publish: Any, metric_batches: int, keep: int | None) -> None:
+def check(
+    *,
+    into: str | Path | None,
+    when: str,
+    fail_on: Sequence[str],
+    publish: Any,
+    monitor: str | None,
+    metric_batches: int,
+    keep: int | None,
+) -> None:
     """Refuse values that are impossible with any trainer."""
+    if not isinstance(into, str | os.PathLike | None):
+        raise BadRequest(f"into={into!r}; give a folder or a URL")
+    if not isinstance(monitor, str | None):
+        raise BadRequest(f"monitor={monitor!r}; give the name of a metric that a ModelCheckpoint monitors")
     if when not in ("improved", "fit_end"):
         raise BadRequest(f"when={when!r}; known: 'improved', 'fit_end'")
-    unknown = [state for state in ([fail_on] if isinstance(fail_on, str) else fail_on) if state not in STATES]
-    if unknown or isinstance(fail_on, str):
+    are_listed = isinstance(fail_on, Iterable) and not isinstance(fail_on, str)
+    if not are_listed or not all(state in STATES for state in fail_on):
         raise BadRequest(f"fail_on={fail_on!r}; give a list of states; known: {', '.join(STATES)}")
-    if publish != "auto" and (isinstance(publish, str) or not all(callable(sink) for sink in publish)):
+    are_sinks = isinstance(publish, Iterable) and all(callable(sink) for sink in publish)
+    if publish != "auto" and not are_sinks:
         raise BadRequest(f"publish={publish!r}; give 'auto' or a list of functions that take the report")
     alerts = publish != "auto" and any(isinstance(sink, Wandb) and sink.alert for sink in publish)
     if alerts and (keep == 1 or when == "fit_end"):
@@ -35,6 +52,7 @@ def check(*, when: str, fail_on: Sequence[str], publish: Any, metric_batches: in
         raise BadRequest(
             f"Wandb(alert=True) compares with the previous best, of which {alone} leaves no export on disk"
         )
+    check_whole(metric_batches=metric_batches)
     if metric_batches < 0:
         raise BadRequest(f"metric_batches={metric_batches}; give 1 or more, or 0 for no metrics")
 

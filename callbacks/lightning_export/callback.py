@@ -22,10 +22,11 @@ from lightning_export.offers import Offers
 from lightning_export.trainer import exports_folder, is_last_epoch, say, siblings
 from polyexport import Budget, Format, Report
 from polyexport.capture.processing import Processing
-from polyexport.engine.labels import UNORDERED
+from polyexport.engine.labels import is_list
 from polyexport.engine.session import Options, Session, complaint
 from polyexport.formats import resolve
 from polyexport.measure.budget import budgets
+from polyexport.measure.dynamic_axes import plain
 from polyexport.publish import Sink
 from polyexport.report.outcome import State
 
@@ -113,7 +114,7 @@ class ExportCallback(Callback):
         self.options = Options(
             resolve(formats),
             select=module,
-            dynamic={name: dict(axes) for name, axes in dynamic.items()} if isinstance(dynamic, Mapping) else dynamic,
+            dynamic=plain(dynamic),
             calibration_batches=calibration_batches,
             keep=keep,
             bench=bench,
@@ -122,11 +123,19 @@ class ExportCallback(Callback):
             executor=executor,
             staging=staging,
             budget=budgets(budget),
-            labels=labels if isinstance(labels, UNORDERED) else tuple(labels),  # type: ignore[arg-type]  # refused by Options
+            labels=tuple(labels) if is_list(labels) else labels,  # type: ignore[arg-type]  # refused by Options
             metadata=dict(metadata) if isinstance(metadata, Mapping) else metadata or {},
             processing=Processing(preprocess, postprocess),
         )
-        check(when=when, fail_on=fail_on, publish=publish, metric_batches=metric_batches, keep=keep)
+        check(
+            into=into,
+            when=when,
+            fail_on=fail_on,
+            publish=publish,
+            monitor=monitor,
+            metric_batches=metric_batches,
+            keep=keep,
+        )
         check_inputs(inputs, self.options, metric_batches)
         self.into = into
         self.when = when

@@ -34,6 +34,7 @@ from polyexport.engine.request import interrupted
 from polyexport.errors import BadRequest, PolyexportError
 from polyexport.format import Format
 from polyexport.formats import by_target, known, resolve
+from polyexport.load import described
 from polyexport.measure.layers import divergence
 from polyexport.publish import signed
 from polyexport.report import console, manifest, tables
@@ -528,7 +529,7 @@ def _one_line_errors() -> Iterator[None]:
     try:
         yield
     except (PolyexportError, OSError) as error:
-        console.say(_err, f"polyexport: {error}", style="red")
+        console.say(_err, " ".join(f"polyexport: {error}".splitlines()), style="red")
         raise typer.Exit(2 if isinstance(error, ValueError) else 1) from None
 
 
@@ -596,7 +597,12 @@ def _opened(engine: Engine, artifact: Path, *, trust: bool) -> contextlib.Abstra
     folder = artifact.parent if (artifact.parent / DESCRIPTION).is_file() else artifact
     if (folder / DESCRIPTION).is_file() and not (followed(folder.parent) / "report.json").is_file():
         return engine.opened(artifact, trust=trust)
-    return engine.runner(_report(folder.parent), folder.name, trust=trust)
+    try:
+        report = _report(folder.parent)
+    except BadRequest:
+        described(artifact)  # says what is wrong with the given path
+        raise
+    return engine.runner(report, folder.name, trust=trust)
 
 
 def _report(folder: Path) -> Report:

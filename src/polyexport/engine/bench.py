@@ -21,7 +21,7 @@ from types import MappingProxyType
 from typing import Any
 
 from polyexport.engine.dispatch import Dispatcher
-from polyexport.engine.rerun import Runnable, runnables, signature
+from polyexport.engine.rerun import Runnable, recorded, runnables, signature
 from polyexport.engine.routes import Watch
 from polyexport.errors import line
 from polyexport.format import Format
@@ -31,7 +31,7 @@ from polyexport.measure.reference import VALIDATION_BATCH
 from polyexport.report.files import save
 from polyexport.report.outcome import Outcome, notes
 from polyexport.report.report import Report
-from polyexport.spec import ExportSpec, read_arrays, write_arrays
+from polyexport.spec import ExportSpec, write_arrays
 from polyexport.workers import toolchain
 from polyexport.workers.job import Bench
 from polyexport.workers.process import Conversation
@@ -74,7 +74,7 @@ def sweep(
     leading = {called for named in axes.values() for axis, called in named.items() if axis == 0}
     whole = [each for each in runnables(report, formats) if each.batch == VALIDATION_BATCH]
     left = [each for each in whole if each.spec.is_dynamic]
-    real = read_arrays(report.folder / VALIDATION_BATCH, spec.input_names)
+    real = recorded(report, VALIDATION_BATCH, spec.input_names)
     found: list[tuple[str, Latency]] = []
     before: dict[str, float] = {}
     size = 1

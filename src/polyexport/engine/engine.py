@@ -423,12 +423,27 @@ def check_limits(workers: int | None, timeout: float, executor: Any, staging: st
     Raises:
         BadRequest: a value is impossible.
     """
+    if not isinstance(timeout, int | float) or isinstance(timeout, bool):
+        raise BadRequest(f"timeout={timeout!r}; give a number of seconds")
+    if workers is not None:
+        check_whole(workers=workers)
     if not timeout > 0 or (workers is not None and workers < 1):
         raise BadRequest(f"workers={workers}, timeout={timeout}: both must be greater than zero")
     if executor is not None and not callable(getattr(executor, "submit", None)):
         raise BadRequest(f"executor={executor!r} has no submit(function, *arguments)")
     if staging is not None and executor is None:
         raise BadRequest(f"staging={staging!r} is for an executor; give executor= too")
+
+
+def check_whole(**numbers: Any) -> None:
+    """Refuse values that are not whole numbers.
+
+    Raises:
+        BadRequest: a value is not, with its name.
+    """
+    for name, value in numbers.items():
+        if isinstance(value, bool) or not hasattr(value, "__index__"):
+            raise BadRequest(f"{name}={value!r}; give a whole number")
 
 
 def _not_rebuilt(request: Request, ended: JobResult) -> Report:

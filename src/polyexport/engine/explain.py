@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from polyexport.engine.dispatch import Dispatcher
-from polyexport.engine.rerun import Runnable, runnables
+from polyexport.engine.rerun import Runnable, recorded, runnables
 from polyexport.engine.routes import Watch
 from polyexport.errors import BadRequest, CannotRun
 from polyexport.format import Format
@@ -21,7 +21,7 @@ from polyexport.measure.layers import Layer, divergence
 from polyexport.report.outcome import Outcome
 from polyexport.report.report import Report
 from polyexport.serialization import decode
-from polyexport.spec import read_arrays, write_arrays
+from polyexport.spec import write_arrays
 from polyexport.workers import toolchain
 from polyexport.workers.job import Explain, Inspect, module_of
 
@@ -40,7 +40,7 @@ def layers(report: Report, each: Runnable, dispatcher: Dispatcher) -> tuple[Laye
         raise BadRequest(f"{each.name} gives no access to intermediate tensors, so layers cannot be compared")
     folder = f"source/explain-{each.name}"
     batch = f"{folder}/inputs.npz"
-    inputs = read_arrays(report.folder / each.batch, each.spec.input_names)
+    inputs = recorded(report, each.batch, each.spec.input_names)
     try:
         (report.folder / folder).mkdir()
         write_arrays(report.folder / batch, first_rows(inputs, each.spec, _ROWS) or inputs)

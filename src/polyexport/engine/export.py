@@ -19,7 +19,7 @@ from polyexport.errors import BadRequest
 from polyexport.format import Format
 from polyexport.formats import resolve
 from polyexport.measure.budget import Budget, budgets, directed
-from polyexport.measure.dynamic_axes import Dynamic
+from polyexport.measure.dynamic_axes import Dynamic, plain
 from polyexport.report.folders import discard, foreign, is_export, may_become_export, unfinished
 from polyexport.report.outcome import Checkpoint
 from polyexport.report.report import Report
@@ -94,6 +94,7 @@ def export(
 
     check(labels, metadata or {})
     steps = Processing(preprocess, postprocess)
+    dynamic = plain(dynamic)
     chosen, limits = resolve(formats), directed(budgets(budget), {})
     if limits and metric is None:
         raise BadRequest(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import replace
 
 import numpy as np
@@ -18,6 +18,11 @@ UNORDERED = (str, Mapping, Set)
 """Collections of strings that are no list of labels: of a mapping of names to indices the order is not known."""
 
 
+def is_list(labels: object) -> bool:
+    """Whether this can be a list of labels."""
+    return isinstance(labels, Iterable) and not isinstance(labels, UNORDERED)
+
+
 def check(labels: Sequence[str], metadata: Mapping[str, str]) -> None:
     """Refuse what cannot be embedded.
 
@@ -25,7 +30,7 @@ def check(labels: Sequence[str], metadata: Mapping[str, str]) -> None:
         BadRequest: a label or an entry is not a string, or has characters that files cannot have, or a label has a line
             break.
     """
-    if isinstance(labels, UNORDERED) or not all(isinstance(label, str) for label in labels):
+    if not is_list(labels) or not all(isinstance(label, str) for label in labels):
         raise BadRequest(f"labels={labels!r}; give a list of strings, one for each class in order")
     if broken := [label for label in labels if f"{label}.".splitlines() != [f"{label}."]]:
         raise BadRequest(f"the label {broken[0]!r} has a line break; give labels of one line")

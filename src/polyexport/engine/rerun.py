@@ -10,14 +10,14 @@ from __future__ import annotations
 import contextlib
 import json
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypedDict
 
 from polyexport.engine.dispatch import Dispatcher
 from polyexport.engine.routes import Watch, counted, judged, label, narrow, placed
-from polyexport.errors import CannotRun
+from polyexport.errors import BadRequest, CannotRun, line
 from polyexport.format import Format
 from polyexport.measure.reference import VALIDATION_BATCH
 from polyexport.report import manifest
@@ -143,6 +143,21 @@ def _verified(each: Runnable, exported: Manifest, dispatcher: Dispatcher, name: 
     return dispatcher.run(job, each.runtime, name, each.log, gpu=each.format.uses_gpu)
 
 
+def recorded(report: Report, path: str, names: Iterable[str]) -> Arrays:
+    """Arrays of a batch of the export.
+
+    Raises:
+        BadRequest: the file is damaged, or lacks one of them.
+        OSError: it cannot be read.
+    """
+    try:
+        return read_arrays(report.folder / path, names)
+    except OSError:
+        raise
+    except Exception as error:  # numpy and zipfile raise many types for a damaged file
+        raise BadRequest(f"{report.folder / path} cannot be read: {line(error, 300)}") from error
+
+
 def mends(report: Report, each: Runnable) -> bool:
     """Whether an artifact can be made again with some of its layers in float."""
     return any(route.mends and route.name == report[each.name].route for route in each.format.routes)
@@ -218,6 +233,7 @@ def runner(report: Report, each: Runnable, dispatcher: Dispatcher) -> Iterator[R
     """An artifact as a function, run by a worker of its toolchain until the context exits.
 
     Raises:
+        BadRequest: (from the function) an input is missing.
         CannotRun: it cannot be loaded, or (from the function) it cannot run these inputs, or its process ended.
     """
     job = Serve(**each.of_job(dispatcher))
@@ -229,6 +245,9 @@ def runner(report: Report, each: Runnable, dispatcher: Dispatcher) -> Iterator[R
         _expect(each, talk.answer(), report)
 
         def run(inputs: Arrays) -> Arrays:
+            if missing := [name for name in each.spec.input_names if name not in inputs]:
+                given, takes = ", ".join(inputs) or "nothing", ", ".join(each.spec.input_names)
+                raise BadRequest(f"{each.name} takes {takes}, but was given {given}: there is no {missing[0]}")
             write_arrays(source, inputs)
             _expect(each, talk.ask(json.dumps([str(source), str(target)])), report)
             return read_arrays(target, each.spec.output_names)

@@ -38,7 +38,7 @@ from polyexport.capture.snapshot import (
     save_surroundings,
 )
 from polyexport.engine import plan
-from polyexport.engine.engine import Engine, check_limits
+from polyexport.engine.engine import Engine, check_limits, check_whole
 from polyexport.engine.judge import Metric, measured
 from polyexport.engine.labels import check
 from polyexport.engine.request import Request, interruption
@@ -105,6 +105,11 @@ class Options:
         check(self.labels, self.metadata)
         plan.steps(self.formats)
         check_limits(self.workers, self.timeout, self.executor, self.staging)
+        if not (self.select is None or isinstance(self.select, str) or callable(self.select)):
+            raise BadRequest(f"module={self.select!r}; give the name of an attribute, or a function of the module")
+        check_whole(calibration_batches=self.calibration_batches)
+        if self.keep is not None:
+            check_whole(keep=self.keep)
         if self.calibration_batches < 1:
             raise BadRequest(f"calibration_batches={self.calibration_batches}; give 1 or more")
         if self.keep is not None and self.keep < 1:

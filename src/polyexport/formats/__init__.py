@@ -44,13 +44,16 @@ def resolve(formats: Iterable[str | Format]) -> tuple[Format, ...]:
     by_alias = {alias: each for each in known().values() for alias in each.aliases}
     if isinstance(formats, str | Format):
         formats = (formats,)
+    if not isinstance(formats, Iterable):
+        raise UnknownFormat(f"formats={formats!r}; give a list of names; known formats: {', '.join(known())}")
     chosen: dict[str, Format] = {}
     for given in formats:
-        each = given if isinstance(given, Format) else known().get(given) or by_alias.get(given)
+        named = {**by_alias, **known()} if isinstance(given, str) else {}
+        each = given if isinstance(given, Format) else named.get(str(given))
         if each is None:
             names = ", ".join(known())
             aliases = ", ".join(f"{alias} = {each.name}" for alias, each in sorted(by_alias.items()))
-            near = get_close_matches(str(given).lower(), [*known(), *by_alias], 1)
+            near = get_close_matches(str(given).lower(), named, 1)
             meant = _family(str(given), by_alias) or (f"did you mean {near[0]!r}? " if near else "")
             raise UnknownFormat(f"no format {given!r}; {meant}known formats: {names} (aliases: {aliases})")
         chosen[each.name] = each

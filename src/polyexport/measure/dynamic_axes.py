@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -13,9 +14,30 @@ Dynamic = bool | Mapping[str, Mapping[int, str]]
 """Which input axes are dynamic: True for the batch axis and all whose size differs between batches, False for none, or
 input name -> {axis: name}."""
 
+
 BATCH = "batch"
 
 Axes = Mapping[str, Mapping[int, str]]
+
+
+def plain(dynamic: Any) -> Dynamic:
+    """The value as booleans or plain dictionaries, whatever mappings a configuration library passes.
+
+    Raises:
+        BadRequest: it is something else.
+    """
+    if isinstance(dynamic, bool):
+        return dynamic
+    if isinstance(dynamic, Mapping) and all(_are_axes(name, axes) for name, axes in dynamic.items()):
+        return {name: dict(axes) for name, axes in dynamic.items()}
+    raise BadRequest(f"dynamic={dynamic!r}; give True, False, or the axes of each input: {{'ids': {{1: 'length'}}}}")
+
+
+def _are_axes(name: Any, axes: Any) -> bool:
+    if not (isinstance(name, str) and isinstance(axes, Mapping)):
+        return False
+    # some configuration files have strings for keys only
+    return all(str(axis).lstrip("-").isdigit() and isinstance(called, str) for axis, called in axes.items())
 
 
 def chosen(inputs: Arrays, others: Sequence[Arrays], dynamic: Dynamic) -> Axes:
