@@ -65,6 +65,13 @@ def test_what_is_printed_of_a_report_is_printable() -> None:
     assert "[red]line[/red]" in printed  # no markup of the terminal's library either
 
 
+def test_a_terminal_of_another_encoding_shows_what_it_has() -> None:
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    console.show(replace(hostile(), folder=Path("/tmp/é")), Console(file=stream, width=200))
+    stream.flush()
+    assert b"export: /tmp/?" in stream.buffer.getvalue()
+
+
 def test_markdown_shows_names_and_reasons_as_they_are() -> None:
     from markdown_it import MarkdownIt
 

@@ -9,6 +9,7 @@ Requirements:
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import shutil
@@ -96,6 +97,9 @@ Version = Annotated[
 @app.callback()
 def main(version: Version = False) -> None:
     """PyTorch models in deployment formats, proven against PyTorch."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # the terminal's encoding may lack characters
 
 
 @app.command()

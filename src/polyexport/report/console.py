@@ -9,7 +9,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -92,11 +92,11 @@ def _plain(title: str, found: Sequence[Mapping[str, str]]) -> Table:
 def show(report: Report, console: Console | None = None) -> None:
     """Print the table, the reasons, the notes and the folder."""
     console = console or standard()
-    console.print(table(report, console.width))
+    _print(console, table(report, console.width))
     if report.metrics:
-        console.print(_plain("validation metrics", metrics(report)))
+        _print(console, _plain("validation metrics", metrics(report)))
     if elsewhere := proofs(report):
-        console.print(_plain("on other machines", elsewhere))
+        _print(console, _plain("on other machines", elsewhere))
     lines = [f"{outcome.format}: {outcome.reason}" for outcome in report.outcomes if outcome.reason]
     lines += [f"note: {note}" for note in report.notes]
     for line in (*lines, f"export: {report.folder}", f"report: {report.folder / 'report.html'}"):
@@ -143,4 +143,14 @@ def _follow(work: Future[T], doing: Callable[[], Mapping[str, str]], told: deque
 
 def say(console: Console, line: str, style: str | None = None) -> None:
     """Print a line unchanged: long paths are not wrapped, brackets are not markup, escape sequences have no effect."""
-    console.print(escape.printable(line), style=style, highlight=False, markup=False, soft_wrap=True)
+    _print(console, escape.printable(line), style=style, highlight=False, markup=False, soft_wrap=True)
+
+
+def _print(console: Console, shown: Any, **how: Any) -> None:
+    """Print; what the terminal's encoding lacks is shown as `?`."""
+    if console.encoding.startswith("utf"):
+        console.print(shown, **how)
+        return
+    with console.capture() as captured:
+        console.print(shown, **how)
+    console.file.write(captured.get().encode(console.encoding, "replace").decode(console.encoding))
