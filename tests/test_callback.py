@@ -36,6 +36,7 @@ from lightning_export import ExportCallback, Wandb
 from planted import GOOD, planted as plant
 from polyexport import BadRequest, Engine, ExportFailed, Report, Toolchain, UnknownFormat
 from polyexport.capture.snapshot import load as load_module
+from polyexport.engine import session
 from polyexport.engine.session import Session
 from polyexport.publish.folder import copy_to
 
@@ -567,6 +568,17 @@ def test_other_state_that_training_changes_is_exported_as_of_the_checkpoint(tmp_
     with np.load(report.folder / "validation_batch.npz") as batch:
         expected = module.eval()(torch.from_numpy(batch["x"])).detach().numpy()
         np.testing.assert_allclose(batch["output_0"], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("share", [0.0, 1e9])
+def test_each_change_is_exported_or_told_however_long_the_module_takes_to_pickle(tmp_path, monkeypatch, share):
+    monkeypatch.setattr(session, "_CHEAP_SECONDS", 0.0)
+    monkeypatch.setattr(session, "_CHEAP_SHARE", share)
+    callback = ExportCallback([GOOD], into=tmp_path / "out", publish=(), bench=False)
+    fit(tmp_path, callback, Cooling(), epochs=2)
+    report = callback.reports[-1]
+    notes = [note.text for note in report.notes if "some have them as they were before" in note.text]
+    assert (report["good"].state, len(notes)) == (("unverified", 1) if share == 0.0 else ("verified", 0))
 
 
 def test_globals_that_training_changes_are_exported_as_of_the_checkpoint(tmp_path, monkeypatch):

@@ -100,17 +100,19 @@ def _shape(tensor: torch.Tensor | None) -> tuple[int, ...] | None:
     return None if tensor is None or is_lazy(tensor) else tuple(tensor.shape)
 
 
-def retake(root: nn.Module, select: Select, folder: Path, attributes: Mapping[str, Any] = MappingProxyType({})) -> None:
+def retake(root: nn.Module, select: Select, folder: Path, attributes: Mapping[str, Any] = MappingProxyType({})) -> bool:
     """Pickle the structure of `folder` again, if it was pickled: training may have changed attributes and buffers.
 
-    If that fails, the previous one stays.
+    If that fails, the previous one stays. Returns whether it was pickled.
     """
     structure, before = folder / STRUCTURE, folder / f"{STRUCTURE}.before"
     if not structure.exists():
-        return
+        return False
     structure.rename(before)  # the files are hard links that other exports share
     try:
         save_structure(root, select, folder, attributes)
         before.unlink()
+        return True
     except Exception:  # the user's objects may not be picklable anymore
         before.replace(structure)
+        return False

@@ -58,8 +58,8 @@ if TYPE_CHECKING:
 
 _LOOK_SECONDS = 0.01
 _PATIENCE_SECONDS = 60.0  # how long training waits for a toolchain that another process is installing
-_CHEAP_SECONDS = 0.05
-"""The structure is pickled again at each new best only if that takes less processor time than this."""
+_CHEAP_SECONDS, _CHEAP_SHARE = 0.05, 0.05
+"""The structure is pickled again at a new best if the last time took less processor time, or less of the time since."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +184,8 @@ class Session:
         self._notes: tuple[str, ...] = ()
         self.answer: answers.Answer | None = None
         self._beside = 0
-        self._retakes = True
+        self._changes = False
+        self._retaken, self._retaken_at = 0.0, 0.0  # processor time of the last time, and when that was
         self._lacks: int | None = None
         self._interrupted = ""
         self.closed = False
@@ -361,10 +362,9 @@ class Session:
         for file in (each for each in self._captured.iterdir() if not each.name.startswith(".")):
             link(file, work / "source" / file.name)
         beside, attributes = beside_weights(root, self._ignored), self._attributes(root)
-        if self._retakes and beside != self._beside:
-            start = time.thread_time()
-            retake(root, self.options.select, work / "source", attributes)
-            self._retakes = time.thread_time() - start < _CHEAP_SECONDS
+        self._changes |= beside != self._beside
+        if self._changes and self._is_cheap(beside):
+            self._retake(root, work / "source", beside, attributes)
         elif (work / "source" / STRUCTURE).exists():
             save_surroundings(root, work / "source")
         if attributes:
@@ -373,6 +373,30 @@ class Session:
             recorded = replace(recorded, changed=recorded.beside not in (None, beside))
         answers.write(recorded, work / "source")
         return work
+
+    def _is_cheap(self, beside: int) -> bool:
+        """Whether the structure may be pickled again; a note says so where it had to be, and may not."""
+        is_cheap = self._retaken <= _CHEAP_SECONDS
+        if is_cheap or beside == self._beside:
+            return is_cheap
+        if self._retaken <= _CHEAP_SHARE * (time.monotonic() - self._retaken_at):
+            return True
+        self.note(
+            "training changes layers, attributes or buffers of the module; pickling it takes "
+            f"{self._retaken:.2g} s, which was not spent on each best: some have them as they were before",
+            quiet=True,
+        )
+        return False
+
+    def _retake(self, root: nn.Module, source: Path, beside: int, attributes: Mapping[str, Any]) -> None:
+        """Pickle the structure again, for this export and for those to come."""
+        start = time.thread_time()
+        if retake(root, self.options.select, source, attributes):
+            self._beside = beside
+            assert self._captured is not None  # a folder for an export is made of what was captured
+            (self._captured / STRUCTURE).unlink(missing_ok=True)
+            link(source / STRUCTURE, self._captured / STRUCTURE)
+        self._retaken, self._retaken_at = time.thread_time() - start, time.monotonic()
 
     def _submit(self, work: Path, name: str, checkpoint: Checkpoint, held: str | None) -> None:
         options = self.options
