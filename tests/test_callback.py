@@ -391,15 +391,28 @@ def test_averaged_weights_are_exported_where_they_are_averaged(tmp_path):
     assert not [note for note in callback.reports[0].notes if "not compared" in note.text], "it validates the average"
 
 
+class Rising(runs.Scripted):
+    """Adds its epoch, and the number of epochs that it counted itself."""
+
+    epochs = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + self.current_epoch + self.epochs
+
+    def on_train_epoch_start(self) -> None:
+        self.epochs += 1
+
+
 @pytest.mark.parametrize("when", ["improved", "fit_end"])
 def test_a_best_that_had_to_wait_is_compared_with_its_own_validation_run(tmp_path, monkeypatch, when):
-    """Training has gone on, and the last validation was of other weights."""
+    """Training has gone on with other weights, attributes and epoch, and the last validation was of those."""
     callback = ExportCallback([GOOD], bench=False, when=when)
     trainer = runs.trainer(tmp_path, [ModelCheckpoint(monitor="val_loss"), callback], max_epochs=3)
     monkeypatch.setattr(Session, "is_free", lambda session: trainer.current_epoch == trainer.max_epochs)
-    trainer.fit(runs.Scripted([3.0, 2.0, 4.0]), runs.loader(), runs.loader())
+    trainer.fit(Rising([3.0, 2.0, 4.0]), runs.loader(), runs.loader())
     (report,) = callback.reports
     assert report.checkpoint.epoch == 1
+    assert report["good"].state == "verified"
     assert [note.text for note in report.notes if "not compared" in note.text] == []
 
 

@@ -29,13 +29,14 @@ class Offers:
         self._answer: Answer | None = None
 
     def meet(self, trainer: Trainer, session: Session) -> Best | None:
-        """The best checkpoint; for a new one, forward's outputs in the validation that chose it are kept.
+        """The best checkpoint; for a new one, the module's state and forward's outputs in its validation are kept.
 
-        By the time that it is offered, later validations may have recorded the outputs of other weights.
+        By the time that it is offered, training may have changed the one, and later validations recorded the others.
         """
         best = best_of(trainer, self._monitor)
         if best is not None and not best.is_same(self._met):
             self._met, self._answer = best, session.answer
+            session.mark(trainer.lightning_module)
         return best
 
     def offer(self, trainer: Trainer, session: Session, *, wait: bool = False) -> bool:

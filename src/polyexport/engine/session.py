@@ -183,7 +183,8 @@ class Session:
         self._exports: dict[Future[Report], str] = {}  # each with the name of its export
         self._notes: tuple[str, ...] = ()
         self.answer: answers.Answer | None = None
-        self._beside = 0
+        self._beside = self._marked = 0  # `beside_weights` of the structure in the folder, and of the newest best
+        self._is_marked = False
         self._changes = False
         self._retaken, self._retaken_at = 0.0, 0.0  # processor time of the last time, and when that was
         self._lacks: int | None = None
@@ -301,6 +302,27 @@ class Session:
         """Whether another checkpoint can be taken at once; drops an export that waits."""
         return self._engine.supersede()
 
+    def mark(self, root: nn.Module) -> None:
+        """Take layers, attributes, buffers and globals as they are now, for the checkpoint that is offered next.
+
+        Without it they are taken when that is offered, which may be some epochs after it was written.
+        """
+        if self._captured is None:
+            return
+        self._marked, self._is_marked = beside_weights(root, self._ignored), True
+        self._changes |= self._marked != self._beside
+        attributes = self._attributes(root)
+        if self._changes and self._is_cheap(self._marked):
+            start = time.thread_time()
+            if retake(root, self.options.select, self._captured, attributes):
+                self._beside = self._marked
+            self._retaken, self._retaken_at = time.thread_time() - start, time.monotonic()
+        elif (self._captured / STRUCTURE).exists():
+            save_surroundings(root, self._captured)
+        if attributes:
+            (self._captured / ATTRIBUTES).unlink(missing_ok=True)  # other exports have hard links to it
+            dump(attributes, self._captured / ATTRIBUTES)
+
     def offer(self, root: nn.Module, path: str | Path, name: str, checkpoint: Checkpoint) -> None:
         """Export a checkpoint in the background; it replaces one that still waits.
 
@@ -357,20 +379,15 @@ class Session:
         """A folder for one export, with hard links to what was captured of the module."""
         if self._captured is None:
             raise BadRequest("a checkpoint was offered before any inputs were taken; call take first")
+        if not self._is_marked:
+            self.mark(root)
+        self._is_marked = False
         work = unfinished(self._captured.parent)
         # hidden files are locks
         for file in (each for each in self._captured.iterdir() if not each.name.startswith(".")):
             link(file, work / "source" / file.name)
-        beside, attributes = beside_weights(root, self._ignored), self._attributes(root)
-        self._changes |= beside != self._beside
-        if self._changes and self._is_cheap(beside):
-            self._retake(root, work / "source", beside, attributes)
-        elif (work / "source" / STRUCTURE).exists():
-            save_surroundings(root, work / "source")
-        if attributes:
-            dump(attributes, work / "source" / ATTRIBUTES)
         if (recorded := self.answer) is not None:
-            recorded = replace(recorded, changed=recorded.beside not in (None, beside))
+            recorded = replace(recorded, changed=recorded.beside not in (None, self._marked))
         answers.write(recorded, work / "source")
         return work
 
@@ -387,16 +404,6 @@ class Session:
             quiet=True,
         )
         return False
-
-    def _retake(self, root: nn.Module, source: Path, beside: int, attributes: Mapping[str, Any]) -> None:
-        """Pickle the structure again, for this export and for those to come."""
-        start = time.thread_time()
-        if retake(root, self.options.select, source, attributes):
-            self._beside = beside
-            assert self._captured is not None  # a folder for an export is made of what was captured
-            (self._captured / STRUCTURE).unlink(missing_ok=True)
-            link(source / STRUCTURE, self._captured / STRUCTURE)
-        self._retaken, self._retaken_at = time.thread_time() - start, time.monotonic()
 
     def _submit(self, work: Path, name: str, checkpoint: Checkpoint, held: str | None) -> None:
         options = self.options
