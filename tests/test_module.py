@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pack_sequence
 from torch.utils.data import DataLoader, TensorDataset
 
 import polyexport
@@ -300,6 +301,7 @@ def test_mappings_and_dataclasses_reach_forward_as_their_own_types(tmp_path):
         (lambda x: Pair(x, x), ["first", "second"]),
         (lambda x: Found(x, x), ["boxes", "scores"]),
         (lambda x: {"x": x, "a b": x, "count": 3, "none": None}, ["x_output", "a_b"]),
+        (lambda x: (x, pack_sequence([x])), ["output_0", "output_1_padded", "output_1_lengths"]),
     ],
 )
 def test_outputs_have_the_names_of_their_keys(answer, names):

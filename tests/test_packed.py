@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
+from polyexport.capture.flatten import flat
 from polyexport.tracing.decompositions import decomposed
 from polyexport.tracing.exported_program import export_program
 from polyexport.tracing.reads import frozen_sites
@@ -90,3 +93,33 @@ def test_what_was_packed_before_the_trace_stays_packed():
     assert torch.equal(found.data, net(packed)[0].data)
     assert torch.equal(padded, pad_packed_sequence(net(packed)[0])[0])
     assert ends.tolist() == [7, 4]
+
+
+class PackedOut(nn.Module):
+    """Returns the packed sequence itself."""
+
+    def __init__(self, layer: nn.RNNBase) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: torch.Tensor, lengths: torch.Tensor) -> Any:
+        return self.layer(pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False))[0]
+
+
+@pytest.mark.parametrize("tracer", ["jit", "export"])
+@torch.no_grad()
+def test_a_packed_output_is_padded_with_its_lengths(tracer):
+    layer = nn.GRU(6, 4, batch_first=True)
+    first, other = sequences(layer, [5, 7, 3, 6]), sequences(layer, [7, 2])
+    net = flat(PackedOut(layer), first, {})
+    with decomposed(), frozen_sites():
+        if tracer == "jit":
+            traced = torch.jit.trace(net, first, check_trace=False)
+        else:
+            traced = export_program(net, first, [{0}, {0}]).module()
+    for x, lengths in (first, other):
+        padded, ends = traced(x, lengths)
+        assert ends.tolist() == lengths.tolist()
+        same((padded,), (net(x, lengths)[0],))
+        assert not padded[1, int(lengths[1]) :].any()
+    assert net.output_names == ("output_0_padded", "output_0_lengths")

@@ -103,6 +103,8 @@ CALLS = {
             X.reshape(IDS[2, 0].short() + 13, 7),
         ]
     ),
+    "one_hot": lambda: functional.one_hot(IDS, 12),
+    "one_hot of as many classes as there are": lambda: functional.one_hot(IDS),
     "sum of booleans": lambda: (X > 0).sum(1, keepdim=True),
     **{f"bags, {m}": bags(m, IDS, TABLE) for m in ("sum", "mean", "max")},
     **{f"bags without the padding, {m}": bags(m, IDS, TABLE, padding_idx=2) for m in ("sum", "mean", "max")},
@@ -146,6 +148,44 @@ def test_an_identity_of_a_dynamic_size_is_a_comparison_of_indices():
     assert not [node for node in program.graph.nodes if "eye" in str(node.target)]
     for found, expected in zip(program.module()(rows[:3]), Apart()(rows[:3]), strict=True):
         torch.testing.assert_close(found, expected)
+
+
+class Counted(nn.Module):
+    """How often each class occurs, up to the greatest."""
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return functional.one_hot(ids).sum(0)
+
+
+@pytest.mark.parametrize("tracer", ["jit", "export"])
+def test_the_number_of_classes_follows_the_data(tracer):
+    first, other = torch.tensor([0, 2, 1]), torch.tensor([4, 1, 4])
+    with decompositions.decomposed():
+        if tracer == "jit":
+            traced = torch.jit.trace(Counted(), first, check_trace=False)
+        else:
+            traced = torch.export.export(Counted(), (first,), strict=False).module()
+    assert traced(first).tolist() == [1, 1, 1]
+    assert traced(other).tolist() == [0, 1, 0, 0, 2]
+
+
+class Decomposable(nn.Module):
+    """Catches the error of a matrix that has no Cholesky factor."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        try:
+            return torch.linalg.cholesky(x)
+        except Exception:
+            return x
+
+
+def test_an_error_that_forward_catches_ends_a_trace_with_a_reason_and_not_by_a_signal():
+    told = r"linalg_cholesky raises at test_tracing.py:\d+ \(.*not positive-definite.*which ends a trace"
+    with pytest.raises(RuntimeError, match=told), decompositions.decomposed():
+        torch.jit.trace(Decomposable(), -torch.eye(3), check_trace=False)
+    with decompositions.decomposed():
+        assert torch.equal(Decomposable()(-torch.eye(3)), -torch.eye(3))
+        torch.jit.trace(Decomposable(), torch.eye(3), check_trace=False)
 
 
 class Padded(nn.Module):

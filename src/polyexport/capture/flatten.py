@@ -229,6 +229,7 @@ def named_tensors(value: Any, taken: Mapping[str, Any]) -> tuple[dict[str, Any],
     """The tensors in what forward returned, by name, and the names of leaves that are not tensors.
 
     Names are the keys of a dict or dataclass, and `output_0`, `output_1` … for a tuple; nested ones are joined by `_`.
+    A packed sequence becomes `…_padded`, with the batch first and zeros after each end, and `…_lengths`.
     A name that an input has already (`taken`) gets the suffix `_output`, since names in a graph are unique.
 
     Raises:
@@ -252,9 +253,13 @@ def named_tensors(value: Any, taken: Mapping[str, Any]) -> tuple[dict[str, Any],
 
 def _walk(value: Any, name: str) -> Iterator[tuple[str, Any]]:
     import torch
+    from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
     if isinstance(value, torch.Tensor):
         yield name or "output_0", value
+    elif isinstance(value, PackedSequence):
+        padded, lengths = pad_packed_sequence(value, batch_first=True)
+        yield from _walk({"padded": padded, "lengths": lengths}, name or "output_0")
     elif isinstance(value, Mapping):
         for key, item in value.items():
             yield from _walk(item, f"{name}_{key}" if name else str(key))

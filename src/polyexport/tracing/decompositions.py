@@ -12,9 +12,10 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from polyexport.errors import line
 from polyexport.tracing import packed
 from polyexport.tracing.einsum import einsum
-from polyexport.tracing.reads import note_frozen
+from polyexport.tracing.reads import caller_site, named, note_frozen
 
 if TYPE_CHECKING:
     import torch
@@ -65,6 +66,7 @@ def decomposed() -> Iterator[None]:
         torch.Tensor.unfold: unfold,
         torch.bucketize: bucketize,
         torch.searchsorted: searchsorted,
+        torch.nn.functional.one_hot: one_hot,
         torch.diagonal: diagonal,
         torch.Tensor.diagonal: diagonal,
         torch.cumprod: cumprod,
@@ -130,10 +132,36 @@ def decomposed() -> Iterator[None]:
                 with contextlib.suppress(TypeError):  # called with arguments that are not supported below
                     signature.bind(*args, **named)
                     return written(*args, **named)
-            return function(*args, **given)
+            with _errors_end_a_trace(function):
+                return function(*args, **given)
 
     with plain_attention(), packed.sizes_unchecked(), Decomposed():
+        try:
+            yield
+        except _TraceEnded as error:
+            raise RuntimeError(str(error)) from error.__cause__
+
+
+class _TraceEnded(BaseException):
+    """An error ended a trace; no Exception, so that forward does not catch it."""
+
+
+@contextlib.contextmanager
+def _errors_end_a_trace(function: Any) -> Iterator[None]:
+    """Raise `_TraceEnded` for an error in an operator while torch.jit traces, since it kills the process later."""
+    import torch
+
+    is_traced = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]  # public, but untyped
+    try:
         yield
+    except Exception as error:  # operators raise many types
+        if is_traced and not torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]  # as above
+            name, site = getattr(function, "__name__", "an operator"), named({caller_site()})
+            raise _TraceEnded(
+                f"{name} raises at {site} ({line(error, 200)}), which ends a trace also where forward catches it; use "
+                "a function that does not raise, such as torch.linalg.cholesky_ex, and torch.where"
+            ) from error
+        raise
 
 
 # --- the functions, each with PyTorch's own signature -----------------------------------------------------------------
@@ -302,6 +330,16 @@ def searchsorted(
     below = entries <= value if right or side == "right" else entries < value
     count = below.to(torch.int64).sum(-1)
     return count.to(torch.int32) if out_int32 else count
+
+
+def one_hot(tensor: torch.Tensor, num_classes: int = -1) -> torch.Tensor:
+    """`torch.nn.functional.one_hot`; without a count of classes it is one more than the greatest of the data."""
+    import torch
+
+    if num_classes != -1:
+        return torch.nn.functional.one_hot(tensor, num_classes)
+    size: Any = tensor.max() + 1  # as a tensor, or the tracer would take it for a constant
+    return (tensor.unsqueeze(-1) == torch.arange(size)).to(torch.int64)
 
 
 def diagonal(x: torch.Tensor, offset: int = 0, dim1: int = 0, dim2: int = 1) -> torch.Tensor:
