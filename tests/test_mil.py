@@ -66,6 +66,12 @@ def trained(layer):
     return layer
 
 
+def sloped(channels):
+    layer = nn.PReLU(channels)
+    layer.weight.data.uniform_(-0.5, 0.5)
+    return layer
+
+
 def turned(x, *, align_corners):
     grid = functional.affine_grid(x.mean((1, 2))[:, :6].reshape(-1, 2, 3), x.shape, align_corners=align_corners)
     return functional.grid_sample(x, grid, align_corners=align_corners)
@@ -122,7 +128,10 @@ FUNCTIONS = {
     "gelu, tanh": (lambda x: functional.gelu(x, approximate="tanh"), ROWS),
     "elu": (functional.elu, ROWS),
     "leaky_relu": (functional.leaky_relu, ROWS),
-    "prelu": (nn.PReLU(4), IMAGE),
+    "prelu": (sloped(4), IMAGE),
+    "prelu of rows": (sloped(8), ROWS),
+    "prelu of signals": (sloped(4), SIGNAL),
+    "prelu of one slope": (nn.PReLU(), SIGNAL),
     "silu": (functional.silu, ROWS),
     "mish": (functional.mish, ROWS),
     "relu6": (lambda x: functional.relu6(x * 5), ROWS),

@@ -185,7 +185,23 @@ def _triangle(context: Any, node: Any, *, upper: bool) -> None:
     context.add(mb.select(cond=kept, a=x, b=mb.cast(x=0.0, dtype=_kind(x)), name=node.name))
 
 
+def prelu(context: Any, node: Any) -> None:
+    """By two ReLUs where MIL has none: its own takes a slope per channel for images only."""
+    from coremltools.converters.mil import Builder as mb
+    from coremltools.converters.mil.frontend.torch import ops
+    from coremltools.converters.mil.frontend.torch.ops import _get_inputs
+
+    x, slope = _get_inputs(context, node, expected=2)
+    if x.rank == 4 or slope.shape[0] == 1:
+        ops.prelu(context, node)
+        return
+    slopes = mb.reshape(x=slope, shape=[1, -1, *[1] * (x.rank - 2)])
+    below = mb.mul(x=slopes, y=mb.relu(x=mb.mul(x=x, y=-1.0)))
+    context.add(mb.sub(x=mb.relu(x=x), y=below, name=node.name))
+
+
 COMPOSITES = {
+    "prelu": prelu,
     **{name: _elementwise(build) for name, build in _ELEMENTWISE.items()},
     "relu": relu,
     **dict.fromkeys(("round", "round.decimals"), rounded),
