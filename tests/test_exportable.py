@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from math import sqrt
+from typing import Any
 
 import pytest
 import torch
 
+from polyexport.tracing.decompositions import decomposed
 from polyexport.tracing.exportable import exportable
 from polyexport.tracing.exported_program import export_program
 
@@ -180,3 +182,29 @@ def test_a_distribution_in_forward_is_exported_without_the_checks_of_its_paramet
     torch.testing.assert_close(program.module()(five), model(five))
     with pytest.raises(ValueError, match="constraint"):
         torch.distributions.Normal(0.0, torch.tensor(-1.0))
+
+
+class Neighbors(torch.nn.Module):
+    """Sums over the neighbors in a graph, given as a sparse buffer and as a sparse attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("adjacency", torch.eye(4).roll(1, 0).to_sparse())
+        self.two_steps = torch.eye(4).roll(2, 0).to_sparse_csr()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        once = torch.sparse.mm(self.adjacency.coalesce(), x)
+        return once + self.two_steps @ x + self.adjacency.to_dense() @ x
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state")
+@pytest.mark.parametrize("tracer", ["jit", "export"])
+def test_sparse_tensors_of_a_module_are_dense_in_a_trace(tracer) -> None:
+    model, x = Neighbors(), torch.rand(4, 3)
+    expected = model(x)
+    with torch.no_grad(), decomposed(), exportable(model, dynamic=False):
+        traced: Any = torch.jit.trace(model, x) if tracer == "jit" else export_program(model, (x,), [()]).module()
+    torch.testing.assert_close(traced(x), expected)
+    assert "parse" not in str(traced.graph)
+    assert model.adjacency.is_sparse
+    assert model.two_steps.layout is torch.sparse_csr

@@ -67,6 +67,9 @@ def decomposed() -> Iterator[None]:
         torch.bucketize: bucketize,
         torch.searchsorted: searchsorted,
         torch.nn.functional.one_hot: one_hot,
+        torch.sparse.mm: sparse_product,
+        torch.Tensor.coalesce: lambda x: x.coalesce() if x.is_sparse else x,  # sparse tensors are dense in a trace
+        torch.Tensor.to_dense: lambda x: x if x.layout is torch.strided else x.to_dense(),
         torch.diagonal: diagonal,
         torch.Tensor.diagonal: diagonal,
         torch.cumprod: cumprod,
@@ -340,6 +343,14 @@ def one_hot(tensor: torch.Tensor, num_classes: int = -1) -> torch.Tensor:
         return torch.nn.functional.one_hot(tensor, num_classes)
     size: Any = tensor.max() + 1  # as a tensor, or the tracer would take it for a constant
     return (tensor.unsqueeze(-1) == torch.arange(size)).to(torch.int64)
+
+
+def sparse_product(x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """`torch.sparse.mm`, also of dense tensors."""
+    import torch
+
+    dense = x.layout is torch.strided and other.layout is torch.strided
+    return x @ other if dense else torch.sparse.mm(x, other)
 
 
 def diagonal(x: torch.Tensor, offset: int = 0, dim1: int = 0, dim2: int = 1) -> torch.Tensor:

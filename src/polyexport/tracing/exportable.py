@@ -38,7 +38,7 @@ def _now(config: Any, name: str) -> Any:
 
 @contextlib.contextmanager
 def exportable(model: nn.Module, *, dynamic: bool) -> Iterator[nn.Module]:
-    """The model as exporters need it: options set, sizes traced, nothing compiled, distributions and data not checked.
+    """The model as exporters need it: options set, sizes traced, nothing compiled or sparse, no checks of data.
 
     Random numbers from a seed are constants; `dynamic` says whether the trace has dynamic axes, for which some are
     wrong. Everything is restored when the context exits.
@@ -59,11 +59,44 @@ def exportable(model: nn.Module, *, dynamic: bool) -> Iterator[nn.Module]:
             _distributions_unchecked(),
             idle_reads_given(model),
             draws_given(model, dynamic=dynamic),
+            _dense(model),
         ):
             yield model
     finally:
         for config, name, value in reversed(before):
             setattr(config, name, value)
+
+
+_MOST_ELEMENTS = 2**26
+"""A sparse tensor of more elements stays sparse."""
+
+
+@contextlib.contextmanager
+def _dense(model: nn.Module) -> Iterator[None]:
+    """Make sparse buffers and attributes dense, which products with a sparse matrix take too; no format has others."""
+    import torch
+
+    def is_sparse(value: Any) -> bool:
+        return (
+            isinstance(value, torch.Tensor)
+            and value.layout is not torch.strided
+            and not value.is_nested
+            and value.numel() <= _MOST_ELEMENTS
+        )
+
+    before = [
+        (part, name, value)
+        for part in model.modules()
+        for name, value in (*part.named_buffers(recurse=False), *vars(part).items())
+        if is_sparse(value)
+    ]
+    for part, name, value in before:
+        setattr(part, name, value.to_dense())
+    try:
+        yield
+    finally:
+        for part, name, value in before:
+            setattr(part, name, value)
 
 
 @contextlib.contextmanager
