@@ -129,6 +129,14 @@ FUNCTIONS = {
     "elu": (functional.elu, ROWS),
     "leaky_relu": (functional.leaky_relu, ROWS),
     "prelu": (sloped(4), IMAGE),
+    "conv and a fixed instance norm": (
+        nn.Sequential(nn.Conv1d(4, 4, 3), trained(nn.InstanceNorm1d(4, track_running_stats=True)).eval()),
+        SIGNAL,
+    ),
+    "conv and a fixed batch norm without scale": (
+        nn.Sequential(nn.Conv1d(4, 4, 3), trained(nn.BatchNorm1d(4, affine=False)).eval()),
+        SIGNAL,
+    ),
     "prelu of rows": (sloped(8), ROWS),
     "prelu of signals": (sloped(4), SIGNAL),
     "prelu of one slope": (nn.PReLU(), SIGNAL),

@@ -83,8 +83,11 @@ def instance_norm(context: Any, node: Any) -> None:
     if mean is None or of_input.val:
         ops.instance_norm(context, node)
         return
+    # both are given, since the pass that fuses it with a convolution before it expects them
+    scale = np.ones(mean.shape, np.float32) if weight is None else weight
+    shift = np.zeros(mean.shape, np.float32) if bias is None else bias
     context.add(
-        mb.batch_norm(x=x, mean=mean, variance=variance, gamma=weight, beta=bias, epsilon=epsilon, name=node.name)
+        mb.batch_norm(x=x, mean=mean, variance=variance, gamma=scale, beta=shift, epsilon=epsilon, name=node.name)
     )
 
 
