@@ -10,7 +10,7 @@ from every_format import Small
 from planted_errors import WRONG
 from polyexport import Report
 
-RIGHT = ["executorch-int8", "executorch-w4", "mnn-w8", "tfjs-w8"]
+RIGHT = ["executorch-int8", "executorch-w4", "mnn-w4", "mnn-w8", "tfjs-w8"]
 """One of each runtime; that the others are right too is seen in `test_precisions.py`."""
 
 

@@ -42,23 +42,25 @@ def narrow(spec: ExportSpec, folder: str) -> ExportSpec:
 # --- MNN --------------------------------------------------------------------------------------------------------------
 
 
-def mnn_swapped(source: Path, target: Path, spec: ExportSpec) -> None:
-    """The last layer's weights in eight bits, with two channels swapped."""
-    import onnx
-    from onnx import numpy_helper
+def mnn_swapped(name: str) -> Convert:
+    """The format `name`, whose weights have fewer bits, with two channels of the last layer swapped."""
 
-    from polyexport.formats import known
+    def convert(source: Path, target: Path, spec: ExportSpec) -> None:
+        import onnx
+        from onnx import numpy_helper
 
-    model = onnx.load(source)
-    tensor = [each for each in model.graph.initializer if len(each.dims) == 2][-1]
-    rows = numpy_helper.to_array(tensor)
-    axis = int(np.argmin(rows.shape))  # that of the outputs
-    changed = np.take(rows, [1, 0, *range(2, rows.shape[axis])], axis)
-    tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(changed), tensor.name))
-    with tempfile.TemporaryDirectory() as folder:
-        onnx.save(model, Path(folder, "model.onnx"))
-        known()["mnn"].routes[0].convert(Path(folder, "model.onnx"), Path(folder, "model.mnn"), spec)
-        known()["mnn-w8"].routes[0].convert(Path(folder, "model.mnn"), target, spec)
+        model = onnx.load(source)
+        tensor = [each for each in model.graph.initializer if len(each.dims) == 2][-1]
+        rows = numpy_helper.to_array(tensor)
+        axis = int(np.argmin(rows.shape))  # that of the outputs
+        changed = np.take(rows, [1, 0, *range(2, rows.shape[axis])], axis)
+        tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(changed), tensor.name))
+        with tempfile.TemporaryDirectory() as folder:
+            onnx.save(model, Path(folder, "model.onnx"))
+            known()["mnn"].routes[0].convert(Path(folder, "model.onnx"), Path(folder, "model.mnn"), spec)
+            known()[name].routes[0].convert(Path(folder, "model.mnn"), target, spec)
+
+    return convert
 
 
 def mnn_saturated(source: Path, target: Path, spec: ExportSpec) -> None:
@@ -208,7 +210,8 @@ WRONG = (
         for error, change in (("swapped", first_two_rows), ("scale", half_the_scales), ("saturated", saturated))
     ),
     wrong("imx500", "saturated", imx500_saturated, "pt2", "imx500"),
-    wrong("mnn-w8", "swapped", mnn_swapped, "onnx", "mnn"),
+    wrong("mnn-w8", "swapped", mnn_swapped("mnn-w8"), "onnx", "mnn"),
+    wrong("mnn-w4", "swapped", mnn_swapped("mnn-w4"), "onnx", "mnn"),
     wrong("mnn-int8", "saturated", mnn_saturated, "mnn", "mnn"),
     wrong("tfjs-w8", "swapped", tfjs_swapped, "tfjs", "tensorflow"),
     wrong("tfjs-w8", "zero-point", tfjs_changed(off_by_a_quarter), "tfjs", "tensorflow"),
