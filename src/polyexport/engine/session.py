@@ -183,8 +183,8 @@ class Session:
         self._exports: dict[Future[Report], str] = {}  # each with the name of its export
         self._notes: tuple[str, ...] = ()
         self.answer: answers.Answer | None = None
-        self._beside = self._marked = 0  # `beside_weights` of the structure in the folder, and of the newest best
-        self._is_marked = False
+        self._beside = 0  # `beside_weights` of the structure in the folder
+        self._marked: int | None = None  # the same of the newest best, until that is offered
         self._changes = False
         self._retaken, self._retaken_at = 0.0, 0.0  # processor time of the last time, and when that was
         self._lacks: int | None = None
@@ -309,13 +309,13 @@ class Session:
         """
         if self._captured is None:
             return
-        self._marked, self._is_marked = beside_weights(root, self._ignored), True
-        self._changes |= self._marked != self._beside
+        beside = self._marked = beside_weights(root, self._ignored)
+        self._changes |= beside != self._beside
         attributes = self._attributes(root)
-        if self._changes and self._is_cheap(self._marked):
+        if self._changes and self._is_cheap(beside):
             start = time.thread_time()
             if retake(root, self.options.select, self._captured, attributes):
-                self._beside = self._marked
+                self._beside = beside
             self._retaken, self._retaken_at = time.thread_time() - start, time.monotonic()
         elif (self._captured / STRUCTURE).exists():
             save_surroundings(root, self._captured)
@@ -379,15 +379,15 @@ class Session:
         """A folder for one export, with hard links to what was captured of the module."""
         if self._captured is None:
             raise BadRequest("a checkpoint was offered before any inputs were taken; call take first")
-        if not self._is_marked:
+        if self._marked is None:
             self.mark(root)
-        self._is_marked = False
+        marked, self._marked = self._marked, None
         work = unfinished(self._captured.parent)
         # hidden files are locks
         for file in (each for each in self._captured.iterdir() if not each.name.startswith(".")):
             link(file, work / "source" / file.name)
         if (recorded := self.answer) is not None:
-            recorded = replace(recorded, changed=recorded.beside not in (None, self._marked))
+            recorded = replace(recorded, changed=recorded.beside not in (None, marked))
         answers.write(recorded, work / "source")
         return work
 
