@@ -467,13 +467,12 @@ def load_weights(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
 
 def load_w4(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
     """Like `load`, with a remark on the shares of the weights in 4 and 8 bits."""
-    loaded, in_4_bits, sizes = load(path, spec, threads=threads), _in_4_bits(path), Counter[str]()
-    for each in operations(path):
-        for weight in filter(lambda constant: is_weight(constant["shape"]), each.constants):
-            kind = "float" if weight["dtype"] == np.float32 else "4" if weight["index"] in in_4_bits else "8"
-            sizes[kind] += int(np.prod(weight["shape"]))
-    why = f"since int8 is not supported for them: {float_weights(path)[-1]}"
-    left = in_four_bits(sizes["4"], sizes["8"], sizes["float"], why)
+    loaded, in_4_bits = load(path, spec, threads=threads), _in_4_bits(path)
+    weights = (weight for each in operations(path) for weight in each.constants if is_weight(weight["shape"]))
+    four = sum(int(np.prod(weight["shape"])) for weight in weights if weight["index"] in in_4_bits)
+    in_floats, total, kinds = float_weights(path)
+    why = f"since int8 is not supported for them: {kinds}"
+    left = in_four_bits(four, total - in_floats - four, in_floats, why)
     return replace(loaded, remark=left.remark, shortfall=left.shortfall)
 
 
