@@ -56,7 +56,7 @@ class ExportCallback(Callback):
         publish: Where the best export goes when `fit` ends, with the metrics of those before it: `"auto"` for the
             trainer's W&B, TensorBoard and MLflow loggers; or functions of the report: `[Wandb(registry="model")]`.
         monitor: The metric of the `ModelCheckpoint` to follow, if there are several.
-        keep: How many exports stay on disk; the newest is always kept. By default all.
+        keep: How many exports stay on disk; the newest, and those to which you added files, always do. By default all.
         bench: Whether to time the artifacts of the best export when `fit` ends; `"all"` times those of every export.
         metric_batches: On how many validation batches your own `validation_step` runs with each artifact in place of
             `forward` when `fit` ends, for metrics next to PyTorch's; 0 for none, or with a budget for all.
