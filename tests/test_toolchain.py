@@ -272,6 +272,24 @@ def test_what_others_ask_for_and_no_route_imports_is_left_out(wheels):
     assert "No module named 'tinytwo'" in answer(chain.interpreter(), "import tinyone, tinytwo")
 
 
+def test_what_no_route_reads_is_deleted_and_its_absence_is_no_damage(wheels, monkeypatch):
+    wheel(wheels, "tinyone", "1.0")
+    wheel(wheels, "tinytwo", "1.0")
+    chain = Toolchain("small", ("tinyone", "tinytwo"), delete=("tinyone.py", "*two.py"))
+    assert answer(chain.interpreter(), "import tinytwo").startswith("Traceback")
+    site = next(chain.folder.glob("lib/python*/site-packages"))
+    assert not [*site.glob("tiny*.py")]
+    assert chain.ready
+    said: list[str] = []
+    monkeypatch.setattr(toolchain, "_found_whole", set())  # as in another process
+    chain.interpreter(said.append)
+    assert said == [], "it is whole"
+    (site / "tinytwo-1.0.dist-info" / "METADATA").unlink()
+    monkeypatch.setattr(toolchain, "_found_whole", set())
+    chain.interpreter(said.append)
+    assert len(said) == 1, "the rest of such a package is still looked at"
+
+
 def test_a_layer_leaves_out_what_the_training_environment_has_at_a_version_that_fits(wheels):
     pins = "filelock==99.0\nidna==99.0\ntinyone==1.0\n"
     assert provided(Lock(pins, needs=(("filelock", ">=3"), ("idna", "<1"), ("tinyone", "")))).keys() == {"filelock"}
@@ -308,9 +326,10 @@ def test_the_lock_of_a_toolchain_is_that_of_its_requirements(name):
 
 
 def test_the_directives_of_a_requirement_file_are_read():
-    directives = "# polyexport: layered\n# polyexport: convert-imports c d.e?\n# polyexport: python >=3.11,<3.13\n"
+    lines = ("layered", "delete e/f *.map", "convert-imports c d.e?", "python >=3.11,<3.13")
+    directives = "".join(f"# polyexport: {line}\n" for line in lines)
     given = {"layered": True, "python": ">=3.11,<3.13", "convert_imports": ("c", "d.e?")}
-    expected = Toolchain("x", ("a==1", "b>=2"), **given)
+    expected = Toolchain("x", ("a==1", "b>=2"), delete=("e/f", "*.map"), **given)
     assert parse("x", f"# a comment\n{directives}a==1 # why\n\nb>=2\n") == expected
 
 

@@ -48,7 +48,7 @@ def resolved(chain: Toolchain, folder: Path) -> str:
 
 def measured(chain: Toolchain, lock: locks.Lock, folder: Path) -> locks.Lock:
     """The lock with the disk that its environment takes, and what the packages in that ask of each other."""
-    bare = replace(chain, lock=lock, convert_imports=(), run_imports=())  # none that is compiled at once
+    bare = replace(chain, lock=lock, delete=(), convert_imports=(), run_imports=())  # all that it ever takes
     toolchain.provision(bare, folder, Workers(), print)
     packages = next(folder.glob("lib/python*/site-packages"))
     listed = subprocess.run([sys.executable, "-c", NEEDS, packages], check=True, capture_output=True, text=True).stdout

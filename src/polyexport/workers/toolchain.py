@@ -4,12 +4,14 @@ A toolchain is a requirement file in `toolchains/`, with a lock file next to it.
 the requirements, it is used. If not, uv makes an environment under the user's cache folder, once per set of pins, with
 the locked packages (see `polyexport.workers.locks`). The training environment is never changed.
 
-Six directives may be in the file's comments:
+Seven directives may be in the file's comments:
 
     # polyexport: layered              on top of the training environment's packages, so that torch is the same
     # polyexport: without a b          packages that others require and no route imports
     # polyexport: python >=3.11,<3.13  the interpreter it needs, if that differs from the training environment's
     # polyexport: npm                  npm packages too, by toolchains/NAME/package-lock.json
+    # polyexport: delete a/b *.map     what no route reads of its packages, such as C++ headers: paths in site-packages
+                                       or node_modules, where * matches any characters, / too
     # polyexport: convert-imports a b? modules that its conversions import, for a server to import (see
                                        `polyexport.workers.server`); with ? only if this process has imported it
     # polyexport: run-imports a        the same for its runtime, and nothing else, since its memory is measured
@@ -28,6 +30,7 @@ import sysconfig
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatch
 from functools import cache
 from importlib import metadata, resources
 from pathlib import Path
@@ -60,6 +63,8 @@ class Toolchain:
         python: A PEP 440 specifier of the interpreter, or None for the training environment's.
         npm: Content of the npm lock file, empty if no npm packages are needed.
         without: Packages that are left out, or installed as `requirements` say, whatever others require of them.
+        delete: Patterns, as `fnmatch` reads them, of files and folders that are deleted after the installation, as
+            paths in `site-packages` or `node_modules`.
         lock: All of its packages with versions; None if versions are resolved at installation.
         convert_imports: Modules that a server imports before it forks for a conversion; those with `?` at the end only
             if this process has imported them.
@@ -72,6 +77,7 @@ class Toolchain:
     python: str | None = None
     npm: str = ""
     without: tuple[str, ...] = ()
+    delete: tuple[str, ...] = ()
     lock: locks.Lock | None = None
     convert_imports: tuple[str, ...] = ()
     run_imports: tuple[str, ...] = ()
@@ -128,10 +134,10 @@ class Toolchain:
         if self.in_host:
             return Path(sys.executable)
         folder, workers = self.folder, workers or Workers()
-        if not _is_whole(folder, workers):
+        if not _is_whole(self, folder, workers):
             folder.parent.mkdir(parents=True, exist_ok=True)
             with _alone(self.name, folder, say, workers, patience):
-                if not _is_whole(folder, workers):
+                if not _is_whole(self, folder, workers):
                     damaged = "the existing environment is damaged; " if (folder / _COMPLETE).exists() else ""
                     say(f"{self.name}: {damaged}installing {self._what} into {folder}")
                     provision(self, folder, workers, say)
@@ -192,17 +198,18 @@ _COMPLETE = ".complete"
 _LOCK = "package-lock.json"
 
 _WHOLE = """
-import glob, os, sys, sysconfig
-site = sysconfig.get_path("purelib")
+import fnmatch, glob, os, sys, sysconfig
+site, deleted = sysconfig.get_path("purelib"), sys.argv[1:]
 for record in glob.glob(os.path.join(glob.escape(site), "*", "RECORD")):
     with open(record, encoding="utf-8") as lines:
         files = [line.rsplit(",", 2)[0].strip('"') for line in lines]
-    if all(os.path.exists(os.path.join(site, file)) for file in files if not file.endswith(".pyc")):
+    missing = [file for file in files if not (file.endswith(".pyc") or os.path.exists(os.path.join(site, file)))]
+    if not [file for file in missing if not any(fnmatch.fnmatch(file, each) for each in deleted)]:
         print(os.path.basename(os.path.dirname(record)))
 for package in glob.glob("node_modules/**/package.json", root_dir=sys.prefix, recursive=True):
     print(package)
 """
-"""Prints the distributions of an environment that have all their files, and its npm packages."""
+"""Prints an environment's npm packages, and its distributions that have all files but those of the given patterns."""
 
 
 class Busy(ToolMissing):
@@ -237,14 +244,14 @@ def _alone(name: str, folder: Path, say: Say, workers: Workers, patience: float)
 _found_whole: set[Path] = set()  # checked once per process
 
 
-def _is_whole(folder: Path, workers: Workers) -> bool:
-    """Whether an environment is complete and undamaged: its Python starts, and its files exist."""
+def _is_whole(toolchain: Toolchain, folder: Path, workers: Workers) -> bool:
+    """Whether a toolchain's environment is complete and undamaged: its Python starts, and its files exist."""
     marker = folder / _COMPLETE
     if not (marker.exists() and _python(folder).exists()):
         return False
     if folder not in _found_whole:
         try:
-            found = workers.output(str(_python(folder)), "-I", "-c", _WHOLE).split("\n")
+            found = _whole(toolchain, folder, workers).split("\n")
         except (ToolMissing, OSError):
             if workers.closed:
                 raise
@@ -253,6 +260,13 @@ def _is_whole(folder: Path, workers: Workers) -> bool:
             return False
         _found_whole.add(folder)
     return True
+
+
+def _whole(toolchain: Toolchain, folder: Path, workers: Workers) -> str:
+    """The distributions and npm packages of an environment that have all their files, one per line."""
+    return workers.output(
+        str(_python(folder)), "-I", "-c", _WHOLE, *toolchain.delete, *(f"{folder}/*" for folder in toolchain.delete)
+    )
 
 
 def find(toolchain: str | Toolchain) -> Toolchain:
@@ -302,6 +316,7 @@ def parse(name: str, text: str) -> Toolchain:
         python=python,
         npm=npm,
         without=_listed("without", directives),
+        delete=_listed("delete", directives),
         convert_imports=_listed("convert-imports", directives),
         run_imports=_listed("run-imports", directives),
     )
@@ -349,8 +364,9 @@ def provision(toolchain: Toolchain, folder: Path, workers: Workers, say: Say = l
         _install(toolchain, folder, workers, say)
         if toolchain.npm:
             _install_npm(toolchain.name, folder, python, workers)
+        _delete(toolchain.delete, folder, python, workers)
         _compile_imports(toolchain, folder, workers)
-        found = workers.output(str(python), "-I", "-c", _WHOLE)
+        found = _whole(toolchain, folder, workers)
         disk.record_size(folder)
         (folder / _COMPLETE).write_text(found, encoding="utf-8")
     except ToolMissing as error:
@@ -440,18 +456,30 @@ def _install_npm(name: str, folder: Path, python: Path, workers: Workers) -> Non
     node = wheel / ("node.exe" if windows else "bin/node")
     npm = wheel / ("node_modules" if windows else "lib/node_modules") / "npm" / "bin" / "npm-cli.js"
     workers.output(str(node), str(npm), "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--prefix", str(folder))
-    for for_debuggers in (folder / "node_modules").rglob("*.map"):  # half of the size
-        for_debuggers.unlink()
+
+
+def _delete(patterns: Sequence[str], folder: Path, python: Path, workers: Workers) -> None:
+    """Delete what no route reads from the packages of an environment."""
+    for packages in (_site(python, workers), folder / "node_modules"):
+        for path in tuple(packages.rglob("*")):
+            if any(fnmatch(path.relative_to(packages).as_posix(), pattern) for pattern in patterns):
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _site(python: Path, workers: Workers) -> Path:
+    """The `site-packages` of an environment."""
+    return Path(
+        workers.output(str(python), "-I", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
+    )
 
 
 def _layer(python: Path, workers: Workers) -> None:
     """Put the training environment's packages below the new ones."""
-    site = workers.output(str(python), "-I", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
     hosts = dict.fromkeys(sysconfig.get_path(kind) for kind in ("purelib", "platlib"))
     # addsitedir, so that the editable installs of the training environment work too
     # in ASCII, since Python before 3.13 reads .pth files in the locale's encoding
     lines = [f"import site; site.addsitedir({host!a})" for host in hosts]
-    Path(site, "_polyexport_layer.pth").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (_site(python, workers) / "_polyexport_layer.pth").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def _python(folder: Path) -> Path:
