@@ -17,12 +17,14 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 import planted
 import polyexport
 from planted import planted as plant
 from polyexport import ExportSpec, Format, Runner
+from polyexport.capture.pickling import libraries
 from polyexport.engine.dispatch import Dispatcher, Limits, imports
 from polyexport.workers import oom, process, servers, toolchain
 from polyexport.workers.job import Bench, Convert, Serve, write_job
@@ -256,6 +258,14 @@ def test_a_server_whose_imports_started_threads_forks_nothing(run: Run, tmp_path
     assert told(tmp_path / "one.log")["parent"] == os.getpid()
 
 
+def test_an_import_that_starts_threads_is_left_out(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "starts_a_thread.py").write_text(
+        "import threading, time\nthreading.Thread(target=time.sleep, args=(600,), daemon=True).start()\n"
+    )
+    assert run("one", tells, imports=("numpy", "starts_a_thread", "csv"), PYTHONPATH=str(tmp_path)).ok
+    assert (tmp_path / "one.log").read_text().startswith(FORKED)
+
+
 def test_a_server_that_hangs_while_importing_delays_no_job(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -399,6 +409,27 @@ def test_a_module_of_the_users_is_imported_in_children_only(tmp_path: Path, monk
     assert children
     servers = {parent for _, parent in children}
     assert servers.isdisjoint(process for process, _ in pairs)
+
+
+def test_the_library_of_a_module_is_imported_by_the_server_that_forks_for_it(tmp_path: Path) -> None:
+    config = transformers.ResNetConfig(embedding_sizes=8, hidden_sizes=[8, 8], depths=[1, 1], num_labels=3)
+    module, home = (
+        transformers.ResNetForImageClassification(config).eval(),
+        "transformers.models.resnet.modeling_resnet",
+    )
+    assert home in libraries(module)
+    assert libraries(nn.Sequential(Own(4, 4), nn.ReLU())) == (), "code of the user's, and what each worker has"
+    report = polyexport.export(module, torch.rand(2, 3, 32, 32), ["torchscript"], tmp_path / "x", bench=False)
+    assert report["torchscript"].state == "verified"
+    first, *_ = (tmp_path / "x" / "logs" / "torchscript.log").read_text().splitlines()
+    assert re.fullmatch(rf"\[forked by a server that has imported torch, .*\b{re.escape(home)}\b.*\]", first)
+    for name, served in {"host": True, "torch": False, "onnx": False}.items():
+        job = Bench(format=name, spec=ExportSpec((), ()), batch="x.npz")
+        assert (home in imports(toolchain.find(name), job, (home,), gpu=False)) == served, "what is measured there"
+
+
+class Own(nn.Linear):
+    """A layer of this file."""
 
 
 def test_what_is_measured_has_nothing_but_its_runtime_imported() -> None:

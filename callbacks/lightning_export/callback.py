@@ -193,13 +193,14 @@ class ExportCallback(Callback):
         refuse(self, siblings(trainer, ExportCallback), trainer, pl_module)
         self._tail = follow(trainer, self.monitor, self._tail, self._look)
         if trainer.is_global_zero:
-            self._open(trainer)
+            self._open(trainer, pl_module)
 
     @harmless
-    def _open(self, trainer: Trainer) -> None:
+    def _open(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the session, and install missing toolchains: during training, if it has more than one epoch."""
         self.session = fit.begin(
             trainer,
+            pl_module,
             self.options,
             lambda: exports_folder(trainer, self.into, self.monitor, siblings(trainer, ExportCallback).index(self)),
             reports=self.reports,

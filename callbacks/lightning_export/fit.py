@@ -13,13 +13,20 @@ from lightning_export.loggers import sinks
 from lightning_export.metrics import measured
 from lightning_export.trainer import KEPT_BY_LIGHTNING, attached, shards
 from polyexport import ExportFailed, Report
+from polyexport.capture.pickling import libraries
 from polyexport.engine.session import Options, Session
 from polyexport.publish import Sink
 from polyexport.report import console
 
 
 def begin(
-    trainer: Trainer, options: Options, into: Callable[[], Path], *, reports: list[Report], folders: list[Path]
+    trainer: Trainer,
+    pl_module: LightningModule,
+    options: Options,
+    into: Callable[[], Path],
+    *,
+    reports: list[Report],
+    folders: list[Path],
 ) -> Session:
     """A new session for this trainer."""
     return Session(
@@ -30,6 +37,7 @@ def begin(
         sharded=shards(trainer),
         attributes=attached,
         ignored=KEPT_BY_LIGHTNING,
+        libraries=libraries(pl_module),
         say=lambda line: rank_zero_info(f"ExportCallback: {line}"),
         warn=lambda line: rank_zero_warn(f"ExportCallback: {line}"),
     )

@@ -10,6 +10,11 @@ import sysconfig
 import threading
 from collections.abc import Callable, Iterator
 from importlib.machinery import PathFinder
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import nn
 
 _ALONE = threading.RLock()  # registering a module with cloudpickle affects all threads
 
@@ -68,6 +73,25 @@ def _installed(name: str) -> str:
     folders = dict.fromkeys(sysconfig.get_path(kind) for kind in ("stdlib", "purelib", "platlib"))
     found = PathFinder.find_spec(name, list(folders))
     return os.path.realpath(found.origin) if found and found.origin else ""
+
+
+def libraries(module: nn.Module) -> tuple[str, ...]:
+    """The installed Python modules, by name, that a worker imports to rebuild a module: those of its layers' classes.
+
+    Code of the user's own is not among them, even where it is installed as an editable project.
+    """
+    names = {str(type(each).__module__) for each in module.modules()}
+    return tuple(sorted(name for name in names if name.partition(".")[0] not in _PRESENT and _is_installed(name)))
+
+
+_PRESENT = ("torch", "lightning", "pytorch_lightning")  # each worker that rebuilds a module has imported them
+
+
+def _is_installed(name: str) -> bool:
+    """Whether a loaded Python module is a file of site-packages."""
+    file = getattr(sys.modules.get(name), "__file__", None)
+    folders = {Path(sysconfig.get_path(kind)) for kind in ("purelib", "platlib")}
+    return file is not None and not folders.isdisjoint(Path(file).parents)
 
 
 def import_path() -> tuple[str, ...]:

@@ -40,6 +40,7 @@ class Dispatcher:
         sys_path: The training process's import path.
         elsewhere: Where jobs run; None for this machine.
         trusted: Whether files of the folder may be unpickled.
+        libraries: Python modules that jobs import to rebuild the user's module; see `pickling.libraries`.
     """
 
     root: Path
@@ -50,6 +51,7 @@ class Dispatcher:
     sys_path: tuple[str, ...]
     elsewhere: Elsewhere | None = None
     trusted: bool = True
+    libraries: tuple[str, ...] = ()
 
     def run(self, job: Job, chain: Toolchain, name: str, log: str, *, gpu: bool = False) -> JobResult:
         """Run a job when a slot is free."""
@@ -69,7 +71,7 @@ class Dispatcher:
             self.root / log,
             timeout=self.limits.timeout,
             environment=around,
-            imports=imports(chain, job, gpu=gpu),
+            imports=imports(chain, job, self.libraries, gpu=gpu),
         )
         return replace(done.result(), command=again)
 
@@ -93,7 +95,7 @@ class Dispatcher:
             self.root / log,
             timeout=self.limits.timeout,
             environment=around,
-            imports=imports(chain, job, gpu=gpu),
+            imports=imports(chain, job, self.libraries, gpu=gpu),
         ) as talk:
             yield talk
 
@@ -111,7 +113,7 @@ class Dispatcher:
         return path
 
 
-def imports(chain: Toolchain, job: Job, *, gpu: bool) -> tuple[str, ...]:
+def imports(chain: Toolchain, job: Job, libraries: tuple[str, ...] = (), *, gpu: bool) -> tuple[str, ...]:
     """What a server may import before it forks for a job: nothing where that may initialize the GPU's driver.
 
     Nobody knows what a user's own format needs of its toolchain, so nothing is imported for one where the imports would
@@ -121,7 +123,14 @@ def imports(chain: Toolchain, job: Job, *, gpu: bool) -> tuple[str, ...]:
     if gpu or (own and isinstance(job, Bench)):
         return ()
     converts = isinstance(job, Prepare | Convert) or (isinstance(job, Verify) and verifies(chain))
-    return chain.imports(converts=own or converts)
+    return with_libraries(chain, libraries, converts=own or converts)
+
+
+def with_libraries(chain: Toolchain, libraries: tuple[str, ...], *, converts: bool) -> tuple[str, ...]:
+    """What a toolchain's server imports: `libraries` too, if the user's module is rebuilt in its children."""
+    found = chain.imports(converts=converts)
+    rebuilds = chain is toolchain.HOST or found == toolchain.HOST.imports(converts=True)
+    return (*found, *libraries) if rebuilds else found
 
 
 def verifies(chain: Toolchain) -> bool:

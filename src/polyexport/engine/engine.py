@@ -30,7 +30,7 @@ from polyexport.capture.processing import part
 from polyexport.capture.snapshot import PROCESSING, SHARDS, WEIGHTS
 from polyexport.engine import plan, routes
 from polyexport.engine.bench import bench, sweep
-from polyexport.engine.dispatch import Dispatcher, Limits, verifies
+from polyexport.engine.dispatch import Dispatcher, Limits, verifies, with_libraries
 from polyexport.engine.explain import explained, layers
 from polyexport.engine.labels import labeled
 from polyexport.engine.ownership import seal
@@ -90,6 +90,8 @@ class Engine:
             Latency is measured on this machine.
         staging: An fsspec URL that this machine and the executor's can reach, through which files travel; without one
             they travel through the executor.
+        libraries: Python modules that jobs import to rebuild the user's module, for the servers to import early; see
+            `polyexport.capture.pickling.libraries`.
         tell: Called with one line about each format when it is finished, from threads of the engine: it must be quick
             and thread-safe, as a deque's `append` or `print` are.
     """
@@ -102,6 +104,7 @@ class Engine:
         background: bool = False,
         executor: Any = None,
         staging: str | None = None,
+        libraries: tuple[str, ...] = (),
         tell: Callable[[str], object] | None = None,
     ) -> None:
         check_limits(workers, timeout, executor, staging)
@@ -116,6 +119,7 @@ class Engine:
         self._waiting: tuple[Future[Report], Request] | None = None
         self._lock = threading.Lock()
         self._doing: dict[str, str] = {}
+        self._libraries = libraries
         self._tell = tell
         self._unfinished: list[Path] = []  # the newest last
         # deleting the last link to a large checkpoint, or pickling, may take longer than training may wait
@@ -171,7 +175,7 @@ class Engine:
                 continue
             around = environment(threads=self._limits.threads, gpu=False, host=chain.in_host)
             with contextlib.suppress(ToolMissing):  # the job that needs it reports it
-                converts, runs = chain.imports(converts=True), chain.imports(converts=False)
+                converts, runs = (with_libraries(chain, self._libraries, converts=each) for each in (True, False))
                 self._workers.warm(chain.command(self._workers), converts, around)
                 if runs != converts and (timed or not verifies(chain)):
                     self._workers.warm(chain.command(self._workers), runs, around)
@@ -411,7 +415,8 @@ class Engine:
         return replace(self._dispatcher(report.folder, report.folder, whole), trusted=trust)
 
     def _dispatcher(self, root: Path, final: Path, limits: Limits, elsewhere: Elsewhere | None = None) -> Dispatcher:
-        return Dispatcher(root, final, self._workers, self._slots, limits, import_path(), elsewhere)
+        path, libraries = import_path(), self._libraries
+        return Dispatcher(root, final, self._workers, self._slots, limits, path, elsewhere, libraries=libraries)
 
 
 # --- pieces -----------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from polyexport.capture.pickling import libraries
 from polyexport.capture.processing import NONE, Processing, Step, entry, preprocessed, resolved
 from polyexport.capture.snapshot import WEIGHTS
 from polyexport.engine.engine import Engine
@@ -102,7 +103,14 @@ def export(
         )
     with (
         requested(module, inputs, chosen, into, dynamic, calibration, checkpoint, steps) as request,
-        Engine(workers=workers, timeout=timeout, executor=executor, staging=staging, tell=progress) as engine,
+        Engine(
+            workers=workers,
+            timeout=timeout,
+            executor=executor,
+            staging=staging,
+            libraries=libraries(module),
+            tell=progress,
+        ) as engine,
     ):
         request = replace(request, labels=tuple(labels), metadata=dict(metadata or {}), processing=steps.described)
         report = engine.submit(request).result()

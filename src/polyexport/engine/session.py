@@ -136,6 +136,7 @@ class Session:
         sharded: Whether this process has only a shard of the weights.
         attributes: Returns the attributes to set on a copy of the module in place of those that cannot be pickled.
         ignored: Names of attributes of the module that the trainer may change at any time.
+        libraries: Python modules that its classes come from; see `Engine`.
         say: Called with a line for the user.
         warn: Called with a line about something that went wrong.
 
@@ -157,6 +158,7 @@ class Session:
         sharded: bool = False,
         attributes: Callable[[Any], Mapping[str, Any]] = lambda root: {},
         ignored: Collection[str] = (),
+        libraries: tuple[str, ...] = (),
         say: Callable[[str], None] = print,
         warn: Callable[[str], object] = warnings.warn,
     ) -> None:
@@ -176,6 +178,7 @@ class Session:
             background=True,
             executor=options.executor,
             staging=options.staging,
+            libraries=libraries,
             tell=self.told.append,
         )
         self._captured: Path | None = None

@@ -7,8 +7,8 @@ Requirements:
   command line; a user's modules are imported in the child.
 * A child has its own session, standard streams, environment and temporary folder; it ends with this process, and this
   process ends with the one that started it.
-* Only the thread that forks survives in a child: the server reports its threads, and the engine does not fork if there
-  are others.
+* Only the thread that forks survives in a child: if an import starts another, the server starts again without that and
+  those after it. It reports the threads that it has in spite of this, and the engine does not fork from it then.
 
 Only the standard library is imported, as in `polyexport.worker`.
 """
@@ -76,23 +76,32 @@ def _receive(connection: socket.socket) -> tuple[Order, list[int]] | None:
 def run(imports: Sequence[str], work: Callable[[Path], int]) -> int:
     """Run a server whose connection is standard input; `work` runs a job in a child and returns its exit code.
 
-    The first line that it sends has the names of its other threads, and its memory in bytes.
+    The first line that it sends has what it has imported, the names of its other threads, and its memory in bytes.
     """
     parent = int(os.environ.get(PARENT, 0)) or os.getppid()
     with _ends_with(parent):
-        for name in imports:
+        before = _further_threads()
+        for index, name in enumerate(imports):
             try:
                 importlib.import_module(name)
             except Exception:  # a job that needs the module raises the same error, and reports it
                 traceback.print_exc()
+            if index and _further_threads() != before:
+                _start_again(imports, index)
     gc.collect()
     gc.freeze()  # so that a child's garbage collection does not copy the shared pages
     sys.stdout.flush()
     sys.stderr.flush()
     with socket.socket(fileno=os.dup(0)) as connection:
-        hello = json.dumps({"threads": _further_threads(), "bytes": _resident_bytes()})
+        hello = json.dumps({"imported": imports, "threads": _further_threads(), "bytes": _resident_bytes()})
         connection.sendall(hello.encode() + b"\n")
         return _serve(connection, parent, work)
+
+
+def _start_again(imports: Sequence[str], count: int) -> None:
+    """Replace this process by a server that imports the first `count` only: the next one has started threads."""
+    command = sys.orig_argv[: len(sys.orig_argv) - len(imports)]
+    os.execv(sys.executable, [*command, *imports[:count]])
 
 
 @contextlib.contextmanager

@@ -122,6 +122,7 @@ class Server:
         words: The command that starts it.
         why_not: Why it cannot fork; empty if it can, None before it is ready.
         held_bytes: Its memory in bytes.
+        imported: What it has imported.
         users: How many jobs have or will get a child of it.
         used: When a job last requested it, on the monotonic clock.
     """
@@ -129,6 +130,7 @@ class Server:
     words: tuple[str, ...]
     why_not: str | None = None
     held_bytes: int = 0
+    imported: tuple[str, ...] = ()
     users: int = 0
     used: float = 0.0
     _connection: socket.socket | None = None
@@ -183,7 +185,7 @@ class Server:
         about = json.loads(line)
         if about["threads"]:
             return f"its server has other threads ({', '.join(about['threads'])}), so a fork is not safe"
-        self.held_bytes = about["bytes"]
+        self.held_bytes, self.imported = about["bytes"], tuple(about["imported"])
         return ""
 
     def fork(self, job: Path, stdout: Any, stderr: IO[bytes], environment: Mapping[str, str]) -> Child:
@@ -253,7 +255,7 @@ class Servers:
             if why_not:
                 yield None, f"spawned, since {why_not}"
             else:
-                yield server, f"forked by a server that has imported {', '.join(imports)}"
+                yield server, f"forked by a server that has imported {', '.join(server.imported)}"
         finally:
             with self._lock:
                 server.users -= 1
