@@ -140,7 +140,12 @@ NAMES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     },
     "c": {"formats/c.py": ("emx_onnx_cgen.onnx_import:_node_attrs",)},
     "executorch": {
-        "formats/executorch.py": ("executorch.exir._serialize._program:deserialize_pte_binary",),
+        "formats/executorch.py": (
+            "executorch.backends.xnnpack.partition.graphs.bilinear_2d:get_graphs_dict",
+            "executorch.backends.xnnpack.partition.graphs.sdpa:get_graphs",
+            "executorch.exir._serialize._program:deserialize_pte_binary",
+            "torch.fx.traceback:NodeSource",
+        ),
         "formats/executorch_quantized.py": (
             "executorch.backends.xnnpack.partition.config.gemm_configs:ConvolutionConfig",
             "executorch.backends.xnnpack.serialization.xnnpack_graph_serialize:XNNHeader",
