@@ -100,6 +100,13 @@ def test_a_latency_measured_under_load_is_not_compared_with_others(tmp_path):
     timed = {name: measured([2.0] * 10, waited=0.9 if name == "static" else 0.0) for name in (EAGER, "good", "static")}
     found = _recorded(report, timed, {})
     assert (found["good"].latency.speedup, found["static"].latency.speedup) == (1.0, None)
+    (note,) = found.notes
+    why = "their runtimes waited for a processor for much of the time"
+    assert note.text == f"some formats have no speed-up: {why} (static 90%)"
+    timed = {name: measured([2.0] * 10, waited=0.9 if name == EAGER else 0.0) for name in (EAGER, "good", "static")}
+    found = _recorded(report, timed, {})
+    assert (found["good"].latency.speedup, found["static"].latency.speedup) == (None, None)
+    assert [note.text for note in found.notes] == [f"no format has a speed-up: {why} (eager PyTorch 90%)"]
 
 
 def test_a_format_slower_than_pytorch_gets_a_note_with_known_causes(tmp_path):

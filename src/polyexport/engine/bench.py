@@ -175,7 +175,8 @@ def _recorded(
     slow_because: Mapping[str, str] = MappingProxyType({}),
 ) -> Report:
     baseline = measured.get(EAGER)
-    beside = baseline if is_quiet(measured.values()) else None
+    quiet = is_quiet(measured.values()) and (baseline is None or baseline.waited <= QUIET)
+    beside = baseline if quiet else None
     outcomes = tuple(_with_latency(outcome, measured.get(outcome.format), beside) for outcome in report.outcomes)
     texts = [f"no latency of {name}: {why}" for name, why in why_not.items()]
     if not is_quiet(measured.values()):
@@ -184,6 +185,11 @@ def _recorded(
             f"latency was measured on a busy machine: runtimes waited for a processor {waited:.0%} of the time, "
             "so no format is called the fastest"
         )
+    elif busy := {name: latency.waited for name, latency in measured.items() if latency.waited > QUIET}:
+        named = {"eager PyTorch" if name == EAGER else name: waited for name, waited in busy.items()}
+        shares = ", ".join(f"{name} {waited:.0%}" for name, waited in named.items())
+        who = "no format has a speed-up" if EAGER in busy else "some formats have no speed-up"
+        texts.append(f"{who}: their runtimes waited for a processor for much of the time ({shares})")
     for outcome in outcomes:
         if (latency := outcome.latency) is not None and latency.speedup and round(latency.speedup, 2) < 1:
             texts.append(_slower(outcome.format, latency, slow_because.get(outcome.format, "")))
