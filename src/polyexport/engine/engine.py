@@ -119,7 +119,8 @@ class Engine:
         self._waiting: tuple[Future[Report], Request] | None = None
         self._lock = threading.Lock()
         self._doing: dict[str, str] = {}
-        self._libraries = libraries
+        # shared servers would be one more for each module
+        self._libraries = libraries if self._workers.own_servers else ()
         self._tell = tell
         self._unfinished: list[Path] = []  # the newest last
         # deleting the last link to a large checkpoint, or pickling, may take longer than training may wait

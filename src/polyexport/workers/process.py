@@ -95,6 +95,9 @@ class Workers:
 
     Args:
         background: Whether training runs at the same time, so that they have the lowest priority.
+
+    Attributes:
+        own_servers: Whether no other engine uses their servers; see `shared_servers`.
     """
 
     def __init__(self, *, background: bool = False) -> None:
@@ -102,7 +105,7 @@ class Workers:
         self._running: set[Process] = set()
         self._lock = threading.Lock()
         self._closed = False
-        self._own_servers = _shared is None
+        self.own_servers = _shared is None
         self._servers = _shared or Servers(self._server)
 
     @property
@@ -205,7 +208,7 @@ class Workers:
             running = tuple(self._running)
         for process in running:
             _kill(process)
-        if self._own_servers:
+        if self.own_servers:
             self._servers.close()
 
     @contextlib.contextmanager
