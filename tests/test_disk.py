@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from typer.testing import CliRunner
 
 from polyexport.cli import app
 from polyexport.workers import disk
+from polyexport.workers.process import Workers
 from polyexport.workers.toolchain import find
 
 
@@ -69,3 +71,16 @@ def test_remove_needs_names_or_unused(cache: Path, words: list[str]) -> None:
     assert done.exit_code == 2
     assert "give names of toolchains, or --unused" in done.stderr
     assert (cache / "mnn-of-last-year").exists()
+
+
+def test_a_worker_ends_when_training_needs_the_rest_of_the_disk(tmp_path: Path) -> None:
+    workers = Workers(background=True)
+    command = [sys.executable, "-c", "import time; time.sleep(2)"]
+    job, log = tmp_path / "job.json", tmp_path / "log.txt"
+    spare = disk.free_bytes(tmp_path) * 2
+    ended = workers.run(command, job, log, timeout=60, environment=os.environ, spare=spare)
+    assert ended.error.endswith("since training's next checkpoints may need " + disk.gigabytes(spare))
+    workers.hurry()  # training is over
+    ended = workers.run(command, job, log, timeout=60, environment=os.environ, spare=spare)
+    assert ended.error == "ended with exit code 0 and no result"
+    workers.end_all()

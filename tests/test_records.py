@@ -11,6 +11,7 @@ from typing import Any
 
 import jsonschema
 import pytest
+import torch
 from rich.console import Console
 
 from polyexport import BadRequest, ExportSpec, Outcome, Report, TensorSpec
@@ -24,7 +25,7 @@ from polyexport.report.manifest import MANIFEST, Made, Manifest
 from polyexport.report.outcome import Artifact, Checkpoint, Model, Toolchain, notes
 from polyexport.report.report import markdown, metrics, rows
 from polyexport.report.tables import sentence
-from polyexport.serialization import decode, encode, read_json, write_json
+from polyexport.serialization import decode, encode, read_json, write_json, writing
 from polyexport.spec import Batch
 
 
@@ -271,3 +272,19 @@ def test_verified_by_a_stand_in_is_shown_as_off_device_everywhere(tmp_path):
 def test_a_mismatch_off_device_is_a_mismatch(tmp_path):
     assert by_stand_in(tmp_path, passed=False)["onnx"].shown_state == "mismatch"
     assert report(tmp_path)["onnx"].shown_state == "verified"
+
+
+def test_a_file_of_tensors_that_cannot_be_written_is_an_error_and_the_old_one_stays(tmp_path):
+    resource = pytest.importorskip("resource")
+    with writing(tmp_path / "weights.pt") as file:
+        torch.save(torch.ones(2), file)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # as on a full disk, the process would end with SIGABRT
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"weights\.pt"), writing(tmp_path / "weights.pt") as file:
+            torch.save(torch.zeros(100_000), file)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in tmp_path.iterdir()] == ["weights.pt"]
+    assert torch.load(tmp_path / "weights.pt").sum() == 2

@@ -24,6 +24,8 @@ from lightning_export import ExportCallback
 from lightning_export.best import bases
 from lightning_export.trainer import exports_folder
 from polyexport import Report
+from polyexport.engine import session, weights
+from polyexport.engine.weights import is_written
 from polyexport.report.report import history
 from polyexport.serialization import write_json
 
@@ -41,7 +43,7 @@ class Recording(ExportCallback):
         super()._open(trainer)
         self.session._submit = self._record
 
-    def _record(self, work: Path, name: str, checkpoint: Any, held: str | None) -> None:
+    def _record(self, work: Path, name: str, checkpoint: Any, *rest: Any) -> None:
         blob = torch.load(work / "source" / "weights.pt", weights_only=False)
         clock = float(blob.get("state_dict", blob)["clock"])
         self.taken.append((name, checkpoint.global_step, clock))
@@ -167,6 +169,53 @@ def test_a_checkpoint_that_is_written_in_the_background_is_taken_once_it_is_ther
     taken = [(name, clock) for name, _, clock in recording.taken]
     assert taken[-1] == ("epoch=2-step=12", 12)
     assert set(taken) <= {("epoch=0-step=4", 4), ("epoch=1-step=8", 8), ("epoch=2-step=12", 12)}
+
+
+def test_what_training_needs_of_the_disk_is_left_to_it_and_the_best_is_taken_when_fit_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr(weights, "free_bytes", lambda folder: 1000)
+    with pytest.warns(match=r"epoch=0-step=4 is not exported, .* GB are free; this is tried again when fit ends"):
+        recording = fit(tmp_path, [3.0, 2.0, 5.0], ModelCheckpoint(monitor="val_loss"))
+    assert clocks(recording) == [8]
+
+
+def test_a_best_that_cannot_be_written_is_tried_once_more_when_fit_ends(tmp_path, monkeypatch):
+    tried = []
+
+    def hold(*arguments: Any) -> Any:
+        tried.append(arguments)
+        if len(tried) == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return weights.hold(*arguments)
+
+    monkeypatch.setattr(session, "hold", hold)
+    with pytest.warns(match="epoch=0-step=4 is not exported, .*: No space left on device; this is tried again"):
+        recording = fit(tmp_path, [3.0, 4.0, 5.0], ModelCheckpoint(monitor="val_loss"))
+    assert clocks(recording) == [4]
+    assert len(tried) == 2
+
+
+@pytest.mark.parametrize(
+    ("written", "is_complete"),
+    [
+        ({}, False),
+        ({"file": b""}, False),
+        ({"file": b"PK\x03\x04 and the half of a zip archive"}, False),
+        ({"file": b"\x80\x02 and a pickle"}, True),
+        ({"folder/": b""}, False),
+        ({"folder/__0_0.distcp": b"x"}, False),
+        ({"folder/__0_0.distcp": b"x", "folder/.metadata": b"x"}, True),
+        ({"folder/shard-0": b"x"}, True),
+    ],
+)
+def test_a_checkpoint_that_is_being_written_is_recognized(tmp_path, written, is_complete):
+    for name, content in written.items():
+        path = tmp_path / name
+        (path if name.endswith("/") else path.parent).mkdir(exist_ok=True)
+        if not name.endswith("/"):
+            path.write_bytes(content)
+    assert is_written(str(tmp_path / next(iter(written), "file").partition("/")[0])) == is_complete
+    torch.save({}, tmp_path / "whole.ckpt")
+    assert is_written(str(tmp_path / "whole.ckpt"))
 
 
 def test_the_order_of_the_callbacks_does_not_matter(tmp_path):

@@ -272,11 +272,16 @@ class ExportCallback(Callback):
             return
         try:
             if self.session is not None and self.session.captured:
-                self._offers.offer_last(trainer, self.session)
+                self._offer_at_end(trainer, self.session)
                 fit.end(trainer, pl_module, self.session, self.reports, self.metric_batches, self.publish, self.into)
         finally:
             self._complaint = complaint(self.reports, self.fail_on)
             ranks.tell(trainer, self._turn, self._complaint)
+
+    @harmless
+    def _offer_at_end(self, trainer: Trainer, session: Session) -> None:
+        """Guarded by itself: if it fails, the exports that there are still have to be finished and published."""
+        self._offers.offer_last(trainer, session)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

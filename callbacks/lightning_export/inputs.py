@@ -77,11 +77,21 @@ class Inputs:
             self._take_first(pl_module, batch, seen, called.outermost if called else (), early=early)
         elif self._given is not None:
             inputs = self._given(batch)
-            self._session.skip() if inputs is None else self._session.take(pl_module, *as_call(inputs))
-        elif seen is not None:
-            self._session.take(pl_module, *seen)
+            self._take_next(pl_module, None if inputs is None else as_call(inputs))
         else:
-            self._session.skip()
+            self._take_next(pl_module, seen)
+
+    def _take_next(self, pl_module: LightningModule, call: Call | None) -> None:
+        try:
+            self._session.skip() if call is None else self._session.take(pl_module, *call)
+        except OSError as error:
+            self._warn(error, "artifacts are verified with fewer batches before")
+
+    def _warn(self, error: OSError, meanwhile: str) -> None:
+        rank_zero_warn(
+            f"ExportCallback: the inputs of forward cannot be written to {self._session.place()}: "
+            f"{error.strerror or error}; this is tried again in the next validation, and {meanwhile}"
+        )
 
     def of_training(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
         """Without validation, take inputs from `inputs` or `example_input_array` at the first training batch."""
@@ -155,6 +165,8 @@ class Inputs:
             return
         try:
             self._session.take(pl_module, *call)
+        except OSError as error:
+            self._warn(error, "nothing is exported before")
         except BaseException:
             self._refused = True
             raise

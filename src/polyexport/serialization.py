@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import json
 import math
 import sys
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar, cast
 
 from polyexport.errors import BadRequest, line
 
@@ -157,6 +159,56 @@ def _schema(kind: Any, definitions: dict[str, Any]) -> dict[str, Any]:
     return {"type": _JSON_TYPES[kind]} if kind in _JSON_TYPES else {}
 
 
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[IO[bytes]]:
+    """A file that is at `path` once it is written, for `torch.save` and the like; hard links keep the old content.
+
+    PyTorch's archive writer ends the process (SIGABRT) if a write fails, as on a full disk. So `write` keeps the error,
+    and this raises it.
+
+    Raises:
+        OSError: the file cannot be written; nothing is left of it.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as opened:
+            file = _KeepsErrors(opened)
+            yield cast(IO[bytes], file)
+            if file.error is not None:
+                raise file.error
+        temporary.replace(path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
+
+
+class _KeepsErrors(io.RawIOBase):
+    """Writes to `file`, up to the first error, which it keeps."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.error: OSError | None = None
+
+    def writable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return self._file.seek(offset, whence)
+
+    def write(self, data: Any) -> int:
+        if self.error is None:
+            try:
+                self._file.write(data)
+            except OSError as error:
+                self.error = error
+        return memoryview(data).nbytes
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write `value` atomically: a reader sees the old file or the new one."""
     write_text(path, json.dumps(encode(value), indent=2, allow_nan=False) + "\n")
@@ -165,9 +217,8 @@ def write_json(path: Path, value: Any) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write `text` atomically; a hard link to the old file keeps the old text."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    with writing(path) as file:
+        file.write(text.encode())
 
 
 def read_record(kind: type[T], path: Path, version: int | None = None) -> T:

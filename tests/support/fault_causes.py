@@ -131,6 +131,21 @@ def no_memory_groups() -> str:
     return "" if can else f"{memory_groups()} has no memory controller"
 
 
+class HasNoRoomForAWhile(Callback):
+    """Another program fills the disk of the exports when training starts, and removes its file when it ends."""
+
+    FILE = Path("..", "exports", "fill")
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        with contextlib.suppress(OSError), self.FILE.open("wb") as file:  # without the callback there is no such folder
+            while True:
+                file.write(bytes(4096))
+                file.flush()
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        self.FILE.unlink(missing_ok=True)
+
+
 class HasNoToolchains(Callback):
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         os.environ["POLYEXPORT_CACHE"] = os.path.abspath("toolchains")
@@ -219,11 +234,11 @@ def killer(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def small_disk(folder: Path) -> Iterator[None]:
-    """The exports lie on a disk of four megabytes; what is on it in the end is kept."""
+def small_disk(folder: Path, size: str = "4m") -> Iterator[None]:
+    """The exports lie on a disk of this size; what is on it in the end is kept."""
     exports = folder / "exports"
     exports.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", exports], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", exports], check=True)
     try:
         yield
     finally:

@@ -10,6 +10,7 @@ for: `faulty`, which most faults are made in, and `good`. Prints what was seen a
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -42,6 +43,7 @@ from fault_causes import (
     HasFilesCalledLikePackages,
     HasLittleMemory,
     HasNoNetwork,
+    HasNoRoomForAWhile,
     HasNoToolchains,
     IsInterrupted,
     Looks,
@@ -154,6 +156,21 @@ FAULTS = {
             faulty=plant("faulty", planted.writes_too_much),
             around=small_disk,
             export={"workers": 1},
+            cannot=lambda: privileged("--mount", "true"),
+        ),
+        Fault(
+            "disk has no room for the inputs",
+            "a tmpfs of 8 KB",
+            "no export",
+            around=functools.partial(small_disk, size="8k"),
+            cannot=lambda: privileged("--mount", "true"),
+        ),
+        Fault(
+            "disk is full for a while",
+            "filled when training starts, and freed when it ends",
+            "verified",
+            callbacks=(HasNoRoomForAWhile, Waits),
+            around=small_disk,
             cannot=lambda: privileged("--mount", "true"),
         ),
         Fault("folder cannot be written", "a file in its place", "no export", around=file_in_the_way),

@@ -145,13 +145,14 @@ def _restore_weights(module: nn.Module, path: Path) -> None:
 
 
 def write(found: Answer | None, folder: Path) -> None:
-    """Write an answer into a module's folder, if it can be pickled."""
-    if found is None:
-        return
-    try:
-        snapshot.dump(found, folder / ANSWER)
-    except Exception:  # the user's values may not be picklable: then there is nothing to compare with
-        (folder / ANSWER).unlink(missing_ok=True)
+    """Write an answer into a module's folder, if it can be pickled; else there is nothing to compare with.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    if found is not None:
+        with contextlib.suppress(snapshot.Unpicklable):
+            snapshot.dump(found, folder / ANSWER)
 
 
 @contextlib.contextmanager

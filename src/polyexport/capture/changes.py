@@ -103,16 +103,17 @@ def _shape(tensor: torch.Tensor | None) -> tuple[int, ...] | None:
 def retake(root: nn.Module, select: Select, folder: Path, attributes: Mapping[str, Any] = MappingProxyType({})) -> bool:
     """Pickle the structure of `folder` again, if it was pickled: training may have changed attributes and buffers.
 
-    If that fails, the previous one stays. Returns whether it was pickled.
+    If it cannot be pickled anymore, the previous one stays. Returns whether it was pickled.
+
+    Raises:
+        OSError: the file cannot be written; the previous one stays.
     """
-    structure, before = folder / STRUCTURE, folder / f"{STRUCTURE}.before"
-    if not structure.exists():
+    if not (folder / STRUCTURE).exists():
         return False
-    structure.rename(before)  # the files are hard links that other exports share
     try:
         save_structure(root, select, folder, attributes)
-        before.unlink()
-        return True
+    except OSError:
+        raise
     except Exception:  # the user's objects may not be picklable anymore
-        before.replace(structure)
         return False
+    return True

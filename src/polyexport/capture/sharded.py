@@ -16,6 +16,7 @@ from typing import Any
 
 from polyexport.capture.snapshot import read_checkpoint
 from polyexport.errors import BadRequest, ToolMissing
+from polyexport.serialization import writing
 
 
 def join(shards: Path, target: Path) -> None:
@@ -32,12 +33,13 @@ def join(shards: Path, target: Path) -> None:
     elif (shards / "latest").exists() or (shards / "zero_to_fp32.py").exists():
         joined = {"state_dict": _by_deepspeed(shards)}
     else:
-        held = ", ".join(sorted(path.name for path in shards.iterdir())[:5])
+        held = ", ".join(sorted(path.name for path in shards.iterdir())[:5]) or "no files"
         raise BadRequest(
             f"the checkpoint is a folder with {held}; supported are those of torch.distributed.checkpoint (FSDP, "
             "tensor parallelism) and of DeepSpeed; join it yourself and give the file to `polyexport export`"
         )
-    torch.save(joined, target)
+    with writing(target) as file:
+        torch.save(joined, file)
 
 
 def _by_pytorch(shards: Path, whole: Path) -> dict[str, Any]:

@@ -40,6 +40,7 @@ from polyexport.capture.pickling import by_value, importable
 from polyexport.capture.processing import NONE, Processing, joined
 from polyexport.capture.pytree import closed, opened, tree_map
 from polyexport.errors import BadRequest, line
+from polyexport.serialization import writing
 from polyexport.spec import ExportSpec
 from polyexport.tracing.decompositions import plain_attention
 from polyexport.tracing.exported_program import export_program, in_float32
@@ -83,7 +84,8 @@ def dump(value: Any, path: Path, *, without: Iterable[torch.Tensor] | None = ())
     Tensors move to the CPU. Code that another process could not import is pickled by value.
 
     Raises:
-        Exception: whatever the object's own pickling raises.
+        Unpicklable: the object's own pickling raises something.
+        OSError: the file cannot be written; one that was there stays.
     """
     import torch
 
@@ -98,7 +100,8 @@ def dump(value: Any, path: Path, *, without: Iterable[torch.Tensor] | None = ())
         None if id(parameter) in valueless or shape is None else _on_the_cpu(unwrap.local(parameter).detach())
         for parameter, (shape, _, _) in zip(parameters, shapes, strict=True)
     ]
-    torch.save({"pickle": pickled, "parameters": shapes, "tensors": copies, "values": values}, path)
+    with writing(path) as file:
+        torch.save({"pickle": pickled, "parameters": shapes, "tensors": copies, "values": values}, file)
 
 
 class Unpicklable(Exception):
@@ -224,7 +227,7 @@ def save_module(
         save_structure(root, select, folder, attributes)
         save_processing(steps, root, folder)
         return ""
-    except BadRequest:
+    except (BadRequest, OSError):
         raise
     except Exception as error:  # other errors come from the user's files around the module
         why = f"the module cannot be pickled ({error if isinstance(error, Unpicklable) else line(error)})"
@@ -236,6 +239,8 @@ def save_module(
         try:
             save_traced(root, select, args, kwargs, folder, steps)
             return f"{why}, so it was traced in the training process"
+        except OSError:
+            raise
         except Exception as error:  # torch.export raises many types
             reason = f"{why}, nor traced ({line(error, 200)})"
     (folder / UNAVAILABLE).write_text(reason, encoding="utf-8")
@@ -256,10 +261,16 @@ def save_structure(
 
 
 def save_surroundings(root: nn.Module, folder: Path) -> None:
-    """Write the globals that forward may read, in place of a file that may be a hard link; see `surroundings`."""
-    (folder / surroundings.OFFERED).unlink(missing_ok=True)
-    with contextlib.suppress(Exception):  # functions in the user's files may refer to anything
-        found = surroundings.taken(root)
+    """Write the globals that forward may read; see `surroundings`.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    with contextlib.suppress(Unpicklable):  # functions in the user's files may refer to anything
+        try:
+            found = surroundings.taken(root)
+        except Exception:  # what the user's files have may be compared, listed or hashed only with errors
+            found = {}
         try:
             dump(found, folder / surroundings.OFFERED, without=None)
         except Unpicklable:
@@ -576,7 +587,8 @@ def save_traced(
         "paired": wrapped.paired,
         "asked_for": asked.asked_for,
     }
-    torch.export.save(program, folder / "structure.pt2", extra_files={"about.json": json.dumps(about)})
+    with writing(folder / "structure.pt2") as file:
+        torch.export.save(program, file, extra_files={"about.json": json.dumps(about)})
 
 
 def _trace(wrapped: Any, tensors: tuple[torch.Tensor, ...]) -> Any:

@@ -21,10 +21,11 @@ from polyexport.workers.toolchain import Toolchain
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """The resources that a worker may use."""
+    """The resources that a worker may use; `spare` bytes of the disk have to stay free while training runs."""
 
     timeout: float
     threads: int
+    spare: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +73,7 @@ class Dispatcher:
             timeout=self.limits.timeout,
             environment=around,
             imports=imports(chain, job, self.libraries, gpu=gpu),
+            spare=self.limits.spare,
         )
         return replace(done.result(), command=again)
 

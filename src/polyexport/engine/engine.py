@@ -175,7 +175,7 @@ class Engine:
             if not chain.ready or self._workers.closed:
                 continue
             around = environment(threads=self._limits.threads, gpu=False, host=chain.in_host)
-            with contextlib.suppress(ToolMissing):  # the job that needs it reports it
+            with contextlib.suppress(ToolMissing, OSError):  # the job that needs it reports it
                 converts, runs = (with_libraries(chain, self._libraries, converts=each) for each in (True, False))
                 self._workers.warm(chain.command(self._workers), converts, around)
                 if runs != converts and (timed or not verifies(chain)):
@@ -234,7 +234,8 @@ class Engine:
     def _export(self, request: Request) -> Report:
         self.warm(request.formats, timed=False)
         request = _beside_what_is_there(request)
-        dispatcher = self._dispatcher(request.work, request.final, self._limits, self._elsewhere)
+        limits = replace(self._limits, spare=request.spare)
+        dispatcher = self._dispatcher(request.work, request.final, limits, self._elsewhere)
         return self._exported(request, replace(dispatcher, sys_path=request.sys_path))
 
     def _exported(self, request: Request, dispatcher: Dispatcher) -> Report:

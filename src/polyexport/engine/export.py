@@ -24,6 +24,7 @@ from polyexport.measure.dynamic_axes import Dynamic, plain
 from polyexport.report.folders import discard, foreign, is_export, may_become_export, unfinished
 from polyexport.report.outcome import Checkpoint
 from polyexport.report.report import Report
+from polyexport.serialization import writing
 from polyexport.spec import Runner
 
 _NONE = Checkpoint("")
@@ -164,7 +165,8 @@ def requested(
         received = as_call(inputs) if found.preprocess is None else as_call(preprocessed(found, *as_call(inputs)))
         check_call(module, *received)
         note = save_module(module, None, *as_call(inputs), work / "source", steps=steps)
-        torch.save(module.state_dict(), work / "source" / WEIGHTS)
+        with writing(work / "source" / WEIGHTS) as file:
+            torch.save(module.state_dict(), file)
         ask(module, received, work / "source")
         yield Request(work, final.name, formats, dynamic, checkpoint, (note,) if note else (), best=False)
     finally:

@@ -46,6 +46,7 @@ class Request:
         labels: Names of an output's classes, to be embedded in each artifact.
         metadata: Further strings to be embedded, by name.
         processing: What runs before and after forward, in words.
+        spare: How many bytes of the disk have to stay free for training, while it runs.
     """
 
     work: Path
@@ -63,6 +64,7 @@ class Request:
     labels: tuple[str, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
     processing: Mapping[str, str] = field(default_factory=dict)
+    spare: int = 0
 
     @property
     def final(self) -> Path:

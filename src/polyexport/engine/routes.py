@@ -122,6 +122,8 @@ class Build:
             outcome = built.outcome
             if built.detour and outcome.publishable:
                 self._detours[each.name] = f"{each.name}: made by the route {outcome.route}, since {built.detour}"
+        except OSError as error:
+            outcome = Outcome(each.name, each.precision, "failed", line(error))
         except Exception as error:  # a bug of ours must not take the other formats along
             outcome = Outcome(each.name, each.precision, "failed", f"internal error: {line(error)}")
         self._watch(each.name, outcome)

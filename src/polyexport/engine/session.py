@@ -42,7 +42,7 @@ from polyexport.engine.engine import Engine, check_limits, check_whole
 from polyexport.engine.judge import Metric, measured
 from polyexport.engine.labels import check
 from polyexport.engine.request import Request, interruption
-from polyexport.engine.weights import hold, save_lacking
+from polyexport.engine.weights import bytes_for_training, check_room, hold, save_lacking
 from polyexport.errors import BadRequest, ToolMissing, line
 from polyexport.format import Format
 from polyexport.measure.budget import Budget, Mode, directed
@@ -51,6 +51,7 @@ from polyexport.publish import Sink
 from polyexport.report.folders import BEST, CAPTURE, discard, link, locked, unfinished
 from polyexport.report.outcome import Checkpoint, State
 from polyexport.report.report import Report
+from polyexport.serialization import writing
 from polyexport.workers.toolchain import Busy, Toolchain
 
 if TYPE_CHECKING:
@@ -229,10 +230,11 @@ class Session:
 
     def clear(self) -> None:
         """Remove what killed runs left in the folder of exports, except one that can be resumed, which is reported."""
-        if (left := self._engine.leftover(self._place())) is not None:
+        if (left := self._engine.leftover(self.place())) is not None:
             self._say(interruption(left))
 
-    def _place(self) -> Path:
+    def place(self) -> Path:
+        """The folder where exports are written."""
         return self._folder() if callable(self._folder) else Path(self._folder).absolute()
 
     # --- what forward takes -------------------------------------------------------------------------------------------
@@ -258,7 +260,7 @@ class Session:
             save_call(args, kwargs, self._captured, self.taken)
             self.taken += 1
             return
-        parent = self._place()
+        parent = self.place()
         parent.mkdir(parents=True, exist_ok=True)
         folder = locked(parent, CAPTURE)
         try:
@@ -309,10 +311,13 @@ class Session:
         """Take layers, attributes, buffers and globals as they are now, for the checkpoint that is offered next.
 
         Without it they are taken when that is offered, which may be some epochs after it was written.
+
+        Raises:
+            OSError: the folder cannot be written.
         """
         if self._captured is None:
             return
-        beside = self._marked = beside_weights(root, self._ignored)
+        self._marked, beside = None, beside_weights(root, self._ignored)
         self._changes |= beside != self._beside
         attributes = self._attributes(root)
         if self._changes and self._is_cheap(beside):
@@ -323,10 +328,12 @@ class Session:
         elif (self._captured / STRUCTURE).exists():
             save_surroundings(root, self._captured)
         if attributes:
-            (self._captured / ATTRIBUTES).unlink(missing_ok=True)  # other exports have hard links to it
             dump(attributes, self._captured / ATTRIBUTES)
+        self._marked = beside
 
-    def offer(self, root: nn.Module, path: str | Path, name: str, checkpoint: Checkpoint) -> None:
+    def offer(
+        self, root: nn.Module, path: str | Path, name: str, checkpoint: Checkpoint, *, last: bool = False
+    ) -> None:
         """Export a checkpoint in the background; it replaces one that still waits.
 
         Args:
@@ -335,38 +342,44 @@ class Session:
                 weights are hard-linked, so it may be removed as soon as this returns.
             name: The name of the export's folder.
             checkpoint: Its record in the report.
+            last: Whether training is over; before, room for its next checkpoints is left on the disk.
 
         Raises:
-            OSError: the folder cannot be written, or the checkpoint is gone.
+            OSError: the folder cannot be written, the disk has too little room, or the checkpoint is gone.
         """
+        spare = 0 if last else bytes_for_training(str(path), self.place())
+        check_room(root, len(plan.steps(self.options.formats)), self.place(), spare)
         while not self.is_free():
             time.sleep(_LOOK_SECONDS)
-        work = self._work(root)
-        try:
+        with self._work(root) as work:
             held = hold(str(path), work / "source")
-        except BaseException:
-            discard(work)
-            raise
-        try:
-            self._keep_lacking(root, str(path), work / "source")
-        except Exception as error:  # the checkpoint may be of any kind; the worker reports what it lacks
-            self._warn(f"could not find out which weights the checkpoint lacks: {line(error)}")
-        # the name `best` is that of the link
-        self._submit(work, f"{BEST}.ckpt" if name == BEST else name, checkpoint, held)
+            try:
+                self._keep_lacking(root, str(path), work / "source")
+            except OSError:
+                raise
+            except Exception as error:  # the checkpoint may be of any kind; the worker reports what it lacks
+                self._warn(f"could not find out which weights the checkpoint lacks: {line(error)}")
+            # the name `best` is that of the link
+            self._submit(work, f"{BEST}.ckpt" if name == BEST else name, checkpoint, held, spare)
 
     def offer_weights(self, root: nn.Module, checkpoint: Checkpoint) -> None:
-        """Export the weights as they are now, where no checkpoint was written; `checkpoint` has epoch and step."""
+        """Export the weights as they are now, where no checkpoint was written; `checkpoint` has epoch and step.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
         import torch
 
         name = f"epoch={checkpoint.epoch}-step={checkpoint.global_step}"
-        work = self._work(root)
-        if self._sharded:
-            reason = "no checkpoint was written, and this strategy shards the weights; add a ModelCheckpoint"
-            (work / "source" / UNAVAILABLE).write_text(reason, encoding="utf-8")
-        else:
-            torch.save(root.state_dict(), work / "source" / WEIGHTS)
-        self.note("there was no best checkpoint on disk, so these are the weights at the end of fit", quiet=True)
-        self._submit(work, name, replace(checkpoint, path=f"{name} (weights at the end of fit)"), None)
+        with self._work(root) as work:
+            if self._sharded:
+                reason = "no checkpoint was written, and this strategy shards the weights; add a ModelCheckpoint"
+                (work / "source" / UNAVAILABLE).write_text(reason, encoding="utf-8")
+            else:
+                with writing(work / "source" / WEIGHTS) as file:
+                    torch.save(root.state_dict(), file)
+            self.note("there was no best checkpoint on disk, so these are the weights at the end of fit", quiet=True)
+            self._submit(work, name, replace(checkpoint, path=f"{name} (weights at the end of fit)"), None, 0)
 
     def _keep_lacking(self, root: nn.Module, checkpoint: str, source: Path) -> None:
         """Take from the module what its checkpoints leave out, such as frozen weights; only the first is checked."""
@@ -378,21 +391,26 @@ class Session:
             self.note(f"{why}: they were taken from the module in training", quiet=True)
         self._lacks = len(lacking)
 
-    def _work(self, root: nn.Module) -> Path:
-        """A folder for one export, with hard links to what was captured of the module."""
+    @contextlib.contextmanager
+    def _work(self, root: nn.Module) -> Iterator[Path]:
+        """A folder for one export, with hard links to what was captured of the module; removed if the export fails."""
         if self._captured is None:
             raise BadRequest("a checkpoint was offered before any inputs were taken; call take first")
         if self._marked is None:
             self.mark(root)
-        marked, self._marked = self._marked, None
         work = unfinished(self._captured.parent)
-        # hidden files are locks
-        for file in (each for each in self._captured.iterdir() if not each.name.startswith(".")):
-            link(file, work / "source" / file.name)
-        if (recorded := self.answer) is not None:
-            recorded = replace(recorded, changed=recorded.beside not in (None, marked))
-        answers.write(recorded, work / "source")
-        return work
+        try:
+            # hidden files are locks
+            for file in (each for each in self._captured.iterdir() if not each.name.startswith(".")):
+                link(file, work / "source" / file.name)
+            if (recorded := self.answer) is not None:
+                recorded = replace(recorded, changed=recorded.beside not in (None, self._marked))
+            answers.write(recorded, work / "source")
+            yield work
+        except BaseException:
+            discard(work)
+            raise
+        self._marked = None
 
     def _is_cheap(self, beside: int) -> bool:
         """Whether the structure may be pickled again; a note says so where it had to be, and may not."""
@@ -408,7 +426,7 @@ class Session:
         )
         return False
 
-    def _submit(self, work: Path, name: str, checkpoint: Checkpoint, held: str | None) -> None:
+    def _submit(self, work: Path, name: str, checkpoint: Checkpoint, held: str | None, spare: int) -> None:
         options = self.options
         request = Request(
             work,
@@ -423,6 +441,7 @@ class Session:
             labels=options.labels,
             metadata=options.metadata,
             processing=options.processing.described,
+            spare=spare,
         )
         self._exports[self._engine.submit(request)] = name
 
@@ -475,7 +494,7 @@ class Session:
             except (CancelledError, InterruptedError):
                 continue  # replaced by a newer best; an interrupted export is reported by `close`
             except Exception as error:  # one export that cannot be written must not hide the others
-                self._warn(f"the export of {name} was lost: {line(error)}")
+                self._warn(f"the export of {name} could not be finished: {line(error)}")
         self._exports.clear()
         # of several with one name the last has the folder, and an older report would overwrite its own
         last = {report.folder: report for report in reports}

@@ -2,19 +2,81 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zipfile import is_zipfile
 
 from polyexport.capture.snapshot import LACKING, SHARDS, WEIGHTS
 from polyexport.capture.unwrap import clean_name
+from polyexport.errors import BadRequest, line
 from polyexport.report.folders import lies_elsewhere, link
+from polyexport.serialization import writing
+from polyexport.workers.disk import free_bytes, gigabytes, size_bytes
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+
+def is_written(checkpoint: str) -> bool:
+    """Whether a checkpoint is there and looks complete; another thread or process may still be writing it.
+
+    A zip archive ends with its directory, and a folder of `torch.distributed.checkpoint` gets its metadata last. Of
+    other files and folders it is only known that they are not empty. A URL is not looked at.
+    """
+    if "://" in checkpoint:
+        return True
+    if os.path.isdir(checkpoint):
+        names = os.listdir(checkpoint)
+        is_distributed = any(name.endswith(".distcp") for name in names)
+        return ".metadata" in names if is_distributed else bool(names)
+    try:
+        with open(checkpoint, "rb") as file:
+            head = file.read(2)
+            return is_zipfile(file) if head == b"PK" else bool(head)
+    except OSError:
+        return False
+
+
+def bytes_for_training(checkpoint: str, folder: Path) -> int:
+    """What has to stay free on the disk of `folder` while training runs: its next two checkpoints.
+
+    A trainer writes a new checkpoint before it removes an old one, of which an export has a link. It is 0 if the
+    checkpoints are on another disk.
+    """
+    try:
+        if os.stat(os.path.dirname(checkpoint) or ".").st_dev != os.stat(folder).st_dev:
+            return 0
+        return 2 * (size_bytes(Path(checkpoint)) if os.path.isdir(checkpoint) else os.path.getsize(checkpoint))
+    except OSError:  # it is a URL
+        return 0
+
+
+def check_room(root: nn.Module, steps: int, folder: Path, spare: int) -> None:
+    """Refuse an export that may take what training needs.
+
+    Args:
+        root: The module that trains.
+        steps: How many formats are made.
+        folder: Where the export is written.
+        spare: What has to stay free, in bytes; 0 for no check.
+
+    Raises:
+        OSError: there is no room for it.
+    """
+    # the weights, and an artifact for each format with what its converter writes beside it
+    needed = round(sum(tensor.nbytes for _, tensor in _persistent(root)) * 1.5 * (1 + steps))
+    free = free_bytes(folder)
+    if spare and free < needed + spare:
+        raise OSError(
+            errno.ENOSPC,
+            f"an export may take {gigabytes(needed)} and training's next checkpoints {gigabytes(spare)}, but "
+            f"{gigabytes(free)} are free",
+        )
 
 
 def hold(checkpoint: str, folder: Path) -> str | None:
@@ -53,13 +115,20 @@ def save_lacking(root: nn.Module, checkpoint: str, captured: Path, source: Path)
     """Write into `source` the weights of `root` that its checkpoint lacks, and return their names.
 
     Frozen ones are copied once, into `captured`; any others change, and are written each time.
+
+    Raises:
+        BadRequest: the checkpoint cannot be read.
+        OSError: the folder cannot be written.
     """
     import torch
 
     if not os.path.isfile(checkpoint):
         return []
-    # this process has just written it, so it can be trusted; its tensors are mapped, not read
-    held = torch.load(checkpoint, map_location="cpu", weights_only=False, mmap=True)
+    try:
+        # this process has just written it, so it can be trusted; its tensors are mapped, not read
+        held = torch.load(checkpoint, map_location="cpu", weights_only=False, mmap=True)
+    except OSError as error:
+        raise BadRequest(f"{checkpoint} cannot be read: {line(error)}") from error
     known = {clean_name(name) for name in held.get("state_dict", held)}
     lacking = {name: tensor for name, tensor in _persistent(root) if name not in known}
     if not lacking:
@@ -67,7 +136,8 @@ def save_lacking(root: nn.Module, checkpoint: str, captured: Path, source: Path)
     frozen = all(isinstance(each, torch.nn.Parameter) and not each.requires_grad for each in lacking.values())
     file = (captured if frozen else source) / LACKING
     if not file.exists():
-        torch.save({name: tensor.detach() for name, tensor in lacking.items()}, file)
+        with writing(file) as opened:
+            torch.save({name: tensor.detach() for name, tensor in lacking.items()}, opened)
     if frozen and not (source / LACKING).exists():  # it may come with the rest of what was captured
         link(file, source / LACKING)
     return list(lacking)

@@ -30,6 +30,7 @@ from polyexport.measure.other_values import changed, jittered
 from polyexport.measure.parity import NARROW, compare, says_little
 from polyexport.measure.size_branches import branching
 from polyexport.measure.tolerance import Tolerance
+from polyexport.serialization import writing
 from polyexport.spec import Arrays, Batch, ExportSpec, Runner, write_arrays
 from polyexport.tracing.decompositions import plain_attention
 from polyexport.tracing.draws import Draws, draws, lines
@@ -635,11 +636,10 @@ def _keep_only_weights(path: Path) -> dict[str, int]:
     blob = modules.read_checkpoint(path)
     if "state_dict" not in blob:  # and is not copied
         return {}
-    temporary = path.with_suffix(".tmp")
-    torch.save(blob["state_dict"], temporary)
-    at = {key: blob[key] for key in ("epoch", "global_step") if isinstance(blob.get(key), int)}
-    del blob  # Windows cannot replace a file that is mapped into memory
-    temporary.replace(path)
+    with writing(path) as file:
+        torch.save(blob["state_dict"], file)
+        at = {key: blob[key] for key in ("epoch", "global_step") if isinstance(blob.get(key), int)}
+        del blob  # Windows cannot replace a file that is mapped into memory
     return at
 
 

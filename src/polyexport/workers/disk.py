@@ -78,6 +78,19 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(there).free
 
 
+def is_full(folder: Path) -> bool:
+    """Whether nothing can be written to a folder: its disk has no room, or no file can be made on it."""
+    try:
+        found = os.statvfs(folder)
+    except (AttributeError, OSError):  # Windows has no such call
+        return False
+    return found.f_bavail * found.f_frsize < _LEAST_BYTES or (found.f_files > 0 and found.f_favail == 0)
+
+
+_LEAST_BYTES = 65_536
+"""With less free space, a disk counts as full: what failed may have wanted that much at once."""
+
+
 def gigabytes(count: int) -> str:
     """A number of bytes in gigabytes, with one digit."""
     return f"{count / 1e9:.2g} GB"

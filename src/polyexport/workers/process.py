@@ -23,7 +23,7 @@ from typing import IO, Any, TypeVar
 
 from polyexport.errors import ToolMissing
 from polyexport.serialization import read_json
-from polyexport.workers import oom
+from polyexport.workers import disk, oom
 from polyexport.workers.job import PARENT, TEMPORARY, result_path
 from polyexport.workers.priority import restore_priority, step_back, waited_seconds
 from polyexport.workers.servers import Child, Process, Server, Servers
@@ -70,6 +70,8 @@ class JobResult:
         """Whether there is a result."""
         return not self.error
 
+
+_LOOK_SECONDS = 0.5
 
 _shared: Servers | None = None
 
@@ -122,10 +124,12 @@ class Workers:
         timeout: float,
         environment: Mapping[str, str],
         imports: Sequence[str] = (),
+        spare: int = 0,
     ) -> JobResult:
         """Run one job to its end; never raises for what the job does.
 
-        With `imports` its process is forked by a server that has imported them, if possible.
+        With `imports` its process is forked by a server that has imported them, if possible. While training runs, it
+        is killed when less than `spare` bytes of the disk are free.
         """
         log.parent.mkdir(parents=True, exist_ok=True)
         result_path(job).unlink(missing_ok=True)
@@ -136,15 +140,26 @@ class Workers:
         ):
             if process is None:
                 return JobResult(error="cancelled", kind="cancelled")
-            if not _ends_within(process, timeout):
+            if not _ends_within(process, timeout, lambda: self._takes_too_much(job, spare)):
+                if why := self._takes_too_much(job, spare):
+                    return JobResult(error=why, kind="crashed")
                 return JobResult(error=f"timed out after {timeout:g} s", kind="timed out", seconds=timeout)
             if self._closed:
                 return JobResult(error="cancelled", kind="cancelled")
         if isinstance(process, Child) and process.lost and not result_path(job).exists():
             with log.open("ab") as stream:
                 stream.write(b"[its server ended before it did, so it is done again]\n")
-            return self.run(command, job, log, timeout=timeout, environment=environment)
+            return self.run(command, job, log, timeout=timeout, environment=environment, spare=spare)
         return _read(result_path(job), process.wait(), ran_out)
+
+    def _takes_too_much(self, job: Path, spare: int) -> str:
+        """Why a job has to end, since training needs the rest of the disk; empty if it may go on."""
+        if not (spare and self._background) or (free := disk.free_bytes(job.parent)) >= spare:
+            return ""
+        return (
+            f"ended when {disk.gigabytes(free)} of the disk were free, since training's next checkpoints may need "
+            f"{disk.gigabytes(spare)}"
+        )
 
     @contextlib.contextmanager
     def conversation(
@@ -335,12 +350,12 @@ def environment(*, threads: int, gpu: bool, host: bool) -> dict[str, str]:
     return kept | {"PYTHONUNBUFFERED": "1", "TF_CPP_MIN_LOG_LEVEL": "2", "TOKENIZERS_PARALLELISM": "false"}
 
 
-def _ends_within(process: Process, timeout: float) -> bool:
-    """Wait for the end of a process; time without a processor does not count."""
+def _ends_within(process: Process, timeout: float, must_end: Callable[[], object]) -> bool:
+    """Wait for the end of a process, unless it must end; time without a processor does not count."""
     start, left = time.monotonic(), timeout
-    while left > 0:
+    while left > 0 and not must_end():
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(left)
+            process.wait(min(left, _LOOK_SECONDS))
             return True
         left = timeout + waited_seconds(process.pid) - (time.monotonic() - start)
     return False
@@ -351,11 +366,13 @@ def _read(result: Path, returncode: int, ran_out: int) -> JobResult:
     if result.exists():
         found = read_json(result)
         return JobResult(found.get("value"), found.get("error", ""), found.get("error_kind", ""), found["seconds"])
+    why = ", since the disk is full" if disk.is_full(result.parent) else ""
     if returncode < 0:
         name = _signal(-returncode)
-        why = ", since memory ran out" if name == "SIGKILL" and oom.oom_kill_count() > ran_out else ""
+        if name == "SIGKILL" and oom.oom_kill_count() > ran_out:
+            why = ", since memory ran out"
         return JobResult(error=f"killed by {name}{why}", kind="crashed")
-    return JobResult(error=f"ended with exit code {returncode} and no result", kind="crashed")
+    return JobResult(error=f"ended with exit code {returncode} and no result{why}", kind="crashed")
 
 
 def _signal(number: int) -> str:

@@ -135,14 +135,23 @@ class Toolchain:
             return Path(sys.executable)
         folder, workers = self.folder, workers or Workers()
         if not _is_whole(self, folder, workers):
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with _alone(self.name, folder, say, workers, patience):
-                if not _is_whole(self, folder, workers):
-                    damaged = "the existing environment is damaged; " if (folder / _COMPLETE).exists() else ""
-                    say(f"{self.name}: {damaged}installing {self._what} into {folder}")
-                    provision(self, folder, workers, say)
+            try:
+                self._make(folder, say, workers, patience)
+            except OSError as error:
+                raise ToolMissing(
+                    f"toolchain {self.name} cannot be installed: {folder.parent} cannot be written ({error.strerror}); "
+                    "set POLYEXPORT_CACHE to a folder that can"
+                ) from error
         disk.use(folder / _COMPLETE)
         return _python(folder)
+
+    def _make(self, folder: Path, say: Say, workers: Workers, patience: float) -> None:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _alone(self.name, folder, say, workers, patience):
+            if not _is_whole(self, folder, workers):
+                damaged = "the existing environment is damaged; " if (folder / _COMPLETE).exists() else ""
+                say(f"{self.name}: {damaged}installing {self._what} into {folder}")
+                provision(self, folder, workers, say)
 
     @property
     def _what(self) -> str:
@@ -372,6 +381,9 @@ def provision(toolchain: Toolchain, folder: Path, workers: Workers, say: Say = l
     except ToolMissing as error:
         shutil.rmtree(folder, ignore_errors=True)
         raise ToolMissing(f"toolchain {toolchain.name} cannot be installed: {error}") from None
+    except OSError:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
     _found_whole.add(folder)
 
 
