@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
 import pytest
 
 import polyexport
-from polyexport.errors import line
+from polyexport.errors import line, redacted
+from polyexport.workers.process import Workers
 
 
 def checks(kind: str) -> None:
@@ -69,3 +71,30 @@ def test_no_reason_is_only_the_name_of_an_exception():
     source = Path(polyexport.__file__).parent
     alone = [file for file in source.rglob("*.py") if "type(error).__name__" in file.read_text(encoding="utf-8")]
     assert alone == [source / "errors.py"]
+
+
+def test_secrets_of_the_environment_and_passwords_in_urls_are_left_out_of_reasons(monkeypatch, tmp_path):
+    for name, value in {
+        "MY_API_KEY": "abcd-efgh-1234",
+        "HF_TOKEN": "hf_0123456789",
+        "KEYBOARD": "querty-layout",
+    }.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("APP_CREDENTIALS", str(tmp_path))  # a path tells nothing
+    monkeypatch.setenv("SHORT_TOKEN", "abc")
+    said = line(
+        RuntimeError(
+            f"no abc for hf_0123456789 at https://me:pass@host/x with abcd-efgh-1234, {tmp_path} querty-layout"
+        )
+    )
+    assert said == f"RuntimeError: no abc for *** at https://***@host/x with ***, {tmp_path} querty-layout"
+    assert redacted("s3://bucket/a:b@c") == "s3://bucket/a:b@c"
+
+
+def test_secrets_of_the_environment_are_left_out_of_the_log_of_a_worker(monkeypatch, tmp_path):
+    monkeypatch.setenv("MY_API_KEY", "abcd-efgh-1234")
+    said = "import os; print('with', os.environ['MY_API_KEY'], flush=True)"
+    log, workers = tmp_path / "log.txt", Workers()
+    workers.run([sys.executable, "-c", said], tmp_path / "job.json", log, timeout=60, environment=os.environ)
+    workers.end_all()
+    assert log.read_text().splitlines()[-1] == f"with {'*' * 14}"

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from lightning_export.best import Best, bases, checkpointer
 from polyexport.capture.unwrap import LeftBehind
+from polyexport.errors import redacted
 from polyexport.report.folders import EXPORTS
 from polyexport.report.outcome import Checkpoint
 
@@ -36,7 +38,7 @@ def checkpoint(trainer: Trainer, best: Best | None = None) -> Checkpoint:
     if best is None:
         return at
     score = None if best.monitor is None or best.score is None else float(best.score)
-    return replace(at, path=best.path, monitor=best.monitor, score=score)
+    return replace(at, path=redacted(best.path), monitor=best.monitor, score=score)
 
 
 def say(trainer: Trainer, lines: deque[str]) -> None:
@@ -45,7 +47,10 @@ def say(trainer: Trainer, lines: deque[str]) -> None:
         bar: Any = trainer.progress_bar_callback
         # a disabled bar, as with refresh_rate=0, would not print the line
         tell = bar.print if bar is not None and getattr(bar, "is_enabled", True) else print
-        tell(lines.popleft())
+        with contextlib.suppress(
+            OSError, ValueError, SystemExit
+        ):  # standard output is closed, or a pipe without reader
+            tell(lines.popleft())
 
 
 def is_last_epoch(trainer: Trainer) -> bool:

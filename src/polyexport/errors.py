@@ -30,9 +30,33 @@ def line(error: BaseException, most: int | None = None) -> str:
     said = str(error)
     if (traced := said.rfind(_TORCHSCRIPT)) >= 0 and (cause := _CAUSE.search(said, traced)):
         said = cause[1]
-    said = " ".join(said.split())[:most]
+    said = redacted(" ".join(said.split()))[:most]
     text = f"{type(error).__name__}: {said}".rstrip(": ")
     return text if " " in said and not isinstance(error, LookupError) else f"{text}{_raised_at(error)}"
+
+
+def redacted(text: str) -> str:
+    """`text` without passwords in URLs and without the values of environment variables that are secret by their name.
+
+    A user's own code may put them into a message, and reports are shared.
+    """
+    for value in secrets():
+        text = text.replace(value, "***")
+    return _PASSWORD.sub("://***@", text)
+
+
+def secrets() -> list[str]:
+    """The values of environment variables like `WANDB_API_KEY`, except paths of files with secrets and short ones."""
+    found = {value for name, value in os.environ.items() if _SECRET.search(name) and len(value) >= _SHORTEST}
+    return sorted((value for value in found if not os.path.exists(value)), key=len, reverse=True)
+
+
+_SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|(^|_)PAT$|(^|_)(KEY|AUTH)$|API_?KEY", re.IGNORECASE)
+
+_PASSWORD = re.compile(r"://[^\s/:@]*:[^\s/@]+@")
+
+_SHORTEST = 8
+"""Characters; a shorter value may be a part of any word."""
 
 
 def _raised_at(error: BaseException) -> str:

@@ -38,7 +38,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from polyexport.errors import BadRequest, CannotRun, NothingToDo, ToolMissing, line
+from polyexport.errors import BadRequest, CannotRun, NothingToDo, ToolMissing, line, redacted
 from polyexport.format import Format, Loaded
 from polyexport.report.escape import printable
 from polyexport.report.folders import DESCRIPTION, link
@@ -420,7 +420,7 @@ def _peak_memory() -> int | None:
 
 def _one_line(error: BaseException) -> str:
     own = isinstance(error, ToolMissing | CannotRun | BadRequest | NothingToDo)
-    return " ".join(printable(str(error) if own else line(error)).split())[:500]
+    return " ".join(printable(redacted(str(error)) if own else line(error)).split())[:500]
 
 
 def _kind(error: BaseException) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import tempfile
@@ -21,7 +22,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import IO, Any, TypeVar
 
-from polyexport.errors import ToolMissing
+from polyexport.errors import ToolMissing, redacted, secrets
 from polyexport.serialization import read_json
 from polyexport.workers import disk, oom
 from polyexport.workers.job import PARENT, TEMPORARY, result_path
@@ -135,6 +136,7 @@ class Workers:
         result_path(job).unlink(missing_ok=True)
         ran_out = oom.oom_kill_count()
         with (
+            _without_secrets(log),
             log.open("ab") as stream,
             self._working(command, job, stream, stream, environment, imports) as process,
         ):
@@ -174,6 +176,7 @@ class Workers:
     ) -> Iterator[Conversation]:
         """Start a job that answers requests one by one; arguments as in `run`."""
         with (
+            _without_secrets(log),
             log.open("ab") as stream,
             self._working(command, job, subprocess.PIPE, stream, environment, imports) as process,
         ):
@@ -205,7 +208,7 @@ class Workers:
             if code := process.wait():
                 errors.seek(0)
                 words = " ".join((errors.read().decode(errors="replace") or said).split())
-                raise ToolMissing(words or f"{command[0]} ended with exit code {code}")
+                raise ToolMissing(redacted(words) or f"{command[0]} ended with exit code {code}")
         return said
 
     def hurry(self) -> None:
@@ -348,6 +351,25 @@ def environment(*, threads: int, gpu: bool, host: bool) -> dict[str, str]:
         kept["CUDA_VISIBLE_DEVICES"] = ""
     kept |= dict.fromkeys(_THREADS, str(threads)) | _NO_TELEMETRY | _NO_FILES_AT_HOME
     return kept | {"PYTHONUNBUFFERED": "1", "TF_CPP_MIN_LOG_LEVEL": "2", "TOKENIZERS_PARALLELISM": "false"}
+
+
+@contextlib.contextmanager
+def _without_secrets(log: Path) -> Iterator[None]:
+    """Overwrite in a log, when the context exits, what `errors.secrets` finds in the environment: reports are shared.
+
+    A log keeps its length, since another job may be appending to it.
+    """
+    try:
+        yield
+    finally:
+        secret = [value.encode(errors="surrogateescape") for value in secrets()]
+        with contextlib.suppress(OSError):
+            text = log.read_bytes()
+            found = [(match.start(), len(value)) for value in secret for match in re.finditer(re.escape(value), text)]
+            with log.open("r+b") as file:
+                for start, length in found:
+                    file.seek(start)
+                    file.write(b"*" * length)
 
 
 def _ends_within(process: Process, timeout: float, must_end: Callable[[], object]) -> bool:
