@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
 import os
@@ -36,7 +37,7 @@ from lightning_export import ExportCallback, Wandb
 from planted import GOOD, planted as plant
 from polyexport import BadRequest, Engine, ExportFailed, Report, Toolchain, UnknownFormat
 from polyexport.capture.snapshot import load as load_module
-from polyexport.engine import session
+from polyexport.engine import judge, session
 from polyexport.engine.session import Session
 from polyexport.publish.folder import copy_to
 
@@ -353,16 +354,38 @@ def test_an_interrupt_while_fit_waits_for_exports_ends_them(tmp_path, interrupti
     assert workers_of(tmp_path) == []
 
 
-def test_a_sink_that_fails_stops_neither_training_nor_other_sinks(tmp_path):
+@pytest.mark.parametrize("error", [ConnectionError, SystemExit])
+def test_a_sink_that_fails_stops_neither_training_nor_other_sinks(tmp_path, error):
     got: list[Report] = []
 
     def broken(report: Report) -> None:
-        raise ConnectionError("no route to host")
+        raise error("no route to host")
 
     callback = ExportCallback([GOOD], bench=False, publish=[broken, got.append])
-    with pytest.warns(UserWarning, match="ConnectionError: no route to host"):
-        fit(tmp_path, callback)
+    with pytest.warns(UserWarning, match=f"{error.__name__}: no route to host"):
+        fit(tmp_path, callback, epochs=1)
     assert got == callback.reports[-1:]
+
+
+def test_an_interrupt_while_a_report_is_published_tells_that_the_export_is_complete(tmp_path, interruptible):
+    def slow(report: Report) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)
+
+    told = r"publishing to test_an_interrupt_\w+ was interrupted; the export is complete: \S+/epoch=0-step=4"
+    with pytest.warns(UserWarning, match=told), pytest.raises(SystemExit):
+        fit(tmp_path, ExportCallback([GOOD], bench=False, publish=[slow]), epochs=1)
+
+
+def test_an_export_whose_metrics_cannot_be_written_is_published(tmp_path, monkeypatch):
+    def save(report: Report) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    got: list[Report] = []
+    monkeypatch.setattr(judge.files, "save", save)
+    with pytest.warns(UserWarning, match=r"epoch=0-step=4 has no metrics: OSError: .*No space left on device"):
+        fit(tmp_path, ExportCallback([GOOD], bench=False, metric_batches=1, publish=[got.append]), epochs=1)
+    assert [each["good"].state for each in got] == ["verified"]
 
 
 def test_an_export_that_cannot_be_timed_is_reported_and_published(tmp_path, monkeypatch):

@@ -369,7 +369,7 @@ def test_a_damaged_toolchain_is_installed_again(cache, monkeypatch, what):
     assert len(said) == 1
 
 
-def test_who_waits_for_another_process_says_so_and_gives_up(cache):
+def test_who_waits_for_another_process_says_so_and_gives_up(cache, monkeypatch):
     chain = forced(Toolchain("busy", ()))
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLDS, str(chain.folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -386,6 +386,10 @@ def test_who_waits_for_another_process_says_so_and_gives_up(cache):
             waiting = pool.submit(chain.interpreter, workers=workers)
             workers.end_all()
             assert str(waiting.exception(20)) == "cancelled"
+        monkeypatch.setattr(toolchain, "_PATIENCE_SECONDS", 0.5)
+        for patience in (0.5, 600):  # the second job does not wait again
+            with pytest.raises(Busy, match=r"after 0\.5 s"):
+                chain.interpreter(patience=patience)
     finally:
         holder.kill()
         holder.communicate()

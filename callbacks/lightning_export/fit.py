@@ -15,6 +15,7 @@ from lightning_export.trainer import KEPT_BY_LIGHTNING, attached, shards
 from polyexport import ExportFailed, Report
 from polyexport.capture.pickling import libraries
 from polyexport.engine.session import Options, Session
+from polyexport.errors import line
 from polyexport.publish import Sink
 from polyexport.report import console
 
@@ -57,7 +58,10 @@ def end(
     if not reports:
         return
     if batches := metric_batches or (trainer.limit_val_batches if session.options.budget else 0):
-        reports[-1] = measured(reports[-1], trainer, pl_module, session, batches=batches)
+        try:
+            reports[-1] = measured(reports[-1], trainer, pl_module, session, batches=batches)
+        except Exception as error:  # what there is has to be published, such as on a full disk
+            rank_zero_warn(f"ExportCallback: {reports[-1].folder.name} has no metrics: {line(error)}")
     session.publish(reports[-1], sinks(publish, trainer.loggers, into))
     console.show(reports[-1])
 

@@ -146,6 +146,20 @@ class HasNoRoomForAWhile(Callback):
         self.FILE.unlink(missing_ok=True)
 
 
+class LosesItsWorkingFolder(Callback):
+    """Somebody removes the working folder of the training."""
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self.home = Path.cwd()
+        gone = Path("gone")
+        gone.mkdir()
+        os.chdir(gone)
+        os.rmdir(self.home / gone)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        os.chdir(self.home)
+
+
 class HasNoToolchains(Callback):
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         os.environ["POLYEXPORT_CACHE"] = os.path.abspath("toolchains")

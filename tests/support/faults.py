@@ -48,6 +48,7 @@ from fault_causes import (
     IsInterrupted,
     Looks,
     LosesItsCheckpoint,
+    LosesItsWorkingFolder,
     Numb,
     Raises,
     TakesAProxy,
@@ -190,6 +191,12 @@ FAULTS = {
             callbacks=(Raises,),
             faulty=plant("faulty", planted.hangs),
             resumable=True,
+        ),
+        Fault(
+            "working folder is removed",
+            "while training runs",
+            "verified",
+            callbacks=(LosesItsWorkingFolder, Waits),
         ),
         Fault("checkpoint is deleted", "unlinked after it was written", "verified", callbacks=(LosesItsCheckpoint,)),
         Fault(

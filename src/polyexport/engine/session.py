@@ -529,10 +529,13 @@ class Session:
     def publish(self, report: Report, sinks: Iterable[Sink]) -> None:
         """Give a report to each sink; if one fails, warn and go on with the others."""
         for sink in sinks:
+            name = getattr(sink, "__qualname__", type(sink).__name__).split(".")[0]
             try:
                 sink(report)
-            except Exception as error:  # a sink may talk to a service, which can fail in any way
-                name = getattr(sink, "__qualname__", type(sink).__name__).split(".")[0]
+            except KeyboardInterrupt:
+                self._warn(f"publishing to {name} was interrupted; the export is complete: {report.folder}")
+                raise
+            except (Exception, SystemExit) as error:  # a sink may talk to a service, which can fail in any way
                 self._warn(f"publishing to {name} failed: {line(error)}")
 
     def close(self) -> str:

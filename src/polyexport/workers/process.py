@@ -27,7 +27,7 @@ from polyexport.serialization import read_json
 from polyexport.workers import disk, oom
 from polyexport.workers.job import PARENT, TEMPORARY, result_path
 from polyexport.workers.priority import restore_priority, step_back, waited_seconds
-from polyexport.workers.servers import Child, Process, Server, Servers
+from polyexport.workers.servers import Child, Process, Server, Servers, working_folder
 
 P = TypeVar("P", bound=Process)
 
@@ -306,8 +306,9 @@ class Workers:
 def _spawn(
     command: Sequence[str], stdin: int, stdout: Any, stderr: Any, environment: Mapping[str, str]
 ) -> subprocess.Popen[bytes]:
+    folder, around = working_folder(), dict(environment)
     return subprocess.Popen(
-        command, stdin=stdin, stdout=stdout, stderr=stderr, env=dict(environment), start_new_session=True
+        command, stdin=stdin, stdout=stdout, stderr=stderr, env=around, cwd=folder, start_new_session=True
     )
 
 

@@ -197,7 +197,7 @@ class Server:
         with self._lock:
             if self._connection is None or self.why_not:
                 raise OSError(self.why_not or "its server has ended")
-            order = Order(str(job), str(Path.cwd()), environment)
+            order = Order(str(job), working_folder(), environment)
             its_input, stdin = _pipe()
             answers, its_output = _pipe() if stdout == subprocess.PIPE else (None, stderr)
             told, tells = _pipe()
@@ -217,6 +217,14 @@ class Server:
         with self._lock:
             self.why_not, self.held_bytes, self._connection = why, 0, None
             self._opened.close()
+
+
+def working_folder() -> str:
+    """The current folder; if it was removed, the root, since libraries such as MKL cannot be loaded without one."""
+    try:
+        return os.getcwd()
+    except FileNotFoundError:
+        return os.path.abspath(os.sep)
 
 
 def _pipe() -> tuple[IO[bytes], IO[bytes]]:

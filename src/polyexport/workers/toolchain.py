@@ -227,9 +227,12 @@ class Busy(ToolMissing):
 
 @contextlib.contextmanager
 def _alone(name: str, folder: Path, say: Say, workers: Workers, patience: float) -> Iterator[None]:
-    """Lock an environment while it is made; reports what it waits for, and stops with `workers`."""
+    """Lock an environment while it is made; reports what it waits for, and stops with `workers`.
+
+    Once it has waited in vain for `_PATIENCE_SECONDS`, further jobs of this process do not wait.
+    """
     lock, owner = FileLock(folder.with_suffix(".lock")), folder.with_suffix(".owner")
-    end, told = time.monotonic() + patience, False
+    end, told = time.monotonic() + (0 if folder in _given_up else patience), folder in _given_up
     while True:
         with contextlib.suppress(Timeout):
             lock.acquire(timeout=_LOOK_SECONDS)
@@ -238,7 +241,10 @@ def _alone(name: str, folder: Path, say: Say, workers: Workers, patience: float)
         if workers.closed:
             raise ToolMissing("cancelled")
         if time.monotonic() > end:
-            raise Busy(f"toolchain {name} is still being installed by {who} after {patience:g} s")
+            if patience >= _PATIENCE_SECONDS:
+                _given_up.setdefault(folder, patience)
+            waited = _given_up.get(folder, patience)
+            raise Busy(f"toolchain {name} is still being installed by {who} after {waited:g} s")
         if not told:
             say(f"{name}: waiting for {who}, which is installing it")
             told = True
@@ -249,6 +255,8 @@ def _alone(name: str, folder: Path, say: Say, workers: Workers, patience: float)
         owner.unlink(missing_ok=True)
         lock.release()
 
+
+_given_up: dict[Path, float] = {}  # how many seconds were waited
 
 _found_whole: set[Path] = set()  # checked once per process
 
