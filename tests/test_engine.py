@@ -32,7 +32,7 @@ from polyexport import BadRequest, Engine, Report, Request, Toolchain
 from polyexport.capture import snapshot as modules
 from polyexport.capture.pickling import importable, script
 from polyexport.engine import engine as engines
-from polyexport.engine.dispatch import _by_value
+from polyexport.engine.dispatch import _by_value, prepared_with
 from polyexport.engine.request import _read, interrupted, interruption
 from polyexport.measure.latency import QUIET
 from polyexport.report.folders import REQUEST, finished, followed, point_best, take_place, unfinished
@@ -640,6 +640,21 @@ def test_a_module_that_was_loaded_by_its_files_name_is_exported(tmp_path, monkey
     with Engine(timeout=TIMEOUT) as engine:
         report = engine.submit(request(tmp_path, module=nets.Net(5, 3))).result()
     assert (report["good"].state, report["good"].reason) == ("verified", "")
+
+
+def test_an_export_is_timed_beside_pytorch_by_a_process_that_cannot_import_its_module(tmp_path, monkeypatch):
+    """As `polyexport bench` and `resume` do, from any folder."""
+    (tmp_path / "of_the_user.py").write_text("from torch import nn\n\n\nclass Net(nn.Linear):\n    pass\n")
+    with monkeypatch.context() as training:
+        training.syspath_prepend(tmp_path)
+        module = importlib.import_module("of_the_user").Net(5, 3)
+        with Engine(timeout=TIMEOUT) as engine:
+            report = engine.submit(request(tmp_path, module=module)).result()
+    monkeypatch.delitem(sys.modules, "of_the_user")
+    with Engine(timeout=TIMEOUT) as engine:
+        assert engine.bench(report, [GOOD]).baseline is not None
+    (report.folder / "source" / "jobs" / "prepare.json").write_text("{}")
+    assert prepared_with(report.folder) == ()
 
 
 def test_a_users_module_named_like_a_package_is_pickled_by_value(tmp_path, monkeypatch):

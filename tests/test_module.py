@@ -92,6 +92,14 @@ def test_a_buffer_that_has_grown_since_comes_back_as_it_is_in_the_checkpoint(tmp
     assert torch.equal(modules.load(folder)(x), Bank(3)(x))
 
 
+def test_a_checkpoint_of_pytorchs_old_kind_is_read(tmp_path):
+    x, net = torch.randn(2, 4), nn.Linear(4, 3)
+    folder = saved(net, tmp_path, x)
+    checkpoint = {"state_dict": net.state_dict()}
+    torch.save(checkpoint, folder / modules.WEIGHTS, _use_new_zipfile_serialization=False)
+    assert torch.equal(modules.load(folder)(x), net(x))
+
+
 class Versioned(nn.Linear):
     """Has seen two layouts of its state, and asks which one it is given."""
 

@@ -28,6 +28,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import FunctionType, MappingProxyType
 from typing import TYPE_CHECKING, Any, BinaryIO
+from zipfile import is_zipfile
 
 import numpy as np
 
@@ -527,7 +528,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     import torch
 
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        # what PyTorch wrote before 1.6, as some still ask for, cannot be mapped
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
     except pickle.UnpicklingError as error:
         print(f"{path.name} has more than tensors, but was written by this run, so it is unpickled: {error}")
         found = torch.load(path, map_location="cpu", weights_only=False)

@@ -13,7 +13,7 @@ from polyexport.capture.pickling import by_value, script
 from polyexport.format import Format
 from polyexport.formats import known
 from polyexport.workers import toolchain
-from polyexport.workers.job import Bench, Convert, FormatJob, Job, Prepare, Verify, reproduce, write_job
+from polyexport.workers.job import Bench, Convert, FormatJob, Job, Prepare, Verify, read_job, reproduce, write_job
 from polyexport.workers.process import Conversation, JobResult, Workers, environment
 from polyexport.workers.remote import Elsewhere, Task, run
 from polyexport.workers.toolchain import Toolchain
@@ -113,6 +113,18 @@ class Dispatcher:
         own = self.sys_path if chain.in_host or chain.layered else ()
         write_job(path, replace(job, threads=self.limits.threads, sys_path=own, script=script()))
         return path
+
+
+PREPARE = "prepare"
+"""The name of an export's first job, which runs PyTorch."""
+
+
+def prepared_with(root: Path) -> tuple[str, ...]:
+    """The import path of the process that trained the module of the export at `root`; empty if it is not known."""
+    try:
+        return read_job(root / "source" / "jobs" / f"{PREPARE}.json").sys_path
+    except (OSError, ValueError, KeyError, TypeError):  # it is no job's file, or another version's
+        return ()
 
 
 def imports(chain: Toolchain, job: Job, libraries: tuple[str, ...] = (), *, gpu: bool) -> tuple[str, ...]:

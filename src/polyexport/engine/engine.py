@@ -30,7 +30,7 @@ from polyexport.capture.processing import part
 from polyexport.capture.snapshot import PROCESSING, SHARDS, WEIGHTS
 from polyexport.engine import plan, routes
 from polyexport.engine.bench import bench, sweep
-from polyexport.engine.dispatch import Dispatcher, Limits, verifies, with_libraries
+from polyexport.engine.dispatch import PREPARE, Dispatcher, Limits, prepared_with, verifies, with_libraries
 from polyexport.engine.explain import explained, layers
 from polyexport.engine.labels import labeled
 from polyexport.engine.ownership import seal
@@ -265,7 +265,7 @@ class Engine:
             _fetch(request.held, request.work / "source")
         commit = git_commit() if request.commit is None else request.commit
         job = Prepare(dynamic=request.dynamic, git_commit=commit, sha256=request.checkpoint.sha256)
-        ended = dispatcher.run(job, toolchain.HOST, "prepare", _LOG)
+        ended = dispatcher.run(job, toolchain.HOST, PREPARE, _LOG)
         self._watch("model", None)
         return ended
 
@@ -414,7 +414,12 @@ class Engine:
         if not trust:
             check_links(report.folder)
         whole = replace(self._limits, threads=self._cores)
-        return replace(self._dispatcher(report.folder, report.folder, whole), trusted=trust)
+        dispatcher = self._dispatcher(report.folder, report.folder, whole)
+        if trust:  # without it nothing is unpickled, so nothing of it is imported
+            trained = prepared_with(report.folder)
+            further = tuple(entry for entry in trained if entry not in dispatcher.sys_path)
+            dispatcher = replace(dispatcher, sys_path=(*dispatcher.sys_path, *further))
+        return replace(dispatcher, trusted=trust)
 
     def _dispatcher(self, root: Path, final: Path, limits: Limits, elsewhere: Elsewhere | None = None) -> Dispatcher:
         path, libraries = import_path(), self._libraries

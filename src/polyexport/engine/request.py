@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -153,6 +154,8 @@ def interrupted(parent: Path, *, trust: bool = True) -> Request:
         BadRequest: there is none, another process or user has it, or a user's own format cannot be loaded.
     """
     work = clear(parent)
+    if work is not None and not os.access(work, os.W_OK):
+        raise BadRequest(f"{parent} cannot be written, which finishing its interrupted export needs")
     if work is None or not take(work):
         raise BadRequest(f"{parent} has no interrupted export: those in it are complete or still running")
     asked = _read(work)
@@ -166,14 +169,14 @@ def interrupted(parent: Path, *, trust: bool = True) -> Request:
     dynamic = asked.dynamic
     if isinstance(dynamic, Mapping):  # JSON has no numbers for keys
         dynamic = {name: {int(axis): called for axis, called in axes.items()} for name, axes in dynamic.items()}
-    told = (*asked.notes, "training was interrupted, and polyexport resume finished this export")
+    told = dict.fromkeys((*asked.notes, "training was interrupted, and polyexport resume finished this export"))
     return Request(
         work,
         asked.name,
         formats,
         dynamic,
         asked.checkpoint,
-        told,
+        tuple(told),
         asked.held,
         asked.best,
         asked.keep,

@@ -126,7 +126,7 @@ def save_lacking(root: nn.Module, checkpoint: str, captured: Path, source: Path)
         return []
     try:
         # this process has just written it, so it can be trusted; its tensors are mapped, not read
-        held = torch.load(checkpoint, map_location="cpu", weights_only=False, mmap=True)
+        held = torch.load(checkpoint, map_location="cpu", weights_only=False, mmap=is_zipfile(checkpoint))
     except OSError as error:
         raise BadRequest(f"{checkpoint} cannot be read: {line(error)}") from error
     known = {clean_name(name) for name in held.get("state_dict", held)}
