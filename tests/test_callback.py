@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import errno
 import importlib
+import io
 import json
 import os
 import re
 import signal
+import sys
 import textwrap
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +37,7 @@ import planted
 import runs
 import wandb_log
 from lightning_export import ExportCallback, Wandb
+from lightning_export.trainer import say
 from planted import GOOD, planted as plant
 from polyexport import BadRequest, Engine, ExportFailed, Report, Toolchain, UnknownFormat
 from polyexport.capture.snapshot import load as load_module
@@ -576,6 +580,14 @@ def test_messages_have_their_own_lines_next_to_each_progress_bar(tmp_path, capsy
         fitted.fit(Silent([3.0]), runs.loader(), runs.loader())
     lines = [line.strip() for line in re.split(r"[\r\n]", capsys.readouterr().out)]
     assert [line for line in lines if "good" in line] == [f"batch {index} [of] good: verified" for index in range(4)]
+
+
+def test_a_closed_output_keeps_no_line(monkeypatch):
+    lines = deque(["one", "two"])
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    sys.stdout.close()
+    say(SimpleNamespace(progress_bar_callback=None), lines)
+    assert not lines
 
 
 class Cooling(runs.Scripted):

@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
@@ -84,3 +85,14 @@ def test_a_worker_ends_when_training_needs_the_rest_of_the_disk(tmp_path: Path) 
     ended = workers.run(command, job, log, timeout=60, environment=os.environ, spare=spare)
     assert ended.error == "ended with exit code 0 and no result"
     workers.end_all()
+
+
+def test_a_worker_without_a_result_on_a_full_disk_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not disk.is_full(tmp_path)
+    assert not disk.is_full(tmp_path / "missing")
+    full = SimpleNamespace(f_bavail=1, f_frsize=4096, f_files=10, f_favail=10)
+    monkeypatch.setattr(os, "statvfs", lambda path: full)
+    job, workers = tmp_path / "job.json", Workers()
+    ended = workers.run([sys.executable, "-c", ""], job, tmp_path / "log.txt", timeout=60, environment=os.environ)
+    workers.end_all()
+    assert ended.error == "ended with exit code 0 and no result, since the disk is full"

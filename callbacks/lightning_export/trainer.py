@@ -47,9 +47,8 @@ def say(trainer: Trainer, lines: deque[str]) -> None:
         bar: Any = trainer.progress_bar_callback
         # a disabled bar, as with refresh_rate=0, would not print the line
         tell = bar.print if bar is not None and getattr(bar, "is_enabled", True) else print
-        with contextlib.suppress(
-            OSError, ValueError, SystemExit
-        ):  # standard output is closed, or a pipe without reader
+        # standard output may be closed, or a pipe that nobody reads
+        with contextlib.suppress(OSError, ValueError, SystemExit):
             tell(lines.popleft())
 
 

@@ -68,8 +68,8 @@ def check_room(root: nn.Module, steps: int, folder: Path, spare: int) -> None:
     Raises:
         OSError: there is no room for it.
     """
-    # the weights, and an artifact for each format with what its converter writes beside it
-    needed = round(sum(tensor.nbytes for _, tensor in _persistent(root)) * 1.5 * (1 + steps))
+    # the weights and an artifact for each format, and something for what converters write beside them
+    needed = round(sum(tensor.nbytes for _, tensor in _persistent(root)) * 1.2 * (1 + steps))
     free = free_bytes(folder)
     if spare and free < needed + spare:
         raise OSError(
