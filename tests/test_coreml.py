@@ -18,7 +18,7 @@ from polyexport.coreml import evaluate
 from polyexport.coreml.evaluate import evaluator
 from polyexport.coreml.program import Name, Operation, Program, read
 from polyexport.errors import CannotRun
-from polyexport.formats import coreml
+from polyexport.formats import coreml, coreml_quantized
 from polyexport.measure.parity import Parity, compare
 from polyexport.measure.tolerance import Tolerance
 from polyexport.spec import ExportSpec, TensorSpec, write_arrays
@@ -239,7 +239,11 @@ def test_types_that_core_ml_lacks_are_int32_at_inputs_and_outputs(dtype, there):
 
 # --- lower precisions -------------------------------------------------------------------------------------------------
 
-COMPRESS = {"coreml-w8": coreml.quantize_weights, "coreml-w4": coreml.palettize_weights, "coreml-int8": coreml.quantize}
+COMPRESS = {
+    "coreml-w8": coreml_quantized.quantize_weights,
+    "coreml-w4": coreml_quantized.palettize_weights,
+    "coreml-int8": coreml_quantized.quantize,
+}
 
 
 @dataclass(frozen=True)
@@ -252,7 +256,7 @@ class Compressed:
     expected: np.ndarray
 
     def judged(self, name: str) -> Parity:
-        run = coreml.load_compressed(self.packages[name], self.spec, threads=1)
+        run = coreml_quantized.load_compressed(self.packages[name], self.spec, threads=1)
         return compare(run(self.inputs), {"y": self.expected}, FORMATS[name].limits)
 
 
@@ -282,7 +286,7 @@ def compressed(tmp_path_factory) -> Compressed:
 @pytest.mark.parametrize("name", COMPRESS)
 def test_a_lower_precision_agrees_at_another_batch_size(compressed, name):
     assert compressed.judged(name).reason == ""
-    assert coreml.load_compressed(compressed.packages[name], compressed.spec, threads=1).shortfall == ""
+    assert coreml_quantized.load_compressed(compressed.packages[name], compressed.spec, threads=1).shortfall == ""
 
 
 def shifted(argument: np.ndarray) -> np.ndarray:
@@ -332,7 +336,7 @@ def test_a_wrong_number_in_a_compressed_package_is_a_mismatch(compressed, name, 
 
 
 def test_ranges_are_those_of_all_batches(compressed):
-    found = coreml.ranges(compressed.packages["coreml-fp16"], compressed.spec)
+    found = coreml_quantized.ranges(compressed.packages["coreml-fp16"], compressed.spec)
     x = compressed.inputs["x"]
     assert found["x"] == {"rmin": float(x.min()), "rmax": float(x.max())}
 
@@ -357,26 +361,26 @@ def test_what_has_no_range_or_scale_stays_in_float(tmp_path):
     spec = ExportSpec(*ports, {"batch": 4}, calibration=(tmp_path / "x.npz",))
     torch.jit.trace(module, x).save(tmp_path / "m.pt")
     coreml.convert_trace(tmp_path / "m.pt", tmp_path / "half.mlpackage", spec, precision="float16")
-    coreml.quantize(tmp_path / "half.mlpackage", tmp_path / "int8.mlpackage", spec)
+    coreml_quantized.quantize(tmp_path / "half.mlpackage", tmp_path / "int8.mlpackage", spec)
     kinds = [each.kind for each in read(tmp_path / "int8.mlpackage").main.operations]
     assert "quantize" in kinds
-    run = coreml.load_compressed(tmp_path / "int8.mlpackage", spec, threads=1)
+    run = coreml_quantized.load_compressed(tmp_path / "int8.mlpackage", spec, threads=1)
     with torch.no_grad():
         assert compare(run({"x": x.numpy()}), {"y": module(x).numpy()}, FORMATS["coreml-int8"].limits).passed
 
 
 def test_weights_left_in_float_are_reported(compressed, tmp_path):
-    opened = coreml.load_compressed(compressed.packages["coreml-fp16"], compressed.spec, threads=1)
+    opened = coreml_quantized.load_compressed(compressed.packages["coreml-fp16"], compressed.spec, threads=1)
     assert opened.shortfall.startswith("100% of its weights in float, which have fewer than 512 numbers")
     assert "coreml-fp16" in opened.shortfall
 
 
 def test_a_palette_is_as_near_as_sixteen_numbers_can_be():
     weights = np.repeat(np.arange(16.0), 40).astype(np.float32).reshape(32, 20)
-    table, indices = coreml.palette(weights)
+    table, indices = coreml_quantized.palette(weights)
     assert np.array_equal(table[indices], weights)
     spread = np.random.default_rng(0).normal(size=(64, 64)).astype(np.float32)
-    table, indices = coreml.palette(spread)
+    table, indices = coreml_quantized.palette(spread)
     assert indices.max() == 15
     distances = np.abs(spread[..., None] - table)
     assert np.array_equal(distances.argmin(-1), indices)

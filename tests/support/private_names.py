@@ -84,6 +84,8 @@ NAMES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
             "torch._decomp:decomposition_table",
             f"{MIL}.frontend.torch.torch_op_registry:is_torch_fx_node_supported",
             f"{MIL}.mil.passes.defs.preprocess:NameSanitizer",
+        ),
+        "formats/coreml_quantized.py": (
             "coremltools.optimize.coreml._post_training_quantization:_get_activation_calibration_stats",
             "coremltools.optimize.coreml._quantization_passes:insert_prefix_quantize_dequantize_pair.transform_op",
             f"{MIL}.mil.passes.defs.optimize_activation_quantization:"
@@ -174,8 +176,8 @@ NAMES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "formats/tfjs.py": ("tensorflowjs.converters.tf_saved_model_conversion_v2:_run_grappler",),
     },
     "tflite": {
-        "formats/tflite.py": (
-            "ai_edge_litert.interpreter:Interpreter._get_ops_details",
+        "formats/tflite.py": ("ai_edge_litert.interpreter:Interpreter._get_ops_details",),
+        "formats/tflite_quantized.py": (
             "ai_edge_quantizer.utils.qsv_utils:min_max_update",
             "ai_edge_quantizer.utils.tfl_flatbuffer_utils:read_model",
         ),

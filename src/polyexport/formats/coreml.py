@@ -1,4 +1,4 @@
-"""Core ML: an ML Program for Apple's devices, in float32, float16 and lower precisions.
+"""Core ML: an ML Program for Apple's devices, in float32 and float16.
 
 https://apple.github.io/coremltools/docs-guides/
 
@@ -9,8 +9,6 @@ Requirements:
 * Names are kept, except keywords of MIL, such as `state`, and characters that MIL does not allow: the report then shows
   the package's own signature, and says so.
 * A dynamic axis needs an upper bound in an ML Program; it gets a large one.
-* Smaller packages compute in float16, as the Neural Engine requires; if that disagrees, `w8` and `w4` use float32.
-* Ranges for quantization come from evaluating the program on real batches, `spec.calibration`.
 * On macOS the package is run by Core ML. Elsewhere the saved package is read and evaluated (see `polyexport.coreml`),
   independently of the conversion.
 """
@@ -30,8 +28,7 @@ import numpy as np
 from polyexport.coreml.settle import settle
 from polyexport.errors import CannotRun
 from polyexport.format import Convert, Format, Loaded, Observed, OnDevice, Route, Snippet
-from polyexport.measure.weights import in_float
-from polyexport.spec import Arrays, ExportSpec, Precision, Runner, TensorSpec, calibration, example
+from polyexport.spec import Arrays, ExportSpec, Precision, Runner, TensorSpec, example
 
 if TYPE_CHECKING:
     import torch
@@ -179,10 +176,11 @@ def _convert(model: Any, target: Path, spec: ExportSpec, precision: str) -> None
     if spec.labels:  # where Xcode's preview reads them
         preview = json.dumps({"labels": spec.labels}, ensure_ascii=False)
         package.user_defined_metadata["com.apple.coreml.model.preview.params"] = preview
-    _save(package, target)
+    save(package, target)
 
 
-def _save(package: Any, target: Path) -> None:
+def save(package: Any, target: Path) -> None:
+    """Write a package, the same bytes for the same program."""
     package.save(str(target))
     settle(target)
 
@@ -210,130 +208,6 @@ def _translated(model: Any, spec: ExportSpec, precision: str, oldest: Any) -> An
     )
 
 
-# --- compression ------------------------------------------------------------------------------------------------------
-
-_FEWEST_WEIGHTS = 512
-"""Smaller constants are not compressed: the package would be larger, by the operator that reads them."""
-
-
-def quantize_weights(source: Path, target: Path, spec: ExportSpec) -> None:
-    """Store weights in int8, one scale per channel."""
-    _save(_quantized_weights(_opened(source)), target)
-
-
-def palettize_weights(source: Path, target: Path, spec: ExportSpec) -> None:
-    """Store weights as indices of four bits into a table of sixteen numbers for each tensor."""
-    from coremltools.optimize import coreml as optimize
-
-    config = optimize.OpPalettizerConfig("custom", lut_function=palette, weight_threshold=_FEWEST_WEIGHTS)
-    package = optimize.palettize_weights(_opened(source), optimize.OptimizationConfig(config))
-    _save(package, target)
-
-
-def quantize(source: Path, target: Path, spec: ExportSpec) -> None:
-    """Quantize inputs and outputs of convolutions, products, sums and pools to int8, and weights too.
-
-    coremltools cannot do this for a float32 package: it makes some of the scales float16.
-    """
-    from coremltools.optimize import coreml as optimize
-
-    model, found = _opened(source), ranges(source, spec)
-    with _known_ranges(found):
-        config = optimize.OptimizationConfig(optimize.OpLinearQuantizerConfig("linear"))
-        model = optimize.linear_quantize_activations(model, config, [])
-    _save(_quantized_weights(model), target)
-
-
-def _opened(package: Path) -> Any:
-    import coremltools as ct
-
-    return ct.models.MLModel(str(package), skip_model_load=True)
-
-
-def _quantized_weights(model: Any) -> Any:
-    from coremltools.optimize import coreml as optimize
-
-    config = optimize.OpLinearQuantizerConfig("linear_symmetric", weight_threshold=_FEWEST_WEIGHTS)
-    return optimize.linear_quantize_weights(model, optimize.OptimizationConfig(config))
-
-
-_PALETTE = 16
-_ROUNDS = 25
-
-
-def palette(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Sixteen values, and for each weight the index of the nearest, by k-means that starts from quantiles."""
-    flat = np.sort(weights, axis=None).astype(np.float64)
-    sums = np.concatenate([[0], np.cumsum(flat)])
-    table = flat[(np.arange(_PALETTE) * 2 + 1) * flat.size // (2 * _PALETTE)]
-    for _ in range(_ROUNDS):
-        ends = np.searchsorted(flat, (table[1:] + table[:-1]) / 2)
-        first, last = np.concatenate([[0], ends]), np.concatenate([ends, [flat.size]])
-        table = np.where(last > first, (sums[last] - sums[first]) / np.maximum(last - first, 1), table)
-    indices = np.searchsorted((table[1:] + table[:-1]) / 2, weights)
-    return table.astype(weights.dtype), indices.astype(np.uint8)
-
-
-def ranges(package: Path, spec: ExportSpec) -> dict[str, dict[str, float]]:
-    """Minimum and maximum of each float tensor over all batches of `spec.calibration`: `rmin` and `rmax`."""
-    from polyexport.coreml.evaluate import intermediates
-
-    observe, own = intermediates(package), as_core_ml(spec)
-    found: dict[str, dict[str, float]] = {}
-    for arrays in calibration(spec):
-        for name, array in observe(_as_given(arrays, spec, own)).items():
-            known = found.setdefault(name, {"rmin": np.inf, "rmax": -np.inf})
-            known["rmin"] = min(known["rmin"], float(array.min()))
-            known["rmax"] = max(known["rmax"], float(array.max()))
-    return found
-
-
-@contextlib.contextmanager
-def _known_ranges(found: dict[str, dict[str, float]]) -> Iterator[None]:
-    """Make coremltools use these ranges; it would run the model, which needs macOS, and use only the last batch's.
-
-    Operations on values without a range, such as those in a loop, or with one too small for a scale in float16, stay in
-    float: coremltools fails on them.
-    """
-    from coremltools.converters.mil.mil.passes.defs.optimize_activation_quantization import (
-        insert_suffix_quantize_dequantize_pair as after,
-    )
-    from coremltools.optimize.coreml import _post_training_quantization as quantization
-    from coremltools.optimize.coreml._quantization_passes import insert_prefix_quantize_dequantize_pair as before
-
-    measure, insert, go_on = (
-        quantization._get_activation_calibration_stats,
-        before.transform_op,
-        after._insert_quantize_dequantize,
-    )
-
-    def insert_where_possible(self: Any, operation: Any) -> None:
-        values = (operation.inputs.get(name) for name in ("x", "y"))
-        if all(_has_scale(found.get(value.name)) for value in values if value is not None and value.val is None):
-            insert(self, operation)
-
-    def go_on_outside_of_loops(self: Any, block: Any, *settings: Any) -> None:
-        if settings:  # coremltools forgets them for inner blocks
-            go_on(self, block, *settings)
-
-    quantization._get_activation_calibration_stats = lambda *_: found
-    before.transform_op, after._insert_quantize_dequantize = insert_where_possible, go_on_outside_of_loops
-    try:
-        yield
-    finally:  # another model may be converted in this process later
-        quantization._get_activation_calibration_stats = measure
-        before.transform_op, after._insert_quantize_dequantize = insert, go_on
-
-
-_STEPS = 255
-"""Between the least and the greatest number in int8."""
-
-
-def _has_scale(found: dict[str, float] | None) -> bool:
-    """Whether a range is known, and its scale is a normal number in float16."""
-    return found is not None and found["rmax"] - found["rmin"] >= _STEPS * float(np.finfo(np.float16).tiny)
-
-
 # --- running ----------------------------------------------------------------------------------------------------------
 
 
@@ -346,21 +220,6 @@ def load(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
         stand_in="its program is evaluated op by op, which says nothing about Core ML's speed",
         observed=lambda: Observed(verified_by="MIL program evaluated off-device"),
     )
-
-
-_LEFT = (
-    f"which have fewer than {_FEWEST_WEIGHTS} numbers, where compression saves nothing, or which coremltools does not "
-    "compress; coreml-fp16 has all of them in half precision"
-)
-
-
-def load_compressed(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
-    """Like `load`, with a remark on weights in float."""
-    from polyexport.coreml.program import float_weights, read
-
-    opened = load(path, spec, threads=threads)
-    left = in_float(*float_weights(read(path)), _LEFT)
-    return replace(opened, remark=left.remark, shortfall="; ".join(filter(None, (opened.shortfall, left.shortfall))))
 
 
 def load_on_mac(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
@@ -382,7 +241,7 @@ def intermediates(path: Path, spec: ExportSpec, inputs: Arrays, *, threads: int)
 
     torch.set_num_threads(threads)
     own = as_core_ml(spec)
-    values = intermediates(path)(_as_given(inputs, spec, own))
+    values = intermediates(path)(as_given(inputs, spec, own))
     return {name: array.astype(np.float32) for name, array in values.items() if name not in own.input_names}
 
 
@@ -397,13 +256,13 @@ def package(run: Runner, spec: ExportSpec) -> Loaded:
     renamed = ", ".join(f"{our.name} is {its.name}" for our, its in pairs if our.name != its.name)
 
     def renaming(arrays: Arrays) -> Arrays:
-        answer = run(_as_given(arrays, spec, own))
+        answer = run(as_given(arrays, spec, own))
         return {our.name: _returned(answer[its.name], its.dtype, our.dtype) for our, its in outputs}
 
     return Loaded(renaming, own, shortfall=f"names that Core ML does not allow: {renamed}" if renamed else "")
 
 
-def _as_given(arrays: Arrays, spec: ExportSpec, own: ExportSpec) -> Arrays:
+def as_given(arrays: Arrays, spec: ExportSpec, own: ExportSpec) -> Arrays:
     """PyTorch's inputs with the package's names and dtypes."""
     pairs = zip(spec.inputs, own.inputs, strict=True)
     return {its.name: np.atleast_1d(arrays[our.name].astype(its.dtype)) for our, its in pairs}
@@ -461,7 +320,8 @@ let output{{ loop.index0 }} = outputs.featureValue(for: {{ name | tojson }})?.mu
 )
 
 
-def _format(name: str, precision: Precision, description: str, *routes: Route, **more: Any) -> Format:
+def coreml_format(name: str, precision: Precision, description: str, *routes: Route, **more: Any) -> Format:
+    """A format whose artifact is such a package."""
     return Format(
         name=name,
         description=description,
@@ -484,41 +344,12 @@ def _translations(precision: str) -> tuple[Route, ...]:
     )
 
 
-def _compressions(compress: Convert) -> tuple[Route, ...]:
-    return (
-        Route("from float16", "coreml-fp16", "coreml", compress),
-        Route("from float32", "coreml", "coreml", compress),
-    )
-
-
 FORMATS = (
-    _format("coreml", "float32", "Core ML program, for Apple's CPUs and GPUs", *_translations("float32")),
-    _format(
+    coreml_format("coreml", "float32", "Core ML program, for Apple's CPUs and GPUs", *_translations("float32")),
+    coreml_format(
         "coreml-fp16",
         "float16",
         "Core ML program in half precision, for Apple's Neural Engine",
         *_translations("float16"),
-    ),
-    _format(
-        "coreml-w8",
-        "w8",
-        "Core ML program in half precision with int8 weights, half its size",
-        *_compressions(quantize_weights),
-        load=load_compressed,
-    ),
-    _format(
-        "coreml-w4",
-        "w4",
-        "Core ML program in half precision with weights from a palette of sixteen, a quarter of its size",
-        *_compressions(palettize_weights),
-        load=load_compressed,
-    ),
-    _format(
-        "coreml-int8",
-        "int8",
-        "Core ML program with int8 weights and activations, for the Neural Engine from A17 Pro and M4 on",
-        Route("from float16", "coreml-fp16", "coreml", quantize),
-        load=load_compressed,
-        calibrated=True,
     ),
 )

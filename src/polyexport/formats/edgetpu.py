@@ -24,7 +24,7 @@ import numpy as np
 
 from polyexport.errors import CannotRun, ToolMissing, line
 from polyexport.format import Format, Loaded, Observed, OnDevice, Route, Snippet
-from polyexport.formats import tflite
+from polyexport.formats import tflite, tflite_quantized
 from polyexport.measure.weights import counted
 from polyexport.spec import Arrays, ExportSpec, TensorSpec, in_rows, row_remark
 from polyexport.tracing.exported_program import load_program
@@ -45,14 +45,14 @@ def convert(source: Path, target: Path, spec: ExportSpec) -> None:
     one = spec.one_row()
     precise = target.with_name("float32.tflite")
     tflite.lower(load_program(source).module(), precise, one, channels_last=True)
-    tflite.quantize(precise, target, one, prepare=_channels_last)
+    tflite_quantized.quantize(precise, target, one, prepare=_channels_last)
     precise.unlink()
     print(prediction(target))
 
 
 def keep_trained_scales(source: Path, target: Path, spec: ExportSpec) -> None:
     """Lower the program for one row and channels last, with the scales that it was trained with."""
-    tflite.keep_trained_scales(source, target, spec.one_row(), channels_last=True)
+    tflite_quantized.keep_trained_scales(source, target, spec.one_row(), channels_last=True)
     print(prediction(target))
 
 

@@ -16,7 +16,7 @@ from ai_edge_quantizer.utils import tfl_flatbuffer_utils as flatbuffers
 
 import bare  # noqa: F401  # before our package
 from polyexport import worker
-from polyexport.formats import edgetpu, tflite
+from polyexport.formats import edgetpu, tflite, tflite_quantized
 from polyexport.serialization import decode, encode, read_json
 from polyexport.spec import ExportSpec
 from polyexport.workers.job import read_job
@@ -68,21 +68,24 @@ def with_tiny_weights(source):
 
 found = {}
 
-for name, convert in (("tflite-w8", tflite.quantize_weights), ("tflite-w4", tflite.quantize_weights_to_four_bits)):
+for name, convert in (
+    ("tflite-w8", tflite_quantized.quantize_weights),
+    ("tflite-w4", tflite_quantized.quantize_weights_to_four_bits),
+):
     small, spec = elsewhere / f"{name}.tflite", jobs["tflite"].spec
     convert(root / "tflite" / "model.tflite", small, spec)
     found[name] = verify(name, small)
     found[f"swapped {name}"] = verify(name, with_two_channels_swapped(small))
     found[f"not {name}"] = verify(name, root / "tflite" / "model.tflite")
 
-tflite.quantize_weights_to_four_bits(
+tflite_quantized.quantize_weights_to_four_bits(
     with_tiny_weights(root / "tflite" / "model.tflite"),
     elsewhere / "tiny-w4.tflite",
     spec,
     rows=True,
     convolutions=True,
 )
-found["tiny weights in four bits"] = tflite.load_w4(elsewhere / "tiny-w4.tflite", spec, threads=1).remark
+found["tiny weights in four bits"] = tflite_quantized.load_w4(elsewhere / "tiny-w4.tflite", spec, threads=1).remark
 
 run, opened, artifact = tflite._run_compiled, tflite._compiled, root / "tflite" / "model.tflite"
 tflite._run_compiled = lambda *words, **given: {"output_0": -run(*words, **given)["output_0"]}
@@ -97,7 +100,7 @@ answer = run({"image": np.zeros((3, 3, 16, 16), np.float32)})
 found["loaded"] = {name: [str(array.dtype), array.shape] for name, array in answer.items()}
 
 spec = replace(jobs["tflite-int8"].spec, calibration=(elsewhere / "tiny.npz",))
-tflite.quantize(root / "tflite" / "model.tflite", elsewhere / "tiny.tflite", spec)
+tflite_quantized.quantize(root / "tflite" / "model.tflite", elsewhere / "tiny.tflite", spec)
 found["wrong ranges"] = verify("tflite-int8", elsewhere / "tiny.tflite")
 found["not in int8"] = verify("tflite-int8", root / "tflite" / "model.tflite")
 found["unlike"] = verify("tflite", root / "edgetpu" / "model.tflite")

@@ -1,0 +1,197 @@
+"""Core ML with int8 and 4-bit weights, and in int8, by coremltools, from packages in float16 or float32.
+
+https://apple.github.io/coremltools/docs-guides/source/opt-overview.html
+
+Requirements:
+* Packages compute in float16, as the Neural Engine requires; if that disagrees, `w8` and `w4` use float32.
+* Ranges for int8 come from evaluating the program on real batches, `spec.calibration`.
+* A remark says which weights stay in float.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from polyexport.format import Convert, Loaded, Route
+from polyexport.formats.coreml import as_core_ml, as_given, coreml_format, load, save
+from polyexport.measure.weights import in_float
+from polyexport.spec import ExportSpec, calibration
+
+# --- conversion -------------------------------------------------------------------------------------------------------
+
+_FEWEST_WEIGHTS = 512
+"""Smaller constants are not compressed: the package would be larger, by the operator that reads them."""
+
+
+def quantize_weights(source: Path, target: Path, spec: ExportSpec) -> None:
+    """Store weights in int8, one scale per channel."""
+    save(_quantized_weights(_opened(source)), target)
+
+
+def palettize_weights(source: Path, target: Path, spec: ExportSpec) -> None:
+    """Store weights as indices of four bits into a table of sixteen numbers for each tensor."""
+    from coremltools.optimize import coreml as optimize
+
+    config = optimize.OpPalettizerConfig("custom", lut_function=palette, weight_threshold=_FEWEST_WEIGHTS)
+    package = optimize.palettize_weights(_opened(source), optimize.OptimizationConfig(config))
+    save(package, target)
+
+
+def quantize(source: Path, target: Path, spec: ExportSpec) -> None:
+    """Quantize inputs and outputs of convolutions, products, sums and pools to int8, and weights too.
+
+    coremltools cannot do this for a float32 package: it makes some of the scales float16.
+    """
+    from coremltools.optimize import coreml as optimize
+
+    model, found = _opened(source), ranges(source, spec)
+    with _known_ranges(found):
+        config = optimize.OptimizationConfig(optimize.OpLinearQuantizerConfig("linear"))
+        model = optimize.linear_quantize_activations(model, config, [])
+    save(_quantized_weights(model), target)
+
+
+def _opened(package: Path) -> Any:
+    import coremltools as ct
+
+    return ct.models.MLModel(str(package), skip_model_load=True)
+
+
+def _quantized_weights(model: Any) -> Any:
+    from coremltools.optimize import coreml as optimize
+
+    config = optimize.OpLinearQuantizerConfig("linear_symmetric", weight_threshold=_FEWEST_WEIGHTS)
+    return optimize.linear_quantize_weights(model, optimize.OptimizationConfig(config))
+
+
+_PALETTE = 16
+_ROUNDS = 25
+
+
+def palette(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Sixteen values, and for each weight the index of the nearest, by k-means that starts from quantiles."""
+    flat = np.sort(weights, axis=None).astype(np.float64)
+    sums = np.concatenate([[0], np.cumsum(flat)])
+    table = flat[(np.arange(_PALETTE) * 2 + 1) * flat.size // (2 * _PALETTE)]
+    for _ in range(_ROUNDS):
+        ends = np.searchsorted(flat, (table[1:] + table[:-1]) / 2)
+        first, last = np.concatenate([[0], ends]), np.concatenate([ends, [flat.size]])
+        table = np.where(last > first, (sums[last] - sums[first]) / np.maximum(last - first, 1), table)
+    indices = np.searchsorted((table[1:] + table[:-1]) / 2, weights)
+    return table.astype(weights.dtype), indices.astype(np.uint8)
+
+
+def ranges(package: Path, spec: ExportSpec) -> dict[str, dict[str, float]]:
+    """Minimum and maximum of each float tensor over all batches of `spec.calibration`: `rmin` and `rmax`."""
+    from polyexport.coreml.evaluate import intermediates
+
+    observe, own = intermediates(package), as_core_ml(spec)
+    found: dict[str, dict[str, float]] = {}
+    for arrays in calibration(spec):
+        for name, array in observe(as_given(arrays, spec, own)).items():
+            known = found.setdefault(name, {"rmin": np.inf, "rmax": -np.inf})
+            known["rmin"] = min(known["rmin"], float(array.min()))
+            known["rmax"] = max(known["rmax"], float(array.max()))
+    return found
+
+
+@contextlib.contextmanager
+def _known_ranges(found: dict[str, dict[str, float]]) -> Iterator[None]:
+    """Make coremltools use these ranges; it would run the model, which needs macOS, and use only the last batch's.
+
+    Operations on values without a range, such as those in a loop, or with one too small for a scale in float16, stay in
+    float: coremltools fails on them.
+    """
+    from coremltools.converters.mil.mil.passes.defs.optimize_activation_quantization import (
+        insert_suffix_quantize_dequantize_pair as after,
+    )
+    from coremltools.optimize.coreml import _post_training_quantization as quantization
+    from coremltools.optimize.coreml._quantization_passes import insert_prefix_quantize_dequantize_pair as before
+
+    measure, insert, go_on = (
+        quantization._get_activation_calibration_stats,
+        before.transform_op,
+        after._insert_quantize_dequantize,
+    )
+
+    def insert_where_possible(self: Any, operation: Any) -> None:
+        values = (operation.inputs.get(name) for name in ("x", "y"))
+        if all(_has_scale(found.get(value.name)) for value in values if value is not None and value.val is None):
+            insert(self, operation)
+
+    def go_on_outside_of_loops(self: Any, block: Any, *settings: Any) -> None:
+        if settings:  # coremltools forgets them for inner blocks
+            go_on(self, block, *settings)
+
+    quantization._get_activation_calibration_stats = lambda *_: found
+    before.transform_op, after._insert_quantize_dequantize = insert_where_possible, go_on_outside_of_loops
+    try:
+        yield
+    finally:  # another model may be converted in this process later
+        quantization._get_activation_calibration_stats = measure
+        before.transform_op, after._insert_quantize_dequantize = insert, go_on
+
+
+_STEPS = 255
+"""Between the least and the greatest number in int8."""
+
+
+def _has_scale(found: dict[str, float] | None) -> bool:
+    """Whether a range is known, and its scale is a normal number in float16."""
+    return found is not None and found["rmax"] - found["rmin"] >= _STEPS * float(np.finfo(np.float16).tiny)
+
+
+# --- running ----------------------------------------------------------------------------------------------------------
+
+_LEFT = (
+    f"which have fewer than {_FEWEST_WEIGHTS} numbers, where compression saves nothing, or which coremltools does not "
+    "compress; coreml-fp16 has all of them in half precision"
+)
+
+
+def load_compressed(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
+    """Like `load`, with a remark on weights in float."""
+    from polyexport.coreml.program import float_weights, read
+
+    opened = load(path, spec, threads=threads)
+    left = in_float(*float_weights(read(path)), _LEFT)
+    return replace(opened, remark=left.remark, shortfall="; ".join(filter(None, (opened.shortfall, left.shortfall))))
+
+
+def _compressions(compress: Convert) -> tuple[Route, ...]:
+    return (
+        Route("from float16", "coreml-fp16", "coreml", compress),
+        Route("from float32", "coreml", "coreml", compress),
+    )
+
+
+FORMATS = (
+    coreml_format(
+        "coreml-w8",
+        "w8",
+        "Core ML program in half precision with int8 weights, half its size",
+        *_compressions(quantize_weights),
+        load=load_compressed,
+    ),
+    coreml_format(
+        "coreml-w4",
+        "w4",
+        "Core ML program in half precision with weights from a palette of sixteen, a quarter of its size",
+        *_compressions(palettize_weights),
+        load=load_compressed,
+    ),
+    coreml_format(
+        "coreml-int8",
+        "int8",
+        "Core ML program with int8 weights and activations, for the Neural Engine from A17 Pro and M4 on",
+        Route("from float16", "coreml-fp16", "coreml", quantize),
+        load=load_compressed,
+        calibrated=True,
+    ),
+)
