@@ -69,3 +69,30 @@ def test_a_format_is_a_row_where_there_are_many_and_a_reason_names_its_models():
     assert "2 of 6 cells were run; 1/2 (50.0%) of them are `verified`" in text
     assert "* onnx, mlp: failed: no &lt;Op> for it\n" in text
     assert "* paddle, net, mlp: skipped: there is no compiler\n" in text
+
+
+MEASURED = cell("verified", "", "dynamo", bytes=520, weights_bytes=1000, p50_ms=0.02, eager_ms=0.25)
+
+
+def test_what_was_measured_is_beside_what_it_is_compared_with():
+    built = cell("unverified", "there is no such card", "onnx", bytes=52_000, weights_bytes=1000, p50_ms=None)
+    wrong = cell("mismatch", "off by one", "onnx", bytes=100, weights_bytes=1000)
+    cells = {"net": {"onnx": MEASURED, "tensorrt": built, "paddle": wrong}, "mlp": {"onnx": GOOD}}
+    lines = page_by_format("Title", "About.", cells, ["net", "mlp"], ("onnx", "paddle", "tensorrt")).splitlines()
+    measured = lines[lines.index("## Size and latency") :]
+    assert measured[-5:] == [
+        "| format | net | mlp |",
+        "| --- | --- | --- |",
+        "| float32 weights / eager ms | 1 kB / 0.25 |  |",
+        "| `onnx` | 0.52 / 0.08 |  |",
+        "| `tensorrt` | 52 |  |",
+    ]
+
+
+def test_what_has_an_artifact_is_made_again_for_its_size_and_for_its_time():
+    found = {"onnx": MEASURED, "pt2": GOOD, "tensorrt": cell("verified", "", None, bytes=1, p50_ms=None), "paddle": BAD}
+    assert zoo_table.missing(found, tuple(found), again=False, sizes=True) == ["pt2"]
+    assert zoo_table.missing(found, tuple(found), again=False, times=True) == ["pt2"]
+    without = {name: cell("verified", "", None, bytes=1) for name in ("onnx", "coreml")}
+    assert zoo_table.missing(without, tuple(without), again=False, sizes=True) == []
+    assert zoo_table.missing(without, tuple(without), again=False, times=True) == ["onnx", "coreml"]

@@ -6,23 +6,49 @@ The lines are in `outcomes/` beside this file and committed with the page, so th
 from __future__ import annotations
 
 import json
+import statistics
 import textwrap
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NotRequired, TypedDict, Unpack
 
 from polyexport.report.escape import markdown
+from polyexport.report.tables import milliseconds, size
 
 OUTCOMES = Path(__file__).parent / "outcomes"
 
-Cell = dict[str, str]
-"""`state`, `reason` and `route` of one format of one model."""
+
+class Measured(TypedDict):
+    """What was measured of an artifact; what is missing was not.
+
+    Attributes:
+        bytes: Its size.
+        weights_bytes: The size of the model's weights in float32.
+        p50_ms: The median of its calls with one row on one thread; None where it cannot be timed here.
+        eager_ms: The same of eager PyTorch, from the same rounds.
+    """
+
+    bytes: NotRequired[int]
+    weights_bytes: NotRequired[int]
+    p50_ms: NotRequired[float | None]
+    eager_ms: NotRequired[float]
+
+
+class Cell(Measured):
+    """One format of one model."""
+
+    state: str
+    reason: str
+    route: str
+
+
 Cells = dict[str, dict[str, Cell]]
 """Model to format to cell."""
 
 
-def cell(state: str, reason: str, route: str | None) -> Cell:
-    return {"state": state, "reason": reason, "route": route or ""}
+def cell(state: str, reason: str, route: str | None, **measured: Unpack[Measured]) -> Cell:
+    return {"state": state, "reason": reason, "route": route or "", **measured}
 
 
 def recorded(path: Path) -> Cells:
@@ -68,7 +94,50 @@ def page_by_format(title: str, about: str, cells: Cells, models: Sequence[str], 
         [f"`{name}`", *(MARKS.get(_state(cells, model, name), "–") for model in models), _verified(cells, models, name)]
         for name in formats
     ]
-    return _page(title, f"{about} {legend}.", cells, models, formats, ["format", *models, "verified"], rows)
+    text = _page(title, f"{about} {legend}.", cells, models, formats, ["format", *models, "verified"], rows)
+    return text + "".join(f"{line}\n" for line in _measurements(cells, models, formats))
+
+
+ABOUT_MEASURED = """\
+Size relative to the model's weights in float32 / median of a call relative to eager PyTorch's, with one row and on one
+thread, where no other program had the processor. An empty place was not measured, or there is no artifact, or its
+runtime is not here. These models are tiny: most of a size is the graph, and most of a call is not arithmetic; see
+[Precisions](precisions.md) and [Runtimes](runtimes.md) for trained and for larger ones."""
+
+
+def _measurements(cells: Cells, models: Sequence[str], formats: Sequence[str]) -> list[str]:
+    """The lines on size and latency: one row per format of which anything was measured; none if nothing was."""
+    rows = [[f"`{name}`", *(_measured(cells.get(model, {}).get(name)) for model in models)] for name in formats]
+    rows = [row for row in rows if any(row[1:])]
+    if not rows:
+        return []
+    whole = ["float32 weights / eager ms", *(_whole(cells.get(model, {})) for model in models)]
+    header = [_row(["format", *models]), _row(["---"] * (1 + len(models)))]
+    return ["", "## Size and latency", "", ABOUT_MEASURED, "", *header, *map(_row, [whole, *rows])]
+
+
+def _measured(found: Cell | None) -> str:
+    """Relative size and latency of an artifact that agrees, or that only its device can run; else empty."""
+    if found is None or found["state"] not in ARTIFACT:
+        return ""
+    smaller = _ratio(found.get("bytes"), found.get("weights_bytes"))
+    faster = _ratio(found.get("p50_ms"), found.get("eager_ms"))
+    return f"{smaller} / {faster}" if faster else smaller
+
+
+ARTIFACT = ("verified", "degraded", "unverified")
+"""The states of an artifact that is worth measuring."""
+
+
+def _ratio(value: float | None, whole: float | None) -> str:
+    return f"{value / whole:.{0 if value >= 10 * whole else 2}f}" if value and whole else ""
+
+
+def _whole(cells: dict[str, Cell]) -> str:
+    """The size of a model's weights, and eager PyTorch's latency: the median over all runs."""
+    weights = next((each["weights_bytes"] for each in cells.values() if "weights_bytes" in each), None)
+    eager = [each["eager_ms"] for each in cells.values() if "eager_ms" in each]
+    return " / ".join(filter(None, (size(weights), milliseconds(statistics.median(eager)) if eager else "")))
 
 
 def _page(
