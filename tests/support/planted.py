@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from polyexport import Arrays, ExportSpec, Format, Route, Runner, Toolchain, ToolMissing
+from polyexport import Arrays, ExportSpec, Format, Loaded, Route, Runner, Toolchain, ToolMissing
 from polyexport.errors import CannotRun, NothingToDo
 from polyexport.spec import calibration
 
@@ -173,6 +173,11 @@ def load_in_steps(path: Path, spec: ExportSpec, *, threads: int) -> Runner:
         return {name: (np.round(array / step) * step).astype(array.dtype) for name, (array, step) in steps.items()}
 
     return coarse
+
+
+def load_without_its_half(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
+    """Runs, and lacks half of what was asked for."""
+    return Loaded(load(path, spec, threads=threads), shortfall="half of its weights in float")
 
 
 def load_narrow(path: Path, spec: ExportSpec, *, threads: int) -> Runner:

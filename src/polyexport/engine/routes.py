@@ -209,7 +209,7 @@ class Build:
                 self._discard(built.path)
         retry = best.outcome.state in ("failed", "mismatch", "skipped") and any(built.retry for built in tried)
         outcome = replace(best.outcome, reason=_reason(best, tried))
-        return replace(best, outcome=outcome, retry=retry, detour=_detour(best, tried))
+        return replace(best, outcome=outcome, retry=retry, detour=_detour(best, tried), shortfall=_lost(best, tried))
 
     def _by_route(self, each: Format, route: Route, *, dynamic: bool) -> Built:
         """Upstream, conversion, verification; stops at the first that fails."""
@@ -404,6 +404,14 @@ def _reason(best: Built, tried: Sequence[Built]) -> str:
 def _detour(best: Built, tried: Sequence[Built]) -> str:
     """Why the routes before the one that verified were not taken."""
     return _reasons(tried[: tried.index(best)]) if best.outcome.state == "verified" else ""
+
+
+def _lost(best: Built, tried: Sequence[Built]) -> str:
+    """What the best one lacks, and why the routes after it, which were tried for that, are no better."""
+    if best.outcome.state != "verified" or not best.shortfall:
+        return best.shortfall
+    later = [built for built in tried[tried.index(best) + 1 :] if built.shortfall != best.shortfall]
+    return "; ".join(filter(None, [best.shortfall, _reasons(later)]))
 
 
 def _reasons(tried: Sequence[Built]) -> str:
