@@ -106,7 +106,7 @@ def test_the_report_has_the_share_of_the_weights_in_four_bits(report):
 
 
 class Sequence1d(torch.nn.Module):
-    """A convolution and a recurrent layer, of which NNCF stores neither in four bits."""
+    """A convolution and a recurrent layer, which NNCF does not store in four bits, the layer in no bits at all."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -119,9 +119,10 @@ class Sequence1d(torch.nn.Module):
 @pytest.mark.slow
 def test_weights_that_nncf_leaves_are_stored_in_few_bits_too(tmp_path):
     torch.manual_seed(0)
-    names = ["openvino-w8", "openvino-w4"]
+    names = ["openvino-int8", "openvino-w8", "openvino-w4"]
     report = polyexport.export(Sequence1d(), torch.rand(4, 3, 20), names, tmp_path / "out", bench=False)
-    assert [(each.state, each.reason) for each in report.outcomes if each.format in names] == [("verified", "")] * 2
+    assert [(each.state, each.reason) for each in report.outcomes if each.format in names] == [("verified", "")] * 3
+    assert "of its weights in float" not in report["openvino-int8"].remark
     assert "in 4 bits" in report["openvino-w4"].remark
 
 

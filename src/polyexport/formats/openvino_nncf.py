@@ -4,7 +4,8 @@ https://docs.openvino.ai/2025/openvino-workflow/model-optimization.html
 
 `openvino-int8` has weights and activations in int8, for CPUs and NPUs; `openvino-w8` and `openvino-w4` have only the
 weights in 8 and in 4 bits, for transformers, which are limited by memory bandwidth. NNCF has 4 bits for matrices and
-embeddings; convolutions and recurrent layers, which it leaves in more, are stored in them here, for a smaller file.
+embeddings; convolutions and recurrent layers, which it leaves in more, are stored in them here, for a smaller file. So
+are the recurrent layers that it leaves in float in int8; they compute in float.
 
 Requirements:
 * Ranges come from real batches. Of NNCF's two schemes, the general one and the one for transformers, the one with the
@@ -53,7 +54,8 @@ def quantize(source: Path, target: Path, spec: ExportSpec) -> None:
     for each in drafts:
         print(f"{each.how} scheme: relative error {each.error:.3g}")
     chosen, mending = mended(drafts, layers, partial(make, best(drafts).how), spec.in_float)
-    save(chosen.model, target, spec, f"{chosen.how} scheme", seven_bits(), mending, float_operators(chosen.model))
+    made = _with_stored(chosen.model, _RECURRENT, 8, computed=True)
+    save(made, target, spec, f"{chosen.how} scheme", seven_bits(), mending, float_operators(made))
 
 
 def convert_trained(source: Path, target: Path, spec: ExportSpec) -> None:
@@ -180,11 +182,7 @@ def _compressed(model: Any, mode: str, **options: Any) -> Any:
 
 
 _RECURRENT = ("LSTMSequence", "GRUSequence", "RNNSequence", "LSTMCell", "GRUCell", "RNNCell")
-"""Layers that NNCF leaves in float. OpenVINO reads their weights into float32 when it loads the model.
-
-In int8 they are left so: if their inputs are in int8, OpenVINO takes stored weights for those of integer kernels, and
-is wrong.
-"""
+"""Layers of which NNCF leaves most in float. OpenVINO reads their weights into float32 when it loads the model."""
 
 _MULTIPLIES = (*_MATRICES, *_RECURRENT, "Gather")
 
@@ -236,24 +234,30 @@ def _reading(node: Any) -> Iterator[Any]:
             yield reader
 
 
-def _with_stored(model: Any, kinds: Sequence[str], bits: int, *, every: bool = True) -> Any:
+def _with_stored(model: Any, kinds: Sequence[str], bits: int, *, every: bool = True, computed: bool = False) -> Any:
     """The model with the float weights of these kinds of layers, which NNCF left, in 8 or 4 bits.
 
-    Without `every`, the first convolution's weights are in 8 bits.
+    Args:
+        model: The model, which is changed.
+        kinds: The layers' types.
+        bits: How many.
+        every: Whether the first convolution's weights are in so few bits too; else they are in 8.
+        computed: Whether the weights must not look like those of integer kernels, which OpenVINO takes them for in a
+            model with quantized activations, and then computes other values.
     """
     weights = [weight for weight in _float_weights(model) if weight.kinds <= {*kinds}]
     first = next((weight.constant for weight in weights if weight.kinds & {*_CONVOLUTIONS}), None)
     for weight in weights:
         in_bits = bits if every or weight.constant is not first else 8
         readers = list(weight.constant.output(0).get_target_inputs())
-        stored = _in_groups(weight, in_bits)
+        stored = _in_groups(weight, in_bits, computed=computed)
         for reader in readers:
             reader.replace_source_output(stored.output(0))
     model.validate_nodes_and_infer_types()
     return model
 
 
-def _in_groups(weight: _FloatWeight, bits: int) -> Any:
+def _in_groups(weight: _FloatWeight, bits: int, *, computed: bool) -> Any:
     """A subgraph that computes the weights from integers, with a scale and a zero point for each group."""
     openvino = without_telemetry()
     from openvino import opset13
@@ -278,7 +282,8 @@ def _in_groups(weight: _FloatWeight, bits: int) -> Any:
             numbers = np.append(numbers, [0] * (len(numbers) % 2)).astype(np.uint8)
             numbers = numbers[0::2] | numbers[1::2] << 4
         tensor.data.reshape(-1)[:] = numbers
-        return opset13.convert(opset13.constant(tensor, name=name), "f32")
+        stored = opset13.constant(tensor, name=name)
+        return opset13.convert(opset13.convert(stored, "i32") if computed else stored, "f32")
 
     name = weight.constant.get_friendly_name()
     shifted = opset13.subtract(integers(steps, name), integers(zeros, f"{name}/zero_point"))
@@ -295,8 +300,7 @@ def group_size(row: int) -> int:
 def load_quantized(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
     """Run it on the CPU, with a remark on weights in float."""
     sizes, loaded = _bits(path), load(path, spec, threads=threads)
-    why = "which NNCF does not quantize; openvino-w8 stores those of recurrent layers in 8 bits"
-    return _telling(loaded, in_float(sizes[-1], sum(sizes), why, loaded.remark))
+    return _telling(loaded, in_float(sizes[-1], sum(sizes), "which NNCF does not quantize", loaded.remark))
 
 
 def load_w4(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
