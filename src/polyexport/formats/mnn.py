@@ -279,8 +279,40 @@ outputs = [np.array(answer.read()) for answer in answers]
 )
 
 
+_SNIPPETS_INT8 = (
+    Snippet(
+        "Python",
+        """\
+import MNN
+import numpy as np
+
+names = {{ names | tojson }}
+kinds = {"f": MNN.expr.float, "i": MNN.expr.int}  # int64 and bool travel as int32
+modules = {}  # one for each size of the inputs, since MNN crashes when it resizes some in int8
+
+
+def load():
+    manager = MNN.nn.create_runtime_manager(({"backend": "CPU", "precision": "high", "numThread": 4},))
+    return MNN.nn.load_module_from_file("{{ path }}", names, {{ outputs | tojson }}, runtime_manager=manager)
+
+
+def run(batch):
+    inputs = [batch[name] if batch[name].dtype.kind == "f" else batch[name].astype("int32") for name in names]
+    sizes = tuple(x.shape for x in inputs)
+    if sizes not in modules:
+        modules[sizes] = load()
+    given = [MNN.expr.const(x, list(x.shape), MNN.expr.NCHW, kinds[x.dtype.kind]) for x in inputs]
+    return [np.array(answer.read()) for answer in modules[sizes].forward(given)]
+
+
+outputs = run(np.load("{{ batch }}"))
+""",
+    ),
+)
+
+
 def _format(name: str, precision: Precision, description: str, *routes: Route, **more: Any) -> Format:
-    defaults: dict[str, Any] = {"load": load}
+    defaults: dict[str, Any] = {"load": load, "snippets": _SNIPPETS}
     return Format(
         name=name,
         description=description,
@@ -290,7 +322,6 @@ def _format(name: str, precision: Precision, description: str, *routes: Route, *
         precision=precision,
         routes=routes,
         targets=("phone",),
-        snippets=_SNIPPETS,
         **(defaults | more),
     )
 
@@ -327,6 +358,7 @@ FORMATS = (
         "MNN model in int8, calibrated with validation batches",
         *(Route(method, "mnn", "mnn", _quantized(method)) for method in ("EMA", "ADMM", "KL")),
         load=load_int8,
+        snippets=_SNIPPETS_INT8,
         calibrated=True,
     ),
 )
