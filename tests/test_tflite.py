@@ -179,6 +179,13 @@ def test_ranges_of_other_inputs_are_a_mismatch(shadows):
 
 
 @pytest.mark.slow
+def test_of_two_ways_to_take_ranges_the_better_one_is_kept(shadows):
+    kept, *each = shadows["ranges"]
+    assert kept == min(each)
+    assert each[0] != each[1]
+
+
+@pytest.mark.slow
 def test_a_compiled_model_that_disagrees_or_refuses_is_told_though_the_interpreter_agrees(shadows):
     wrong, refused = shadows["another answer"], shadows["refuses"]
     assert (wrong["parity"]["passed"], refused["parity"]["passed"]) == (True, True)

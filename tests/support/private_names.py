@@ -179,6 +179,7 @@ NAMES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "formats/tflite.py": ("ai_edge_litert.interpreter:Interpreter._get_ops_details",),
         "formats/tflite_quantized.py": (
             "ai_edge_quantizer.utils.qsv_utils:min_max_update",
+            "ai_edge_quantizer.utils.qsv_utils:moving_average_update",
             "ai_edge_quantizer.utils.tfl_flatbuffer_utils:read_model",
         ),
     },

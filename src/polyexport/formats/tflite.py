@@ -199,7 +199,7 @@ class Interpreted:
     def _answered(self, runner: Callable[..., Arrays], inputs: Arrays) -> Arrays:
         answer = runner(**to_artifact(inputs, self._in))
         return {
-            tensor.name: _from_artifact(answer[tensor.name], self._out[tensor.name], tensor.dtype)
+            tensor.name: from_artifact(answer[tensor.name], self._out[tensor.name], tensor.dtype)
             for tensor in self._spec.outputs
         }
 
@@ -299,7 +299,7 @@ def intermediates(path: Path, spec: ExportSpec, inputs: Arrays, *, threads: int)
         f"{detail['name']}:{index}": array
         for index, detail in tensors.items()
         if index not in given
-        and (array := _from_artifact(interpreter.get_tensor(index), detail, "float32")).dtype.kind == "f"
+        and (array := from_artifact(interpreter.get_tensor(index), detail, "float32")).dtype.kind == "f"
     }
 
 
@@ -328,7 +328,7 @@ def to_artifact(inputs: Arrays, details: Mapping[str, Detail]) -> Arrays:
     return given
 
 
-def _from_artifact(array: np.ndarray, detail: Detail, dtype: str) -> np.ndarray:
+def from_artifact(array: np.ndarray, detail: Detail, dtype: str) -> np.ndarray:
     """An output in PyTorch's dtype; one of another kind is returned unchanged, for parity to see."""
     scales = _scales(detail)
     if scales.size and array.dtype.kind in "iu":

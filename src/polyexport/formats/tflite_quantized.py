@@ -4,8 +4,8 @@ https://ai.google.dev/edge/litert/conversion/tensorflow/quantization/post_traini
 
 Requirements:
 * The weights of `w8` and `w4` are integers; the runtime quantizes activations at run time.
-* int8 takes quantized inputs. Ranges come from real batches, `spec.calibration`; a model trained with fake quantization
-  keeps its scales instead.
+* int8 takes quantized inputs. Ranges come from real batches, `spec.calibration`: the widest, or averages, which are
+  better for a transformer's rare large values. A model trained with fake quantization keeps its scales instead.
 * A remark says which weights and operators stay in float.
 """
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import replace
 from functools import partial
@@ -28,6 +28,7 @@ from polyexport.formats.tflite import (
     apply_recipe,
     converted,
     converter_of,
+    from_artifact,
     interpreter_of,
     load,
     lower,
@@ -35,6 +36,7 @@ from polyexport.formats.tflite import (
     tflite_format,
     to_artifact,
 )
+from polyexport.measure.drafts import Draft, best, distance
 from polyexport.measure.weights import counted, in_float, in_four_bits, is_weight
 from polyexport.spec import Arrays, ExportSpec, calibration
 from polyexport.tracing.fake_quantization import quantize_in_graph, quantized_module
@@ -179,24 +181,54 @@ def quantize(
 ) -> None:
     """Quantize weights and activations of a float32 file to int8, as far as there are int8 operators.
 
-    `prepare` converts a batch to the artifact's layout.
+    Ranges are taken in two ways, of which the one with the smaller error of the outputs on the batches is kept.
+
+    Args:
+        source: The file in float32.
+        target: The file.
+        spec: Its signature, with batches to calibrate with.
+        prepare: Converts a batch to the artifact's layout.
     """
+    from ai_edge_quantizer.utils.qsv_utils import min_max_update, moving_average_update
+
+    batches = [prepare(arrays) for arrays in calibration(spec)]
+    expected = _answers(source, batches)
+    drafts = []
+    for how, update in (("of all batches", min_max_update), ("averaged", moving_average_update)):
+        _quantize(source, target, batches, update)
+        drafts.append(Draft(target.read_bytes(), how, distance(expected, _answers(target, batches))))
+        print(f"ranges {how}: relative error {drafts[-1].error:.3g}")
+    target.write_bytes(best(drafts).model)
+
+
+def _quantize(source: Path, target: Path, batches: Sequence[Arrays], update: Any) -> None:
+    """Quantize with the ranges of batches; `update` joins those of a batch to those of the batches before it."""
     from ai_edge_quantizer import quantizer, recipe, recipe_manager
     from ai_edge_quantizer.calibrator import Calibrator
-    from ai_edge_quantizer.utils.qsv_utils import min_max_update
 
     interpreter = interpreter_of(source, threads=1)
     (signature,) = interpreter.get_signature_list()
     details = interpreter.get_signature_runner(signature).get_input_details()
     manager = recipe_manager.RecipeManager()
     manager.load_quantization_recipe(recipe.static_wi8_ai8())
-    # the range over all batches; the default is a moving average, which is far too narrow for single rows
-    ranges = Calibrator(str(source), num_threads=1, qsv_update_func=min_max_update)
-    batches = [to_artifact(prepare(arrays), details) for arrays in calibration(spec)]
-    ranges.calibrate({signature: batches}, manager)
+    ranges = Calibrator(str(source), num_threads=1, qsv_update_func=update)
+    ranges.calibrate({signature: [to_artifact(arrays, details) for arrays in batches]}, manager)
     work = quantizer.Quantizer(str(source), manager.get_quantization_recipe())
     work.quantize(ranges.get_model_qsvs()).export_model(str(target), overwrite=True)
     _settle_outputs(target)
+
+
+def _answers(path: Path, batches: Sequence[Arrays]) -> list[Arrays]:
+    """What a file answers to batches; quantized outputs as float32."""
+    runner = interpreter_of(path, threads=1).get_signature_runner()
+    taken, returned = runner.get_input_details(), runner.get_output_details()
+    return [
+        {
+            name: from_artifact(array, returned[name], "float32")
+            for name, array in runner(**to_artifact(arrays, taken)).items()
+        }
+        for arrays in batches
+    ]
 
 
 def _settle_outputs(path: Path) -> None:

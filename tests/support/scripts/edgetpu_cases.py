@@ -12,13 +12,14 @@ from pathlib import Path
 
 import numpy as np
 from ai_edge_litert.schema_py_generated import TensorType
-from ai_edge_quantizer.utils import tfl_flatbuffer_utils as flatbuffers
+from ai_edge_quantizer.utils import qsv_utils, tfl_flatbuffer_utils as flatbuffers
 
 import bare  # noqa: F401  # before our package
 from polyexport import worker
 from polyexport.formats import edgetpu, tflite, tflite_quantized
+from polyexport.measure.drafts import distance
 from polyexport.serialization import decode, encode, read_json
-from polyexport.spec import ExportSpec
+from polyexport.spec import ExportSpec, calibration
 from polyexport.workers.job import read_job
 
 answers = os.fdopen(os.dup(1), "w")
@@ -66,6 +67,22 @@ def with_tiny_weights(source):
     return elsewhere / "tiny.tflite"
 
 
+def errors(source, spec):
+    """The error of the outputs of what is kept in int8, and with each way to take ranges."""
+    batches = list(calibration(spec))
+    expected, target = tflite_quantized._answers(source, batches), elsewhere / "ranges.tflite"
+
+    def error():
+        return distance(expected, tflite_quantized._answers(target, batches))
+
+    tflite_quantized.quantize(source, target, spec)
+    found = [error()]
+    for update in (qsv_utils.min_max_update, qsv_utils.moving_average_update):
+        tflite_quantized._quantize(source, target, batches, update)
+        found.append(error())
+    return found
+
+
 found = {}
 
 for name, convert in (
@@ -99,6 +116,8 @@ run = edgetpu.load(root / about["path"], decode(ExportSpec, about), threads=1)
 answer = run({"image": np.zeros((3, 3, 16, 16), np.float32)})
 found["loaded"] = {name: [str(array.dtype), array.shape] for name, array in answer.items()}
 
+batches = (root / "validation_batch.npz", root / "source" / "call_001.npz")
+found["ranges"] = errors(artifact, replace(jobs["tflite-int8"].spec, calibration=batches))
 spec = replace(jobs["tflite-int8"].spec, calibration=(elsewhere / "tiny.npz",))
 tflite_quantized.quantize(root / "tflite" / "model.tflite", elsewhere / "tiny.tflite", spec)
 found["wrong ranges"] = verify("tflite-int8", elsewhere / "tiny.tflite")
