@@ -280,6 +280,45 @@ def test_a_state_that_changes_no_output_is_ignored(tmp_path):
     assert prepared(tmp_path, Keeps(lambda state, x: x.sum() * 0 + state), X).undecidable == ""
 
 
+class Guarded(nn.Module):
+    """Takes zero for NaN, and one for infinity."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.nan_to_num(x, nan=0.0, posinf=1.0, neginf=-1.0))
+
+
+def test_a_guard_against_nan_and_infinity_is_proven_though_no_batch_has_them(tmp_path, monkeypatch):
+    found = prepared(tmp_path, Guarded(), X)
+    answer, _ = traced(tmp_path, found)
+    assert (answer["parity"].passed, answer["elsewhere"]) == (True, "")
+    monkeypatch.setattr(torch, "nan_to_num", lambda x, **_: x)
+    unguarded, _ = traced(tmp_path, found)
+    assert unguarded["parity"].passed
+    assert unguarded["elsewhere"].startswith("on NaN among the values, batch=6: ")
+
+
+class Chosen(nn.Module):
+    """The sum over the rows that are chosen, which may be none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(x[x.sum(1) > 0]).sum(0) + len(x[:, 0].round().unique())
+
+
+def test_selections_of_nothing_and_of_one_are_among_the_proofs(tmp_path):
+    found = prepared(tmp_path, Chosen(), X)
+    batches = [read_arrays(tmp_path / batch.path, ("x",))["x"] for batch in found.batches]
+    assert 0 in [(x.sum(1) > 0).sum() for x in batches]
+    assert 1 in [len(np.unique(x[:, 0].round())) for x in batches]
+
+
 def test_one_change_that_pytorch_cannot_answer_is_left_out_for_the_next(tmp_path):
     found = prepared(tmp_path, nn.Embedding(8, 2), torch.tensor([[7, 1], [2, 2], [5, 0]]))
     (values,) = [np.load(tmp_path / each.path)["input"] for each in found.batches if not each.real]

@@ -41,6 +41,27 @@ def changed(inputs: Arrays, others: Sequence[Arrays] = ()) -> Iterator[tuple[str
             yield label, {name: values.get(name, array) for name, array in inputs.items()}
 
 
+def gapped(inputs: Arrays) -> Iterator[tuple[str, Arrays]]:
+    """Label and values with NaN in the place of some real ones, then with infinities."""
+    for label, gaps in (("NaN among the values", (np.nan,)), ("infinities among the values", (np.inf, -np.inf))):
+        random = np.random.default_rng(0)
+        yield (
+            label,
+            {
+                name: np.where(random.random(array.shape) < _GAPS, random.choice(gaps, array.shape), array).astype(
+                    array.dtype
+                )
+                if kind([array]) == "real"
+                else array
+                for name, array in inputs.items()
+            },
+        )
+
+
+_GAPS = 0.2
+"""The share of the values that become gaps."""
+
+
 def jittered(inputs: Arrays) -> Arrays:
     """The inputs with real values changed by a millionth: outputs that this changes much are sensitive to rounding."""
     random = np.random.default_rng(0)

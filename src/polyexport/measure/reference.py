@@ -26,7 +26,7 @@ from polyexport.measure import dynamic_axes
 from polyexport.measure.constants import frozen
 from polyexport.measure.dynamic_axes import Axes, Dynamic, resized
 from polyexport.measure.noise import rounding
-from polyexport.measure.other_values import changed, jittered
+from polyexport.measure.other_values import changed, gapped, jittered
 from polyexport.measure.parity import NARROW, compare, says_little
 from polyexport.measure.size_branches import branching
 from polyexport.measure.tolerance import Tolerance
@@ -500,18 +500,26 @@ class _Tried:
     def __init__(self) -> None:
         self.values: dict[str, set[tuple[str, ...]]] = {}
         self.paths: set[int] = set()
+        self.counts: set[tuple[str, int]] = set()
+        self.guards = False
         self.refused: set[str | None] = set()
 
     def add(self, told: Reads) -> None:
         self.paths.add(told.path)
+        self.counts |= told.counts
+        self.guards |= told.guards
         for site, values in told.values.items():
             self.values.setdefault(site, set()).add(values)
 
     def is_news(self, told: Reads) -> bool:
-        """Whether it takes another branch, or reads another value where there was only one."""
-        return told.path not in self.paths or any(
-            values not in self.values.get(site, ()) and len(self.values.get(site, ())) < 2
-            for site, values in told.values.items()
+        """Whether it takes another branch, reads another value where there was only one, or selects none or one."""
+        return (
+            told.path not in self.paths
+            or not told.counts <= self.counts
+            or any(
+                values not in self.values.get(site, ()) and len(self.values.get(site, ())) < 2
+                for site, values in told.values.items()
+            )
         )
 
     def one_side(self) -> tuple[str, ...]:
@@ -543,7 +551,7 @@ def _with_other_values(
             tried.add(_reads(model, batch))
     found: list[Answered] = []
     for label, values in changed(inputs, [{name: batch[name] for name in inputs} for batch in real]):
-        if len(found) >= (_ENOUGH if tried.values else 1):
+        if len(found) >= (_ENOUGH if tried.values or tried.counts else 1):
             break
         try:
             told = _reads(model, values)
@@ -556,6 +564,10 @@ def _with_other_values(
         if answer is not None:
             found.append(Answered(values | answer, label=label, real=False))
             tried.add(told)
+    for label, values in gapped(inputs) if tried.guards else ():
+        answer = _sound(run, values, outputs)
+        if answer is not None:
+            found.append(Answered(values | answer, label=label, real=False))
     return found, tried
 
 

@@ -39,12 +39,16 @@ class Reads:
         path: A hash of the functions called and of the places in the code that called them.
         objects: The same values as objects.
         outputs: What forward returned.
+        counts: The sites of sizes that depend on values, with that size: 0, 1, or 2 for all above.
+        guards: Whether it looks for NaN or infinity.
     """
 
     values: Mapping[str, tuple[str, ...]]
     path: int
     objects: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     outputs: tuple[torch.Tensor, ...] = ()
+    counts: frozenset[tuple[str, int]] = frozenset()
+    guards: bool = False
 
 
 class Followed(str):
@@ -71,8 +75,10 @@ _READERS = {
     "allclose",
     "is_nonzero",
 }
-_SIZED_BY_DATA = {"nonzero", "argwhere", "masked_select", "unique", "unique_consecutive"}
+_SIZED_BY_DATA = {"nonzero", "argwhere", "masked_select", "unique", "unique_consecutive", "bincount"}
 """Functions whose results have sizes that depend on values; the sizes are then read without a call."""
+_GUARDS = {"isnan", "isinf", "isfinite", "isposinf", "isneginf", "nan_to_num", "nansum", "nanmean", "nanmedian"}
+"""Functions for which NaN or infinity is a value like others."""
 _SHARED = {"__dlpack__", "untyped_storage", "storage", "data_ptr"}
 """Functions that share a tensor's memory with code that cannot be watched: it may read any value there."""
 _UNWARNED = {"equal", "allclose", "__dlpack__"}
@@ -119,7 +125,8 @@ def reads(model: Any, inputs: Arrays, given: Given = NOTHING) -> Reads:
     objects = {site: tuple(values) for site, values in watch.found.items()}
     texts = {site: tuple(map(_plain, values)) for site, values in objects.items()}
     outputs = answer if isinstance(answer, tuple) else (answer,)
-    return Reads(texts, watch.path, objects, tuple(tensor.clone() for tensor in outputs))
+    copied, counts = tuple(tensor.clone() for tensor in outputs), frozenset(watch.counts)
+    return Reads(texts, watch.path, objects, copied, counts, watch.guards)
 
 
 def path(model: Any, tensors: Sequence[torch.Tensor]) -> int:
@@ -185,6 +192,8 @@ def watching(inputs: Sequence[torch.Tensor], given: Given = NOTHING) -> Any:
             super().__init__()
             self.path = 0
             self.found: dict[str, list[Any]] = {}
+            self.counts: set[tuple[str, int]] = set()
+            self.guards = False
             self.reading: tuple[FrameType, ...] = ()
             self.decided = False
 
@@ -216,6 +225,9 @@ def watching(inputs: Sequence[torch.Tensor], given: Given = NOTHING) -> Any:
                     self.found.setdefault(site, []).append(Followed(args[0].detach().cpu().numpy().tobytes().hex()))
                 elif name == "cond" and args[0] in dependent:
                     self.found.setdefault(site, []).append(Followed(bool(args[0])))
+                self.guards |= name in _GUARDS
+                if _is_sized_by_data(name, args):
+                    self.counts |= {(site, min(2, *tensor.shape[:1])) for tensor in tensors(answer) if tensor.dim()}
                 mark(answer)
                 if name.endswith("_") or name == "__setitem__":  # in place
                     mark(args[0])
@@ -223,6 +235,16 @@ def watching(inputs: Sequence[torch.Tensor], given: Given = NOTHING) -> Any:
 
     mark(inputs)
     return Watch()
+
+
+def _is_sized_by_data(name: str, args: Sequence[Any]) -> bool:
+    """Whether a function's result has a size that depends on values, as has a selection by a mask."""
+    import torch
+
+    if name != "__getitem__":
+        return name in _SIZED_BY_DATA or (name == "where" and len(args) == 1)
+    index = args[1] if isinstance(args[1], tuple) else args[1:]
+    return any(isinstance(each, torch.Tensor) and each.dtype == torch.bool for each in index)
 
 
 def _plain(value: Any) -> str:
