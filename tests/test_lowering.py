@@ -146,6 +146,11 @@ def test_elementary_functions_run_by_tflites_own_operators() -> None:
     assert answer("tensorflow", "elementary") is None
 
 
+def test_infinities_are_found_by_tflite_too() -> None:
+    """Its converter stores them as the greatest float, which equals no infinity."""
+    assert answer("tensorflow", "infinities") is None
+
+
 def test_integers_of_64_bits_run_by_tflites_own_operators() -> None:
     """Absolute values, signs, quotients and indices of the extremes, exactly as numpy and Python compute them."""
     assert answer("tensorflow", "integers") is None

@@ -202,6 +202,26 @@ def right(x, rows, image):
     return found | {"Split": np.ceil(x).astype("i8")[:, 2:], "Slice": image[:, :, None, None, :, 4:7]}
 
 
+def infinities(folder):
+    """Looked for by their operator, and by a comparison with constants of which TFLite makes the greatest float."""
+    x = np.float32([[np.inf, -np.inf, np.nan, 0, 3.4028235e38], [1, np.inf, -np.inf, -1, np.nan]])
+    borders = {"border": np.float32(-np.inf), "row": np.float32([np.inf, -np.inf, 0, 0, np.inf])}
+    nodes = [
+        helper.make_node("IsInf", ["x"], ["any"]),
+        helper.make_node("IsInf", ["x"], ["above"], detect_negative=0),
+        helper.make_node("Equal", ["x", "border"], ["same"]),
+        helper.make_node("Equal", ["row", "x"], ["same in a row"]),
+    ]
+    values = [helper.make_tensor_value_info(node.output[0], 9, None) for node in nodes]
+    given = [helper.make_tensor_value_info("x", 1, ["n", 5])]
+    constants = [numpy_helper.from_array(array, name) for name, array in borders.items()]
+    model = helper.make_model(helper.make_graph(nodes, "g", given, values, constants))
+    found = by_tflite(lower_model(model, [tf.TensorSpec([None, 5], tf.float32, "x")]), folder / "made", x=x)
+    expected = (np.isinf(x), x == np.inf, x == borders["border"], x == borders["row"])
+    for node, right_answer in zip(nodes, expected, strict=True):
+        np.testing.assert_array_equal(found[node.output[0]], right_answer, node.output[0])
+
+
 def integers(folder):
     """Of int64, which few of TFLite's operators take; quotients at both ends of it too."""
     a = np.array([[7, -7, 6, 0, 2**62 + 3], [-(2**53) - 1, 2**40, 2**63 - 1, -(2**62), 5]])
@@ -223,4 +243,4 @@ def integers(folder):
         np.testing.assert_array_equal(found[name], right, err_msg=name)
 
 
-programs.run(unknown_input, drawn, names, transposes, plain, elementary, integers)
+programs.run(unknown_input, drawn, names, transposes, plain, elementary, infinities, integers)

@@ -67,7 +67,15 @@ OPS.functions(
 )
 
 
-OPS.elementwise("Equal")(lambda a, b: tf.equal(a, b))
+@OPS.elementwise("Equal")
+def equal(a: Tensor, b: Tensor) -> Tensor:
+    """An infinite constant is looked for as such: TFLite's converter makes the greatest float of it."""
+    for x, other in ((a, b), (b, a)):
+        constant = tf.get_static_value(other)
+        if constant is not None and constant.dtype.kind == "f" and np.isinf(constant).any():
+            above, below = x > x.dtype.max, x < x.dtype.min
+            return tf.where(np.isinf(constant), tf.where(constant > 0, above, below), tf.equal(x, other))
+    return tf.equal(a, b)
 
 
 @OPS.elementwise("Div")
@@ -100,7 +108,8 @@ def shift(a: Tensor, b: Tensor, *, direction: str) -> Tensor:
 @OPS.elementwise("IsInf")
 def is_infinite(x: Tensor, *, detect_negative: int = 1, detect_positive: int = 1) -> Tensor:
     """Either sign can be left out."""
-    signs = ([x == -np.inf] if detect_negative else []) + ([x == np.inf] if detect_positive else [])
+    # not tf.math.is_inf, see `equal`
+    signs = ([x < x.dtype.min] if detect_negative else []) + ([x > x.dtype.max] if detect_positive else [])
     return functools.reduce(tf.logical_or, signs) if signs else tf.zeros_like(x, tf.bool)
 
 
