@@ -10,10 +10,13 @@ from torch.nn import functional
 
 import polyexport
 from polyexport.tracing import decompositions
+from polyexport.tracing.sizes import sizes_followed
 
 X, Y = torch.randn(3, 5, 7, generator=torch.Generator().manual_seed(0)), torch.linspace(-2, 2, 126).reshape(3, 6, 7)
 PLACES, BORDERS = X.argsort(1) % 2, torch.tensor([-1.0, 0.0, 0.5])
 IDS, TABLE = torch.tensor([[1, 4, 4], [0, 8, 1], [2, 2, 2]]), torch.linspace(-1, 1, 36).reshape(9, 4)
+HOLED = torch.where(X > 1, torch.nan, X)
+GRID = torch.meshgrid(torch.linspace(-2, 2, 5), torch.linspace(-1, 1, 5), indexing="ij")
 BAGS = torch.tensor([0, 3, 3, 9])
 
 
@@ -90,6 +93,15 @@ CALLS = {
     "adaptive_avg_pool1d, uneven": lambda: nn.AdaptiveAvgPool1d(3)(X) + torch.adaptive_avg_pool1d(X, 3),
     "adaptive_avg_pool2d, uneven": lambda: nn.AdaptiveAvgPool2d((7, 4))(X) + functional.adaptive_avg_pool2d(X, [7, 4]),
     "adaptive_avg_pool2d, even": lambda: nn.AdaptiveAvgPool2d((None, 1))(X),
+    "atan2": lambda: torch.atan2(GRID[0], GRID[1]) + GRID[1].arctan2(GRID[0]),
+    "heaviside": lambda: torch.heaviside(GRID[0], torch.tensor(0.5)),
+    "copysign": lambda: torch.copysign(GRID[0], GRID[1] + 0.5) + GRID[0].copysign(-2),
+    "fmax, fmin": lambda: torch.fmax(HOLED, X).fmin(torch.where(X > 1, torch.nan, X + 1)),
+    "nansum": lambda: HOLED.nansum() + torch.nansum(HOLED, 1, keepdim=True),
+    "nanmean": lambda: torch.nanmean(HOLED, dim=(0, 1)) + HOLED.nanmean(),
+    "count_nonzero": lambda: torch.count_nonzero(X.round(), 1) + X.round().count_nonzero(),
+    "any, all of numbers": lambda: X.round().any(1) ^ torch.all(IDS, dim=1, keepdim=True),
+    "NaN among borders": lambda: torch.bucketize(HOLED, BORDERS) - torch.bucketize(HOLED, BORDERS, right=True),
     "hypot": lambda: torch.hypot(X, Y[:, :5]),
     "and, or": lambda: ((X > 0) & (X < 1)) | (X > 1.5),
     "xor of integers": lambda: IDS ^ 3,
@@ -148,6 +160,25 @@ def test_an_identity_of_a_dynamic_size_is_a_comparison_of_indices():
     assert not [node for node in program.graph.nodes if "eye" in str(node.target)]
     for found, expected in zip(program.module()(rows[:3]), Apart()(rows[:3]), strict=True):
         torch.testing.assert_close(found, expected)
+
+
+class Ruled(nn.Module):
+    """Evenly spaced numbers, as many as there are rows, of which there may be one."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.linspace(0, 1, len(x)) + x[:, 0]
+
+
+@pytest.mark.parametrize("tracer", ["jit", "export"])
+def test_evenly_spaced_numbers_of_a_dynamic_size_are_multiples_of_their_distance(tracer):
+    rows = torch.randn(4, 5)
+    with decompositions.decomposed(), sizes_followed(Ruled()):
+        if tracer == "jit":
+            made = torch.jit.trace(Ruled(), rows)
+        else:
+            made = torch.export.export(Ruled(), (rows,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)).module()
+    for count in (1, 3, 4):
+        torch.testing.assert_close(made(rows[:count]), Ruled()(rows[:count]))
 
 
 class Counted(nn.Module):

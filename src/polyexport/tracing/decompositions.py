@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +59,7 @@ def decomposed() -> Iterator[None]:
         torch.fake_quantize_per_tensor_affine: fake_quantize,
         torch.fake_quantize_per_channel_affine: fake_quantize_channels,
         torch.eye: eye,
+        torch.linspace: linspace,
         torch.diag_embed: diag_embed,
         torch.Tensor.diag_embed: diag_embed,
         torch.scatter_reduce: scatter_reduce,
@@ -101,6 +103,15 @@ def decomposed() -> Iterator[None]:
         torch.take_along_dim: take_along_dim,
         torch.Tensor.take_along_dim: take_along_dim,
         torch.conv_transpose3d: conv_transpose3d,
+        **dict.fromkeys((torch.atan2, torch.arctan2, torch.Tensor.atan2, torch.Tensor.arctan2), atan2),
+        **dict.fromkeys((torch.heaviside, torch.Tensor.heaviside), heaviside),
+        **dict.fromkeys((torch.copysign, torch.Tensor.copysign), copysign),
+        **dict.fromkeys((torch.fmax, torch.Tensor.fmax), lambda x, other: _without_nan(torch.maximum, x, other)),
+        **dict.fromkeys((torch.fmin, torch.Tensor.fmin), lambda x, other: _without_nan(torch.minimum, x, other)),
+        **dict.fromkeys((torch.nansum, torch.Tensor.nansum), nansum),
+        **dict.fromkeys((torch.nanmean, torch.Tensor.nanmean), nanmean),
+        **dict.fromkeys((torch.count_nonzero, torch.Tensor.count_nonzero), count_nonzero),
+        **{function: _of_truth(function) for function in (torch.any, torch.Tensor.any, torch.all, torch.Tensor.all)},
         torch.hypot: lambda x, other: (x * x + other * other).sqrt(),
         torch.einsum: einsum,
         **packed.functions(),
@@ -278,6 +289,86 @@ def eye(n: Any, m: Any = None, *, dtype: torch.dtype | None = None, **more: Any)
     return (rows.unsqueeze(1) == columns).to(dtype or torch.get_default_dtype())
 
 
+def linspace(start: Any, end: Any, steps: Any, *, dtype: torch.dtype | None = None, **more: Any) -> torch.Tensor:
+    """`torch.linspace` of a dynamic size, which `torch.export` makes a constant, as multiples of the distance."""
+    import torch
+
+    if type(steps) is int:
+        return torch.linspace(start, end, steps, dtype=dtype, **more)
+    greatest: Callable[..., Any] = torch.sym_max
+    last = greatest(steps - 1, 1) if isinstance(steps, torch.SymInt) else (steps - 1).clamp(min=1)
+    places = torch.arange(steps, dtype=dtype or torch.get_default_dtype())
+    return torch.add(places * ((end - start) / last), start)
+
+
+def atan2(x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """`torch.atan2` by `atan`; exporters to ONNX, which lacks it, turn by -π where `x` is 0 and `other` negative."""
+    import torch
+
+    upright = torch.where(x > 0, math.pi / 2, torch.where(x < 0, -math.pi / 2, 0.0))
+    angle = torch.atan(x / torch.where(other == 0, 1.0, other))
+    turned = angle + torch.where(x < 0, -math.pi, math.pi)
+    return torch.where(other == 0, upright, torch.where(other < 0, turned, angle))
+
+
+def heaviside(x: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """`torch.heaviside`, which converters lack."""
+    import torch
+
+    return torch.where(x == 0, values, (x > 0).to(values.dtype))
+
+
+def copysign(x: torch.Tensor, other: Any) -> torch.Tensor:
+    """`torch.copysign` of a tensor without negative zeros, of which most runtimes cannot see the sign."""
+    import torch
+
+    if not isinstance(other, torch.Tensor) or not x.is_floating_point():
+        return torch.copysign(x, other)
+    return torch.where(other < 0, -x.abs(), x.abs())
+
+
+def _without_nan(greater: Callable[..., torch.Tensor], x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """`torch.fmax` or `torch.fmin`: of a number and NaN the number."""
+    import torch
+
+    return torch.where(torch.isnan(x), other, torch.where(torch.isnan(other), x, greater(x, other)))
+
+
+def nansum(x: torch.Tensor, *rest: Any, **more: Any) -> torch.Tensor:
+    """`torch.nansum` as the sum with 0 in place of NaN."""
+    import torch
+
+    return torch.where(torch.isnan(x), torch.zeros_like(x), x).sum(*rest, **more)
+
+
+def nanmean(x: torch.Tensor, *rest: Any, **more: Any) -> torch.Tensor:
+    """`torch.nanmean` as the sum over the count of what is not NaN."""
+    import torch
+
+    counted = torch.where(torch.isnan(x), torch.zeros_like(x), torch.ones_like(x))
+    return nansum(x, *rest, **more) / counted.sum(*rest, **more)
+
+
+def count_nonzero(x: torch.Tensor, dim: Any = None) -> torch.Tensor:
+    """`torch.count_nonzero` as a sum."""
+    import torch
+
+    other = (x != 0).to(torch.int64)
+    return other.sum() if dim is None else other.sum(dim)
+
+
+def _of_truth(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`torch.any` or `torch.all` of booleans; Core ML's converter takes other elements for them as they are."""
+
+    def apply(x: torch.Tensor, *rest: Any, **more: Any) -> Any:
+        import torch
+
+        kept = x.dtype in (torch.bool, torch.uint8)  # of uint8 the result is not a boolean
+        return function(x if kept else x != 0, *rest, **more)
+
+    return apply
+
+
 def scatter_reduce(
     x: torch.Tensor, dim: int, index: torch.Tensor, src: torch.Tensor, reduce: str, *, include_self: bool = True
 ) -> torch.Tensor:
@@ -323,15 +414,15 @@ def searchsorted(
     side: str | None = None,
     sorter: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`torch.searchsorted` by counting the smaller elements, or for `right` those that are not greater."""
+    """`torch.searchsorted` by counting the smaller elements, or for `right` those not greater; NaN is last."""
     import torch
 
     if sorter is not None or not isinstance(input, torch.Tensor):
         return torch.searchsorted(sorted_sequence, input, out_int32=out_int32, right=right, side=side, sorter=sorter)
     entries = sorted_sequence if sorted_sequence.dim() == 1 else sorted_sequence.unsqueeze(-2)
     value = input.unsqueeze(-1)
-    below = entries <= value if right or side == "right" else entries < value
-    count = below.to(torch.int64).sum(-1)
+    above = entries > value if right or side == "right" else entries >= value
+    count = above.logical_not().to(torch.int64).sum(-1)  # NaN comes last
     return count.to(torch.int32) if out_int32 else count
 
 

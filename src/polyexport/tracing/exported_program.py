@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -106,7 +106,7 @@ def _grad_mode_left_alone(module: torch.nn.Module) -> AbstractContextManager[Non
 
 
 def load_program(path: Path) -> torch.export.ExportedProgram:
-    """The program of a `.pt2`, with special functions composed of elementary ones.
+    """The program of a `.pt2`, with special functions composed of elementary ones, and sorts like any others.
 
     Adaptive max pools are maxima of slices, if their indices are not used. In-place detaches of constants that forward
     made (`torch.tensor([…])`) are removed: they cannot be exported again.
@@ -121,8 +121,8 @@ def load_program(path: Path) -> torch.export.ExportedProgram:
     pools = {aten.adaptive_max_pool1d.default, aten.adaptive_max_pool2d.default, aten.adaptive_max_pool3d.default}
     nodes = [node for node in program.graph.nodes if node.target in pools]
     indexed = any(user.args[1] and user.users for node in nodes for user in node.users)
-    table = {} if indexed else dict.fromkeys(pools, _adaptive_maxima)
-    table |= special_functions.compositions()
+    table: dict[Any, Callable[..., Any]] = {} if indexed else dict.fromkeys(pools, _adaptive_maxima)
+    table |= {**special_functions.compositions(), aten.sort.stable: _sorted}
     if not any(_operator(node.target) in table for node in program.graph.nodes):
         return program
     decomposed: torch.export.ExportedProgram = program.run_decompositions(table)
@@ -175,6 +175,15 @@ def in_float32(module: torch.fx.GraphModule, *dtypes: torch.dtype) -> torch.fx.G
         node.kwargs = map_aggregate(node.kwargs, replaced)
     module.recompile()
     return module
+
+
+def _sorted(
+    x: torch.Tensor, *, stable: bool | None = None, dim: int = -1, descending: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A sort without a word on ties, which converters do not know: in ONNX the element that was first stays first."""
+    import torch
+
+    return torch.ops.aten.sort.default(x, dim, descending)  # type: ignore[no-any-return]  # untyped in torch
 
 
 def _adaptive_maxima(x: torch.Tensor, sizes: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
