@@ -284,10 +284,6 @@ FUNCTIONS = {
         ROWS,
     ),
     "log_softmax of what lies far apart": (lambda x: (300 * x).log_softmax(1), ROWS),
-    "angles along the axes": (
-        lambda x: torch.atan2(x.clamp(min=0), (x.flip(0) - x.flip(1)).clamp(max=0)) + torch.atan2(x, x.flip(1)),
-        ROWS,
-    ),
     "lgamma, copysign": (lambda x: (torch.lgamma(3 * x), torch.lgamma(x.abs() * 9), x.copysign(x.flip(0))), ROWS),
     "one value under many names": (
         lambda x: (lambda y: (x, y, x, y, torch.ones(2), y > 0, y.int(), y.int()))(x.relu()),
@@ -613,6 +609,30 @@ def ruler(x):
 @pytest.mark.parametrize("function", [columns, ruler])
 def test_sizes_that_only_the_run_knows(function, tmp_path):
     proven(function, ROWS, tmp_path, free=True)
+
+
+def distinct(x):
+    """The distinct elements, which may be a single one, and the places and counts of those with a fraction."""
+    values, places, counts = torch.unique((2 * x).round() / 2, return_inverse=True, return_counts=True)
+    return values, places, counts, torch.unique(x.abs().clamp(max=0.0))
+
+
+def classes(x):
+    """Integers within one limit, and within two."""
+    whole = (2 * x.abs()).long()
+    return functional.one_hot(whole.clamp(max=2), 3), functional.one_hot(whole[:, :1].clamp(1, 3), 4)
+
+
+def stable(x):
+    """Sorted with ties in their order, down and up."""
+    values, places = torch.sort(x.round(), dim=1, descending=True, stable=True)
+    return values, places, x.round().argsort(dim=0, stable=True), x.sort(1).values
+
+
+@pytest.mark.parametrize("function", [distinct, classes, stable])
+@pytest.mark.parametrize("convert", [coreml.convert_trace, coreml.convert_program])
+def test_both_routes_have_functions_that_coremltools_lacks_or_gets_wrong(function, convert, tmp_path):
+    proven(function, ROWS, tmp_path, convert=convert, free=True)
 
 
 class Unset(nn.Module):

@@ -23,6 +23,7 @@ OPERATORS = {
     "_upsample_bicubic2d_aa",
     "_upsample_nearest_exact",
     "_log_softmax",
+    "_unique2",
 }
 GRAPH_OPERATIONS = {"_FusedConv2D", "_FusedMatMul"}
 ENDINGS = {"_hooks", "_with_indices"}

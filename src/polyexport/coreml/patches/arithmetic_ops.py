@@ -257,8 +257,25 @@ def argmax(context: Any, node: Any) -> None:
     context.add(mb.reshape(x=index, shape=shape) if shape else mb.identity(x=index), torch_name=node.name)
 
 
+def clamp(context: Any, node: Any) -> None:
+    """Limits, by coremltools, but of integers, of which it makes floats where there is one limit only."""
+    from coremltools.converters.mil import Builder as mb
+    from coremltools.converters.mil.frontend.torch import ops
+
+    x, *more = ops._get_inputs(context, node)
+    given = zip(("min", "max"), [*more, None, None], strict=False)
+    low, high = (ops._get_kwinputs(context, node, name, default=[value])[0] for name, value in given)
+    if not all("int" in _kind(each) for each in (x, low, high) if each is not None):
+        ops.clamp(context, node)
+        return
+    above = x if low is None else mb.maximum(x=x, y=low)
+    below = above if high is None else mb.minimum(x=above, y=high)
+    context.add(mb.identity(x=below, name=node.name))
+
+
 COMPOSITES = {
     **dict.fromkeys(("argmax", "argmin"), argmax),
+    "clamp": clamp,
     "add": add,
     "sub": sub,
     "addcmul": addcmul,

@@ -31,18 +31,6 @@ def _asinh(mb: Any, x: Any) -> Any:
     return mb.mul(x=mb.sign(x=x), y=mb.log(x=mb.add(x=size, y=mb.sqrt(x=mb.add(x=mb.square(x=x), y=1.0)))))
 
 
-def _atan2(mb: Any, y: Any, x: Any) -> Any:
-    """The angle of (x, y), with its half turn also where y is 0, which coremltools leaves out."""
-    zero = mb.equal(x=x, y=0.0)
-    ones = mb.fill_like(ref_tensor=x, value=1.0)
-    angle = mb.atan(x=mb.real_div(x=y, y=mb.select(cond=zero, a=ones, b=x)))
-    above = mb.sub(x=mb.mul(x=mb.cast(x=mb.greater_equal(x=y, y=0.0), dtype="fp32"), y=2 * math.pi), y=math.pi)
-    turned = mb.mul(x=above, y=mb.cast(x=mb.less(x=x, y=0.0), dtype="fp32"))
-    upright = mb.cast(x=zero, dtype="fp32")
-    beside = mb.mul(x=mb.add(x=angle, y=turned), y=mb.sub(x=1.0, y=upright))
-    return mb.add(x=beside, y=mb.mul(x=mb.mul(x=mb.sign(x=y), y=math.pi / 2), y=upright))
-
-
 _LANCZOS = (
     676.5203681218851,
     -1259.1392167224028,
@@ -106,7 +94,6 @@ _ELEMENTWISE: Mapping[str, Callable[..., Any]] = {
     "erfc": lambda mb, x: mb.sub(x=1.0, y=mb.erf(x=x)),
     "asinh": _asinh,
     "acosh": lambda mb, x: mb.log(x=mb.add(x=x, y=mb.sqrt(x=mb.sub(x=mb.square(x=x), y=1.0)))),
-    "atan2": _atan2,
     "lgamma": _lgamma,
     "copysign": lambda mb, x, y: mb.mul(
         x=mb.abs(x=x), y=mb.sub(x=1.0, y=mb.mul(x=mb.cast(x=mb.less(x=y, y=0.0), dtype="fp32"), y=2.0))
