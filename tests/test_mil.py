@@ -284,7 +284,8 @@ FUNCTIONS = {
         ROWS,
     ),
     "log_softmax of what lies far apart": (lambda x: (300 * x).log_softmax(1), ROWS),
-    "lgamma, copysign": (lambda x: (torch.lgamma(3 * x), torch.lgamma(x.abs() * 9), x.copysign(x.flip(0))), ROWS),
+    "lgamma": (lambda x: (torch.lgamma(3 * x), torch.lgamma(x.abs() * 9)), ROWS),
+    "logarithms down to zero": (lambda x: (x.relu().log(), x.relu().log2(), (4 * x).long().abs().log10()), ROWS),
     "one value under many names": (
         lambda x: (lambda y: (x, y, x, y, torch.ones(2), y > 0, y.int(), y.int()))(x.relu()),
         ROWS,

@@ -17,6 +17,7 @@ from polyexport.capture import snapshot as module
 from polyexport.capture.answer import ANSWER, ask
 from polyexport.capture.flatten import as_call
 from polyexport.engine import routes
+from polyexport.errors import BadRequest
 from polyexport.measure import reference
 from polyexport.measure.other_values import changed, jittered
 from polyexport.measure.parity import compare
@@ -278,6 +279,22 @@ def test_a_module_whose_first_call_sets_its_weights_is_not_changed(tmp_path):
 
 def test_a_state_that_changes_no_output_is_ignored(tmp_path):
     assert prepared(tmp_path, Keeps(lambda state, x: x.sum() * 0 + state), X).undecidable == ""
+
+
+class Wrong(nn.Module):
+    """Has one feature too few in its head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(x)
+
+
+def test_a_forward_that_raises_is_said_to_raise_with_its_line(tmp_path):
+    with pytest.raises(BadRequest, match=r"raises at test_truth\.py:\d+: RuntimeError: mat1 and mat2 shapes"):
+        prepared(tmp_path, Wrong(), X)
 
 
 class Guarded(nn.Module):

@@ -217,8 +217,13 @@ def disagreement(folder: Path, model: Any) -> str:
         return f"{len(found)} outputs in place of {len(recorded.outputs)}"
     pairs = zip(found.items(), recorded.outputs, strict=True)
     exact = recorded.exact and not model.in_float32.asked_for
-    why = next(filter(None, (_apart(name, array, there, exact) for (name, array), there in pairs)), "")
-    return f"{why}; attributes, layers or buffers changed after that call" if why and recorded.changed else why
+    return next(filter(None, (_apart(name, array, there, exact) for (name, array), there in pairs)), "")
+
+
+def changed_since(folder: Path) -> bool:
+    """Whether training changed the module of `folder`, besides its weights, after the call that was recorded."""
+    recorded: Answer = snapshot.restore(folder / ANSWER)
+    return recorded.changed
 
 
 def _asked_again(model: Any, call: Call) -> Arrays | None:

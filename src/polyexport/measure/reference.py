@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from polyexport.capture import sharded, snapshot as modules, surroundings
-from polyexport.capture.answer import NotCompared, disagreement, left_as_it_is
+from polyexport.capture.answer import NotCompared, changed_since, disagreement, left_as_it_is
 from polyexport.capture.changes import beside_weights
 from polyexport.capture.dtypes import fails, needs_float32
 from polyexport.capture.flatten import as_runner, to_arrays
 from polyexport.capture.unwrap import has_fake_quantization
+from polyexport.errors import BadRequest, line
 from polyexport.measure import dynamic_axes
 from polyexport.measure.constants import frozen
 from polyexport.measure.dynamic_axes import Axes, Dynamic, resized
@@ -36,7 +37,7 @@ from polyexport.tracing.decompositions import plain_attention
 from polyexport.tracing.draws import Draws, draws, lines
 from polyexport.tracing.forward import uncompiled
 from polyexport.tracing.idle_reads import idle
-from polyexport.tracing.reads import FailedAt, Reads, named, reads
+from polyexport.tracing.reads import FailedAt, Reads, named, reads, site_of
 from polyexport.versions import environment
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ def make(root: Path, source: Path, dynamic: Dynamic, commit: str = "", *, sha256
     the weights are not in the checkpoint file itself.
 
     Raises:
-        BadRequest: the module cannot be rebuilt, or its inputs cannot be passed to a converter.
+        BadRequest: forward raises, or its inputs cannot be passed to a converter.
         ToolMissing: the checkpoint is sharded, and the package that joins shards is not installed.
     """
     import torch
@@ -116,7 +117,7 @@ def make(root: Path, source: Path, dynamic: Dynamic, commit: str = "", *, sha256
     own = _on_copies(as_runner(model))
     run = plain_attention()(own)
     inputs = to_arrays(model.input_names, model.example)
-    outputs, again = run(inputs), _seeded(run, 1)(inputs)
+    outputs, again = _answered(run, inputs), _seeded(run, 1)(inputs)
     keeps = beside_weights(inner) != before
     of_model = _of_the_model(model, own, inputs, outputs)
     others, of_batches = _other_batches(source, model.input_names, inputs)
@@ -165,6 +166,21 @@ def make(root: Path, source: Path, dynamic: Dynamic, commit: str = "", *, sha256
             *([how] if how else []),
         ),
     )
+
+
+def _answered(run: Runner, inputs: Arrays) -> Arrays:
+    """PyTorch's outputs.
+
+    Raises:
+        BadRequest: forward raises.
+    """
+    try:
+        return run(inputs)
+    except BadRequest:
+        raise
+    except Exception as error:  # forward is the user's, and may raise anything
+        at = f" at {named({site})}" if (site := site_of(error)) else ""
+        raise BadRequest(f"forward, in eval mode and on the CPU, raises{at}: {line(error)}") from error
 
 
 def below(reference: Reference, home: str) -> Reference:
@@ -280,10 +296,18 @@ def _as_trained(source: Path, model: Any) -> tuple[str, tuple[str, ...]]:
     if names and not _disagreement(source, model):
         surroundings.accept(source)
         return "", (f"global variables were set to their values in training: {', '.join(names)}",)
-    return (
-        f"the module rebuilt in a worker returns other outputs than in training ({why}): forward "
-        "depends on something that is neither in the checkpoint nor an attribute of the module"
-    ), ()
+    return f"the module rebuilt in a worker returns other outputs than in training ({why}): {_because(source)}", ()
+
+
+def _because(source: Path) -> str:
+    """What may make the difference to training."""
+    if changed_since(source):
+        return (
+            "attributes, layers or buffers changed after that call, as a temperature in on_validation_epoch_end does; "
+            "they are exported as they were at the checkpoint, for which polyexport.export(module, inputs, …) after "
+            "fit has outputs to compare with"
+        )
+    return "forward depends on something that is neither in the checkpoint nor an attribute of the module"
 
 
 def _disagreement(source: Path, model: Any) -> str:

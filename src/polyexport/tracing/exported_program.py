@@ -72,7 +72,7 @@ def _refused(error: Exception, site: str) -> str:
     from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
     known = isinstance(error, GuardOnDataDependentSymNode | DataDependentOutputException)
-    if known or any(words in str(error) for words in _NEEDS_VALUES):
+    if known or any(words in str(error) for words in _NEEDS_VALUES) or _UNKNOWN.fullmatch(str(error)):
         return (
             f"forward reads a value of its data into Python ({site}), which torch.export refuses; use torch.where or "
             "torch.cond, which keep both branches"
@@ -82,6 +82,8 @@ def _refused(error: Exception, site: str) -> str:
 
 _NEEDS_VALUES = ("FakeTensor.__format__", "Cannot access data pointer of Tensor")
 """Parts of PyTorch's other errors for what has no values while it is traced."""
+_UNKNOWN = re.compile(r"'?u\d+'?")
+"""A message that is the name of such a value, as of `KeyError: 'u0'`."""
 
 
 def _scripted(module: torch.nn.Module) -> str:

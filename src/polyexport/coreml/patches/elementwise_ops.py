@@ -60,6 +60,11 @@ def _lgamma(mb: Any, x: Any) -> Any:
     return mb.select(cond=mb.less(x=x, y=0.5), a=below, b=above)
 
 
+def _log(mb: Any, x: Any) -> Any:
+    """The logarithm, which is -∞ at 0: MIL adds an epsilon first, and has -103 there."""
+    return mb.real_div(x=mb.log(x=x), y=mb.cast(x=mb.not_equal(x=x, y=0.0), dtype="fp32"))
+
+
 _FLOATS = (
     "acos",
     "asin",
@@ -70,7 +75,6 @@ _FLOATS = (
     "erf",
     "exp",
     "exp2",
-    "log",
     "sigmoid",
     "sin",
     "sinh",
@@ -87,6 +91,9 @@ def _of_floats(name: str) -> Callable[..., Any]:
 
 _ELEMENTWISE: Mapping[str, Callable[..., Any]] = {
     **{name: _of_floats(name) for name in _FLOATS},
+    "log": _log,
+    "log2": lambda mb, x: mb.mul(x=_log(mb, x), y=1 / math.log(2)),
+    "log10": lambda mb, x: mb.mul(x=_log(mb, x), y=1 / math.log(10)),
     # MIL's own `inverse` adds an epsilon of 1e-4 first
     "reciprocal": lambda mb, x: mb.real_div(x=1.0, y=mb.cast(x=x, dtype="fp32")),
     "lerp": lambda mb, start, end, weight: mb.add(x=start, y=mb.mul(x=mb.sub(x=end, y=start), y=weight)),
@@ -95,9 +102,6 @@ _ELEMENTWISE: Mapping[str, Callable[..., Any]] = {
     "asinh": _asinh,
     "acosh": lambda mb, x: mb.log(x=mb.add(x=x, y=mb.sqrt(x=mb.sub(x=mb.square(x=x), y=1.0)))),
     "lgamma": _lgamma,
-    "copysign": lambda mb, x, y: mb.mul(
-        x=mb.abs(x=x), y=mb.sub(x=1.0, y=mb.mul(x=mb.cast(x=mb.less(x=y, y=0.0), dtype="fp32"), y=2.0))
-    ),
 }
 
 
