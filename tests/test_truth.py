@@ -28,6 +28,9 @@ from polyexport.workers.job import Convert, Verify, proofs
 
 X = torch.randn(6, 5, generator=torch.Generator().manual_seed(3))
 
+PLAIN = ["rows mixed and negated", "zeros among the values"]
+"""The batches of other values of a module that reads none of its data into Python."""
+
 
 def saved(folder: Path, net: nn.Module, *calls, trained: nn.Module | None = None) -> Path:
     """Where a module is saved, with what it received in one validation batch after another.
@@ -216,7 +219,7 @@ def test_a_number_read_from_each_batch_and_always_used_in_one_way_is_reported(tm
 def test_sizes_and_constants_are_not_data(tmp_path, decide):
     found = prepared(tmp_path, Branch(decide), X)
     assert found.read_at == ()
-    assert [each.label for each in found.batches if each.label] == ["rows mixed and negated"], "one is enough"
+    assert [each.label for each in found.batches if each.label] == PLAIN, "no more are needed"
 
 
 class Keeps(nn.Module):
@@ -297,6 +300,28 @@ def test_a_forward_that_raises_is_said_to_raise_with_its_line(tmp_path):
         prepared(tmp_path, Wrong(), X)
 
 
+class Angles(nn.Module):
+    """Of rows in a plane."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.atan2(x[:, :2], x[:, 2:4])
+
+
+def turned_down(y, x):
+    """As exporters to ONNX have it, by -π where y is 0 and x negative."""
+    return torch.atan(y / x) + torch.where(x < 0, torch.where(y > 0, torch.pi, -torch.pi), 0.0)
+
+
+def test_an_angle_that_is_wrong_at_zero_alone_is_refuted(tmp_path, monkeypatch):
+    found = prepared(tmp_path, Angles(), X)
+    answer, _ = traced(tmp_path, found)
+    assert (answer["parity"].passed, answer["elsewhere"]) == (True, "")
+    monkeypatch.setattr(torch, "atan2", turned_down)
+    answer, _ = traced(tmp_path, found)
+    assert answer["parity"].passed
+    assert answer["elsewhere"].startswith("on zeros among the values, batch=6: ")
+
+
 class Guarded(nn.Module):
     """Takes zero for NaN, and one for infinity."""
 
@@ -349,7 +374,7 @@ def test_a_change_that_rounding_alone_moves_far_is_left_out(tmp_path):
             return torch.where(x < 0, torch.sin(x * 1e9), x)
 
     found = prepared(tmp_path, Chaotic(), X.abs())
-    assert [each.label for each in found.batches if each.label] == ["elements shuffled"]
+    assert [each.label for each in found.batches if each.label] == ["elements shuffled", PLAIN[1]]
 
 
 def test_every_change_is_one_and_keeps_shape_and_type():
@@ -434,7 +459,7 @@ def test_fixed_sizes_are_proven_on_other_values_of_those_sizes(tmp_path):
     found = prepared(tmp_path, Graph(), graphs(12, 30, 4), graphs(17, 41, 5))
     fixed = proofs(found.batches, dynamic=False, made_up=True)
     assert {tuple(each.sizes.values()) for each in fixed} == {(12, 30, 4)}
-    assert [each.label for each in fixed][1:] == ["rows mixed and negated"]
+    assert [each.label for each in fixed][1:] == PLAIN
     assert all(each.real for each in proofs(found.batches, dynamic=True, made_up=False)), "of low precision"
 
 

@@ -41,6 +41,17 @@ def changed(inputs: Arrays, others: Sequence[Arrays] = ()) -> Iterator[tuple[str
             yield label, {name: values.get(name, array) for name, array in inputs.items()}
 
 
+def with_zeros(inputs: Arrays) -> Arrays:
+    """Zero in the place of some real values, where logarithms, angles and quotients have their edges."""
+    random = np.random.default_rng(0)
+    return {
+        name: np.where(random.random(array.shape) < _GAPS, 0, array).astype(array.dtype)
+        if kind([array]) == "real"
+        else array
+        for name, array in inputs.items()
+    }
+
+
 def gapped(inputs: Arrays) -> Iterator[tuple[str, Arrays]]:
     """Label and values with NaN in the place of some real ones, then with infinities."""
     for label, gaps in (("NaN among the values", (np.nan,)), ("infinities among the values", (np.inf, -np.inf))):
@@ -59,7 +70,7 @@ def gapped(inputs: Arrays) -> Iterator[tuple[str, Arrays]]:
 
 
 _GAPS = 0.2
-"""The share of the values that become gaps."""
+"""The share of the values that become zeros, NaN or infinite."""
 
 
 def jittered(inputs: Arrays) -> Arrays:
