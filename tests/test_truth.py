@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -92,6 +93,7 @@ BRANCHES = {
     "equality": lambda x: torch.equal(x, x.abs()),
     "a text": lambda x: "-" not in repr(x[0]),
     "memory that is shared": lambda x: np.abs(np.from_dlpack(x)).max() > 8,
+    "a thread": lambda x: next(ThreadPoolExecutor(1).map(lambda y: bool(y.abs().max() > 8), [x])),
     "one element": lambda x: abs(float(x[0, 0])) > 100,
 }
 

@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from polyexport.capture.pytree import closed, opened
+from polyexport.capture.threads import in_one_thread
 from polyexport.capture.unwrap import own_attributes
 from polyexport.errors import BadRequest
 from polyexport.spec import Arrays, ExportSpec, Runner
@@ -73,6 +74,7 @@ def flat(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> A
             call_args, call_kwargs = closed(pytree.tree_unflatten(values, tree))
             try:
                 with contextlib.ExitStack() as entered:
+                    entered.enter_context(in_one_thread())
                     for context in self.within:
                         entered.enter_context(context)
                     answer = self.inner(*call_args, **call_kwargs)
