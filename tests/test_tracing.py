@@ -24,6 +24,13 @@ def bags(mode, *args, **more):
     return lambda: functional.embedding_bag(*args, mode=mode, **more)
 
 
+def projection(**more):
+    """The same layer at every call."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return nn.LSTM(7, 4, proj_size=3, batch_first=True, **more).eval().requires_grad_(False)
+
+
 CALLS = {
     "cdist": lambda: torch.cdist(X, Y),
     "cdist of many rows": lambda: torch.cdist(X.reshape(-1, 7), Y[0]),
@@ -96,6 +103,8 @@ CALLS = {
     "atan2": lambda: torch.atan2(GRID[0], GRID[1]) + GRID[1].arctan2(GRID[0]),
     "heaviside": lambda: torch.heaviside(GRID[0], torch.tensor(0.5)),
     "copysign": lambda: torch.copysign(GRID[0], GRID[1] + 0.5) + GRID[0].copysign(-2),
+    "LSTM with a projection": lambda: projection()(X)[0] + projection(bidirectional=True, num_layers=2)(X)[1][0].sum(),
+    "LSTM with a projection and states": lambda: projection(num_layers=2)(X[:, 0], (Y[0, :2, :3], Y[1, :2, :4]))[1][1],
     "fmax, fmin": lambda: torch.fmax(HOLED, X).fmin(torch.where(X > 1, torch.nan, X + 1)),
     "nansum": lambda: HOLED.nansum() + torch.nansum(HOLED, 1, keepdim=True),
     "nanmean": lambda: torch.nanmean(HOLED, dim=(0, 1)) + HOLED.nanmean(),

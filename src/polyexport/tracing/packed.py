@@ -10,6 +10,8 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from polyexport.tracing import projected
+
 if TYPE_CHECKING:
     import torch
 
@@ -25,7 +27,8 @@ def functions() -> Mapping[Any, Callable[..., Any]]:
         torch._VF._pack_padded_sequence: pack,
         torch._VF._pad_packed_sequence: pad,
         torch.Tensor.__getitem__: lambda x, at: x.rows if hasattr(x, "rows") and at == 0 else x[at],
-        **{layer: _over_packed(layer) for layer in (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)},
+        **{layer: _over_packed(layer) for layer in (torch.gru, torch.rnn_tanh, torch.rnn_relu)},
+        torch.lstm: _over_packed(projected.lstm),
     }
 
 
