@@ -195,8 +195,8 @@ class Keeps(ExportCallback):
         super().__init__([planted.GOOD], bench=False)
         self.folder = folder
 
-    def _open(self, trainer: Any) -> None:
-        super()._open(trainer)
+    def _open(self, trainer: Any, pl_module: Any) -> None:
+        super()._open(trainer, pl_module)
         self.session._submit = self._keep
 
     def _keep(self, work: Path, *rest: Any) -> None:

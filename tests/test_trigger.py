@@ -39,8 +39,8 @@ class Recording(ExportCallback):
         self.requests: list[Any] = []
         self.notes: tuple[str, ...] = ()
 
-    def _open(self, trainer: Any) -> None:
-        super()._open(trainer)
+    def _open(self, trainer: Any, pl_module: Any) -> None:
+        super()._open(trainer, pl_module)
         self.session._submit = self._record
 
     def _record(self, work: Path, name: str, checkpoint: Any, *rest: Any) -> None:
