@@ -376,9 +376,6 @@ def _parts(x: Any, axis: int, count: int, reduce: Any) -> Any:
     return mb.concat(values=parts, axis=axis)
 
 
-# --- their table ------------------------------------------------------------------------------------------------------
-
-
 def stable_sort(context: Any, node: Any) -> None:
     """Sorted elements and their indices, or the indices alone, where `stable` is given, which coremltools lacks."""
     from coremltools.converters.mil import Builder as mb
@@ -435,6 +432,8 @@ def _add_all(context: Any, node: Any, *values: Any) -> None:
     else:
         context.add(values, torch_name=node.name)
 
+
+# --- their table ------------------------------------------------------------------------------------------------------
 
 _SEPARABLE = ("_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa", "upsample_bicubic2d")
 _NEAREST = ("upsample_nearest", "_upsample_nearest_exact")
