@@ -16,6 +16,7 @@ from polyexport.capture import snapshot
 from polyexport.capture.answer import ask
 from polyexport.capture.dtypes import InFloat32, needs_float32
 from polyexport.capture.flatten import flat
+from polyexport.errors import BadRequest
 from polyexport.measure import reference
 from polyexport.workers.job import Convert, Verify
 from saving import saved
@@ -104,7 +105,7 @@ def test_casts_that_compute_nothing_are_left_as_they_are(name, tmp_path):
 def test_a_forward_that_fails_for_another_reason_keeps_that_reason(tmp_path):
     net = Net(lambda net, x: net.low(x.half().float()) @ torch.ones(7), torch.float32).eval()
     assert needs_float32(flat(net, (X,), {}))
-    with pytest.raises(RuntimeError, match="size mismatch"):
+    with pytest.raises(BadRequest, match=r"raises at test_dtypes.py:\d+: RuntimeError: size mismatch"):
         reference.make(tmp_path, saved(net, tmp_path / "source", X), True)
     assert not Path(tmp_path, "source", "in_float32").exists()
 
