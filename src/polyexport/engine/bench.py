@@ -175,11 +175,11 @@ def _recorded(
     slow_because: Mapping[str, str] = MappingProxyType({}),
 ) -> Report:
     baseline = measured.get(EAGER)
-    quiet = is_quiet(measured.values()) and (baseline is None or baseline.waited <= QUIET)
-    beside = baseline if quiet else None
+    quiet = is_quiet(measured.values())
+    beside = baseline if quiet and baseline is not None and baseline.waited <= QUIET else None
     outcomes = tuple(_with_latency(outcome, measured.get(outcome.format), beside) for outcome in report.outcomes)
     texts = [f"no latency of {name}: {why}" for name, why in why_not.items()]
-    if not is_quiet(measured.values()):
+    if not quiet:
         waited = waited_by_median(measured.values())
         texts.append(
             f"latency was measured on a busy machine: runtimes waited for a processor {waited:.0%} of the time, "

@@ -41,32 +41,25 @@ def changed(inputs: Arrays, others: Sequence[Arrays] = ()) -> Iterator[tuple[str
             yield label, {name: values.get(name, array) for name, array in inputs.items()}
 
 
-def with_zeros(inputs: Arrays) -> Arrays:
-    """Zero in the place of some real values, where logarithms, angles and quotients have their edges."""
-    random = np.random.default_rng(0)
-    return {
-        name: np.where(random.random(array.shape) < _GAPS, 0, array).astype(array.dtype)
-        if kind([array]) == "real"
-        else array
-        for name, array in inputs.items()
-    }
+def edges(inputs: Arrays, *, guards: bool) -> Iterator[tuple[str, Arrays]]:
+    """Label and values with zeros in the place of some real ones, where logarithms, angles and quotients have edges.
+
+    With `guards`, for a forward that looks for NaN or infinity, the same with those.
+    """
+    yield "zeros among the values", _gapped(inputs, (0.0,))
+    if guards:
+        yield "NaN among the values", _gapped(inputs, (np.nan,))
+        yield "infinities among the values", _gapped(inputs, (np.inf, -np.inf))
 
 
-def gapped(inputs: Arrays) -> Iterator[tuple[str, Arrays]]:
-    """Label and values with NaN in the place of some real ones, then with infinities."""
-    for label, gaps in (("NaN among the values", (np.nan,)), ("infinities among the values", (np.inf, -np.inf))):
-        random = np.random.default_rng(0)
-        yield (
-            label,
-            {
-                name: np.where(random.random(array.shape) < _GAPS, random.choice(gaps, array.shape), array).astype(
-                    array.dtype
-                )
-                if kind([array]) == "real"
-                else array
-                for name, array in inputs.items()
-            },
-        )
+def _gapped(inputs: Arrays, gaps: Sequence[float]) -> Arrays:
+    """The inputs with any of `gaps` in the place of some real values."""
+    random, found = np.random.default_rng(0), dict(inputs)
+    for name, array in inputs.items():
+        if kind([array]) == "real":
+            chosen = random.random(array.shape) < _GAPS
+            found[name] = np.where(chosen, random.choice(gaps, array.shape), array).astype(array.dtype)
+    return found
 
 
 _GAPS = 0.2

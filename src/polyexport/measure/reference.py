@@ -27,7 +27,7 @@ from polyexport.measure import dynamic_axes
 from polyexport.measure.constants import frozen
 from polyexport.measure.dynamic_axes import Axes, Dynamic, resized
 from polyexport.measure.noise import rounding
-from polyexport.measure.other_values import changed, gapped, jittered, with_zeros
+from polyexport.measure.other_values import changed, edges, jittered
 from polyexport.measure.parity import NARROW, compare, says_little
 from polyexport.measure.size_branches import branching
 from polyexport.measure.tolerance import Tolerance
@@ -588,8 +588,7 @@ def _with_other_values(
         if answer is not None:
             found.append(Answered(values | answer, label=label, real=False))
             tried.add(told)
-    edges = [("zeros among the values", with_zeros(inputs)), *(gapped(inputs) if tried.guards else ())]
-    for label, values in edges:
+    for label, values in edges(inputs, guards=tried.guards):
         is_other = any(not np.array_equal(values[name], inputs[name]) for name in inputs)
         answer = _sound(run, values, outputs) if is_other else None
         if answer is not None:

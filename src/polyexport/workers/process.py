@@ -363,14 +363,18 @@ def _without_secrets(log: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        secret = [value.encode(errors="surrogateescape") for value in secrets()]
-        with contextlib.suppress(OSError):
-            text = log.read_bytes()
-            found = [(match.start(), len(value)) for value in secret for match in re.finditer(re.escape(value), text)]
-            with log.open("r+b") as file:
-                for start, length in found:
-                    file.seek(start)
-                    file.write(b"*" * length)
+        if secret := [value.encode(errors="surrogateescape") for value in secrets()]:
+            with contextlib.suppress(OSError):
+                _overwrite(log, secret)
+
+
+def _overwrite(log: Path, secret: Sequence[bytes]) -> None:
+    text = log.read_bytes()
+    found = [(match.start(), len(value)) for value in secret for match in re.finditer(re.escape(value), text)]
+    with log.open("r+b") as file:
+        for start, length in found:
+            file.seek(start)
+            file.write(b"*" * length)
 
 
 def _ends_within(process: Process, timeout: float, must_end: Callable[[], object]) -> bool:
