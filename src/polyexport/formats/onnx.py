@@ -5,12 +5,15 @@ https://onnx.ai/onnx/
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 from polyexport.errors import line
 from polyexport.format import MODULE, Format, Loaded, OnDevice, Route, Snippet, Triton
@@ -38,19 +41,44 @@ def translate(program: torch.export.ExportedProgram, target: Path, spec: ExportS
     program = _within_images(program)
     size = sum(tensor.numel() * tensor.element_size() for tensor in program.state_dict.values())
     try:
-        torch.onnx.export(
-            program,
-            (),
-            target,
-            dynamo=True,
-            input_names=generated_names("input", len(spec.inputs)),
-            output_names=generated_names("output", len(spec.outputs)),
-            external_data=size > _PROTOBUF_LIMIT,
-            verbose=False,
-        )
+        with _quickly():
+            torch.onnx.export(
+                program,
+                (),
+                target,
+                dynamo=True,
+                input_names=generated_names("input", len(spec.inputs)),
+                output_names=generated_names("output", len(spec.outputs)),
+                external_data=size > _PROTOBUF_LIMIT,
+                verbose=False,
+            )
     except Exception as error:  # the message is mostly on how to report it; the cause is at the end of the chain
         raise RuntimeError(_bottom(error)) from error
     _finish(target, spec)
+
+
+@contextlib.contextmanager
+def _quickly() -> Iterator[None]:
+    """Translate without parsing the Python source of all 500 functions of the translation, which each export does anew.
+
+    Its registry asks what their source says only for their domain, which they have without it.
+    """
+    from onnxscript import values
+
+    parsed: Any = values.TracedOnnxFunction.function_ir
+    with mock.patch.object(values.TracedOnnxFunction, "function_ir", property(partial(_Source, parsed))):
+        yield
+
+
+class _Source:
+    """The `function_ir` of a function, parsed when more than its domain is needed."""
+
+    def __init__(self, parsed: property, function: Any) -> None:
+        self._parsed, self._function = parsed, function
+        self.domain = function.opset.domain
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._parsed.__get__(self._function), name)
 
 
 def _bottom(error: BaseException) -> str:
