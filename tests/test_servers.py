@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -29,6 +30,7 @@ from polyexport.engine.dispatch import Dispatcher, Limits, imports
 from polyexport.workers import oom, process, servers, toolchain
 from polyexport.workers.job import Bench, Convert, Serve, write_job
 from polyexport.workers.process import JobResult, Workers, environment, shared_servers
+from polyexport.workers.server import LATER
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="a fork is safe on Linux only")
 
@@ -86,7 +88,7 @@ def tells(source: Path, target: Path, spec: ExportSpec) -> None:
     """Says who and where it is."""
     known = {"pid": os.getpid(), "parent": os.getppid(), "session": os.getsid(0), "folder": os.getcwd()}
     known |= {"temporary": tempfile.mkdtemp(), "given": os.environ.get("GIVEN"), "nice": os.nice(0)}
-    known |= {"files": len(os.listdir("/proc/self/fd"))}
+    known |= {"files": len(os.listdir("/proc/self/fd")), "collects": gc.isenabled()}
     print(json.dumps(known), flush=True)
     planted.replay(source, target, spec)
 
@@ -131,6 +133,7 @@ def test_a_child_is_what_a_new_process_would_be(run: Run, tmp_path: Path, monkey
     assert Path(one["temporary"]).parent != Path(two["temporary"]).parent
     assert not Path(one["temporary"]).exists()
     assert two["files"] == new["files"], "none of the server's, nor of another child's"
+    assert two["collects"] is new["collects"] is True
 
 
 def test_the_log_says_whether_a_job_was_forked_or_spawned(run: Run, tmp_path: Path) -> None:
@@ -262,8 +265,42 @@ def test_an_import_that_starts_threads_is_left_out(run: Run, tmp_path: Path) -> 
     (tmp_path / "starts_a_thread.py").write_text(
         "import threading, time\nthreading.Thread(target=time.sleep, args=(600,), daemon=True).start()\n"
     )
-    assert run("one", tells, imports=("numpy", "starts_a_thread", "csv"), PYTHONPATH=str(tmp_path)).ok
+    imports = ("numpy", "starts_a_thread", "csv", LATER, "wave")
+    assert run("one", tells, imports=imports, PYTHONPATH=str(tmp_path)).ok
     assert (tmp_path / "one.log").read_text().startswith(FORKED)
+
+
+def test_the_first_jobs_run_while_a_server_imports_what_is_for_later(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text(
+        "import os, time\nwhile not os.path.exists(os.environ['PYTHONPATH'] + '/go'): time.sleep(0.05)\n"
+    )
+    imports = ("numpy", LATER, "slow", "csv")
+    assert run("one", tells, imports=imports, PYTHONPATH=str(tmp_path)).ok
+    assert (tmp_path / "one.log").read_text().startswith(FORKED)
+    (tmp_path / "go").touch()
+    for more in map(str, range(100)):
+        assert run(more, tells, imports=imports, PYTHONPATH=str(tmp_path)).ok
+        assert told(tmp_path / f"{more}.log")["parent"] == told(tmp_path / "one.log")["parent"] != os.getpid()
+        if (tmp_path / f"{more}.log").read_text().startswith(FORKED.replace("numpy", "numpy, slow, csv")):
+            break
+    else:
+        pytest.fail("it imports nothing more")
+
+
+def test_a_later_import_that_starts_threads_ends_the_forking(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "starts_a_thread.py").write_text(
+        "import threading, time\nthreading.Thread(target=time.sleep, args=(600,), daemon=True).start()\n"
+    )
+    imports = ("numpy", LATER, "starts_a_thread")
+    assert run("one", tells, imports=imports, PYTHONPATH=str(tmp_path)).ok
+    assert (tmp_path / "one.log").read_text().startswith(FORKED)
+    for more in map(str, range(100)):
+        assert run(more, tells, imports=imports, PYTHONPATH=str(tmp_path)).ok
+        log = tmp_path / f"{more}.log"
+        if log.read_text().startswith(SPAWNED):
+            break
+    # it refuses, or has told before
+    assert why_spawned(log).startswith(("its server has other threads", "its server has ended"))
 
 
 def test_a_server_that_hangs_while_importing_delays_no_job(
@@ -388,7 +425,7 @@ def test_a_crash_of_a_conversion_leaves_the_others_their_server(crashed: polyexp
     assert (crashed["pt2"].state, crashed["pt2"].reason) == ("failed", "killed by SIGSEGV")
     assert [crashed[name].state for name in ("torchscript", "tells")] == ["verified"] * 2
     logs = [(crashed.folder / "logs" / f"{name}.log").read_text() for name in ("model", "torchscript", "pt2", "tells")]
-    assert all("[forked by a server that has imported torch, " in log for log in logs)
+    assert all("[forked by a server that has imported numpy, torch, " in log for log in logs)
     assert not any(SPAWNED in log for log in logs)
 
 
@@ -422,7 +459,7 @@ def test_the_library_of_a_module_is_imported_by_the_server_that_forks_for_it(tmp
     report = polyexport.export(module, torch.rand(2, 3, 32, 32), ["torchscript"], tmp_path / "x", bench=False)
     assert report["torchscript"].state == "verified"
     first, *_ = (tmp_path / "x" / "logs" / "torchscript.log").read_text().splitlines()
-    assert re.fullmatch(rf"\[forked by a server that has imported torch, .*\b{re.escape(home)}\b.*\]", first)
+    assert re.fullmatch(rf"\[forked by a server that has imported numpy, torch, .*\b{re.escape(home)}\b.*\]", first)
     for name, served in {"host": True, "torch": False, "onnx": False}.items():
         job = Bench(format=name, spec=ExportSpec((), ()), batch="x.npz")
         assert (home in imports(toolchain.find(name), job, (home,), gpu=False)) == served, "what is measured there"
@@ -447,20 +484,10 @@ def test_one_server_converts_for_every_toolchain_that_the_training_environment_m
     assert len(declared) == 1
 
 
-def test_what_exporters_import_late_is_imported_by_servers_where_the_training_has_it(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    late = "onnxscript.function_libs.torch_lib.ops"
-    assert late in toolchain.HOST.imports(converts=True)
-    assert late in toolchain.HOST.imports(converts=False), "the same server"
-    monkeypatch.delitem(sys.modules, late)
-    assert late not in toolchain.HOST.imports(converts=True)
-
-
 def test_what_every_toolchain_declares_is_a_module_name() -> None:
     declared = {name: toolchain.find(name) for name in toolchain.names()}
     for chain in declared.values():
-        words = (*chain.convert_imports, *chain.run_imports)
+        words = [word for word in (*chain.convert_imports, *chain.run_imports) if word != LATER]
         assert all(re.fullmatch(r"[\w.]+\??", word) for word in words), chain.name
-    assert declared["torch"].imports(converts=True)[0] == "torch"
+    assert declared["torch"].imports(converts=True)[:2] == ("numpy", "torch")
     assert ("lightning.pytorch" in declared["torch"].imports(converts=True)) == ("lightning.pytorch" in sys.modules)

@@ -409,13 +409,13 @@ def _inputs(path: Path, job: FormatJob) -> Arrays:
 
 
 def _peak_memory() -> int | None:
-    """Peak resident memory of this process in bytes; None on Windows."""
+    """Peak resident memory of this process in bytes, without its server's later imports; None on Windows."""
     try:
         import resource
     except ImportError:  # Windows
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return int(peak if sys.platform == "darwin" else peak * 1024)
+    return int(peak if sys.platform == "darwin" else peak * 1024) - server.later_bytes
 
 
 def _one_line(error: BaseException) -> str:

@@ -16,6 +16,7 @@ from polyexport.workers import toolchain
 from polyexport.workers.job import Bench, Convert, FormatJob, Job, Prepare, Verify, read_job, reproduce, write_job
 from polyexport.workers.process import Conversation, JobResult, Workers, environment
 from polyexport.workers.remote import Elsewhere, Task, run
+from polyexport.workers.server import LATER, split
 from polyexport.workers.toolchain import Toolchain
 
 
@@ -144,7 +145,8 @@ def with_libraries(chain: Toolchain, libraries: tuple[str, ...], *, converts: bo
     """What a toolchain's server imports: `libraries` too, if the user's module is rebuilt in its children."""
     found = chain.imports(converts=converts)
     rebuilds = chain is toolchain.HOST or found == toolchain.HOST.imports(converts=True)
-    return (*found, *libraries) if rebuilds else found
+    first, later = split(found)
+    return (*first, *libraries, LATER, *later) if rebuilds and later else (*found, *libraries) if rebuilds else found
 
 
 def verifies(chain: Toolchain) -> bool:

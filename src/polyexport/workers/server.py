@@ -1,6 +1,6 @@
 """A server, as it runs in a toolchain: imports what the toolchain's jobs need, then forks a child for each job.
 
-    python -m polyexport.worker --server torch onnx
+    python -m polyexport.worker --server torch + torch.onnx
 
 Requirements:
 * Nothing is ever converted or run here, so a child is as fresh as a new process. What is imported here is named on the
@@ -8,7 +8,8 @@ Requirements:
 * A child has its own session, standard streams, environment and temporary folder; it ends with this process, and this
   process ends with the one that started it.
 * Only the thread that forks survives in a child: if an import starts another, the server starts again without that and
-  those after it. It reports the threads that it has in spite of this, and the engine does not fork from it then.
+  those between it and `LATER`. It reports the threads that it has in spite of this, and the engine forks no more.
+* The first jobs need not wait for all imports: those after `LATER` are done one by one, whenever no job waits.
 
 Only the standard library is imported, as in `polyexport.worker`.
 """
@@ -34,8 +35,15 @@ from pathlib import Path
 
 from polyexport.workers.job import PARENT, TEMPORARY
 
+LATER = "+"
+"""Separates the imports that every job needs from those that are done while the first jobs run."""
+
+later_bytes = 0
+"""Memory that the imports after `LATER` have taken, for a child not to count it as that of what it measures."""
+
 _FILES = 5  # the three standard streams, the pipe for the exit code, the order itself
 _LOOK_SECONDS = 0.5
+_ORDER_SECONDS = 0.05  # in which the engine orders a job that was only waiting for this server
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +63,7 @@ def send(connection: socket.socket, order: Order, streams: Sequence[int], told: 
         order: The job.
         streams: File descriptors of its standard input, output and error.
         told: The write end of a pipe that gets two lines: the child's process id, and then its exit code as in
-            `subprocess.Popen`; it is closed without them if the server ends first.
+            `subprocess.Popen`; it is closed without them if the server ends first, or cannot fork.
     """
     with os.fdopen(os.memfd_create("order"), "wb") as file:
         file.write(json.dumps([order.job, order.folder, dict(order.environment)]).encode())
@@ -76,32 +84,55 @@ def _receive(connection: socket.socket) -> tuple[Order, list[int]] | None:
 def run(imports: Sequence[str], work: Callable[[Path], int]) -> int:
     """Run a server whose connection is standard input; `work` runs a job in a child and returns its exit code.
 
-    The first line that it sends has what it has imported, the names of its other threads, and its memory in bytes.
+    Each line that it sends has what it has imported, the names of its other threads, and its memory in bytes: the first
+    line before its first job, and a further one after each later import.
     """
     parent = int(os.environ.get(PARENT, 0)) or os.getppid()
+    first, later = split(imports)
+    gc.disable()  # imports make little garbage, and looking for it takes a fifth of their time
     with _ends_with(parent):
         before = _further_threads()
-        for index, name in enumerate(imports):
-            try:
-                importlib.import_module(name)
-            except Exception:  # a job that needs the module raises the same error, and reports it
-                traceback.print_exc()
+        for index, name in enumerate(first):
+            _import(name)
             if index and _further_threads() != before:
-                _start_again(imports, index)
-    gc.collect()
+                _start_again(imports, [*first[:index], LATER, *later])
+    with socket.socket(fileno=os.dup(0)) as connection:
+        _report(connection, first)
+        return _serve(connection, parent, work, first, later)
+
+
+def split(imports: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The imports before `LATER`, and those after it."""
+    at = imports.index(LATER) if LATER in imports else len(imports)
+    return list(imports[:at]), list(imports[at + 1 :])
+
+
+def _import(name: str) -> None:
+    try:
+        importlib.import_module(name)
+    except Exception:  # a job that needs the module raises the same error, and reports it
+        traceback.print_exc()
+
+
+def _import_later(name: str) -> None:
+    global later_bytes
+    before = _resident_bytes()
+    _import(name)
+    later_bytes += _resident_bytes() - before
+
+
+def _report(connection: socket.socket, imported: Sequence[str]) -> None:
     gc.freeze()  # so that a child's garbage collection does not copy the shared pages
     sys.stdout.flush()
     sys.stderr.flush()
-    with socket.socket(fileno=os.dup(0)) as connection:
-        hello = json.dumps({"imported": imports, "threads": _further_threads(), "bytes": _resident_bytes()})
-        connection.sendall(hello.encode() + b"\n")
-        return _serve(connection, parent, work)
+    about = json.dumps({"imported": imported, "threads": _further_threads(), "bytes": _resident_bytes()})
+    connection.sendall(about.encode() + b"\n")
 
 
-def _start_again(imports: Sequence[str], count: int) -> None:
-    """Replace this process by a server that imports the first `count` only: the next one has started threads."""
+def _start_again(imports: Sequence[str], kept: Sequence[str]) -> None:
+    """Replace this process by a server that imports `kept` only: another import has started threads."""
     command = sys.orig_argv[: len(sys.orig_argv) - len(imports)]
-    os.execv(sys.executable, [*command, *imports[:count]])
+    os.execv(sys.executable, [*command, *kept])
 
 
 @contextlib.contextmanager
@@ -129,24 +160,34 @@ def _leave_nothing() -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _serve(connection: socket.socket, parent: int, work: Callable[[Path], int]) -> int:
+def _serve(
+    connection: socket.socket, parent: int, work: Callable[[Path], int], imported: list[str], later: list[str]
+) -> int:
     children: dict[int, _Forked] = {}
     woken, wakes = os.pipe()
     for end in (woken, wakes):
         os.set_blocking(end, False)
     signal.set_wakeup_fd(wakes, warn_on_full_buffer=False)
-    signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.signal(signal.SIGCHLD, lambda *_: _reap(children))  # in the middle of an import too
     while os.getppid() == parent:
-        ready, _, _ = select.select([connection.fileno(), woken], [], [], _LOOK_SECONDS)
+        ready, _, _ = select.select([connection.fileno(), woken], [], [], _ORDER_SECONDS if later else _LOOK_SECONDS)
         if woken in ready:
             os.read(woken, 4096)
         _reap(children)
         if connection.fileno() not in ready:
+            if later and not _further_threads():
+                imported.append(later.pop(0))
+                _import_later(imported[-1])
+                _report(connection, imported)
             continue
         received = _receive(connection)
         if received is None:
             break
         order, files = received
+        if _further_threads():  # of a later import, which the engine has not heard of yet
+            for file in files:
+                os.close(file)
+            continue
         pid = os.fork()
         if pid == 0:
             signal.set_wakeup_fd(-1)
@@ -158,7 +199,7 @@ def _serve(connection: socket.socket, parent: int, work: Callable[[Path], int]) 
         children[pid] = _Forked(files.pop(), order.environment[TEMPORARY])
         for file in files:
             os.close(file)
-    for pid, child in children.items():
+    for pid, child in tuple(children.items()):
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(pid, signal.SIGKILL)
         shutil.rmtree(child.temporary, ignore_errors=True)
@@ -184,6 +225,7 @@ def _become(order: Order, files: Sequence[int]) -> None:
         os.close(file)
     os.environ.clear()
     os.environ.update({**order.environment, PARENT: str(os.getppid())})
+    gc.enable()
     sys.argv[1:] = [order.job]
     tempfile.tempdir = None
     with contextlib.suppress(OSError):  # the working folder may be gone, as it may be for a new process
@@ -191,9 +233,12 @@ def _become(order: Order, files: Sequence[int]) -> None:
 
 
 def _reap(children: dict[int, _Forked]) -> None:
-    """Report the exit code of every child that has ended."""
+    """Report the exit code of every child that has ended; a call may interrupt another."""
     for pid in tuple(children):
-        found, status = os.waitpid(pid, os.WNOHANG)
+        try:
+            found, status = os.waitpid(pid, os.WNOHANG)
+        except ChildProcessError:  # the interrupted call has its exit code
+            continue
         if found:
             told = children.pop(pid).told
             with contextlib.suppress(OSError):  # nobody waits for it anymore

@@ -136,6 +136,7 @@ class Server:
     _connection: socket.socket | None = None
     _pid: int = 0
     _began: float = 0.0
+    _heard: bytes = b""
     _opened: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -147,11 +148,26 @@ class Server:
             connection = self._connection if self.why_not is None else None
         ready = connection is None or self._answers(connection)
         with self._lock:
-            if self.why_not is None and connection is not None:
-                self.why_not = self._greeted(connection) if ready else "its server made no progress while it started"
-                if self.why_not:
-                    self._opened.close()
-            return self.why_not or ""
+            if self.why_not is None and not ready:
+                self.why_not = "its server made no progress while it started"
+                self._opened.close()
+        self.hear()
+        return self.why_not or ""
+
+    def hear(self) -> None:
+        """Read what it has sent by now: what it has imported, its memory, and whether it can fork."""
+        with self._lock:
+            if self._connection is None or self.why_not:
+                return
+            while not self.why_not and _readable(self._connection, 0):
+                part = self._connection.recv(1 << 16)
+                *lines, rest = (self._heard + part).split(b"\n")
+                self._heard = rest
+                if lines or not part:
+                    self.why_not = self._told(lines[-1]) if lines else "its server ended"
+            if self.why_not:
+                self.held_bytes = 0
+                self._opened.close()
 
     def _begin(self, start: Start, environment: Mapping[str, str]) -> None:
         ours, its = socket.socketpair()
@@ -169,19 +185,15 @@ class Server:
         used, since = 0.0, time.monotonic()
         # the connection is closed: the server was ended meanwhile, and `why_not` says so
         with contextlib.suppress(ValueError):
-            while not _readable(connection, min(_LOOK_SECONDS, _STANDS_STILL_SECONDS)):
+            while self.why_not is None and not _readable(connection, min(_LOOK_SECONDS, _STANDS_STILL_SECONDS)):
                 before, used, now = used, processor_seconds(self._pid), time.monotonic()
                 since = now if used > before else since
                 if now > min(since + _STANDS_STILL_SECONDS, self._began + _STARTS_WITHIN_SECONDS):
                     return False
         return True
 
-    def _greeted(self, connection: socket.socket) -> str:
-        """Read its first line, which has arrived; returns why it cannot fork."""
-        with connection.makefile("rb") as stream:
-            line = stream.readline()
-        if not line:
-            return "its server ended"
+    def _told(self, line: bytes) -> str:
+        """Take over one line of it; returns why it cannot fork."""
         about = json.loads(line)
         if about["threads"]:
             return f"its server has other threads ({', '.join(about['threads'])}), so a fork is not safe"
@@ -307,6 +319,8 @@ class Servers:
         Servers with running jobs are not ended; `users` of `server` are jobs without a child yet.
         """
         with self._lock:
+            for each in self._servers.values():
+                each.hear()
             running = [each for each in reversed(self._servers.values()) if each.held_bytes]
             held = sum(each.held_bytes for each in running)
             most = int(_SHARE * (oom.free_bytes() + held))

@@ -13,7 +13,8 @@ Seven directives may be in the file's comments:
     # polyexport: delete a/b *.map     what no route reads of its packages, such as C++ headers: paths in site-packages
                                        or node_modules, where * matches any characters, / too
     # polyexport: convert-imports a b? modules that its conversions import, for a server to import (see
-                                       `polyexport.workers.server`); with ? only if this process has imported it
+                                       `polyexport.workers.server`); with ? only if this process has imported it, and
+                                       after a + while the first conversions run
     # polyexport: run-imports a        the same for its runtime, and nothing else, since its memory is measured
 """
 
@@ -43,6 +44,7 @@ from polyexport.errors import ToolMissing
 from polyexport.versions import versions
 from polyexport.workers import disk, locks
 from polyexport.workers.process import Workers
+from polyexport.workers.server import LATER
 
 _WORKER = Path(__file__).parents[1] / "worker.py"
 
@@ -67,7 +69,7 @@ class Toolchain:
             paths in `site-packages` or `node_modules`.
         lock: All of its packages with versions; None if versions are resolved at installation.
         convert_imports: Modules that a server imports before it forks for a conversion; those with `?` at the end only
-            if this process has imported them.
+            if this process has imported them, and those after `+` while the first conversions run.
         run_imports: The same for running an artifact.
     """
 
@@ -185,19 +187,26 @@ class Toolchain:
         return (str(self.interpreter(workers=workers)), "-P", str(_WORKER))
 
 
-_LIGHTNING = ("lightning.pytorch?", "pytorch_lightning?")  # the base classes of modules
-_LATE = (  # what exporters import late
-    "networkx?",
-    "torch.export._trace?",
-    "onnxscript.function_libs.torch_lib.ops?",
-    "onnxscript.rewriter?",
+_IMPORTS = (
+    "numpy",
+    "torch",
+    "lightning.pytorch?",  # the base class of modules
+    "pytorch_lightning?",
+    LATER,  # exporters
+    "torch._dynamo",
+    "torch.onnx",
+    "networkx",
+    "torch.export._trace",
+    "onnxscript.function_libs.torch_lib.ops",
+    "onnxscript.rewriter",
+    "onnxruntime",
 )
 
 HOST = Toolchain(
     "host",
     (),
-    convert_imports=("torch", "torch._dynamo", "torch.onnx", *_LATE, *_LIGHTNING),
-    run_imports=("torch", "torch._dynamo?", "torch.onnx?", *_LATE, *_LIGHTNING),
+    convert_imports=_IMPORTS,
+    run_imports=_IMPORTS,
 )
 """The toolchain that is the training environment itself."""
 
@@ -443,7 +452,7 @@ for module in tuple(sys.modules.values()):
 
 def _compile_imports(toolchain: Toolchain, folder: Path, workers: Workers) -> None:
     """Compile what routes import, so that a toolchain is ready early; workers compile the rest when needed."""
-    names = sorted({*toolchain.imports(converts=True), *toolchain.imports(converts=False)})
+    names = sorted({*toolchain.imports(converts=True), *toolchain.imports(converts=False)} - {LATER})
     if names:
         workers.output(str(_python(folder)), "-I", "-c", _COMPILE, *names)
 
