@@ -2,13 +2,13 @@
 
     python tests/benchmarks/overhead.py [--sizes 1 25] [--rounds 30] [--accelerator gpu]
 
-A training with the callback and one without it take turns for a few seconds each, while all processes of the other are
-stopped, so what else the machine does meets both. `ratio` is the median over the rounds, in parentheses its quartiles.
-Steps count from the second epoch on; with the callback, an export is under way all along, and every second or two there
-is a new best.
-`lasting` is what the callback keeps alive in the training process: bytes of tensors when training ends, less those
-without it.
-`resident` and `peak` are the same differences of the whole process's memory, imports included.
+Two processes that train the same may differ by a third in speed, as their memory happens to lie. So one training goes
+on with and without exports by turns, for a few seconds each: without, its trainer has no callback, and all workers are
+stopped. `ratio` is the median over the rounds, in parentheses its quartiles. Steps count from the second epoch on; with
+the callback, an export is under way all along, and every second or two there is a new best.
+`lasting` is what the callback keeps alive in the training process: bytes of tensors when training ends, less those of a
+training that never had it. `resident` and `peak` are the same differences of the whole process's memory, imports
+included.
 """
 
 from __future__ import annotations
@@ -46,22 +46,26 @@ COLUMNS = ("parameters", "formats", "steps/s without", "with", "ratio", "lasting
 # --- the training -----------------------------------------------------------------------------------------------------
 
 
-def shared_count(path: Path) -> Any:
-    """Two integers that both processes see: the steps so far, and whether training is to end."""
-    return np.memmap(path, np.int64, "r+", shape=(2,))
+def shared_state(path: Path) -> Any:
+    """Three integers that both processes see: the steps so far, and whether training is to end, or not to export."""
+    return np.memmap(path, np.int64, "r+", shape=(3,))
 
 
 class Meter(Callback):
-    """Counts steps from the second epoch on, and looks at the memory when training ends."""
+    """Counts steps from the second epoch on, takes `export` out of the trainer by turns, and looks at the memory."""
 
-    def __init__(self, count: Any) -> None:
-        self.count = count
+    def __init__(self, state: Any, export: Callback | None) -> None:
+        self.state, self.export = state, export
         self.memory: dict[str, int] = {}
 
     def on_train_batch_end(self, trainer: Any, *rest: Any) -> None:
         if trainer.current_epoch:
-            self.count[0] += 1
-        trainer.should_stop = bool(self.count[1])
+            self.state[0] += 1
+        ends, pauses = map(bool, self.state[1:])
+        trainer.should_stop = ends
+        if self.export is not None and pauses == (self.export in trainer.callbacks):
+            others = [each for each in trainer.callbacks if each is not self.export]
+            trainer.callbacks[:] = others if pauses else [self.export, *others]
 
     def on_train_end(self, *rest: Any) -> None:
         gc.collect()
@@ -82,12 +86,13 @@ class Leaving(ExportCallback):
         self._close()
 
 
-def child(accelerator: str, millions: int, formats: int, count: Path) -> None:
+def child(accelerator: str, millions: int, formats: int, state: Path) -> None:
     """Train until told to end, and print what the memory was."""
     torch.manual_seed(0)
-    meter = Meter(shared_count(count))
-    export = [Leaving(FORMATS[formats])] if formats else []
-    fit(millions, [meter, *export], steps=max(20, STEPS // millions), max_epochs=-1, accelerator=accelerator)
+    export = Leaving(FORMATS[formats]) if formats else None
+    meter = Meter(shared_state(state), export)
+    callbacks = [export, meter] if export else [meter]
+    fit(millions, callbacks, steps=max(20, STEPS // millions), max_epochs=-1, accelerator=accelerator)
     print(json.dumps(meter.memory))
 
 
@@ -95,12 +100,12 @@ def child(accelerator: str, millions: int, formats: int, count: Path) -> None:
 
 
 class Training:
-    """A training in a process of its own, which can be stopped with all that it started."""
+    """A training in a process of its own, which can go on without exports."""
 
     def __init__(self, accelerator: str, millions: int, formats: int, folder: Path) -> None:
         path = folder / str(formats)
-        path.write_bytes(bytes(16))
-        self.count = shared_count(path)
+        path.write_bytes(bytes(24))
+        self.state = shared_state(path)
         command = [sys.executable, __file__, "--accelerator", accelerator, "--child"]
         self.process = subprocess.Popen(
             [*command, *map(str, (millions, formats, path))],
@@ -109,10 +114,7 @@ class Training:
             text=True,
             start_new_session=True,
         )
-
-    def wait(self) -> None:
-        """Until its second epoch has begun."""
-        while not self.count[0]:
+        while not self.state[0]:  # until its second epoch has begun
             if self.process.poll() is not None:
                 sys.exit(f"a training ended with {self.process.returncode}")
             time.sleep(0.1)
@@ -120,29 +122,31 @@ class Training:
     def rate(self) -> float:
         """Steps per second in a window of time."""
         time.sleep(SETTLING_SECONDS)
-        start, before = time.perf_counter(), int(self.count[0])
+        start, before = time.perf_counter(), int(self.state[0])
         time.sleep(WINDOW_SECONDS)
-        return (int(self.count[0]) - before) / (time.perf_counter() - start)
+        return (int(self.state[0]) - before) / (time.perf_counter() - start)
 
     @contextmanager
-    def stopped(self) -> Iterator[None]:
-        """While it neither trains nor exports."""
+    def alone(self) -> Iterator[None]:
+        """While it trains without the callback, and no worker runs."""
+        self.state[2] = 1
         stopped: dict[int, psutil.Process] = {}
-        while new := {each.pid: each for each in self._processes() if each.pid not in stopped}:
+        while new := {each.pid: each for each in self._workers() if each.pid not in stopped}:
             _signal(new, signal.SIGSTOP)  # which may have started others until then
             stopped |= new
         yield
+        self.state[2] = 0
         _signal(stopped, signal.SIGCONT)
 
     def end(self) -> dict[str, int]:
         """What it printed at its end."""
-        self.count[1] = 1
+        self.state[1] = 1
         found: dict[str, int] = json.loads(self.process.communicate()[0].splitlines()[-1])
         return found
 
-    def _processes(self) -> list[psutil.Process]:
-        this = psutil.Process(self.process.pid)
-        return [this, *this.children(recursive=True)]
+    def _workers(self) -> list[psutil.Process]:
+        found: list[psutil.Process] = psutil.Process(self.process.pid).children(recursive=True)
+        return found
 
 
 def _signal(processes: dict[int, psutil.Process], number: signal.Signals) -> None:
@@ -156,20 +160,14 @@ def _signal(processes: dict[int, psutil.Process], number: signal.Signals) -> Non
 def measured(accelerator: str, millions: int, formats: int, rounds: int) -> tuple[str, ...]:
     """A row of the table."""
     with tempfile.TemporaryDirectory() as folder:
-        without = Training(accelerator, millions, 0, Path(folder))
-        without.wait()
-        with without.stopped():
-            exporting = Training(accelerator, millions, formats, Path(folder))
-            exporting.wait()
+        memory = Training(accelerator, millions, 0, Path(folder)).end()
+        training = Training(accelerator, millions, formats, Path(folder))
         pairs = []
         for _ in range(rounds):
-            with exporting.stopped():
-                plain = without.rate()
-            with without.stopped():
-                pairs.append((plain, exporting.rate()))
-        with exporting.stopped():
-            memory = without.end()
-        added = {key: value - memory[key] for key, value in exporting.end().items()}
+            with training.alone():
+                plain = training.rate()
+            pairs.append((plain, training.rate()))
+        added = {key: value - memory[key] for key, value in training.end().items()}
     low, ratio, high = statistics.quantiles([found / plain for plain, found in pairs], n=4)
     return (
         f"{millions} M",
