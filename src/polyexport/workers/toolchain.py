@@ -31,7 +31,6 @@ import sysconfig
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatch
 from functools import cache
 from importlib import metadata, resources
 from pathlib import Path
@@ -230,6 +229,18 @@ for package in glob.glob("node_modules/**/package.json", root_dir=sys.prefix, re
 """Prints an environment's npm packages, and its distributions that have all files but those of the given patterns."""
 
 
+_DELETE = """
+import fnmatch, os, shutil, sys, sysconfig
+for packages in (sysconfig.get_path("purelib"), os.path.join(sys.prefix, "node_modules")):
+    for inside, folders, files in os.walk(packages):
+        for path in [os.path.join(inside, name) for name in (*folders, *files)]:
+            relative = os.path.relpath(path, packages).replace(os.sep, "/")
+            if any(fnmatch.fnmatch(relative, pattern) for pattern in sys.argv[1:]):
+                shutil.rmtree(path) if os.path.isdir(path) and not os.path.islink(path) else os.unlink(path)
+"""
+"""Deletes what matches the given patterns from the packages of an environment."""
+
+
 class Busy(ToolMissing):
     """Another process is installing the toolchain."""
 
@@ -390,7 +401,8 @@ def provision(toolchain: Toolchain, folder: Path, workers: Workers, say: Say = l
         _install(toolchain, folder, workers, say)
         if toolchain.npm:
             _install_npm(toolchain.name, folder, python, workers)
-        _delete(toolchain.delete, folder, python, workers)
+        if toolchain.delete:  # by a worker, since training would wait for this process's Python
+            workers.output(str(python), "-I", "-c", _DELETE, *toolchain.delete)
         _compile_imports(toolchain, folder, workers)
         found = _whole(toolchain, folder, workers)
         disk.record_size(folder)
@@ -485,14 +497,6 @@ def _install_npm(name: str, folder: Path, python: Path, workers: Workers) -> Non
     node = wheel / ("node.exe" if windows else "bin/node")
     npm = wheel / ("node_modules" if windows else "lib/node_modules") / "npm" / "bin" / "npm-cli.js"
     workers.output(str(node), str(npm), "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--prefix", str(folder))
-
-
-def _delete(patterns: Sequence[str], folder: Path, python: Path, workers: Workers) -> None:
-    """Delete what no route reads from the packages of an environment."""
-    for packages in (_site(python, workers), folder / "node_modules"):
-        for path in tuple(packages.rglob("*")):
-            if any(fnmatch(path.relative_to(packages).as_posix(), pattern) for pattern in patterns):
-                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def _site(python: Path, workers: Workers) -> Path:
