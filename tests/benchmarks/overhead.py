@@ -1,11 +1,11 @@
 """What training pays while exports run beside it: steps per second and memory, with and without the callback.
 
-    python tests/benchmarks/overhead.py [--sizes 1 25] [--rounds 30] [--accelerator gpu]
+    python tests/benchmarks/overhead.py [--sizes 1 25] [--rounds 60] [--accelerator gpu]
 
 Two processes that train the same may differ by a third in speed, as their memory happens to lie. So one training goes
 on with and without exports by turns, for a few seconds each: without, its trainer has no callback, and all workers are
-stopped. `ratio` is the median over the rounds, in parentheses its quartiles. Steps count from the second epoch on; with
-the callback, an export is under way all along, and every second or two there is a new best.
+stopped. `ratio` is that of all steps, with its standard error over the rounds. Steps count from the second epoch on;
+with the callback, an export is under way all along, and every second or two there is a new best.
 `lasting` is what the callback keeps alive in the training process: bytes of tensors when training ends, less those of a
 training that never had it. `resident` and `peak` are the same differences of the whole process's memory, imports
 included.
@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ from training import FORMATS, accelerator_option, fit
 from lightning_export import ExportCallback
 
 STEPS = 500  # in an epoch, divided by the millions of parameters
-WINDOW_SECONDS, SETTLING_SECONDS = 3.0, 0.3
+WINDOW_SECONDS, SETTLING_SECONDS = 1.5, 0.2
 COLUMNS = ("parameters", "formats", "steps/s without", "with", "ratio", "lasting B", "resident MB", "peak MB")
 
 
@@ -168,22 +168,32 @@ def measured(accelerator: str, millions: int, formats: int, rounds: int) -> tupl
                 plain = training.rate()
             pairs.append((plain, training.rate()))
         added = {key: value - memory[key] for key, value in training.end().items()}
-    low, ratio, high = statistics.quantiles([found / plain for plain, found in pairs], n=4)
     return (
         f"{millions} M",
         str(formats),
         *(f"{statistics.median(each):.3g}" for each in zip(*pairs, strict=True)),
-        f"{ratio:.2f} ({low:.2f} to {high:.2f})",
+        "{:.2f} ± {:.2f}".format(*ratio(pairs)),
         f"{added['lasting']:+d}",
         f"{added['resident'] / 1e6:+.0f}",
         f"{added['peak'] / 1e6:+.0f}",
     )
 
 
+def ratio(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """The ratio of the sums of `pairs`, second by first, and its standard error by the jackknife."""
+
+    def of(some: Sequence[tuple[float, float]]) -> float:
+        plain, found = map(sum, zip(*some, strict=True))
+        return found / plain
+
+    without_one = [of([*pairs[:index], *pairs[index + 1 :]]) for index in range(len(pairs))]
+    return of(pairs), (len(pairs) - 1) ** 0.5 * statistics.pstdev(without_one)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", nargs="+", type=int, default=[1, 25], help="millions of parameters")
-    parser.add_argument("--rounds", type=int, default=30, help="how often the two take turns")
+    parser.add_argument("--rounds", type=int, default=60, help="how often the two take turns")
     accelerator_option(parser)
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     given = parser.parse_args()
