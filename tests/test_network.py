@@ -1,14 +1,18 @@
-"""No converter and no runtime contacts its vendor: seen in what an export sends."""
+"""What leaves this machine: no converter and no runtime contacts its vendor, and no artifact names the user's files."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 
+import every_format
 import outgoing
 from every_format import Everything
+from polyexport.report.folders import DESCRIPTION
 
 ASKED = """
 import socket
@@ -55,6 +59,17 @@ def test_no_export_reaches_for_the_network(everything: Everything) -> None:
         pytest.skip(outgoing.lacks())
     assert {outcome.state for outcome in everything.report.outcomes} <= {"verified", "degraded"}
     assert everything.packets.read_text() == ""
+
+
+def test_no_artifact_but_pytorchs_own_has_paths_of_code(everything: Everything) -> None:
+    paths = [str(folder).encode() for folder in (Path(every_format.__file__).parent, Path(torch.__file__).parent)]
+    with_paths = {
+        outcome.format
+        for outcome in everything.report.outcomes
+        for file in (everything.report.folder / outcome.format).rglob("*")
+        if file.is_file() and file.name != DESCRIPTION and any(path in file.read_bytes() for path in paths)
+    }
+    assert with_paths <= {"pt2", "aoti"}, "as SECURITY.md says"
 
 
 def test_no_export_writes_into_the_home_folder_except_its_caches(everything: Everything) -> None:

@@ -9,7 +9,7 @@ import contextlib
 import os
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -161,8 +161,24 @@ def _finish(path: Path, spec: ExportSpec) -> None:
     named = {tensor.name: tensor for tensor in (*spec.inputs, *spec.outputs)}
     for value in (*model.graph.input, *model.graph.output):
         _name_axes(value, named[value.name].dynamic)
+    for nodes in (model.graph.node, *(function.node for function in model.functions)):
+        _forget_code(nodes)
     onnx.helper.set_model_props(model, spec.embedded)
     onnx.save(model, path)
+
+
+def _forget_code(nodes: Iterable[onnx.NodeProto]) -> None:
+    """Remove what the exporter notes at each node but its layer: lines of the user's code with their paths.
+
+    That is up to two thirds of the file of a small model.
+    """
+    for node in nodes:
+        layer = [entry for entry in node.metadata_props if entry.key == "pkg.torch.onnx.name_scopes"]
+        del node.metadata_props[:]
+        node.metadata_props.extend(layer)
+        for attribute in node.attribute:
+            for graph in (attribute.g, *attribute.graphs):
+                _forget_code(graph.node)
 
 
 def save(model: onnx.ModelProto, path: Path, metadata: Mapping[str, str], *remarks: str, shortfall: str = "") -> None:
