@@ -26,6 +26,9 @@ def convert(source: Path, target: Path, spec: ExportSpec) -> None:
         traced.requires_grad_(False)  # else converters choose differentiable attention, which has other strides
         program = export_program(traced, inputs, [tensor.dynamic for tensor in spec.inputs])
     program.example_inputs = None  # real rows, in a pickle that loading the program would run
+    for graph in filter(lambda part: isinstance(part, torch.fx.GraphModule), program.graph_module.modules()):
+        for node in graph.graph.nodes:
+            node.meta.pop("stack_trace", None)  # the lines of the user's code, with their paths
     torch.export.save(program, target, extra_files=spec.extra_files)
 
 
