@@ -369,11 +369,13 @@ def test_a_model_is_named_by_its_file_too(shop: Path, tmp_path: Path, file: str)
 def test_a_part_of_a_model_is_exported_with_axes_of_any_name(shop: Path, tmp_path: Path) -> None:
     np.savez(tmp_path / "part.npz", input=np.ones((3, 4), np.float32))
     words = ("--inputs", tmp_path / "part.npz", "-f", "torchscript", "--into", tmp_path / "out", "--json")
-    chosen = ("--model", shop / "shop.py:Net", "--module", "net.0", "--dynamic", "input:0=rows")
+    chosen = ("--model", shop / "shop.py:Net", "--module", "net.0", "--dynamic", "input:0=rows", "--no-bench")
     done = command("export", shop / "best.ckpt", *chosen, *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    model = json.loads(done.stdout)["model"]
+    report = json.loads(done.stdout)
+    model = report["model"]
     assert model["class"].endswith("Linear")
+    assert report["baseline"] is None
     assert model["inputs"] == [{"name": "input", "dtype": "float32", "shape": ["rows", 4]}]
 
 

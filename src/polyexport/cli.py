@@ -257,6 +257,7 @@ def export_checkpoint(
     postprocess: Annotated[
         str | None, typer.Option(help="Turns forward's outputs into the artifact's. Both become part of each artifact.")
     ] = None,
+    bench: Annotated[bool, typer.Option("--bench/--no-bench", help="Time each artifact beside PyTorch.")] = True,
     as_json: Json = False,
 ) -> None:
     """Export a checkpoint without a trainer, verify each artifact and time it; exit code 1 if one does not agree."""
@@ -282,6 +283,7 @@ def export_checkpoint(
             metadata=checkpoint.metadata(metadata or ()),
             preprocess=checkpoint.step(preprocess),
             postprocess=checkpoint.step(postprocess),
+            bench=bench,
         )
     _conclude(report, report.outcomes, as_json)
 
