@@ -4,6 +4,7 @@ import copy
 import io
 import json
 import math
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -193,6 +194,24 @@ def test_a_missing_field_and_another_version_are_refused(tmp_path):
     write_json(tmp_path / "report.json", found | {"version": 1})
     with pytest.raises(BadRequest, match="has version 1; this release reads version 2"):
         Report.load(tmp_path)
+
+
+def test_what_is_not_an_export_is_refused_in_one_line(tmp_path):
+    save(report(tmp_path / "one"))
+    for name, text, message in (
+        ("notes.txt", "one", r"notes\.txt is a file; give the folder of an export$"),
+        ("best", "../one", "best is a file; give the folder of an export, or the name of one next to it in a file"),
+        ("best", "", "best is a file; "),
+    ):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(BadRequest, match=message):
+            Report.load(tmp_path / name)
+    (tmp_path / "best").write_text("one")
+    assert Report.load(tmp_path / "best").folder == tmp_path / "one"
+    (tmp_path / "one" / "report.json").unlink()
+    os.mkfifo(tmp_path / "one" / "report.json")  # reading it would wait for a writer
+    with pytest.raises(BadRequest, match=r"report\.json is not a file"):
+        Report.load(tmp_path / "one")
 
 
 def test_metrics_that_are_not_numbers_are_blank_before_and_after_saving(tmp_path):

@@ -13,6 +13,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import polyexport
 from polyexport import BadRequest, Engine, Report, Request
 from polyexport.cli import app
 from polyexport.engine.request import interrupted, write
@@ -107,6 +108,40 @@ def test_links_that_lead_out_of_an_export_are_not_written_to(
     assert done.exit_code == 2
     assert f"'{link}' is outside of the export" in done.stderr
     assert {path.name: path.read_text() for path in outside.iterdir()} == {"mine": "mine"}
+
+
+@pytest.mark.parametrize("linked", ["onnx/model.onnx", "onnx"])
+def test_an_artifact_that_is_a_link_out_of_its_export_is_not_loaded(small: Report, tmp_path: Path, linked: str) -> None:
+    """The link may name any file of the user's, which a runtime would run and a kit copy."""
+    folder, outside = tmp_path / "X", tmp_path / "outside"
+    shutil.copytree(small.folder, folder)
+    shutil.copytree(small.folder, outside)
+    place = folder / linked
+    shutil.rmtree(place) if place.is_dir() else place.unlink()
+    place.symlink_to(outside / linked)
+    for path in (folder / "onnx", folder / "onnx" / "model.onnx"):
+        for given in (path, f"file://{path}"):
+            with pytest.raises(BadRequest, match=rf"{place} is a link that leads out of {folder}"):
+                polyexport.load(given)
+    for words in (["run", "X", "--inputs", "X/../validation_batch.npz"], ["kit", "X"]):
+        words = [word.replace("X", str(folder / "onnx")) for word in words]
+        assert CliRunner().invoke(app, words).exit_code == 2
+
+
+def test_links_of_the_users_own_are_followed(small: Report, tmp_path: Path) -> None:
+    """To a format's folder, within an export, and in the cache of Hugging Face's hub."""
+    hub = tmp_path / "models--me--digits"
+    model = hub / "snapshots" / "0123abc" / "mine" / "onnx" / "model.onnx"
+    shutil.copytree(small.folder, model.parents[1])
+    for target in (model.parents[1] / "logs" / "shared.onnx", hub / "blobs" / "f0"):
+        target.parent.mkdir(exist_ok=True)
+        model.rename(target)
+        model.symlink_to(target)
+        assert polyexport.load(model)({"input": torch.rand(4, 4).numpy()}).keys() == {"output_0"}
+        model.unlink()
+        target.rename(model)
+    (tmp_path / "app").symlink_to(model.parent)
+    assert polyexport.load(tmp_path / "app")({"input": torch.rand(4, 4).numpy()}).keys() == {"output_0"}
 
 
 def test_what_a_leftover_names_is_removed_only_if_it_is_our_link(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 from polyexport.errors import BadRequest, ToolMissing
 from polyexport.format import Format, Loaded
 from polyexport.formats import known
-from polyexport.report.folders import BEST, DESCRIPTION, followed, inside
+from polyexport.report.folders import BEST, DESCRIPTION, check_artifact_links, followed, inside
 from polyexport.report.outcome import Checkpoint, Outcome, State
 from polyexport.serialization import read_record
 from polyexport.spec import ExportSpec, Precision, TensorSpec
@@ -77,7 +77,7 @@ def load(path: str | Path, *, threads: int = 1) -> Loaded:
         ToolMissing: this environment lacks the format's runtime.
         CannotRun: nothing on this machine can run it.
     """
-    folder, about, each = described(_fetched(path) if "://" in str(path) else Path(path))
+    folder, about, each = described(_here(path))
     try:
         opened = each.open(folder / each.artifact, about.runner_spec, threads=threads)
     except ModuleNotFoundError as error:
@@ -89,11 +89,18 @@ def load(path: str | Path, *, threads: int = 1) -> Loaded:
     return replace(opened, labels=about.spec.labels, metadata=about.spec.metadata, shortfall=shortfall)
 
 
-def _fetched(url: str | Path) -> Path:
-    """A copy of the format's folder at a URL, kept until this process ends: a runtime may read it at any time."""
+def _here(path: str | Path) -> Path:
+    """The path on this machine: of what is at a URL, a copy that is kept until this process ends."""
+    if "://" not in str(path):
+        return Path(path)
     import fsspec
 
-    filesystem, root = fsspec.url_to_fs(str(url))
+    filesystem, root = fsspec.url_to_fs(str(path))
+    return Path(root) if "file" in filesystem.protocol else _fetched(filesystem, root, str(path))
+
+
+def _fetched(filesystem: Any, root: str, url: str) -> Path:
+    """A copy of the format's folder `root`: a runtime may read it at any time."""
     root = _pointed(filesystem, root.rstrip("/"))
     remote = next((each for each in (root, posixpath.dirname(root)) if filesystem.exists(f"{each}/{DESCRIPTION}")), "")
     if not remote:
@@ -120,12 +127,13 @@ def described(path: Path) -> tuple[Path, Description, Format]:
     """The folder of an exported format, its description, and the format; `path` is the folder or the artifact.
 
     Raises:
-        BadRequest: it is neither, or was written by another version.
+        BadRequest: it is neither, was written by another version, or has a link that leads out of it.
     """
     path = followed(path)
     folder = path if (path / DESCRIPTION).is_file() else path.parent
     if not (folder / DESCRIPTION).is_file():
         raise BadRequest(_what_instead(path))
+    check_artifact_links(folder)
     about = read_record(Description, folder / DESCRIPTION)
     each = known().get(about.format)
     if each is None:

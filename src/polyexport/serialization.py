@@ -228,6 +228,8 @@ def read_record(kind: type[T], path: Path, version: int | None = None) -> T:
         BadRequest: it is not JSON, is of another version, or a value in it is missing or of a wrong type.
         OSError: the file cannot be read.
     """
+    if path.exists() and not path.is_file():  # reading a pipe would wait for ever
+        raise BadRequest(f"{path} is not a file")
     try:
         data = read_json(path)
         found = data.get("version") if isinstance(data, Mapping) else None

@@ -14,7 +14,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from polyexport.errors import BadRequest
@@ -268,11 +268,7 @@ def inside(folder: Path, path: str) -> Path:
         BadRequest: it is outside of `folder`, by its name or by a link on the way; records may come from anybody.
     """
     found = folder / path
-    try:
-        is_inside = found.resolve().is_relative_to(folder.resolve())
-    except (OSError, RuntimeError, ValueError):  # a loop of links, or no name of a file
-        is_inside = False
-    if not is_inside:
+    if not _leads_into(found, folder):
         raise BadRequest(f"{path!r} is outside of the export {folder}")
     return found
 
@@ -283,10 +279,43 @@ def check_links(folder: Path) -> None:
     Raises:
         BadRequest: there is such a link.
     """
+    for each in _links(folder):
+        inside(folder, each)
+
+
+def check_artifact_links(folder: Path) -> None:
+    """Refuse a format's folder with a link to a file that is neither in it nor in the export around it.
+
+    In the cache of Hugging Face's hub every file is a link into `blobs`, next to `snapshots`
+    (https://huggingface.co/docs/huggingface_hub/guides/manage-cache).
+
+    Raises:
+        BadRequest: there is such a link; the folder may come from anybody, and name any file of this user's.
+    """
+    own = folder.parent if is_export(folder.parent) else folder
+    allowed = [own, *(each.parent / "blobs" for each in folder.resolve().parents if each.name == "snapshots")]
+    links = [folder] if folder.is_symlink() and own != folder else [folder / each for each in _links(folder)]
+    for each in links:
+        if not any(_leads_into(each, place) for place in allowed):
+            raise BadRequest(
+                f"{each} is a link that leads out of {own}; if you trust who made it, copy the folder with what its "
+                "links name, as `cp -rL` does, and use the copy"
+            )
+
+
+def _links(folder: Path) -> Iterator[str]:
+    """The links in a folder, relative to it."""
     for parent, folders, files in os.walk(folder):
         for name in (*folders, *files):
             if os.path.islink(os.path.join(parent, name)):
-                inside(folder, os.path.relpath(os.path.join(parent, name), folder))
+                yield os.path.relpath(os.path.join(parent, name), folder)
+
+
+def _leads_into(path: Path, folder: Path) -> bool:
+    try:
+        return path.resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError, ValueError):  # a loop of links, or no name of a file
+        return False
 
 
 def point_best(folder: Path) -> None:

@@ -12,7 +12,7 @@ from polyexport.errors import BadRequest
 from polyexport.measure.budget import Budget, losses
 from polyexport.measure.latency import Latency, is_quiet
 from polyexport.report import escape, tables
-from polyexport.report.folders import finished, followed, inside
+from polyexport.report.folders import BEST, finished, followed, inside
 from polyexport.report.outcome import Checkpoint, Model, Note, Outcome
 from polyexport.serialization import read_record
 
@@ -146,6 +146,9 @@ class Report:
             BadRequest: it is not a report of this version, or names files outside of `folder`.
         """
         folder = followed(Path(folder))
+        if folder.is_file():
+            names = f", or the name of one next to it in a file called {BEST}"
+            raise BadRequest(f"{folder} is a file; give the folder of an export{names if folder.name == BEST else ''}")
         report = replace(read_record(Report, folder / "report.json", VERSION), folder=folder.resolve())
         for outcome in report.outcomes:
             artifact = [outcome.artifact.path] if outcome.artifact else []
