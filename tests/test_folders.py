@@ -12,8 +12,17 @@ from torch import nn
 import polyexport
 from planted import GOOD
 from polyexport import BadRequest, Engine, Report
-from polyexport.report.folders import BEST, foreign, free_name, may_become_export, may_point_best, point_best
+from polyexport.report.folders import (
+    BEST,
+    foreign,
+    free_name,
+    may_become_export,
+    may_point_best,
+    point_best,
+    short_name,
+)
 from test_engine import request
+from users import another_user, shared as shared
 
 REPORT = '{"version": 1, "checkpoint": {}, "outcomes": []}'
 
@@ -61,6 +70,23 @@ def test_a_file_and_a_link_of_the_users_may_not_be_replaced(tmp_path):
     (tmp_path / "link").symlink_to(a_folder(tmp_path / "export", report=REPORT))
     (tmp_path / "dangling").symlink_to("nowhere")
     assert [may_become_export(tmp_path / name) for name in ("file", "link", "dangling", "new")] == [False] * 3 + [True]
+
+
+def test_a_name_that_is_too_long_for_a_folder_is_cut():
+    """`ModelCheckpoint` may write `val/loss=0.5.ckpt`, whose parts together are the name of the export."""
+    long = "é" * 200
+    assert len(short_name(long).encode()) < 255
+    assert short_name(long) != short_name(long + "x")
+    assert short_name("epoch=1-step=8") == "epoch=1-step=8"
+
+
+def test_an_export_of_another_user_is_not_replaced(shared):
+    a_folder(shared / "x", report=REPORT)
+    with another_user():
+        assert not may_become_export(shared / "x")
+        assert free_name(shared, "x") == "x-2"
+        with pytest.raises(BadRequest, match="x cannot be written; give another folder"):
+            polyexport.export(nn.Linear(5, 3), torch.rand(4, 5), [GOOD], shared / "x", bench=False)
 
 
 def test_an_export_with_a_users_files_is_not_replaced(tmp_path):

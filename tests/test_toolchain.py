@@ -24,6 +24,7 @@ from polyexport.workers import locks, toolchain
 from polyexport.workers.locks import Lock, provided
 from polyexport.workers.process import Workers, environment
 from polyexport.workers.toolchain import HOST, Busy, Toolchain, find, parse
+from users import another_user, shared as shared
 
 PIN = "six==1.16.0"
 
@@ -407,3 +408,20 @@ with _alone("busy", folder, print, Workers(), 1):
     print("held", flush=True)
     input()
 """
+
+
+def test_a_cache_folder_that_cannot_be_read_has_no_toolchain(tmp_path, monkeypatch):
+    """An installation of another user's, which is a missing tool and no error."""
+    (tmp_path / "private").mkdir(mode=0o700)
+    monkeypatch.setenv("POLYEXPORT_CACHE", str(tmp_path / "private" / "toolchains"))
+    with another_user():
+        assert not find("mnn").ready
+        with pytest.raises(ToolMissing, match=r"cannot be written \(Permission denied\); set POLYEXPORT_CACHE"):
+            find("mnn").interpreter()
+
+
+def test_an_incomplete_environment_that_cannot_be_removed_is_named(shared, monkeypatch):
+    monkeypatch.setenv("POLYEXPORT_CACHE", str(shared))
+    (find("mnn").folder / "bin").mkdir(parents=True)
+    with another_user(), pytest.raises(ToolMissing, match=r"\(mnn-\w+ in it is incomplete, and cannot be removed\)"):
+        find("mnn").interpreter()

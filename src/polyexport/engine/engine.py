@@ -37,7 +37,7 @@ from polyexport.engine.ownership import seal
 from polyexport.engine.request import Request, declare, write
 from polyexport.engine.rerun import Runnable, mends, remade, runnables, runner, settled, signature, verify
 from polyexport.engine.routes import Build
-from polyexport.errors import BadRequest, ToolMissing
+from polyexport.errors import BadRequest, ToolMissing, line
 from polyexport.format import Format
 from polyexport.formats import known
 from polyexport.load import Description, described
@@ -49,6 +49,7 @@ from polyexport.report.files import save
 from polyexport.report.folders import (
     BEST,
     DESCRIPTION,
+    can_write,
     check_links,
     clear,
     discard,
@@ -294,7 +295,11 @@ class Engine:
 
     def _point(self, request: Request) -> None:
         if request.best and may_point_best(request.final.parent / BEST):
-            point_best(request.final)
+            try:
+                point_best(request.final)
+            except OSError as error:  # it may be another user's; the export is complete
+                if self._tell is not None:
+                    self._tell(f"{request.name} is exported, but {BEST} cannot point to it: {line(error)}")
 
     def _watch(self, name: str, doing: str | Outcome | None, *, of: str = "") -> None:
         if isinstance(doing, str):
@@ -563,7 +568,8 @@ def _beside_what_is_there(request: Request) -> Request:
     """The request, renamed if its name would overwrite files that are not an export; a note says so."""
     parent, name, found = request.work.parent, request.name, request.notes
     if (free := free_name(parent, name)) != name:
-        what = "has files of yours" if is_export(parent / name) else "is not an export"
+        ours = "has files of yours" if is_export(parent / name) else "is not an export"
+        what = ours if can_write(parent / name) or not (parent / name).is_dir() else "cannot be written"
         found += (f"{parent / name} {what} and is left alone, so this export is called {free}",)
     if request.best and not may_point_best(parent / BEST):
         found += (

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import hashlib
 import itertools
 import json
 import os
@@ -195,12 +196,23 @@ def is_export(folder: Path) -> bool:
 
 
 def may_become_export(folder: Path) -> bool:
-    """Whether an export may replace this folder: it is missing, empty, or an export without files of the user's."""
+    """Whether an export may replace this folder: it is missing, empty, or an export without files of the user's.
+
+    One that cannot be written is another user's, or is protected.
+    """
     if folder.is_symlink() or not folder.is_dir():
         return not os.path.lexists(folder)
+    if not can_write(folder):
+        return False
     if is_export(folder):
         return not foreign(folder)
     return next(folder.iterdir(), None) is None
+
+
+def can_write(folder: Path) -> bool:
+    """Whether this process may list a folder and change what is in it."""
+    effective = os.access in os.supports_effective_ids
+    return os.access(folder, os.R_OK | os.W_OK | os.X_OK, effective_ids=effective)
 
 
 def foreign(folder: Path) -> list[str]:
@@ -211,6 +223,19 @@ def foreign(folder: Path) -> list[str]:
     return sorted(
         name for name in os.listdir(folder) if name not in _FILES | formats and not name.endswith(_LEFT_BY_PROGRAMS)
     )
+
+
+def short_name(name: str) -> str:
+    """`name`, or if it is too long for a folder, its beginning and a hash of the whole."""
+    raw = os.fsencode(name)
+    if len(raw) <= _LONGEST_NAME - _ROOM:
+        return name
+    begin = raw[: _LONGEST_NAME - 2 * _ROOM].decode(errors="ignore")
+    return f"{begin}-{hashlib.sha256(raw).hexdigest()[: _ROOM - 1]}"
+
+
+_ROOM = 8
+"""Bytes that are left for a number behind the name."""
 
 
 def free_name(parent: Path, name: str) -> str:
@@ -322,6 +347,9 @@ def point_best(folder: Path) -> None:
     """Make `best` next to `folder` point to it: a link, or where links do not work, a file with the folder's name.
 
     Check `may_point_best` first.
+
+    Raises:
+        OSError: the folder cannot be written, or `best` is another user's.
     """
     best = folder.parent / BEST
     temporary = folder.parent / f".{BEST}-{secrets.token_hex(4)}"
@@ -329,4 +357,8 @@ def point_best(folder: Path) -> None:
         temporary.symlink_to(folder.name, target_is_directory=True)
     except OSError:
         temporary.write_text(folder.name, encoding="utf-8")
-    temporary.replace(best)
+    try:
+        temporary.replace(best)
+    except OSError:  # it is another user's
+        temporary.unlink()
+        raise

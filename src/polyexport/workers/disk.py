@@ -74,7 +74,7 @@ def size_bytes(folder: Path) -> int:
 
 def free_bytes(folder: Path) -> int:
     """Free space on the disk of a folder, which may not exist yet."""
-    there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    there = next(each for each in (folder, *folder.absolute().parents) if os.path.exists(each))
     return shutil.disk_usage(there).free
 
 

@@ -21,6 +21,7 @@ Seven directives may be in the file's comments:
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import re
@@ -118,7 +119,7 @@ class Toolchain:
     @property
     def ready(self) -> bool:
         """Whether its interpreter exists already; `interpreter` also checks its packages."""
-        return self.in_host or ((self.folder / _COMPLETE).exists() and _python(self.folder).exists())
+        return self.in_host or (os.path.exists(self.folder / _COMPLETE) and os.path.exists(_python(self.folder)))
 
     def interpreter(
         self, say: Say = lambda line: None, workers: Workers | None = None, *, patience: float = _PATIENCE_SECONDS
@@ -284,7 +285,8 @@ _found_whole: set[Path] = set()  # checked once per process
 def _is_whole(toolchain: Toolchain, folder: Path, workers: Workers) -> bool:
     """Whether a toolchain's environment is complete and undamaged: its Python starts, and its files exist."""
     marker = folder / _COMPLETE
-    if not (marker.exists() and _python(folder).exists()):
+    # other than `Path.exists`, this is False for a cache folder that cannot be read
+    if not (os.path.exists(marker) and os.path.exists(_python(folder))):
         return False
     if folder not in _found_whole:
         try:
@@ -392,6 +394,8 @@ def provision(toolchain: Toolchain, folder: Path, workers: Workers, say: Say = l
         ToolMissing: it cannot be installed; nothing is left then.
     """
     shutil.rmtree(folder, ignore_errors=True)
+    if os.path.lexists(folder):
+        raise PermissionError(errno.EACCES, f"{folder.name} in it is incomplete, and cannot be removed")
     try:
         _check_room(toolchain, folder)
         chosen, python = toolchain.python or sys.executable, _python(folder)
