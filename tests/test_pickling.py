@@ -218,3 +218,14 @@ def test_weights_that_the_checkpoint_lacks_come_from_a_file_next_to_it(tmp_path)
     torch.save(net[1].state_dict(prefix="1."), tmp_path / "weights.pt")
     torch.save(net[0].state_dict(prefix="0."), tmp_path / "lacking.pt")
     assert torch.equal(snapshot.load(tmp_path)(x), net(x))
+
+
+def has_no_source(net, x):
+    raise OSError("could not get source code")  # as inspect does, for code that was typed in
+
+
+def test_an_error_of_the_tracer_is_told_as_one_and_not_as_a_disk_that_cannot_be_written(tmp_path):
+    net = Holder(lambda net: {"numbers": (number for number in range(3))}, has_no_source)
+    note = snapshot.save_module(net, None, (torch.ones(2, 4),), {}, tmp_path)
+    assert note.endswith("nor traced (OSError: could not get source code)")
+    assert (tmp_path / snapshot.UNAVAILABLE).read_text() == note

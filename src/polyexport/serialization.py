@@ -198,7 +198,11 @@ class _KeepsErrors(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        return self._file.seek(offset, whence)
+        try:
+            return self._file.seek(offset, whence)
+        except OSError as error:  # it writes what is buffered
+            self.error = self.error or error
+            return offset
 
     def write(self, data: Any) -> int:
         if self.error is None:

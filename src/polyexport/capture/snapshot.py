@@ -23,6 +23,7 @@ import io
 import json
 import pickle
 import sys
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -202,7 +203,7 @@ def restore(path: Path) -> Any:
             return made[index]
 
     file: BinaryIO = io.BytesIO(blob["pickle"])
-    with torch.device("cpu"):
+    with torch.device("cpu"), warnings.catch_warnings():  # the user's files may make them errors when imported
         found = Unpickler(file).load()
     devices.reset_default()
     return found
@@ -243,7 +244,7 @@ def save_module(
         except OSError:
             raise
         except Exception as error:  # torch.export raises many types
-            reason = f"{why}, nor traced ({line(error, 200)})"
+            reason = f"{why}, nor traced ({error if isinstance(error, Untraceable) else line(error, 200)})"
     (folder / UNAVAILABLE).write_text(reason, encoding="utf-8")
     return reason
 
@@ -562,7 +563,32 @@ def save_traced(
     """Write `structure.pt2`, for a module that cannot be pickled: traced here, with a dynamic batch axis if possible.
 
     The weights in it are replaced by those of `weights.pt` at load, by their names in `root`.
+
+    Raises:
+        Untraceable: the tracer raises something.
+        OSError: the file cannot be written.
     """
+    import torch
+
+    try:
+        program, about = _traced(root, select, args, kwargs, steps)
+    except Exception as error:  # torch.export raises many types
+        raise Untraceable(line(error, 200)) from error
+    with writing(folder / "structure.pt2") as file:
+        try:
+            torch.export.save(program, file, extra_files={"about.json": json.dumps(about)})
+        except OSError as error:  # the file keeps those of writing: this is of a source file that the tracer reads
+            raise Untraceable(line(error, 200)) from error
+
+
+class Untraceable(Exception):
+    """A module cannot be traced; the message says why."""
+
+
+def _traced(
+    root: nn.Module, select: Select, args: Sequence[Any], kwargs: Mapping[str, Any], steps: Processing
+) -> tuple[Any, dict[str, Any]]:
+    """The exported program, and what it does not say of itself."""
     import torch
 
     parts = (part for part in (root, *steps.steps.values()) if hasattr(part, "modules"))
@@ -589,8 +615,7 @@ def save_traced(
         "paired": wrapped.paired,
         "asked_for": asked.asked_for,
     }
-    with writing(folder / "structure.pt2") as file:
-        torch.export.save(program, file, extra_files={"about.json": json.dumps(about)})
+    return program, about
 
 
 def _trace(wrapped: Any, tensors: tuple[torch.Tensor, ...]) -> Any:
