@@ -28,7 +28,7 @@ import polyexport
 import zoo
 from every_format import Everything
 from isolated import many
-from polyexport import FORMATS, Report
+from polyexport import FORMATS, Report, errors
 from polyexport.engine import plan
 from polyexport.workers import process
 from polyexport.workers.toolchain import cache_folder
@@ -45,6 +45,11 @@ def wandb_stays_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
     yield
     if "wandb" in sys.modules:
         sys.modules["wandb"].teardown()  # it keeps the settings of the first who asked, a server on loopback say
+
+
+@pytest.fixture(autouse=True)
+def our_own_warnings_are_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(errors, "TOLERANT", False)
 
 
 @pytest.fixture(autouse=True)

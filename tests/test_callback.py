@@ -14,7 +14,7 @@ import textwrap
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -46,9 +46,17 @@ from polyexport.engine.session import Session
 from polyexport.publish.folder import copy_to
 
 
-def fit(folder: Path, callback: Callback | None, model: Any = None, *, epochs: int = 2, **settings: Any) -> Any:
+def fit(
+    folder: Path,
+    callback: Callback | None,
+    model: Any = None,
+    *,
+    epochs: int = 2,
+    callbacks: Sequence[Callback] = (),
+    **settings: Any,
+) -> Any:
     model = model or runs.Scripted([3.0, 2.0])
-    callbacks = [ModelCheckpoint(monitor="val_loss"), *([callback] if callback else [])]
+    callbacks = [ModelCheckpoint(monitor="val_loss"), *callbacks, *([callback] if callback else [])]
     trainer = runs.trainer(folder, callbacks, max_epochs=epochs, **settings)
     trainer.fit(model, runs.loader(), runs.loader())
     return trainer
@@ -588,6 +596,42 @@ def test_a_closed_output_keeps_no_line(monkeypatch):
     sys.stdout.close()
     say(SimpleNamespace(progress_bar_callback=None), lines)
     assert not lines
+
+
+class Sheds(runs.Scripted):
+    """The exported part goes during training, as a head for pretraining does."""
+
+    def on_train_epoch_end(self) -> None:
+        if self.current_epoch == 1:
+            self.body = self.head
+            del self.head
+            self.forward = lambda x: self.body(x) + self.clock
+
+
+def test_a_part_that_is_gone_does_not_end_training(tmp_path):
+    callback = ExportCallback([GOOD], module="head", bench=False)
+    with pytest.warns(UserWarning, match="failed, training goes on: BadRequest: module='head': Sheds has no 'head'"):
+        trainer = fit(tmp_path, callback, Sheds([3.0, 2.0, 1.0]), epochs=3)
+    assert trainer.global_step == 12
+
+
+class Stops(Callback):
+    """The program's own handler of a signal, which came while the callback was at work."""
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        self.before = signal.signal(signal.SIGUSR1, lambda *_: sys.exit(77))
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        signal.signal(signal.SIGUSR1, self.before)
+
+
+def kill_me(report: Report) -> None:
+    os.kill(os.getpid(), signal.SIGUSR1)
+
+
+def test_what_a_handler_of_a_signal_raises_is_for_the_program(tmp_path, capfd):
+    with pytest.raises(SystemExit, match="77"):
+        fit(tmp_path, ExportCallback([GOOD], publish=[kill_me], bench=False), epochs=1, callbacks=[Stops()])
 
 
 class Cooling(runs.Scripted):

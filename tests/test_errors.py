@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 
 import polyexport
+from polyexport import errors
 from polyexport.errors import line, redacted
 from polyexport.workers.process import Workers
 
@@ -98,3 +100,25 @@ def test_secrets_of_the_environment_are_left_out_of_the_log_of_a_worker(monkeypa
     workers.run([sys.executable, "-c", said], tmp_path / "job.json", log, timeout=60, environment=os.environ)
     workers.end_all()
     assert log.read_text().splitlines()[-1] == f"with {'*' * 14}"
+
+
+def test_warnings_that_would_be_raised_are_shown(monkeypatch, recwarn):
+    monkeypatch.setattr(errors, "TOLERANT", True)
+    warnings.filterwarnings("error", "old")
+    before = list(warnings.filters)
+    with errors.WarningsAllowed():
+        warnings.warn("old news", DeprecationWarning, stacklevel=1)
+        with errors.WarningsAllowed():
+            warnings.filterwarnings("ignore", "of the user")
+    assert [str(each.message) for each in recwarn] == ["old news"]
+    assert [each[1].pattern for each in warnings.filters if each not in before] == ["of the user"]
+    with pytest.raises(DeprecationWarning):
+        warnings.warn("old news", DeprecationWarning, stacklevel=1)
+
+
+def test_a_warning_of_ours_that_would_be_raised_is_logged(monkeypatch, caplog):
+    monkeypatch.setattr(errors, "TOLERANT", True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        errors.warn("the disk is full")
+    assert [each.getMessage() for each in caplog.records] == ["the disk is full"]

@@ -149,7 +149,7 @@ def test_a_fault_of_a_child_concerns_its_own_job_only(run: Run, tmp_path: Path) 
     hung, raised = run("hung", planted.hangs, timeout=1), run("raised", planted.raises)
     assert (crashed.error, crashed.kind) == ("killed by SIGSEGV", "crashed")
     assert exited.error == "ended with exit code 3 and no result"
-    assert (hung.error, hung.kind) == ("timed out after 1 s", "timed out")
+    assert (hung.error, hung.kind) == ("timed out after 1 s, which timeout=… extends", "timed out")
     assert raised.kind == "raised"
     assert run("after", tells).ok
     assert told(tmp_path / "before.log")["parent"] == told(tmp_path / "after.log")["parent"]

@@ -286,6 +286,20 @@ def test_within_a_strategys_wrapper_the_answer_is_that_of_forward(kind, recorded
         assert torch.equal(recorder.answer.outputs[0], net(x))
 
 
+def test_the_user_gets_no_advice_on_our_hooks(recwarn):
+    """PyTorch gives it at each call of a compiled module while there are global hooks, and it forgets to forget one."""
+    net = runs.Scripted()
+    net.head = torch.compile(net.head, backend="eager")
+    recorder = Recorder(net, net)
+    with torch.compiler.set_stance("force_eager"):
+        net(torch.randn(4, runs.FEATURES))
+        assert recorder.answer is not None
+        recorder.remove()
+        net(torch.randn(4, runs.FEATURES))
+    assert not nn.modules.module._has_any_global_hook()
+    assert not [each for each in recwarn if "global hooks" in str(each.message)]
+
+
 def test_a_compiled_module_is_not_compared_and_the_report_says_so(tmp_path):
     net = runs.Scripted()
     net.compile(backend="eager")

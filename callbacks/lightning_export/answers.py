@@ -6,6 +6,7 @@ copied with it.
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import nn
 from lightning_export.trainer import KEPT_BY_LIGHTNING
 from polyexport.capture.answer import Answer, answer
 from polyexport.capture.changes import beside_weights
+from polyexport.errors import WarningsAllowed, add_filters, remove_filters
 
 
 def why_unrecorded(*, sharded: bool, compiled: bool, overridden: bool) -> str:
@@ -43,6 +45,8 @@ class Recorder:
     def __init__(self, module: nn.Module, root: nn.Module) -> None:
         self.answer: Answer | None = None
         self._module, self._root, self._begun, self._seen = module, root, 0, False
+        self._filter = ("ignore", _ADVICE, UserWarning, None, 0)
+        add_filters(self._filter)
         begin = nn.modules.module.register_module_forward_pre_hook(self._begin)
         self._handles = (begin, nn.modules.module.register_module_forward_hook(self._look, with_kwargs=True))
 
@@ -55,7 +59,7 @@ class Recorder:
             return
         self._seen = True
         try:
-            with torch.no_grad():
+            with torch.no_grad(), WarningsAllowed():
                 recorded = answer(self._root, args, kwargs, returned)
             self.answer = replace(recorded, beside=beside_weights(self._root, KEPT_BY_LIGHTNING))
         except Exception:  # the user's values may refuse to be copied: then there is nothing to compare with
@@ -65,7 +69,12 @@ class Recorder:
         """Stop recording."""
         for handle in self._handles:
             handle.remove()
+            nn.modules.module._global_forward_hooks_with_kwargs.pop(handle.id, None)  # `remove` forgets it there
+        remove_filters(self._filter)
 
+
+_ADVICE = re.compile(re.escape("Using `torch.compile(module)` when there are global hooks"))
+"""What PyTorch tells the user about global hooks, which are ours, at each call of a compiled part of the module."""
 
 _REDIRECTED = "wrapped_forward"
 """The name of Lightning's replacement for forward while a strategy's wrapper calls the module."""

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_export.best import bases, checkpointer
+from lightning_export.harmless import warn
 from lightning_export.trainer import callbacks, example, modes, overrides, validates
 from polyexport import BadRequest
 from polyexport.capture.processing import resolved
@@ -108,8 +108,8 @@ def refuse(callback: Any, siblings: Sequence[Any], trainer: Trainer, pl_module: 
     directed(callback.options.budget, modes(trainer))
     model_checkpoint = checkpointer(callbacks(trainer), callback.monitor)
     if model_checkpoint is not None and model_checkpoint.monitor is None:
-        rank_zero_warn(
-            "ExportCallback: no ModelCheckpoint monitors a metric, so the newest checkpoint is taken as the best; "
+        warn(
+            "no ModelCheckpoint monitors a metric, so the newest checkpoint is taken as the best; "
             "give the trainer ModelCheckpoint(monitor=<a metric that you log>, mode='min' or 'max')"
         )
 

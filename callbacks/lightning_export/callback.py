@@ -9,13 +9,12 @@ from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
 from lightning_export import fit, ranks
 from lightning_export.arguments import check, check_inputs, described, refuse
 from lightning_export.best import follow, take_out
-from lightning_export.harmless import harmless
+from lightning_export.harmless import harmless, warn
 from lightning_export.inputs import Inputs
 from lightning_export.metrics import warn_of_unlogged
 from lightning_export.offers import Offers
@@ -24,6 +23,7 @@ from polyexport import Budget, Format, Report
 from polyexport.capture.processing import Processing
 from polyexport.engine.labels import is_list
 from polyexport.engine.session import Options, Session, complaint
+from polyexport.errors import WarningsAllowed
 from polyexport.formats import resolve
 from polyexport.measure.budget import budgets
 from polyexport.measure.dynamic_axes import plain
@@ -184,6 +184,7 @@ class ExportCallback(Callback):
     # --- before training ----------------------------------------------------------------------------------------------
 
     @override
+    @WarningsAllowed()
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._turn = self._complaint = ""
         if stage != "fit" or trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by a connector
@@ -312,4 +313,4 @@ class ExportCallback(Callback):
         if session.pending:  # so that what is unfinished is exported when fit is called again
             self._offers.offered = None
         if why := session.close():  # last, since warnings may be errors in the user's program
-            rank_zero_warn(f"ExportCallback: {why}")
+            warn(why)

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_export.watch import Call, CannotWatch, Watch
 from polyexport.capture.pytree import closed, opened
-from polyexport.errors import line
+from polyexport.errors import WarningsAllowed, line
 
 
 class Spy:
@@ -48,7 +48,8 @@ class Spy:
         try:
             if self.call is None and not _is_symbolic(call):
                 self.call = call
-                self.call = closed(pytree.tree_map_only(torch.Tensor, _copy, opened(call)))
+                with WarningsAllowed():
+                    self.call = closed(pytree.tree_map_only(torch.Tensor, _copy, opened(call)))
         except Exception as error:  # the arguments are the user's, and this runs inside user code
             self.trouble = line(error, 200)
         return self.call is not None

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Literal
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 
+from lightning_export.harmless import warn
 from lightning_export.loggers import sinks
 from lightning_export.metrics import measured
 from lightning_export.trainer import KEPT_BY_LIGHTNING, attached, shards
@@ -40,7 +41,7 @@ def begin(
         ignored=KEPT_BY_LIGHTNING,
         libraries=libraries(pl_module),
         say=lambda line: rank_zero_info(f"ExportCallback: {line}"),
-        warn=lambda line: rank_zero_warn(f"ExportCallback: {line}"),
+        warn=warn,
     )
 
 
@@ -61,7 +62,7 @@ def end(
         try:
             reports[-1] = measured(reports[-1], trainer, pl_module, session, batches=batches)
         except Exception as error:  # what there is has to be published, such as on a full disk
-            rank_zero_warn(f"ExportCallback: {reports[-1].folder.name} has no metrics: {line(error)}")
+            warn(f"{reports[-1].folder.name} has no metrics: {line(error)}")
     session.publish(reports[-1], sinks(publish, trainer.loggers, into))
     console.show(reports[-1])
 

@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
 from lightning_export.answers import Recorder, why_unrecorded
 from lightning_export.best import bases
 from lightning_export.capture import Called, Spy, is_compiled
+from lightning_export.harmless import warn
 from lightning_export.trainer import example, shards, validates
 from lightning_export.watch import Call
 from polyexport import BadRequest
@@ -85,11 +85,11 @@ class Inputs:
         try:
             self._session.skip() if call is None else self._session.take(pl_module, *call)
         except OSError as error:
-            self._warn(error, "artifacts are verified with fewer batches before")
+            self._warn(error, "until then artifacts are verified with fewer batches")
 
     def _warn(self, error: OSError, meanwhile: str) -> None:
-        rank_zero_warn(
-            f"ExportCallback: the inputs of forward cannot be written to {self._session.place()}: "
+        warn(
+            f"the inputs of forward cannot be written to {self._session.place()}: "
             f"{error.strerror or error}; this is tried again in the next validation, and {meanwhile}"
         )
 
@@ -166,14 +166,14 @@ class Inputs:
         try:
             self._session.take(pl_module, *call)
         except OSError as error:
-            self._warn(error, "nothing is exported before")
+            self._warn(error, "nothing is exported until then")
         except BaseException:
             self._refused = True
             raise
 
     def _refuse(self, error: BadRequest) -> None:
         self._refused = True
-        rank_zero_warn(f"{error}. Nothing is exported.")
+        warn(f"{str(error).removeprefix('ExportCallback ')}. Nothing is exported.")
 
     def _arguments(self, pl_module: LightningModule, batch: Any, seen: Call | None, called: Any) -> Call:
         """The inputs from `inputs`, else as captured, else from `example_input_array`."""

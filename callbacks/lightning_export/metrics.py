@@ -18,9 +18,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 
+from lightning_export.harmless import warn
 from lightning_export.trainer import modes, validates
 from polyexport import BadRequest, Budget, Report, Runner
 from polyexport.capture.flatten import flat, named_tensors, to_arrays
@@ -69,7 +70,7 @@ def warn_of_unlogged(trainer: Any, budget: Mapping[str, Budget]) -> None:
     if why and trainer.sanity_checking and trainer.world_size == 1:
         raise BadRequest(why)
     if why:
-        rank_zero_warn(f"ExportCallback: {why}")
+        warn(why)
 
 
 def _copied(pl_module: Any, report: Report, trainer: Any) -> Any:

@@ -6,9 +6,9 @@ import contextlib
 import os
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_export.best import Best, best_of
+from lightning_export.harmless import warn
 from lightning_export.trainer import checkpoint
 from polyexport.capture.answer import Answer
 from polyexport.engine.session import Session
@@ -83,7 +83,7 @@ class Offers:
 
 
 def _warn(what: str, error: OSError, session: Session, then: str) -> None:
-    rank_zero_warn(
-        f"ExportCallback: {what} is not exported, since its files cannot be written to {session.place()}: "
+    warn(
+        f"{what} is not exported, since its files cannot be written to {session.place()}: "
         f"{error.strerror or error}{then}"
     )

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections import deque
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from lightning_export.best import Best, bases, checkpointer
 from polyexport.capture.unwrap import LeftBehind
-from polyexport.errors import redacted
+from polyexport.errors import is_of_a_signal, redacted
 from polyexport.report.folders import EXPORTS
 from polyexport.report.outcome import Checkpoint
 
@@ -48,8 +47,11 @@ def say(trainer: Trainer, lines: deque[str]) -> None:
         # a disabled bar, as with refresh_rate=0, would not print the line
         tell = bar.print if bar is not None and getattr(bar, "is_enabled", True) else print
         # standard output may be closed, or a pipe that nobody reads
-        with contextlib.suppress(OSError, ValueError, SystemExit):
+        try:
             tell(lines.popleft())
+        except (OSError, ValueError, SystemExit) as error:
+            if is_of_a_signal(error):
+                raise
 
 
 def is_last_epoch(trainer: Trainer) -> bool:

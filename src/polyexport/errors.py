@@ -15,10 +15,16 @@ A converter's own exceptions are not wrapped: they become the `reason` of an out
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import re
 import signal
+import threading
 import traceback
+import warnings
+from collections.abc import Callable
+from typing import Any, cast
 
 
 def line(error: BaseException, most: int | None = None) -> str:
@@ -76,6 +82,77 @@ _LONGEST = 100
 _TORCHSCRIPT = "Traceback of TorchScript"
 
 _CAUSE = re.compile(r"^[\w.]*(?:Error|Exception): (.+)", re.MULTILINE | re.DOTALL)
+
+
+TOLERANT = True
+"""Whether warnings are kept from being raised; the tests set it to False, so that an unexpected one fails them."""
+
+
+def warn(message: str, by: Callable[[str], object] = warnings.warn) -> None:
+    """Warn, by a function that does; where warnings are errors (`python -W error`), log the message instead."""
+    try:
+        by(message)
+    except Exception:
+        if not TOLERANT:
+            raise
+        logging.getLogger("polyexport").warning(message)
+
+
+def is_of_a_signal(error: BaseException) -> bool:
+    """Whether the program's own handler of a signal raised it, as in `signal.signal(SIGTERM, lambda *_: sys.exit())`.
+
+    Such a handler runs wherever the program is, in the functions of this library too, and what it raises is meant for
+    the program.
+    """
+    handlers = [signal.getsignal(each) for each in signal.valid_signals()]
+    own = [getattr(each, "__func__", each) for each in handlers if callable(each)]
+    codes = {getattr(each, "__code__", getattr(type(each).__call__, "__code__", None)) for each in own} - {None}
+    return any(frame.f_code in codes for frame, _ in traceback.walk_tb(error.__traceback__))
+
+
+Filter = tuple[Any, ...]
+"""An entry of `warnings.filters`: action, message, category, module, line number."""
+
+
+def add_filters(*new: Filter) -> None:
+    """Put filters of warnings before all others; other than by `catch_warnings`, changes by the user's code stay."""
+    cast(list[Filter], warnings.filters)[:0] = new
+
+
+def remove_filters(*old: Filter) -> None:
+    """Remove filters that were added; equal ones of the user's stay."""
+    found = cast(list[Filter], warnings.filters)
+    found[:] = [each for each in found if not any(each is other for other in old)]
+
+
+class WarningsAllowed(contextlib.ContextDecorator):
+    """In this context a warning is shown where the user's filters would raise it (`python -W error`).
+
+    Libraries that are called here warn of what their next version changes, which must not end a training. Filters
+    belong to the process: of contexts in several threads, the last one to exit restores them.
+    """
+
+    _lock = threading.Lock()
+    _depth = 0
+    _added: tuple[Filter, ...] = ()
+
+    def __enter__(self) -> None:
+        kind = WarningsAllowed
+        with kind._lock:
+            kind._depth += 1
+            if kind._depth == 1 and TOLERANT and any(each[0] == "error" for each in warnings.filters):
+                kind._added = tuple(
+                    ("default" if each[0] == "error" else each[0], *each[1:]) for each in warnings.filters
+                )
+                add_filters(*kind._added)
+
+    def __exit__(self, *error: object) -> None:
+        kind = WarningsAllowed
+        with kind._lock:
+            kind._depth -= 1
+            if not kind._depth:
+                remove_filters(*kind._added)
+                kind._added = ()
 
 
 def ended(code: int) -> str:

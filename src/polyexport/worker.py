@@ -27,6 +27,7 @@ import argparse
 import json
 import queue
 import shutil
+import signal
 import tempfile
 import threading
 import time
@@ -74,6 +75,8 @@ def main() -> int:
     parser.add_argument("--scratch", action="store_true", help="write into a new temporary folder, print everything")
     parser.add_argument("--server", nargs="*", metavar="MODULE", help="import these, and fork a child for each job")
     given = parser.parse_args()
+    if PARENT in os.environ:
+        _outlive_signals()
     if given.server is not None:
         return server.run(given.server, work)
     if given.job is None or not given.job.is_file():
@@ -443,6 +446,17 @@ def _keep_stdout() -> TextIO:
 def _answer(answers: TextIO, value: Any) -> None:
     answers.write(json.dumps(value) + "\n")
     answers.flush()
+
+
+def _outlive_signals() -> None:
+    """Ignore signals that a scheduler sends to all processes of a job, since they are meant for the training.
+
+    A worker ends with the process that started it, which also kills it where needed; and a conversion that a SIGTERM
+    had ended would be reported as `failed`.
+    """
+    for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2"):
+        if hasattr(signal, name):  # Windows has two of them
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def _end_with_parent() -> Iterator[bytes]:

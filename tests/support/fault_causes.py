@@ -11,6 +11,7 @@ import socket
 import subprocess
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import MappingProxyType
@@ -160,6 +161,15 @@ class LosesItsWorkingFolder(Callback):
         os.chdir(self.home)
 
 
+class RaisesWarnings(Callback):
+    """Every warning is an exception, as with `python -W error`, but for those of Lightning itself."""
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", module=r"lightning\.pytorch")
+        os.environ["PYTHONWARNINGS"] = "error"  # for workers
+
+
 class HasNoToolchains(Callback):
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         os.environ["POLYEXPORT_CACHE"] = os.path.abspath("toolchains")
@@ -222,6 +232,14 @@ class Unpicklable(Numb):
     def __init__(self) -> None:
         super().__init__()
         self.numbers = (number for number in range(3))
+
+
+class Compiles(Unpicklable):
+    """A part of it is compiled; and it cannot be pickled, so that our own warnings and those of a trace come too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = torch.compile(self.net, backend="eager")  # type: ignore[assignment]  # a module too
 
 
 # --- what happens outside of it ---------------------------------------------------------------------------------------

@@ -36,6 +36,7 @@ import forked
 import planted
 import runs
 from fault_causes import (
+    Compiles,
     Corrupts,
     Diverges,
     DrawsARandomNumber,
@@ -51,6 +52,7 @@ from fault_causes import (
     LosesItsWorkingFolder,
     Numb,
     Raises,
+    RaisesWarnings,
     TakesAProxy,
     Unpicklable,
     Waits,
@@ -249,6 +251,14 @@ FAULTS = {
             model=TakesAProxy,
         ),
         Fault("the module is pickled in validation", "pickle and deepcopy in its first batch", "verified", model=Looks),
+        Fault(
+            "warnings are errors",
+            "-W error, a part compiled, no pickle",
+            "verified",
+            model=Compiles,
+            callbacks=(RaisesWarnings, Waits),
+            servers="none",
+        ),
         Fault("clock goes backwards", "an hour at each look", "verified", callbacks=(GoesBackInTime, Waits)),
     )
 }

@@ -15,7 +15,6 @@ import contextlib
 import random
 import threading
 import time
-import warnings
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
@@ -23,6 +22,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from polyexport import errors
 from polyexport.capture import answer as answers
 from polyexport.capture.changes import beside_weights, retake
 from polyexport.capture.processing import NONE, Processing
@@ -43,12 +43,12 @@ from polyexport.engine.judge import Metric, measured
 from polyexport.engine.labels import check
 from polyexport.engine.request import Request, interruption
 from polyexport.engine.weights import bytes_for_training, check_room, hold, save_lacking
-from polyexport.errors import BadRequest, ToolMissing, line
+from polyexport.errors import BadRequest, ToolMissing, WarningsAllowed, is_of_a_signal, line
 from polyexport.format import Format
 from polyexport.measure.budget import Budget, Mode, directed
 from polyexport.measure.dynamic_axes import Dynamic
 from polyexport.publish import Sink
-from polyexport.report.folders import BEST, CAPTURE, discard, link, locked, unfinished
+from polyexport.report.folders import BEST, CAPTURE, discard, link, locked, short_name, unfinished
 from polyexport.report.outcome import Checkpoint, State
 from polyexport.report.report import Report
 from polyexport.serialization import writing
@@ -161,7 +161,7 @@ class Session:
         ignored: Collection[str] = (),
         libraries: tuple[str, ...] = (),
         say: Callable[[str], None] = print,
-        warn: Callable[[str], object] = warnings.warn,
+        warn: Callable[[str], object] = errors.warn,
     ) -> None:
         self.options = options
         self.told: deque[str] = deque()
@@ -249,6 +249,7 @@ class Session:
         """Whether the inputs of another batch are needed."""
         return self.taken < self._wanted
 
+    @WarningsAllowed()
     def take(self, root: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Take the inputs of forward, or of `preprocess`; with the first batch also the structure of `root`.
 
@@ -307,6 +308,7 @@ class Session:
         """Whether another checkpoint can be taken at once; drops an export that waits."""
         return self._engine.supersede()
 
+    @WarningsAllowed()
     def mark(self, root: nn.Module) -> None:
         """Take layers, attributes, buffers and globals as they are now, for the checkpoint that is offered next.
 
@@ -331,6 +333,7 @@ class Session:
             dump(attributes, self._captured / ATTRIBUTES)
         self._marked = beside
 
+    @WarningsAllowed()
     def offer(
         self, root: nn.Module, path: str | Path, name: str, checkpoint: Checkpoint, *, last: bool = False
     ) -> None:
@@ -362,6 +365,7 @@ class Session:
             # the name `best` is that of the link
             self._submit(work, f"{BEST}.ckpt" if name == BEST else name, checkpoint, held, spare)
 
+    @WarningsAllowed()
     def offer_weights(self, root: nn.Module, checkpoint: Checkpoint) -> None:
         """Export the weights as they are now, where no checkpoint was written; `checkpoint` has epoch and step.
 
@@ -430,7 +434,7 @@ class Session:
         options = self.options
         request = Request(
             work,
-            name,
+            short_name(name),
             options.formats,
             options.dynamic,
             checkpoint,
@@ -469,6 +473,7 @@ class Session:
 
     # --- the end ------------------------------------------------------------------------------------------------------
 
+    @WarningsAllowed()
     def finish(self) -> list[Report]:
         """Wait for the exports with a progress display, then measure latency on the idle machine.
 
@@ -511,6 +516,7 @@ class Session:
             self._warn(f"{report.folder.name} is not timed: {line(error)}")
             return report
 
+    @WarningsAllowed()
     def judge(self, report: Report, metric: Metric, modes: Mapping[str, Mode] | None = None) -> Report:
         """Measure the user's metric with PyTorch and each artifact, judge artifacts by the budget, and save the report.
 
@@ -526,6 +532,7 @@ class Session:
         judged = measured(report, metric, self._engine, self.options.formats, limits)
         return self._engine.explained(judged, self.options.formats)
 
+    @WarningsAllowed()
     def publish(self, report: Report, sinks: Iterable[Sink]) -> None:
         """Give a report to each sink; if one fails, warn and go on with the others."""
         for sink in sinks:
@@ -535,7 +542,10 @@ class Session:
             except KeyboardInterrupt:
                 self._warn(f"publishing to {name} was interrupted; the export is complete: {report.folder}")
                 raise
-            except (Exception, SystemExit) as error:  # a sink may talk to a service, which can fail in any way
+            except (Exception, SystemExit) as error:
+                if is_of_a_signal(error):
+                    raise
+                # a sink may talk to a service, which can fail in any way
                 self._warn(f"publishing to {name} failed: {line(error)}")
 
     def close(self) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-import warnings
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -116,7 +115,9 @@ def wait(
     try:
         _follow(work, doing, deque() if told is None else told, console)
     except (Exception, SystemExit) as error:  # rich exits the program if its pipe is closed
-        warnings.warn(f"the progress cannot be shown: {errors.line(error)}", stacklevel=2)
+        if errors.is_of_a_signal(error):
+            raise
+        errors.warn(f"the progress cannot be shown: {errors.line(error)}")
     return work.result()
 
 

@@ -43,6 +43,8 @@ _DISTRIBUTED = (
     "PL_",
     "SLURM_",
 )
+# what the user set to look at his own program: converters warn, rely on asserts, and have to end at their end
+_OF_THE_PROGRAM = ("PYTHONWARNINGS", "PYTHONOPTIMIZE", "PYTHONINSPECT")
 # PYTHONDONTWRITEBYTECODE, set in many images, would make each worker compile all its imports
 _OF_THE_HOST = ("PYTHONPATH", "PYTHONHOME", "PYTHONSTARTUP", "VIRTUAL_ENV", "PYTHONDONTWRITEBYTECODE")
 # opt out of runtimes' telemetry; they read this when they are imported
@@ -145,7 +147,9 @@ class Workers:
             if not _ends_within(process, timeout, lambda: self._takes_too_much(job, spare)):
                 if why := self._takes_too_much(job, spare):
                     return JobResult(error=why, kind="crashed")
-                return JobResult(error=f"timed out after {timeout:g} s", kind="timed out", seconds=timeout)
+                return JobResult(
+                    error=f"timed out after {timeout:g} s, which timeout=… extends", kind="timed out", seconds=timeout
+                )
             if self._closed:
                 return JobResult(error="cancelled", kind="cancelled")
         if isinstance(process, Child) and process.lost and not result_path(job).exists():
@@ -345,7 +349,7 @@ def environment(*, threads: int, gpu: bool, host: bool) -> dict[str, str]:
 
     `host` is whether it runs the training environment's interpreter; others must not get its import path.
     """
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(_DISTRIBUTED)}
+    kept = {name: value for name, value in os.environ.items() if not name.startswith((*_DISTRIBUTED, *_OF_THE_PROGRAM))}
     if not host:
         kept = {name: value for name, value in kept.items() if name not in _OF_THE_HOST}
     if not gpu:
