@@ -72,9 +72,7 @@ def _opened(package: Path) -> tuple[Program, Callable[[Arrays], Values]]:
     program = read(package)
     unknown = sorted(kinds(program.main) - OPS.keys() - _CONTROL.keys() - {"const"})
     if unknown:
-        raise CannotRun(
-            f"the MIL evaluator does not support {', '.join(unknown)}; only Core ML on macOS can run this package"
-        )
+        raise CannotRun(f"the MIL evaluator does not support {', '.join(unknown)}")
     constants: Values = {}
     main = _without_constants(program.main, constants)
 

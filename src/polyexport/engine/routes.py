@@ -125,7 +125,9 @@ class Build:
         except OSError as error:
             outcome = Outcome(each.name, each.precision, "failed", line(error))
         except Exception as error:  # a bug of ours must not take the other formats along
-            outcome = Outcome(each.name, each.precision, "failed", f"internal error: {line(error)}")
+            outcome = Outcome(
+                each.name, each.precision, "failed", f"internal error of this library, please report it: {line(error)}"
+            )
         self._watch(each.name, outcome)
         return outcome
 

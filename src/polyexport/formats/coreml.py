@@ -285,7 +285,23 @@ def _evaluated(path: Path, threads: int) -> Runner:
     from polyexport.coreml.evaluate import evaluator
 
     torch.set_num_threads(threads)
-    return evaluator(path)
+    with _advising():
+        run = evaluator(path)
+
+    def advised(inputs: Arrays) -> Arrays:
+        with _advising():
+            return run(inputs)
+
+    return advised
+
+
+@contextlib.contextmanager
+def _advising() -> Iterator[None]:
+    """Say where a program can be run that cannot be evaluated here."""
+    try:
+        yield
+    except CannotRun as error:
+        raise CannotRun(f"{error}; a kit verifies it on a Mac: `polyexport kit EXPORT/coreml`") from error
 
 
 def _in(precision: str, convert: Callable[..., None]) -> Convert:
