@@ -109,6 +109,12 @@ def exits(source: Path, target: Path, spec: ExportSpec) -> None:
     os._exit(3)
 
 
+def gets_a_sigterm(source: Path, target: Path, spec: ExportSpec) -> None:
+    """As every process of a job does when a scheduler is about to end it."""
+    os.kill(os.getpid(), signal.SIGTERM)
+    replay(source, target, spec)
+
+
 def quits(source: Path, target: Path, spec: ExportSpec) -> None:
     raise SystemExit(0)
 
