@@ -421,3 +421,16 @@ def test_help_has_a_short_name(words: tuple[str, ...]) -> None:
 
 def test_the_version_is_that_of_the_package() -> None:
     assert CliRunner().invoke(app, ["--version"]).stdout == f"lightning-export {version('lightning-export')}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["resume", "nowhere"], "there is no folder nowhere; give the folder of a run's exports"),
+        (["accept", "nowhere.json"], "there is no nowhere.json; give the proof.json that a kit wrote"),
+    ],
+)
+def test_what_is_not_there_is_said_to_be_missing(words, said):
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 2
+    assert said in done.stderr

@@ -153,6 +153,8 @@ def interrupted(parent: Path, *, trust: bool = True) -> Request:
     Raises:
         BadRequest: there is none, another process or user has it, or a user's own format cannot be loaded.
     """
+    if not parent.is_dir():
+        raise BadRequest(f"there is no folder {parent}; give the folder of a run's exports, or of the run")
     work = clear(parent)
     if work is not None and not os.access(work, os.W_OK):
         raise BadRequest(f"{parent} cannot be written, which finishing its interrupted export needs")

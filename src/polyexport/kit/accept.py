@@ -34,6 +34,8 @@ def accept(path: Path, where: Path = Path()) -> tuple[Report, str]:
         BadRequest: it is not a proof of this version, or not of an artifact in `where`; or the artifact, the data or
             the tolerance is not the export's.
     """
+    if not path.exists():
+        raise BadRequest(f"there is no {path}; give the proof.json that a kit wrote")
     proof = read_record(Proof, path, VERSION)
     report = _export(proof, where)
     check_links(report.folder)
