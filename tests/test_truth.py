@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import queue
 import re
+import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +20,7 @@ from polyexport import worker
 from polyexport.capture import snapshot as module
 from polyexport.capture.answer import ANSWER, ask
 from polyexport.capture.flatten import as_call
+from polyexport.capture.threads import in_one_thread
 from polyexport.engine import routes
 from polyexport.errors import BadRequest
 from polyexport.measure import reference
@@ -81,6 +85,14 @@ class Branch(nn.Module):
         return self.head(x / 7 if self.decide(x) else x)
 
 
+def in_a_thread(compute):
+    answers = []
+    thread = threading.Thread(target=lambda: answers.append(compute()))
+    thread.start()
+    thread.join()
+    return answers[0]
+
+
 BRANCHES = {
     "a truth value": lambda x: x.abs().max() > 8,
     "a number": lambda x: x.abs().max().item() > 8,
@@ -93,7 +105,9 @@ BRANCHES = {
     "equality": lambda x: torch.equal(x, x.abs()),
     "a text": lambda x: "-" not in repr(x[0]),
     "memory that is shared": lambda x: np.abs(np.from_dlpack(x)).max() > 8,
-    "a thread": lambda x: next(ThreadPoolExecutor(1).map(lambda y: bool(y.abs().max() > 8), [x])),
+    "a pool": lambda x: next(ThreadPoolExecutor(1).map(lambda y: bool(y.abs().max() > 8), [x])),
+    "another pool": lambda x: ThreadPool(1).map(lambda y: bool(y.abs().max() > 8), [x])[0],
+    "a thread": lambda x: in_a_thread(lambda: bool(x.abs().max() > 8)),
     "one element": lambda x: abs(float(x[0, 0])) > 100,
 }
 
@@ -166,6 +180,11 @@ def test_a_branch_on_data_that_a_trace_froze_is_reported_with_its_line(tmp_path,
     why = routes.narrow(verified["elsewhere"], frozen, found)
     assert why.startswith("right on data like the first batch only: on ")
     assert f"forward branches on its data at {Path(__file__).name}:" in why
+
+
+def test_a_thread_that_waits_for_another_one_is_refused():
+    with in_one_thread(), pytest.raises(RuntimeError, match="waits for another one"):
+        threading.Thread(target=queue.Queue().get).start()
 
 
 class Checked(Branch):
