@@ -284,6 +284,7 @@ def test_within_a_strategys_wrapper_the_answer_is_that_of_forward(kind, recorded
     if recorder.answer is not None:
         assert torch.equal(recorder.answer.call[0][0], x)
         assert torch.equal(recorder.answer.outputs[0], net(x))
+    assert not nn.modules.module._has_any_global_hook()
 
 
 def test_the_user_gets_no_advice_on_our_hooks(recwarn):
