@@ -301,6 +301,20 @@ def test_the_user_gets_no_advice_on_our_hooks(recwarn):
     assert not [each for each in recwarn if "global hooks" in str(each.message)]
 
 
+def test_hooks_of_the_module_itself_are_a_part_of_it():
+    net, x = runs.Scripted().eval(), torch.randn(4, runs.FEATURES)
+    net.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+    net.register_forward_hook(lambda module, args, returned: returned + 1)
+    spy, recorder = Spy(net, net), Recorder(net, net)
+    returned = net(x)
+    spy.remove()
+    recorder.remove()
+    assert torch.equal(spy.call[0][0], x)
+    assert torch.equal(recorder.answer.call[0][0], x)
+    assert torch.equal(recorder.answer.outputs[0], returned)
+    assert len(net._forward_hooks) == 1
+
+
 def test_a_compiled_module_is_not_compared_and_the_report_says_so(tmp_path):
     net = runs.Scripted()
     net.compile(backend="eager")

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from lightning_export.trainer import KEPT_BY_LIGHTNING
+from lightning_export.watch import before_hooks, is_redirected
 from polyexport.capture.answer import Answer, answer
 from polyexport.capture.changes import beside_weights
 from polyexport.errors import WarningsAllowed, add_filters, remove_filters
@@ -48,17 +49,26 @@ class Recorder:
         self._filter = ("ignore", _ADVICE, UserWarning, None, 0)
         add_filters(self._filter)
         begin = nn.modules.module.register_module_forward_pre_hook(self._begin)
-        self._handles = (begin, nn.modules.module.register_module_forward_hook(self._look, with_kwargs=True))
+        self._handles = [begin, nn.modules.module.register_module_forward_hook(self._look, with_kwargs=True)]
 
     def _begin(self, module: nn.Module, args: Any) -> None:
-        if module is self._module:
-            self._begun += getattr(module.forward, "__name__", "") != _REDIRECTED
+        if module is self._module and not is_redirected(module):
+            self._begun += 1
+            if (
+                module._forward_hooks and self._begun == 1
+            ):  # which come after global ones, and may change what it returns
+                self._handles.append(module.register_forward_hook(self._record, with_kwargs=True))
 
     def _look(self, module: nn.Module, args: Any, kwargs: Any, returned: Any) -> None:
-        if module is not self._module or self._seen or not self._begun:
+        if module is self._module and self._begun and not module._forward_hooks:
+            self._record(module, args, kwargs, returned)
+
+    def _record(self, module: nn.Module, args: Any, kwargs: Any, returned: Any) -> None:
+        if self._seen:
             return
         self._seen = True
         try:
+            args, kwargs = before_hooks(module, (args, kwargs))
             with torch.no_grad(), WarningsAllowed():
                 recorded = answer(self._root, args, kwargs, returned)
             self.answer = replace(recorded, beside=beside_weights(self._root, KEPT_BY_LIGHTNING))
@@ -75,6 +85,3 @@ class Recorder:
 
 _ADVICE = re.compile(re.escape("Using `torch.compile(module)` when there are global hooks"))
 """What PyTorch tells the user about global hooks, which are ours, at each call of a compiled part of the module."""
-
-_REDIRECTED = "wrapped_forward"
-"""The name of Lightning's replacement for forward while a strategy's wrapper calls the module."""

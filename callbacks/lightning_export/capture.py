@@ -15,7 +15,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
-from lightning_export.watch import Call, CannotWatch, Watch
+from lightning_export.watch import Call, CannotWatch, Watch, before_hooks
 from polyexport.capture.pytree import closed, opened
 from polyexport.errors import WarningsAllowed, line
 
@@ -35,6 +35,7 @@ class Spy:
     def __init__(self, module: nn.Module, root: nn.Module, *, profiled: bool = False) -> None:
         self.call: Call | None = None
         self.trouble = ""
+        self._module = module
         self._eager = torch.compiler.set_stance("force_eager") if is_compiled(module, root) else None
         try:
             if profiled:
@@ -47,7 +48,7 @@ class Spy:
         """Copy the arguments before forward can change them in place; returns whether the watch can end."""
         try:
             if self.call is None and not _is_symbolic(call):
-                self.call = call
+                self.call = call = before_hooks(self._module, call)
                 with WarningsAllowed():
                     self.call = closed(pytree.tree_map_only(torch.Tensor, _copy, opened(call)))
         except Exception as error:  # the arguments are the user's, and this runs inside user code

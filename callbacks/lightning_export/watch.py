@@ -14,6 +14,8 @@ from collections.abc import Callable
 from types import CellType, FrameType, FunctionType, MethodType
 from typing import Any
 
+from torch import nn
+
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments. An argument may be in either, however it was passed."""
 
@@ -101,3 +103,21 @@ def arguments(frame: FrameType, function: FunctionType, bound: tuple[Any, ...]) 
 
 def _without(defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in given.items() if name not in defaults or value is not defaults[name]}
+
+
+def before_hooks(module: nn.Module, call: Call) -> Call:
+    """The arguments of a call of `module` that is going on as its caller gave them, if hooks may have changed them.
+
+    `call` is what forward got. Artifacts have these hooks (`register_forward_pre_hook`) in them.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while module._forward_pre_hooks and not is_redirected(module) and frame is not None:
+        if frame.f_code is nn.Module._wrapped_call_impl.__code__ and frame.f_locals["self"] is module:
+            return frame.f_locals["args"], frame.f_locals["kwargs"]
+        frame = frame.f_back
+    return call
+
+
+def is_redirected(module: nn.Module) -> bool:
+    """Whether Lightning has replaced its forward, while a strategy's wrapper calls the module."""
+    return getattr(module.forward, "__name__", "") == "wrapped_forward"

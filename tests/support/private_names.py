@@ -127,6 +127,7 @@ NAMES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "tracing/reads.py": ("torch:_assert", "torch:_check", "torch:_check_value", "torch:_check_with"),
         "tracing/sizes.py": ("torch._C:_get_value_trace", "torch._C:_is_tracing"),
         "lightning_export/answers.py": ("torch.nn.modules.module:_global_forward_hooks_with_kwargs",),
+        "lightning_export/watch.py": ("torch.nn:Module._wrapped_call_impl", "torch.nn:Module._forward_pre_hooks"),
         "lightning_export/best.py": ("lightning.pytorch.callbacks:ModelCheckpoint._last_global_step_saved",),
         "lightning_export/callback.py": ("lightning.pytorch.callbacks:Callback._generate_state_key",),
         "lightning_export/trainer.py": (
