@@ -42,3 +42,22 @@ def test_rows_of_a_slice_are_gathered_by_indices_that_a_model_computes(
     cut = x[:, start:end] if axis == 1 else x[..., start:end]
     np.testing.assert_array_equal(found, np.take_along_axis(cut, np.broadcast_to(places, (5, 3, width)), 1))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m.bin", "m.onnx", "m.xml"]
+
+
+@pytest.mark.parametrize("largest", [0, 1])
+def test_equal_elements_keep_their_order_in_a_sort(largest: int, tmp_path: Path) -> None:
+    values, places = (
+        helper.make_tensor_value_info(*each)
+        for each in (("values", TensorProto.FLOAT, None), ("places", TensorProto.INT64, None))
+    )
+    nodes = [helper.make_node("TopK", ["x", "all"], ["values", "places"], axis=1, largest=largest)]
+    count = numpy_helper.from_array(np.array([40]), "all")
+    given = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 40])
+    graph = helper.make_graph(nodes, "g", [given], [values, places], [count])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)]), tmp_path / "m.onnx")
+    answers = (TensorSpec("values", "float32", ("batch", 40)), TensorSpec("places", "int64", ("batch", 40)))
+    spec = ExportSpec((TensorSpec("x", "float32", ("batch", 40)),), answers)
+    convert_onnx(tmp_path / "m.onnx", tmp_path / "m.xml", spec)
+    x = np.random.default_rng(0).integers(0, 5, (6, 40)).astype(np.float32)
+    found = load(tmp_path / "m.xml", spec, threads=1)({"x": x})
+    np.testing.assert_array_equal(found["places"], np.argsort(-x if largest else x, axis=1, kind="stable"))

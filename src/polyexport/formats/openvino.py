@@ -102,6 +102,7 @@ def save(model: Any, target: Path, spec: ExportSpec, *remarks: str, half: bool =
     `half` stores float32 weights in float16.
     """
     openvino = without_telemetry()
+    _keep_order(model)
     for ports, tensors in ((model.inputs, spec.inputs), (model.outputs, spec.outputs)):
         if len(ports) == len(tensors):
             for port, tensor in zip(ports, tensors, strict=True):
@@ -114,6 +115,20 @@ def save(model: Any, target: Path, spec: ExportSpec, *remarks: str, half: bool =
         model.set_rt_info(words, ["model_info", "labels"])
     _renumber(model)
     openvino.save_model(model, str(target), compress_to_fp16=half)
+
+
+def _keep_order(model: Any) -> None:
+    """Let sorts keep the order of equal elements, as in ONNX and in PyTorch's stable ones."""
+    opset = without_telemetry().opset11
+    for node in model.get_ordered_ops():
+        told = node.get_attributes() if node.get_type_name() == "TopK" else {}
+        if told.get("sort") != "value" or told.get("stable"):
+            continue
+        given = {name: told[name] for name in ("axis", "mode", "sort", "index_element_type")}
+        kept = opset.topk(node.input_value(0), node.input_value(1), **given, stable=True, name=node.friendly_name)
+        for port, its in zip(node.outputs(), kept.outputs(), strict=True):
+            its.get_tensor().set_names(port.get_tensor().get_names())
+            port.replace(its)
 
 
 def _renumber(model: Any) -> None:
