@@ -31,6 +31,22 @@ def projection(**more):
         return nn.LSTM(7, 4, proj_size=3, batch_first=True, **more).eval().requires_grad_(False)
 
 
+def bits_of(kind):
+    """Bitwise operators and shifts of all integers of a type, from the least to the greatest."""
+    dtype, width = getattr(torch, kind), torch.iinfo(getattr(torch, kind)).bits
+    numbers = np.random.default_rng(0).bytes(8 * 126)
+    x, y = torch.frombuffer(bytearray(numbers), dtype=dtype)[:126].reshape(2, 63)
+    by = torch.arange(63).to(dtype) % (width - 1)
+    changed = x.clone()
+    changed &= 12
+    return torch.stack(
+        [
+            *(x & y, x | y, x ^ y, ~x, x & -7, 90 & x, x | 5, x ^ 3, torch.bitwise_and(x, y), changed),
+            *(x >> by, x << by, 3 << by, x >> 3, x << (width - 2)),
+        ]
+    )
+
+
 CALLS = {
     "cdist": lambda: torch.cdist(X, Y),
     "cdist of many rows": lambda: torch.cdist(X.reshape(-1, 7), Y[0]),
@@ -113,7 +129,13 @@ CALLS = {
     "NaN among borders": lambda: torch.bucketize(HOLED, BORDERS) - torch.bucketize(HOLED, BORDERS, right=True),
     "hypot": lambda: torch.hypot(X, Y[:, :5]),
     "and, or": lambda: ((X > 0) & (X < 1)) | (X > 1.5),
-    "xor of integers": lambda: IDS ^ 3,
+    **{f"bits of {kind}": lambda kind=kind: bits_of(kind) for kind in ("uint8", "int8", "int16", "int32", "int64")},
+    "mode": lambda: X.round().mode(1, keepdim=True).values + torch.mode(X.round(), -1, keepdim=True).indices,
+    "mode of integers": lambda: IDS.mode().values,
+    "argsort, stable": lambda: torch.argsort(IDS, dim=0, stable=True) + IDS.argsort(0, descending=True),
+    "truth of NaN": lambda: (
+        HOLED.bool() ^ torch.logical_not(HOLED) ^ HOLED.logical_and(IDS[0, 0]) ^ HOLED.to(torch.bool)
+    ),
     "sizes that are tensors of int32": lambda: torch.cat(
         [
             torch.zeros(IDS.max().int(), 7),

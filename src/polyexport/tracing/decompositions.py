@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from polyexport.errors import line
-from polyexport.tracing import packed
+from polyexport.tracing import bits, packed
 from polyexport.tracing.einsum import einsum
 from polyexport.tracing.reads import caller_site, named, note_frozen
 
@@ -87,9 +87,14 @@ def decomposed() -> Iterator[None]:
         torch.Tensor.quantile: quantile,
         torch.median: median,
         torch.Tensor.median: median,
-        torch.Tensor.__and__: _logical(torch.Tensor.__and__, torch.logical_and),
-        torch.Tensor.__or__: _logical(torch.Tensor.__or__, torch.logical_or),
-        torch.Tensor.__xor__: _logical(torch.Tensor.__xor__, torch.logical_xor),
+        **bits.functions(),
+        **{function: truth(function) for name, truth in _TRUTHS.items() for function in _both_ways(name)},
+        torch.Tensor.bool: lambda x: as_type(x, torch.bool),
+        torch.Tensor.to: as_type,
+        torch.argsort: argsort,
+        torch.Tensor.argsort: argsort,
+        torch.mode: mode,
+        torch.Tensor.mode: mode,
         torch.topk: topk,
         torch.Tensor.topk: topk,
         torch.kthvalue: kthvalue,
@@ -541,6 +546,31 @@ def kthvalue(x: torch.Tensor, k: int, dim: int = -1, keepdim: bool = False) -> A
     return torch.return_types.kthvalue((values, places))
 
 
+def argsort(x: torch.Tensor, dim: int = -1, descending: bool = False, stable: bool = False) -> torch.Tensor:
+    """`torch.argsort` by `torch.sort`, whose stable form exporters are told about."""
+    import torch
+
+    return torch.sort(x, stable=stable, dim=dim, descending=descending)[1] if stable else x.argsort(dim, descending)
+
+
+def mode(x: torch.Tensor, dim: int = -1, keepdim: bool = False) -> Any:
+    """`torch.mode` by comparing all pairs: the least of the most frequent elements, and the index of its last one."""
+    import torch
+
+    size = x.shape[dim]
+    if type(size) is int and size > _LONGEST:
+        return torch.mode(x, dim, keepdim)
+    moved = movedim(x, dim, -1)
+    count = (moved.unsqueeze(-1) == moved.unsqueeze(-2)).to(torch.int64).sum(-1)
+    most = count == count.amax(-1, keepdim=True)
+    limit = torch.finfo(x.dtype) if x.is_floating_point() else torch.iinfo(x.dtype)
+    values = torch.where(most, moved, torch.full_like(moved, limit.max)).amin(-1, keepdim=True)
+    places = torch.arange(moved.shape[-1])
+    indices = torch.where(moved == values, places, torch.zeros_like(places)).amax(-1, keepdim=True)
+    values, indices = movedim(values, -1, dim), movedim(indices, -1, dim)
+    return torch.return_types.mode((values, indices) if keepdim else (values.squeeze(dim), indices.squeeze(dim)))
+
+
 def topk(x: torch.Tensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> Any:
     """`torch.topk`, always sorted, since Core ML before iOS 16 has nothing else."""
     import torch
@@ -640,16 +670,37 @@ def take_along_dim(x: torch.Tensor, indices: torch.Tensor, dim: int | None = Non
     return x.expand(mine).gather(dim, indices.expand(theirs))
 
 
-def _logical(operator: Callable[..., Any], named: Callable[..., Any]) -> Callable[..., Any]:
-    """An operator as its function for booleans; Core ML's converter lacks `__or__`."""
+def as_type(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`Tensor.to` a dtype; numbers are truth values by a comparison, since some runtimes take NaN for 0."""
+    import torch
 
-    def apply(x: torch.Tensor, other: Any) -> Any:
-        import torch
+    return x != 0 if dtype is torch.bool and not _is_whole(x) else x.to(dtype)
 
-        both = isinstance(other, torch.Tensor) and x.dtype == other.dtype == torch.bool
-        return (named if both else operator)(x, other)
+
+def _is_whole(x: torch.Tensor) -> bool:
+    """Whether it can have neither fractions nor NaN."""
+    return not (x.is_floating_point() or x.is_complex())
+
+
+def _both_ways(name: str) -> list[Any]:
+    """A function of torch, and the method of its name."""
+    import torch
+
+    return [getattr(torch, name), getattr(torch.Tensor, name)]
+
+
+def _of_truths(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A logical function of truth values."""
+
+    def apply(x: torch.Tensor, *rest: Any) -> Any:
+        return function(*(each if _is_whole(each) else each != 0 for each in (x, *rest)))
 
     return apply
+
+
+_TRUTHS: Mapping[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = dict.fromkeys(
+    ("logical_and", "logical_or", "logical_xor", "logical_not"), _of_truths
+)
 
 
 def _of_long_sizes(function: Callable[..., Any], first: int, last: int | None) -> Callable[..., Any]:
