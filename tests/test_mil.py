@@ -618,6 +618,23 @@ def distinct(x):
     return values, places, counts, torch.unique(x.abs().clamp(max=0.0))
 
 
+def slices(x):
+    """Distinct rows in their order, and runs of equal elements."""
+    rough = x.clamp(-1, 1).round()
+    rows, which, counts = torch.unique(rough[:, :2], dim=0, return_inverse=True, return_counts=True)
+    return rows, which, counts, *torch.unique_consecutive(rough, return_counts=True)
+
+
+TURNS = torch.polar(torch.linspace(1, 2, 2), torch.linspace(0, 3, 2))
+
+
+def rotated(x):
+    """Pairs turned by complex constants, as by rotary positions, and multiplied by a complex matrix."""
+    pairs = torch.view_as_complex(x[:, :4].reshape(-1, 2, 2))
+    mixed = pairs @ torch.complex(torch.eye(2), torch.ones(2, 2))
+    return torch.view_as_real(pairs * TURNS).flatten(1), mixed.real, mixed.imag
+
+
 def classes(x):
     """Integers within one limit, and within two."""
     whole = (2 * x.abs()).long()
@@ -630,7 +647,7 @@ def stable(x):
     return values, places, x.round().argsort(dim=0, stable=True), x.sort(1).values
 
 
-@pytest.mark.parametrize("function", [distinct, classes, stable])
+@pytest.mark.parametrize("function", [distinct, slices, rotated, classes, stable])
 @pytest.mark.parametrize("convert", [coreml.convert_trace, coreml.convert_program])
 def test_both_routes_have_functions_that_coremltools_lacks_or_gets_wrong(function, convert, tmp_path):
     proven(function, ROWS, tmp_path, convert=convert, free=True)

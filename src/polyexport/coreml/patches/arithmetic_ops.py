@@ -92,19 +92,38 @@ def mul(context: Any, node: Any) -> None:
     if not any("complex" in _kind(factor) for factor in factors):
         ops.mul(context, node)
         return
-    (a, b), (c, d) = map(_parts, factors)
-    real = mb.sub(x=mb.mul(x=a, y=c), y=mb.mul(x=b, y=d))
-    imaginary = mb.add(x=mb.mul(x=a, y=d), y=mb.mul(x=b, y=c))
-    context.add(mb.complex(real_data=real, imag_data=imaginary), torch_name=node.name)
+    context.add(_complex_product(lambda x, y: mb.mul(x=x, y=y), *factors), torch_name=node.name)
+
+
+def _complex_product(times: Callable[[Any, Any], Any], x: Any, y: Any) -> Any:
+    """By products of real and imaginary parts."""
+    from coremltools.converters.mil import Builder as mb
+
+    (a, b), (c, d) = map(_parts, (x, y))
+    real = mb.sub(x=times(a, c), y=times(b, d))
+    return mb.complex(real_data=real, imag_data=mb.add(x=times(a, d), y=times(b, c)))
 
 
 def _parts(x: Any) -> tuple[Any, Any]:
-    """The real and the imaginary part."""
+    """The real and the imaginary part; a constant may be of complex numbers, which MIL does not take apart."""
     from coremltools.converters.mil import Builder as mb
 
+    if "complex" in _kind(x) and x.val is not None:
+        return x.val.real.astype(np.float32), x.val.imag.astype(np.float32)
     if "complex" in _kind(x):
         return mb.complex_real(data=x), mb.complex_imag(data=x)
-    return mb.cast(x=x, dtype="fp32"), 0.0
+    real = mb.cast(x=x, dtype="fp32")
+    return real, mb.sub(x=real, y=real)
+
+
+def view_as_complex(context: Any, node: Any) -> None:
+    """Pairs in a last axis as complex numbers."""
+    from coremltools.converters.mil import Builder as mb
+    from coremltools.converters.mil.frontend.torch import ops
+
+    x = ops._get_inputs(context, node)[0]
+    real, imaginary = (mb.gather(x=x, indices=part, axis=x.rank - 1) for part in (0, 1))
+    context.add(mb.complex(real_data=real, imag_data=imaginary), torch_name=node.name)
 
 
 def div(context: Any, node: Any) -> None:
@@ -187,7 +206,11 @@ def matmul(context: Any, node: Any) -> None:
     from coremltools.converters.mil import Builder as mb
     from coremltools.converters.mil.frontend.torch import ops
 
-    x, y = _promoted(*ops._get_inputs(context, node))
+    factors = ops._get_inputs(context, node)
+    if any("complex" in _kind(factor) for factor in factors):
+        context.add(_complex_product(lambda x, y: mb.matmul(x=x, y=y), *factors), torch_name=node.name)
+        return
+    x, y = _promoted(*factors)
     left = mb.expand_dims(x=x, axes=[0]) if x.rank == 1 else x
     right = mb.expand_dims(x=y, axes=[1]) if y.rank == 1 else y
     vectors = [axis for axis, factor in ((-2, x), (-1, y)) if factor.rank == 1]
@@ -282,6 +305,7 @@ COMPOSITES = {
     "addcdiv": addcdiv,
     **dict.fromkeys(("rsub", "rsub.scalar"), rsub),
     "mul": mul,
+    "view_as_complex": view_as_complex,
     **dict.fromkeys(("div", "true_divide"), div),
     "floor_divide": floor_divide,
     **dict.fromkeys(("fmod", "fmod.scalar"), fmod),

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from polyexport.coreml.patches import arithmetic_ops, elementwise_ops, pooling_ops, scatter_ops, size_ops
+from polyexport.coreml.patches import arithmetic_ops, elementwise_ops, pooling_ops, scatter_ops, size_ops, unique_ops
+from polyexport.coreml.patches.unique_ops import _add_all
 
 
 def new_ones(context: Any, node: Any) -> None:
@@ -399,40 +400,6 @@ def stable_sort(context: Any, node: Any) -> None:
     _add_all(context, node, values, indices)
 
 
-def unique(context: Any, node: Any) -> None:
-    """The sorted distinct elements, the place of each element among them, and how often each occurs.
-
-    coremltools drops the axis of a single one, and counts those with a fraction as integers.
-    """
-    from coremltools.converters.mil import Builder as mb
-    from coremltools.converters.mil.frontend.torch import ops
-
-    x = ops._get_inputs(context, node)[0]
-    flat = mb.cast(x=mb.reshape(x=x, shape=[-1]), dtype="fp32")
-    ordered = mb.gather_along_axis(x=flat, indices=mb.argsort(x=flat, ascending=True))
-    before = mb.pad(x=ordered, pad=[1, 0], constant_val=np.float32(-np.inf))
-    after = mb.pad(x=ordered, pad=[0, 1], mode="replicate")
-    first = mb.non_zero(x=mb.cast(x=mb.not_equal(x=after, y=before), dtype="int32"))
-    found = mb.squeeze(x=mb.gather(x=ordered, indices=first), axes=[1])
-    values = mb.cast(x=found, dtype=_cast_name(x))
-    same = mb.equal(x=mb.expand_dims(x=found, axes=[1]), y=mb.expand_dims(x=flat, axes=[0]))
-    place = mb.reduce_argmax(x=mb.cast(x=same, dtype="fp32"), axis=0)
-    places = mb.reshape(x=place, shape=mb.shape(x=x))
-    counts = mb.reduce_sum(x=mb.cast(x=same, dtype="int32"), axes=[1])
-    _add_all(context, node, values, places, counts)
-
-
-def _add_all(context: Any, node: Any, *values: Any) -> None:
-    """All results of a node with several; a trace names each one, and `torch.export` the tuple."""
-    from coremltools.converters.mil.frontend.torch.ops import TorchFrontend
-
-    if context.frontend == TorchFrontend.TORCHSCRIPT:
-        for name, made in zip(node.outputs, values, strict=True):
-            context.add(made, torch_name=name)
-    else:
-        context.add(values, torch_name=node.name)
-
-
 # --- their table ------------------------------------------------------------------------------------------------------
 
 _SEPARABLE = ("_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa", "upsample_bicubic2d")
@@ -449,7 +416,7 @@ _COMPOSITES = {
     "col2im": fold,
     "diff": diff,
     "prod": prod,
-    "_unique2": unique,
+    **unique_ops.COMPOSITES,
     **dict.fromkeys(("sort", "sort.stable", "argsort", "argsort.stable"), stable_sort),
     **dict.fromkeys(("where", "where.self", "where.scalarself"), where),
     "clone": clone,
