@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import queue
+import random
 import re
 import threading
 import warnings
@@ -18,7 +19,7 @@ from torch import nn
 
 from polyexport import worker
 from polyexport.capture import snapshot as module
-from polyexport.capture.answer import ANSWER, ask
+from polyexport.capture.answer import ANSWER, answer as record, ask
 from polyexport.capture.flatten import as_call
 from polyexport.capture.threads import in_one_thread
 from polyexport.engine import routes
@@ -362,6 +363,81 @@ def test_a_guard_against_nan_and_infinity_is_proven_though_no_batch_has_them(tmp
     unguarded, _ = traced(tmp_path, found)
     assert unguarded["parity"].passed
     assert unguarded["elsewhere"].startswith("on NaN among the values, batch=6: ")
+
+
+class Ranks(nn.Module):
+    """Looks for NaN, which is the greatest of all in PyTorch; one of its outputs is NaN then."""
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        greatest, place = x.max(1)
+        order = {"argmax": x.argmax(1), "argmin": torch.argmin(x, dim=1), "place": place, "top": x.topk(3, 1).indices}
+        logical = {"any": x.bool().any(1), "not": torch.logical_not(x), "sorted": torch.sort(x)[0][:, :2].isnan()}
+        kept = {"greatest": greatest.nan_to_num(7.0), "relu": torch.relu(x).nan_to_num(5.0)}
+        return {"sum": x.sum(1), **order, **logical, **kept}
+
+
+def test_nan_is_the_greatest_in_artifacts_of_a_module_that_looks_for_it(tmp_path):
+    found = prepared(tmp_path, Ranks(), X)
+    assert "NaN among the values" in [batch.label for batch in found.batches]
+    job = Convert(format="pt2", spec=found.spec, route="export", target="source/made/pt2/model.pt2")
+    converted(tmp_path, found, job)
+    job = Convert(format="onnx", spec=found.spec, route="dynamo", source=job.target, target="source/made/onnx/m.onnx")
+    answer, _ = converted(tmp_path, found, job)
+    assert (answer["parity"].passed, answer["elsewhere"]) == (True, "")
+
+
+def test_a_module_that_was_in_training_mode_in_validation_is_told_so(tmp_path):
+    net = nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3))
+    source = saved(tmp_path, net, X)
+    module.dump(record(net, (X,), {}, net.train()(X)), source / ANSWER)
+    assert "was in training mode in that call" in reference.make(tmp_path, source, True).undecidable
+
+
+class Seldom(nn.Module):
+    """Random numbers that change nothing for once."""
+
+    def __init__(self, draw) -> None:
+        super().__init__()
+        self.draw = draw
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + 1 if self.draw() < 1 else -x
+
+
+@pytest.mark.parametrize(
+    ("draw", "told"),
+    [
+        (lambda: random.random(), "by Python's random or by numpy; "),
+        (lambda: np.random.rand(), "by Python's random or by numpy; "),
+        (lambda: torch.rand(()), f"({Path(__file__).name}:"),
+    ],
+)
+def test_random_numbers_without_an_effect_are_told_too(tmp_path, draw, told):
+    found = prepared(tmp_path, Seldom(draw), X)
+    assert not found.undecidable
+    assert any(note.startswith("forward draws random numbers without a seed") and told in note for note in found.notes)
+
+
+class Hashed(nn.Module):
+    """Looks up ids of any size, and short numbers as they are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(97, 4)
+
+    def forward(self, ids: torch.Tensor, kind: torch.Tensor) -> torch.Tensor:
+        return self.table(ids % 97) + kind[:, None, None]
+
+
+def test_integers_of_more_than_32_bits_are_among_the_proofs_where_any_will_do(tmp_path, monkeypatch):
+    ids = torch.randint(0, 50000, (6, 5), generator=torch.Generator().manual_seed(0))
+    found = prepared(tmp_path, Hashed(), (ids, torch.arange(6)))
+    answer, _ = traced(tmp_path, found)
+    assert (answer["parity"].passed, answer["elsewhere"]) == (True, "")
+    monkeypatch.setattr(torch.Tensor, "__mod__", lambda x, other: torch.remainder(x.int(), other))
+    answer, _ = traced(tmp_path, found)
+    assert answer["parity"].passed
+    assert answer["elsewhere"].startswith("on integers of more than 32 bits, batch=6: ")
 
 
 class Chosen(nn.Module):

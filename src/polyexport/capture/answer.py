@@ -48,6 +48,7 @@ class Answer:
         observed: Whether observers of fake quantization changed its scales in that call, as they do even in eval mode.
         beside: What `beside_weights` said of the module in that call, where it was asked.
         changed: Whether it says something else by the time of the checkpoint.
+        training: Whether the module, or a part of it, was in training mode.
     """
 
     call: Call
@@ -57,6 +58,7 @@ class Answer:
     observed: bool = False
     beside: int | None = None
     changed: bool = False
+    training: bool = False
 
 
 def answer(root: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], returned: Any) -> Answer:
@@ -81,6 +83,7 @@ def answer(root: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], retu
         weights=_probe(_weights(root)),
         exact=kinds <= {("cpu", torch.float32), ("cpu", torch.float64)} and not torch.is_autocast_enabled("cpu"),
         observed=any(map(_observes, root.modules())),
+        training=any(each.training for each in root.modules()),
     )
 
 
@@ -195,35 +198,35 @@ def disagreement(folder: Path, model: Any) -> str:
     """
     if not (folder / ANSWER).exists():
         return ""
-    recorded: Answer = snapshot.restore(folder / ANSWER)
-    if not _same_weights(recorded.weights, snapshot.load_weights(folder / snapshot.WEIGHTS)):
+    there = recorded(folder)
+    if not _same_weights(there.weights, snapshot.load_weights(folder / snapshot.WEIGHTS)):
         raise NotCompared(
             "the checkpoint has other weights than the module had when its outputs were recorded, such as an average "
             "or those of another step"
         )
-    if recorded.observed:
+    if there.observed:
         raise NotCompared(
             "the observers of fake quantization moved its scales in that call; after "
             "module.apply(torch.ao.quantization.disable_observer) they can be compared"
         )
     try:
-        found = _asked_again(model, recorded.call)
+        found = _asked_again(model, there.call)
     # forward may refuse: a trace has one batch size, and forward in training mode may take other inputs
     except Exception as error:
         raise NotCompared(f"that call cannot be repeated here ({line(error, 200)})") from error
     if found is None:
         raise NotCompared("forward changes its own inputs")
-    if len(found) != len(recorded.outputs):
-        return f"{len(found)} outputs in place of {len(recorded.outputs)}"
-    pairs = zip(found.items(), recorded.outputs, strict=True)
-    exact = recorded.exact and not model.in_float32.asked_for
-    return next(filter(None, (_apart(name, array, there, exact) for (name, array), there in pairs)), "")
+    if len(found) != len(there.outputs):
+        return f"{len(found)} outputs in place of {len(there.outputs)}"
+    pairs = zip(found.items(), there.outputs, strict=True)
+    exact = there.exact and not model.in_float32.asked_for
+    return next(filter(None, (_apart(name, array, tensor, exact) for (name, array), tensor in pairs)), "")
 
 
-def changed_since(folder: Path) -> bool:
-    """Whether training changed the module of `folder`, besides its weights, after the call that was recorded."""
-    recorded: Answer = snapshot.restore(folder / ANSWER)
-    return recorded.changed
+def recorded(folder: Path) -> Answer:
+    """The answer of a folder that has one."""
+    found: Answer = snapshot.restore(folder / ANSWER)
+    return found
 
 
 def _asked_again(model: Any, call: Call) -> Arrays | None:

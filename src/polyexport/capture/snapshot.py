@@ -73,6 +73,9 @@ IDLE, DRAWS = "idle.pkl", "draws.pkl"
 IN_FLOAT32 = "in_float32"
 """File that is there if casts in forward are left out; see `polyexport.capture.dtypes`."""
 
+GUARDS = "guards"
+"""File that is there if forward looks for NaN or infinity; see `polyexport.tracing.nans`."""
+
 UNAVAILABLE = "unavailable.txt"
 """File in a module's folder with the reason why the module could not be saved."""
 
@@ -437,6 +440,7 @@ def load(folder: Path, outputs: tuple[str, ...] | None = None) -> Any:
     wrapped.in_float32 = InFloat32(casts_left_out=(folder / IN_FLOAT32).exists())
     wrapped.within, wrapped.kept = (devices.OnTheCpu(), wrapped.in_float32), outputs
     wrapped.idle = restore(folder / IDLE) if (folder / IDLE).exists() else {}
+    wrapped.guards = (folder / GUARDS).exists()
     wrapped.draws = restore(folder / DRAWS) if (folder / DRAWS).exists() else None
     vars(wrapped)["core"] = module  # not as a submodule, which it is already
     unwrap.settle(wrapped)

@@ -41,23 +41,30 @@ def changed(inputs: Arrays, others: Sequence[Arrays] = ()) -> Iterator[tuple[str
             yield label, {name: values.get(name, array) for name, array in inputs.items()}
 
 
-def edges(inputs: Arrays, *, guards: bool) -> Iterator[tuple[str, Arrays]]:
+def edges(inputs: Arrays, *, guards: bool, sparse: bool, folded: Sequence[str]) -> Iterator[tuple[str, Arrays]]:
     """Label and values with zeros in the place of some real ones, where logarithms, angles and quotients have edges.
 
-    With `guards`, for a forward that looks for NaN or infinity, the same with those.
+    With `guards`, for a forward that looks for NaN or infinity, the same with those. They are `sparse`, one in each
+    row, for a forward that chooses among equal elements in an order that PyTorch does not define. The inputs in
+    `folded`, in which any integer will do, have integers that 32 bits do not hold.
     """
-    yield "zeros among the values", _gapped(inputs, (0.0,))
-    if guards:
-        yield "NaN among the values", _gapped(inputs, (np.nan,))
-        yield "infinities among the values", _gapped(inputs, (np.inf, -np.inf))
+    gaps = {"zeros": (0.0,), **({"NaN": (np.nan,), "infinities": (np.inf, -np.inf)} if guards else {})}
+    for called, each in gaps.items():
+        yield f"{called} among the values", _gapped(inputs, each, sparse=sparse)
+    if folded:
+        random = np.random.default_rng(0)
+        wide = {name: random.integers(1 << 33, 1 << 40, inputs[name].shape, np.int64) for name in folded}
+        yield "integers of more than 32 bits", {**inputs, **wide}
 
 
-def _gapped(inputs: Arrays, gaps: Sequence[float]) -> Arrays:
+def _gapped(inputs: Arrays, gaps: Sequence[float], *, sparse: bool) -> Arrays:
     """The inputs with any of `gaps` in the place of some real values."""
     random, found = np.random.default_rng(0), dict(inputs)
     for name, array in inputs.items():
-        if kind([array]) == "real":
-            chosen = random.random(array.shape) < _GAPS
+        if kind([array]) == "real" and array.size:
+            drawn = random.random(array.shape)
+            rows = tuple(range(1, array.ndim)) or None
+            chosen = drawn == drawn.min(rows, keepdims=True) if sparse else drawn < _GAPS
             found[name] = np.where(chosen, random.choice(gaps, array.shape), array).astype(array.dtype)
     return found
 

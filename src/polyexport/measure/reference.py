@@ -8,6 +8,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
+import pickle
+import random
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from polyexport.capture import sharded, snapshot as modules, surroundings
-from polyexport.capture.answer import NotCompared, changed_since, disagreement, left_as_it_is
+from polyexport.capture.answer import NotCompared, disagreement, left_as_it_is, recorded
 from polyexport.capture.changes import beside_weights
 from polyexport.capture.dtypes import fails, needs_float32
 from polyexport.capture.flatten import as_runner, to_arrays
@@ -88,12 +90,18 @@ class Reference:
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """Inputs with PyTorch's outputs; other fields as in `Batch`."""
+    """Inputs with PyTorch's outputs, of which `silent` are not compared; other fields as in `Batch`."""
 
     arrays: Arrays
     sizes: Mapping[str, int] = field(default_factory=dict)
     label: str = ""
     real: bool = True
+    silent: frozenset[str] = frozenset()
+
+    @property
+    def compared(self) -> Arrays:
+        """The inputs, and the outputs that artifacts are compared with."""
+        return {name: array for name, array in self.arrays.items() if name not in self.silent}
 
 
 @uncompiled()
@@ -117,7 +125,8 @@ def make(root: Path, source: Path, dynamic: Dynamic, commit: str = "", *, sha256
     own = _on_copies(as_runner(model))
     run = plain_attention()(own)
     inputs = to_arrays(model.input_names, model.example)
-    outputs, again = _answered(run, inputs), _seeded(run, 1)(inputs)
+    outputs, drawn_before = _answered(run, inputs), _generators()
+    again, by_python = _seeded(run, 1)(inputs), drawn_before != _generators()
     keeps = beside_weights(inner) != before
     of_model = _of_the_model(model, own, inputs, outputs)
     others, of_batches = _other_batches(source, model.input_names, inputs)
@@ -126,10 +135,11 @@ def make(root: Path, source: Path, dynamic: Dynamic, commit: str = "", *, sha256
     write_arrays(source / "example.npz", _example(inputs, asked))
     drawn = plain_attention()(draws)(model, [each.arrays for each in asked.batches])
     later = itertools.chain([again], _in_between(run, inputs), _seen_later(source, inputs) if keeps else ())
-    undecidable = _undecidable(outputs, later, drawn) or unlike_trained
+    undecidable = _undecidable(outputs, later, drawn) or _unlike(unlike_trained, drawn)
     unused = plain_attention()(idle)(model, inputs, asked.tried.one_side())
     _write(source / modules.IDLE, unused.values)
     _write(source / modules.DRAWS, drawn if drawn.known else None)
+    _mark(source / modules.GUARDS, asked.tried.guards)
     narrow = frozen(source, model, outputs, lambda run: plain_attention()(_on_copies(run)))
     noise, how = _noise(model, inputs, outputs, drawn)
     write_arrays(root / NOISE, noise)
@@ -151,7 +161,7 @@ def make(root: Path, source: Path, dynamic: Dynamic, commit: str = "", *, sha256
             *_in_float32(model),
             *as_trained,
             *of_model,
-            *_drawn(drawn),
+            *_drawn(drawn, by_python, decidable=not undecidable),
             *of_batches,
             *_fixed_though_varying(inputs, others, asked.axes, dynamic),
             *_as_in_training(model.input_names, model.output_names),
@@ -196,6 +206,13 @@ def _write(path: Path, found: Any) -> None:
     path.unlink(missing_ok=True)  # one that is resumed may have it
     if found:
         modules.dump(found, path)
+
+
+def _mark(path: Path, is_so: bool) -> None:
+    """Leave an empty file at `path`, or none."""
+    path.unlink(missing_ok=True)  # one that is resumed may have it
+    if is_so:
+        path.touch()
 
 
 def _unchecked(sites: Sequence[str]) -> Iterator[str]:
@@ -272,11 +289,26 @@ def _paired(model: Any) -> Iterator[str]:
         )
 
 
-def _drawn(found: Draws) -> Iterator[str]:
-    """A note if artifacts have constants in the place of random numbers."""
+def _drawn(found: Draws, by_python: bool, *, decidable: bool) -> Iterator[str]:
+    """Notes on random numbers: on those that are constants of artifacts, and on others that changed little or nothing.
+
+    `by_python` says whether there are numbers of Python's generator or numpy's.
+    """
     if found.known:
         sites = lines(found.seeded | found.sized)
         yield f"forward draws random numbers from a seed ({sites}); artifacts have those numbers as constants"
+    if decidable and (found.unseeded or by_python):
+        where = f" ({lines(found.unseeded)})" if found.unseeded else ", by Python's random or by numpy"
+        kept = "keep the values of the trace" if by_python else "draw their own, or have none"
+        yield (
+            f"forward draws random numbers without a seed{where}; they changed none of the outputs by more than the "
+            f"tolerance, and artifacts {kept}: where they matter more seldom, artifacts differ from PyTorch"
+        )
+
+
+def _generators() -> tuple[Any, bytes]:
+    """The states of Python's generator and numpy's."""
+    return random.getstate(), pickle.dumps(np.random.get_state())
 
 
 def _as_trained(source: Path, model: Any) -> tuple[str, tuple[str, ...]]:
@@ -301,7 +333,13 @@ def _as_trained(source: Path, model: Any) -> tuple[str, tuple[str, ...]]:
 
 def _because(source: Path) -> str:
     """What may make the difference to training."""
-    if changed_since(source):
+    there = recorded(source)
+    if there.training:
+        return (
+            "the module, or a part of it, was in training mode in that call, and artifacts are of eval mode, which "
+            "Lightning sets before validation; does validation_step, or a hook, call self.train()?"
+        )
+    if there.changed:
         return (
             "attributes, layers or buffers changed after that call, as a temperature in on_validation_epoch_end does; "
             "they are exported as they were at the checkpoint, for which polyexport.export(module, inputs, …) after "
@@ -331,6 +369,13 @@ def _undecidable(outputs: Arrays, later: Iterable[Arrays], drawn: Draws) -> str:
         if not found.passed:
             return f"forward returns different outputs for the same inputs in eval mode: {because} ({found.reason})"
     return ""
+
+
+def _unlike(trained: str, drawn: Draws) -> str:
+    """Why nothing can be verified, if the outputs in training were others, as `trained` says; else empty."""
+    if trained and drawn.unseeded:
+        return f"forward draws random numbers without a seed ({lines(drawn.unseeded)}), and did so in training too"
+    return trained
 
 
 def _in_between(run: Runner, inputs: Arrays) -> Iterator[Arrays]:
@@ -366,7 +411,7 @@ def _seeded(run: Runner, seed: int) -> Runner:
 def _written_batches(root: Path, batches: Sequence[Answered]) -> tuple[Batch, ...]:
     paths = [VALIDATION_BATCH, *(f"source/batch_{index}.npz" for index in range(1, len(batches)))]
     return tuple(
-        Batch(_written(root, path, each.arrays).as_posix(), each.sizes, each.label, each.real)
+        Batch(_written(root, path, each.compared).as_posix(), each.sizes, each.label, each.real)
         for path, each in zip(paths, batches, strict=True)
     )
 
@@ -526,12 +571,16 @@ class _Tried:
         self.paths: set[int] = set()
         self.counts: set[tuple[str, int]] = set()
         self.guards = False
+        self.ties = False
+        self.folded: set[int] = set()
         self.refused: set[str | None] = set()
 
     def add(self, told: Reads) -> None:
         self.paths.add(told.path)
         self.counts |= told.counts
         self.guards |= told.guards
+        self.ties |= told.ties
+        self.folded |= told.folded
         for site, values in told.values.items():
             self.values.setdefault(site, set()).add(values)
 
@@ -588,11 +637,13 @@ def _with_other_values(
         if answer is not None:
             found.append(Answered(values | answer, label=label, real=False))
             tried.add(told)
-    for label, values in edges(inputs, guards=tried.guards):
-        is_other = any(not np.array_equal(values[name], inputs[name]) for name in inputs)
-        answer = _sound(run, values, outputs) if is_other else None
-        if answer is not None:
-            found.append(Answered(values | answer, label=label, real=False))
+    folded = [name for index, name in enumerate(inputs) if index in tried.folded and inputs[name].dtype == np.int64]
+    for label, values in edges(inputs, guards=tried.guards, sparse=tried.ties, folded=folded):
+        if all(np.array_equal(values[name], inputs[name]) for name in inputs):
+            continue
+        answer, silent = _told(run, values, outputs)
+        if len(silent) < len(outputs):
+            found.append(Answered(values | answer, label=label, real=False, silent=silent))
     return found, tried
 
 
@@ -602,15 +653,26 @@ def _reads(model: Any, inputs: Arrays) -> Reads:
 
 def _sound(run: Runner, inputs: Arrays, outputs: Arrays) -> Arrays | None:
     """PyTorch's outputs, if they are finite where `outputs` are, and not sensitive to rounding; else None."""
+    answer, silent = _told(run, inputs, outputs)
+    return None if silent else answer
+
+
+def _told(run: Runner, inputs: Arrays, outputs: Arrays) -> tuple[Arrays, frozenset[str]]:
+    """PyTorch's outputs, and the names of those that say nothing: all of them if PyTorch cannot run the inputs.
+
+    They are not finite where `outputs` are, or rounding changes them much.
+    """
     answer = dynamic_axes.answered(run, inputs, outputs, "")
     moved = dynamic_axes.answered(run, jittered(inputs), outputs, "")
     if isinstance(answer, str) or isinstance(moved, str):
-        return None
-    if any(
-        np.isfinite(array).mean() < np.isfinite(outputs[name]).mean() for name, array in answer.items() if array.size
-    ):
-        return None
-    return answer if compare(moved, answer, _A_TENTH).passed else None
+        return {}, frozenset(outputs)
+    silent = {
+        name
+        for name, array in answer.items()
+        if (array.size and np.isfinite(array).mean() < np.isfinite(outputs[name]).mean())
+        or not compare({name: moved[name]}, {name: array}, _A_TENTH).passed
+    }
+    return answer, frozenset(silent)
 
 
 def eager(source: Path, *, threads: int) -> Runner:

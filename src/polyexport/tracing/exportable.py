@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from polyexport.tracing.draws import draws_given
 from polyexport.tracing.forward import uncompiled
 from polyexport.tracing.idle_reads import idle_reads_given
+from polyexport.tracing.nans import nans_kept
 from polyexport.tracing.sizes import sizes_followed
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ def exportable(model: nn.Module, *, dynamic: bool) -> Iterator[nn.Module]:
             _distributions_unchecked(),
             idle_reads_given(model),
             draws_given(model, dynamic=dynamic),
+            nans_kept(model),
             _dense(model),
         ):
             yield model

@@ -41,6 +41,8 @@ class Reads:
         outputs: What forward returned.
         counts: The sites of sizes that depend on values, with that size: 0, 1, or 2 for all above.
         guards: Whether it looks for NaN or infinity.
+        ties: Whether it chooses among elements in an order that PyTorch does not define for equal ones.
+        folded: The inputs, by index, whose int64 values it folds into a range, as hashes do: any integer will do there.
     """
 
     values: Mapping[str, tuple[str, ...]]
@@ -49,6 +51,8 @@ class Reads:
     outputs: tuple[torch.Tensor, ...] = ()
     counts: frozenset[tuple[str, int]] = frozenset()
     guards: bool = False
+    ties: bool = False
+    folded: frozenset[int] = frozenset()
 
 
 class Followed(str):
@@ -79,6 +83,14 @@ _SIZED_BY_DATA = {"nonzero", "argwhere", "masked_select", "unique", "unique_cons
 """Functions whose results have sizes that depend on values; the sizes are then read without a call."""
 _GUARDS = {"isnan", "isinf", "isfinite", "isposinf", "isneginf", "nan_to_num", "nansum", "nanmean", "nanmedian"}
 """Functions for which NaN or infinity is a value like others."""
+_CHOOSERS = {"topk", "kthvalue", "median", "nanmedian", "mode"}
+"""Functions whose choice among equal elements is not defined."""
+_FOLDS = {
+    *("remainder", "fmod", "floor_divide", "__mod__", "__floordiv__"),
+    *(f"bitwise_{name}" for name in ("and", "or", "xor", "left_shift", "right_shift")),
+    *(f"__{name}__" for name in ("and", "or", "xor", "lshift", "rshift")),
+}
+"""Functions of integers that may bring any of them into a range."""
 _SHARED = {"__dlpack__", "untyped_storage", "storage", "data_ptr"}
 """Functions that share a tensor's memory with code that cannot be watched: it may read any value there."""
 _UNWARNED = {"equal", "allclose", "__dlpack__"}
@@ -126,7 +138,7 @@ def reads(model: Any, inputs: Arrays, given: Given = NOTHING) -> Reads:
     texts = {site: tuple(map(_plain, values)) for site, values in objects.items()}
     outputs = answer if isinstance(answer, tuple) else (answer,)
     copied, counts = tuple(tensor.clone() for tensor in outputs), frozenset(watch.counts)
-    return Reads(texts, watch.path, objects, copied, counts, watch.guards)
+    return Reads(texts, watch.path, objects, copied, counts, watch.guards, watch.ties, frozenset(watch.folded))
 
 
 def path(model: Any, tensors: Sequence[torch.Tensor]) -> int:
@@ -183,9 +195,13 @@ def watching(inputs: Sequence[torch.Tensor], given: Given = NOTHING) -> Any:
     def tensors(value: Any) -> Iterator[torch.Tensor]:
         return (leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor))
 
-    def mark(value: Any) -> None:
+    def origins(value: Any) -> frozenset[int]:
+        """The inputs, by index, that it depends on."""
+        return frozenset().union(*(dependent.get(tensor, ()) for tensor in tensors(value)))
+
+    def mark(value: Any, inputs: frozenset[int]) -> None:
         for tensor in tensors(value):
-            dependent[tensor] = True
+            dependent[tensor] = inputs
 
     class Watch(TorchFunctionMode):
         def __init__(self) -> None:
@@ -194,6 +210,8 @@ def watching(inputs: Sequence[torch.Tensor], given: Given = NOTHING) -> Any:
             self.found: dict[str, list[Any]] = {}
             self.counts: set[tuple[str, int]] = set()
             self.guards = False
+            self.ties = False
+            self.folded: set[int] = set()
             self.reading: tuple[FrameType, ...] = ()
             self.decided = False
 
@@ -203,7 +221,7 @@ def watching(inputs: Sequence[torch.Tensor], given: Given = NOTHING) -> Any:
             name, frames = getattr(function, "__name__", ""), _frames()
             site = _at(frames[-1])
             self.path = hash((self.path, name, site, _position(frames[-1])))
-            depends = any(tensor in dependent for tensor in tensors((args, kwargs)))
+            depends = origins((args, kwargs))
             if depends and name in _READERS:
                 there = self.found.setdefault(site, [])
                 if name != "__repr__":  # which the message of a failed assertion may use, from anywhere
@@ -226,14 +244,18 @@ def watching(inputs: Sequence[torch.Tensor], given: Given = NOTHING) -> Any:
                 elif name == "cond" and args[0] in dependent:
                     self.found.setdefault(site, []).append(Followed(bool(args[0])))
                 self.guards |= name in _GUARDS
+                self.ties |= name in _CHOOSERS
                 if _is_sized_by_data(name, args):
                     self.counts |= {(site, min(2, *tensor.shape[:1])) for tensor in tensors(answer) if tensor.dim()}
-                mark(answer)
+                if name in _FOLDS:
+                    self.folded |= origins([each for each in tensors(args) if each.dtype == torch.int64])
+                mark(answer, depends)
                 if name.endswith("_") or name == "__setitem__":  # in place
-                    mark(args[0])
+                    mark(args[0], depends)
             return answer
 
-    mark(inputs)
+    for index, tensor in enumerate(inputs):
+        mark(tensor, frozenset({index}))
     return Watch()
 
 
