@@ -393,6 +393,15 @@ def test_a_module_that_was_in_training_mode_in_validation_is_told_so(tmp_path):
     assert "was in training mode in that call" in reference.make(tmp_path, source, True).undecidable
 
 
+def test_hooks_on_all_modules_are_told(tmp_path):
+    net = nn.Linear(5, 3).eval()
+    source = saved(tmp_path, net, X)
+    hook = nn.modules.module.register_module_forward_hook(lambda net, args, output: output + 1)
+    module.dump(record(net, (X,), {}, net(X)), source / ANSWER)
+    hook.remove()
+    assert "hooks on all modules" in reference.make(tmp_path, source, True).undecidable
+
+
 class Seldom(nn.Module):
     """Random numbers that change nothing for once."""
 

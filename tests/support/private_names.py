@@ -20,6 +20,10 @@ MIL = "coremltools.converters.mil"
 
 NAMES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     HOST: {
+        "capture/answer.py": (
+            "torch.nn.modules.module:_global_forward_hooks",
+            "torch.nn.modules.module:_global_forward_pre_hooks",
+        ),
         "capture/changes.py": (
             *(
                 f"torch.nn:Module.{name}"

@@ -49,6 +49,7 @@ class Answer:
         beside: What `beside_weights` said of the module in that call, where it was asked.
         changed: Whether it says something else by the time of the checkpoint.
         training: Whether the module, or a part of it, was in training mode.
+        hooked: Whether hooks on all modules were registered (`register_module_forward_hook`), which no worker has.
     """
 
     call: Call
@@ -59,6 +60,7 @@ class Answer:
     beside: int | None = None
     changed: bool = False
     training: bool = False
+    hooked: bool = False
 
 
 def answer(root: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], returned: Any) -> Answer:
@@ -84,6 +86,7 @@ def answer(root: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], retu
         exact=kinds <= {("cpu", torch.float32), ("cpu", torch.float64)} and not torch.is_autocast_enabled("cpu"),
         observed=any(map(_observes, root.modules())),
         training=any(each.training for each in root.modules()),
+        hooked=_has_global_hooks(),
     )
 
 
@@ -96,6 +99,14 @@ def _weights(root: nn.Module) -> list[tuple[str, torch.Tensor]]:
 
 def _observes(module: Any) -> bool:
     return hasattr(module, "fake_quant_enabled") and bool(module.observer_enabled.any())
+
+
+def _has_global_hooks() -> bool:
+    """Whether there are hooks on all modules, besides those that record the answer."""
+    from torch.nn.modules import module
+
+    hooks = (*module._global_forward_pre_hooks.values(), *module._global_forward_hooks.values())
+    return any(not str(getattr(hook, "__module__", "")).startswith("lightning_export.") for hook in hooks)
 
 
 def _probe(parameters: Iterable[tuple[str, torch.Tensor]]) -> dict[str, float]:

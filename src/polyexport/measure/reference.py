@@ -339,6 +339,11 @@ def _because(source: Path) -> str:
             "the module, or a part of it, was in training mode in that call, and artifacts are of eval mode, which "
             "Lightning sets before validation; does validation_step, or a hook, call self.train()?"
         )
+    if there.hooked:
+        return (
+            "hooks on all modules (torch.nn.modules.module.register_module_forward_hook) were registered in that call, "
+            "and artifacts have only those of the module and its parts"
+        )
     if there.changed:
         return (
             "attributes, layers or buffers changed after that call, as a temperature in on_validation_epoch_end does; "
