@@ -154,3 +154,8 @@ def test_infinities_are_found_by_tflite_too() -> None:
 def test_integers_of_64_bits_run_by_tflites_own_operators() -> None:
     """Absolute values, signs, quotients and indices of the extremes, exactly as numpy and Python compute them."""
     assert answer("tensorflow", "integers") is None
+
+
+def test_distinct_rows_and_reduced_updates_run_by_tflites_own_operators() -> None:
+    """Also where an infinite element gets no update."""
+    assert answer("tensorflow", "distinct") is None

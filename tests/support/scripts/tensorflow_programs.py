@@ -243,4 +243,42 @@ def integers(folder):
         np.testing.assert_array_equal(found[name], right, err_msg=name)
 
 
-programs.run(unknown_input, drawn, names, transposes, plain, elementary, infinities, integers)
+def distinct(folder):
+    """Distinct rows, and updates of one place that are reduced, which TFLite has no single operator for."""
+    nodes = [
+        helper.make_node("Unique", ["x"], ["rows", "first", "inverse", "counts"], axis=0),
+        helper.make_node("Unique", ["x"], ["numbers", "", "", "times"], sorted=0),
+        *(
+            helper.make_node("ScatterElements", ["y", "at", "x"], [how], axis=1, reduction=how)
+            for how in ("max", "min", "mul")
+        ),
+    ]
+    ports = {name: (1, ["n", 3]) for name in ("x", "y")} | {"at": (7, ["n", 3])}
+    made = {
+        name: (7 if name in ("first", "inverse", "counts", "times") else 1, None) for n in nodes for name in n.output
+    }
+    inputs, outputs = (
+        [helper.make_tensor_value_info(name, *told) for name, told in each.items() if name] for each in (ports, made)
+    )
+    model = helper.make_model(
+        helper.make_graph(nodes, "g", inputs, outputs), opset_imports=[helper.make_opsetid("", 20)]
+    )
+    given = [tf.TensorSpec([None, 3], tf.int64 if name == "at" else tf.float32, name) for name in ports]
+    x = np.random.default_rng(0).integers(-1, 2, (9, 3)).astype(np.float32)
+    y, at = np.float32([[5, -np.inf, np.inf]] * 9), np.array([[0, 0, 2]] * 9)
+    found = by_tflite(lower_model(model, given), folder / "made", x=x, y=y, at=at)
+    rows = np.unique(x, axis=0, return_index=True, return_inverse=True, return_counts=True)
+    expected = dict(zip(("rows", "first", "inverse", "counts"), rows, strict=True))
+    numbers, first, times = np.unique(x, return_index=True, return_counts=True)
+    came = np.argsort(first)
+    expected |= {"numbers": numbers[came], "times": times[came]}
+    for how, reduce in (("max", np.maximum), ("min", np.minimum), ("mul", np.multiply)):
+        right = y.copy()
+        for column, place in enumerate(at[0]):
+            right[:, place] = reduce(right[:, place], x[:, column])
+        expected[how] = right
+    for name, right in expected.items():
+        np.testing.assert_array_equal(found[name], right.reshape(found[name].shape), err_msg=name)
+
+
+programs.run(unknown_input, drawn, names, transposes, plain, elementary, infinities, integers, distinct)

@@ -16,34 +16,39 @@ from polyexport.lowering.tensorflow.primitives import column, from_end, grid, si
 from polyexport.lowering.tensorflow.weights import set_shape
 from polyexport.lowering.value import Value
 
-# a scatter into zeros adds duplicates; TensorFlow.js and TFLite have it, but not a scatter into a tensor
-_SCATTER = {
-    "none": tf.tensor_scatter_nd_update,
-    "add": lambda tensor, positions, updates: (
-        tensor + tf.scatter_nd(positions, updates, tf.shape(tensor, positions.dtype))
-    ),
-    "max": tf.tensor_scatter_nd_max,
-    "min": tf.tensor_scatter_nd_min,
+_SEGMENTS = {
+    "max": (tf.math.unsorted_segment_max, tf.maximum),
+    "min": (tf.math.unsorted_segment_min, tf.minimum),
+    "mul": (tf.math.unsorted_segment_prod, tf.multiply),
 }
+"""How the updates of one position are reduced, and the result combined with what is there."""
 
 
 def _scattered(tensor: Tensor, positions: Tensor, updates: Tensor, reduction: str) -> Tensor:
-    if reduction != "mul":
-        if tensor.dtype == tf.bool:
-            whole = _SCATTER[reduction](tf.cast(tensor, tf.int32), positions, tf.cast(updates, tf.int32))
-            return tf.cast(whole, tf.bool)
-        return _SCATTER[reduction](tensor, positions, updates)
-    # TensorFlow multiplies nowhere in-place: one factor after another
-    depth = positions.shape[-1]
-    flat, factors = tf.reshape(positions, [-1, depth]), updates
-    tail = tf.shape(tensor)[depth:]
-    factors = tf.reshape(updates, tf.concat([[-1], tail], 0))
+    if tensor.dtype == tf.bool:
+        whole = _scattered(tf.cast(tensor, tf.int32), positions, tf.cast(updates, tf.int32), reduction)
+        return tf.cast(whole, tf.bool)
+    if reduction == "none":
+        return tf.tensor_scatter_nd_update(tensor, positions, updates)
+    if reduction == "add":  # a scatter into zeros adds duplicates, and TensorFlow.js and TFLite have it
+        return tensor + tf.scatter_nd(positions, updates, tf.shape(tensor, positions.dtype))
+    return _reduced(tensor, positions, updates, reduction)
 
-    def step(i: Tensor, made: Tensor) -> tuple[Tensor, Tensor]:
-        index = flat[i : i + 1]
-        return i + 1, tf.tensor_scatter_nd_update(made, index, tf.gather_nd(made, index) * factors[i : i + 1])
 
-    return tf.while_loop(lambda i, _: i < tf.shape(flat)[0], step, [tf.constant(0), tensor])[1]
+def _reduced(tensor: Tensor, positions: Tensor, updates: Tensor, reduction: str) -> Tensor:
+    """By segments of flat positions, which TFLite has, but no scatter with a maximum or a product."""
+    depth, shape = positions.shape[-1], tf.shape(tensor, positions.dtype)
+    sizes = [shape[axis] for axis in range(depth)]
+    steps = [tf.reduce_prod(sizes[axis + 1 :]) if axis + 1 < depth else 1 for axis in range(depth)]
+    flat = sum(tf.cast(steps[axis], positions.dtype) * positions[..., axis] for axis in range(depth))
+    rows = tf.concat([[-1], shape[depth:]], 0)
+    own, new = tf.reshape(tensor, rows), tf.reshape(updates, rows)
+    segment, combine = _SEGMENTS[reduction]
+    made = segment(new, tf.reshape(flat, [-1]), tf.shape(own, positions.dtype)[0])
+    found = combine(own, made)
+    if tensor.dtype.is_floating and reduction != "mul":  # of no update at all, it is finite, which infinity is not
+        found = tf.where(tf.abs(made) == tensor.dtype.max, own, found)
+    return tf.reshape(found, shape)
 
 
 @OPS.op("ScatterND", since=11)
@@ -100,27 +105,35 @@ def _reversed(tensor: Tensor) -> Tensor:
 
 @OPS.op("Unique", since=11)
 def unique(x: Value, *, axis: int | None = None, sorted: int = 1) -> Any:
-    """Entries or slices, where each came first, which one each was, how many there were."""
+    """Entries or slices, where each came first, which one each was, how many there were.
+
+    By a sort, since TFLite has no operator that counts.
+    """
     tensor = tf.reshape(x.tensor, [-1]) if axis is None else x.tensor
     axis = 0 if axis is None else axis % (x.rank or 1)
-    found, inverse, counts = tf.raw_ops.UniqueWithCountsV2(x=tensor, axis=[axis], out_idx=tf.int64)
-    number = tf.shape(found)[axis]
-    total = tf.shape(inverse, out_type=tf.int64)[0]
-    first = tf.math.unsorted_segment_min(tf.range(total), inverse, number)
-    if sorted:
-        ranked = _lexical(found, axis)
-        found, first, counts = (
-            tf.gather(found, ranked, axis=axis),
-            tf.gather(first, ranked),
-            tf.gather(counts, ranked),
-        )
-        inverse = tf.gather(tf.cast(tf.argsort(ranked), tf.int64), inverse)
-    return found, first, inverse, counts
+    moved = tf.experimental.numpy.moveaxis(tensor, axis, 0)
+    width = int(np.prod(moved.shape[1:])) if None not in moved.shape[1:] else -1
+    rows = tf.reshape(moved, tf.stack([tf.shape(tensor)[axis], width]))
+    ranked, count = _lexical(rows), tf.shape(rows)[0]
+    ordered = tf.gather(rows, ranked)
+    place = tf.range(count)  # no slice here is empty, which LiteRT's CompiledModel refuses
+    before = tf.gather(ordered, tf.maximum(place - 1, 0))
+    is_new = tf.logical_or(tf.reduce_any(tf.not_equal(ordered, before), 1), place < 1)
+    begins = tf.cast(tf.where(is_new)[:, 0], tf.int32)
+    counts = tf.concat([begins, [count]], 0)[1:] - begins
+    first = tf.gather(ranked, begins)
+    inverse = tf.scatter_nd(tf.expand_dims(ranked, 1), tf.cumsum(tf.cast(is_new, tf.int32)) - 1, [count])
+    if not sorted:
+        came = tf.argsort(first)
+        first, counts = tf.gather(first, came), tf.gather(counts, came)
+        inverse = tf.gather(tf.argsort(came), inverse)
+    return tf.gather(tensor, first, axis=axis), *(tf.cast(each, tf.int64) for each in (first, inverse, counts))
 
 
-def _lexical(found: Tensor, axis: int) -> Tensor:
-    """The order of slices, compared entry by entry."""
-    rows = tf.reshape(tf.experimental.numpy.moveaxis(found, axis, 0), tf.stack([tf.shape(found)[axis], -1]))
+def _lexical(rows: Tensor) -> Tensor:
+    """The order of rows, compared entry by entry; equal ones keep theirs."""
+    if rows.shape[1] == 1:
+        return tf.argsort(rows[:, 0], stable=True)
     columns = tf.shape(rows)[1]
 
     def step(i: Tensor, ranked: Tensor) -> tuple[Tensor, Tensor]:
