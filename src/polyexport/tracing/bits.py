@@ -11,6 +11,9 @@ if TYPE_CHECKING:
 _MOST = 30
 """Bits to shift by at once: 2³¹ is no int32."""
 
+_PIECE = 16
+"""Bits of two tensors that are compared at once, along an axis of their own."""
+
 Compute = Callable[["torch.Tensor", Any, int], "torch.Tensor"]
 """The result of an integer tensor, another one or a number, and the count of bits besides the sign."""
 
@@ -116,13 +119,16 @@ def _both(x: torch.Tensor, other: Any, bits: int) -> torch.Tensor:
 
     if not isinstance(other, torch.Tensor):
         return _masked(x, other, bits)
+    powers = torch.tensor([2**bit for bit in range(_PIECE)], dtype=x.dtype)
     shared: list[torch.Tensor] = []
-    for _ in range(bits):
-        shared.append(torch.remainder(x, 2) * torch.remainder(other, 2))
-        x, other = torch.floor_divide(x, 2), torch.floor_divide(other, 2)
+    for _ in range(0, bits, _PIECE):
+        each = (torch.remainder(number, 2**_PIECE).unsqueeze(-1) for number in (x, other))
+        one, two = (torch.remainder(torch.floor_divide(piece, powers), 2) for piece in each)
+        shared.append((one * two * powers).sum(-1, dtype=x.dtype))
+        x, other = (torch.floor_divide(number, 2**_PIECE) for number in (x, other))
     total: torch.Tensor = -(x * other)  # both are 0, or -1 below zero
-    for bit in reversed(shared):
-        total = total * 2 + bit
+    for piece in reversed(shared):
+        total = total * 2**_PIECE + piece
     return total
 
 
