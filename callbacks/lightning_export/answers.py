@@ -54,9 +54,8 @@ class Recorder:
     def _begin(self, module: nn.Module, args: Any) -> None:
         if module is self._module and not is_redirected(module):
             self._begun += 1
-            if (
-                module._forward_hooks and self._begun == 1
-            ):  # which come after global ones, and may change what it returns
+            # the module's own hooks come after global ones, and may change what it returns
+            if module._forward_hooks and self._begun == 1:
                 self._handles.append(module.register_forward_hook(self._record, with_kwargs=True))
 
     def _look(self, module: nn.Module, args: Any, kwargs: Any, returned: Any) -> None:
