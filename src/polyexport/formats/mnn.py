@@ -9,18 +9,21 @@ Operators that MNN lacks or computes differently are decomposed first. The secon
 operators it supports better: it crashes on some LSTMs in the newer one.
 
 Lower precisions are made from the float32 file by the same converter: weights of convolutions, products and LSTMs only.
-For weights in four bits that disagree, scales are fitted to blocks half as large by HQQ, for a slightly larger file.
+For weights in four bits that disagree, scales are fitted to blocks half as large by HQQ, for a slightly larger file;
+outside a budget, the costliest layers go back to float.
 int8 comes from its quantizer, which has three methods; each fails, or is far off, on some models.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 import struct
 import subprocess
 import sys
 import uuid
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -29,6 +32,8 @@ import numpy as np
 
 from polyexport.errors import ended
 from polyexport.format import Convert, Format, Loaded, Route, Snippet
+from polyexport.measure.drafts import Draft, distance, mended
+from polyexport.measure.weights import in_four_bits
 from polyexport.onnx_graph.decompose import decomposed
 from polyexport.spec import Arrays, ExportSpec, Precision, Runner, calibration
 from polyexport.workers import programs
@@ -94,6 +99,60 @@ def _with(*options: str) -> Convert:
         _run_converter("MNN", source, target, *options)
 
     return convert_weights
+
+
+_SHARES = "shares.json"
+"""File next to an artifact some of whose layers are in float: which, and how many numbers."""
+
+
+def _in_4_bits(*options: str) -> Convert:
+    """A conversion of the float32 file to weights in four bits, but for the share `spec.in_float` of the layers."""
+    settings = ("--weightQuantBits", "4", *options)
+
+    def convert_weights(source: Path, target: Path, spec: ExportSpec) -> None:
+        if not spec.in_float:
+            _run_converter("MNN", source, target, *settings)
+            return
+        with TemporaryDirectory() as folder:
+            table = Path(folder, "layers.json")
+            settled = (*settings, "--compressionParamsFile", str(table))
+            _run_converter("MNN", source, target, *settled)  # which writes the table, and reads it from then on
+            about = json.loads(table.read_text(encoding="utf-8"))
+            layers = {each["opName"]: each for each in about["algo"][0]["quantParams"]["layer"]}
+            expected = list(map(load(source, spec, threads=1), calibration(spec)))
+
+            def make(kept: Sequence[str], alone: Sequence[str]) -> Draft:
+                for name, layer in layers.items():
+                    layer["weight"][0]["bits"] = 0 if name in kept or (alone and name not in alone) else 4
+                table.write_text(json.dumps(about), encoding="utf-8")
+                target.unlink()
+                _run_converter("MNN", source, target, *settled)
+                found = map(load(target, spec, threads=1), calibration(spec))
+                return Draft(target.read_bytes(), "", distance(expected, found), tuple(kept))
+
+            chosen, note = mended([make((), ())], {name: name for name in layers}, make, spec.in_float)
+        target.write_bytes(chosen.model)
+        sizes = {name: _size(layer["conv"]) for name, layer in layers.items()}
+        kept = sum(sizes[name] for name in chosen.kept)
+        found = {"note": note, "in 4 bits": sum(sizes.values()) - kept, "in float": kept}
+        target.with_name(_SHARES).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+    return convert_weights
+
+
+def _size(layer: Mapping[str, Any]) -> int:
+    """The number of weights of a layer in the table of MNN's converter."""
+    return math.prod((layer["inputChannel"], layer["outputChannel"], *layer["kernelSize"]))
+
+
+def load_w4(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
+    """Like `load`, with a remark on layers in float."""
+    run, file = load(path, spec, threads=threads), path.with_name(_SHARES)
+    if not file.exists():
+        return Loaded(run)
+    found = json.loads(file.read_text(encoding="utf-8"))
+    left = in_four_bits(found["in 4 bits"], 0, found["in float"], "", found["note"])
+    return Loaded(run, remark=left.remark, shortfall=left.shortfall)
 
 
 def _quantized(method: str) -> Convert:
@@ -351,8 +410,10 @@ FORMATS = (
         "mnn-w4",
         "w4",
         "MNN model with weights in four bits, an eighth of the size",
-        Route("converter", "mnn", "mnn", _with("--weightQuantBits", "4", "--weightQuantBlock", "32")),
-        Route("blocks of 16", "mnn", "mnn", _with("--weightQuantBits", "4", "--weightQuantBlock", "16", "--hqq")),
+        Route("converter", "mnn", "mnn", _in_4_bits("--weightQuantBlock", "32"), mends=True),
+        Route("blocks of 16", "mnn", "mnn", _in_4_bits("--weightQuantBlock", "16", "--hqq"), mends=True),
+        load=load_w4,
+        calibrated=True,
     ),
     _format(
         "mnn-int8",

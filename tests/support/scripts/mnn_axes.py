@@ -1,9 +1,10 @@
-"""In the toolchain of MNN: convolutions over one axis answer with three, loops are found, int8 runs at every size.
+"""In the toolchain of MNN: convolutions over one axis, loops, int8 at every size, a share of the layers in float.
 
 python mnn_axes.py FOLDER
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,8 @@ import onnx
 
 import bare  # noqa: F401  # before our package
 from polyexport.formats import known
-from polyexport.formats.mnn import convert, has_loops, load, load_int8
+from polyexport.formats.mnn import convert, has_loops, load, load_int8, load_w4
+from polyexport.measure.drafts import distance
 from polyexport.spec import ExportSpec, TensorSpec, write_arrays
 
 MODEL = """
@@ -83,3 +85,14 @@ for rows in (4, 1, 7, 1):  # one module that is resized so crashes
     x = {"x": np.concatenate([batch, batch])[:rows]}
     exact = load(folder / "l.mnn", spec, threads=1)(x)
     assert max(np.abs(run(x)[name] - array).max() / np.abs(array).max() for name, array in exact.items()) < 0.1
+
+x = {"x": batch}
+exact, errors = [load(folder / "l.mnn", spec, threads=1)(x)], []
+for share in (0.0, 0.5):  # half of the layers go back to float
+    (folder / "4.mnn").unlink(missing_ok=True)
+    known()["mnn-w4"].routes[0].convert(folder / "l.mnn", folder / "4.mnn", replace(spec, in_float=share))
+    loaded = load_w4(folder / "4.mnn", spec, threads=1)
+    errors.append(distance(exact, [loaded(x)]))
+assert errors[1] < errors[0]
+assert "kept in float, each with the error that it alone causes: " in loaded.remark + loaded.shortfall
+assert "% of its weights in 4 bits" in loaded.remark + loaded.shortfall
