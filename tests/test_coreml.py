@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import re
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from polyexport.coreml.evaluate import evaluator
 from polyexport.coreml.program import Name, Operation, Program, read
 from polyexport.errors import CannotRun
 from polyexport.formats import coreml, coreml_quantized
+from polyexport.measure.drafts import distance
 from polyexport.measure.parity import Parity, compare
 from polyexport.measure.tolerance import Tolerance
 from polyexport.spec import ExportSpec, TensorSpec, write_arrays
@@ -333,6 +335,37 @@ def test_a_wrong_number_in_a_compressed_package_is_a_mismatch(compressed, name, 
 
     monkeypatch.setattr(evaluate, "read", read_spoiled)
     assert not compressed.judged(name).passed
+
+
+def test_small_weights_are_compressed_where_most_are_small(compressed, tmp_path, monkeypatch):
+    monkeypatch.setattr(coreml_quantized, "_FEWEST_WEIGHTS", 8000)
+    for compress in (coreml_quantized.quantize_weights, coreml_quantized.palettize_weights):
+        compress(compressed.packages["coreml-fp16"], tmp_path / "small.mlpackage", compressed.spec)
+        loaded = coreml_quantized.load_palettized(tmp_path / "small.mlpackage", compressed.spec, threads=1)
+        assert "in float" not in loaded.remark + loaded.shortfall
+
+
+def test_some_weights_in_8_bits_are_nearer_and_half_stay_in_4(compressed, tmp_path):
+    coreml_quantized.palettize_some_weights(
+        compressed.packages["coreml-fp16"], tmp_path / "some.mlpackage", compressed.spec
+    )
+    loaded = coreml_quantized.load_palettized(tmp_path / "some.mlpackage", compressed.spec, threads=1)
+    assert re.match(r"\d\d% of its weights in 4 bits, \d+% in 8 bits", loaded.remark)
+    assert loaded.shortfall == ""
+    whole = coreml_quantized.load_palettized(compressed.packages["coreml-w4"], compressed.spec, threads=1)
+    expected = [{"y": compressed.expected}]
+    assert distance(expected, [loaded(compressed.inputs)]) < distance(expected, [whole(compressed.inputs)])
+
+
+def test_a_share_of_the_layers_goes_back_to_float_in_int8(compressed, tmp_path):
+    spec = replace(compressed.spec, in_float=0.5)
+    coreml_quantized.quantize(compressed.packages["coreml-fp16"], tmp_path / "mended.mlpackage", spec)
+    count = {
+        name: sum(each.kind == "quantize" for each in read(path).main.operations)
+        for name, path in (("whole", compressed.packages["coreml-int8"]), ("mended", tmp_path / "mended.mlpackage"))
+    }
+    assert 0 < count["mended"] < count["whole"]
+    assert "kept in float" in coreml_quantized.load_compressed(tmp_path / "mended.mlpackage", spec, threads=1).remark
 
 
 def test_ranges_are_those_of_all_batches(compressed):

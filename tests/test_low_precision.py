@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -283,7 +283,7 @@ def test_the_costliest_matrix_goes_back_to_float(outlier, tmp_path):
     source, spec = outlier
     assert off(source, tmp_path / "y.onnx", spec) < 0.05
     remark = FORMATS["onnx-int8"].open(tmp_path / "y.onnx", spec, threads=1).remark
-    assert "kept in float32, each with the error that it alone causes: second (" in remark
+    assert "kept in float, each with the error that it alone causes: second (" in remark
     assert "in float32: 2 × MatMul" in remark
 
 
@@ -324,7 +324,7 @@ def test_a_requested_share_of_layers_goes_back_to_float(outlier, tmp_path):
     off(source, tmp_path / "y.onnx", replace(spec, in_float=1 / 2))
     remark = FORMATS["onnx-int8"].open(tmp_path / "y.onnx", spec, threads=1).remark
     assert "in float32: 3 × MatMul" not in remark
-    assert "second (" in remark.partition("kept in float32")[2]
+    assert "second (" in remark.partition("kept in float")[2]
     assert len(re.findall(r"\w+ \([\d.]+%\)", remark)) == 2  # of three matrices one or two are the half
 
 
@@ -376,7 +376,7 @@ def test_openvinos_costliest_matrix_goes_back_to_float_too(tmp_path):
     report = polyexport.export(Outlier(), torch.randn(64, 16), ["openvino-int8"], tmp_path / "out", bench=False)
     outcome = report["openvino-int8"]
     assert outcome.publishable, outcome.reason
-    assert "kept in float32, each with the error that it alone causes: " in outcome.remark
+    assert "kept in float, each with the error that it alone causes: " in outcome.remark
 
 
 def made(kept: Sequence[str], alone: Sequence[str]) -> drafts.Draft:
@@ -390,7 +390,7 @@ def test_layers_go_back_until_it_is_near_and_no_further():
     chosen, told = drafts.mended([made((), ())], {"a": "net.a", "b": "net.b", "c": "net.c"}, made)
     assert chosen.kept == ("b",)
     assert told == (
-        "kept in float32, each with the error that it alone causes: net.b (50.0%) "
+        "kept in float, each with the error that it alone causes: net.b (50.0%) "
         "(error of the outputs: 53.0%, then 3.0%)"
     )
 
@@ -400,7 +400,7 @@ def test_a_share_of_the_layers_goes_back_however_near_the_outputs_are():
     chosen, told = drafts.mended([near], {"a": "net.a", "b": "net.b", "c": "net.c"}, made, 1 / 2)
     assert chosen.kept == ("b", "a")
     assert told.startswith(
-        "kept in float32, each with the error that it alone causes: net.b (50.0%), net.a (2.0%) (error of"
+        "kept in float, each with the error that it alone causes: net.b (50.0%), net.a (2.0%) (error of"
     )
 
 
@@ -409,6 +409,23 @@ def test_close_outputs_stay_and_rounds_without_an_effect_are_not_kept():
     assert drafts.mended([near], {"a": "a"}, made) == (near, "")
     far = drafts.Draft(None, "", 0.2)
     assert drafts.mended([far], {"a": "a"}, lambda kept, alone: drafts.Draft(None, "", 0.3, tuple(kept))) == (far, "")
+
+
+def test_the_costliest_weights_get_8_bits_until_it_is_near_and_half_stay_in_4():
+    costs, sizes = {"a": 0.01, "b": 0.5, "c": 0.02}, {"a": 40, "b": 20, "c": 40}
+    for scale, expected in ((1, {"a", "c"}), (8, {"a", "c"}), (0.1, {"a", "b", "c"})):
+
+        def made(names: Collection[str], scale: float = scale) -> drafts.Draft:
+            return drafts.Draft({*names}, "", scale * sum(costs[name] for name in names))
+
+        assert drafts.partly(sizes, 100, made).model == expected
+    assert drafts.partly({"a": 40, "c": 40}, 100, lambda names: drafts.Draft({*names}, "", 1.0)).model == {"a", "c"}
+
+
+def test_integers_are_as_far_apart_as_the_share_of_them_that_differs():
+    x = np.arange(8)
+    assert distance([{"y": x}], [{"y": x}]) == 0
+    assert distance([{"y": x}], [{"y": np.where(x < 2, -x - 1, x)}]) == pytest.approx(0.25)
 
 
 def test_the_distance_is_relative_to_each_output_and_infinite_where_one_is_nan():

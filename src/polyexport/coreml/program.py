@@ -81,11 +81,12 @@ class Port:
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """A model: its inputs and outputs, and its main function."""
+    """A model: its inputs and outputs, its main function, and the metadata that its maker added."""
 
     inputs: tuple[Port, ...]
     outputs: tuple[str, ...]
     main: Block
+    metadata: Mapping[str, str]
 
 
 def read(package: Path) -> Program:
@@ -110,19 +111,21 @@ def read(package: Path) -> Program:
         inputs=tuple(_port(feature) for feature in model.description.input),
         outputs=tuple(feature.name for feature in model.description.output),
         main=reader.block(block, tuple(named.name for named in function.inputs)),
+        metadata=dict(model.description.metadata.userDefined),
     )
 
 
-def float_weights(program: Program) -> tuple[int, int]:
-    """The number of elements of uncompressed float weights of the main function, and of all weights."""
-    in_float = sum(
-        operation.arguments["val"].size
-        for operation in program.main.operations
-        if operation.kind == "const" and operation.outputs[0].dtype in ("FLOAT16", "FLOAT32")
-        if operation.arguments["val"].ndim > 1
-    )
-    compressed = (o.outputs[0] for o in program.main.operations if o.kind.startswith("constexpr_"))
-    return in_float, in_float + sum(math.prod(size or 0 for size in value.shape) for value in compressed)
+def weights(program: Program) -> dict[int, list[int]]:
+    """The numbers of elements of the main function's weights, by bits: 4, 8, or 32 for those in float."""
+    found: dict[int, list[int]] = {4: [], 8: [], 32: []}
+    for operation in program.main.operations:
+        (value, *_) = operation.outputs
+        size = math.prod(length or 0 for length in value.shape)
+        if operation.kind == "const" and value.dtype in ("FLOAT16", "FLOAT32") and len(value.shape) > 1:
+            found[32].append(size)
+        elif operation.kind.startswith("constexpr_"):
+            found[4 if operation.kind == "constexpr_lut_to_dense" else 8].append(size)
+    return found
 
 
 def _port(feature: Any) -> Port:

@@ -11,36 +11,54 @@ Requirements:
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from polyexport.coreml.program import read, weights
 from polyexport.format import Convert, Loaded, Route
 from polyexport.formats.coreml import as_core_ml, as_given, coreml_format, load, save
-from polyexport.measure.weights import in_float
-from polyexport.spec import ExportSpec, calibration
+from polyexport.formats.onnx import REMARK
+from polyexport.measure.drafts import Draft, distance, mended, partly
+from polyexport.measure.weights import InFloat, in_float, in_four_bits
+from polyexport.spec import Arrays, ExportSpec, calibration
 
 # --- conversion -------------------------------------------------------------------------------------------------------
 
 _FEWEST_WEIGHTS = 512
-"""Smaller constants are not compressed: the package would be larger, by the operator that reads them."""
+"""Smaller constants are not compressed, since the operator that reads them makes the package larger."""
+
+_FEWEST_POSSIBLE = 9
+"""coremltools stores constants up to this size in the program itself, and compresses none of those."""
 
 
 def quantize_weights(source: Path, target: Path, spec: ExportSpec) -> None:
     """Store weights in int8, one scale per channel."""
-    save(_quantized_weights(_opened(source)), target)
+    save(_quantized_weights(_opened(source), _fewest(source)), target)
 
 
 def palettize_weights(source: Path, target: Path, spec: ExportSpec) -> None:
     """Store weights as indices of four bits into a table of sixteen numbers for each tensor."""
-    from coremltools.optimize import coreml as optimize
+    save(_palettized(_opened(source), _fewest(source)), target)
 
-    config = optimize.OpPalettizerConfig("custom", lut_function=palette, weight_threshold=_FEWEST_WEIGHTS)
-    package = optimize.palettize_weights(_opened(source), optimize.OptimizationConfig(config))
-    save(package, target)
+
+def palettize_some_weights(source: Path, target: Path, spec: ExportSpec) -> None:
+    """Like `palettize_weights`, with the costliest weights in int8."""
+    from coremltools.optimize.coreml import get_weights_metadata
+
+    fewest, expected = _fewest(source), _answers(source, spec)
+    sizes = {name: each.val.size for name, each in get_weights_metadata(_opened(source), fewest).items()}
+
+    def make(names: Collection[str]) -> Draft:
+        model = _quantized_weights(_palettized(_opened(source), fewest, names), fewest)
+        save(model, target)
+        return Draft(model, "", distance(expected, _answers(target, spec)))
+
+    chosen = partly(sizes, sum(map(sum, weights(read(source)).values())), make)
+    save(chosen.model, target)
 
 
 def quantize(source: Path, target: Path, spec: ExportSpec) -> None:
@@ -50,11 +68,36 @@ def quantize(source: Path, target: Path, spec: ExportSpec) -> None:
     """
     from coremltools.optimize import coreml as optimize
 
-    model, found = _opened(source), ranges(source, spec)
-    with _known_ranges(found):
-        config = optimize.OptimizationConfig(optimize.OpLinearQuantizerConfig("linear"))
-        model = optimize.linear_quantize_activations(model, config, [])
-    save(_quantized_weights(model), target)
+    found, fewest, expected = ranges(source, spec), _fewest(source), _answers(source, spec)
+    layers = {
+        operation.outputs[0].name: operation.outputs[0].name
+        for operation in read(source).main.operations
+        if operation.kind in _QUANTIZED
+    }
+
+    def make(kept: Sequence[str], alone: Sequence[str]) -> Draft:
+        config = optimize.OpLinearQuantizerConfig("linear")
+        names = dict.fromkeys(alone, config) if alone else dict.fromkeys(kept)
+        with _known_ranges(found):
+            model = optimize.linear_quantize_activations(
+                _opened(source),
+                optimize.OptimizationConfig(None if alone else config, op_name_configs=names),
+                [],
+            )
+        model = _quantized_weights(model, fewest)
+        save(model, target)
+        taken = replace(spec, calibration=spec.calibration[:1]) if alone else spec
+        error = distance(expected[: 1 if alone else None], _answers(target, taken))
+        return Draft(model, "", error, tuple(kept))
+
+    chosen, mending = mended([make((), ())], layers, make, spec.in_float)
+    if mending:
+        chosen.model.user_defined_metadata[REMARK] = mending
+    save(chosen.model, target)
+
+
+_QUANTIZED = ("conv", "linear", "add", "avg_pool", "max_pool")
+"""The operations whose inputs coremltools quantizes."""
 
 
 def _opened(package: Path) -> Any:
@@ -63,11 +106,31 @@ def _opened(package: Path) -> Any:
     return ct.models.MLModel(str(package), skip_model_load=True)
 
 
-def _quantized_weights(model: Any) -> Any:
+def _fewest(package: Path) -> int:
+    """Constants of more numbers than this are compressed: the larger ones, if they are most of the weights."""
+    sizes = weights(read(package))[32]
+    is_most = 2 * sum(size for size in sizes if size > _FEWEST_WEIGHTS) > sum(sizes)
+    return _FEWEST_WEIGHTS if is_most else _FEWEST_POSSIBLE
+
+
+def _quantized_weights(model: Any, fewest: int) -> Any:
     from coremltools.optimize import coreml as optimize
 
-    config = optimize.OpLinearQuantizerConfig("linear_symmetric", weight_threshold=_FEWEST_WEIGHTS)
+    config = optimize.OpLinearQuantizerConfig("linear_symmetric", weight_threshold=fewest)
     return optimize.linear_quantize_weights(model, optimize.OptimizationConfig(config))
+
+
+def _palettized(model: Any, fewest: int, names: Collection[str] | None = None) -> Any:
+    """The model with a palette for each weight, or for those with the given names."""
+    from coremltools.optimize import coreml as optimize
+
+    config = optimize.OpPalettizerConfig("custom", lut_function=palette, weight_threshold=fewest)
+    of_names = optimize.OptimizationConfig(op_name_configs=dict.fromkeys(names or (), config))
+    return optimize.palettize_weights(model, optimize.OptimizationConfig(config) if names is None else of_names)
+
+
+def _answers(package: Path, spec: ExportSpec) -> list[Arrays]:
+    return list(map(load(package, spec, threads=1), calibration(spec)))
 
 
 _PALETTE = 16
@@ -157,11 +220,21 @@ _LEFT = (
 
 def load_compressed(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
     """Like `load`, with a remark on weights in float."""
-    from polyexport.coreml.program import float_weights, read
+    return _telling(
+        load(path, spec, threads=threads), lambda four, eight, left: in_float(left, four + eight + left, _LEFT), path
+    )
 
-    opened = load(path, spec, threads=threads)
-    left = in_float(*float_weights(read(path)), _LEFT)
-    return replace(opened, remark=left.remark, shortfall="; ".join(filter(None, (opened.shortfall, left.shortfall))))
+
+def load_palettized(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
+    """Like `load`, with a remark on the shares of the weights in 4 and 8 bits."""
+    return _telling(load(path, spec, threads=threads), lambda *sizes: in_four_bits(*sizes, _LEFT), path)
+
+
+def _telling(opened: Loaded, told: Callable[[int, int, int], InFloat], path: Path) -> Loaded:
+    program = read(path)
+    left = told(*map(sum, weights(program).values()))
+    remark = "; ".join(filter(None, (left.remark, program.metadata.get(REMARK))))
+    return replace(opened, remark=remark, shortfall="; ".join(filter(None, (opened.shortfall, left.shortfall))))
 
 
 def _compressions(compress: Convert) -> tuple[Route, ...]:
@@ -184,13 +257,15 @@ FORMATS = (
         "w4",
         "Core ML program in half precision with weights from a palette of sixteen, a quarter of its size",
         *_compressions(palettize_weights),
-        load=load_compressed,
+        Route("some in 8 bits", "coreml-fp16", "coreml", palettize_some_weights),
+        load=load_palettized,
+        calibrated=True,
     ),
     coreml_format(
         "coreml-int8",
         "int8",
         "Core ML program with int8 weights and activations, for the Neural Engine from A17 Pro and M4 on",
-        Route("from float16", "coreml-fp16", "coreml", quantize),
+        Route("from float16", "coreml-fp16", "coreml", quantize, mends=True),
         load=load_compressed,
         calibrated=True,
     ),

@@ -1,10 +1,11 @@
-"""Chooses between ways to quantize a model, and which layers stay in float, by the error of the outputs."""
+"""Chooses between ways to quantize a model, and which layers get more bits, by the error of the outputs."""
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,12 @@ NEAR = 0.05
 
 SHARES = (1 / 8, 1 / 4, 1 / 2)
 """The costliest eighth of the layers is put back to float, then the costliest quarter, then half of them."""
+
+IN_FOUR_BITS = (7 / 8, 3 / 4, 1 / 2)
+"""Shares of the weights that are in 4 bits, in one draft after the other; the others are in 8."""
+
+NEAR_IN_FOUR_BITS = 0.1
+"""The same as `NEAR`, for weights in 4 bits, whose tolerance is twice as large."""
 
 _SECONDS = 120.0
 """Time for measuring the cost of single layers; for a large model it is enough for some of them."""
@@ -53,15 +60,23 @@ class Cost:
 
 
 def distance(expected: Iterable[Arrays], found: Iterable[Arrays]) -> float:
-    """Norm of the errors of all float outputs, each relative to the output's norm; infinite if one is NaN."""
-    least = float(np.finfo(np.float32).tiny)
+    """Norm of the errors of all outputs; infinite if one is NaN.
+
+    Of floats it is the error relative to the output's norm, of integers the share that differs.
+    """
     errors = [
-        float(np.linalg.norm(theirs[name] - array)) / max(float(np.linalg.norm(array)), least)
+        _error(array, theirs[name])
         for ours, theirs in zip(expected, found, strict=True)
         for name, array in ours.items()
-        if array.dtype.kind == "f"
     ]
     return float(np.nan_to_num(np.linalg.norm(errors) / max(1.0, len(errors)) ** 0.5, nan=np.inf))
+
+
+def _error(expected: np.ndarray, found: np.ndarray) -> float:
+    if expected.dtype.kind != "f":
+        return float(np.mean(found != expected))
+    size = max(float(np.linalg.norm(expected)), float(np.finfo(np.float32).tiny))
+    return float(np.linalg.norm(found - expected)) / size
 
 
 def best(drafts: Iterable[Draft]) -> Draft:
@@ -96,7 +111,28 @@ def mended(
         f"{each.called.removeprefix(_WRAPPER)} ({each.error:.1%})" for each in costs if each.layer in chosen.kept
     )
     errors = ", then ".join(f"{each.error:.1%}" for each in (best(drafts), *rounds))
-    return chosen, f"kept in float32, each with the error that it alone causes: {kept} (error of the outputs: {errors})"
+    return chosen, f"kept in float, each with the error that it alone causes: {kept} (error of the outputs: {errors})"
+
+
+def partly(sizes: Mapping[str, int], total: int, make: Callable[[Collection[str]], Draft]) -> Draft:
+    """The draft with the cheapest weights in 4 bits and the others in 8, the fewer in 4 the larger its error is.
+
+    Args:
+        sizes: The weights that can be in 4 bits, and how many numbers each has.
+        total: How many numbers all weights have.
+        make: `make(names)` stores only the weights with these names in 4 bits.
+    """
+    costs = {each.layer: each.error for each in _costs({name: name for name in sizes}, lambda _, alone: make(alone))}
+    order = sorted(sizes, key=lambda name: costs.get(name, math.inf) ** 2 / sizes[name])
+    drafts: list[Draft] = []
+    for share in IN_FOUR_BITS:
+        up_to = itertools.accumulate(sizes[name] for name in order)
+        count = 1 + sum(sum_of < share * total for sum_of in up_to)
+        drafts.append(make(order[:count]))
+        print(f"{count} of {len(order)} weights in 4 bits: relative error {drafts[-1].error:.3g}")
+        if drafts[-1].error <= NEAR_IN_FOUR_BITS:
+            break
+    return best(drafts)
 
 
 def _costs(layers: Mapping[str, str], make: Callable[[Sequence[str], Sequence[str]], Draft]) -> list[Cost]:
