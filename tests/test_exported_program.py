@@ -12,6 +12,7 @@ from torch.nn import functional
 from polyexport.formats import torchscript
 from polyexport.spec import ExportSpec, TensorSpec
 from polyexport.tracing.exported_program import export_program, in_float32, load_program, subclasses_left_out
+from polyexport.tracing.products import as_products
 
 ROWS = ExportSpec((TensorSpec("x", "float32", ("batch", 10)),), (), {"batch": 4})
 
@@ -227,3 +228,32 @@ def test_code_that_cannot_be_exported_is_reported_with_its_line(read, why):
     with pytest.raises(RuntimeError) as raised:
         export_program(nn.Sequential(nn.Linear(4, 4), Reading(read)).eval(), (torch.rand(2, 4),), [(0,)])
     assert str(raised.value).startswith(why.replace("SITE", f"{Path(__file__).name}:{read.__code__.co_firstlineno}"))
+
+
+class Products(nn.Module):
+    """Convolutions of one and two dimensions with every setting."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = nn.Conv1d(6, 8, 3, stride=2, padding=2, dilation=2, bias=False)
+        self.patches = nn.Conv2d(8, 4, (2, 3), stride=(1, 2), padding=(1, 0), dilation=(2, 1))
+        self.groups = nn.Conv2d(4, 4, 3, groups=2, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.groups(self.patches(self.rows(x).unflatten(2, (2, -1))))
+
+
+@pytest.mark.parametrize(("convolutions", "left"), [(False, 3), (True, 1)])
+def test_a_program_of_products_is_the_same_program(convolutions, left):
+    torch.manual_seed(0)
+    module, x = Products().eval(), torch.randn(3, 6, 11)
+    program = export_program(module, [x], [[0]])
+    products = as_products(program, convolutions=convolutions)
+    with torch.no_grad():
+        for batch in (x, torch.randn(5, 6, 11)):
+            torch.testing.assert_close(products(batch), module(batch), rtol=1e-4, atol=1e-6)
+    called = [str(node.target) for node in products.graph.nodes if node.op == "call_function"]
+    assert sum("conv" in each for each in called) == left
+    assert not any("conv1d" in each for each in called)
+    weights = {str(node.args[1].op) for node in products.graph.nodes if str(node.target) == "aten.linear.default"}
+    assert weights <= {"get_attr"}  # a quantizer takes constants only

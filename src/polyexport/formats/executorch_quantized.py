@@ -12,18 +12,21 @@ import math
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from polyexport.format import Loaded, Route
 from polyexport.formats.executorch import executorch_format, exported, load, lower
+from polyexport.measure.drafts import Draft, distance, partly
 from polyexport.measure.weights import in_float, in_four_bits, is_weight
-from polyexport.spec import ExportSpec, calibration
+from polyexport.spec import Arrays, ExportSpec, calibration
 from polyexport.tracing.exported_program import load_program
 from polyexport.tracing.fake_quantization import with_trained_scales
+from polyexport.tracing.products import as_products
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +36,8 @@ if TYPE_CHECKING:
 
 def quantize(source: Path, target: Path, spec: ExportSpec) -> None:
     """Lower the program with weights and activations in int8."""
-    lower(calibrated(_layers(source), spec, dynamic=False), target, spec)
+    module = _with_tables(as_products(load_program(source), flat=False))
+    lower(calibrated(module, spec, dynamic=False), target, spec)
 
 
 def keep_trained_scales(source: Path, target: Path, spec: ExportSpec) -> None:
@@ -43,58 +47,112 @@ def keep_trained_scales(source: Path, target: Path, spec: ExportSpec) -> None:
 
 def quantize_weights(source: Path, target: Path, spec: ExportSpec) -> None:
     """Lower the program with weights in int8; XNNPACK quantizes activations at run time."""
-    _lower_weights(_layers(source), target, spec)
+    _lower_weights(_with_tables(as_products(load_program(source))), target, spec)
 
 
-def store_in_4_bits(source: Path, target: Path, spec: ExportSpec) -> None:
-    """Like `quantize_weights`, with the weights of linear layers in 4 bits."""
-    _lower_weights(_in_4_bits(_layers(source)), target, spec)
+def store_in_4_bits(source: Path, target: Path, spec: ExportSpec, *, convolutions: bool = False) -> None:
+    """Like `quantize_weights`, with the weights of linear layers and embeddings in 4 bits.
 
-
-def _layers(source: Path) -> torch.fx.GraphModule:
-    """The program's module with linear layers in place of other products with a weight, such as GPT-2's.
-
-    XNNPACK's quantizer knows linear layers only, whose weights are the other way round.
-    """
-    import torch
-
-    module = load_program(source).module()
-    weights = dict(module.named_parameters())
-    for node in module.graph.find_nodes(op="call_function", target=torch.ops.aten.addmm.default):
-        added, x, multiplied = node.args
-        bias, weight = weights.get(added.target), weights.get(multiplied.target)
-        if node.kwargs or bias is None or weight is None or not bias.shape[-1] == bias.numel() == weight.shape[1]:
-            continue
-        with module.graph.inserting_before(node):
-            own = []
-            for name, tensor in (("weight", weight.T), ("bias", bias.flatten())):
-                module.register_parameter(f"{node.name}_{name}", torch.nn.Parameter(tensor.detach().contiguous()))
-                own.append(module.graph.get_attr(f"{node.name}_{name}"))
-        node.target, node.args = torch.ops.aten.linear.default, (x, *own)
-    module.graph.eliminate_dead_code()
-    module.recompile()
-    return module
-
-
-def _in_4_bits(module: torch.fx.GraphModule) -> torch.fx.GraphModule:
-    """The module with the weights of linear layers in 4 bits, where XNNPACK has the kernel.
+    Args:
+        source: The program.
+        target: The file.
+        spec: Its signature.
+        convolutions: Whether convolutions are computed as linear layers too, over all values that a position reads.
 
     Raises:
-        RuntimeError: it has no such layers.
+        RuntimeError: there are no such weights.
     """
+    module = as_products(load_program(source), convolutions=convolutions)
+    names = {*_read_by_linear(module), *_read_by_embeddings(module)}
+    if not names:
+        raise RuntimeError(
+            "XNNPACK supports 4 bits for linear layers, and the model has neither such nor embeddings; use "
+            "executorch-w8"
+        )
+    _store(module, target, spec, names)
+
+
+def store_some_in_4_bits(source: Path, target: Path, spec: ExportSpec) -> None:
+    """Store the cheapest weights in 4 bits, at least half of them, and the costliest in int8."""
+    import torch
+
+    module = as_products(load_program(source), convolutions=True)
+    weights = {name: weight.detach() for name, weight in module.named_parameters() if is_weight(weight.shape)}
+    sizes = {name: weights[name].numel() for name in (*_read_by_linear(module), *_read_by_embeddings(module))}
+    batches = [tuple(torch.from_numpy(arrays[name]) for name in spec.input_names) for arrays in calibration(spec)]
+
+    def answers(names: Collection[str]) -> list[Arrays]:
+        rounded = {name: _rounded(weights[name]) for name in names}
+        found = (torch.func.functional_call(module, rounded, batch) for batch in batches)
+        return [
+            {str(i): leaf.detach().numpy() for i, leaf in enumerate(torch.utils._pytree.tree_leaves(each))}
+            for each in found
+        ]
+
+    expected, total = answers(()), sum(weight.numel() for weight in weights.values())
+    chosen = partly(sizes, total, lambda names: Draft(names, "", distance(expected, answers(names))))
+    _store(module, target, spec, chosen.model)
+
+
+def _rounded(weight: torch.Tensor) -> torch.Tensor:
+    """A weight in 4 bits, as float again."""
+    groups = weight.reshape(-1, _GROUP if weight.shape[-1] % _GROUP == 0 else weight.shape[-1])
+    scales = groups.abs().amax(1, keepdim=True).clamp_min(_LEAST) / 7.5
+    return ((groups / scales).round().clamp(-8, 7) * scales).reshape(weight.shape)
+
+
+_LEAST = 2.0**-126
+"""The least positive normal number in float32."""
+
+
+def _store(module: torch.fx.GraphModule, target: Path, spec: ExportSpec, in_4_bits: Collection[str]) -> None:
+    """Lower the module with the weights of these names in 4 bits, and the others in int8."""
+    layers = [name for name in _read_by_linear(module) if name in in_4_bits]
+    module = _with_tables(module, in_4_bits)
+    in_groups = [name for name in layers if module.get_parameter(name).shape[-1] % _GROUP == 0]
+    _lower_weights(_in_groups(module, in_groups), target, spec, {*layers} - {*in_groups})
+
+
+_GROUP = 32
+"""Weights per scale, along what a layer reads, where that is divisible by it; else a row has one scale."""
+
+
+def _read_by_linear(module: torch.fx.GraphModule) -> list[str]:
+    """The names of the weights that only linear layers read."""
+    import torch
+
+    return _read_by(module, torch.ops.aten.linear.default, 1)
+
+
+def _read_by_embeddings(module: torch.fx.GraphModule) -> list[str]:
+    """The names of the weights in float32 that only embeddings read."""
+    import torch
+
+    return _read_by(module, torch.ops.aten.embedding.default, 0)
+
+
+def _read_by(module: torch.fx.GraphModule, operator: Any, index: int) -> list[str]:
+    import torch
+
+    parameters = dict(module.named_parameters())
+    return [
+        str(node.target)
+        for node in module.graph.find_nodes(op="get_attr")
+        if node.target in parameters
+        and parameters[node.target].dtype == torch.float32
+        and all(user.target is operator and node is user.args[index] for user in node.users)
+    ]
+
+
+def _in_groups(module: torch.fx.GraphModule, names: Collection[str]) -> torch.fx.GraphModule:
+    """The module with these weights of linear layers in 4 bits, with a scale for each group."""
     import torch
     from torchao.quantization import Int8DynamicActivationIntxWeightConfig, quantize_
     from torchao.quantization.granularity import PerGroup
 
     int4 = torch.int4  # type: ignore[attr-defined]  # PyTorch's stubs lack it
     config = Int8DynamicActivationIntxWeightConfig(weight_dtype=int4, weight_granularity=PerGroup(_GROUP))
-    weights = _in_groups(module)
-    if not weights:
-        raise RuntimeError(
-            f"XNNPACK supports 4 bits for linear layers whose number of inputs is divisible by {_GROUP}, and the model "
-            "has none; use executorch-w8"
-        )
-    for weight in weights:
+    for weight in [node for node in module.graph.find_nodes(op="get_attr") if node.target in names]:
         path = str(weight.target)
         layer = torch.nn.Linear(1, 1, bias=False)
         layer.weight = torch.nn.Parameter(module.get_parameter(path).detach())
@@ -107,26 +165,65 @@ def _in_4_bits(module: torch.fx.GraphModule) -> torch.fx.GraphModule:
     return module
 
 
-_GROUP = 32
-"""Weights per scale, along what a layer reads."""
-
-
-def _in_groups(module: torch.fx.GraphModule) -> list[torch.fx.Node]:
-    """The weights that only linear layers read, and whose rows are whole groups."""
+def _with_tables(module: torch.fx.GraphModule, in_4_bits: Collection[str] = ()) -> torch.fx.GraphModule:
+    """The module with embeddings in 8 bits, or in 4 for these names, whose rows portable kernels read and scale."""
     import torch
 
-    linear, parameters = torch.ops.aten.linear.default, dict(module.named_parameters())
-    return [
-        node
-        for node in module.graph.find_nodes(op="get_attr")
-        if node.target in parameters
-        and parameters[node.target].shape[-1] % _GROUP == 0
-        and all(user.target is linear and node is user.args[1] for user in node.users)
-    ]
+    weights = dict(module.named_parameters())
+    for node in module.graph.find_nodes(op="call_function", target=torch.ops.aten.embedding.default):
+        table: Any = node.args[0]
+        if table.op == "get_attr" and table.target in weights and weights[table.target].dtype == torch.float32:
+            name, bits = f"{node.name}_table", 4 if table.target in in_4_bits else 8
+            module.add_submodule(name, _table(weights[table.target].detach(), bits))
+            with module.graph.inserting_before(node):
+                node.replace_all_uses_with(module.graph.call_module(name, (node.args[1],)))
+            module.graph.erase_node(node)
+    module.graph.eliminate_dead_code()
+    module.recompile()
+    return module
 
 
-def _lower_weights(module: torch.fx.GraphModule, target: Path, spec: ExportSpec) -> None:
-    """Lower a module with the weights in int8 that are not in fewer bits.
+def _table(weight: torch.Tensor, bits: int) -> torch.nn.Module:
+    """A module that reads rows of an embedding of shape (rows, width).
+
+    A row has one scale in 8 bits, and one for each group of numbers in 4. In 4 bits a byte has two numbers, one of each
+    half of a row.
+    """
+    import torch
+
+    rows, width = weight.shape
+    groups = width // _GROUP if bits == 4 and width % _GROUP == 0 else 1
+    most = 7.5 if bits == 4 else 127.0  # the sixteen levels of 4 bits are symmetric, without 0
+    scales = weight.reshape(rows, groups, -1).abs().amax(2).clamp_min(_LEAST) / most
+    steps = weight / scales.repeat_interleave(width // groups, 1)
+    numbers = steps.round().to(torch.int8)
+    if bits == 4:
+        numbers = torch.nn.functional.pad((steps + 7.5).round().clamp(0, 15).to(torch.uint8), (0, width % 2))
+        low, high = numbers.chunk(2, 1)
+        numbers = low | high << 4
+
+    class Table(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("numbers", numbers)
+            self.register_buffer("scales", scales)
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            found: torch.Tensor = torch.nn.functional.embedding(ids, self.get_buffer("numbers"))
+            scale = torch.nn.functional.embedding(ids, self.get_buffer("scales"))
+            if bits == 4:
+                found = torch.cat([found & 15, torch.bitwise_right_shift(found, 4)], -1)[..., :width].float() - 7.5
+                found, scale = found.unflatten(-1, (groups, -1)), scale.unsqueeze(-1)
+            rows: torch.Tensor = found.float() * scale
+            return rows.flatten(-2) if bits == 4 else rows
+
+    return Table()
+
+
+def _lower_weights(
+    module: torch.fx.GraphModule, target: Path, spec: ExportSpec, in_4_bits: Collection[str] = ()
+) -> None:
+    """Lower a module with the weights in int8 that are not in fewer bits, and those of the given names in 4.
 
     Each convolution is a delegate of its own: together with what comes before it, its input's axes are reordered for
     all that read the input.
@@ -140,11 +237,19 @@ def _lower_weights(module: torch.fx.GraphModule, target: Path, spec: ExportSpec)
         XnnpackPartitioner(),
     )
     alone.ops_to_not_decompose = rest.ops_to_not_decompose  # else operators are decomposed before the rest sees them
-    lower(calibrated(module, spec, dynamic=True), target, spec, [alone, rest])
+    lower(calibrated(module, spec, dynamic=True, in_4_bits=in_4_bits), target, spec, [alone, rest])
 
 
-def calibrated(module: torch.fx.GraphModule, spec: ExportSpec, *, dynamic: bool) -> torch.fx.GraphModule:
+def calibrated(
+    module: torch.fx.GraphModule, spec: ExportSpec, *, dynamic: bool, in_4_bits: Collection[str] = ()
+) -> torch.fx.GraphModule:
     """The module with operators in int8 where XNNPACK has int8 kernels.
+
+    Args:
+        module: The module in float32.
+        spec: Its signature, with batches to calibrate with.
+        dynamic: Whether activations are quantized at run time.
+        in_4_bits: Names of linear layers' weights that are in 4 bits, with a scale for each row.
 
     Raises:
         RuntimeError: it has no such operators.
@@ -152,6 +257,7 @@ def calibrated(module: torch.fx.GraphModule, spec: ExportSpec, *, dynamic: bool)
     import torch
     from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import XNNPACKQuantizer
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+    from torchao.quantization.pt2e.quantizer import ComposableQuantizer
 
     program = exported(module, spec).module()
     _keep_integers(program)
@@ -159,7 +265,12 @@ def calibrated(module: torch.fx.GraphModule, spec: ExportSpec, *, dynamic: bool)
     _keep_residuals(program)
     if dynamic:
         _copy_convolutions(program)
-    observed = prepare_pt2e(program, XNNPACKQuantizer().set_global(_rules(dynamic=dynamic)))
+    quantizer = XNNPACKQuantizer().set_global(_rules(dynamic=dynamic))
+    if in_4_bits:
+        rows = XNNPACKQuantizer().set_global(_rules(dynamic=dynamic, steps=7))
+        rows.set_filter_function(lambda node: _weight_of(node) in in_4_bits)
+        quantizer = ComposableQuantizer([rows, quantizer])
+    observed = prepare_pt2e(program, quantizer)
     for arrays in calibration(spec):
         observed(*(torch.from_numpy(arrays[name]) for name in spec.input_names))
     quantized: torch.fx.GraphModule = convert_pt2e(observed)
@@ -171,8 +282,16 @@ def calibrated(module: torch.fx.GraphModule, spec: ExportSpec, *, dynamic: bool)
     return quantized
 
 
-def _rules(*, dynamic: bool) -> Any:
-    """XNNPACK's rules, with PyTorch's own least scale.
+def _weight_of(node: torch.fx.Node) -> str:
+    """The name of the weight that a linear layer reads; empty for any other operator."""
+    import torch
+
+    weight: Any = node.args[1] if node.target is torch.ops.aten.linear.default else None
+    return "" if weight is None else str(weight.target)
+
+
+def _rules(*, dynamic: bool, steps: int = 127) -> Any:
+    """XNNPACK's rules for weights of so many positive steps, with PyTorch's own least scale.
 
     The one that they come with, 1 / 4096, is more than the scale of weights below 0.03 and of activations within 0.06.
     """
@@ -185,7 +304,9 @@ def _rules(*, dynamic: bool) -> Any:
         observer = tensor.observer_or_fake_quant_ctr.p.func.with_args(eps=torch.finfo(torch.float32).eps)
         return replace(tensor, observer_or_fake_quant_ctr=observer)
 
-    rules = get_symmetric_quantization_config(is_per_channel=True, is_dynamic=dynamic)
+    rules = get_symmetric_quantization_config(
+        is_per_channel=True, is_dynamic=dynamic, weight_qmin=-steps - (steps < 127), weight_qmax=steps
+    )
     return replace(
         rules,
         input_activation=refined(rules.input_activation),
@@ -293,15 +414,21 @@ def load_quantized(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
 _BITS = {"qint8": "8", "qcint8": "8", "qcint4": "4", "qbint4": "4"}
 """Bits of XNNPACK's types of weights."""
 
+_TABLES = {"CHAR": ("qint8", 1), "BYTE": ("qcint4", 2)}
+"""ExecuTorch's types of embeddings in integers: XNNPACK's names of them, and how many numbers are in a byte."""
+
 
 def _weights(path: Path) -> list[tuple[str, int]]:
-    """XNNPACK's type and the size of each weight; those outside of XNNPACK are float, as its portable kernels take."""
+    """XNNPACK's type and the size of each weight; outside of XNNPACK all but embeddings are float."""
     from executorch.exir._serialize._program import deserialize_pte_binary
 
     program = deserialize_pte_binary(path.read_bytes()).program
     (plan,) = program.execution_plan
     tensors = [value.val for value in plan.values if type(value.val).__name__ == "Tensor"]
-    found = [("fp32", tensor.sizes) for tensor in tensors if tensor.data_buffer_idx and not tensor.allocation_info]
+    found = []
+    for tensor in (each for each in tensors if each.data_buffer_idx and not each.allocation_info):
+        kind, packed = _TABLES.get(tensor.scalar_type.name, ("fp32", 1))
+        found.append((kind, [*tensor.sizes[:-1], packed * tensor.sizes[-1]] if tensor.sizes else []))
     for delegate in plan.delegates:
         found += _of_xnnpack(program.backend_delegate_data[delegate.processed.index].data)
     return [(kind, math.prod(sizes)) for kind, sizes in found if is_weight(sizes)]
@@ -336,9 +463,12 @@ FORMATS = (
     executorch_format(
         "executorch-w4",
         "w4",
-        "ExecuTorch program with its linear layers' weights in 4 bits, for language models on phones' CPUs",
+        "ExecuTorch program with weights in 4 bits, for language models on phones' CPUs",
         Route("xnnpack", "pt2", "executorch", store_in_4_bits),
+        Route("convolutions too", "pt2", "executorch", partial(store_in_4_bits, convolutions=True)),
+        Route("some in 8 bits", "pt2", "executorch", store_some_in_4_bits),
         load=load_quantized,
+        calibrated=True,
     ),
     executorch_format(
         "executorch-int8",
