@@ -63,7 +63,7 @@ def store_in_4_bits(source: Path, target: Path, spec: ExportSpec, *, convolution
         RuntimeError: there are no such weights.
     """
     module = as_products(load_program(source), convolutions=convolutions)
-    names = {*_read_by_linear(module), *_read_by_embeddings(module)}
+    names = _possibly_in_4_bits(module)
     if not names:
         raise RuntimeError(
             "XNNPACK supports 4 bits for linear layers, and the model has neither such nor embeddings; use "
@@ -78,7 +78,7 @@ def store_some_in_4_bits(source: Path, target: Path, spec: ExportSpec) -> None:
 
     module = as_products(load_program(source), convolutions=True)
     weights = {name: weight.detach() for name, weight in module.named_parameters() if is_weight(weight.shape)}
-    sizes = {name: weights[name].numel() for name in (*_read_by_linear(module), *_read_by_embeddings(module))}
+    sizes = {name: weights[name].numel() for name in _possibly_in_4_bits(module)}
     batches = [tuple(torch.from_numpy(arrays[name]) for name in spec.input_names) for arrays in calibration(spec)]
 
     def answers(names: Collection[str]) -> list[Arrays]:
@@ -115,6 +115,12 @@ def _store(module: torch.fx.GraphModule, target: Path, spec: ExportSpec, in_4_bi
 
 _GROUP = 32
 """Weights per scale, along what a layer reads, where that is divisible by it; else a row has one scale."""
+
+
+def _possibly_in_4_bits(module: torch.fx.GraphModule) -> list[str]:
+    """The names of the weights that are right in 4 bits; XNNPACK's kernel is not for an odd number of inputs."""
+    even = (name for name in _read_by_linear(module) if module.get_parameter(name).shape[-1] % 2 == 0)
+    return [*even, *_read_by_embeddings(module)]
 
 
 def _read_by_linear(module: torch.fx.GraphModule) -> list[str]:
