@@ -212,6 +212,12 @@ def test_weights_that_are_too_small_for_scales_of_blocks_have_one_for_each_row(s
 
 
 @pytest.mark.slow
+def test_with_the_costliest_weights_in_8_bits_half_of_them_are_in_4_and_it_agrees(shadows):
+    shortfall, verified = shadows["some weights in four bits"]
+    assert (shortfall, verified["parity"]["reason"]) == ("", "")
+
+
+@pytest.mark.slow
 def test_weights_left_in_float_are_told(shadows):
     assert shadows["not tflite-w8"]["shortfall"] == (
         "100% of its weights in float, since int8 is not supported for them: 2 × CONV_2D, 1 × FULLY_CONNECTED"

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,7 @@ import numpy as np
 from polyexport.format import Loaded, Route
 from polyexport.formats.onnx_quantized import TRAINED, overflows, seven_bits
 from polyexport.formats.openvino import compiled, load, openvino_format, save, without_telemetry
-from polyexport.measure.drafts import Draft, best, distance, mended
+from polyexport.measure.drafts import Draft, best, distance, mended, partly
 from polyexport.measure.weights import InFloat, counted, in_float, in_four_bits, is_weight
 from polyexport.spec import Arrays, ExportSpec, calibration
 
@@ -168,6 +168,18 @@ def store_in_4_bits(
     save(_with_stored(model, _MULTIPLIES, 4, every=every), target, spec)
 
 
+def store_some_in_4_bits(source: Path, target: Path, spec: ExportSpec) -> None:
+    """Store the cheapest weights in 4 bits, at least half of them, and the costliest in int8."""
+    expected, found = list(_answers(_read(source), spec)), _float_weights(_read(source))
+    sizes = {each.constant.get_friendly_name(): math.prod(each.shape) for each in found}
+
+    def make(names: Collection[str]) -> Draft:
+        model = _with_stored(_read(source), _MULTIPLIES, 4, names=names)
+        return Draft(model, "", distance(expected, _answers(model, spec)))
+
+    save(partly(sizes, sum(_bits(source)), make).model, target, spec)
+
+
 _GROUP, _LEAST_GROUP = 64, 8
 """Weights per scale, at most and at least; the greatest power of two that divides a channel's number of weights."""
 
@@ -234,7 +246,15 @@ def _reading(node: Any) -> Iterator[Any]:
             yield reader
 
 
-def _with_stored(model: Any, kinds: Sequence[str], bits: int, *, every: bool = True, computed: bool = False) -> Any:
+def _with_stored(
+    model: Any,
+    kinds: Sequence[str],
+    bits: int,
+    *,
+    every: bool = True,
+    computed: bool = False,
+    names: Collection[str] | None = None,
+) -> Any:
     """The model with the float weights of these kinds of layers, which NNCF left, in 8 or 4 bits.
 
     Args:
@@ -244,11 +264,13 @@ def _with_stored(model: Any, kinds: Sequence[str], bits: int, *, every: bool = T
         every: Whether the first convolution's weights are in so few bits too; else they are in 8.
         computed: Whether the weights must not look like those of integer kernels, which OpenVINO takes them for in a
             model with quantized activations, and then computes other values.
+        names: The weights in so few bits, and others are in 8; all by default.
     """
     weights = [weight for weight in _float_weights(model) if weight.kinds <= {*kinds}]
     first = next((weight.constant for weight in weights if weight.kinds & {*_CONVOLUTIONS}), None)
     for weight in weights:
-        in_bits = bits if every or weight.constant is not first else 8
+        is_named = names is None or weight.constant.get_friendly_name() in names
+        in_bits = bits if is_named and (every or weight.constant is not first) else 8
         readers = list(weight.constant.output(0).get_target_inputs())
         stored = _in_groups(weight, in_bits, computed=computed)
         for reader in readers:
@@ -352,6 +374,7 @@ FORMATS = (
         Route("nncf", "openvino", "nncf", store_in_4_bits),
         Route("convolutions too", "openvino", "nncf", partial(store_in_4_bits, convolutions=True)),
         Route("every weight", "openvino", "nncf", partial(store_in_4_bits, convolutions=True, every=True)),
+        Route("some in 8 bits", "openvino", "nncf", store_some_in_4_bits),
         precision="w4",
         load=load_w4,
         runtime="openvino",

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import copy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from polyexport.formats.tflite import (
     tflite_format,
     to_artifact,
 )
-from polyexport.measure.drafts import Draft, best, distance
+from polyexport.measure.drafts import Draft, best, distance, partly
 from polyexport.measure.weights import counted, in_float, in_four_bits, is_weight
 from polyexport.spec import Arrays, ExportSpec, calibration
 from polyexport.tracing.fake_quantization import quantize_in_graph, quantized_module
@@ -74,25 +74,77 @@ def quantize_weights_to_four_bits(
     Raises:
         RuntimeError: there are no such weights.
     """
-    from ai_edge_quantizer import recipe
+    found = _quantizable(source, convolutions=convolutions)
+    if not any(rows or each.in_blocks for each in found.values()):
+        raise RuntimeError(
+            f"LiteRT supports four bits in {', '.join(kind.value for kind in _kinds(convolutions))}, and the model has "
+            f"none{'' if rows else f' with rows of blocks of {_BLOCK}'}; use tflite-w8"
+        )
+    _store(source, target, [name for name, each in found.items() if rows or each.in_blocks], found)
+
+
+def quantize_some_weights_to_four_bits(source: Path, target: Path, spec: ExportSpec) -> None:
+    """Store the cheapest weights in four bits, at least half of them, and the costliest in int8.
+
+    Raises:
+        RuntimeError: fewer than half of the weights can be in four bits.
+    """
+    found = _quantizable(source, convolutions=True)
+    sizes, batches = {name: each.size for name, each in found.items()}, list(calibration(spec))
+    expected, (_, total, _) = _answers(source, batches), float_weights(source)
+    if 2 * sum(sizes.values()) < total:
+        raise RuntimeError("LiteRT supports four bits in fewer than half of the weights; use tflite-w8")
+
+    def make(names: Collection[str]) -> Draft:
+        _store(source, target, names, found)
+        return Draft(target.read_bytes(), "", distance(expected, _answers(target, batches)))
+
+    target.write_bytes(partly(sizes, total, make).model)
+
+
+@dataclass(frozen=True, slots=True)
+class _Quantizable:
+    """The weight of an operation that LiteRT has in four bits, and whether it is divisible into blocks."""
+
+    kind: str
+    size: int
+    in_blocks: bool
+
+
+def _kinds(convolutions: bool) -> list[Any]:
+    """The operations whose weights LiteRT has in four bits."""
     from ai_edge_quantizer.qtyping import TFLOperationName
 
     kinds = [TFLOperationName.FULLY_CONNECTED, TFLOperationName.EMBEDDING_LOOKUP]
-    if convolutions:
-        kinds.append(TFLOperationName.CONV_2D)
-    by_name, in_blocks, rules = {kind.value: kind for kind in kinds}, _in_blocks(source), []
-    for each in (each for each in operations(source) if each.constants and each.kind in by_name):
-        name = each.tensors[-1]["name"]
-        if name in in_blocks or rows:
-            rule = recipe.dynamic_wi4b32_afp32 if name in in_blocks else recipe.dynamic_wi4c_afp32
-            rules += rule(operation_name=by_name[each.kind], regex=f"^{re.escape(name)};")
-    if not rules:
-        raise RuntimeError(
-            f"LiteRT supports four bits in {', '.join(by_name)}, and the model has none"
-            f"{'' if rows else f' with rows of blocks of {_BLOCK}'}; use tflite-w8"
-        )
+    return [*kinds, TFLOperationName.CONV_2D] if convolutions else kinds
+
+
+def _quantizable(source: Path, *, convolutions: bool) -> dict[str, _Quantizable]:
+    """The weights that LiteRT has in four bits, by the first output of their operation; tables as one."""
+    kinds, in_blocks = {kind.value for kind in _kinds(convolutions)}, _in_blocks(source)
+    found, tables = {}, 0
+    for each in (each for each in operations(source) if each.constants):
+        size, name = max(int(np.prod(weight["shape"])) for weight in each.constants), each.tensors[-1]["name"]
+        if each.kind in kinds:
+            found[name] = _Quantizable(each.kind, size, name in in_blocks)
+        elif each.kind == "GATHER" and each.constants[0]["dtype"] == np.float32:
+            tables += size
+    return found | ({_TABLES: _Quantizable("GATHER", tables, False)} if tables else {})
+
+
+_TABLES = "the tables that GATHER reads"
+
+
+def _store(source: Path, target: Path, names: Collection[str], found: Mapping[str, _Quantizable]) -> None:
+    """Write the file with these weights in four bits, and all others in int8."""
+    from ai_edge_quantizer import recipe
+
+    kinds, rules = {kind.value: kind for kind in _kinds(True)}, []
+    for name in (each for each in names if each != _TABLES):
+        rule = recipe.dynamic_wi4b32_afp32 if found[name].in_blocks else recipe.dynamic_wi4c_afp32
+        rules += rule(operation_name=kinds[found[name].kind], regex=f"^{re.escape(name)};")
     apply_recipe([*recipe.dynamic_wi8_afp32(), *rules], source, target)
-    _store_tables(target)
+    _store_tables(target, 4 if _TABLES in names else 8)
 
 
 def _in_blocks(path: Path) -> list[str]:
@@ -108,10 +160,11 @@ def _in_blocks(path: Path) -> list[str]:
     return found
 
 
-def _store_tables(path: Path) -> None:
-    """Store the tables that GATHER reads rows of, such as embeddings, in int8, and dequantize the rows.
+def _store_tables(path: Path, bits: int = 8) -> None:
+    """Store the tables that GATHER reads rows of, such as embeddings, in int8 or four bits, and dequantize the rows.
 
-    The quantizer has no rule for GATHER. A table has one scale, as the operator needs it.
+    The quantizer has no rule for GATHER. A table has one scale, as the operator needs it. In four bits a byte has two
+    numbers, so rows of an odd number are in int8.
     """
     from ai_edge_litert import schema_py_generated as schema
     from ai_edge_quantizer.utils import tfl_flatbuffer_utils as flatbuffers
@@ -129,14 +182,17 @@ def _store_tables(path: Path) -> None:
                 continue
             if each.inputs[0] in others:
                 continue
+            is_packed = bits == 4 and table.shape[-1] % 2 == 0
             numbers = np.frombuffer(bytes(data), np.float32)
-            scale = max(float(np.abs(numbers).max()), float(np.finfo(np.float32).tiny)) / 127
-            model.buffers[table.buffer].data = np.round(numbers / scale).astype(np.int8).view(np.uint8)
-            table.type, table.quantization = schema.TensorType.INT8, schema.QuantizationParametersT()
+            scale = max(float(np.abs(numbers).max()), float(np.finfo(np.float32).tiny)) / (7 if is_packed else 127)
+            stored = np.round(numbers / scale).astype(np.int8).view(np.uint8)
+            model.buffers[table.buffer].data = stored[::2] & 15 | stored[1::2] << 4 if is_packed else stored
+            table.type = schema.TensorType.INT4 if is_packed else schema.TensorType.INT8
+            table.quantization = schema.QuantizationParametersT()
             table.quantization.scale, table.quantization.zeroPoint = [scale], [0]
             known.add(each.inputs[0])
         rows = copy(graph.tensors[each.outputs[0]])
-        rows.name, rows.type, rows.quantization = rows.name + b"_int8", table.type, table.quantization
+        rows.name, rows.type, rows.quantization = rows.name + b"_in_integers", table.type, table.quantization
         graph.tensors.append(rows)
         dequantize = schema.OperatorT()
         dequantize.opcodeIndex = _opcode(codes, schema.BuiltinOperator.DEQUANTIZE)
@@ -240,12 +296,36 @@ def _settle_outputs(path: Path) -> None:
     from ai_edge_quantizer.utils import tfl_flatbuffer_utils as flatbuffers
 
     model = flatbuffers.read_model(str(path))
+    _read_integers(model)
     for signature in model.signatureDefs:
         graph = model.subgraphs[signature.subgraphIndex]
         copy_of = {each.outputs[0]: each.inputs[0] for each in graph.operators}
         named = {each.tensorIndex for each in signature.outputs}
         graph.outputs = [index if index in named else copy_of[index] for index in graph.outputs]
     flatbuffers.write_model(model, str(path))
+
+
+def _read_integers(model: Any) -> None:
+    """Make ARG_MAX and ARG_MIN read integers instead of the floats that these become, of which the same is largest."""
+    from ai_edge_litert import schema_py_generated as schema
+
+    codes, kinds = model.operatorCodes, schema.BuiltinOperator
+    for graph in model.subgraphs:
+        dequantized = {
+            each.outputs[0]: each.inputs[0]
+            for each in graph.operators
+            if _code(codes[each.opcodeIndex]) == kinds.DEQUANTIZE
+        }
+        for each in graph.operators:
+            if _code(codes[each.opcodeIndex]) in (kinds.ARG_MAX, kinds.ARG_MIN):
+                first, *rest = each.inputs
+                each.inputs = [dequantized.get(first, first), *rest]
+        used = {index for each in graph.operators for index in each.inputs} | {*graph.outputs}
+        graph.operators = [
+            each
+            for each in graph.operators
+            if _code(codes[each.opcodeIndex]) != kinds.DEQUANTIZE or each.outputs[0] in used
+        ]
 
 
 def keep_trained_scales(source: Path, target: Path, spec: ExportSpec, *, channels_last: bool = False) -> None:
@@ -357,7 +437,9 @@ FORMATS = (
             *("convolutions too", "tflite", "tflite"),
             partial(quantize_weights_to_four_bits, rows=True, convolutions=True),
         ),
+        Route("some in 8 bits", "tflite", "tflite", quantize_some_weights_to_four_bits),
         load=load_w4,
+        calibrated=True,
     ),
     tflite_format(
         "tflite-int8",

@@ -104,6 +104,15 @@ tflite_quantized.quantize_weights_to_four_bits(
 )
 found["tiny weights in four bits"] = tflite_quantized.load_w4(elsewhere / "tiny-w4.tflite", spec, threads=1).remark
 
+file = elsewhere / "some.tflite"
+tflite_quantized.quantize_some_weights_to_four_bits(
+    root / "tflite" / "model.tflite", file, replace(spec, calibration=(root / "validation_batch.npz",))
+)
+found["some weights in four bits"] = (
+    tflite_quantized.load_w4(file, spec, threads=1).shortfall,
+    verify("tflite-w4", file),
+)
+
 run, opened, artifact = tflite._run_compiled, tflite._compiled, root / "tflite" / "model.tflite"
 tflite._run_compiled = lambda *words, **given: {"output_0": -run(*words, **given)["output_0"]}
 found["another answer"] = verify("tflite", artifact)
