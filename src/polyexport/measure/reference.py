@@ -10,7 +10,6 @@ import hashlib
 import itertools
 import pickle
 import random
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,13 +24,13 @@ from polyexport.capture.dtypes import fails, needs_float32
 from polyexport.capture.flatten import as_runner, to_arrays
 from polyexport.capture.unwrap import has_fake_quantization
 from polyexport.errors import BadRequest, line
-from polyexport.measure import dynamic_axes
+from polyexport.measure import dynamic_axes, remarks
+from polyexport.measure.batches import Answered, Batches, gather
 from polyexport.measure.constants import frozen
-from polyexport.measure.dynamic_axes import Axes, Dynamic, resized
+from polyexport.measure.dynamic_axes import Dynamic, resized
 from polyexport.measure.noise import rounding
-from polyexport.measure.other_values import changed, edges, jittered
+from polyexport.measure.other_values import changed
 from polyexport.measure.parity import NARROW, compare, says_little
-from polyexport.measure.size_branches import branching
 from polyexport.measure.tolerance import Tolerance
 from polyexport.serialization import writing
 from polyexport.spec import Arrays, Batch, ExportSpec, Runner, write_arrays
@@ -39,7 +38,7 @@ from polyexport.tracing.decompositions import plain_attention
 from polyexport.tracing.draws import Draws, draws, lines
 from polyexport.tracing.forward import uncompiled
 from polyexport.tracing.idle_reads import idle
-from polyexport.tracing.reads import FailedAt, Reads, named, reads, site_of
+from polyexport.tracing.reads import named, site_of
 from polyexport.versions import environment
 
 if TYPE_CHECKING:
@@ -88,22 +87,6 @@ class Reference:
     notes: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Answered:
-    """Inputs with PyTorch's outputs, of which `silent` are not compared; other fields as in `Batch`."""
-
-    arrays: Arrays
-    sizes: Mapping[str, int] = field(default_factory=dict)
-    label: str = ""
-    real: bool = True
-    silent: frozenset[str] = frozenset()
-
-    @property
-    def compared(self) -> Arrays:
-        """The inputs, and the outputs that artifacts are compared with."""
-        return {name: array for name, array in self.arrays.items() if name not in self.silent}
-
-
 @uncompiled()
 def make(root: Path, source: Path, dynamic: Dynamic, commit: str = "", *, sha256: str = "") -> Reference:
     """Run the module of `source`, and write `validation_batch.npz`, further batches and the example to trace with.
@@ -128,18 +111,18 @@ def make(root: Path, source: Path, dynamic: Dynamic, commit: str = "", *, sha256
     outputs, drawn_before = _answered(run, inputs), _generators()
     again, by_python = _seeded(run, 1)(inputs), drawn_before != _generators()
     keeps = beside_weights(inner) != before
-    of_model = _of_the_model(model, own, inputs, outputs)
+    of_model = remarks.of_the_model(model, own, inputs, outputs)
     others, of_batches = _other_batches(source, model.input_names, inputs)
-    asked = _asked(model, run, inputs, outputs, others, dynamic)
-    spec = _spec(root, inputs, outputs, others, asked)
-    write_arrays(source / "example.npz", _example(inputs, asked))
-    drawn = plain_attention()(draws)(model, [each.arrays for each in asked.batches])
+    proofs = gather(model, run, inputs, outputs, others, dynamic)
+    spec = _spec(root, inputs, outputs, others, proofs)
+    write_arrays(source / "example.npz", _example(inputs, proofs))
+    drawn = plain_attention()(draws)(model, [each.arrays for each in proofs.batches])
     later = itertools.chain([again], _in_between(run, inputs), _seen_later(source, inputs) if keeps else ())
     undecidable = _undecidable(outputs, later, drawn) or _unlike(unlike_trained, drawn)
-    unused = plain_attention()(idle)(model, inputs, asked.tried.one_side())
+    unused = plain_attention()(idle)(model, inputs, proofs.tried.one_side())
     _write(source / modules.IDLE, unused.values)
     _write(source / modules.DRAWS, drawn if drawn.known else None)
-    _mark(source / modules.GUARDS, asked.tried.guards)
+    _mark(source / modules.GUARDS, proofs.tried.guards)
     narrow = frozen(source, model, outputs, lambda run: plain_attention()(_on_copies(run)))
     noise, how = _noise(model, inputs, outputs, drawn)
     write_arrays(root / NOISE, noise)
@@ -149,26 +132,26 @@ def make(root: Path, source: Path, dynamic: Dynamic, commit: str = "", *, sha256
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         checkpoint_sha256=sha256,
         checkpoint_at=at,
-        batches=_written_batches(root, asked.batches),
+        batches=_written_batches(root, proofs.batches),
         noise=NOISE,
         environment=about | {"git_commit": commit, "threads": str(torch.get_num_threads())},
-        static_because=asked.static_because,
+        static_because=proofs.static_because,
         undecidable=undecidable,
-        read_at=tuple(site for site in asked.tried.values if site not in unused.values),
-        one_side=tuple(site for site in asked.tried.one_side() if site not in unused.values),
+        read_at=tuple(site for site in proofs.tried.values if site not in unused.values),
+        one_side=tuple(site for site in proofs.tried.one_side() if site not in unused.values),
         narrow=narrow.narrow,
         notes=(
-            *_in_float32(model),
+            *remarks.in_float32(model),
             *as_trained,
             *of_model,
-            *_drawn(drawn, by_python, decidable=not undecidable),
+            *remarks.drawn(drawn, by_python, decidable=not undecidable),
             *of_batches,
-            *_fixed_though_varying(inputs, others, asked.axes, dynamic),
-            *_as_in_training(model.input_names, model.output_names),
+            *remarks.fixed_though_varying(inputs, others, proofs.axes, dynamic),
+            *remarks.as_in_training(model.input_names, model.output_names),
             *says_little(outputs),
-            *_unchecked(unused.checks),
+            *remarks.unchecked(unused.checks),
             *narrow.notes,
-            *_paired(model),
+            *remarks.paired(model),
             *(
                 f"output {name} is float32 in artifacts, since numpy lacks its dtype in PyTorch"
                 for name in model.widened
@@ -215,24 +198,6 @@ def _mark(path: Path, is_so: bool) -> None:
         path.touch()
 
 
-def _unchecked(sites: Sequence[str]) -> Iterator[str]:
-    if sites:
-        yield f"forward checks its data and raises if it is wrong ({named(set(sites))}); artifacts do not check it"
-
-
-def _of_the_model(model: Any, own: Runner, inputs: Arrays, outputs: Arrays) -> list[str]:
-    """Notes on the model; `own` may use PyTorch's fused paths, `outputs` were computed without them."""
-    import torch
-
-    notes: list[str] = []
-    if any(isinstance(each, torch.nn.TransformerEncoder) for each in model.modules()):
-        notes += _fused_apart(own(inputs), outputs)
-    return [
-        *notes,
-        *(f"output {name} is left out: it is not a tensor, dict, tuple or dataclass" for name in model.dropped),
-    ]
-
-
 def _noise(model: Any, inputs: Arrays, outputs: Arrays, drawn: Draws) -> tuple[Arrays, str]:
     """The noise floor of the outputs, as it is stored on disk, and a note on how it was found, which may be empty."""
     why = f"forward draws random numbers ({lines(drawn.all)}), other ones in float64" if drawn.all else ""
@@ -268,42 +233,6 @@ def _loaded_in_float32(source: Path) -> Any:
                 return without_casts
     marker.unlink()
     return model
-
-
-def _in_float32(model: Any) -> Iterator[str]:
-    """A note if forward asks for another precision than float32."""
-    asked: Mapping[str, str] = model.in_float32.asked_for
-    if asked:
-        yield (
-            f"forward asks for {', '.join(sorted(set(asked.values())))} ({named(set(asked))}); the reference and the "
-            "artifacts compute in float32 there, and lower precisions are formats, such as onnx-fp16"
-        )
-
-
-def _paired(model: Any) -> Iterator[str]:
-    """A note on complex inputs and outputs."""
-    if model.paired:
-        yield (
-            f"{', '.join(model.paired)}: complex in PyTorch, and in artifacts real and imaginary parts in a last axis "
-            "of 2, since most formats lack complex numbers"
-        )
-
-
-def _drawn(found: Draws, by_python: bool, *, decidable: bool) -> Iterator[str]:
-    """Notes on random numbers: on those that are constants of artifacts, and on others that changed little or nothing.
-
-    `by_python` says whether there are numbers of Python's generator or numpy's.
-    """
-    if found.known:
-        sites = lines(found.seeded | found.sized)
-        yield f"forward draws random numbers from a seed ({sites}); artifacts have those numbers as constants"
-    if decidable and (found.unseeded or by_python):
-        where = f" ({lines(found.unseeded)})" if found.unseeded else ", by Python's random or by numpy"
-        kept = "keep the values of the trace" if by_python else "draw their own, or have none"
-        yield (
-            f"forward draws random numbers without a seed{where}; they changed none of the outputs by more than the "
-            f"tolerance, and artifacts {kept}: where they matter more seldom, artifacts differ from PyTorch"
-        )
 
 
 def _generators() -> tuple[Any, bytes]:
@@ -432,66 +361,21 @@ def _call_arrays(index: int) -> str:
     return modules.call_file(Path("source"), index).with_suffix(".npz").as_posix()
 
 
-# --- sizes and values -------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class _Asked:
-    """The batches that artifacts are verified with.
-
-    Attributes:
-        axes: The dynamic axes.
-        sizes: Their sizes in the validation batch.
-        batches: The validation batch, batches of other sizes, of the data, and of other values.
-        static_because: Why no axis is dynamic although one was asked for; else empty.
-        tried: What forward read of their values.
-    """
-
-    axes: Axes
-    sizes: Mapping[str, int]
-    batches: tuple[Answered, ...]
-    static_because: str
-    tried: _Tried
-
-
-def _asked(
-    model: Any, run: Runner, inputs: Arrays, outputs: Arrays, others: Mapping[int, Arrays], dynamic: Dynamic
-) -> _Asked:
-    axes, sizes, sized, why_not = _sized(run, inputs, outputs, others, dynamic)
-    sized += _of_other_branches(model, run, inputs, outputs, axes, [sizes, *(each.sizes for each in sized)])
-    values, tried = _with_other_values(model, run, inputs, outputs, [each.arrays for each in sized if each.label])
-    valued = [replace(each, sizes=sizes) for each in values]
-    return _Asked(axes, sizes, (Answered(inputs | outputs, sizes), *sized, *valued), why_not, tried)
-
-
-def _of_other_branches(
-    model: Any, run: Runner, inputs: Arrays, outputs: Arrays, axes: Axes, known: Sequence[Mapping[str, int]]
-) -> list[Answered]:
-    """Batches of sizes at which forward takes another branch than at the `known` ones, if PyTorch can run them."""
-    found = []
-    for sizes in branching(model, inputs, axes, known):
-        batch = resized(inputs, axes, sizes)
-        answer = dynamic_axes.answered(run, batch, outputs, "")
-        if not isinstance(answer, str):
-            found.append(Answered(batch | answer, sizes, "a size at which forward takes another branch", real=False))
-    return found
-
-
-def _spec(root: Path, inputs: Arrays, outputs: Arrays, others: Mapping[int, Arrays], asked: _Asked) -> ExportSpec:
+def _spec(root: Path, inputs: Arrays, outputs: Arrays, others: Mapping[int, Arrays], proofs: Batches) -> ExportSpec:
     """The signature; writes the batches for calibration."""
-    further = [(each.sizes, each.arrays) for each in asked.batches[1:]]
-    described, own_sizes = dynamic_axes.describe_outputs(outputs, asked.sizes, further)
+    further = [(each.sizes, each.arrays) for each in proofs.batches[1:]]
+    described, own_sizes = dynamic_axes.describe_outputs(outputs, proofs.sizes, further)
     return ExportSpec(
-        inputs=tuple(dynamic_axes.describe(name, array, asked.axes.get(name, {})) for name, array in inputs.items()),
+        inputs=tuple(dynamic_axes.describe(name, array, proofs.axes.get(name, {})) for name, array in inputs.items()),
         outputs=described,
-        sizes={**asked.sizes, **own_sizes},
+        sizes={**proofs.sizes, **own_sizes},
         calibration=(Path(VALIDATION_BATCH), *(_written(root, _call_arrays(index), others[index]) for index in others)),
     )
 
 
-def _example(inputs: Arrays, asked: _Asked) -> Arrays:
+def _example(inputs: Arrays, proofs: Batches) -> Arrays:
     """Inputs to trace with: at least 2 along each dynamic axis, since a tracer takes a size of 1 for a constant."""
-    return resized(inputs, asked.axes, {name: max(2, size) for name, size in asked.sizes.items()})
+    return resized(inputs, proofs.axes, {name: max(2, size) for name, size in proofs.sizes.items()})
 
 
 def _other_batches(source: Path, names: Sequence[str], inputs: Arrays) -> tuple[dict[int, Arrays], tuple[str, ...]]:
@@ -509,177 +393,6 @@ def _other_batches(source: Path, names: Sequence[str], inputs: Arrays) -> tuple[
     ) * bool(lost)
 
 
-def _sized(
-    run: Runner, inputs: Arrays, outputs: Arrays, others: Mapping[int, Arrays], dynamic: Dynamic
-) -> tuple[Axes, dict[str, int], list[Answered], str]:
-    """Dynamic axes, their sizes in the validation batch, batches of other sizes and values, and why no axis is dynamic.
-
-    Of the further batches, the first, the smallest and the largest are used.
-    """
-    axes = dynamic_axes.chosen(inputs, tuple(others.values()), dynamic)
-    sizes = dynamic_axes.sizes_of(inputs, axes)
-    found, why_not = dynamic_axes.further(run, inputs, outputs, axes, sizes)
-    real = _real(run, inputs, outputs, others, axes)
-    if why_not and all(each.sizes == sizes for each in real):
-        axes, sizes = {}, {}
-        real = _real(run, inputs, outputs, others, axes)
-    else:
-        why_not = ""
-    return axes, sizes, [*(Answered(batch, at) for at, batch in found), *real], why_not
-
-
-def _real(run: Runner, inputs: Arrays, outputs: Arrays, others: Mapping[int, Arrays], axes: Axes) -> list[Answered]:
-    """Of further batches the first, the smallest and the largest, if they fit and PyTorch can run them."""
-    fitting: dict[int, dict[str, int]] = {}
-    for index, batch in others.items():
-        sizes = dynamic_axes.fitting(batch, inputs, axes)
-        if sizes is not None:
-            fitting[index] = sizes
-    by_size = sorted(fitting, key=lambda index: sum(array.size for array in others[index].values()))
-    found = []
-    for index in dict.fromkeys([*fitting][:1] + by_size[:1] + by_size[-1:]):
-        label = f"batch {index + 1} of the data"
-        answer = dynamic_axes.answered(run, others[index], outputs, label)
-        if not isinstance(answer, str):
-            found.append(Answered(others[index] | answer, fitting[index], label))
-    return found
-
-
-def _fixed_though_varying(inputs: Arrays, others: Mapping[int, Arrays], axes: Axes, dynamic: Dynamic) -> list[str]:
-    """A note on axes that differ between batches but are static, and the argument that makes them dynamic."""
-    left = dynamic_axes.varying(inputs, tuple(others.values()), axes)
-    if dynamic is True or not left:
-        return []
-    seen = [
-        f"axis {axis} of {name} ({', '.join(str(batch[name].shape[axis]) for batch in (inputs, *others.values()))})"
-        for name, named in left.items()
-        for axis in named
-    ]
-    wanted = {name: {**axes.get(name, {}), **left.get(name, {})} for name in {**axes, **left}}
-    return [
-        f"axes that differ between batches, but are static as asked: {'; '.join(seen)}; dynamic={wanted} makes them "
-        "dynamic"
-    ]
-
-
-_ENOUGH = 6
-"""How many changes of values are tried if forward reads data into Python; else it is one."""
-_A_TENTH = replace(Tolerance.for_precision("float32"), rtol=1e-4, atol=1e-5)
-"""A tenth of the float32 tolerance: outputs that rounding changes more are not used."""
-
-
-class _Tried:
-    """What forward read of the values of each batch, and the branches that it took."""
-
-    def __init__(self) -> None:
-        self.values: dict[str, set[tuple[str, ...]]] = {}
-        self.paths: set[int] = set()
-        self.counts: set[tuple[str, int]] = set()
-        self.guards = False
-        self.ties = False
-        self.folded: set[int] = set()
-        self.refused: set[str | None] = set()
-
-    def add(self, told: Reads) -> None:
-        self.paths.add(told.path)
-        self.counts |= told.counts
-        self.guards |= told.guards
-        self.ties |= told.ties
-        self.folded |= told.folded
-        for site, values in told.values.items():
-            self.values.setdefault(site, set()).add(values)
-
-    def is_news(self, told: Reads) -> bool:
-        """Whether it takes another branch, reads another value where there was only one, or selects none or one."""
-        return (
-            told.path not in self.paths
-            or not told.counts <= self.counts
-            or any(
-                values not in self.values.get(site, ()) and len(self.values.get(site, ())) < 2
-                for site, values in told.values.items()
-            )
-        )
-
-    def one_side(self) -> tuple[str, ...]:
-        """Lines at which only one branch was seen: always the same boolean, or numbers that led to one branch.
-
-        A line counts as tried too if another value makes forward raise.
-        """
-        return tuple(
-            site
-            for site, found in self.values.items()
-            if site not in self.refused
-            and (
-                len(found) == 1 or (len(self.paths) == 1 and not {"True", "False"}.issuperset(itertools.chain(*found)))
-            )
-        )
-
-
-def _are_truth_values(found: Iterable[tuple[str, ...]]) -> bool:
-    return {"True", "False"}.issuperset(itertools.chain.from_iterable(found))
-
-
-def _with_other_values(
-    model: Any, run: Runner, inputs: Arrays, outputs: Arrays, real: Sequence[Arrays]
-) -> tuple[list[Answered], _Tried]:
-    """Batches with values made from the data, and what forward read in them: only changes that make a difference."""
-    tried = _Tried()
-    for batch in (inputs, *real):
-        with contextlib.suppress(FailedAt):  # it ran before, so only the recording fails
-            tried.add(_reads(model, batch))
-    found: list[Answered] = []
-    for label, values in changed(inputs, [{name: batch[name] for name in inputs} for batch in real]):
-        if len(found) >= (_ENOUGH if tried.values or tried.counts else 1):
-            break
-        try:
-            told = _reads(model, values)
-        except FailedAt as error:
-            if isinstance(dynamic_axes.answered(run, values, outputs, ""), str):
-                tried.refused.add(error.site)
-                continue
-            told = Reads({}, 0)  # only the watching failed
-        answer = _sound(run, values, outputs) if not found or tried.is_news(told) else None
-        if answer is not None:
-            found.append(Answered(values | answer, label=label, real=False))
-            tried.add(told)
-    folded = [name for index, name in enumerate(inputs) if index in tried.folded and inputs[name].dtype == np.int64]
-    for label, values in edges(inputs, guards=tried.guards, sparse=tried.ties, folded=folded):
-        if all(np.array_equal(values[name], inputs[name]) for name in inputs):
-            continue
-        answer, silent = _told(run, values, outputs)
-        if len(silent) < len(outputs):
-            found.append(Answered(values | answer, label=label, real=False, silent=silent))
-    return found, tried
-
-
-def _reads(model: Any, inputs: Arrays) -> Reads:
-    return plain_attention()(reads)(model, inputs)
-
-
-def _sound(run: Runner, inputs: Arrays, outputs: Arrays) -> Arrays | None:
-    """PyTorch's outputs, if they are finite where `outputs` are, and not sensitive to rounding; else None."""
-    answer, silent = _told(run, inputs, outputs)
-    return None if silent else answer
-
-
-def _told(run: Runner, inputs: Arrays, outputs: Arrays) -> tuple[Arrays, frozenset[str]]:
-    """PyTorch's outputs, and the names of those that say nothing: all of them if PyTorch cannot run the inputs.
-
-    They are not finite where `outputs` are, or rounding changes them much.
-    """
-    answer = dynamic_axes.answered(run, inputs, outputs, "")
-    moved = dynamic_axes.answered(run, jittered(inputs), outputs, "")
-    if isinstance(answer, str) or isinstance(moved, str):
-        return {}, frozenset(outputs)
-    silent = {
-        name
-        for name, array in answer.items()
-        if (array.size and np.isfinite(array).mean() < np.isfinite(outputs[name]).mean())
-        or not compare({name: moved[name]}, {name: array}, _A_TENTH).passed
-    }
-    return answer, frozenset(silent)
-
-
 def eager(source: Path, *, threads: int) -> Runner:
     """PyTorch itself, as a runtime like the others."""
     import torch
@@ -688,38 +401,9 @@ def eager(source: Path, *, threads: int) -> Runner:
     return as_runner(modules.load(source))
 
 
-_TARGETS = re.compile(r"(.*_)?(labels?|targets?|ground_truth|gt|y_true|loss_mask)")
-_LOSSES = re.compile(r"(.*_)?(loss|losses)(_\w+)?")
-
-
-def _as_in_training(inputs: Sequence[str], outputs: Sequence[str]) -> Iterator[str]:
-    """A note if forward takes targets or returns a loss, which an application has no use for."""
-    takes, returns = filter(_TARGETS.fullmatch, inputs), filter(_LOSSES.fullmatch, outputs)
-    told = [f"{word} {', '.join(names)}" for word, names in (("takes", [*takes]), ("returns", [*returns])) if names]
-    if told:
-        yield (
-            f"forward {' and '.join(told)}, as in training, and so does every artifact; "
-            "inputs=<a function of the batch> without targets exports one for inference, if forward allows that"
-        )
-
-
-def _fused_apart(fused: Arrays, outputs: Arrays) -> list[str]:
-    """A note if PyTorch's fused path for transformers returns other outputs, as it does at masked positions."""
-    apart = compare(fused, outputs, Tolerance.for_precision("float32"))
-    if apart.passed:
-        return []
-    return [
-        "PyTorch's fused path for nn.TransformerEncoder returns other values (zeros) at masked positions; "
-        f"the reference is the plain path, which was trained: {apart.reason}"
-    ]
-
-
 def _on_copies(run: Runner) -> Runner:
     """A runner on copies of the inputs, since forward may change them in place."""
     return lambda inputs: run({name: array.copy() for name, array in inputs.items()})
-
-
-# --- the rest ---------------------------------------------------------------------------------------------------------
 
 
 def _with_metadata(spec: ExportSpec, sha256: str, commit: str, about: Mapping[str, str]) -> ExportSpec:
