@@ -14,6 +14,7 @@ from typing import Any
 
 import polyexport
 from polyexport.workers import toolchain
+from polyexport.workers.server import LATER
 from polyexport.workers.toolchain import Toolchain
 
 HERE = Path(__file__).parent
@@ -66,7 +67,7 @@ def run_all(programs: Mapping[str, Program]) -> dict[str, str]:
         alike = {name: each for name, each in programs.items() if each.chain == chain}
         told = json.dumps([(each.words, str(each.folder), dict(each.environment)) for each in alike.values()])
         command = [str(chain.interpreter()), "-P", str(HERE / "many_programs.py")]
-        imports = ",".join(chain.imports(converts=True))
+        imports = ",".join(name for name in chain.imports(converts=True) if name != LATER)
         done = subprocess.run([*command, imports], input=told, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-3000:]
         for (name, each), code in zip(alike.items(), json.loads(done.stdout.splitlines()[-1]), strict=True):

@@ -164,8 +164,14 @@ def executorch_in_4_bits(change: Callable[[Any], None]) -> Convert:
 
     def convert(source: Path, target: Path, spec: ExportSpec) -> None:
         from polyexport.formats import executorch_quantized as executorch
+        from polyexport.tracing.exported_program import load_program
+        from polyexport.tracing.products import as_products
 
-        module = executorch._in_4_bits(executorch._layers(source))
+        module = as_products(load_program(source))
+        names = executorch._read_by_linear(module)
+        module = executorch._in_groups(
+            module, [each for each in names if module.get_parameter(each).shape[1] % 32 == 0]
+        )
         change(min((each for each in module.parameters() if hasattr(each, "qdata")), key=len))
         executorch._lower_weights(module, target, spec)
 

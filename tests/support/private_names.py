@@ -128,6 +128,7 @@ NAMES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
             "torch.nn.modules.rnn:RNNBase.check_forward_args",
             "torch.nn.modules.rnn:LSTM.check_forward_args",
         ),
+        "tracing/products.py": ("torch:ops.aten._unsafe_view",),
         "tracing/reads.py": ("torch:_assert", "torch:_check", "torch:_check_value", "torch:_check_with"),
         "tracing/sizes.py": ("torch._C:_get_value_trace", "torch._C:_is_tracing"),
         "lightning_export/answers.py": ("torch.nn.modules.module:_global_forward_hooks_with_kwargs",),
