@@ -145,8 +145,10 @@ def with_libraries(chain: Toolchain, libraries: tuple[str, ...], *, converts: bo
     """What a toolchain's server imports: `libraries` too, if the user's module is rebuilt in its children."""
     found = chain.imports(converts=converts)
     rebuilds = chain is toolchain.HOST or found == toolchain.HOST.imports(converts=True)
+    if not rebuilds:
+        return found
     first, later = split(found)
-    return (*first, *libraries, LATER, *later) if rebuilds and later else (*found, *libraries) if rebuilds else found
+    return (*first, *libraries, LATER, *later)
 
 
 def verifies(chain: Toolchain) -> bool:
