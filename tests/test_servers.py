@@ -270,6 +270,17 @@ def test_an_import_that_starts_threads_is_left_out(run: Run, tmp_path: Path) -> 
     assert (tmp_path / "one.log").read_text().startswith(FORKED)
 
 
+def test_a_thread_that_is_about_to_end_is_no_reason_to_leave_an_import_out(run: Run, tmp_path: Path) -> None:
+    """As one that Python has joined may be, whose end in the operating system it does not wait for."""
+    (tmp_path / "starts_a_short_thread.py").write_text(
+        "import ctypes\nlibc, thread = ctypes.CDLL(None), ctypes.c_ulong()\n"
+        "libc.pthread_create(ctypes.byref(thread), None, libc.usleep, ctypes.c_void_p(50_000))\n"
+    )
+    imports = ("numpy", "starts_a_short_thread")
+    assert run("one", tells, imports=imports, PYTHONPATH=str(tmp_path)).ok
+    assert (tmp_path / "one.log").read_text().startswith(FORKED.replace("numpy", ", ".join(imports)))
+
+
 def test_the_first_jobs_run_while_a_server_imports_what_is_for_later(run: Run, tmp_path: Path) -> None:
     (tmp_path / "slow.py").write_text(
         "import os, time\nwhile not os.path.exists(os.environ['PYTHONPATH'] + '/go'): time.sleep(0.05)\n"

@@ -28,6 +28,7 @@ import socket
 import sys
 import tempfile
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -43,6 +44,7 @@ later_bytes = 0
 
 _FILES = 5  # the three standard streams, the pipe for the exit code, the order itself
 _LOOK_SECONDS = 0.5
+_END_SECONDS = 0.2  # in which a thread that has done its work ends
 _ORDER_SECONDS = 0.05  # in which the engine orders a job that was only waiting for this server
 
 
@@ -94,7 +96,7 @@ def run(imports: Sequence[str], work: Callable[[Path], int]) -> int:
         before = _further_threads()
         for index, name in enumerate(first):
             _import(name)
-            if index and _further_threads() != before:
+            if index and _lasting_threads(before) != before:
                 _start_again(imports, [*first[:index], LATER, *later])
     with socket.socket(fileno=os.dup(0)) as connection:
         _report(connection, first)
@@ -125,7 +127,7 @@ def _report(connection: socket.socket, imported: Sequence[str]) -> None:
     gc.freeze()  # so that a child's garbage collection does not copy the shared pages
     sys.stdout.flush()
     sys.stderr.flush()
-    about = json.dumps({"imported": imported, "threads": _further_threads(), "bytes": _resident_bytes()})
+    about = json.dumps({"imported": imported, "threads": _lasting_threads(), "bytes": _resident_bytes()})
     connection.sendall(about.encode() + b"\n")
 
 
@@ -175,7 +177,7 @@ def _serve(
             os.read(woken, 4096)
         _reap(children)
         if connection.fileno() not in ready:
-            if later and not _further_threads():
+            if later and not _lasting_threads():
                 imported.append(later.pop(0))
                 _import_later(imported[-1])
                 _report(connection, imported)
@@ -184,7 +186,7 @@ def _serve(
         if received is None:
             break
         order, files = received
-        if _further_threads():  # of a later import, which the engine has not heard of yet
+        if _lasting_threads():  # of a later import, which the engine has not heard of yet
             for file in files:
                 os.close(file)
             continue
@@ -246,11 +248,25 @@ def _reap(children: dict[int, _Forked]) -> None:
             os.close(told)
 
 
+def _lasting_threads(known: Sequence[str] = ()) -> list[str]:
+    """The names of `_further_threads`, after a short wait for those that end, unless they are `known`.
+
+    A thread that has been joined may be seen for a moment: Python does not wait for its end in the operating system.
+    """
+    end = time.monotonic() + _END_SECONDS
+    while (names := _further_threads()) != list(known) and time.monotonic() < end:
+        time.sleep(0.002)
+    return names
+
+
 def _further_threads() -> list[str]:
     """The names of this process's threads other than the main one."""
-    own = str(os.getpid())
-    threads = (thread for thread in Path("/proc/self/task").iterdir() if thread.name != own)
-    return sorted((thread / "comm").read_text().strip() for thread in threads)
+    own, names = str(os.getpid()), []
+    for thread in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(OSError):  # it has just ended
+            if thread.name != own:
+                names.append((thread / "comm").read_text().strip())
+    return sorted(names)
 
 
 def _resident_bytes() -> int:
