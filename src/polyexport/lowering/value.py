@@ -81,11 +81,15 @@ class Value:
         have = self._order or tuple(range(len(order)))
         if have == order:
             return self._stored
-        scope = self.backend.scope()
-        key = (order, id(scope))
+        key = (order, id(self.backend.scope()))
         if key not in self._transposed:
             self._transposed[key] = self.backend.transpose(self._stored, tuple(have.index(axis) for axis in order))
         return self._transposed[key]
+
+    def is_in_order(self, order: Order) -> bool:
+        """Whether the tensor in that order costs no transpose."""
+        have = self._order or tuple(range(len(order)))
+        return self.known is not None or have == order or (order, id(self.backend.scope())) in self._transposed
 
     def permuted(self, permutation: Sequence[int]) -> Value:
         """ONNX's Transpose: only the order is changed, and nothing is moved."""
@@ -127,15 +131,21 @@ class Value:
 
 
 def align(values: Sequence[Value]) -> tuple[list[Tensor], Order | None]:
-    """Tensors that can be combined element by element, and the order that they, and the result, are stored in."""
+    """Tensors that can be combined element by element, and the order that they, and the result, are stored in.
+
+    It is the order that costs the fewest transposes: a residual that a product has already been made of is there in the
+    product's order too.
+    """
     ranks = [value.rank for value in values]
     if None in ranks:
         return [value.tensor for value in values], None
     rank = max(rank for rank in ranks if rank is not None)
-    orders = [value.order for value in values if value.rank == rank and value.order]
+    whole = [value for value in values if value.rank == rank]
+    orders = [value.order for value in whole if value.order]
     if not orders:
         return [value.tensor for value in values], None
-    order = orders[0]
+    plain = tuple(range(rank))
+    order = min([*orders, plain], key=lambda order: sum(not value.is_in_order(order) for value in whole))
     return [value.tensor if value.rank == 0 else value.widened(rank).in_order(order) for value in values], order
 
 

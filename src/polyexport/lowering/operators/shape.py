@@ -104,7 +104,7 @@ def unsqueeze(ops: Backend, x: Value, axes: Ints) -> Tensor:
 
 @SHARED.op("Concat", since=4, narrow=True)
 def concat(ops: Backend, *parts: Value, axis: int, node: Node) -> Value:
-    """In the order that the first part with a layout of its own is stored in."""
+    """In the order that costs the fewest transposes."""
     if len(parts) == 1:
         return parts[0]
     tensors, order = align(parts)
