@@ -99,13 +99,14 @@ def _is_large(weight: np.ndarray) -> bool:
 def _converted(source: Path, target: Path, spec: ExportSpec) -> dict[str, Any]:
     from tensorflowjs.converters import tf_saved_model_conversion_v2 as conversion
 
-    conversion.convert_tf_saved_model(
-        str(source),
-        str(target.parent),
-        signature_def=SIGNATURE,
-        control_flow_v2=True,
-        metadata={"polyexport": dict(spec.metadata), **({"labels": spec.labels} if spec.labels else {})},
-    )
+    with _flat_products():
+        conversion.convert_tf_saved_model(
+            str(source),
+            str(target.parent),
+            signature_def=SIGNATURE,
+            control_flow_v2=True,
+            metadata={"polyexport": dict(spec.metadata), **({"labels": spec.labels} if spec.labels else {})},
+        )
     model: dict[str, Any] = json.loads(target.read_text(encoding="utf-8"))
     return model
 
@@ -140,6 +141,24 @@ def _fusing_nothing() -> Iterator[None]:
         yield
     finally:  # another model may be converted in this process later
         conversion._run_grappler = run
+
+
+@contextlib.contextmanager
+def _flat_products() -> Iterator[None]:
+    """Have products of many rows with one matrix converted as products of two matrices.
+
+    TensorFlow.js' wasm backend computes a batch of more than one product in a plain loop, seventy times slower.
+    """
+    from tensorflowjs.converters import tf_saved_model_conversion_v2 as conversion
+
+    from polyexport.lowering.tensorflow.products import flattened
+
+    optimize = conversion.optimize_graph
+    conversion.optimize_graph = lambda graph, *rest, **options: optimize(flattened(graph), *rest, **options)
+    try:
+        yield
+    finally:
+        conversion.optimize_graph = optimize
 
 
 _UNFUSED = {
@@ -309,7 +328,8 @@ def _format(name: str, precision: Precision, description: str, route: Route) -> 
         targets=("browser",),
         page=page.NAME,
         runtime="tfjs",
-        slow_because="in Node its WebAssembly backend has one thread (https://github.com/tensorflow/tfjs/issues/3830)",
+        slow_because="in Node its WebAssembly backend has one thread (https://github.com/tensorflow/tfjs/issues/3830), "
+        "and multiplies batches of matrices, as attention does, in a plain loop",
         snippets=_SNIPPETS,
     )
 

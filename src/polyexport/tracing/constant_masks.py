@@ -126,7 +126,7 @@ def _kinds() -> Mapping[Any, Callable[[Node, Known], Range | None]]:
     )
     return {
         **dict.fromkeys(views, lambda node, known: known(node.args[0])),
-        **dict.fromkeys((aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default), _cast),
+        **dict.fromkeys((aten.to.dtype, aten.to.dtype_layout), _cast),
         **dict.fromkeys((aten.ones.default, aten.ones_like.default, aten.new_ones.default), lambda *_: (1, 1)),
         **dict.fromkeys((aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default), lambda *_: (0, 0)),
         **dict.fromkeys((aten.full.default, aten.full_like.default), lambda node, known: known(node.args[1])),
