@@ -42,7 +42,7 @@ def lower(module: torch.fx.GraphModule, target: Path, spec: ExportSpec, partitio
     # its check of data types takes the first of several results for their list and asks for its length, which makes a
     # dynamic batch static
     config = EdgeCompileConfig(_check_ir_validity=False)
-    _copy_attention(module)
+    _decompose_attention(module)
     chosen = [XnnpackPartitioner()] if partitioners is None else partitioners
     program = exported(module, spec)
     with _quickly(program):
@@ -70,31 +70,48 @@ def _quickly(program: torch.export.ExportedProgram) -> Iterator[None]:
         yield
 
 
-def _copy_attention(module: torch.fx.GraphModule) -> None:
-    """Copy what attention returns, in the layout in memory that it was traced with.
+def _decompose_attention(module: torch.fx.GraphModule) -> None:
+    """Compose attention of matrix products and a softmax, in place; with a mask it keeps PyTorch's composition.
 
-    PyTorch's kernel has the heads of a position side by side, and what follows was traced as views of that; ExecuTorch
-    decomposes it into operations that return another layout, which has no such views.
+    PyTorch's own looks for rows without any key, by operations that XNNPACK lacks, where there is no mask either.
     """
     import torch
 
     aten = torch.ops.aten
     for node in module.graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default):
         traced = node.meta.get("val")
-        if traced is None or traced.dim() != 4 or not traced.transpose(1, 2).is_contiguous():
-            continue
-        readers = list(node.users)
-        with module.graph.inserting_after(node):
-            by_position = module.graph.call_function(aten.transpose.int, (node, 1, 2))
-        with module.graph.inserting_after(by_position):
-            copy = module.graph.call_function(
-                aten.clone.default, (by_position,), {"memory_format": torch.contiguous_format}
-            )
-        with module.graph.inserting_after(copy):
-            by_head = module.graph.call_function(aten.transpose.int, (copy, 1, 2))
-        for reader in readers:
-            reader.replace_input_with(node, by_head)
+        by_position = traced is not None and traced.dim() == 4 and traced.transpose(1, 2).is_contiguous()
+        node.target = _attention_by_position if by_position else _attention
     module.recompile()
+
+
+def _attention_by_position(*args: Any, **kwargs: Any) -> torch.Tensor:
+    """With the heads of a position side by side in memory, as PyTorch's kernel has them: views of that were traced."""
+    return _attention(*args, **kwargs).transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    **options: Any,
+) -> torch.Tensor:
+    import torch
+
+    heads = query.shape[:-2]
+    if attn_mask is not None or is_causal or dropout_p or heads != key.shape[:-2] or heads != value.shape[:-2]:
+        attention = torch.nn.functional.scaled_dot_product_attention
+        return attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **options)
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    # products of three axes: of more, each operand would be copied as a whole
+    one, other, third = (x.reshape(-1, *x.shape[-2:]) for x in (query * factor, key, value))
+    shares = torch.bmm(one, other.transpose(1, 2)).softmax(-1)
+    return torch.bmm(shares, third).reshape(*query.shape[:-1], value.shape[-1])
 
 
 def exported(module: torch.nn.Module, spec: ExportSpec) -> torch.export.ExportedProgram:
