@@ -36,6 +36,7 @@ def convert_portable(source: Path, target: Path, spec: ExportSpec) -> None:
 
 def lower(module: torch.fx.GraphModule, target: Path, spec: ExportSpec, partitioners: list[Any] | None = None) -> None:
     """Write the program of a module, with the kernels that `partitioners` choose; by default XNNPACK's."""
+    from executorch.backends.transforms.remove_clone_ops import RemoveCloneOpsTransform
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
 
@@ -43,10 +44,12 @@ def lower(module: torch.fx.GraphModule, target: Path, spec: ExportSpec, partitio
     # dynamic batch static
     config = EdgeCompileConfig(_check_ir_validity=False)
     _decompose_attention(module)
+    # copies in the layout that a tensor has: XNNPACK refuses a part of a program that returns what it was given
+    passes = [RemoveCloneOpsTransform(preserve_input_output_copies=True, eliminate_quant_dequant_pairs=False)]
     chosen = [XnnpackPartitioner()] if partitioners is None else partitioners
     program = exported(module, spec)
     with _quickly(program):
-        edge = to_edge_transform_and_lower(program, partitioner=chosen, compile_config=config)
+        edge = to_edge_transform_and_lower(program, passes, partitioner=chosen, compile_config=config)
         target.write_bytes(edge.to_executorch().buffer)
 
 
