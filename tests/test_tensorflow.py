@@ -13,18 +13,17 @@ from isolated import answer, many
 
 FORMATS = ("saved_model", "graphdef", "tfjs")
 
-END_TO_END = ("lstm",)
-
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", END_TO_END)
-def test_agrees_with_pytorch_for_any_batch(name: str, tmp_path: Path) -> None:
-    module, inputs = zoo.build(name)
-    report = polyexport.export(module, inputs, FORMATS, tmp_path / name, bench=False, workers=2)
+def test_a_recurrent_layer_agrees_with_pytorch_for_any_batch(tmp_path: Path) -> None:
+    """Of 40 steps, which TFLite has with a dynamic batch only without a loop."""
+    module, frames = zoo.build("lstm")
+    formats = (*FORMATS, "tflite")
+    report = polyexport.export(module, frames.repeat(1, 4, 1), formats, tmp_path / "lstm", bench=False, workers=2)
     states = {outcome.format: (outcome.state, outcome.reason) for outcome in report.outcomes}
-    assert states == dict.fromkeys(FORMATS, ("verified", ""))
+    assert states == dict.fromkeys(formats, ("verified", ""))
     assert all(outcome.parity and len(outcome.parity.batches) > 1 for outcome in report.outcomes)
-    signature = json.loads((tmp_path / name / "tfjs" / "model.json").read_text())["signature"]
+    signature = json.loads((tmp_path / "lstm" / "tfjs" / "model.json").read_text())["signature"]
     assert report.model is not None
     assert set(signature["inputs"]) == {tensor.name for tensor in report.model.inputs}
     assert set(signature["outputs"]) == {tensor.name for tensor in report.model.outputs}
