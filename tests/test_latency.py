@@ -113,7 +113,10 @@ def test_a_format_slower_than_pytorch_gets_a_note_with_known_causes(tmp_path):
     report = written.export(tmp_path / "export", step=4)
     timed = {EAGER: measured([2.0] * 10), "good": measured([1.99] * 10), "static": measured([4.0] * 10)}
     (note,) = _recorded(report, timed, {}, {"good": "it is not", "static": "its kernels are made for NPUs"}).notes
-    line = "static is slower than eager PyTorch on the same 2 threads: 4 ms against 2; its kernels are made for NPUs"
+    line = (
+        "static is slower than eager PyTorch on the same 2 threads: 4 ms against 2; "
+        "what may be the cause: its kernels are made for NPUs"
+    )
     assert (note.kind, note.text) == ("latency", line)
     found = _recorded(report, timed, {})
     (note,) = found.notes

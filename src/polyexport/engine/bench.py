@@ -200,7 +200,7 @@ def _slower(name: str, latency: Latency, because: str) -> str:
     eager_ms = latency.p50_ms * (latency.speedup or 1)
     return (
         f"{name} is slower than eager PyTorch on the same {latency.threads} threads: {latency.p50_ms:.3g} ms against "
-        f"{eager_ms:.3g}; {because or 'the cause is unknown'}"
+        f"{eager_ms:.3g}; {f'what may be the cause: {because}' if because else 'the cause is unknown'}"
     )
 
 

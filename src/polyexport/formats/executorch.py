@@ -207,6 +207,7 @@ def executorch_format(name: str, precision: Precision, description: str, *routes
         aliases=(name.replace("executorch", "pte"),),
         description=description,
         url="https://docs.pytorch.org/executorch/stable/",
+        slow_because="a recurrent layer is unrolled to many small operators",
         artifact="model.pte",
         graph="model.pte",
         precision=precision,

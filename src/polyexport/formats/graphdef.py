@@ -104,6 +104,7 @@ FORMAT = Format(
     graph="model.pb",
     routes=(Route("freeze", upstream="saved_model", toolchain="tensorflow", convert=convert),),
     load=load,
+    slow_because="TensorFlow multiplies small matrices on one thread, and a recurrent layer is many small operators",
     targets=("server CPU",),
     snippets=_SNIPPETS,
 )

@@ -377,6 +377,7 @@ def _format(name: str, precision: Precision, description: str, *routes: Route, *
         name=name,
         description=description,
         url="https://mnn-docs.readthedocs.io/en/latest/",
+        slow_because="its converter makes a loop of a recurrent layer",
         artifact="model.mnn",
         graph="model.mnn",
         precision=precision,

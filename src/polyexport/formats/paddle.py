@@ -159,6 +159,7 @@ FORMAT = Format(
         Route("lowering", upstream="onnx", toolchain="paddle", convert=lower),
     ),
     load=load,
+    slow_because="attention is several operators on CPUs, and each transpose and reshape is a copy",
     targets=("server CPU",),
     snippets=_SNIPPETS,
 )

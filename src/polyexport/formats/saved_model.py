@@ -167,6 +167,7 @@ FORMAT = Format(
     graph="saved_model/saved_model.pb",
     routes=(Route("lowering", upstream="onnx", toolchain="tensorflow", convert=convert),),
     load=load,
+    slow_because="TensorFlow multiplies small matrices on one thread, and a recurrent layer is many small operators",
     targets=("server CPU",),
     triton=Triton("tensorflow_savedmodel", "model.savedmodel", is_platform=True),
     snippets=_SNIPPETS,

@@ -414,6 +414,7 @@ def packed(route: Route) -> Route:
 def tflite_format(name: str, precision: Precision, description: str, *routes: Route, **more: Any) -> Format:
     """A format whose artifact is such a file."""
     defaults: dict[str, Any] = {"load": load, "intermediates": intermediates, "targets": ("phone",)}
+    defaults |= {"slow_because": "a recurrent layer is many small operators in it"}
     return Format(
         name=name,
         aliases=(name.replace("tflite", "litert"),),
