@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from polyexport.tracing.einsum import einsum
+from polyexport.tracing.decompositions.einsum import einsum
 
 SIZES = {"b": 2, "t": 3, "d": 4, "n": 5, "h": 6, "k": 7, "w": 1}
 

@@ -279,7 +279,7 @@ def inspect(root: Path, job: Inspect) -> Any:
     from polyexport.measure.layers import output
     from polyexport.measure.other_values import jittered
     from polyexport.measure.parity import noise_floor
-    from polyexport.tracing.decompositions import plain_attention
+    from polyexport.tracing.attention import plain_attention
 
     model = load(root / job.source)
     inputs = read_arrays(root / job.batch, model.input_names)

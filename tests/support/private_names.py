@@ -104,7 +104,7 @@ NAMES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "formats/torchscript.py": ("torch._ops:OpOverload._schema",),
         "measure/size_branches.py": ("torch._subclasses.fake_tensor:FakeTensorMode",),
         "measure/noise.py": ("torch.utils._python_dispatch:TorchDispatchMode",),
-        "tracing/decompositions.py": ("torch.nn.modules.transformer:_detect_is_causal_mask",),
+        "tracing/attention.py": ("torch.nn.modules.transformer:_detect_is_causal_mask",),
         "tracing/draws.py": (
             "torch._C:_get_tracing_state",
             "torch._C:_set_tracing_state",
@@ -122,7 +122,7 @@ NAMES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
             "torch._subclasses.fake_tensor:DataDependentOutputException",
             "torch.fx.experimental.symbolic_shapes:GuardOnDataDependentSymNode",
         ),
-        "tracing/packed.py": (
+        "tracing/decompositions/packed.py": (
             "torch:_VF._pack_padded_sequence",
             "torch:_VF._pad_packed_sequence",
             "torch.nn.modules.rnn:RNNBase.check_forward_args",

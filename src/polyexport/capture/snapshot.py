@@ -44,7 +44,7 @@ from polyexport.capture.pytree import closed, opened, tree_map
 from polyexport.errors import BadRequest, line
 from polyexport.serialization import writing
 from polyexport.spec import ExportSpec
-from polyexport.tracing.decompositions import plain_attention
+from polyexport.tracing.attention import plain_attention
 from polyexport.tracing.exported_program import export_program, in_float32
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from polyexport.measure.parity import compare
 from polyexport.measure.size_branches import branching
 from polyexport.measure.tolerance import Tolerance
 from polyexport.spec import Arrays, Runner
-from polyexport.tracing.decompositions import plain_attention
+from polyexport.tracing.attention import plain_attention
 from polyexport.tracing.reads import FailedAt, Reads, reads
 
 

@@ -14,7 +14,7 @@ from polyexport.errors import line
 from polyexport.measure.parity import TIES, noise_floor
 from polyexport.measure.tolerance import Tolerance
 from polyexport.spec import Arrays, Precision
-from polyexport.tracing.decompositions import plain_attention
+from polyexport.tracing.attention import plain_attention
 
 if TYPE_CHECKING:
     import torch

@@ -34,7 +34,7 @@ from polyexport.measure.parity import NARROW, compare, says_little
 from polyexport.measure.tolerance import Tolerance
 from polyexport.serialization import writing
 from polyexport.spec import Arrays, Batch, ExportSpec, Runner, write_arrays
-from polyexport.tracing.decompositions import plain_attention
+from polyexport.tracing.attention import plain_attention
 from polyexport.tracing.draws import Draws, draws, lines
 from polyexport.tracing.forward import uncompiled
 from polyexport.tracing.idle_reads import idle

@@ -16,7 +16,7 @@ from typing import Any
 from polyexport.capture.answer import left_as_it_is
 from polyexport.measure.dynamic_axes import Axes, resized
 from polyexport.spec import Arrays
-from polyexport.tracing.decompositions import plain_attention
+from polyexport.tracing.attention import plain_attention
 from polyexport.tracing.reads import path
 
 Sizes = Mapping[str, int]

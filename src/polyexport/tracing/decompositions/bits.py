@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from polyexport.tracing.decompositions.names import named
+
 if TYPE_CHECKING:
     import torch
 
@@ -32,18 +34,12 @@ def functions() -> Mapping[Any, Callable[..., Any]]:
     found: dict[Any, Callable[..., Any]] = {}
     for name, (operator, compute) in computed.items():
         apply = _of_integers(getattr(torch, name), compute, getattr(torch, f"logical_{operator}", None))
-        found |= dict.fromkeys(_named(name, f"__{operator}__"), apply)
-        found |= dict.fromkeys(_named(f"{name}_", f"__i{operator}__"), _in_place(apply))
-        found |= dict.fromkeys(_named(f"__r{operator}__"), _turned(apply))
-    found |= dict.fromkeys(_named("bitwise_not", "__invert__"), _inverted)
-    found |= dict.fromkeys(_named("bitwise_not_"), lambda x: x.copy_(_inverted(x)))
+        found |= dict.fromkeys(named(name, f"__{operator}__"), apply)
+        found |= dict.fromkeys(named(f"{name}_", f"__i{operator}__"), _in_place(apply))
+        found |= dict.fromkeys(named(f"__r{operator}__"), _turned(apply))
+    found |= dict.fromkeys(named("bitwise_not", "__invert__"), _inverted)
+    found |= dict.fromkeys(named("bitwise_not_"), lambda x: x.copy_(_inverted(x)))
     return found
-
-
-def _named(*names: str) -> Iterator[Any]:
-    import torch
-
-    return (getattr(owner, name) for name in names for owner in (torch, torch.Tensor) if hasattr(owner, name))
 
 
 def _of_integers(plain: Any, compute: Compute, logical: Any) -> Callable[[Any, Any], torch.Tensor]:

@@ -6,11 +6,18 @@ No sizes are read, so that dynamic axes stay dynamic: axes are moved or added, n
 from __future__ import annotations
 
 import string
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
+
+
+def functions() -> Mapping[Any, Callable[..., Any]]:
+    """PyTorch's function, and its replacement with the same signature."""
+    import torch
+
+    return {torch.einsum: einsum}
 
 
 def einsum(equation: Any, *operands: Any) -> torch.Tensor:

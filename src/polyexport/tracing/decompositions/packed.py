@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from polyexport.tracing import projected
+from polyexport.tracing.decompositions import projected
 
 if TYPE_CHECKING:
     import torch
