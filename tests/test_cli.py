@@ -22,8 +22,8 @@ from typer.testing import CliRunner
 import forked
 import polyexport
 from polyexport import FORMATS
-from polyexport.capture import snapshot as module
-from polyexport.capture.pickling import import_path
+from polyexport.capture import snapshot
+from polyexport.capture.code import import_path
 from polyexport.cli import app
 from polyexport.engine import checkpoint
 from polyexport.report.outcome import Checkpoint
@@ -353,7 +353,7 @@ def test_a_model_is_named_by_its_file_too(shop: Path, tmp_path: Path, file: str)
     (tmp_path / file).write_text(SHOP)
     blob = checkpoint.read(shop / "best.ckpt")
     made = checkpoint.model(shop / "best.ckpt", blob, f"{tmp_path / file}:Net", {})
-    module.save_structure(made, None, tmp_path)
+    snapshot.save_structure(made, None, tmp_path)
     program = "import sys; from polyexport.capture.snapshot import restore; print(restore(sys.argv[1])['root'])"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(import_path())}
     done = subprocess.run(

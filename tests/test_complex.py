@@ -8,8 +8,8 @@ from torch import nn
 
 from lightning_export.metrics import _through
 from polyexport.capture.answer import _apart
+from polyexport.capture.calls import call_tensors, save_call
 from polyexport.capture.flatten import as_runner, flat
-from polyexport.capture.snapshot import call_tensors, save_call
 from polyexport.tracing.exported_program import export_program
 
 Z = torch.randn(5, 4, dtype=torch.complex64, generator=torch.Generator().manual_seed(0))

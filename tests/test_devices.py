@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from polyexport.capture import snapshot as modules
+from polyexport.capture import snapshot
+from polyexport.capture.calls import save_call
 from polyexport.capture.devices import OnTheCpu
+from polyexport.capture.pickling import dump, restore
 from saving import saved
 
 CUDA = torch.device("cuda", 0)
@@ -47,10 +49,10 @@ class Net(Trained):
 @pytest.mark.parametrize("name", PLACES)
 def test_a_module_that_names_an_accelerator_runs_on_the_cpu(name, tmp_path):
     net = Net(PLACES[name]).eval()
-    modules.save_structure(net, None, tmp_path)
-    modules.save_call((torch.ones(3, 4),), {}, tmp_path)
+    snapshot.save_structure(net, None, tmp_path)
+    save_call((torch.ones(3, 4),), {}, tmp_path)
     torch.save(net.layer.state_dict(prefix="layer.") | {"shift": torch.full((4,), 2.0)}, tmp_path / "weights.pt")
-    loaded = modules.load(tmp_path)
+    loaded = snapshot.load(tmp_path)
     x = torch.randn(2, 4)
     for module in (loaded, copy.deepcopy(loaded)):
         assert torch.allclose(module(x), net.layer(x + torch.arange(4)) + 2)
@@ -68,9 +70,9 @@ def test_a_module_that_names_no_device_is_intercepted_once():
 
 
 def test_a_default_device_that_an_import_sets_is_reset(tmp_path):
-    modules.dump(SetsTheDefault(), tmp_path / "x.pkl")
+    dump(SetsTheDefault(), tmp_path / "x.pkl")
     try:
-        modules.restore(tmp_path / "x.pkl")
+        restore(tmp_path / "x.pkl")
         assert torch.get_default_device().type == "cpu"
     finally:
         torch.set_default_device(None)
@@ -100,4 +102,4 @@ def test_a_lightning_module_knows_that_it_is_on_the_cpu(tmp_path):
     x = torch.randn(3, 4)
     expected = net(x)
     net._device = CUDA
-    assert torch.equal(modules.load(saved(net, tmp_path, x))(x), expected)
+    assert torch.equal(snapshot.load(saved(net, tmp_path, x))(x), expected)

@@ -20,8 +20,10 @@ import planted
 import runs
 from lightning_export import ranks
 from polyexport import Engine, Report, Request
-from polyexport.capture import snapshot as modules
+from polyexport.capture import snapshot
+from polyexport.capture.calls import save_call
 from polyexport.capture.sharded import join
+from polyexport.capture.weights import SHARDS, WEIGHTS, read_checkpoint
 from polyexport.engine.weights import hold
 from polyexport.report.folders import unfinished
 
@@ -233,7 +235,7 @@ def test_a_folder_of_shards_is_joined_in_a_worker(ended):
         *answers(report.folder, _load_distributed_checkpoint(Path(report.checkpoint.path))["state_dict"]), atol=1e-6
     )
     assert report.folder.resolve().name == f"epoch={report.checkpoint.epoch}-step={report.checkpoint.global_step}"
-    assert not (report.folder / "source" / modules.SHARDS).exists()
+    assert not (report.folder / "source" / SHARDS).exists()
 
 
 # --- a folder as a checkpoint -----------------------------------------------------------------------------------------
@@ -256,8 +258,8 @@ def test_shards_are_hard_linked_and_outlive_the_checkpoint(tmp_path):
     assert all(path.stat().st_nlink == 2 for path in best.iterdir())
     for path in best.iterdir():
         path.unlink()
-    join(source / modules.SHARDS, source / modules.WEIGHTS)
-    joined = modules.read_checkpoint(source / modules.WEIGHTS)
+    join(source / SHARDS, source / WEIGHTS)
+    joined = read_checkpoint(source / WEIGHTS)
     assert (joined["epoch"], joined["global_step"]) == (3, 7)
     assert joined["state_dict"].keys() == state.keys()
     assert all(torch.equal(joined["state_dict"][name], tensor) for name, tensor in state.items())
@@ -265,8 +267,8 @@ def test_shards_are_hard_linked_and_outlive_the_checkpoint(tmp_path):
 
 def exported(folder: Path, held: Path, executor: Any = None) -> Report:
     work = unfinished(folder)
-    modules.save_call((torch.randn(4, runs.FEATURES),), {}, work / "source")
-    modules.save_structure(runs.Noisy(), None, work / "source")
+    save_call((torch.randn(4, runs.FEATURES),), {}, work / "source")
+    snapshot.save_structure(runs.Noisy(), None, work / "source")
     with Engine(executor=executor) as engine:
         return engine.submit(Request(work, "made", (planted.GOOD,), held=str(held))).result()
 
@@ -276,7 +278,7 @@ def test_a_sharded_checkpoint_at_a_url_is_fetched_and_joined_by_any_worker(tmp_p
     fsdp_checkpoint(tmp_path / "best.ckpt")
     report = exported(tmp_path, tmp_path / "best.ckpt", executor)
     assert report["good"].state == "verified"
-    assert not (report.folder / "source" / modules.SHARDS).exists()
+    assert not (report.folder / "source" / SHARDS).exists()
 
 
 def test_without_deepspeed_its_checkpoints_are_skipped_and_the_reason_says_what_to_install(tmp_path):

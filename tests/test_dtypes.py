@@ -14,8 +14,11 @@ from torch import nn
 from polyexport import worker
 from polyexport.capture import snapshot
 from polyexport.capture.answer import ask
+from polyexport.capture.calls import save_call
 from polyexport.capture.dtypes import InFloat32, needs_float32
 from polyexport.capture.flatten import flat
+from polyexport.capture.traced import save_traced
+from polyexport.capture.weights import WEIGHTS
 from polyexport.errors import BadRequest
 from polyexport.measure import reference
 from polyexport.workers.job import Convert, Verify
@@ -115,9 +118,9 @@ def test_a_module_that_is_traced_in_training_comes_out_in_float32_too(name, tmp_
     answer, dtype = LOW[name]
     net, source = Net(answer, dtype).eval(), tmp_path / "source"
     source.mkdir()
-    snapshot.save_traced(net, None, (X,), {}, source)
-    snapshot.save_call((X,), {}, source)
-    torch.save(net.state_dict(), source / snapshot.WEIGHTS)
+    save_traced(net, None, (X,), {}, source)
+    save_call((X,), {}, source)
+    torch.save(net.state_dict(), source / WEIGHTS)
     ask(net, ((X,), {}), source)
     found = reference.make(tmp_path, source, True)
     assert found.undecidable == ""

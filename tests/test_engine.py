@@ -29,8 +29,9 @@ import planted
 import polyexport
 from planted import GOOD, planted as plant
 from polyexport import BadRequest, Engine, Report, Request, Toolchain
-from polyexport.capture import snapshot as modules
-from polyexport.capture.pickling import importable, script
+from polyexport.capture import snapshot
+from polyexport.capture.calls import save_call
+from polyexport.capture.code import importable, script
 from polyexport.engine import engine as engines
 from polyexport.engine.dispatch import _by_value, prepared_with
 from polyexport.engine.request import _read, interrupted, interruption
@@ -52,8 +53,8 @@ def net() -> nn.Module:
 def request(parent: Path, formats=(GOOD,), *, name="epoch=1", module=None, **more) -> Request:
     work = unfinished(parent)
     module = module or net()
-    modules.save_structure(module, None, work / "source")
-    modules.save_call((torch.randn(4, 5, generator=torch.Generator().manual_seed(1)),), {}, work / "source")
+    snapshot.save_structure(module, None, work / "source")
+    save_call((torch.randn(4, 5, generator=torch.Generator().manual_seed(1)),), {}, work / "source")
     torch.save(module.state_dict(), work / "source" / "weights.pt")
     return Request(work, name, tuple(formats), checkpoint=Checkpoint(f"{name}.ckpt", epoch=1, global_step=10), **more)
 

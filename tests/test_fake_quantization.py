@@ -15,7 +15,9 @@ from torch.ao.quantization.quantize_fx import prepare_qat_fx
 
 import polyexport
 from polyexport.capture import answer, snapshot
+from polyexport.capture.calls import save_call
 from polyexport.capture.unwrap import settle
+from polyexport.capture.weights import WEIGHTS
 from polyexport.tracing.exported_program import export_program
 from polyexport.tracing.fake_quantization import with_integers
 
@@ -175,9 +177,9 @@ def test_an_answer_in_which_observers_moved_the_scales_is_not_compared(tmp_path)
     module, call = eager("qnnpack"), ((IMAGES,), {})
     module(2 * IMAGES + 0.5)
     module.eval()
-    snapshot.save_call(*call, tmp_path)
+    save_call(*call, tmp_path)
     snapshot.save_module(module, None, *call, tmp_path)
-    torch.save(module.state_dict(), tmp_path / snapshot.WEIGHTS)
+    torch.save(module.state_dict(), tmp_path / WEIGHTS)
     answer.ask(module, call, tmp_path)
     with pytest.raises(answer.NotCompared, match="observers of fake quantization moved its scales"):
         answer.disagreement(tmp_path, snapshot.load(tmp_path))

@@ -23,11 +23,15 @@ from torch.utils.data import DataLoader, TensorDataset
 import polyexport
 import zoo
 from polyexport import BadRequest
-from polyexport.capture import snapshot as modules
+from polyexport.capture import snapshot
 from polyexport.capture.answer import ANSWER, ask
+from polyexport.capture.calls import call_file, call_tensors, save_call
 from polyexport.capture.changes import beside_weights
+from polyexport.capture.code import import_path
 from polyexport.capture.flatten import flat, named_tensors
-from polyexport.capture.pickling import import_path
+from polyexport.capture.selection import selected
+from polyexport.capture.traced import save_traced
+from polyexport.capture.weights import WEIGHTS
 from saving import saved
 
 Pair = namedtuple("Pair", "first second")
@@ -42,14 +46,14 @@ class Found:
 def test_a_module_comes_back_with_its_weights_and_answers_the_same(tmp_path):
     net = zoo.UNet().eval()
     image = torch.rand(2, 3, 16, 16)
-    loaded = modules.load(saved(net, tmp_path, image))
+    loaded = snapshot.load(saved(net, tmp_path, image))
     assert torch.equal(loaded(image), net(image))
 
 
 def test_saving_the_structure_writes_no_parameter_and_changes_nothing(tmp_path):
     net = nn.Linear(1000, 1000)
     before = copy.deepcopy(net.state_dict())
-    modules.save_structure(net, None, tmp_path)
+    snapshot.save_structure(net, None, tmp_path)
     assert (tmp_path / "structure.pkl").stat().st_size < 10_000
     assert not net.weight.is_meta
     assert all(torch.equal(before[name], tensor) for name, tensor in net.state_dict().items())
@@ -68,7 +72,7 @@ class Hidden(nn.Module):
 
 def test_a_module_that_is_hidden_in_a_list_keeps_its_weights(tmp_path):
     x, net = torch.randn(2, 4), Hidden().eval()
-    loaded = modules.load(saved(net, tmp_path, x))
+    loaded = snapshot.load(saved(net, tmp_path, x))
     assert torch.equal(loaded(x), net(x))
     with pytest.warns(DeprecationWarning, match="jit"):
         assert torch.equal(torch.jit.trace(loaded.requires_grad_(False), (x,))(x), net(x))
@@ -88,16 +92,16 @@ class Bank(nn.Module):
 def test_a_buffer_that_has_grown_since_comes_back_as_it_is_in_the_checkpoint(tmp_path):
     x = torch.randn(2, 4)
     folder = saved(Bank(0), tmp_path, x)
-    torch.save(Bank(3).state_dict(), folder / modules.WEIGHTS)
-    assert torch.equal(modules.load(folder)(x), Bank(3)(x))
+    torch.save(Bank(3).state_dict(), folder / WEIGHTS)
+    assert torch.equal(snapshot.load(folder)(x), Bank(3)(x))
 
 
 def test_a_checkpoint_of_pytorchs_old_kind_is_read(tmp_path):
     x, net = torch.randn(2, 4), nn.Linear(4, 3)
     folder = saved(net, tmp_path, x)
     checkpoint = {"state_dict": net.state_dict()}
-    torch.save(checkpoint, folder / modules.WEIGHTS, _use_new_zipfile_serialization=False)
-    assert torch.equal(modules.load(folder)(x), net(x))
+    torch.save(checkpoint, folder / WEIGHTS, _use_new_zipfile_serialization=False)
+    assert torch.equal(snapshot.load(folder)(x), net(x))
 
 
 class Versioned(nn.Linear):
@@ -112,7 +116,7 @@ class Versioned(nn.Linear):
 
 def test_a_module_is_told_the_version_of_its_state(tmp_path):
     x, net = torch.randn(2, 4), nn.Sequential(Versioned(4, 3))
-    assert torch.equal(modules.load(saved(net, tmp_path, x))(x), net(x))
+    assert torch.equal(snapshot.load(saved(net, tmp_path, x))(x), net(x))
 
 
 def reshaped(net):
@@ -173,7 +177,7 @@ def test_the_structure_of_scripted_parts_is_looked_at_too():
 def test_tied_weights_stay_tied(tmp_path):
     net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     net[1].weight = net[0].weight
-    loaded = modules.load(saved(net, tmp_path, torch.randn(2, 4)))
+    loaded = snapshot.load(saved(net, tmp_path, torch.randn(2, 4)))
     assert len(list(loaded.parameters())) == 3
 
 
@@ -187,7 +191,7 @@ def test_a_hook_that_refers_to_a_context_variable_comes_back(tmp_path):
     net, image = transformers.ViTModel(config).eval(), torch.rand(2, 3, 8, 8)
     expected = net(image, output_hidden_states=True).hidden_states[-1]
     assert any(each._forward_hooks for each in net.modules())
-    loaded = modules.load(saved(net, tmp_path, pixel_values=image, output_hidden_states=True))
+    loaded = snapshot.load(saved(net, tmp_path, pixel_values=image, output_hidden_states=True))
     loaded(image)
     at = loaded.output_names.index("hidden_states_1")
     assert torch.equal(loaded(image)[at], expected)
@@ -202,7 +206,7 @@ def test_buffers_that_no_checkpoint_has_are_kept(tmp_path):
         def forward(self, x):
             return x * self.scale
 
-    loaded = modules.load(saved(Scaled(), tmp_path, torch.ones(2, 1)))
+    loaded = snapshot.load(saved(Scaled(), tmp_path, torch.ones(2, 1)))
     assert loaded(torch.ones(2, 1)).tolist() == [[3.0], [3.0]]
 
 
@@ -216,7 +220,7 @@ def test_a_sparse_buffer_is_kept(tmp_path, persistent):
         def forward(self, x):
             return self.adjacency @ x
 
-    loaded = modules.load(saved(Neighbors(), tmp_path, torch.rand(2, 1)))
+    loaded = snapshot.load(saved(Neighbors(), tmp_path, torch.rand(2, 1)))
     assert loaded(torch.tensor([[1.0], [2.0]])).tolist() == [[2.0], [1.0]]
 
 
@@ -224,7 +228,7 @@ def test_a_lightning_checkpoint_is_read_by_its_state_dict(tmp_path):
     net = nn.Linear(3, 2)
     saved(net, tmp_path, torch.randn(2, 3))
     torch.save({"state_dict": net.state_dict(), "epoch": 3, "extra": {1, 2}}, tmp_path / "weights.pt")
-    assert torch.equal(modules.load(tmp_path).inner.weight, net.weight)
+    assert torch.equal(snapshot.load(tmp_path).inner.weight, net.weight)
 
 
 def test_weights_that_the_checkpoint_lacks_are_named(tmp_path):
@@ -233,29 +237,29 @@ def test_weights_that_the_checkpoint_lacks_are_named(tmp_path):
     saved(net, tmp_path, torch.randn(2, 3))
     torch.save({"weight": net.weight.detach()}, tmp_path / "weights.pt")
     with pytest.raises(BadRequest, match=r"no weights for bias \(1 parameters"):
-        modules.load(tmp_path)
+        snapshot.load(tmp_path)
 
 
 def test_half_precision_is_exported_as_float32(tmp_path):
     net = nn.Linear(3, 2).to(torch.bfloat16)
-    loaded = modules.load(saved(net, tmp_path, torch.randn(2, 3).to(torch.bfloat16)))
+    loaded = snapshot.load(saved(net, tmp_path, torch.randn(2, 3).to(torch.bfloat16)))
     assert loaded(*loaded.example).dtype == torch.float32
 
 
 def test_a_part_of_the_module_can_be_exported(tmp_path):
     net = nn.ModuleDict({"backbone": nn.Linear(3, 2), "head": nn.Linear(2, 1)})
-    loaded = modules.load(saved(net, tmp_path, torch.randn(2, 3), select="backbone"))
+    loaded = snapshot.load(saved(net, tmp_path, torch.randn(2, 3), select="backbone"))
     assert loaded.inner.out_features == 2
     with pytest.raises(BadRequest, match="has no 'bakbone'; it has backbone, head"):
-        modules.selected(net, "bakbone")
+        selected(net, "bakbone")
 
 
 def test_a_function_may_select_the_part(tmp_path):
     net = nn.ModuleDict({"backbone": nn.Linear(3, 2)})
-    loaded = modules.load(saved(net, tmp_path, torch.randn(2, 3), select=lambda root: root["backbone"]))
+    loaded = snapshot.load(saved(net, tmp_path, torch.randn(2, 3), select=lambda root: root["backbone"]))
     assert torch.equal(loaded.inner.weight, net["backbone"].weight)
     with pytest.raises(BadRequest, match="is a int, not a torch"):
-        modules.selected(net, lambda root: 1)
+        selected(net, lambda root: 1)
 
 
 def test_inputs_have_the_names_of_the_arguments():
@@ -294,8 +298,8 @@ def test_mappings_and_dataclasses_reach_forward_as_their_own_types(tmp_path):
     made = flat(Net(), (call,), {})
     assert made.input_names == ("samples_0_batch_x", "samples_0_batch_more_y")
     assert made(one, 2 * one).tolist() == [9.0, 9.0]
-    modules.save_call((call,), {}, tmp_path)
-    tensors = modules.call_tensors(modules.call_file(tmp_path))
+    save_call((call,), {}, tmp_path)
+    tensors = call_tensors(call_file(tmp_path))
     assert [tensor.tolist() for tensor in tensors] == [[1.0, 1.0], [3.0, 3.0]]
     assert call[0].batch["x"] is one
 
@@ -363,7 +367,7 @@ def test_arguments_that_are_not_tensors_are_constants(tmp_path):
         "when": np.arange(3),
         "scale": np.float32(2),
     }
-    loaded = modules.load(saved(Net(), tmp_path, batch))
+    loaded = snapshot.load(saved(Net(), tmp_path, batch))
     assert loaded.input_names == ("batch_x",)
     assert loaded(torch.ones(2)).tolist() == [5.0, 5.0]
 
@@ -386,10 +390,10 @@ def test_a_number_among_the_outputs_stays_out_of_a_trace_too(tmp_path):
             return {"rows": x.shape[0], "y": x + 1, "mean": float(x.mean())}
 
     folder = saved(Net(), tmp_path, torch.ones(2, 3))
-    loaded = modules.load(folder)
+    loaded = snapshot.load(folder)
     loaded(torch.ones(2, 3))
     assert loaded.output_names == ("y",)
-    traced = torch.jit.trace(modules.load(folder, ("y",)), (torch.ones(2, 3),), check_trace=False)
+    traced = torch.jit.trace(snapshot.load(folder, ("y",)), (torch.ones(2, 3),), check_trace=False)
     assert torch.equal(traced(torch.zeros(5, 3)), torch.ones(5, 3))
 
 
@@ -401,14 +405,14 @@ def test_a_call_without_a_tensor_is_an_error():
 def test_a_traced_structure_takes_the_weights_of_the_checkpoint(tmp_path):
     root = nn.ModuleDict({"net": nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))}).eval()
     x = torch.randn(4, 3)
-    modules.save_call((x,), {}, tmp_path)
+    save_call((x,), {}, tmp_path)
     root["net"][0].train()
-    modules.save_traced(root, "net", (x,), {}, tmp_path)
+    save_traced(root, "net", (x,), {}, tmp_path)
     assert [each.training for each in root.modules()] == [False, False, True, False]
     root.eval()
     nn.init.ones_(root["net"][0].weight)
     torch.save(root.state_dict(), tmp_path / "weights.pt")
-    loaded = modules.load(tmp_path)
+    loaded = snapshot.load(tmp_path)
     for size in (4, 2, 7):
         rows = torch.randn(size, 3)
         assert torch.allclose(loaded(rows), root["net"](rows))
@@ -455,12 +459,12 @@ class HoldsItsData(nn.Module):
 def test_data_that_a_module_refers_to_is_not_saved(tmp_path):
     net = HoldsItsData().eval()
     x = torch.randn(3, 4)
-    loaded = modules.load(saved(net, tmp_path, x))
+    loaded = snapshot.load(saved(net, tmp_path, x))
     assert torch.equal(copy.deepcopy(loaded)(x), net(x))
     assert (tmp_path / "structure.pkl").stat().st_size < 20_000
     assert isinstance(net.train_set, TensorDataset)
     net.asks = True
-    loaded = modules.load(saved(net, tmp_path, x))
+    loaded = snapshot.load(saved(net, tmp_path, x))
     with pytest.raises(AttributeError, match="tensors of a TensorDataset: it stays with training"):
         loaded(x)
 

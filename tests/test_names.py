@@ -81,7 +81,7 @@ def test_an_output_may_be_called_as_an_operator_is(route: str, tmp_path: Path) -
     else:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("polyexport.capture.snapshot.load", lambda source, outputs: module)
-            patch.setattr("polyexport.capture.snapshot.example", lambda source, spec: module.example)
+            patch.setattr("polyexport.capture.calls.example_inputs", lambda source, spec: module.example)
             convert_trace(tmp_path, tmp_path / "m.onnx", spec)
     onnx.checker.check_model(onnx.load(tmp_path / "m.onnx"), full_check=True)
     inputs = {name: np.random.default_rng(0).random((5, 3), np.float32) for name in spec.input_names}

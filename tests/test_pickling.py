@@ -16,6 +16,8 @@ from torch import nn
 
 from lightning_export import ExportCallback
 from polyexport.capture import snapshot
+from polyexport.capture.calls import call_file, save_call
+from polyexport.capture.pickling import restore
 
 
 class Holder(nn.Module):
@@ -184,7 +186,7 @@ HELD = {
 @pytest.mark.parametrize("name", HELD)
 def test_a_module_is_restored_and_can_be_traced_despite_holding(name, tmp_path):
     net, x = HELD[name]().eval(), torch.randn(3, 4)
-    snapshot.save_call((torch.ones(2, 4),), {}, tmp_path)
+    save_call((torch.ones(2, 4),), {}, tmp_path)
     snapshot.save_module(net, None, (torch.ones(2, 4),), {}, tmp_path)
     torch.save(net.state_dict(), tmp_path / "weights.pt")
     loaded = snapshot.load(tmp_path)
@@ -203,8 +205,8 @@ def test_an_attribute_that_cannot_be_pickled_is_named_and_the_module_is_traced(t
 
 
 def test_a_constant_argument_that_cannot_be_pickled_is_left_out(tmp_path):
-    snapshot.save_call((torch.ones(2, 4),), {"file": (number for number in range(3)), "scale": 2.0}, tmp_path)
-    (x,), rest = snapshot.restore(snapshot.call_file(tmp_path))
+    save_call((torch.ones(2, 4),), {"file": (number for number in range(3)), "scale": 2.0}, tmp_path)
+    (x,), rest = restore(call_file(tmp_path))
     assert x.shape == (2, 4)
     assert rest["scale"] == 2.0
     with pytest.raises(AttributeError, match="close of a generator: it stays with training"):
@@ -213,7 +215,7 @@ def test_a_constant_argument_that_cannot_be_pickled_is_left_out(tmp_path):
 
 def test_weights_that_the_checkpoint_lacks_come_from_a_file_next_to_it(tmp_path):
     net, x = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), torch.randn(3, 4)
-    snapshot.save_call((x,), {}, tmp_path)
+    save_call((x,), {}, tmp_path)
     snapshot.save_structure(net, None, tmp_path)
     torch.save(net[1].state_dict(prefix="1."), tmp_path / "weights.pt")
     torch.save(net[0].state_dict(prefix="0."), tmp_path / "lacking.pt")

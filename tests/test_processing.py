@@ -23,7 +23,9 @@ from lightning_export.inputs import _one_by_one
 from planted import GOOD, lacks_both, lacks_bytes, lacks_topk, load_narrow, load_nowhere, planted, replay
 from polyexport import BadRequest, Engine, Processing, Report, Request
 from polyexport.capture import snapshot
+from polyexport.capture.calls import save_call
 from polyexport.capture.processing import joined, unlike
+from polyexport.capture.weights import WEIGHTS
 from polyexport.kit import make as kit
 from polyexport.kit.accept import accept
 from polyexport.report.folders import unfinished
@@ -219,8 +221,8 @@ def test_the_kit_of_an_artifact_without_a_step_proves_what_it_has(without_topk: 
 
 def saved(root: nn.Module, folder: Path, steps: Processing) -> str:
     note = snapshot.save_module(root, None, (pixels(),), {}, folder, steps=steps)
-    snapshot.save_call((pixels(),), {}, folder)
-    torch.save(root.state_dict(), folder / snapshot.WEIGHTS)
+    save_call((pixels(),), {}, folder)
+    torch.save(root.state_dict(), folder / WEIGHTS)
     return note
 
 
@@ -252,7 +254,7 @@ def test_a_step_that_is_a_part_of_the_module_has_the_weights_of_the_checkpoint(t
     saved(whole, tmp_path, by_name if named else Processing(whole.prepare, whole.probabilities))
     with torch.no_grad():
         whole.prepare[1].weight.mul_(3)  # what training goes on to do
-    torch.save(whole.state_dict(), tmp_path / snapshot.WEIGHTS)
+    torch.save(whole.state_dict(), tmp_path / WEIGHTS)
     expected = whole(whole.prepare(pixels())).softmax(1)
     assert torch.allclose(snapshot.load(tmp_path)(pixels()), expected)
 

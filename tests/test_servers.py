@@ -25,7 +25,7 @@ import planted
 import polyexport
 from planted import planted as plant
 from polyexport import ExportSpec, Format, Runner
-from polyexport.capture.pickling import libraries
+from polyexport.capture.code import libraries
 from polyexport.engine.dispatch import Dispatcher, Limits, imports
 from polyexport.workers import oom, process, servers, toolchain
 from polyexport.workers.job import Bench, Convert, Serve, write_job

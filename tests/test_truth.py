@@ -18,10 +18,14 @@ import torch
 from torch import nn
 
 from polyexport import worker
-from polyexport.capture import snapshot as module
+from polyexport.capture import snapshot
 from polyexport.capture.answer import ANSWER, answer as record, ask
+from polyexport.capture.calls import example_inputs, save_call
 from polyexport.capture.flatten import as_call
+from polyexport.capture.pickling import dump
 from polyexport.capture.threads import in_one_thread
+from polyexport.capture.traced import save_traced
+from polyexport.capture.weights import WEIGHTS
 from polyexport.engine import routes
 from polyexport.errors import BadRequest
 from polyexport.measure import reference
@@ -46,9 +50,9 @@ def saved(folder: Path, net: nn.Module, *calls, trained: nn.Module | None = None
     source = folder / "source"
     source.mkdir()
     for index, call in enumerate(calls):
-        module.save_call(*as_call(call), source, index)
-    module.save_structure(net, None, source)
-    torch.save(net.state_dict(), source / module.WEIGHTS)
+        save_call(*as_call(call), source, index)
+    snapshot.save_structure(net, None, source)
+    torch.save(net.state_dict(), source / WEIGHTS)
     if trained is not None:
         ask(trained, as_call(calls[0]), source)
         assert (source / ANSWER).exists()
@@ -389,7 +393,7 @@ def test_nan_is_the_greatest_in_artifacts_of_a_module_that_looks_for_it(tmp_path
 def test_a_module_that_was_in_training_mode_in_validation_is_told_so(tmp_path):
     net = nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3))
     source = saved(tmp_path, net, X)
-    module.dump(record(net, (X,), {}, net.train()(X)), source / ANSWER)
+    dump(record(net, (X,), {}, net.train()(X)), source / ANSWER)
     assert "was in training mode in that call" in reference.make(tmp_path, source, True).undecidable
 
 
@@ -397,7 +401,7 @@ def test_hooks_on_all_modules_are_told(tmp_path):
     net = nn.Linear(5, 3).eval()
     source = saved(tmp_path, net, X)
     hook = nn.modules.module.register_module_forward_hook(lambda net, args, output: output + 1)
-    module.dump(record(net, (X,), {}, net(X)), source / ANSWER)
+    dump(record(net, (X,), {}, net(X)), source / ANSWER)
     hook.remove()
     assert "hooks on all modules" in reference.make(tmp_path, source, True).undecidable
 
@@ -610,8 +614,8 @@ def test_inputs_without_axes_and_without_rows_are_traced_as_what_they_are(tmp_pa
     calls = (X, torch.tensor(2.0), torch.zeros(0, 4)), (X, torch.tensor(3.0), torch.rand(3, 4))
     found = prepared(tmp_path, Scaled(), *calls)
     assert [tensor.shape for tensor in found.spec.inputs] == [("batch", 5), (), ("boxes_axis_0", 4)]
-    example = module.example(tmp_path / "source", found.spec)
-    assert [tuple(tensor.shape) for tensor in example] == [(6, 5), (), (2, 4)]
+    inputs = example_inputs(tmp_path / "source", found.spec)
+    assert [tuple(tensor.shape) for tensor in inputs] == [(6, 5), (), (2, 4)]
     answer, _ = traced(tmp_path, found)
     assert (answer["parity"].passed, answer["elsewhere"]) == (True, "")
 
@@ -785,9 +789,9 @@ def test_low_precision_in_training_is_rounding_and_a_temperature_is_not(tmp_path
 def test_a_trace_is_compared_with_what_was_trained_too(tmp_path, temperature, same):
     source = tmp_path / "source"
     source.mkdir()
-    module.save_call((X,), {}, source)
-    module.save_traced(Cooled().eval(), None, (X,), {}, source)
-    torch.save(Cooled().state_dict(), source / module.WEIGHTS)
+    save_call((X,), {}, source)
+    save_traced(Cooled().eval(), None, (X,), {}, source)
+    torch.save(Cooled().state_dict(), source / WEIGHTS)
     ask(Cooled(temperature), as_call(X), source)
     assert (reference.make(tmp_path, source, True).undecidable == "") == same
 
@@ -864,7 +868,7 @@ def test_what_a_script_set_in_an_imported_file_is_set_again(tmp_path, monkeypatc
     assert found.notes == (f"global variables were set to their values in training: {name}.{change}",)
     np.testing.assert_allclose(np.load(tmp_path / "validation_batch.npz")["output_0"], expected, rtol=1e-5)
     setattr(owner, attribute, was)
-    module.load(source)
+    snapshot.load(source)
     assert vars(owner)[attribute] is not was, "every later worker sets it too"
 
 

@@ -15,7 +15,7 @@ from lightning_export.harmless import warn
 from lightning_export.trainer import callbacks, example, modes, overrides, validates
 from polyexport import BadRequest
 from polyexport.capture.processing import resolved
-from polyexport.capture.snapshot import Select, selected
+from polyexport.capture.selection import Select, selected
 from polyexport.engine.engine import check_whole
 from polyexport.engine.session import Options
 from polyexport.measure.budget import directed

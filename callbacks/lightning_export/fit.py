@@ -14,7 +14,7 @@ from lightning_export.loggers import sinks
 from lightning_export.metrics import measured
 from lightning_export.trainer import KEPT_BY_LIGHTNING, attached, shards
 from polyexport import ExportFailed, Report
-from polyexport.capture.pickling import libraries
+from polyexport.capture.code import libraries
 from polyexport.engine.session import Options, Session
 from polyexport.errors import line
 from polyexport.publish import Sink

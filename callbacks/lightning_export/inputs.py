@@ -21,7 +21,7 @@ from lightning_export.watch import Call
 from polyexport import BadRequest
 from polyexport.capture.flatten import as_call, check_dense, flattened_call
 from polyexport.capture.processing import Processing, entry, preprocessed, resolved, unlike
-from polyexport.capture.snapshot import selected
+from polyexport.capture.selection import selected
 from polyexport.engine.session import Session
 
 

@@ -25,8 +25,9 @@ from lightning_export.harmless import warn
 from lightning_export.trainer import modes, validates
 from polyexport import BadRequest, Budget, Report, Runner
 from polyexport.capture.flatten import flat, named_tensors, to_arrays
-from polyexport.capture.snapshot import WEIGHTS, Select, selected
+from polyexport.capture.selection import Select, selected
 from polyexport.capture.unwrap import is_data
+from polyexport.capture.weights import WEIGHTS
 from polyexport.engine import judge
 from polyexport.engine.session import Session
 from polyexport.errors import line

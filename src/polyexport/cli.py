@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from polyexport.capture.snapshot import selected
+from polyexport.capture.selection import selected
 from polyexport.engine import checkpoint, plan
 from polyexport.engine.engine import Engine
 from polyexport.engine.export import export

@@ -56,15 +56,16 @@ def inside(model: str, folder: Path) -> None:
     import numpy as np
     import torch
 
-    from polyexport.capture import snapshot as modules
+    from polyexport.capture import snapshot
+    from polyexport.capture.calls import save_call
     from polyexport.measure import reference
     from polyexport.serialization import encode
 
     source = folder / "source"
     source.mkdir(parents=True)
     module, inputs = zoo.build(model)
-    modules.save_structure(module, None, source)
-    modules.save_call(*as_call(inputs), source)
+    snapshot.save_structure(module, None, source)
+    save_call(*as_call(inputs), source)
     torch.save(module.state_dict(), source / "weights.pt")
     found = decode(Reference, encode(reference.make(folder, source, True)))
     places = {"module": source}

@@ -29,8 +29,10 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 import digits
 
 from polyexport import FORMATS, Engine, Format, Request
+from polyexport.capture.calls import save_call
 from polyexport.capture.flatten import as_call
-from polyexport.capture.snapshot import WEIGHTS, save_call, save_module
+from polyexport.capture.snapshot import save_module
+from polyexport.capture.weights import WEIGHTS
 from polyexport.engine import plan
 from polyexport.formats import resolve
 from polyexport.report.folders import unfinished

@@ -35,12 +35,12 @@ NAMES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "engine/weights.py": ("torch.nn:Module._non_persistent_buffers_set", "torch.nn:Module._parameters"),
         "capture/dtypes.py": ("torch.amp.autocast_mode:autocast._enabled",),
         "capture/sharded.py": ("torch.distributed.checkpoint.format_utils:dcp_to_torch_save",),
-        "capture/snapshot.py": (
-            "torch.nn:Module._metadata",
+        "capture/calls.py": ("torch.utils._pytree:tree_leaves",),
+        "capture/rebuilt.py": (
             "transformers.utils.output_capturing:_CAN_RECORD_REGISTRY",
             "transformers.modeling_utils:PreTrainedModel._can_record_outputs",
-            "torch.utils._pytree:tree_leaves",
         ),
+        "capture/weights.py": ("torch.nn:Module._metadata",),
         "capture/part_names.py": (
             "torch.nn:Module._modules",
             "torch.nn:Module._parameters",

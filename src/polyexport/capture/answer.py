@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from polyexport.capture import snapshot
 from polyexport.capture.changes import beside_weights
 from polyexport.capture.flatten import as_runner, as_taken, flat, in_pairs, named_tensors, to_arrays
+from polyexport.capture.pickling import Unpicklable, dump, restore
 from polyexport.capture.pytree import closed, opened
+from polyexport.capture.weights import WEIGHTS, load_weights
 from polyexport.errors import line
 from polyexport.spec import Arrays
 
@@ -144,15 +145,15 @@ def ask(module: nn.Module, call: Call, folder: Path) -> None:
         args, kwargs = closed(moved)
         before, returned = beside_weights(module), module.eval()(*args, **kwargs)
         if beside_weights(module) != before:
-            _restore_weights(module, folder / snapshot.WEIGHTS)
-        snapshot.dump(answer(module, *call, returned), folder / ANSWER)
+            _restore_weights(module, folder / WEIGHTS)
+        dump(answer(module, *call, returned), folder / ANSWER)
 
 
 def _restore_weights(module: nn.Module, path: Path) -> None:
     """Set weights that differ from those of a file to its values."""
     import torch
 
-    saved = snapshot.load_weights(path) if path.exists() else {}
+    saved = load_weights(path) if path.exists() else {}
     for name, tensor in module.named_parameters():
         if name in saved and not torch.equal(saved[name], tensor.cpu()):
             tensor.copy_(saved[name])
@@ -165,8 +166,8 @@ def write(found: Answer | None, folder: Path) -> None:
         OSError: the file cannot be written.
     """
     if found is not None:
-        with contextlib.suppress(snapshot.Unpicklable):
-            snapshot.dump(found, folder / ANSWER)
+        with contextlib.suppress(Unpicklable):
+            dump(found, folder / ANSWER)
 
 
 @contextlib.contextmanager
@@ -210,7 +211,7 @@ def disagreement(folder: Path, model: Any) -> str:
     if not (folder / ANSWER).exists():
         return ""
     there = recorded(folder)
-    if not _same_weights(there.weights, snapshot.load_weights(folder / snapshot.WEIGHTS)):
+    if not _same_weights(there.weights, load_weights(folder / WEIGHTS)):
         raise NotCompared(
             "the checkpoint has other weights than the module had when its outputs were recorded, such as an average "
             "or those of another step"
@@ -236,7 +237,7 @@ def disagreement(folder: Path, model: Any) -> str:
 
 def recorded(folder: Path) -> Answer:
     """The answer of a folder that has one."""
-    found: Answer = snapshot.restore(folder / ANSWER)
+    found: Answer = restore(folder / ANSWER)
     return found
 
 

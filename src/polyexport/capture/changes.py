@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from polyexport.capture.snapshot import STRUCTURE, Select, save_structure
+from polyexport.capture.selection import Select
+from polyexport.capture.snapshot import STRUCTURE, save_structure
 from polyexport.capture.unwrap import is_data, is_of_training, own_attributes
 
 if TYPE_CHECKING:

@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from polyexport.capture.attribute import attribute
 from polyexport.capture.flatten import as_call
 from polyexport.capture.pytree import closed, opened
+from polyexport.capture.selection import attribute
 from polyexport.errors import BadRequest, line
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from polyexport.capture.snapshot import read_checkpoint
+from polyexport.capture.weights import read_checkpoint
 from polyexport.errors import BadRequest, ToolMissing
 from polyexport.serialization import writing
 

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from polyexport.capture.pickling import importable
+from polyexport.capture.code import importable
 
 if TYPE_CHECKING:
     from torch import nn

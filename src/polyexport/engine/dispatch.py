@@ -9,7 +9,7 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from polyexport.capture.pickling import by_value, script
+from polyexport.capture.code import by_value, script
 from polyexport.format import Format
 from polyexport.formats import known
 from polyexport.workers import toolchain

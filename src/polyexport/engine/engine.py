@@ -25,9 +25,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from polyexport.capture.pickling import import_path
+from polyexport.capture.code import import_path
 from polyexport.capture.processing import part
-from polyexport.capture.snapshot import PROCESSING, SHARDS, WEIGHTS
+from polyexport.capture.snapshot import PROCESSING
+from polyexport.capture.weights import SHARDS, WEIGHTS
 from polyexport.engine import plan, routes
 from polyexport.engine.bench import bench, sweep
 from polyexport.engine.dispatch import PREPARE, Dispatcher, Limits, prepared_with, verifies, with_libraries
@@ -92,7 +93,7 @@ class Engine:
         staging: An fsspec URL that this machine and the executor's can reach, through which files travel; without one
             they travel through the executor.
         libraries: Python modules that jobs import to rebuild the user's module, for the servers to import early; see
-            `polyexport.capture.pickling.libraries`.
+            `polyexport.capture.code.libraries`.
         tell: Called with one line about each format when it is finished, from threads of the engine: it must be quick
             and thread-safe, as a deque's `append` or `print` are.
     """

@@ -9,9 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from polyexport.capture.pickling import libraries
+from polyexport.capture.code import libraries
 from polyexport.capture.processing import NONE, Processing, Step, entry, preprocessed, resolved
-from polyexport.capture.snapshot import WEIGHTS
+from polyexport.capture.weights import WEIGHTS
 from polyexport.engine.engine import Engine
 from polyexport.engine.judge import measured
 from polyexport.engine.labels import check
@@ -138,8 +138,9 @@ def requested(
     import torch
 
     from polyexport.capture.answer import ask
+    from polyexport.capture.calls import check_call, save_call
     from polyexport.capture.flatten import as_call, check_dense, flattened_call
-    from polyexport.capture.snapshot import check_call, save_call, save_module
+    from polyexport.capture.snapshot import save_module
 
     final = Path(into).expanduser().resolve()
     if final.is_dir() and not can_write(final):

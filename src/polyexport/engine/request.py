@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from polyexport.capture.pickling import import_path
-from polyexport.capture.snapshot import PROCESSING, further_calls
+from polyexport.capture.calls import further_calls
+from polyexport.capture.code import import_path
+from polyexport.capture.snapshot import PROCESSING
 from polyexport.engine.dispatch import declared, declared_file
 from polyexport.engine.ownership import is_ours, seal
 from polyexport.errors import BadRequest, line

@@ -24,19 +24,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from polyexport import errors
 from polyexport.capture import answer as answers
+from polyexport.capture.calls import save_call
 from polyexport.capture.changes import beside_weights, retake
+from polyexport.capture.pickling import dump
 from polyexport.capture.processing import NONE, Processing
-from polyexport.capture.snapshot import (
-    ATTRIBUTES,
-    STRUCTURE,
-    UNAVAILABLE,
-    WEIGHTS,
-    Select,
-    dump,
-    save_call,
-    save_module,
-    save_surroundings,
-)
+from polyexport.capture.selection import Select
+from polyexport.capture.snapshot import ATTRIBUTES, STRUCTURE, UNAVAILABLE, save_module, save_surroundings
+from polyexport.capture.weights import WEIGHTS
 from polyexport.engine import plan
 from polyexport.engine.engine import Engine, check_limits, check_whole
 from polyexport.engine.judge import Metric, measured

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from zipfile import is_zipfile
 
-from polyexport.capture.snapshot import LACKING, SHARDS, WEIGHTS
 from polyexport.capture.unwrap import clean_name
+from polyexport.capture.weights import LACKING, SHARDS, WEIGHTS
 from polyexport.errors import BadRequest, line
 from polyexport.report.folders import lies_elsewhere, link
 from polyexport.serialization import writing

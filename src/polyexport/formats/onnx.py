@@ -109,12 +109,13 @@ def convert_trace(source: Path, target: Path, spec: ExportSpec, *, opset: int = 
     import torch
 
     from polyexport.capture import snapshot
+    from polyexport.capture.calls import example_inputs
     from polyexport.tracing.decompositions import decomposed
     from polyexport.tracing.exportable import exportable
 
     loaded = snapshot.load(source, spec.output_names)
     with torch.no_grad(), decomposed(), exportable(loaded, dynamic=spec.is_dynamic) as model:
-        _translated(model, snapshot.example(source, spec), target, spec, opset)
+        _translated(model, example_inputs(source, spec), target, spec, opset)
 
 
 def convert_script(source: Path, target: Path, spec: ExportSpec, *, opset: int = 20) -> None:

@@ -16,12 +16,13 @@ def convert(source: Path, target: Path, spec: ExportSpec) -> None:
     import torch
 
     from polyexport.capture import snapshot
+    from polyexport.capture.calls import example_inputs
     from polyexport.tracing.constant_masks import remove_constant_masks
     from polyexport.tracing.decompositions import decomposed
     from polyexport.tracing.exportable import exportable
     from polyexport.tracing.exported_program import export_program, subclasses_left_out
 
-    inputs = snapshot.example(source, spec)
+    inputs = example_inputs(source, spec)
     loaded = snapshot.load(source, spec.output_names)
     with decomposed(), exportable(loaded, dynamic=spec.is_dynamic) as traced, subclasses_left_out():
         traced.requires_grad_(False)  # else converters choose differentiable attention, which has other strides

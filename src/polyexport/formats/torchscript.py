@@ -19,23 +19,25 @@ if TYPE_CHECKING:
 def convert(source: Path, target: Path, spec: ExportSpec) -> None:
     """Trace the module with `torch.jit.trace`; axes stay dynamic unless the module's code fixes them."""
     from polyexport.capture import snapshot
+    from polyexport.capture.calls import example_inputs
     from polyexport.tracing.decompositions import decomposed
     from polyexport.tracing.exportable import exportable
 
     loaded = snapshot.load(source, spec.output_names)
     with decomposed(), exportable(loaded, dynamic=spec.is_dynamic) as model:
-        _trace(model, snapshot.example(source, spec), target, spec)
+        _trace(model, example_inputs(source, spec), target, spec)
 
 
 def convert_script(source: Path, target: Path, spec: ExportSpec) -> None:
     """Trace the module with its data-dependent submodules scripted, so that both branches are kept."""
     from polyexport.capture import snapshot
+    from polyexport.capture.calls import example_inputs
     from polyexport.capture.flatten import to_arrays
     from polyexport.tracing.decompositions import decomposed
     from polyexport.tracing.exportable import exportable
     from polyexport.tracing.scripted import script_branches
 
-    inputs = snapshot.example(source, spec)
+    inputs = example_inputs(source, spec)
     model = snapshot.load(source, spec.output_names)
     script_branches(model, to_arrays(spec.input_names, inputs))
     with decomposed(), exportable(model, dynamic=spec.is_dynamic):

@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from polyexport.capture import snapshot
+from polyexport.capture.calls import call_file, further_calls
 from polyexport.capture.flatten import as_runner, constants, flat, to_arrays, with_constants
+from polyexport.capture.pickling import restore
 from polyexport.spec import Arrays, Runner
 
 _ADVICE = "give inputs=<a function of the batch> that makes it a tensor"
@@ -42,10 +43,10 @@ def frozen(source: Path, model: Any, outputs: Arrays, within: Callable[[Runner],
     """
     if not hasattr(model, "inner"):
         return Frozen()
-    call = snapshot.restore(snapshot.call_file(source))
+    call = restore(call_file(source))
     first = constants(model.inner.forward, *call)
     reads = functools.partial(_reads, model, call, outputs, within)
-    for index, path in enumerate(snapshot.further_calls(source)[:_TRIED] if first else (), 2):
+    for index, path in enumerate(further_calls(source)[:_TRIED] if first else (), 2):
         there = _constants(model, path)
         other = {name: there[name] for name, value in first.items() if name in there and not _same(value, there[name])}
         if found := _culprits(reads, other):
@@ -96,7 +97,7 @@ def _reads(
 
 def _constants(model: Any, path: Path) -> dict[str, Any]:
     try:
-        return constants(model.inner.forward, *snapshot.restore(path))
+        return constants(model.inner.forward, *restore(path))
     except Exception:  # a call with other arguments is left out, as in `_other_batches`
         return {}
 

@@ -17,12 +17,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from polyexport.capture import sharded, snapshot as modules, surroundings
+from polyexport.capture import sharded, snapshot, surroundings
 from polyexport.capture.answer import NotCompared, disagreement, left_as_it_is, recorded
+from polyexport.capture.calls import call_file, call_tensors, further_calls
 from polyexport.capture.changes import beside_weights
 from polyexport.capture.dtypes import fails, needs_float32
 from polyexport.capture.flatten import as_runner, to_arrays
+from polyexport.capture.pickling import dump, restore
 from polyexport.capture.unwrap import has_fake_quantization
+from polyexport.capture.weights import SHARDS, WEIGHTS, read_checkpoint
 from polyexport.errors import BadRequest, line
 from polyexport.measure import dynamic_axes, remarks
 from polyexport.measure.batches import Answered, Batches, gather
@@ -120,9 +123,9 @@ def make(root: Path, source: Path, dynamic: Dynamic, commit: str = "", *, sha256
     later = itertools.chain([again], _in_between(run, inputs), _seen_later(source, inputs) if keeps else ())
     undecidable = _undecidable(outputs, later, drawn) or _unlike(unlike_trained, drawn)
     unused = plain_attention()(idle)(model, inputs, proofs.tried.one_side())
-    _write(source / modules.IDLE, unused.values)
-    _write(source / modules.DRAWS, drawn if drawn.known else None)
-    _mark(source / modules.GUARDS, proofs.tried.guards)
+    _write(source / snapshot.IDLE, unused.values)
+    _write(source / snapshot.DRAWS, drawn if drawn.known else None)
+    _mark(source / snapshot.GUARDS, proofs.tried.guards)
     narrow = frozen(source, model, outputs, lambda run: plain_attention()(_on_copies(run)))
     noise, how = _noise(model, inputs, outputs, drawn)
     write_arrays(root / NOISE, noise)
@@ -188,7 +191,7 @@ def _write(path: Path, found: Any) -> None:
     """Write what was found, if there is anything."""
     path.unlink(missing_ok=True)  # one that is resumed may have it
     if found:
-        modules.dump(found, path)
+        dump(found, path)
 
 
 def _mark(path: Path, is_so: bool) -> None:
@@ -207,9 +210,9 @@ def _noise(model: Any, inputs: Arrays, outputs: Arrays, drawn: Draws) -> tuple[A
 
 def _loaded(source: Path) -> tuple[Any, str, Mapping[str, int]]:
     """The flat module, the SHA-256 of its checkpoint, and the checkpoint's epoch and step."""
-    weights = source / modules.WEIGHTS
-    if (source / modules.SHARDS).exists():
-        sharded.join(source / modules.SHARDS, weights)
+    weights = source / WEIGHTS
+    if (source / SHARDS).exists():
+        sharded.join(source / SHARDS, weights)
     sha256, at = _sha256(weights), _keep_only_weights(weights)
     return _loaded_in_float32(source), sha256, at
 
@@ -218,16 +221,16 @@ def _loaded_in_float32(source: Path) -> Any:
     """The flat module; see `polyexport.capture.dtypes`."""
     import torch
 
-    marker = source / modules.IN_FLOAT32
+    marker = source / snapshot.IN_FLOAT32
     marker.unlink(missing_ok=True)  # one that is resumed may have it
-    model = modules.load(source)
+    model = snapshot.load(source)
     if isinstance(model, torch.fx.GraphModule):  # a trace, which is in float32 already
         return model
     with left_as_it_is(model):
         if not needs_float32(model):
             return model
         marker.touch()
-        without_casts = modules.load(source)
+        without_casts = snapshot.load(source)
         with left_as_it_is(without_casts):
             if not fails(without_casts):
                 return without_casts
@@ -253,7 +256,7 @@ def _as_trained(source: Path, model: Any) -> tuple[str, tuple[str, ...]]:
         return "", ()
     names: list[str] = []
     if (source / surroundings.OFFERED).exists():
-        names = surroundings.put_back(modules.restore(source / surroundings.OFFERED))
+        names = surroundings.put_back(restore(source / surroundings.OFFERED))
     if names and not _disagreement(source, model):
         surroundings.accept(source)
         return "", (f"global variables were set to their values in training: {', '.join(names)}",)
@@ -358,7 +361,7 @@ def _written(root: Path, path: str, arrays: Arrays) -> Path:
 
 def _call_arrays(index: int) -> str:
     """The file with the inputs of a further call as arrays."""
-    return modules.call_file(Path("source"), index).with_suffix(".npz").as_posix()
+    return call_file(Path("source"), index).with_suffix(".npz").as_posix()
 
 
 def _spec(root: Path, inputs: Arrays, outputs: Arrays, others: Mapping[int, Arrays], proofs: Batches) -> ExportSpec:
@@ -381,9 +384,9 @@ def _example(inputs: Arrays, proofs: Batches) -> Arrays:
 def _other_batches(source: Path, names: Sequence[str], inputs: Arrays) -> tuple[dict[int, Arrays], tuple[str, ...]]:
     """The inputs of further saved calls, by index; those with other arguments than the first are left out."""
     alike: dict[int, Arrays] = {}
-    calls = modules.further_calls(source)
+    calls = further_calls(source)
     for call in calls:
-        tensors = modules.call_tensors(call)
+        tensors = call_tensors(call)
         arrays = to_arrays(names, tensors) if len(tensors) == len(names) else {}
         if arrays and all((a.dtype, a.ndim) == (inputs[name].dtype, inputs[name].ndim) for name, a in arrays.items()):
             alike[int(call.stem.removeprefix("call_"))] = arrays
@@ -398,7 +401,7 @@ def eager(source: Path, *, threads: int) -> Runner:
     import torch
 
     torch.set_num_threads(threads)
-    return as_runner(modules.load(source))
+    return as_runner(snapshot.load(source))
 
 
 def _on_copies(run: Runner) -> Runner:
@@ -421,7 +424,7 @@ def _keep_only_weights(path: Path) -> dict[str, int]:
     """Replace a checkpoint by its state dict, since optimizer states are not needed; returns its epoch and step."""
     import torch
 
-    blob = modules.read_checkpoint(path)
+    blob = read_checkpoint(path)
     if "state_dict" not in blob:  # and is not copied
         return {}
     with writing(path) as file:

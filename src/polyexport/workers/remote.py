@@ -20,7 +20,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from polyexport.capture.snapshot import SHARDS, module_files
+from polyexport.capture.snapshot import module_files
+from polyexport.capture.weights import SHARDS
 from polyexport.errors import line
 from polyexport.workers.job import Job, Prepare, files_named_by, reproduce
 from polyexport.workers.process import JobResult, Workers, environment
