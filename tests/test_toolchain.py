@@ -327,9 +327,10 @@ def test_the_lock_of_a_toolchain_is_that_of_its_requirements(name):
 
 
 def test_the_directives_of_a_requirement_file_are_read():
-    lines = ("layered", "delete e/f *.map", "convert-imports c d.e?", "python >=3.11,<3.13")
+    lines = ("layered", "delete e/f *.map", "convert-imports c d.e?", "run-imports @tflite f", "python >=3.11,<3.13")
     directives = "".join(f"# polyexport: {line}\n" for line in lines)
     given = {"layered": True, "python": ">=3.11,<3.13", "convert_imports": ("c", "d.e?")}
+    given["run_imports"] = (*find("tflite").run_imports, "f")
     expected = Toolchain("x", ("a==1", "b>=2"), delete=("e/f", "*.map"), **given)
     assert parse("x", f"# a comment\n{directives}a==1 # why\n\nb>=2\n") == expected
 

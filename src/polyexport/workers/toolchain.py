@@ -13,8 +13,8 @@ Seven directives may be in the file's comments:
     # polyexport: delete a/b *.map     what no route reads of its packages, such as C++ headers: paths in site-packages
                                        or node_modules, where * matches any characters, / too
     # polyexport: convert-imports a b? modules that its conversions import, for a server to import (see
-                                       `polyexport.workers.server`); with ? only if this process has imported it, and
-                                       after a + while the first conversions run
+                                       `polyexport.workers.server`); with ? only if this process has imported it,
+                                       after a + while the first conversions run, and for @c those of the file c.txt
     # polyexport: run-imports a        the same for its runtime, and nothing else, since its memory is measured
 """
 
@@ -187,29 +187,6 @@ class Toolchain:
         return (str(self.interpreter(workers=workers)), "-P", str(_WORKER))
 
 
-_IMPORTS = (
-    "numpy",
-    "torch",
-    "lightning.pytorch?",  # the base class of modules
-    "pytorch_lightning?",
-    LATER,  # exporters
-    "torch._dynamo",
-    "torch.onnx",
-    "networkx",
-    "torch.export._trace",
-    "onnxscript.function_libs.torch_lib.ops",
-    "onnxscript.rewriter",
-    "onnxruntime",
-)
-
-HOST = Toolchain(
-    "host",
-    (),
-    convert_imports=_IMPORTS,
-    run_imports=_IMPORTS,
-)
-"""The toolchain that is the training environment itself."""
-
 _COMPLETE = ".complete"
 """The marker of a complete environment, with the output of `_WHOLE` when it was made."""
 
@@ -327,13 +304,17 @@ def names() -> tuple[str, ...]:
 
 @cache
 def _of_file(name: str) -> Toolchain:
-    file = resources.files("polyexport") / "toolchains" / f"{name}.txt"
+    file = _file(name)
     if not file.is_file():
         raise KeyError(f"no toolchain {name!r}: {file} is missing")
     toolchain = parse(name, file.read_text(encoding="utf-8"))
     npm = (_npm(name) / _LOCK).read_text(encoding="utf-8") if toolchain.npm else ""
     locked = lock_file(name)
     return replace(toolchain, npm=npm, lock=locks.read(locked.read_text("utf-8")) if locked.is_file() else None)
+
+
+def _file(name: str) -> Path:
+    return Path(str(resources.files("polyexport"))) / "toolchains" / f"{name}.txt"
 
 
 def lock_file(name: str) -> Path:
@@ -356,14 +337,32 @@ def parse(name: str, text: str) -> Toolchain:
         npm=npm,
         without=_listed("without", directives),
         delete=_listed("delete", directives),
-        convert_imports=_listed("convert-imports", directives),
-        run_imports=_listed("run-imports", directives),
+        convert_imports=_imports("convert-imports", directives),
+        run_imports=_imports("run-imports", directives),
     )
 
 
 def _listed(what: str, directives: Sequence[str]) -> tuple[str, ...]:
     """The arguments of the directive `what`."""
     return tuple(word for line in directives if line.split()[0] == what for word in line.split()[1:])
+
+
+def _imports(what: str, directives: Sequence[str]) -> tuple[str, ...]:
+    """The modules that the directive `what` names, with those of other files in place of these."""
+    words = _listed(what, directives)
+    return tuple(name for word in words for name in (_imports_of(what, word[1:]) if word[0] == "@" else (word,)))
+
+
+def _imports_of(what: str, other: str) -> tuple[str, ...]:
+    """The modules that the directive `what` of another requirement file names."""
+    toolchain = parse(other, _file(other).read_text(encoding="utf-8"))
+    return toolchain.convert_imports if what == "convert-imports" else toolchain.run_imports
+
+
+_TRACING = _imports_of("convert-imports", "torch")
+
+HOST = Toolchain("host", (), convert_imports=_TRACING, run_imports=_TRACING)
+"""The toolchain that is the training environment itself, whose server imports what tracing in PyTorch needs."""
 
 
 def environments() -> tuple[disk.Environment, ...]:
