@@ -23,7 +23,7 @@ from polyexport.formats import coreml, coreml_quantized
 from polyexport.measure.drafts import distance
 from polyexport.measure.parity import Parity, compare
 from polyexport.measure.tolerance import Tolerance
-from polyexport.spec import ExportSpec, TensorSpec, write_arrays
+from polyexport.spec import ExportSpec, TensorSpec, calibration, write_arrays
 
 pytest.importorskip("coremltools", reason="coremltools is not installed; `pip install coremltools`")
 
@@ -368,10 +368,13 @@ def test_a_share_of_the_layers_goes_back_to_float_in_int8(compressed, tmp_path):
     assert "kept in float" in coreml_quantized.load_compressed(tmp_path / "mended.mlpackage", spec, threads=1).remark
 
 
-def test_ranges_are_those_of_all_batches(compressed):
-    found = coreml_quantized.ranges(compressed.packages["coreml-fp16"], compressed.spec)
+def test_ranges_are_those_of_all_batches_and_come_with_their_outputs(compressed):
+    found, outputs = coreml_quantized.ranges(compressed.packages["coreml-fp16"], compressed.spec)
     x = compressed.inputs["x"]
     assert found["x"] == {"rmin": float(x.min()), "rmax": float(x.max())}
+    own = coreml_quantized.load(compressed.packages["coreml-fp16"], compressed.spec, threads=1)
+    expected = map(own, calibration(compressed.spec))
+    assert all(np.allclose(y["y"], its["y"], atol=1e-3) for y, its in zip(outputs, expected, strict=True))
 
 
 class Unranged(nn.Module):

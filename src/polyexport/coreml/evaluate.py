@@ -37,8 +37,10 @@ DTYPES = {
 }
 
 
-def evaluator(package: Path) -> Callable[[Arrays], Arrays]:
+def evaluator(package: Path, observe: Callable[[Arrays], None] | None = None) -> Callable[[Arrays], Arrays]:
     """Open a package as a function of named arrays.
+
+    `observe` receives all float tensors of its main block, inputs and outputs too, at each call.
 
     Raises:
         CannotRun: it has ops that are not supported here; the message names them.
@@ -47,6 +49,8 @@ def evaluator(package: Path) -> Callable[[Arrays], Arrays]:
 
     def outputs(inputs: Arrays) -> Arrays:
         values = run(inputs)
+        if observe is not None:
+            observe(_floats(values))
         return {name: _as_array(values[name]) for name in program.outputs}
 
     return outputs
@@ -59,12 +63,13 @@ def intermediates(package: Path) -> Callable[[Arrays], Arrays]:
         CannotRun: see `evaluator`.
     """
     _, run = _opened(package)
+    return lambda inputs: _floats(run(inputs))
 
-    def floats(inputs: Arrays) -> Arrays:
-        tensors = {name: value for name, value in run(inputs).items() if isinstance(value, torch.Tensor)}
-        return {name: _as_array(each) for name, each in tensors.items() if each.is_floating_point() and each.numel()}
 
-    return floats
+def _floats(values: Values) -> Arrays:
+    """The float tensors that are not empty."""
+    tensors = {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
+    return {name: _as_array(each) for name, each in tensors.items() if each.is_floating_point() and each.numel()}
 
 
 def _opened(package: Path) -> tuple[Program, Callable[[Arrays], Values]]:

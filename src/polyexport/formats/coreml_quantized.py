@@ -20,7 +20,7 @@ import numpy as np
 
 from polyexport.coreml.program import read, weights
 from polyexport.format import Convert, Loaded, Route
-from polyexport.formats.coreml import as_core_ml, as_given, coreml_format, load, save
+from polyexport.formats.coreml import coreml_format, load, package, save
 from polyexport.formats.onnx import REMARK
 from polyexport.measure.drafts import Draft, distance, mended, partly
 from polyexport.measure.weights import InFloat, in_float, in_four_bits
@@ -68,7 +68,8 @@ def quantize(source: Path, target: Path, spec: ExportSpec) -> None:
     """
     from coremltools.optimize import coreml as optimize
 
-    found, fewest, expected = ranges(source, spec), _fewest(source), _answers(source, spec)
+    found, expected = ranges(source, spec)
+    fewest = _fewest(source)
     layers = {
         operation.outputs[0].name: operation.outputs[0].name
         for operation in read(source).main.operations
@@ -150,18 +151,25 @@ def palette(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return table.astype(weights.dtype), indices.astype(np.uint8)
 
 
-def ranges(package: Path, spec: ExportSpec) -> dict[str, dict[str, float]]:
-    """Minimum and maximum of each float tensor over all batches of `spec.calibration`: `rmin` and `rmax`."""
-    from polyexport.coreml.evaluate import intermediates
+def ranges(path: Path, spec: ExportSpec) -> tuple[dict[str, dict[str, float]], list[Arrays]]:
+    """Evaluate a package on the batches of `spec.calibration`.
 
-    observe, own = intermediates(package), as_core_ml(spec)
+    Returns:
+        Minimum and maximum of each float tensor over all batches, `rmin` and `rmax`; and the outputs for each batch,
+        with PyTorch's names and dtypes.
+    """
+    from polyexport.coreml.evaluate import evaluator
+
     found: dict[str, dict[str, float]] = {}
-    for arrays in calibration(spec):
-        for name, array in observe(as_given(arrays, spec, own)).items():
+
+    def observe(tensors: Arrays) -> None:
+        for name, array in tensors.items():
             known = found.setdefault(name, {"rmin": np.inf, "rmax": -np.inf})
             known["rmin"] = min(known["rmin"], float(array.min()))
             known["rmax"] = max(known["rmax"], float(array.max()))
-    return found
+
+    run = package(evaluator(path, observe), spec)
+    return found, list(map(run, calibration(spec)))
 
 
 @contextlib.contextmanager
