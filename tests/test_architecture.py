@@ -208,6 +208,13 @@ def test_the_house_is_small_and_shallow():
     assert max(len(file.relative_to(SOURCE).parts) for file in SOURCE.rglob("*.py")) - 1 <= 2
 
 
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/architecture.md"])
+def test_every_folder_of_the_engine_is_described(page: str):
+    text = (Path(__file__).parents[1] / page).read_text(encoding="utf-8")
+    folders = {path.name for path in SOURCE.iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert {folder for folder in folders if not re.search(rf"^\W*{folder}/", text, re.MULTILINE)} == set()
+
+
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"])
 def test_links_of_pages_next_to_the_code_exist(page: str):
     """Links within the site are checked by `make docs`."""
