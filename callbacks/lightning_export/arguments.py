@@ -16,8 +16,7 @@ from lightning_export.trainer import callbacks, example, modes, overrides, valid
 from polyexport import BadRequest
 from polyexport.capture.processing import resolved
 from polyexport.capture.selection import Select, selected
-from polyexport.engine.engine import check_whole
-from polyexport.engine.session import Options
+from polyexport.engine.options import Options, check_whole
 from polyexport.measure.budget import directed
 from polyexport.publish.wandb import Wandb
 from polyexport.report.outcome import STATES

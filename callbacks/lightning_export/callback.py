@@ -22,7 +22,8 @@ from lightning_export.trainer import exports_folder, is_last_epoch, say, sibling
 from polyexport import Budget, Format, Report
 from polyexport.capture.processing import Processing
 from polyexport.engine.labels import is_list
-from polyexport.engine.session import Options, Session, complaint
+from polyexport.engine.options import Options
+from polyexport.engine.session import Session, complaint
 from polyexport.errors import WarningsAllowed
 from polyexport.formats import resolve
 from polyexport.measure.budget import budgets

@@ -15,7 +15,8 @@ from lightning_export.metrics import measured
 from lightning_export.trainer import KEPT_BY_LIGHTNING, attached, shards
 from polyexport import ExportFailed, Report
 from polyexport.capture.code import libraries
-from polyexport.engine.session import Options, Session
+from polyexport.engine.options import Options
+from polyexport.engine.session import Session
 from polyexport.errors import line
 from polyexport.publish import Sink
 from polyexport.report import console

@@ -6,8 +6,9 @@ Importing this package imports no framework; each is imported by the function th
 from polyexport.capture.processing import Processing
 from polyexport.engine.engine import Engine
 from polyexport.engine.export import export
+from polyexport.engine.options import Options
 from polyexport.engine.request import Request
-from polyexport.engine.session import Options, Session
+from polyexport.engine.session import Session
 from polyexport.errors import BadRequest, CannotRun, ExportFailed, PolyexportError, ToolMissing, UnknownFormat
 from polyexport.format import Format, Loaded, Observed, Route, Snippet
 from polyexport.formats import known as _known

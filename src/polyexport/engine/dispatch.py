@@ -42,7 +42,7 @@ class Dispatcher:
         sys_path: The training process's import path.
         elsewhere: Where jobs run; None for this machine.
         trusted: Whether files of the folder may be unpickled.
-        libraries: Python modules that jobs import to rebuild the user's module; see `pickling.libraries`.
+        libraries: Python modules that jobs import to rebuild the user's module; see `capture.code.libraries`.
     """
 
     root: Path
@@ -116,8 +116,8 @@ class Dispatcher:
         return path
 
 
-PREPARE = "prepare"
-"""The name of an export's first job, which runs PyTorch."""
+PREPARE, PREPARE_LOG = "prepare", "logs/model.log"
+"""The name of an export's first job, which runs PyTorch, and its log file in the export."""
 
 
 def prepared_with(root: Path) -> tuple[str, ...]:

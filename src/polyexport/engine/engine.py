@@ -26,49 +26,43 @@ from pathlib import Path
 from typing import Any
 
 from polyexport.capture.code import import_path
-from polyexport.capture.processing import part
-from polyexport.capture.snapshot import PROCESSING
 from polyexport.capture.weights import SHARDS, WEIGHTS
-from polyexport.engine import plan, routes
+from polyexport.engine import plan
 from polyexport.engine.bench import bench, sweep
-from polyexport.engine.dispatch import PREPARE, Dispatcher, Limits, prepared_with, verifies, with_libraries
+from polyexport.engine.dispatch import PREPARE, PREPARE_LOG, Dispatcher, Limits, prepared_with, verifies, with_libraries
+from polyexport.engine.earlier import beside_what_is_there, finished_before, prune
 from polyexport.engine.explain import explained, layers
-from polyexport.engine.labels import labeled
-from polyexport.engine.ownership import seal
+from polyexport.engine.labels import with_labels
+from polyexport.engine.options import check_limits
 from polyexport.engine.request import Request, declare, write
 from polyexport.engine.rerun import Runnable, mends, remade, runnables, runner, settled, signature, verify
+from polyexport.engine.results import describe, describe_artifact, not_rebuilt, reported
 from polyexport.engine.routes import Build
+from polyexport.engine.without_steps import parts
 from polyexport.errors import BadRequest, ToolMissing, line
 from polyexport.format import Format
 from polyexport.formats import known
-from polyexport.load import Description, described
+from polyexport.load import described
 from polyexport.measure.latency import Latency
 from polyexport.measure.layers import Layer
 from polyexport.measure.reference import Reference
-from polyexport.report import manifest
 from polyexport.report.files import save
 from polyexport.report.folders import (
     BEST,
-    DESCRIPTION,
-    can_write,
     check_links,
     clear,
     discard,
-    free_name,
-    is_export,
     let_go,
     lies_elsewhere,
-    may_become_export,
     may_point_best,
     point_best,
     take_place,
 )
-from polyexport.report.manifest import Made, Manifest, Part
-from polyexport.report.outcome import Checkpoint, Model, Outcome, State, notes, of_precisions
-from polyexport.report.report import Report, history
+from polyexport.report.outcome import Outcome
+from polyexport.report.report import Report
 from polyexport.report.tables import sentence
-from polyexport.serialization import decode, encode, write_json
-from polyexport.spec import ExportSpec, Runner
+from polyexport.serialization import decode
+from polyexport.spec import Runner
 from polyexport.versions import git_commit
 from polyexport.workers import toolchain
 from polyexport.workers.job import Prepare
@@ -76,8 +70,6 @@ from polyexport.workers.process import JobResult, Workers, environment
 from polyexport.workers.remote import Elsewhere
 from polyexport.workers.servers import Server
 from polyexport.workers.toolchain import Toolchain
-
-_LOG = "logs/model.log"
 
 
 class Engine:
@@ -235,7 +227,7 @@ class Engine:
 
     def _export(self, request: Request) -> Report:
         self.warm(request.formats, timed=False)
-        request = _beside_what_is_there(request)
+        request = beside_what_is_there(request)
         limits = replace(self._limits, spare=request.spare)
         dispatcher = self._dispatcher(request.work, request.final, limits, self._elsewhere)
         return self._exported(request, replace(dispatcher, sys_path=request.sys_path))
@@ -244,17 +236,17 @@ class Engine:
         start = time.perf_counter()
         ended = self._prepared(request, dispatcher)
         if not ended.ok:
-            return self._finish(request, _not_rebuilt(request, ended), start)
+            return self._finish(request, not_rebuilt(request, ended), start)
         reference = decode(Reference, ended.value)
         # the shards are joined by now, here or on another machine
         shutil.rmtree(request.work / "source" / SHARDS, ignore_errors=True)
-        if (earlier := _earlier(request, reference.checkpoint_sha256)) is not None:
+        if (earlier := finished_before(request, reference.checkpoint_sha256)) is not None:
             return self._in_place_of(request, earlier)
-        reference = _labeled(request, reference)
+        reference = with_labels(request, reference)
         watch = functools.partial(self._watch, of=f"{request.name} ")
-        build = Build(dispatcher, request.formats, reference, watch, _parts(request, reference, dispatcher))
-        report = _reported(request, reference, build.outcomes(), build.notes)
-        _describe(request, report, reference, build.references)
+        build = Build(dispatcher, request.formats, reference, watch, parts(request, reference, dispatcher))
+        report = reported(request, reference, build.outcomes(), build.notes)
+        describe(request, report, reference, build.references)
         there = replace(report, folder=request.work)
         report = explained(there, _by_name(request.formats), dispatcher, self._watch)
         return self._finish(request, report, start)
@@ -267,7 +259,7 @@ class Engine:
             _fetch(request.held, request.work / "source")
         commit = git_commit() if request.commit is None else request.commit
         job = Prepare(dynamic=request.dynamic, git_commit=commit, sha256=request.checkpoint.sha256)
-        ended = dispatcher.run(job, toolchain.HOST, PREPARE, _LOG)
+        ended = dispatcher.run(job, toolchain.HOST, PREPARE, PREPARE_LOG)
         self._watch("model", None)
         return ended
 
@@ -289,7 +281,7 @@ class Engine:
         self._unfinished.remove(request.work)
         if report.model is not None:  # else the previous export is still the best one
             self._point(request)
-            _prune(replace(report, folder=request.final), request.keep)
+            prune(replace(report, folder=request.final), request.keep)
             if request.best:
                 clear(request.final.parent)  # this export supersedes what interrupted runs left
         return replace(report, folder=request.final)
@@ -376,7 +368,7 @@ class Engine:
     def settled(self, report: Report, outcome: Outcome, formats: Iterable[Format] = ()) -> Outcome:
         """Give an artifact that was made again the place of the one before."""
         found = settled(report, outcome, _by_name(formats)[outcome.format])
-        _describe_artifact(report.folder, found, report.checkpoint, signature(report, found.format))
+        describe_artifact(report.folder, found, report.checkpoint, signature(report, found.format))
         return found
 
     def _runnable(self, report: Report, name: str, formats: Iterable[Format]) -> Runnable:
@@ -435,150 +427,6 @@ class Engine:
 # --- pieces -----------------------------------------------------------------------------------------------------------
 
 
-def check_limits(workers: int | None, timeout: float, executor: Any, staging: str | None) -> None:
-    """Check the arguments of an engine before anything is started.
-
-    Raises:
-        BadRequest: a value is impossible.
-    """
-    if not isinstance(timeout, int | float) or isinstance(timeout, bool):
-        raise BadRequest(f"timeout={timeout!r}; give a number of seconds")
-    if workers is not None:
-        check_whole(workers=workers)
-    if not timeout > 0 or (workers is not None and workers < 1):
-        raise BadRequest(f"workers={workers}, timeout={timeout}: both must be greater than zero")
-    if executor is not None and not callable(getattr(executor, "submit", None)):
-        raise BadRequest(f"executor={executor!r} has no submit(function, *arguments)")
-    if staging is not None and executor is None:
-        raise BadRequest(f"staging={staging!r} is for an executor; give executor= too")
-
-
-def check_whole(**numbers: Any) -> None:
-    """Refuse values that are not whole numbers.
-
-    Raises:
-        BadRequest: a value is not, with its name.
-    """
-    for name, value in numbers.items():
-        if isinstance(value, bool) or not hasattr(value, "__index__"):
-            raise BadRequest(f"{name}={value!r}; give a whole number")
-
-
-def _not_rebuilt(request: Request, ended: JobResult) -> Report:
-    """The report where PyTorch could not be run: every format has the same reason."""
-    state: State = "skipped" if ended.kind == "missing" else "failed"
-    in_words = ended.kind in ("missing", "bad request")  # for the user
-    why = ended.error if in_words else f"the module cannot be rebuilt: {ended.error}"
-
-    def outcome(each: Format) -> Outcome:
-        return Outcome(each.name, each.precision, state, why, log=_LOG, reproduce=ended.command or None)
-
-    outcomes = tuple(map(outcome, request.formats))
-    return Report(request.checkpoint, None, outcomes, notes=notes("capture", *request.notes))
-
-
-def _reported(
-    request: Request, reference: Reference, outcomes: tuple[Outcome, ...], of_routes: Iterable[str]
-) -> Report:
-    """The report on the outcomes."""
-    at, spec = reference.checkpoint_at, reference.spec
-    return Report(
-        checkpoint=replace(
-            request.checkpoint,
-            sha256=reference.checkpoint_sha256,
-            epoch=at.get("epoch", request.checkpoint.epoch),
-            global_step=at.get("global_step", request.checkpoint.global_step),
-        ),
-        model=Model(
-            reference.class_name,
-            reference.parameters,
-            spec.inputs,
-            spec.outputs,
-            spec.labels,
-            request.metadata,
-            request.processing,
-        ),
-        outcomes=outcomes,
-        environment=reference.environment,
-        notes=(
-            *notes("capture", *request.notes),
-            *notes("batch", *reference.notes),
-            *notes("route", *of_routes),
-            *notes("precision", *of_precisions(outcomes)),
-        ),
-    )
-
-
-def _labeled(request: Request, reference: Reference) -> Reference:
-    spec, unlabeled = labeled(reference.spec, request.labels, request.metadata)
-    return replace(reference, spec=spec, unlabeled=unlabeled)
-
-
-def _parts(request: Request, whole: Reference, dispatcher: Dispatcher) -> dict[tuple[str, ...], routes.Part]:
-    """The module without processing steps, for formats that cannot have them: the last step is left out first."""
-    if not (request.work / "source" / PROCESSING).exists():  # there are none, or they are in the module's trace
-        return {}
-    steps = tuple(request.processing)
-    ways = dict.fromkeys([*((step,) for step in reversed(steps)), steps])
-    return {outside: functools.partial(_part, request, whole, dispatcher, outside) for outside in ways}
-
-
-def _part(request: Request, whole: Reference, dispatcher: Dispatcher, outside: tuple[str, ...]) -> Reference | None:
-    """The reference of the module without these steps; None if it cannot be run, which the log explains."""
-    dynamic = request.dynamic
-    if "preprocess" in outside and isinstance(dynamic, Mapping):  # which has the names of its inputs
-        dynamic = bool(dynamic)
-    commit, sha256 = whole.environment["git_commit"], whole.checkpoint_sha256
-    job = Prepare(dynamic=dynamic, git_commit=commit, sha256=sha256, outside=outside)
-    ended = dispatcher.run(job, toolchain.HOST, f"prepare.{Path(part(outside)).name}", _LOG)
-    return _labeled(request, decode(Reference, ended.value)) if ended.ok else None
-
-
-def _describe(request: Request, report: Report, reference: Reference, references: Mapping[str, Reference]) -> None:
-    """Write the manifest, and `polyexport.json` beside each artifact."""
-    made = Manifest(
-        report.checkpoint,
-        request.question,
-        reference.spec,
-        reference.batches,
-        reference.noise,
-        reference.environment,
-        Made.of(report.outcomes),
-        seal(request.final),
-        parts={name: Part(each.spec, each.batches, each.noise) for name, each in references.items()},
-    )
-    manifest.save(request.work, made)
-    for outcome in report.outcomes:
-        _describe_artifact(request.work, outcome, report.checkpoint, made.of(outcome.format).spec)
-
-
-def _describe_artifact(root: Path, outcome: Outcome, checkpoint: Checkpoint, spec: ExportSpec) -> None:
-    if outcome.artifact and outcome.format in known():
-        write_json(root / outcome.format / DESCRIPTION, Description.of(outcome, checkpoint, spec))
-
-
-def _prune(newest: Report, keep: int | None) -> None:
-    """Remove the oldest exports of this run beyond `keep`; never the newest, which is the best, nor another run's."""
-    older = history(newest)[:-1] if keep is not None else []
-    for each in older[: max(0, len(older) + 1 - (keep or 1))]:
-        if may_become_export(each.folder):  # else the user has put files in it
-            shutil.rmtree(each.folder, ignore_errors=True)
-
-
-def _beside_what_is_there(request: Request) -> Request:
-    """The request, renamed if its name would overwrite files that are not an export; a note says so."""
-    parent, name, found = request.work.parent, request.name, request.notes
-    if (free := free_name(parent, name)) != name:
-        ours = "has files of yours" if is_export(parent / name) else "is not an export"
-        what = ours if can_write(parent / name) or not (parent / name).is_dir() else "cannot be written"
-        found += (f"{parent / name} {what} and is left alone, so this export is called {free}",)
-    if request.best and not may_point_best(parent / BEST):
-        found += (
-            f"{parent / BEST} does not point to an export and is left alone, so nothing points to the newest export",
-        )
-    return replace(request, name=free, notes=found)
-
-
 def _by_name(formats: Iterable[Format]) -> dict[str, Format]:
     """The built-in formats and the caller's own, by name."""
     return {each.name: each for each in (*known().values(), *formats)}
@@ -595,24 +443,3 @@ def _fetch(held: str, source: Path) -> None:
         system.get(path, str(target), recursive=folder)
     else:
         shutil.move(held, target)
-
-
-def _earlier(request: Request, sha256: str) -> Report | None:
-    """The finished export of the same weights, name and request, if every format in it agreed."""
-    if not all(known().get(each.name) is each for each in request.formats):
-        return None  # a user's own format may have changed under the same name
-    for folder in (request.final, *(parent / request.name for parent in request.former)):
-        try:
-            before, report = manifest.load(folder), Report.load(folder)
-        except (OSError, BadRequest):
-            continue  # no report, or another version's
-        same = before.checkpoint.sha256 == sha256 and before.question == encode(request.question)
-        if same and all(outcome.publishable or _is_still_out_of_reach(outcome) for outcome in report.outcomes):
-            return report
-    return None
-
-
-def _is_still_out_of_reach(outcome: Outcome) -> bool:
-    """Whether a format was skipped for hardware or a program that is still missing."""
-    each = known()[outcome.format]
-    return outcome.state == "skipped" and bool(each.lacks())

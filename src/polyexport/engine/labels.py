@@ -7,7 +7,9 @@ from dataclasses import replace
 
 import numpy as np
 
+from polyexport.engine.request import Request
 from polyexport.errors import BadRequest
+from polyexport.measure.reference import Reference
 from polyexport.spec import ExportSpec, TensorSpec
 
 _IMAGE_AXES = 4
@@ -52,6 +54,12 @@ def _unwritable(text: str) -> str:
     except UnicodeEncodeError:
         return "half of a surrogate pair"
     return ""
+
+
+def with_labels(request: Request, reference: Reference) -> Reference:
+    """The reference with the labels and metadata of the request in its signature."""
+    spec, unlabeled = labeled(reference.spec, request.labels, request.metadata)
+    return replace(reference, spec=spec, unlabeled=unlabeled)
 
 
 def labeled(spec: ExportSpec, labels: Sequence[str], metadata: Mapping[str, str]) -> tuple[ExportSpec, str]:

@@ -18,29 +18,25 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from polyexport import errors
 from polyexport.capture import answer as answers
 from polyexport.capture.calls import save_call
 from polyexport.capture.changes import beside_weights, retake
 from polyexport.capture.pickling import dump
-from polyexport.capture.processing import NONE, Processing
-from polyexport.capture.selection import Select
 from polyexport.capture.snapshot import ATTRIBUTES, STRUCTURE, UNAVAILABLE, save_module, save_surroundings
 from polyexport.capture.weights import WEIGHTS
 from polyexport.engine import plan
-from polyexport.engine.engine import Engine, check_limits, check_whole
+from polyexport.engine.engine import Engine
 from polyexport.engine.judge import Metric, measured
-from polyexport.engine.labels import check
+from polyexport.engine.options import Options
 from polyexport.engine.request import Request, interruption
 from polyexport.engine.weights import bytes_for_training, check_room, hold, save_lacking
 from polyexport.errors import BadRequest, ToolMissing, WarningsAllowed, is_of_a_signal, line
-from polyexport.format import Format
-from polyexport.measure.budget import Budget, Mode, directed
-from polyexport.measure.dynamic_axes import Dynamic
+from polyexport.measure.budget import Mode, directed
 from polyexport.publish import Sink
 from polyexport.report.folders import BEST, CAPTURE, discard, link, locked, short_name, unfinished
 from polyexport.report.outcome import Checkpoint, State
@@ -55,68 +51,6 @@ _LOOK_SECONDS = 0.01
 _PATIENCE_SECONDS = 60.0  # how long training waits for a toolchain that another process is installing
 _CHEAP_SECONDS, _CHEAP_SHARE = 0.05, 0.05
 """The structure is pickled again at a new best if the last time took less processor time, or less of the time since."""
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """What to export from a training run, and how.
-
-    Attributes:
-        formats: The formats to make of each checkpoint.
-        select: What part of the module: a dotted attribute, a function of the module, or None for all of it.
-        dynamic: Which input axes may differ from call to call; see `polyexport.export`.
-        calibration_batches: How many batches int8 formats are calibrated with.
-        keep: How many exports stay on disk; None for all.
-        bench: Whether to time the artifacts at the end: True for those of the newest export, `"all"` for every export.
-        timeout: Seconds that one conversion or verification may take.
-        workers: How many jobs run side by side; by default half the cores, at least two.
-        executor: Runs the jobs on other machines; see `Engine`.
-        staging: The URL through which their files travel; see `Engine`.
-        budget: How much worse each of the user's own metrics may be; see `Session.judge`.
-        labels: Names of an output's classes, to be embedded in each artifact.
-        metadata: Further strings to be embedded, by name.
-        processing: What becomes part of each artifact before and after forward.
-
-    Raises:
-        BadRequest: a value is impossible.
-    """
-
-    formats: tuple[Format, ...]
-    select: Select = None
-    dynamic: Dynamic = True
-    calibration_batches: int = 8
-    keep: int | None = None
-    bench: bool | Literal["all"] = True
-    timeout: float = 600.0
-    workers: int | None = None
-    executor: Any = None
-    staging: str | None = None
-    budget: Mapping[str, Budget] = field(default_factory=dict)
-    labels: tuple[str, ...] = ()
-    metadata: Mapping[str, str] = field(default_factory=dict)
-    processing: Processing = NONE
-
-    def __post_init__(self) -> None:
-        check(self.labels, self.metadata)
-        plan.steps(self.formats)
-        check_limits(self.workers, self.timeout, self.executor, self.staging)
-        if not (self.select is None or isinstance(self.select, str) or callable(self.select)):
-            raise BadRequest(f"module={self.select!r}; give the name of an attribute, or a function of the module")
-        check_whole(calibration_batches=self.calibration_batches)
-        if self.keep is not None:
-            check_whole(keep=self.keep)
-        if self.calibration_batches < 1:
-            raise BadRequest(f"calibration_batches={self.calibration_batches}; give 1 or more")
-        if self.keep is not None and self.keep < 1:
-            raise BadRequest(f"keep={self.keep}; the newest export is always kept, so give 1 or more, or None for all")
-        if self.bench not in (True, False, "all"):
-            raise BadRequest(f"bench={self.bench!r}; known: True, False, 'all'")
-
-    @property
-    def batches(self) -> int:
-        """How many batches to take; at least two, since every artifact is also verified with the second."""
-        calibrated = any(each.calibrated for each in plan.steps(self.formats).values())
-        return max(2, self.calibration_batches) if calibrated else 2
 
 
 class Session:
