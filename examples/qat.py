@@ -23,7 +23,7 @@ FORMATS = ["onnx-int8", "openvino-int8", "executorch-int8", "tflite-int8"]
 
 
 class Net(nn.Module):
-    """A narrow classifier of 8x8 gray images, narrow enough that eight bits make a difference."""
+    """A narrow classifier of 8x8 gray images."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -419,6 +419,12 @@ def test_help_has_a_short_name(words: tuple[str, ...]) -> None:
     assert "Usage" in CliRunner().invoke(app, words).stdout
 
 
+def test_every_command_is_on_its_page() -> None:
+    page = Path(__file__).parents[1] / "docs" / "command.md"
+    names = [command.name for command in app.registered_commands]
+    assert [name for name in names if f"polyexport {name} " not in page.read_text(encoding="utf-8")] == []
+
+
 def test_the_version_is_that_of_the_package() -> None:
     assert CliRunner().invoke(app, ["--version"]).stdout == f"lightning-export {version('lightning-export')}\n"
 
