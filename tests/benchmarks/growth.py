@@ -5,9 +5,9 @@
 Every run is a training in a process of its own. A size is exported in four formats, a number of formats at 1 M
 parameters, and bests in one format at 1 M. With `--page`, the tables and a picture beside it are written.
 
-Memory is looked at ten times a second: of the training process, of the largest worker, and of all workers together,
-where a page that two of them share counts once. What is written is what all processes gave to the system to write, and
-how often the weights fit into that.
+Memory is sampled ten times a second: of the training process, of the largest worker, and of all workers together,
+where a page that two of them share counts once. Bytes written are those of all processes, and their ratio to the size
+of the weights.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ LARGE, SMALL = 4, 1
 
 MEASURED = """ on 2 cores without a GPU, of perceptrons with four layers whose every epoch is a new best.
 Seconds are those from the last training step until `fit` returned, toolchains' imports included; nothing was timed.
-Bytes written are those of all processes, checkpoints of Lightning included, and how often the weights fit into them.
+Bytes written are those of all processes, Lightning's checkpoints included, and their ratio to the size of the weights.
 Memory is the peak: of the training process, of the largest worker, and of all workers together."""
 """How, at the top of the page."""
 

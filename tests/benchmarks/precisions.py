@@ -231,7 +231,7 @@ def section(name: str, report: Report) -> Iterator[str]:
     score = report.metrics["accuracy"]
     yield from (f"## {kind}", "")
     yield f"{model.parameters:,} parameters. PyTorch's accuracy is {score:.4f} on {ROWS * BATCHES} images that training"
-    yield f"has not seen, one of which is {1 / (ROWS * BATCHES):.4f}. Latency on {baseline.threads} threads; in"
+    yield f"has not seen; each counts for {1 / (ROWS * BATCHES):.4f}. Latency on {baseline.threads} threads; in"
     yield "brackets what was measured while other programs had the processor."
     yield from ("", *markdown([row(outcome, report) for outcome in report.outcomes]), "")
     if said := list(slower(report)):
