@@ -15,7 +15,8 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from polyexport.workers.toolchain import cache_folder, pip_indexes, uv
+from polyexport.workers.installer import pip_indexes, uv
+from polyexport.workers.toolchain import cache_folder
 
 CPU = "cortex-a72"
 

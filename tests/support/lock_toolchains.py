@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
-from polyexport.workers import disk, locks, toolchain
+from polyexport.workers import disk, installer, locks, toolchain
 from polyexport.workers.process import Workers
 from polyexport.workers.toolchain import Toolchain
 
@@ -40,9 +40,9 @@ def resolved(chain: Toolchain, folder: Path) -> str:
     unheard.write_text(chain.overrides, encoding="utf-8")
     lowest = min(each.version for each in SpecifierSet(chain.python or "") & ALLOWED if each.operator == ">=")
     plain = ("--no-header", "--no-annotate", "--no-emit-index-url", "--no-emit-find-links")
-    command = [toolchain.uv(), "pip", "compile", "--quiet", "--universal", "--generate-hashes", *plain]
+    command = [installer.uv(), "pip", "compile", "--quiet", "--universal", "--generate-hashes", *plain]
     command += ["--python-version", lowest, "--overrides", str(unheard), str(asked), "--output-file", str(pins)]
-    subprocess.run(command, check=True, env={**os.environ, **toolchain.pip_indexes()})
+    subprocess.run(command, check=True, env={**os.environ, **installer.pip_indexes()})
     return pins.read_text(encoding="utf-8")
 
 

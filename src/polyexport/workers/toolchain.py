@@ -43,6 +43,7 @@ from platformdirs import user_cache_path
 from polyexport.errors import ToolMissing
 from polyexport.versions import versions
 from polyexport.workers import disk, locks
+from polyexport.workers.installer import pip_indexes, uv
 from polyexport.workers.process import Workers
 from polyexport.workers.server import LATER
 
@@ -520,39 +521,3 @@ def _layer(python: Path, workers: Workers) -> None:
 
 def _python(folder: Path) -> Path:
     return folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-
-
-def uv() -> str:
-    """Path of uv, which installs packages.
-
-    Raises:
-        ToolMissing: it is not installed.
-    """
-    try:
-        from uv import find_uv_bin
-
-        return find_uv_bin()
-    except (ImportError, FileNotFoundError):
-        found = shutil.which("uv")
-        if found is None:
-            raise ToolMissing("uv is not installed; `pip install uv`") from None
-        return found
-
-
-_INDEXES = {
-    "PIP_INDEX_URL": "UV_INDEX_URL",
-    "PIP_EXTRA_INDEX_URL": "UV_EXTRA_INDEX_URL",
-    "PIP_FIND_LINKS": "UV_FIND_LINKS",
-}
-
-
-def pip_indexes() -> dict[str, str]:
-    """Pip's variables under uv's names, so that a private index keeps working; uv's own win.
-
-    They are set in the environment, not on the command line: an index's URL may have a password, and other users of the
-    machine can read command lines.
-    """
-    found = {uvs: " ".join(os.environ.get(pips, "").split()) for pips, uvs in _INDEXES.items()}
-    # uv separates folders by commas, pip by spaces
-    found["UV_FIND_LINKS"] = found["UV_FIND_LINKS"].replace(" ", ",")
-    return {name: value for name, value in found.items() if value and name not in os.environ}
