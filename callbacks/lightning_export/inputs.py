@@ -89,7 +89,7 @@ class Inputs:
 
     def _warn(self, error: OSError, meanwhile: str) -> None:
         warn(
-            f"the inputs of forward cannot be written to {self._session.place()}: "
+            f"the inputs of forward cannot be written to {self._session.exports_folder()}: "
             f"{error.strerror or error}; this is tried again in the next validation, and {meanwhile}"
         )
 

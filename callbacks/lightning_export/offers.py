@@ -84,6 +84,6 @@ class Offers:
 
 def _warn(what: str, error: OSError, session: Session, then: str) -> None:
     warn(
-        f"{what} is not exported, since its files cannot be written to {session.place()}: "
+        f"{what} is not exported, since its files cannot be written to {session.exports_folder()}: "
         f"{error.strerror or error}{then}"
     )

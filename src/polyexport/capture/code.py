@@ -51,14 +51,14 @@ def importable(name: str) -> bool:
 @functools.lru_cache(1024)  # each new best is pickled while training waits
 def _is_found(name: str, path: tuple[str, ...]) -> bool:
     """Whether the finders of this process find a module; `path` is the import path that the answer belongs to."""
-    places = None
+    search_path = None
     for depth in range(1, len(parts := name.split(".")) + 1):
         partial = ".".join(parts[:depth])
-        looked = (finder.find_spec(partial, places) for finder in sys.meta_path if hasattr(finder, "find_spec"))
+        looked = (finder.find_spec(partial, search_path) for finder in sys.meta_path if hasattr(finder, "find_spec"))
         found = next(filter(None, looked), None)
         if found is None:
             return False
-        places = found.submodule_search_locations
+        search_path = found.submodule_search_locations
     return True
 
 

@@ -67,9 +67,9 @@ def _pickled(value: Any) -> tuple[bytes, list[torch.nn.Parameter], list[torch.Te
             if not isinstance(item, torch.Tensor):
                 return None
             if id(item) not in seen:
-                kind, shelf = ("parameter", parameters) if isinstance(item, torch.nn.Parameter) else ("tensor", tensors)
-                seen[id(item)] = (kind, len(shelf))
-                shelf.append(item)  # type: ignore[arg-type]  # the two lists differ only in their element type
+                kind, known = ("parameter", parameters) if isinstance(item, torch.nn.Parameter) else ("tensor", tensors)
+                seen[id(item)] = (kind, len(known))
+                known.append(item)  # type: ignore[arg-type]  # the two lists differ only in their element type
             return seen[id(item)]
 
         def reducer_override(self, item: Any) -> Any:

@@ -63,7 +63,7 @@ class Dispatcher:
             command = chain.command(self.workers)
         except Exception as error:  # whatever the error, an environment that cannot be made is a missing tool
             return JobResult(error=str(error), kind="missing")
-        path = self._place(job, chain, name)
+        path = self._write(job, chain, name)
         around = environment(threads=self.limits.threads, gpu=gpu, host=chain.in_host)
         again = reproduce(command, self.final / path.relative_to(self.root))
         done = self.slots.submit(
@@ -81,16 +81,16 @@ class Dispatcher:
     def _run_elsewhere(
         self, elsewhere: Elsewhere, job: Job, chain: Toolchain, name: str, log: str, *, gpu: bool
     ) -> JobResult:
-        path = self._place(job, chain, name)
-        place = path.relative_to(self.root)
-        final = str(self.final / place)
-        task = Task(place.as_posix(), log, final, chain, self.limits.timeout, self.limits.threads, gpu)
+        path = self._write(job, chain, name)
+        relative = path.relative_to(self.root)
+        final = str(self.final / relative)
+        task = Task(relative.as_posix(), log, final, chain, self.limits.timeout, self.limits.threads, gpu)
         return self.slots.submit(run, elsewhere, self.root, job, task, lambda: self.workers.closed).result()
 
     @contextlib.contextmanager
     def converse(self, job: Job, chain: Toolchain, name: str, log: str, *, gpu: bool = False) -> Iterator[Conversation]:
         """Start a job that answers requests one by one, and yield the conversation with it."""
-        path = self._place(job, chain, name)
+        path = self._write(job, chain, name)
         around = environment(threads=self.limits.threads, gpu=gpu, host=chain.in_host)
         with self.workers.conversation(
             chain.command(self.workers),
@@ -108,7 +108,7 @@ class Dispatcher:
         path = declared(self.root, each)
         return path.relative_to(self.root).as_posix() if path else None
 
-    def _place(self, job: Job, chain: Toolchain, name: str) -> Path:
+    def _write(self, job: Job, chain: Toolchain, name: str) -> Path:
         """Write a job's file."""
         path = self.root / "source" / "jobs" / f"{name}.json"
         own = self.sys_path if chain.in_host or chain.layered else ()

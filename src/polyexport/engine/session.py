@@ -158,10 +158,10 @@ class Session:
 
     def clear(self) -> None:
         """Remove what killed runs left in the folder of exports, except one that can be resumed, which is reported."""
-        if (left := self._engine.leftover(self.place())) is not None:
+        if (left := self._engine.leftover(self.exports_folder())) is not None:
             self._say(interruption(left))
 
-    def place(self) -> Path:
+    def exports_folder(self) -> Path:
         """The folder where exports are written."""
         return self._folder() if callable(self._folder) else Path(self._folder).absolute()
 
@@ -189,7 +189,7 @@ class Session:
             save_call(args, kwargs, self._captured, self.taken)
             self.taken += 1
             return
-        parent = self.place()
+        parent = self.exports_folder()
         parent.mkdir(parents=True, exist_ok=True)
         folder = locked(parent, CAPTURE)
         try:
@@ -278,8 +278,8 @@ class Session:
         Raises:
             OSError: the folder cannot be written, the disk has too little room, or the checkpoint is gone.
         """
-        spare = 0 if last else bytes_for_training(str(path), self.place())
-        check_room(root, len(plan.steps(self.options.formats)), self.place(), spare)
+        spare = 0 if last else bytes_for_training(str(path), self.exports_folder())
+        check_room(root, len(plan.steps(self.options.formats)), self.exports_folder(), spare)
         while not self.is_free():
             time.sleep(_LOOK_SECONDS)
         with self._work(root) as work:

@@ -187,10 +187,10 @@ def has_loops(content: bytes) -> bool:
     (root,) = struct.unpack_from("<I", content)
     (back,) = struct.unpack_from("<i", content, root)
     (size,) = struct.unpack_from("<H", content, root - back)
-    place = 4 + 2 * _SUBGRAPHS  # behind the sizes of the list of fields and of the table
-    if place >= size:
+    offset = 4 + 2 * _SUBGRAPHS  # behind the sizes of the list of fields and of the table
+    if offset >= size:
         return False
-    (field,) = struct.unpack_from("<H", content, root - back + place)
+    (field,) = struct.unpack_from("<H", content, root - back + offset)
     if not field:
         return False
     (vector,) = struct.unpack_from("<I", content, root + field)

@@ -159,15 +159,15 @@ def plane(points: Sequence[Point], x_name: str, y_name: str, say_x: Say, say_y: 
         _add(svg, "text", "tick", say_y(value), x=left - 6, y=y(value) + 4, text_anchor="end")
     _add(svg, "text", "axis", x_name, x=WIDTH - _RIGHT, y=bottom + 34, text_anchor="end")
     _add(svg, "text", "axis", y_name, x=4, y=14)
-    place = {point.name: (x(point.x), y(point.y) if point.y > 0 else float(bottom)) for point in points}
+    position = {point.name: (x(point.x), y(point.y) if point.y > 0 else float(bottom)) for point in points}
     front = [point for point in points if not any(_beats(other, point) for other in points)]
-    line = sorted((place[point.name] for point in front), key=lambda found: (found[0], -found[1]))
+    line = sorted((position[point.name] for point in front), key=lambda found: (found[0], -found[1]))
     steps = "".join(f"H{at:.1f}V{height:.1f}" for at, height in line[1:])
     _add(svg, "path", "front", d=f"M{line[0][0]:.1f} {line[0][1]:.1f}{steps}")
     marks = ElementTree.SubElement(svg, "g")
-    taken = [(at - 6, height + 4, 12.0) for at, height in place.values()]
-    for point in sorted(points, key=lambda each: (not each.chosen, each not in front, place[each.name][1])):
-        at, height = place[point.name]
+    taken = [(at - 6, height + 4, 12.0) for at, height in position.values()]
+    for point in sorted(points, key=lambda each: (not each.chosen, each not in front, position[each.name][1])):
+        at, height = position[point.name]
         group = _pointed(marks, point.name, f"{say_x(point.x)}, {say_y(point.y)}")
         _add(group, "circle", "dot" if point in front else "dot behind", cx=at, cy=height, r=5)
         if point.chosen:
@@ -236,10 +236,10 @@ def _label(
 ) -> None:
     """Label a mark, on the side and at the height where there is no other label yet."""
     width = _LETTER * len(text)
-    places = [(x + side, y + shift) for shift in (4, -10, 18, -22, 30, -34, 42) for side in (12, -12 - width)]
-    inside = [place for place in places if left <= place[0] <= WIDTH - width]
-    free = [place for place in inside if not any(_overlap((*place, width), other) for other in taken)]
-    at, height = (free or inside or places)[0]
+    positions = [(x + side, y + shift) for shift in (4, -10, 18, -22, 30, -34, 42) for side in (12, -12 - width)]
+    inside = [position for position in positions if left <= position[0] <= WIDTH - width]
+    free = [position for position in inside if not any(_overlap((*position, width), other) for other in taken)]
+    at, height = (free or inside or positions)[0]
     taken.append((at, height, width))
     _add(group, "text", "name mark", text, x=at, y=height)
 

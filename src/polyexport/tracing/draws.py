@@ -284,8 +284,8 @@ def _gumbel_softmax(
     soft = ((logits + noise) / tau).softmax(dim)
     if not hard:
         return soft
-    places = torch.arange(soft.shape[dim]).reshape([-1] + [1] * (soft.dim() - 1 - dim % soft.dim()))
-    return (places == soft.argmax(dim, keepdim=True)).to(soft.dtype)
+    positions = torch.arange(soft.shape[dim]).reshape([-1] + [1] * (soft.dim() - 1 - dim % soft.dim()))
+    return (positions == soft.argmax(dim, keepdim=True)).to(soft.dtype)
 
 
 _WRITTEN: Mapping[str, Callable[..., Any]] = {

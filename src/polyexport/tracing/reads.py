@@ -36,7 +36,7 @@ class Reads:
 
     Attributes:
         values: The values read at each site, in order, as text.
-        path: A hash of the functions called and of the places in the code that called them.
+        path: A hash of the functions called and of the lines of code that called them.
         objects: The same values as objects.
         outputs: What forward returned.
         counts: The sites of sizes that depend on values, with that size: 0, 1, or 2 for all above.

@@ -137,12 +137,12 @@ def resample(
     align_corners: Tensor,
 ) -> Tensor:
     sizes = torch.tensor([x.shape[-1], x.shape[-2]], dtype=torch.float32)
-    places = coordinates.float()
+    positions = coordinates.float()
     if coordinates_mode != "unnormalized":
-        share = (places + 1) / 2 if coordinates_mode == "normalized_minus_one_to_one" else places
-        places = share * (sizes - 1) if align_corners else share * sizes - 0.5
+        share = (positions + 1) / 2 if coordinates_mode == "normalized_minus_one_to_one" else positions
+        positions = share * (sizes - 1) if align_corners else share * sizes - 0.5
     padding, aligned = _GRID[padding_mode]
-    grid = 2 * places / (sizes - 1).clamp(min=1) - 1 if aligned else (2 * places + 1) / sizes - 1
+    grid = 2 * positions / (sizes - 1).clamp(min=1) - 1 if aligned else (2 * positions + 1) / sizes - 1
     outside = float(padding_value) if padding_mode == "constant" else 0.0
     return functional.grid_sample(x - outside, grid, sampling_mode, padding, aligned) + outside
 

@@ -106,7 +106,7 @@ def scatter_nd(
 # --- slices -----------------------------------------------------------------------------------------------------------
 
 
-def _places(
+def _positions(
     shape: torch.Size,
     begin: Tensor,
     end: Tensor,
@@ -119,14 +119,14 @@ def _places(
     rank = len(shape)
     steps = [1] * rank if stride is None else ints(stride)
     no_begin, no_end, single = (bools(mask, rank) for mask in (begin_mask, end_mask, squeeze_mask))
-    places = []
+    positions = []
     for axis, (first, last, step, size) in enumerate(zip(ints(begin), ints(end), steps, shape, strict=True)):
         if single[axis]:
-            places.append([range(size)[0 if no_begin[axis] else first]])
+            positions.append([range(size)[0 if no_begin[axis] else first]])
         else:
             chosen = slice(None if no_begin[axis] else first, None if no_end[axis] else last, step)
-            places.append(list(range(size)[chosen]))
-    return places
+            positions.append(list(range(size)[chosen]))
+    return positions
 
 
 def slice_by_index(
@@ -139,9 +139,9 @@ def slice_by_index(
     squeeze_mask: Tensor | None = None,
 ) -> Tensor:
     result = x
-    for axis, places in enumerate(_places(x.shape, begin, end, stride, begin_mask, end_mask, squeeze_mask)):
-        if places != list(range(x.shape[axis])):
-            result = result.index_select(axis, torch.tensor(places, dtype=torch.long))
+    for axis, positions in enumerate(_positions(x.shape, begin, end, stride, begin_mask, end_mask, squeeze_mask)):
+        if positions != list(range(x.shape[axis])):
+            result = result.index_select(axis, torch.tensor(positions, dtype=torch.long))
     return result.squeeze(tuple(axis for axis, gone in enumerate(bools(squeeze_mask, x.ndim)) if gone))
 
 
@@ -163,10 +163,10 @@ def slice_update(
     end_mask: Tensor | None = None,
     squeeze_mask: Tensor | None = None,
 ) -> Tensor:
-    places = _places(x.shape, begin, end, stride, begin_mask, end_mask, squeeze_mask)
-    grid = torch.meshgrid(*(torch.tensor(each, dtype=torch.long) for each in places), indexing="ij")
+    positions = _positions(x.shape, begin, end, stride, begin_mask, end_mask, squeeze_mask)
+    grid = torch.meshgrid(*(torch.tensor(each, dtype=torch.long) for each in positions), indexing="ij")
     result = x.clone()
-    result[grid] = update.reshape([len(each) for each in places])
+    result[grid] = update.reshape([len(each) for each in positions])
     return result
 
 

@@ -62,10 +62,10 @@ def pad(x: Tensor, pad: Tensor, mode: str = "constant", constant_val: Tensor | f
         return functional.pad(x, flat, value=float(constant_val))
     for axis, (before, after) in enumerate(pairs, x.ndim - len(pairs)):
         size = x.shape[axis]
-        places = torch.arange(-before, size + after)
+        positions = torch.arange(-before, size + after)
         if mode == "reflect":
-            places = size - 1 - (size - 1 - places.abs()).abs()
-        x = x.index_select(axis, places.clamp(0, size - 1))
+            positions = size - 1 - (size - 1 - positions.abs()).abs()
+        x = x.index_select(axis, positions.clamp(0, size - 1))
     return x
 
 

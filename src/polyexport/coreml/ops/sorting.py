@@ -36,8 +36,8 @@ def one_hot(
     on_value: Tensor | int = 1,
     off_value: Tensor | int = 0,
 ) -> Tensor:
-    places = torch.arange(int(one_hot_vector_size))
-    hot = torch.where(indices.unsqueeze(-1) == places, torch.as_tensor(on_value), torch.as_tensor(off_value))
+    positions = torch.arange(int(one_hot_vector_size))
+    hot = torch.where(indices.unsqueeze(-1) == positions, torch.as_tensor(on_value), torch.as_tensor(off_value))
     return hot.movedim(-1, int(axis))
 
 

@@ -115,14 +115,14 @@ def affine_grid(context: Any, node: Any) -> None:
     sizes: list[Any] = [getattr(each, "val", each) for each in (size if isinstance(size, list) else size.val)][2:]
     if None in sizes or len(sizes) != 2:
         raise NotImplementedError("affine_grid over axes other than two of known size")
-    lines = [_places(int(count), bool(corners.val)) for count in sizes]
+    lines = [_positions(int(count), bool(corners.val)) for count in sizes]
     rows, columns = np.meshgrid(*lines, indexing="ij")
-    places = np.stack([columns, rows, np.ones_like(rows)], -1).reshape(-1, 3).astype(np.float32)
-    moved = mb.matmul(x=places, y=theta, transpose_y=True)
+    positions = np.stack([columns, rows, np.ones_like(rows)], -1).reshape(-1, 3).astype(np.float32)
+    moved = mb.matmul(x=positions, y=theta, transpose_y=True)
     context.add(mb.reshape(x=moved, shape=[-1, *map(int, sizes), 2], name=node.name))
 
 
-def _places(count: int, corners: bool) -> np.ndarray:
+def _positions(count: int, corners: bool) -> np.ndarray:
     """From -1 to 1, the centers of the first and the last pixel (`corners`) or their outer sides."""
     if corners:
         return np.linspace(-1, 1, count) if count > 1 else np.zeros(1)
@@ -190,8 +190,8 @@ def _pair(sizes: Any) -> list[int]:
 
 def _picking(channels: int, kernel: list[int]) -> np.ndarray:
     """One-hot kernels `(channels * positions, 1, *kernel)`."""
-    places = kernel[0] * kernel[1]
-    return np.tile(np.eye(places, dtype=np.float32).reshape(places, 1, *kernel), (channels, 1, 1, 1))
+    positions = kernel[0] * kernel[1]
+    return np.tile(np.eye(positions, dtype=np.float32).reshape(positions, 1, *kernel), (channels, 1, 1, 1))
 
 
 def diff(context: Any, node: Any) -> None:

@@ -48,12 +48,12 @@ def _lgamma(mb: Any, x: Any) -> Any:
     """By Lanczos for one and above, and by log Γ(x) = log π - log |sin πx| - log Γ(1 - x) below a half."""
     small = mb.cast(x=mb.less(x=x, y=0.5), dtype="fp32")
     mirrored = mb.add(x=x, y=mb.mul(x=small, y=mb.sub(x=1.0, y=mb.mul(x=x, y=2.0))))
-    place = mb.sub(x=mirrored, y=1.0)
+    shifted = mb.sub(x=mirrored, y=1.0)
     total = 0.99999999999980993
     for index, coefficient in enumerate(_LANCZOS, 1):
-        total = mb.add(x=mb.real_div(x=coefficient, y=mb.add(x=place, y=float(index))), y=total)
-    base = mb.add(x=place, y=7.5)
-    power = mb.mul(x=mb.add(x=place, y=0.5), y=mb.log(x=base))
+        total = mb.add(x=mb.real_div(x=coefficient, y=mb.add(x=shifted, y=float(index))), y=total)
+    base = mb.add(x=shifted, y=7.5)
+    power = mb.mul(x=mb.add(x=shifted, y=0.5), y=mb.log(x=base))
     above = mb.add(x=mb.sub(x=power, y=base), y=mb.add(x=mb.log(x=total), y=math.log(2 * math.pi) / 2))
     sine = mb.abs(x=mb.sin(x=mb.mul(x=x, y=math.pi)))
     below = mb.sub(x=math.log(math.pi), y=mb.add(x=mb.log(x=sine), y=above))

@@ -32,14 +32,14 @@ def index_put(context: Any, node: Any) -> None:
     other = any(indices[axis].rank > 1 or "int" not in _kind(indices[axis]) for axis in axes)
     if other or axes != list(range(first, last)) or -1 in sizes[first:last] or sizes.count(-1) > 1:
         raise NotImplementedError(f"{node.kind} at {[None if each is None else each.shape for each in indices]}")
-    place = 0
+    position = 0
     for axis in axes:
         inside = mb.mod(x=mb.cast(x=indices[axis], dtype="int32"), y=sizes[axis])  # an index may count from the end
-        place = mb.add(x=mb.mul(x=place, y=sizes[axis]), y=inside)
+        position = mb.add(x=mb.mul(x=position, y=sizes[axis]), y=inside)
     merged = mb.reshape(x=x, shape=[*sizes[:first], math.prod(sizes[first:last]), *sizes[last:]])
-    updates = _spread(values, mb.gather(x=merged, indices=place, axis=first), _kind(x))
+    updates = _spread(values, mb.gather(x=merged, indices=position, axis=first), _kind(x))
     mode = "add" if adding else "update"
-    written = mb.scatter(data=merged, indices=place, updates=updates, axis=first, mode=mode)
+    written = mb.scatter(data=merged, indices=position, updates=updates, axis=first, mode=mode)
     context.add(mb.reshape(x=written, shape=sizes, name=node.name))
 
 
@@ -83,9 +83,9 @@ def scatter(context: Any, node: Any) -> None:
         ops.scatter(context, node)
         return
     kind = "int32" if _kind(x) == "bool" else _kind(x)
-    places = _beside(x, index, int(axis.val))
-    updates = mb.cast(x=_like(updates, places), dtype=kind) if updates.rank else _spread(updates, index, kind)
-    given = {"data": mb.cast(x=x, dtype=kind), "indices": places, "updates": updates, "axis": axis, "mode": "update"}
+    positions = _beside(x, index, int(axis.val))
+    updates = mb.cast(x=_like(updates, positions), dtype=kind) if updates.rank else _spread(updates, index, kind)
+    given = {"data": mb.cast(x=x, dtype=kind), "indices": positions, "updates": updates, "axis": axis, "mode": "update"}
     context.add(mb.cast(x=mb.scatter_along_axis(**given), dtype=_kind(x), name=node.name))
 
 
@@ -160,8 +160,14 @@ def _scattered(context: Any, node: Any, x: Any, axis: Any, index: Any, updates: 
         data, at, sources = map(torch.from_numpy, constants)
         context.add(mb.const(val=data.scatter_reduce(axis.val, at.long(), sources, reduce).numpy(), name=node.name))
         return
-    places = _beside(x, index, int(axis.val))
-    given = {"data": x, "indices": places, "updates": _like(updates, places), "axis": axis, "mode": _MODES[reduce]}
+    positions = _beside(x, index, int(axis.val))
+    given = {
+        "data": x,
+        "indices": positions,
+        "updates": _like(updates, positions),
+        "axis": axis,
+        "mode": _MODES[reduce],
+    }
     context.add(mb.scatter_along_axis(**given, name=node.name))
 
 

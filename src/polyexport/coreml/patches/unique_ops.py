@@ -11,7 +11,7 @@ from polyexport.coreml.patches.scatter_ops import _kind
 
 
 def unique(context: Any, node: Any) -> None:
-    """The sorted distinct elements, the place of each element among them, and how often each occurs.
+    """The sorted distinct elements, the index of each element among them, and how often each occurs.
 
     coremltools drops the axis of a single one, and counts those with a fraction as integers.
     """
@@ -22,9 +22,9 @@ def unique(context: Any, node: Any) -> None:
     flat = mb.cast(x=mb.reshape(x=x, shape=[-1]), dtype="fp32")
     order, begins = _runs(flat)
     found = mb.gather(x=mb.gather(x=flat, indices=order), indices=begins)
-    place, counts = _places(flat, found)
-    places = mb.reshape(x=place, shape=mb.shape(x=x))
-    _add_all(context, node, mb.cast(x=found, dtype=_kind(x)), places, counts)
+    position, counts = _indices_of(flat, found)
+    positions = mb.reshape(x=position, shape=mb.shape(x=x))
+    _add_all(context, node, mb.cast(x=found, dtype=_kind(x)), positions, counts)
 
 
 def unique_dim(context: Any, node: Any) -> None:
@@ -52,10 +52,10 @@ def unique_dim(context: Any, node: Any) -> None:
     rank = mb.reduce_sum(x=mb.cast(x=above, dtype="fp32"), axes=[1])  # how many are smaller
     ordered, begins = _runs(rank)
     chosen = mb.gather(x=ordered, indices=begins)
-    place, counts = _places(rank, mb.gather(x=rank, indices=chosen))
+    position, counts = _indices_of(rank, mb.gather(x=rank, indices=chosen))
     found = mb.gather(x=mb.cast(x=moved, dtype="fp32"), indices=chosen, axis=0)
     values = mb.transpose(x=found, perm=[int(each) for each in np.argsort(order)])
-    _add_all(context, node, mb.cast(x=values, dtype=_kind(x)), place, counts)
+    _add_all(context, node, mb.cast(x=values, dtype=_kind(x)), position, counts)
 
 
 _EXACT_BITS = 24
@@ -79,9 +79,9 @@ def unique_consecutive(context: Any, node: Any) -> None:
     found = mb.gather(x=flat, indices=_indices(is_new))
     total = mb.cumsum(x=mb.cast(x=is_new, dtype="fp32"), axis=0)  # with one more at the end
     number = mb.slice_by_index(x=mb.sub(x=total, y=np.float32(1)), begin=[0], end=[-1])
-    _, counts = _places(number, mb.gather(x=number, indices=_indices(is_new)))
-    places = mb.reshape(x=mb.cast(x=number, dtype="int32"), shape=mb.shape(x=x))
-    _add_all(context, node, mb.cast(x=found, dtype=_kind(x)), places, counts)
+    _, counts = _indices_of(number, mb.gather(x=number, indices=_indices(is_new)))
+    positions = mb.reshape(x=mb.cast(x=number, dtype="int32"), shape=mb.shape(x=x))
+    _add_all(context, node, mb.cast(x=found, dtype=_kind(x)), positions, counts)
 
 
 def _runs(keys: Any) -> tuple[Any, Any]:
@@ -107,13 +107,13 @@ def _indices(is_set: Any) -> Any:
     return mb.squeeze(x=mb.non_zero(x=is_set), axes=[1])
 
 
-def _places(keys: Any, found: Any) -> tuple[Any, Any]:
-    """The place of each key among distinct ones, and how often each of these occurs."""
+def _indices_of(keys: Any, found: Any) -> tuple[Any, Any]:
+    """The index of each key among distinct ones, and how often each of these occurs."""
     from coremltools.converters.mil import Builder as mb
 
     same = mb.equal(x=mb.expand_dims(x=found, axes=[1]), y=mb.expand_dims(x=keys, axes=[0]))
-    place = mb.reduce_argmax(x=mb.cast(x=same, dtype="fp32"), axis=0)
-    return place, mb.reduce_sum(x=mb.cast(x=same, dtype="int32"), axes=[1])
+    position = mb.reduce_argmax(x=mb.cast(x=same, dtype="fp32"), axis=0)
+    return position, mb.reduce_sum(x=mb.cast(x=same, dtype="int32"), axes=[1])
 
 
 def _add_all(context: Any, node: Any, *values: Any) -> None:

@@ -116,9 +116,9 @@ def unique(x: Value, *, axis: int | None = None, sorted: int = 1) -> Any:
     rows = tf.reshape(moved, tf.stack([tf.shape(tensor)[axis], width]))
     ranked, count = _lexical(rows), tf.shape(rows)[0]
     ordered = tf.gather(rows, ranked)
-    place = tf.range(count)  # no slice here is empty, which LiteRT's CompiledModel refuses
-    before = tf.gather(ordered, tf.maximum(place - 1, 0))
-    is_new = tf.logical_or(tf.reduce_any(tf.not_equal(ordered, before), 1), place < 1)
+    index = tf.range(count)  # no slice here is empty, which LiteRT's CompiledModel refuses
+    before = tf.gather(ordered, tf.maximum(index - 1, 0))
+    is_new = tf.logical_or(tf.reduce_any(tf.not_equal(ordered, before), 1), index < 1)
     begins = tf.cast(tf.where(is_new)[:, 0], tf.int32)
     counts = tf.concat([begins, [count]], 0)[1:] - begins
     first = tf.gather(ranked, begins)
