@@ -40,6 +40,14 @@ def test_formats_without_latency_are_chosen_by_size():
     assert shipped(replace(FAST, latency=None), SMALL) == {"server CPU": "onnx"}
 
 
+def test_of_artifacts_of_about_one_size_the_one_that_was_asked_for_first_is_chosen():
+    graphdef = outcome("graphdef", "verified", megabytes=2.9, error=1e-6)
+    (choice,) = choices(report(replace(SMALL, latency=None), graphdef))
+    assert choice.outcome.format == "onnx"
+    assert choice.why.startswith("about the smallest of 2 verified; ")
+    assert shipped(replace(FAST, latency=None), graphdef) == {"server CPU": "graphdef"}
+
+
 def test_a_degraded_format_is_chosen_only_if_no_other_is_left():
     lacking = outcome("onnx", "degraded", "static shapes only", megabytes=1.0, error=1e-6, ms=0.1)
     assert shipped(FAST, lacking) == {"server CPU": "openvino"}

@@ -16,6 +16,10 @@ _TIMED_HERE: tuple[Target, ...] = ("server CPU", "GPU")
 """Targets for which latency on this machine matters; for others the smallest artifact is chosen."""
 
 
+_ALIKE = 1.05
+"""Artifacts up to this ratio of the least size or time count as alike; the one that was asked for first is chosen."""
+
+
 @dataclass(frozen=True, slots=True)
 class Choice:
     """The artifact to ship to a target.
@@ -34,7 +38,8 @@ class Choice:
 def choices(report: Report) -> Iterator[Choice]:
     """The artifact for each target that a format was asked for; `verified` ones are preferred.
 
-    For servers it is the fastest, if latency was measured on an idle machine, else the smallest.
+    For servers it is the fastest, if latency was measured on an idle machine, else the smallest. Of those that are
+    alike in that it is the first.
     """
     ours = (known()[each.format] for each in report.outcomes if each.format in known())
     for target, formats in by_target(ours).items():
@@ -46,8 +51,10 @@ def choices(report: Report) -> Iterator[Choice]:
         best = min((each.state for each in agreed), key=STATES.index)
         fitting = [each for each in agreed if each.state == best]
         by_time = target in _TIMED_HERE and report.is_quiet and all(each.latency for each in fitting)
-        chosen = min(fitting, key=_time if by_time else _bytes)
-        yield Choice(target, chosen, _why(chosen, len(fitting), by_time=by_time))
+        cost = _time if by_time else _bytes
+        least = min(map(cost, fitting))
+        chosen = next(each for each in fitting if cost(each) <= _ALIKE * least)
+        yield Choice(target, chosen, _why(chosen, len(fitting), by_time=by_time, is_alike=cost(chosen) > least))
 
 
 def _state(outcome: Outcome) -> str:
@@ -65,9 +72,9 @@ def _bytes(outcome: Outcome) -> float:
     return outcome.artifact.bytes if outcome.artifact else math.inf
 
 
-def _why(chosen: Outcome, among: int, *, by_time: bool) -> str:
+def _why(chosen: Outcome, among: int, *, by_time: bool, is_alike: bool) -> str:
     made = chosen.artifact.bytes if chosen.artifact else None
-    most = "fastest" if by_time else "smallest"
+    most = f"{'about the ' if is_alike else ''}{'fastest' if by_time else 'smallest'}"
     parts = [f"{most} of {among} {chosen.state}" if among > 1 else f"the only one {chosen.state}"]
     if by_time and chosen.latency:
         factor = f", {chosen.latency.speedup:.2f}× PyTorch" if chosen.latency.speedup else ""

@@ -70,7 +70,7 @@ def _table(report: Report, left_out: set[str]) -> Table:
     drawn = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for column in shown:
         justify: Literal["left", "right"] = "right" if column in NUMBERS else "left"
-        header = column.replace(" ", "\n").replace("-", "-\n")
+        header = column.replace(" ", "\n").replace("-up", "-\nup")
         drawn.add_column(header, justify=justify, no_wrap=True)
     for row in found:
         # as Text, since a table reads strings as markup

@@ -49,7 +49,7 @@ def page(report: Report) -> str:
             report=report,
             title=title(report),
             states=_tally(report),
-            columns=columns(report),
+            columns=_columns(report),
             numbers=NUMBERS,
             table=list(_table(report)),
             metrics=metrics(report),
@@ -96,6 +96,11 @@ def title(report: Report) -> str:
 
 
 # --- what the template shows ------------------------------------------------------------------------------------------
+
+
+def _columns(report: Report) -> list[str]:
+    """The columns of the table that have a value in any row; reasons have rows of their own."""
+    return [name for name in columns(report) if name != "reason" and any(row[name] for row in rows(report))]
 
 
 def _table(report: Report) -> Iterator[tuple[Outcome, Mapping[str, str]]]:
