@@ -38,10 +38,8 @@ from polyexport.errors import BadRequest, line
 if TYPE_CHECKING:
     from torch import nn
 
-
 STRUCTURE, ATTRIBUTES = "structure.pkl", "attributes.pkl"
 """The module without its weights."""
-
 
 PROCESSING = "processing.pkl"
 """The steps before and after forward, if any."""
@@ -233,6 +231,3 @@ def load(folder: Path, outputs: tuple[str, ...] | None = None) -> Any:
     unwrap.settle(wrapped)
     make_writable(wrapped)
     return wrapped
-
-
-# --- traced in process ------------------------------------------------------------------------------------------------
