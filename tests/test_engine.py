@@ -38,9 +38,9 @@ from polyexport.engine.request import _read, interrupted, interruption
 from polyexport.measure.latency import QUIET
 from polyexport.report.folders import REQUEST, finished, followed, point_best, take_place, unfinished
 from polyexport.report.outcome import Checkpoint, Note
-from polyexport.worker import _NotAgain
 from polyexport.workers import gpu
 from polyexport.workers.process import Workers
+from polyexport.workers.refusals import NotAgain
 
 TIMEOUT = 15.0  # rebuilding a module takes a few seconds on a busy machine, most of it importing torch
 
@@ -681,7 +681,7 @@ def test_no_worker_imports_the_script_that_trains_whatever_it_is_called(tmp_path
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(sys.modules["__main__"], "__file__", str(tmp_path / "train.py"))
     assert script() == str((tmp_path / "train.py").resolve())
-    finder = _NotAgain(script())
+    finder = NotAgain(script())
     assert finder.find_spec("other") is None
     assert finder.find_spec("json") is None
     with pytest.raises(ModuleNotFoundError, match=r"train is the training script .*train\.py, which is not imported"):

@@ -25,16 +25,12 @@ if not __package__:  # run by path: make the package known without its __init__,
 
 import argparse
 import json
-import queue
 import shutil
-import signal
 import tempfile
-import threading
 import time
 import traceback
 from collections.abc import Iterator
 from dataclasses import replace
-from importlib.machinery import PathFinder
 from typing import Any, TextIO
 
 import numpy as np
@@ -53,7 +49,6 @@ from polyexport.workers.job import (
     OUTPUTS,
     PARENT,
     READS,
-    TEMPORARY,
     Bench,
     Convert,
     Explain,
@@ -66,6 +61,8 @@ from polyexport.workers.job import (
     read_job,
     result_path,
 )
+from polyexport.workers.lifetime import end_with_parent, outlive_signals
+from polyexport.workers.refusals import NotAgain, cause, refuse_pickles
 
 
 def main() -> int:
@@ -76,7 +73,7 @@ def main() -> int:
     parser.add_argument("--server", nargs="*", metavar="MODULE", help="import these, and fork a child for each job")
     given = parser.parse_args()
     if PARENT in os.environ:
-        _outlive_signals()
+        outlive_signals()
     if given.server is not None:
         return server.run(given.server, work)
     if given.job is None or not given.job.is_file():
@@ -94,7 +91,7 @@ def main() -> int:
 def work(path: Path) -> int:
     """Run the job in this file, for the process that started this one; the exit code is 0 if it succeeds."""
     root, job = _opened(path)
-    answers, lines = _keep_stdout(), _end_with_parent()
+    answers, lines = _keep_stdout(), end_with_parent()
     if isinstance(job, Bench):
         return bench(root, job, lines, answers)
     if isinstance(job, Serve):
@@ -106,46 +103,11 @@ def _opened(path: Path) -> tuple[Path, Job]:
     """The export's folder and the job, whose import path becomes this process's."""
     job = read_job(path)
     if not job.trusted:
-        sys.addaudithook(_refuse_pickles)
+        sys.addaudithook(refuse_pickles)
     sys.path += [entry for entry in job.sys_path if entry not in sys.path]
     if job.script:
-        sys.meta_path.insert(0, _NotAgain(job.script))
+        sys.meta_path.insert(0, NotAgain(job.script))
     return path.parent.parent.parent, job
-
-
-_refusals: list[CannotRun] = []
-
-
-class _NotAgain:
-    """An import finder that refuses the training script: importing it, under any name, would train again."""
-
-    def __init__(self, script: str) -> None:
-        self._script = script
-
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
-        found = PathFinder.find_spec(name, path, target)
-        if found is not None and found.origin and os.path.realpath(found.origin) == self._script:
-            raise ModuleNotFoundError(
-                f"{name} is the training script {self._script}, which is not imported, since that would train again",
-                name=name,
-            )
-
-
-def _refuse_pickles(event: str, arguments: tuple[Any, ...]) -> None:
-    """An audit hook (see `sys.addaudithook`) that refuses to unpickle more than plain data from now on."""
-    if event == "pickle.find_class":
-        _refusals.append(
-            CannotRun(
-                f"it holds a pickle of {'.'.join(map(str, arguments))}, which may run any code; "
-                "if you trust who made the export, give --trust"
-            )
-        )
-        raise _refusals[-1]
-
-
-def _cause(error: BaseException) -> BaseException:
-    """The cause of an error: the refused pickle, if there was one, since runtimes report that in their own words."""
-    return _refusals[0] if _refusals else error
 
 
 def _done(path: Path, root: Path, job: Job) -> bool:
@@ -156,7 +118,7 @@ def _done(path: Path, root: Path, job: Job) -> bool:
         result["value"] = _value(root, job)
     except BaseException as error:  # whatever a converter raises, SystemExit included, is this job's result
         traceback.print_exc()
-        result |= {"error": _one_line(_cause(error)), "error_kind": _kind(_cause(error))}
+        result |= {"error": _one_line(cause(error)), "error_kind": _kind(cause(error))}
     result["seconds"] = time.perf_counter() - start
     sys.stdout.flush()
     write_json(result_path(path), result)
@@ -371,7 +333,7 @@ def serve(root: Path, job: Serve, lines: Iterator[bytes], answers: TextIO) -> in
     try:
         loaded = _load(root, job)
     except Exception as error:
-        _answer(answers, {"error": _one_line(_cause(error))})
+        _answer(answers, {"error": _one_line(cause(error))})
         return 1
     _answer(answers, {})
     for asked in lines:
@@ -381,7 +343,7 @@ def serve(root: Path, job: Serve, lines: Iterator[bytes], answers: TextIO) -> in
             _answer(answers, {})
         except Exception as error:  # the artifact may fail on these inputs and run on the next
             traceback.print_exc()
-            _answer(answers, {"error": _one_line(_cause(error))})
+            _answer(answers, {"error": _one_line(cause(error))})
     return 0
 
 
@@ -446,56 +408,6 @@ def _keep_stdout() -> TextIO:
 def _answer(answers: TextIO, value: Any) -> None:
     answers.write(json.dumps(value) + "\n")
     answers.flush()
-
-
-def _outlive_signals() -> None:
-    """Ignore signals that a scheduler sends to all processes of a job, since they are meant for the training.
-
-    A worker ends with the process that started it, which also kills it where needed; and a conversion that a SIGTERM
-    had ended would be reported as `failed`.
-    """
-    for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2"):
-        if hasattr(signal, name):  # Windows has two of them
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
-
-
-def _end_with_parent() -> Iterator[bytes]:
-    """End this process and its children when its parent is gone: standard input closes, or it is orphaned.
-
-    Another child of the parent may keep standard input open, so both are watched. Temporary files are removed, which
-    the parent would have done; an incomplete export stays, to be resumed. Returns the lines that arrive until then.
-    """
-    lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-
-    def listen() -> None:
-        # not sys.stdin, whose lock would be held when the interpreter exits
-        with open(0, "rb", closefd=False) as stream:
-            for each in stream:
-                lines.put(each)
-        _end()
-
-    def watch(parent: int) -> None:
-        while os.getppid() == parent:
-            time.sleep(_WATCH_SECONDS)
-        _end()
-
-    threading.Thread(target=listen, daemon=True).start()
-    parent = int(os.environ.get(PARENT, 0))
-    if parent and hasattr(os, "killpg"):  # on Windows a venv's Python has another parent
-        threading.Thread(target=watch, args=(parent,), daemon=True).start()
-    return iter(lines.get, b"")  # never ends by itself, since no line is empty
-
-
-_WATCH_SECONDS = 0.5
-
-
-def _end() -> None:
-    """Remove temporary files, and end this process and its children."""
-    if folder := os.environ.get(TEMPORARY):
-        shutil.rmtree(folder, ignore_errors=True)
-    if hasattr(os, "killpg") and os.getpgrp() == os.getpid():  # else it was started by hand, in somebody else's group
-        os.killpg(0, 9)
-    os._exit(1)
 
 
 if __name__ == "__main__":
