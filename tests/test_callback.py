@@ -36,7 +36,7 @@ from lightning.pytorch.loggers import WandbLogger
 import planted
 import runs
 import wandb_log
-from lightning_export import ExportCallback, Wandb
+from lightning_export import ExportCallback, Wandb, harmless
 from lightning_export.trainer import say
 from planted import GOOD, planted as plant
 from polyexport import BadRequest, Engine, ExportFailed, Report, Toolchain, UnknownFormat
@@ -314,6 +314,12 @@ def test_weights_optimizer_metrics_and_random_state_are_bit_identical(tmp_path):
     assert all(torch.equal(one, other) for one, other in zip(states, with_states, strict=True))
     assert metrics == with_metrics
     assert torch.equal(rng, with_rng)
+
+
+def test_a_warning_stands_at_the_line_that_called_the_library() -> None:
+    with pytest.warns(UserWarning, match="ExportCallback: the disk is full") as seen:
+        harmless.warn("the disk is full")
+    assert Path(seen[0].filename) == Path(__file__)
 
 
 def test_fail_on_raises_after_everything_is_written(tmp_path):

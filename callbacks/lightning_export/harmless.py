@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import functools
+import sys
+import warnings
 from collections.abc import Callable
+from types import FrameType
 from typing import Any, Concatenate, ParamSpec
 
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from polyexport import BadRequest, errors
@@ -17,7 +20,25 @@ P = ParamSpec("P")
 
 def warn(message: str) -> None:
     """Warn on rank zero; never raises, even where warnings are errors."""
-    errors.warn(f"ExportCallback: {message}", functools.partial(rank_zero_warn, stacklevel=6))  # the caller of this one
+    errors.warn(f"ExportCallback: {message}", _warn)
+
+
+@rank_zero_only
+def _warn(message: str) -> None:
+    """Warn at the line of the trainer that led here; its module is this one, for filters.
+
+    Lightning shows warnings at lines of its own without the code there, which would say nothing to a user.
+    """
+    frame: FrameType = sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _BETWEEN:
+        frame = frame.f_back
+    registry = globals().setdefault("__warningregistry__", {})  # so that a repeated warning is shown once
+    at = (frame.f_code.co_filename, frame.f_lineno)
+    warnings.warn_explicit(message, UserWarning, *at, module=__name__, registry=registry)
+
+
+_BETWEEN = ("lightning_export", "polyexport", "lightning_utilities", "contextlib")
+"""The packages between a hook of the trainer and a warning."""
 
 
 def harmless(
