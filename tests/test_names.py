@@ -102,6 +102,12 @@ def test_every_format_keeps_a_name_that_an_operator_has_and_takes_no_detour_for_
     assert [text for text in routes if text.split(":")[0] in whole] == []
 
 
+def test_no_artifact_is_an_executable_file(everything: Everything) -> None:
+    folders = [everything.report.folder / each.format for each in everything.report.outcomes if each.artifact]
+    files = [file for folder in folders for file in folder.rglob("*") if file.is_file()]
+    assert [file for file in files if file.stat().st_mode & 0o111] == []
+
+
 def test_a_value_with_several_names_gets_them_all_and_a_branch_sees_the_new_ones() -> None:
     """An input passed through, a weight, one value twice, and a value that a subgraph reads under the name taken."""
 

@@ -83,7 +83,8 @@ def load(path: str | Path, *, threads: int = 1) -> Loaded:
     except ModuleNotFoundError as error:
         needed = ", ".join(find(each.runtime or each.routes[0].toolchain).requirements)
         raise ToolMissing(
-            f"{each.name} runs in an environment with {needed}; {error.name} is not installed here"
+            f"{each.name} runs in an environment with {needed}; {error.name} is not installed here: install it, or run "
+            f"the artifact in its own environment by `polyexport run {folder} --inputs inputs.npz`"
         ) from error
     shortfall = about.reason if about.state == "degraded" else opened.shortfall
     return replace(opened, labels=about.spec.labels, metadata=about.spec.metadata, shortfall=shortfall)

@@ -162,7 +162,8 @@ def apply_recipe(recipe: Any, source: Path, target: Path) -> None:
     """Quantize a file by a recipe without calibration."""
     from ai_edge_quantizer import quantizer
 
-    quantizer.Quantizer(str(source), recipe).quantize().export_model(str(target), overwrite=True)
+    made = quantizer.Quantizer(str(source), recipe).quantize()
+    target.write_bytes(made.quantized_model)  # its own writer makes the file executable
 
 
 # --- running ----------------------------------------------------------------------------------------------------------

@@ -270,7 +270,7 @@ def _quantize(source: Path, target: Path, batches: Sequence[Arrays], update: Any
     ranges = Calibrator(str(source), num_threads=1, qsv_update_func=update)
     ranges.calibrate({signature: [to_artifact(arrays, details) for arrays in batches]}, manager)
     work = quantizer.Quantizer(str(source), manager.get_quantization_recipe())
-    work.quantize(ranges.get_model_qsvs()).export_model(str(target), overwrite=True)
+    target.write_bytes(work.quantize(ranges.get_model_qsvs()).quantized_model)  # its own writer makes it executable
     _settle_outputs(target)
 
 
