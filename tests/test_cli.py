@@ -354,7 +354,7 @@ def test_a_model_is_named_by_its_file_too(shop: Path, tmp_path: Path, file: str)
     blob = checkpoint.read(shop / "best.ckpt")
     made = checkpoint.model(shop / "best.ckpt", blob, f"{tmp_path / file}:Net", {})
     snapshot.save_structure(made, None, tmp_path)
-    program = "import sys; from polyexport.capture.snapshot import restore; print(restore(sys.argv[1])['root'])"
+    program = "import sys; from polyexport.capture.pickling import restore; print(restore(sys.argv[1])['root'])"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(import_path())}
     done = subprocess.run(
         [sys.executable, "-P", "-c", program, str(tmp_path / "structure.pkl")],
