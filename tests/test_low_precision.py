@@ -422,6 +422,14 @@ def test_the_costliest_weights_get_8_bits_until_it_is_near_and_half_stay_in_4():
     assert drafts.partly({"a": 40, "c": 40}, 100, lambda names: drafts.Draft({*names}, "", 1.0)).model == {"a", "c"}
 
 
+def test_costs_are_measured_until_the_processor_time_is_spent(monkeypatch):
+    spent = iter((0, 1, 100, 121, 122))  # seconds at the start, then before each layer
+    monkeypatch.setattr(drafts, "_processor_seconds", lambda: next(spent))
+    chosen, told = drafts.mended([made((), ())], dict.fromkeys("abcd", "net"), made, share=1.0)
+    assert set(chosen.kept) == {"a", "b"}
+    assert "net (50.0%)" in told
+
+
 def test_integers_are_as_far_apart_as_the_share_of_them_that_differs():
     x = np.arange(8)
     assert distance([{"y": x}], [{"y": x}]) == 0
