@@ -153,6 +153,8 @@ NAMES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
             "executorch.backends.xnnpack.partition.graphs.bilinear_2d:get_graphs_dict",
             "executorch.backends.xnnpack.partition.graphs.sdpa:get_graphs",
             "executorch.exir._serialize._program:deserialize_pte_binary",
+            "executorch.extension.pybindings.portable_lib:_threadpool_get_thread_count",
+            "executorch.extension.pybindings.portable_lib:_unsafe_reset_threadpool",
             "torch.fx.traceback:NodeSource",
         ),
         "formats/executorch_quantized.py": (

@@ -132,10 +132,13 @@ def exported(module: torch.nn.Module, spec: ExportSpec) -> torch.export.Exported
 
 
 def load(path: Path, spec: ExportSpec, *, threads: int) -> Runner:
-    """Run it with ExecuTorch's runtime; it sets its number of threads itself."""
+    """Run it with ExecuTorch's runtime, whose threads all programs of a process share."""
     import torch
+    from executorch.extension.pybindings.portable_lib import _threadpool_get_thread_count, _unsafe_reset_threadpool
     from executorch.runtime import Runtime
 
+    if _threadpool_get_thread_count() != threads:  # by itself it has one for each core
+        _unsafe_reset_threadpool(threads)  # while no program runs
     program = Runtime.get().load_program(path)
     try:
         method = program.load_method("forward")

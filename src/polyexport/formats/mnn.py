@@ -300,7 +300,8 @@ def load(path: Path, spec: ExportSpec, *, threads: int) -> Runner:
 
     kinds: dict[str, Any] = {"f": (MNN.expr.float, np.float32)}
     manager = MNN.nn.create_runtime_manager(({"backend": "CPU", "precision": "high", "numThread": threads},))
-    names = MNN.nn.load_module_from_file(str(path), [], []).get_info()["inputNames"]
+    # each time with the manager: without one it starts threads of its own
+    names = MNN.nn.load_module_from_file(str(path), [], [], runtime_manager=manager).get_info()["inputNames"]
     module = MNN.nn.load_module_from_file(str(path), names, list(spec.output_names), runtime_manager=manager)
 
     def given(array: np.ndarray) -> Any:

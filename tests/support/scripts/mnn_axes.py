@@ -1,4 +1,4 @@
-"""In the toolchain of MNN: convolutions over one axis, loops, int8 at every size, a share of the layers in float.
+"""In the toolchain of MNN: convolutions over one axis, threads, loops, int8 at every size, a share in float.
 
 python mnn_axes.py FOLDER
 """
@@ -38,7 +38,9 @@ outputs = tuple(TensorSpec(name, "float32", ("n", *shape[1:])) for name, shape i
 spec = ExportSpec((TensorSpec("x", "float32", ("n", 3, 10)),), outputs, {"n": 4})
 convert(folder / "m.onnx", folder / "m.mnn", spec)
 x = random.random((4, 3, 10), np.float32)
+threads = len(list(Path("/proc/self/task").iterdir()))
 found = load(folder / "m.mnn", spec, threads=1)({"x": x})
+assert len(list(Path("/proc/self/task").iterdir())) == threads
 windows = np.lib.stride_tricks.sliding_window_view(x, 3, axis=2)
 expected = np.einsum("ncdk,ock->nod", windows, weights["w"])
 assert {name: array.shape for name, array in found.items()} == shapes
