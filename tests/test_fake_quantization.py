@@ -100,6 +100,18 @@ def test_a_weight_has_a_scale_for_each_channel_where_it_was_trained_with_them():
     assert targets.count(torch.ops.quantized_decomposed.dequantize_per_channel.default) == 4
 
 
+def test_a_fake_quantizer_with_two_names_is_fixed_under_both():
+    """As layers that only move values share that of their input."""
+    fake = quantization.FakeQuantize()
+    net = nn.Sequential(fake, nn.Flatten(), fake)
+    net(IMAGES)
+    expected = net.eval().apply(quantization.disable_observer)(IMAGES)
+    settle(net)
+    assert net[0] is net[2]
+    assert not hasattr(net[2], "fake_quant_enabled")
+    torch.testing.assert_close(net(IMAGES), expected)
+
+
 def test_a_module_without_fake_quantization_stays_as_it_is():
     module = layers().eval()
     graph = traced(module)

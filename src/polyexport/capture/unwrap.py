@@ -294,13 +294,14 @@ def settle(module: torch.nn.Module) -> None:
     """
     from torch.nn.utils import parametrize
 
+    fixed: dict[torch.nn.Module, torch.nn.Module] = {}
     for each in tuple(module.modules()):
         if parametrize.is_parametrized(each):
             for name in tuple(each.parametrizations):  # type: ignore[arg-type]  # a ModuleDict
                 parametrize.remove_parametrizations(each, name)
-        for name, child in each.named_children():
-            if hasattr(child, "fake_quant_enabled"):
-                setattr(each, name, _rounding(child))
+        for name, child in tuple(each._modules.items()):  # unlike named_children, with each name of a shared one
+            if child is not None and hasattr(child, "fake_quant_enabled"):
+                setattr(each, name, fixed.setdefault(child, _rounding(child)))
         if all(hasattr(each, name) for name in ("weight_fake_quant", "bn", "_conv_forward")):
             each._forward = functools.partial(_with_batch_norm, each)  # type: ignore[assignment]  # torch.ao calls it
 
