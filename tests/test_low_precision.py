@@ -24,7 +24,7 @@ from polyexport.measure.weights import InFloat, in_four_bits
 from polyexport.report import manifest
 from polyexport.spec import calibration, read_arrays, write_arrays
 
-ONNX = ("onnx-fp16", "onnx-int8", "onnx-w8")
+ONNX = ("onnx-fp16", "onnx-int8", "onnx-int8-symmetric", "onnx-w8")
 OPENVINO = ("openvino-fp16", "openvino-int8", "openvino-w8", "openvino-w4")
 EIGHT_BITS = ("onnx-int8", "onnx-w8", "openvino-int8", "openvino-w8")
 
@@ -92,7 +92,9 @@ def test_the_report_names_the_calibration_data(report):
     assert found.left_out == ("source/call_002.npz",)
     assert report["onnx-w8"].calibration is None
     (note,) = (note.text for note in report.notes if "calibrated with" in note.text)
-    assert note.startswith("onnx-fp16, onnx-int8, openvino-int8, openvino-w4: calibrated with 2 batches of 21 rows")
+    assert note.startswith(
+        "onnx-fp16, onnx-int8, onnx-int8-symmetric, openvino-int8, openvino-w4: calibrated with 2 batches of 21 rows"
+    )
 
 
 @pytest.mark.slow
@@ -183,6 +185,8 @@ def is_activation_scale(name: str, array: np.ndarray) -> bool:
 
 PLANTED = {
     "a swapped channel": ("onnx-int8", is_weight, swapped),
+    "a swapped channel for TensorRT": ("onnx-int8-symmetric", is_weight, swapped),
+    "a saturated layer for TensorRT": ("onnx-int8-symmetric", is_activation_scale, lambda scale: scale / 64),
     "swapped weights": ("onnx-w8", is_weight, swapped),
     "a wrong zero point": ("onnx-int8", is_zero_point, lambda zero: zero // 2),
     "a saturated layer": ("onnx-int8", is_activation_scale, lambda scale: scale / 8),
@@ -215,6 +219,19 @@ def test_a_weight_of_openvino_with_its_channels_in_reverse_is_a_mismatch(report,
     wrong = whole.replace(data.tobytes(), np.ascontiguousarray(data[::-1]).tobytes())
     (tmp_path / "model.bin").write_bytes(wrong)
     assert not judged(report, name, tmp_path / "model.xml").passed
+
+
+@pytest.mark.slow
+def test_for_tensorrt_zero_points_are_0_and_biases_are_float(report):
+    import onnx
+
+    model = onnx.load(report.folder / "onnx-int8-symmetric" / "model.onnx")
+    constants = {each.name: onnx.numpy_helper.to_array(each) for each in model.graph.initializer}
+    found = [node for node in model.graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
+    assert {(constants[node.input[2]].dtype.name, bool(constants[node.input[2]].any())) for node in found} == {
+        ("int8", False)
+    }
+    assert "int32" not in {array.dtype.name for array in constants.values()}
 
 
 # --- batches that cannot be calibrated with ---------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from polyexport.formats import resolve, tensorrt, tensorrt_rtx
 from polyexport.spec import ExportSpec, TensorSpec
 from polyexport.workers import gpu
 
-RTX = ("tensorrt-rtx", "tensorrt-rtx-fp16")
+RTX = ("tensorrt-rtx", "tensorrt-rtx-fp16", "tensorrt-rtx-int8")
 HERE = not gpu.missing() and torch.cuda.is_available() and importlib.util.find_spec("tensorrt") is not None
 SPEC = ExportSpec(
     inputs=(TensorSpec("image", "float32", ("batch", 3, 8, 8)), TensorSpec("unused", "float32", ("batch", 2))),
@@ -46,7 +46,7 @@ def test_without_a_gpu_it_is_skipped_in_a_line_and_nothing_else_is_built(tmp_pat
 
 
 @pytest.mark.skipif(not HERE, reason="it needs an NVIDIA GPU, PyTorch's CUDA build and `pip install tensorrt-cu13`")
-@pytest.mark.parametrize("name", ["tensorrt", "tensorrt-fp16"])
+@pytest.mark.parametrize("name", ["tensorrt", "tensorrt-fp16", "tensorrt-int8"])
 def test_an_engine_is_verified(name, tmp_path):
     module, inputs = zoo.build("resnet")
     report = polyexport.export(module, inputs, [name], tmp_path / "export", bench=False)
@@ -85,9 +85,9 @@ def test_an_engine_for_rtx_is_built_without_a_gpu_and_not_called_verified(for_rt
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="its wheels are installed on Linux only")
 def test_an_engine_that_nothing_here_can_open_has_its_size_and_hash(for_rtx):
-    whole, half = (for_rtx[name].artifact for name in RTX)
+    whole, half, eight = (for_rtx[name].artifact for name in RTX)
     assert whole.bytes > half.bytes > 100_000
-    assert len(whole.sha256) == len(half.sha256) == 64
+    assert len(whole.sha256) == len(half.sha256) == len(eight.sha256) == 64
 
 
 @pytest.mark.slow

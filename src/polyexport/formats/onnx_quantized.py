@@ -46,8 +46,18 @@ _MASK = 1e9
 """Larger values stand for infinity, as in attention masks; a range with one would leave no steps for others."""
 
 
-def quantize(source: Path, target: Path, spec: ExportSpec, *, methods: Iterable[str] = METHODS) -> None:
-    """Quantize weights and activations, in the way with the smallest error of the outputs."""
+def quantize(
+    source: Path, target: Path, spec: ExportSpec, *, methods: Iterable[str] = METHODS, symmetric: bool = False
+) -> None:
+    """Quantize weights and activations, in the way with the smallest error of the outputs.
+
+    Args:
+        source: The graph in float32.
+        target: The file.
+        spec: Its signature, with batches to calibrate with.
+        methods: The calibration methods to choose from.
+        symmetric: Whether all zero points are 0, biases are float, and only products are in int8, as TensorRT needs it.
+    """
     import onnx
 
     expected = list(map(opened(source, threads=1), calibration(spec)))
@@ -56,12 +66,13 @@ def quantize(source: Path, target: Path, spec: ExportSpec, *, methods: Iterable[
         found = dict(_all_ranges(prepared, spec, methods))
 
         def make(how: str, operators: Sequence[str], kept: Sequence[str] = (), alone: Sequence[str] = ()) -> Draft:
-            model, most = _with_ranges(prepared, found[how], operators, kept, alone), 1 if alone else len(expected)
+            model = _with_ranges(prepared, found[how], operators, kept, alone, symmetric)
+            most = 1 if alone else len(expected)
             save(model, draft, {})
             return Draft(model, how, _error(draft, expected[:most], spec), tuple(kept))
 
-        drafts = [make(how, _every_operator()) for how in found]
-        if best(drafts).error > NEAR:
+        drafts = [make(how, _MATRICES if symmetric else _every_operator()) for how in found]
+        if best(drafts).error > NEAR and not symmetric:
             drafts += [make(how, _MATRICES) for how in found]
         for each in drafts:
             print(f"ranges by {each.how}: relative error {each.error:.3g}")
@@ -217,7 +228,7 @@ def _every_operator() -> list[str]:
 
 
 def _with_ranges(
-    prepared: Path, found: Any, operators: Sequence[str], kept: Sequence[str], alone: Sequence[str]
+    prepared: Path, found: Any, operators: Sequence[str], kept: Sequence[str], alone: Sequence[str], symmetric: bool
 ) -> onnx.ModelProto:
     import onnx
     from onnxruntime.quantization import QDQQuantizer, QuantType
@@ -228,12 +239,13 @@ def _with_ranges(
         per_channel=True,
         reduce_range=overflows(),
         weight_qType=QuantType.QInt8,
-        activation_qType=QuantType.QUInt8,  # the type that processors have instructions for
+        # processors have instructions for uint8
+        activation_qType=QuantType.QInt8 if symmetric else QuantType.QUInt8,
         tensors_range=found,
         nodes_to_quantize=list(alone),
         nodes_to_exclude=[*kept, *(node.name for node in beyond(model, found, _MASK))],
         op_types_to_quantize=operators,
-        extra_options={},
+        extra_options={"ActivationSymmetric": True, "QuantizeBias": False} if symmetric else {},
     )
     quantizer.quantize_model()
     made: onnx.ModelProto = quantizer.model.model
@@ -373,6 +385,15 @@ FORMATS = (
         Route("onnxruntime-minmax", "onnx", "onnx", quantize_min_max, mends=True),
         precision="int8",
         calibrated=True,
+    ),
+    onnx_format(
+        "onnx-int8-symmetric",
+        "ONNX graph in int8 (Q/DQ) with zero points of 0, as TensorRT reads it",
+        "https://docs.nvidia.com/deeplearning/tensorrt/latest/inference-library/work-quantized-types.html",
+        Route("onnxruntime", "onnx", "onnx", partial(quantize, symmetric=True), mends=True),
+        precision="int8",
+        calibrated=True,
+        targets=("GPU",),
     ),
     onnx_format(
         "onnx-w8",

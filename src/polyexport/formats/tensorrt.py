@@ -275,10 +275,9 @@ outputs = run(dict(np.load("{{ batch }}")))
 )
 
 
-def _format(name: str, upstream: str, precision: Precision, description: str, *aliases: str) -> Format:
+def _format(name: str, upstream: str, precision: Precision, description: str, **more: Any) -> Format:
     return Format(
         name=name,
-        aliases=aliases,
         description=description,
         url="https://docs.nvidia.com/deeplearning/tensorrt/latest/",
         artifact="model.engine",
@@ -292,10 +291,18 @@ def _format(name: str, upstream: str, precision: Precision, description: str, *a
         lacks=lacks,
         snippets=SNIPPETS,
         on_device=OnDevice(("tensorrt", "torch")),
+        **more,
     )
 
 
 FORMATS = (
-    _format("tensorrt", "onnx", "float32", "TensorRT engine, for the NVIDIA GPU it was built on", "engine", "trt"),
+    _format(
+        "tensorrt",
+        "onnx",
+        "float32",
+        "TensorRT engine, for the NVIDIA GPU it was built on",
+        aliases=("engine", "trt"),
+    ),
     _format("tensorrt-fp16", "onnx-fp16", "float16", "TensorRT engine in half precision"),
+    _format("tensorrt-int8", "onnx-int8-symmetric", "int8", "TensorRT engine in int8", calibrated=True),
 )

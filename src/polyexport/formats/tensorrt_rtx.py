@@ -72,7 +72,7 @@ def lacks() -> str:
     return "" if sys.platform == "linux" else f"TensorRT for RTX is supported on Linux only, and this is {sys.platform}"
 
 
-def _format(name: str, upstream: str, precision: Precision, description: str) -> Format:
+def _format(name: str, upstream: str, precision: Precision, description: str, **more: Any) -> Format:
     return Format(
         name=name,
         description=description,
@@ -86,10 +86,12 @@ def _format(name: str, upstream: str, precision: Precision, description: str) ->
         lacks=lacks,
         snippets=SNIPPETS,
         on_device=OnDevice(("tensorrt-rtx-cu13-bindings", "tensorrt-rtx-cu13-libs", "torch", "onnx")),
+        **more,
     )
 
 
 FORMATS = (
     _format("tensorrt-rtx", "onnx", "float32", "TensorRT for RTX engine, for NVIDIA GPUs from Ampere on"),
     _format("tensorrt-rtx-fp16", "onnx-fp16", "float16", "TensorRT for RTX engine in half precision"),
+    _format("tensorrt-rtx-int8", "onnx-int8-symmetric", "int8", "TensorRT for RTX engine in int8", calibrated=True),
 )
