@@ -164,6 +164,7 @@ NAMES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
             "executorch.exir._serialize._program:deserialize_pte_binary",
             "torchao.quantization.pt2e.quantizer.quantizer:Q_ANNOTATION_KEY",
         ),
+        "tracing/unrolled.py": ("torch._decomp:decomposition_table",),
     },
     "onnx": {"formats/onnx_fp16.py": ("onnxruntime.transformers.float16:convert_float_to_float16",)},
     "paddle": {

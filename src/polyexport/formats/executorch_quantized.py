@@ -12,7 +12,7 @@ import math
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from functools import partial
 from importlib import resources
@@ -27,6 +27,7 @@ from polyexport.spec import Arrays, ExportSpec, calibration
 from polyexport.tracing.exported_program import load_program
 from polyexport.tracing.fake_quantization import with_trained_scales
 from polyexport.tracing.products import as_products
+from polyexport.tracing.unrolled import SUFFIX, is_unrolled, unrolled
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
 def quantize(source: Path, target: Path, spec: ExportSpec) -> None:
     """Lower the program with weights and activations in int8."""
-    module = _with_tables(as_products(load_program(source), flat=False))
+    module = _with_tables(_products(source, flat=False))
     lower(calibrated(module, spec, dynamic=False), target, spec)
 
 
@@ -47,7 +48,12 @@ def keep_trained_scales(source: Path, target: Path, spec: ExportSpec) -> None:
 
 def quantize_weights(source: Path, target: Path, spec: ExportSpec) -> None:
     """Lower the program with weights in int8; XNNPACK quantizes activations at run time."""
-    _lower_weights(_with_tables(as_products(load_program(source))), target, spec)
+    _lower_weights(_with_tables(_products(source)), target, spec)
+
+
+def _products(source: Path, **settings: bool) -> torch.fx.GraphModule:
+    """The module of a program, in terms of linear layers as far as possible; `settings` are those of `as_products`."""
+    return unrolled(as_products(load_program(source), **settings))
 
 
 def store_in_4_bits(source: Path, target: Path, spec: ExportSpec, *, convolutions: bool = False) -> None:
@@ -62,7 +68,7 @@ def store_in_4_bits(source: Path, target: Path, spec: ExportSpec, *, convolution
     Raises:
         RuntimeError: there are no such weights.
     """
-    module = as_products(load_program(source), convolutions=convolutions)
+    module = _products(source, convolutions=convolutions)
     names = _possibly_in_4_bits(module)
     if not names:
         raise RuntimeError(
@@ -76,7 +82,7 @@ def store_some_in_4_bits(source: Path, target: Path, spec: ExportSpec) -> None:
     """Store the cheapest weights in 4 bits, at least half of them, and the costliest in int8."""
     import torch
 
-    module = as_products(load_program(source), convolutions=True)
+    module = _products(source, convolutions=True)
     weights = {name: weight.detach() for name, weight in module.named_parameters() if is_weight(weight.shape)}
     sizes = {name: weights[name].numel() for name in _possibly_in_4_bits(module)}
     batches = [tuple(torch.from_numpy(arrays[name]) for name in spec.input_names) for arrays in calibration(spec)]
@@ -124,20 +130,27 @@ def _possibly_in_4_bits(module: torch.fx.GraphModule) -> list[str]:
 
 
 def _read_by_linear(module: torch.fx.GraphModule) -> list[str]:
-    """The names of the weights that only linear layers read."""
+    """The names of the weights that only linear layers read, those in recurrent layers included."""
     import torch
 
-    return _read_by(module, torch.ops.aten.linear.default, 1)
+    def is_read(weight: torch.fx.Node, reader: torch.fx.Node) -> bool:
+        if reader.op == "call_module" and str(reader.target).endswith(SUFFIX):
+            return is_weight(module.get_parameter(str(weight.target)).shape)
+        return reader.target is torch.ops.aten.linear.default and weight is reader.args[1]
+
+    return _read_by(module, is_read)
 
 
 def _read_by_embeddings(module: torch.fx.GraphModule) -> list[str]:
     """The names of the weights in float32 that only embeddings read."""
     import torch
 
-    return _read_by(module, torch.ops.aten.embedding.default, 0)
+    embedding = torch.ops.aten.embedding.default
+    return _read_by(module, lambda weight, reader: reader.target is embedding and weight is reader.args[0])
 
 
-def _read_by(module: torch.fx.GraphModule, operator: Any, index: int) -> list[str]:
+def _read_by(module: torch.fx.GraphModule, is_read: Callable[[torch.fx.Node, torch.fx.Node], bool]) -> list[str]:
+    """The names of the parameters in float32 of which `is_read` holds with every node that reads them."""
     import torch
 
     parameters = dict(module.named_parameters())
@@ -146,7 +159,7 @@ def _read_by(module: torch.fx.GraphModule, operator: Any, index: int) -> list[st
         for node in module.graph.find_nodes(op="get_attr")
         if node.target in parameters
         and parameters[node.target].dtype == torch.float32
-        and all(user.target is operator and node is user.args[index] for user in node.users)
+        and all(is_read(node, user) for user in node.users)
     ]
 
 
@@ -165,7 +178,7 @@ def _in_groups(module: torch.fx.GraphModule, names: Collection[str]) -> torch.fx
         quantize_(layer, config)
         owner, _, name = path.rpartition(".")
         setattr(module.get_submodule(owner), name, layer.weight)
-        for node in weight.users:
+        for node in (user for user in weight.users if user.op == "call_function"):
             node.target = torch.nn.functional.linear  # torchao's weights do not know the operator beneath it
     module.recompile()
     return module
@@ -269,6 +282,7 @@ def calibrated(
     _keep_integers(program)
     _keep_quantized(program)
     _keep_residuals(program)
+    _keep_states(program)
     if dynamic:
         _copy_convolutions(program)
     quantizer = XNNPACKQuantizer().set_global(_rules(dynamic=dynamic))
@@ -377,6 +391,15 @@ def _keep_residuals(module: torch.fx.GraphModule) -> None:
                 _exclude(node)
 
 
+def _keep_states(module: torch.fx.GraphModule) -> None:
+    """Exclude all but the linear layers of recurrent layers: errors of a state add up, each step to those before."""
+    import torch
+
+    for node in module.graph.nodes:
+        if is_unrolled(node) and node.target is not torch.ops.aten.linear.default:
+            _exclude(node)
+
+
 def _copy_convolutions(module: torch.fx.GraphModule) -> None:
     """Copy what each convolution returns before anything reads it.
 
@@ -425,23 +448,28 @@ _TABLES = {"CHAR": ("qint8", 1), "BYTE": ("qcint4", 2)}
 
 
 def _weights(path: Path) -> list[tuple[str, int]]:
-    """XNNPACK's type and the size of each weight; outside of XNNPACK all but embeddings are float."""
+    """XNNPACK's type and the size of each weight; outside of XNNPACK all but embeddings are float.
+
+    A weight that several parts read, such as the steps of a recurrent layer, is stored once, and counts once.
+    """
     from executorch.exir._serialize._program import deserialize_pte_binary
 
     program = deserialize_pte_binary(path.read_bytes()).program
     (plan,) = program.execution_plan
     tensors = [value.val for value in plan.values if type(value.val).__name__ == "Tensor"]
-    found = []
+    found: list[tuple[str, list[int]]] = []
+    in_xnnpack: dict[str, tuple[str, list[int]]] = {}
     for tensor in (each for each in tensors if each.data_buffer_idx and not each.allocation_info):
         kind, packed = _TABLES.get(tensor.scalar_type.name, ("fp32", 1))
         found.append((kind, [*tensor.sizes[:-1], packed * tensor.sizes[-1]] if tensor.sizes else []))
     for delegate in plan.delegates:
-        found += _of_xnnpack(program.backend_delegate_data[delegate.processed.index].data)
+        in_xnnpack |= _of_xnnpack(program.backend_delegate_data[delegate.processed.index].data)
+    found += in_xnnpack.values()
     return [(kind, math.prod(sizes)) for kind, sizes in found if is_weight(sizes)]
 
 
-def _of_xnnpack(data: bytes) -> Iterator[tuple[str, list[int]]]:
-    """The type and the sizes of each constant of a part that XNNPACK runs."""
+def _of_xnnpack(data: bytes) -> dict[str, tuple[str, list[int]]]:
+    """The type and the sizes of each constant of a part that XNNPACK runs, by the name that the program has it by."""
     from executorch.backends.xnnpack import serialization
     from executorch.backends.xnnpack.serialization.xnnpack_graph_serialize import XNNHeader
     from executorch.exir._serialize._flatbuffer import _flatc_decompile
@@ -452,10 +480,16 @@ def _of_xnnpack(data: bytes) -> Iterator[tuple[str, list[int]]]:
         Path(folder, "graph.bin").write_bytes(graph)
         _flatc_decompile(folder, str(schema), str(Path(folder, "graph.bin")))
         text = Path(folder, "graph.json").read_text(encoding="utf-8")
-    for value in json.loads(re.sub(r": (-?)inf\b", r": \1Infinity", text))["xvalues"]:
-        tensor = value["xvalue_union"].get("tensor_value", value["xvalue_union"])
-        if tensor.get("constant_buffer_idx"):
-            yield tensor["datatype"].removeprefix("xnn_datatype_"), tensor["dims"]
+    read = json.loads(re.sub(r": (-?)inf\b", r": \1Infinity", text))
+    tensors = [value["xvalue_union"].get("tensor_value", value["xvalue_union"]) for value in read["xvalues"]]
+    return {
+        read["constant_data"][tensor["constant_buffer_idx"]]["named_key"]: (
+            tensor["datatype"].removeprefix("xnn_datatype_"),
+            tensor["dims"],
+        )
+        for tensor in tensors
+        if tensor.get("constant_buffer_idx")
+    }
 
 
 FORMATS = (

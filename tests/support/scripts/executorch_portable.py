@@ -3,8 +3,9 @@
 Prints the size of convolutions before a ReLU with weights in int8 as a share of that in float32. Asserts that XNNPACK
 and the portable kernels both take a permuted tensor that several operators read, and that quantized models compute the
 same where integers are computed with, where others than a convolution read its input, where a view of attention
-follows, and where numbers are small; and that embeddings are in integers too. Asserts that sums that a layer norm reads
-stay in float, and that products of GPT-2's form do not.
+follows, where numbers are small, and in recurrent layers; and that embeddings are in integers too. Asserts that sums
+that a layer norm reads stay in float, that products of GPT-2's form do not, and that the runtime has as many threads as
+it is given.
 
 python executorch_portable.py FOLDER
 """
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from executorch.extension.pybindings import portable_lib
 
 import bare  # noqa: F401  # before our package
 from polyexport.formats import executorch, executorch_quantized as quantized
@@ -43,6 +45,7 @@ for convert in (executorch.convert, executorch.convert_portable):
     found = executorch.load(folder / "m.pte", spec, threads=1)({"x": x.numpy()})
     for array, tensor in zip(found.values(), module(x), strict=True):
         np.testing.assert_allclose(array, tensor.detach().numpy(), atol=1e-5)
+assert portable_lib._threadpool_get_thread_count() == 1
 
 layers = [torch.nn.Conv2d(3, 32, 3), torch.nn.ReLU(), torch.nn.Conv2d(32, 32, 3), torch.nn.ReLU()]
 module, x = torch.nn.Sequential(*layers).eval(), torch.rand(4, 3, 8, 8)
@@ -140,6 +143,33 @@ class Residual(torch.nn.Module):
         path = path + self.first(path)
         return self.second(self.norm(path)) + path
 
+
+class Recurrent(torch.nn.Module):
+    """An LSTM and a GRU, whose states stay in float."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm, self.gru = torch.nn.LSTM(6, 8), torch.nn.GRU(8, 8, batch_first=True)
+
+    def forward(self, x):
+        return self.gru(self.lstm(x.transpose(0, 1))[0].transpose(0, 1))[1].squeeze(0)
+
+
+module, x = Recurrent().eval(), torch.randn(16, 2, 6)
+with torch.no_grad():
+    torch.export.save(torch.export.export(module, (x,), dynamic_shapes=({0: free},)), folder / "l.pt2")
+np.savez(folder / "l.npz", x=x.numpy())
+ports = [(TensorSpec("x", "float32", ("batch", 2, 6)),), (TensorSpec("y", "float32", ("batch", 8)),)]
+spec = ExportSpec(*ports, {"batch": 16}, calibration=(folder / "l.npz",))
+for convert, near, remark in (
+    (quantized.quantize, 0.05, ""),
+    (quantized.store_in_4_bits, 0.3, "100% of its weights in 4 bits, 0% in 8 bits"),
+):
+    convert(folder / "l.pt2", folder / "l.pte", spec)
+    loaded = quantized.load_quantized(folder / "l.pte", spec, threads=1)
+    assert (loaded.remark, loaded.shortfall) == (remark, "")
+    found, expected = loaded({"x": x.numpy()})["y"], module(x).detach().numpy()
+    np.testing.assert_allclose(found, expected, atol=near * np.abs(expected).max())
 
 x = torch.randn(4, 8)
 module = torch.export.export(Residual().eval(), (x,), dynamic_shapes=({0: free},)).module()
