@@ -308,6 +308,7 @@ ERRORS = [
     ("coreml-w8", "constexpr_affine_dequantize", "quantized_data", reversed_channels),
     ("coreml-w4", "constexpr_lut_to_dense", "lut", reversed_channels),
     ("coreml-w4", "constexpr_lut_to_dense", "indices", reversed_channels),
+    ("coreml-int8", "constexpr_affine_dequantize", "quantized_data", reversed_channels),
     ("coreml-int8", "quantize", "zero_point", shifted),
     ("coreml-int8", "quantize", "scale", an_eighth),
 ]

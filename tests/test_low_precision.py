@@ -222,6 +222,25 @@ def test_a_weight_of_openvino_with_its_channels_in_reverse_is_a_mismatch(report,
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("inputs", "by"),
+    [((3, 4), lambda bound, span: bound + span / 4), ((1, 2, 3, 4), lambda bound, span: bound / 8)],
+    ids=["a wrong zero point", "a saturated layer"],
+)
+def test_a_planted_error_in_openvinos_ranges_is_a_mismatch(report, tmp_path, inputs, by):
+    import openvino
+
+    model = openvino.Core().read_model(report.folder / "openvino-int8" / "model.xml")
+    for node in [node for node in model.get_ordered_ops() if node.get_type_name() == "FakeQuantize"]:
+        low, high = (node.input_value(index).get_node().data for index in (3, 4))
+        for index in inputs:
+            bound = by(node.input_value(index).get_node().data, high - low)
+            node.input(index).replace_source_output(openvino.opset13.constant(bound, np.float32).output(0))
+    openvino.save_model(model, tmp_path / "model.xml", compress_to_fp16=False)
+    assert not judged(report, "openvino-int8", tmp_path / "model.xml").passed
+
+
+@pytest.mark.slow
 def test_for_tensorrt_zero_points_are_0_and_biases_are_float(report):
     import onnx
 

@@ -43,7 +43,7 @@ def narrow(spec: ExportSpec, folder: str) -> ExportSpec:
 
 
 def mnn_swapped(name: str) -> Convert:
-    """The format `name`, whose weights have fewer bits, with two channels of the last layer swapped."""
+    """The format `name`, which is made of a model of MNN, with two channels of the last layer swapped."""
 
     def convert(source: Path, target: Path, spec: ExportSpec) -> None:
         import onnx
@@ -218,6 +218,7 @@ WRONG = (
     wrong("imx500", "saturated", imx500_saturated, "pt2", "imx500"),
     wrong("mnn-w8", "swapped", mnn_swapped("mnn-w8"), "onnx", "mnn"),
     wrong("mnn-w4", "swapped", mnn_swapped("mnn-w4"), "onnx", "mnn"),
+    wrong("mnn-int8", "swapped", mnn_swapped("mnn-int8"), "onnx", "mnn"),
     wrong("mnn-int8", "saturated", mnn_saturated, "mnn", "mnn"),
     wrong("tfjs-w8", "swapped", tfjs_swapped, "tfjs", "tensorflow"),
     wrong("tfjs-w8", "zero-point", tfjs_changed(off_by_a_quarter), "tfjs", "tensorflow"),
