@@ -174,8 +174,9 @@ def shadows(report: Report, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 
 
 @pytest.mark.slow
-def test_ranges_of_other_inputs_are_a_mismatch(shadows):
-    assert not shadows["wrong ranges"]["parity"]["passed"]
+@pytest.mark.parametrize("fault", ["wrong ranges", "swapped channels"])
+def test_a_planted_error_in_int8_is_a_mismatch(shadows, fault):
+    assert not shadows[fault]["parity"]["passed"]
 
 
 @pytest.mark.slow

@@ -48,7 +48,8 @@ def with_two_channels_swapped(source):
     (graph,) = model.subgraphs
     for tensor in graph.tensors:
         weights = model.buffers[tensor.buffer].data
-        if tensor.type in (TensorType.INT8, TensorType.INT4) and weights is not None:
+        is_in_few_bits = tensor.type in (TensorType.INT8, TensorType.INT4)
+        if is_in_few_bits and weights is not None and len(tensor.shape) > 1:
             rows = np.array(weights).reshape(tensor.shape[0], -1)
             model.buffers[tensor.buffer].data = rows[[-1, *range(1, len(rows) - 1), 0]].reshape(-1)
     flatbuffers.write_model(model, str(elsewhere / "swapped.tflite"))
@@ -130,6 +131,7 @@ found["ranges"] = errors(artifact, replace(jobs["tflite-int8"].spec, calibration
 spec = replace(jobs["tflite-int8"].spec, calibration=(elsewhere / "tiny.npz",))
 tflite_quantized.quantize(root / "tflite" / "model.tflite", elsewhere / "tiny.tflite", spec)
 found["wrong ranges"] = verify("tflite-int8", elsewhere / "tiny.tflite")
+found["swapped channels"] = verify("tflite-int8", with_two_channels_swapped(root / "tflite-int8" / "model.tflite"))
 found["not in int8"] = verify("tflite-int8", root / "tflite" / "model.tflite")
 found["unlike"] = verify("tflite", root / "edgetpu" / "model.tflite")
 found["refused"] = verify("edgetpu", elsewhere / "refused" / "model_edgetpu.tflite")
