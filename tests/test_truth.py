@@ -664,6 +664,30 @@ def test_a_constant_that_differs_between_batches_makes_artifacts_right_for_one_o
     assert routes.narrow("", (), found) == found.narrow
 
 
+class Averaged(nn.Module):
+    """Divides by a number that is given."""
+
+    def forward(self, x: torch.Tensor, rows: int, unread: int = 6) -> torch.Tensor:
+        return x.sum(0, keepdim=True) / rows
+
+
+@pytest.mark.parametrize(
+    ("calls", "why"),
+    [
+        ([(X, 6), (X + 1, 6)], "right for batch=6 only: forward reads rows, which is as large and not a tensor; give"),
+        ([(X, 6), (X[:4], 6)], ""),
+        ([(X, 6), (X[:4], 4)], "right for rows=6 only: "),
+        ([(X, 7)], ""),
+        ([(X, 5)], ""),
+    ],
+    ids=["as many as rows", "whatever the rows", "with the rows", "another number", "as many as columns"],
+)
+def test_a_number_as_large_as_the_batch_is_taken_for_its_size_unless_a_batch_shows_otherwise(tmp_path, calls, why):
+    found = prepared(tmp_path, Averaged(), *calls)
+    assert found.narrow.startswith(why)
+    assert bool(found.narrow) == bool(why)
+
+
 def test_static_shapes_that_fail_alike_are_no_second_reason() -> None:
     def why(folder: str) -> str:
         return f"Load model from source/made/{folder}/model.onnx failed: duplicate name"

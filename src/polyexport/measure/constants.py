@@ -1,13 +1,14 @@
 """Arguments of forward that are not tensors: every artifact has their values of the first batch as constants.
 
 A number, a string or a flag is configuration of the model. An array is data, and so is any value that differs in
-another batch: if forward reads it, artifacts are right only for its first value.
+another batch: if forward reads it, artifacts are right only for its first value. So is an integer that equals the
+size of a dynamic axis, such as `len(x)`, as long as no batch of another size shows that it is something else.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import numpy as np
 from polyexport.capture.calls import call_file, further_calls
 from polyexport.capture.flatten import as_runner, constants, flat, to_arrays, with_constants
 from polyexport.capture.pickling import restore
-from polyexport.spec import Arrays, Runner
+from polyexport.spec import Arrays, ExportSpec, Runner
 
 _ADVICE = "give inputs=<a function of the batch> that makes it a tensor"
 
@@ -35,11 +36,18 @@ class Frozen:
     narrow: str = ""
 
 
-def frozen(source: Path, model: Any, outputs: Arrays, within: Callable[[Runner], Runner]) -> Frozen:
+def frozen(
+    source: Path,
+    model: Any,
+    outputs: Arrays,
+    spec: ExportSpec,
+    others: Sequence[Arrays],
+    within: Callable[[Runner], Runner],
+) -> Frozen:
     """Find the constants that forward of the flat `model` of `source` reads.
 
-    `outputs` are the model's for the first batch, and `within` sets up the context in which they were computed. Nothing
-    is found for a trace, which has no such arguments.
+    `outputs` are the model's for the first batch, `spec` is its signature, `others` are the further batches, and
+    `within` sets up the context in which outputs are computed. Nothing is found for a trace, which has no constants.
     """
     if not hasattr(model, "inner"):
         return Frozen()
@@ -54,6 +62,12 @@ def frozen(source: Path, model: Any, outputs: Arrays, within: Callable[[Runner],
             has = ", ".join(_told(other[name]) for name in found)
             why = f"right for {had} only: forward reads it, it is not a tensor, and it is {has} in batch {index}"
             return Frozen(narrow=f"{why}; {_ADVICE}")
+    sizes = {size: axis for axis, size in _equal_sizes(spec, others).items() if size > 1}
+    counts = {name: value for name, value in first.items() if _is_integer(value) and value in sizes}
+    if found := _culprits(reads, {name: value + 1 for name, value in counts.items()}):
+        size = counts[found[0]]
+        why = f"right for {sizes[size]}={size} only: forward reads {found[0]}, which is as large and not a tensor"
+        return Frozen(narrow=f"{why}; {_ADVICE}")
     arrays = {name: _changed(value) for name, value in first.items() if _holds_numbers(value)}
     return Frozen(
         tuple(
@@ -67,6 +81,21 @@ _TRIED = 3
 """How many further batches are checked."""
 _NAMED = 4
 """How many constants are reported."""
+
+
+def _equal_sizes(spec: ExportSpec, others: Sequence[Arrays]) -> dict[str, int]:
+    """Each dynamic axis that has the same size in all batches, and that size."""
+    varies = {
+        axis
+        for tensor in spec.inputs
+        for index, axis in tensor.dynamic.items()
+        if any(arrays[tensor.name].shape[index] != spec.sizes[axis] for arrays in others)
+    }
+    return {axis: size for axis, size in spec.sizes.items() if axis not in varies}
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def _culprits(reads: Callable[[Mapping[str, Any]], bool], changed: Mapping[str, Any]) -> list[str]:

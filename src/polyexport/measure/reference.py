@@ -126,7 +126,8 @@ def make(root: Path, source: Path, dynamic: Dynamic, commit: str = "", *, sha256
     _write(source / snapshot.IDLE, unused.values)
     _write(source / snapshot.DRAWS, drawn if drawn.known else None)
     _mark(source / snapshot.GUARDS, proofs.tried.guards)
-    narrow = frozen(source, model, outputs, lambda run: plain_attention()(_on_copies(run)))
+    further = tuple(others.values())
+    narrow = frozen(source, model, outputs, spec, further, lambda run: plain_attention()(_on_copies(run)))
     noise, how = _noise(model, inputs, outputs, drawn)
     write_arrays(root / NOISE, noise)
     return Reference(
