@@ -13,6 +13,7 @@ from torch.nn import functional
 import polyexport
 import zoo
 from polyexport import FORMATS, ExportSpec, Report, TensorSpec
+from polyexport.capture.flatten import flat
 from polyexport.formats import onnx
 from polyexport.formats.graphdef import check_size
 
@@ -164,6 +165,30 @@ def test_a_pool_larger_than_its_image_is_cut_to_it(tmp_path: Path):
 def test_the_reason_names_what_the_exporter_lacks(tmp_path: Path):
     with pytest.raises(RuntimeError, match=r"^DispatchError: No ONNX function found for .*adaptive_max_pool2d"):
         to_onnx(Greatest(places=True), tmp_path)
+
+
+class Shares(torch.nn.Module):
+    """Ones with the probability given."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.bernoulli(x.sigmoid())
+
+
+@pytest.mark.parametrize("route", ["dynamo", "torchscript"])
+def test_onnx_draws_ones_with_the_probability_of_ones(route: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """ONNX Runtime's own Bernoulli draws them with that of zeros, as the standard's definition has it."""
+    module, x = flat(Shares(), (torch.full((2, 5000), -3.0),), {}), np.full((2, 5000), -3.0, np.float32)
+    spec = ExportSpec((TensorSpec("x", "float32", (2, 5000)),), (TensorSpec("y", "float32", (2, 5000)),))
+    if route == "dynamo":
+        torch.export.save(torch.export.export(module, module.example, strict=False), tmp_path / "m.pt2")
+        onnx.convert_program(tmp_path / "m.pt2", tmp_path / "m.onnx", spec)
+    else:
+        monkeypatch.setattr("polyexport.capture.snapshot.load", lambda source, outputs: module)
+        monkeypatch.setattr("polyexport.capture.calls.example_inputs", lambda source, spec: module.example)
+        onnx.convert_trace(tmp_path, tmp_path / "m.onnx", spec)
+    drawn = onnx.load(tmp_path / "m.onnx", spec, threads=1)({"x": x})["y"]
+    assert set(np.unique(drawn)) == {0.0, 1.0}
+    assert abs(drawn.mean() - 1 / (1 + np.exp(3.0))) < 0.02
 
 
 def test_the_exported_module_is_not_touched(tmp_path: Path):

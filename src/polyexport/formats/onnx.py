@@ -156,7 +156,7 @@ def _finish(path: Path, spec: ExportSpec) -> None:
     """Give inputs, outputs and dynamic axes their names, and the file its metadata."""
     import onnx
 
-    model = onnx.load(path, load_external_data=False)
+    model = _drawing_ones(onnx.load(path, load_external_data=False))
     inputs = dict(zip(generated_names("input", len(spec.inputs)), spec.input_names, strict=True))
     rename_inputs_outputs(model, inputs, spec.output_names)
     named = {tensor.name: tensor for tensor in (*spec.inputs, *spec.outputs)}
@@ -166,6 +166,19 @@ def _finish(path: Path, spec: ExportSpec) -> None:
         _forget_code(nodes)
     onnx.helper.set_model_props(model, spec.embedded)
     onnx.save(model, path)
+
+
+# Not by its definition in the standard, which is one with the probability that it should be zero.
+_BERNOULLI = "Bernoulli (p) => (y) { drawn = RandomUniformLike (p) is_one = Less (drawn, p) y = CastLike (is_one, p) }"
+
+
+def _drawing_ones(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with Bernoulli decomposed, since ONNX Runtime computes it by its definition."""
+    from polyexport.onnx_graph.decompose import decomposed
+
+    if not any(node.op_type == "Bernoulli" for node in model.graph.node):
+        return model
+    return decomposed(model, [_BERNOULLI], lambda node: not node.attribute)
 
 
 def _forget_code(nodes: Iterable[onnx.NodeProto]) -> None:
