@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import operator
 import re
 import shutil
@@ -23,6 +24,7 @@ from polyexport.formats import coreml, coreml_quantized
 from polyexport.measure.drafts import distance
 from polyexport.measure.parity import Parity, compare
 from polyexport.measure.tolerance import Tolerance
+from polyexport.report.folders import DESCRIPTION
 from polyexport.spec import ExportSpec, TensorSpec, calibration, write_arrays
 
 pytest.importorskip("coremltools", reason="coremltools is not installed; `pip install coremltools`")
@@ -79,6 +81,8 @@ def test_a_module_that_reads_its_data_is_traced_with_the_validation_batch(tmp_pa
     report = polyexport.export(Ragged(), inputs, ["coreml"], tmp_path / "out", bench=False)
     assert (report["coreml"].state, report["coreml"].reason) == ("verified", "")
     assert report["coreml"].shown_state == "verified off-device"
+    about = json.loads((report.folder / "coreml" / DESCRIPTION).read_text())
+    assert about["verified_by"] == ["MIL program evaluated off-device"]
 
 
 def test_an_example_is_the_validation_batch_with_two_rows_at_least(tmp_path):

@@ -119,7 +119,9 @@ def test_a_wrong_answer_there_is_a_mismatch_here(small: Report, tmp_path: Path, 
     report, _ = accept(kit / PROOF, export)
     assert report["onnx"].state == "mismatch"
     assert report["onnx"].reason.startswith("on onnxruntime ")
-    assert read_json(export / "onnx" / DESCRIPTION)["state"] == "mismatch"
+    about = read_json(export / "onnx" / DESCRIPTION)
+    assert about["state"] == "mismatch"
+    assert about["verified_by"] == [report["onnx"].proofs[0].verified_by]
 
 
 def test_a_machine_without_numpy_is_told_what_to_install(small: Report, tmp_path: Path, device: str):

@@ -309,26 +309,36 @@ def test_an_option_that_wandb_would_refuse_is_refused_at_construction(options, m
         Wandb(**options)
 
 
-def test_a_proof_that_came_later_is_published_into_the_run_that_is_over(client):
+def test_a_proof_that_came_later_is_published_into_the_run_that_is_over(tmp_path):
+    """Until then, what a stand-in for the runtime verified is shown as such: in tables, tags and metadata."""
     proven = """
+import json
 from dataclasses import replace
 from polyexport.publish.wandb import publish_into
-def verified(outcome):
-    return replace(outcome, state="verified") if outcome.format == "static" else outcome
-run(); publish(reports[-1])
+def report(**ran):
+    (reports[-1].folder / "static" / "polyexport.json").write_text(json.dumps(ran))  # as `accept` does
+    def verified(outcome):
+        return replace(outcome, state="verified", parity=replace(outcome.parity, **ran))
+    found = reports[-1].outcomes
+    return replace(reports[-1], outcomes=tuple(verified(each) if each.format == "static" else each for each in found))
+run(); publish(report(off_device=True))
 sdk.finish()
-later = replace(reports[-1], outcomes=tuple(map(verified, reports[-1].outcomes)))
+later = report(verified_by="Core ML")
 publish_into(later, "digits/one", "model/numbers")
 try:
     publish_into(later, "digits/nobody")
 except Exception as error:
     print(type(error).__name__, str(error)[:39])
 """
+    client = Client(tmp_path, written.run(tmp_path / "run")[-1].folder)
     with FakeWandb() as server:
         printed = client(server, proven)
     assert (printed.strip(), server.unknown) == ("BadRequest W&B cannot open the run digits/nobody:", [])
     assert {link.source for link in server.links} == {"model-one-good", "model-one-static"}
     assert {each.name for each in server.models} == {"model-one-good", "model-one-static"}
+    static = [each for each in server.models if each.name == "model-one-static"]
+    assert [each.tags[2] for each in static] == ["verified-off-device", "verified"]
+    assert [json.loads(each.metadata)["state"] for each in static] == ["verified off-device", "verified"]
 
 
 @pytest.mark.parametrize("run", ["one", "/one", "digits/", "a/b/c/d", ""])

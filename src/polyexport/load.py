@@ -26,7 +26,10 @@ from polyexport.workers.toolchain import find
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """What an artifact is: its format, its outcome, its own signature, and PyTorch's."""
+    """What an artifact is: its format, its outcome, its own signature, and PyTorch's.
+
+    `verified_by` is what ran it, if that was not its own runtime here: a stand-in, or other machines.
+    """
 
     format: str
     precision: Precision
@@ -36,6 +39,7 @@ class Description:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     spec: ExportSpec
+    verified_by: tuple[str, ...] = ()
 
     @staticmethod
     def of(outcome: Outcome, checkpoint: Checkpoint, spec: ExportSpec) -> Description:
@@ -43,8 +47,9 @@ class Description:
         # artifacts are shared, and should not tell the folder
         checkpoint = replace(checkpoint, path=Path(checkpoint.path).name)
         spec = replace(spec, calibration=())  # these files stay in the export
+        ran = (outcome.parity.verified_by if outcome.parity else None, *(each.verified_by for each in outcome.proofs))
         about = (outcome.format, outcome.precision, outcome.state, outcome.reason, checkpoint)
-        return Description(*about, outcome.inputs, outcome.outputs, spec)
+        return Description(*about, outcome.inputs, outcome.outputs, spec, tuple(dict.fromkeys(filter(None, ran))))
 
     @property
     def runner_spec(self) -> ExportSpec:

@@ -47,7 +47,7 @@ def accept(path: Path, where: Path = Path()) -> tuple[Report, str]:
     proven = replace(proven, artifact=replace(made, bytes=count, sha256=found))
     report = replace(report, outcomes=tuple(proven if each is outcome else each for each in report.outcomes))
     about = read_record(Description, report.folder / proof.format / DESCRIPTION)
-    about = replace(about, state=proven.state, reason=proven.reason, inputs=proven.inputs, outputs=proven.outputs)
+    about = Description.of(proven, about.checkpoint, about.spec)
     write_json(report.folder / proof.format / DESCRIPTION, about)
     save(report)
     return report, proof.format
