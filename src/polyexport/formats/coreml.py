@@ -88,11 +88,13 @@ def _known_only(program: torch.export.ExportedProgram) -> torch.export.ExportedP
 
     composite_ops.register()
     parts = {**decomposition_table, **torch.export.default_decompositions()}
-    parts[torch.ops.aten.grid_sampler.default] = parts[torch.ops.aten.grid_sampler_2d.default]
     program = program.run_decompositions({})
+    for node in program.graph.nodes:
+        if _is_bicubic_sampling(node):  # the parts of the other modes are more than coremltools has
+            node.target = torch.ops.aten.grid_sampler_2d.default
     for _ in range(4):  # the parts of an op may be missing too
         nodes = [node for node in program.graph.nodes if node.op == "call_function"]
-        lacking = {node.target for node in nodes if not is_torch_fx_node_supported(node) or _is_bicubic_sampling(node)}
+        lacking = {node.target for node in nodes if not is_torch_fx_node_supported(node)}
         if not lacking & parts.keys():
             break
         program = program.run_decompositions({op: parts[op] for op in lacking & parts.keys()})
