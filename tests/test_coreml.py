@@ -52,6 +52,13 @@ def test_half_precision_is_judged_by_its_own_limits(agent):
     assert outcome.parity.max_abs_error > 1e-5  # it did round
 
 
+def test_names_that_differ_in_letters_that_core_ml_lacks_stay_apart():
+    inputs = tuple(TensorSpec(name, "float32", (2,)) for name in ("größe", "grüße", "gr__e", "x"))
+    spec = coreml.as_core_ml(ExportSpec(inputs, (inputs[1], TensorSpec("gröüe", "float32", (2,)))))
+    assert spec.input_names == ("gr__e", "gr__e_", "gr__e__", "x")
+    assert spec.output_names == ("gr__e_", "gr__e___")
+
+
 def test_names_that_core_ml_cannot_have_are_a_one_line_note(agent):
     report, inputs = agent
     (outcome,) = report.outcomes

@@ -146,14 +146,19 @@ def _uppers(spec: ExportSpec) -> dict[str, int]:
 
 
 def as_core_ml(spec: ExportSpec) -> ExportSpec:
-    """The signature in Core ML: float32 and int32, with names that MIL allows."""
+    """The signature in Core ML: float32 and int32, with distinct names that MIL allows."""
     from coremltools.converters.mil.mil.passes.defs.preprocess import NameSanitizer
 
-    clean = NameSanitizer().sanitize_name
+    names: dict[str, str] = {}
+    for tensor in (*spec.inputs, *spec.outputs):
+        name = NameSanitizer().sanitize_name(tensor.name)
+        while tensor.name not in names and name in names.values():
+            name += "_"
+        names.setdefault(tensor.name, name)
 
     def there(tensor: TensorSpec, floats: str) -> TensorSpec:
         dtype = "float32" if np.dtype(tensor.dtype).kind in floats else "int32"
-        return replace(tensor, name=clean(tensor.name), dtype=dtype)
+        return replace(tensor, name=names[tensor.name], dtype=dtype)
 
     inputs = tuple(replace(there(tensor, "f"), shape=tensor.shape or (1,)) for tensor in spec.inputs)
     return replace(spec, inputs=inputs, outputs=tuple(there(tensor, "fb") for tensor in spec.outputs))
