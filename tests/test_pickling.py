@@ -108,6 +108,7 @@ class Named(Holder):
         self.heads = nn.ModuleDict({"class": nn.Linear(4, 4), "class_": nn.Tanh(), "größe": nn.Linear(4, 4)})
         self.gains = nn.ParameterDict({"global": nn.Parameter(torch.rand(4))})
         self.add_module("lambda", nn.Linear(4, 4))
+        self.register_buffer("two\nlines", torch.rand(4))
 
     def forward(self, x):
         assert list(self.heads) == [name for name, _ in self.heads.items()] == ["class", "class_", "größe"]
@@ -115,7 +116,7 @@ class Named(Holder):
         assert "class__" not in self.heads
         for name in self.heads:
             x = self.heads[name](x)
-        return getattr(self, "lambda")(x) * self.gains["global"]
+        return getattr(self, "lambda")(x) * self.gains["global"] + getattr(self, "two\nlines")
 
 
 def slotted():

@@ -1,6 +1,7 @@
 """Names of submodules that tracers cannot write into code, such as the `class` of a `ModuleDict`.
 
-Python's grammar keeps that one for itself, and what TorchScript writes of letters beyond ASCII it cannot read.
+Python's grammar keeps that one for itself, and what TorchScript writes of letters beyond ASCII, or of line breaks, it
+cannot read.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def make_writable(module: nn.Module) -> None:
         names = [name for table in _TABLES for name in getattr(each, table)]
         renamed: dict[str, str] = {}
         for name in names:
-            if keyword.iskeyword(name) or not name.isascii():
+            if keyword.iskeyword(name) or not (name.isascii() and name.isprintable()):
                 renamed[name] = _another(name, {*names, *renamed.values()})
         if not renamed:
             continue
@@ -44,7 +45,7 @@ def make_writable(module: nn.Module) -> None:
 
 
 def _another(name: str, taken: Collection[str]) -> str:
-    name = "".join(letter if letter.isascii() else "_" for letter in name)
+    name = "".join(letter if letter.isascii() and letter.isprintable() else "_" for letter in name)
     while name in taken:
         name += "_"
     return name
