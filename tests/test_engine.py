@@ -32,7 +32,7 @@ from polyexport import BadRequest, Engine, Report, Request, Toolchain
 from polyexport.capture import snapshot
 from polyexport.capture.calls import save_call
 from polyexport.capture.code import importable, script
-from polyexport.engine import engine as engines
+from polyexport.engine import earlier
 from polyexport.engine.dispatch import _by_value, prepared_with
 from polyexport.engine.request import _read, interrupted, interruption
 from polyexport.measure.latency import QUIET
@@ -309,7 +309,7 @@ def test_the_same_checkpoint_is_not_exported_twice_but_another_is(tmp_path, monk
 
 def test_a_skipped_format_is_tried_again_once_its_tool_is_installed(tmp_path, monkeypatch):
     asked = (replace(polyexport.FORMATS["tensorrt"], lacks=lambda: gpu.missing()),)
-    monkeypatch.setattr(engines, "known", lambda: {"tensorrt": asked[0]})
+    monkeypatch.setattr(earlier, "known", lambda: {"tensorrt": asked[0]})
     monkeypatch.setenv("POLYEXPORT_CACHE", "/dev/null/here")
     monkeypatch.setattr(gpu, "missing", lambda: "there is no GPU")
     folders = []
