@@ -30,12 +30,12 @@ def test_a_format_that_was_copied_out_of_its_export_is_loaded(small: Report, tmp
 
 
 def test_a_format_is_loaded_from_where_the_export_was_copied_to(small: Report) -> None:
-    copy_to("memory://bucket/exports")(small)
+    copy_to("memory://loaded/exports")(small)
     for path in ("best/onnx", "best/onnx/model.onnx", f"{small.folder.name}/torchscript"):
-        assert answers(f"memory://bucket/exports/{path}", small)
+        assert answers(f"memory://loaded/exports/{path}", small)
     for path in ("best/onxx", "nowhere/onnx/model.onnx"):
-        with pytest.raises(BadRequest, match=rf"memory://bucket/exports/{path} is not a format of an export"):
-            polyexport.load(f"memory://bucket/exports/{path}")
+        with pytest.raises(BadRequest, match=rf"memory://loaded/exports/{path} is not a format of an export"):
+            polyexport.load(f"memory://loaded/exports/{path}")
 
 
 def test_files_that_describe_an_artifact_are_not_part_of_it(small: Report) -> None:
