@@ -328,8 +328,8 @@ def test_a_draft_that_onnx_runtime_does_not_load_is_not_the_only_one(outlier, tm
     source, spec = outlier
     quantized = onnx_quantized._with_ranges
 
-    def refused_as_a_whole(prepared, found, operators, kept, alone):
-        model = quantized(prepared, found, operators, kept, alone)
+    def refused_as_a_whole(prepared, found, operators, *choice):
+        model = quantized(prepared, found, operators, *choice)
         if operators == onnx_quantized._every_operator():
             model.graph.node[-1].op_type = "Unknown"
         return model
