@@ -177,7 +177,9 @@ def _serve(
             os.read(woken, 4096)
         _reap(children)
         if connection.fileno() not in ready:
-            if later and not _lasting_threads():
+            if later and _lasting_threads():
+                later.clear()  # no job is forked anymore that could use them
+            elif later:
                 imported.append(later.pop(0))
                 _import_later(imported[-1])
                 _report(connection, imported)

@@ -320,7 +320,7 @@ def _file(name: str) -> Path:
 
 def lock_file(name: str) -> Path:
     """Path of the lock file of a built-in toolchain."""
-    return Path(str(resources.files("polyexport"))) / "toolchains" / f"{name}.lock"
+    return _file(name).with_suffix(".lock")
 
 
 def parse(name: str, text: str) -> Toolchain:
