@@ -106,6 +106,7 @@ class Backend:
         resize: Of a value, its resized axes and the mode, by the framework's own operator if that computes the same;
             else None.
         grid_sample: The same for GridSample: value, grid, mode, padding mode, whether corners are aligned.
+        layer_norm: The same for LayerNormalization over the last axis: value, scale, bias or None, epsilon.
     """
 
     name: str
@@ -194,6 +195,7 @@ class Backend:
     steps: Callable[[Tensor, State, Callable[[Any, Tensor, State], tuple[Tensor, State]]], tuple[Tensor, State]]
     resize: Callable[[Value, Any, Any], Value | None]
     grid_sample: Callable[[Value, Value, str, str, bool], Tensor | None]
+    layer_norm: Callable[[Value, Value, Value | None, float], Tensor | None]
 
     def type_of(self, number: int) -> np.dtype[Any]:
         """The type of an ONNX element type number.

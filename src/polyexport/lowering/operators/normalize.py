@@ -34,11 +34,14 @@ def layer_norm(
     node: Node,
 ) -> Any:
     """Over the axes from `axis` on, in the type that `stash_type` names; and the mean and 1 / deviation."""
-    rank = x.rank or 0
+    rank, statistics = x.rank or 0, node.wants(1) or node.wants(2)
+    over_last = axis % rank == rank - 1
+    if over_last and not statistics and (own := ops.layer_norm(x, scale, bias, epsilon)) is not None:
+        return own
     normal, mean, inverse = _normal(ops, _stashed(ops, x.tensor, stash_type), range(axis % rank, rank), epsilon)
     made = ops.cast(normal, x.dtype) * scale.tensor
     made = made if bias is None else made + bias.tensor
-    return (made, mean, inverse) if node.wants(1) or node.wants(2) else made
+    return (made, mean, inverse) if statistics else made
 
 
 def _stashed(ops: Backend, tensor: Tensor, stash_type: int) -> Tensor:

@@ -21,7 +21,6 @@ from polyexport.lowering.paddle import (  # each writes its operators into the t
     index as index,
     inference,
     math as math,
-    normalize as normalize,
     shape as shape,
     vision as vision,
 )

@@ -125,4 +125,5 @@ def backend(weights: Weights) -> Backend:
         steps=steps,
         resize=resize,
         grid_sample=grid_sample,
+        layer_norm=primitives.layer_norm,
     )

@@ -250,6 +250,14 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
     return set_shape(made, [None if size < 0 else size for size in sizes])
 
 
+def layer_norm(x: Value, scale: Value, bias: Value | None, epsilon: float) -> Tensor | None:
+    """Of float32 by Paddle's own operator, which is eight times as fast as its parts."""
+    sizes = (x.shape or ())[-1:]
+    if x.dtype != np.float32 or any(each.shape != sizes for each in (scale, bias) if each is not None):
+        return None
+    return F.layer_norm(x.tensor, list(sizes), scale.tensor, None if bias is None else bias.tensor, epsilon)
+
+
 def fourier(data: Tensor, axis: int, inverse: bool, kept: Size) -> Tensor:
     """By Paddle's own transforms, of complex numbers."""
     if data.shape[-1] < 0:
