@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
@@ -136,11 +137,8 @@ def _fusing_nothing() -> Iterator[None]:
         optimizers[:] = [each for each in optimizers if each != "remap"]
         return run(config, *rest)
 
-    conversion._run_grappler = without
-    try:
+    with mock.patch.object(conversion, "_run_grappler", without):
         yield
-    finally:  # another model may be converted in this process later
-        conversion._run_grappler = run
 
 
 @contextlib.contextmanager
@@ -154,11 +152,12 @@ def _flat_products() -> Iterator[None]:
     from polyexport.lowering.tensorflow.products import flattened
 
     optimize = conversion.optimize_graph
-    conversion.optimize_graph = lambda graph, *rest, **options: optimize(flattened(graph), *rest, **options)
-    try:
+
+    def flatten_first(graph: Any, *rest: Any, **options: Any) -> Any:
+        return optimize(flattened(graph), *rest, **options)
+
+    with mock.patch.object(conversion, "optimize_graph", flatten_first):
         yield
-    finally:
-        conversion.optimize_graph = optimize
 
 
 _UNFUSED = {
