@@ -38,6 +38,28 @@ def test_a_worker_has_low_priority_until_training_is_over():
         assert priority(process.pid)[0] == os.getpriority(os.PRIO_PROCESS, 0)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has the policy")
+def test_every_thread_of_a_worker_gives_way_to_training_until_it_is_over(tmp_path):
+    started = tmp_path / "started"
+    program = f"""if 1:
+        import pathlib, threading
+        threading.Thread(target=threading.Event().wait, daemon=True).start()
+        pathlib.Path({str(started)!r}).touch()
+        input()"""
+    workers = Workers(background=True)
+    command = [sys.executable, "-c", program]
+    with workers._spawned(command, subprocess.DEVNULL, subprocess.DEVNULL, os.environ) as process:
+        while not started.exists():
+            assert process.poll() is None
+        threads = [int(each.name) for each in Path(f"/proc/{process.pid}/task").iterdir()]
+        assert len(threads) == 2
+        assert {os.sched_getscheduler(each) for each in threads} == {os.SCHED_IDLE}
+        workers.hurry()
+        normal = {(os.SCHED_OTHER, os.getpriority(os.PRIO_PROCESS, 0))}
+        found = {(os.sched_getscheduler(each), os.getpriority(os.PRIO_PROCESS, each)) for each in threads}
+        assert found == normal or os.geteuid() != 0, "only root may take it back"
+
+
 @pytest.mark.skipif(not os.path.exists("/proc/self/oom_score_adj"), reason="only Linux lets one choose who goes")
 def test_a_worker_is_killed_before_any_other_process_when_memory_runs_out():
     own = Path("/proc/self/oom_score_adj").read_text()

@@ -1,10 +1,13 @@
 """Priorities: a worker uses only what training leaves of the machine, and waiting for that is not a timeout.
 
 Requirements:
-* Niceness alone is not enough: if the kernel groups processes by session (autogroup in sched(7)), it counts within
-  the session only, and a worker has its own session. So the session's niceness is set too.
+* A thread of training that wakes gets a processor at once. On Linux it would wait for up to a time slice of a nice
+  worker that runs there, at each parallel operator of PyTorch. A worker of the policy SCHED_IDLE it preempts, and a
+  processor that runs only such ones counts as free (sched(7)).
+* If the kernel groups processes by session (autogroup in sched(7)), niceness counts within the session only, and a
+  worker has its own session. So the session's niceness is set too.
 * When training is over, workers that still run get normal priority, as far as the system allows it: anyone may raise a
-  session's priority, but only privileged users a process's.
+  session's priority, but only privileged users a thread's. One that stays at the lowest has all that others leave.
 * Time without a processor does not count toward a timeout.
 """
 
@@ -12,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +28,7 @@ def step_back(process: int) -> None:
     """Give a process that leads a new session the lowest priority, which its children inherit."""
     _nice_session(process, _LOWEST)
     _nice(process, _LOWEST)
+    _schedule(process, idle=True)
 
 
 def restore_priority(session: int) -> None:
@@ -33,8 +38,9 @@ def restore_priority(session: int) -> None:
         own = os.getpriority(os.PRIO_PROCESS, 0)
         of_session = int(Path("/proc/self/autogroup").read_text().split()[-1])
     _nice_session(session, of_session)
-    for process in _of(session):
-        _nice(process, own)
+    for thread in _threads(session):
+        _schedule(thread, idle=False)
+        _nice(thread, own)
 
 
 def waited_seconds(session: int) -> float:
@@ -43,9 +49,9 @@ def waited_seconds(session: int) -> float:
     0.0 if the system does not report it (https://docs.kernel.org/scheduler/sched-stats.html).
     """
     waited = 0.0
-    for process in _of(session):
-        with contextlib.suppress(OSError, IndexError):  # the process ended meanwhile
-            waited = max([waited, *map(_waited_seconds, Path(f"/proc/{process}/task").iterdir())])
+    for thread in _threads(session):
+        with contextlib.suppress(OSError, IndexError):  # it ended meanwhile
+            waited = max(waited, _waited_seconds(Path(f"/proc/{thread}")))
     return waited
 
 
@@ -84,6 +90,20 @@ def _nice_session(process: int, niceness: int) -> None:
 def _nice(process: int, niceness: int) -> None:
     with contextlib.suppress(OSError, AttributeError):  # not allowed, or Windows, which has no such call
         os.setpriority(os.PRIO_PROCESS, process, niceness)
+
+
+def _schedule(thread: int, *, idle: bool) -> None:
+    """Let a thread run only while no other wants its processor, or as usual again; the latter needs privileges."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):
+            os.sched_setscheduler(thread, os.SCHED_IDLE if idle else os.SCHED_OTHER, os.sched_param(0))
+
+
+def _threads(session: int) -> Iterator[int]:
+    """The threads of a session's processes: on Linux each has a priority of its own."""
+    for process in _of(session):
+        with contextlib.suppress(OSError):  # the process ended meanwhile
+            yield from [int(each.name) for each in Path(f"/proc/{process}/task").iterdir()]
 
 
 def _of(session: int) -> Iterator[int]:
