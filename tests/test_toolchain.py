@@ -20,10 +20,11 @@ import pytest
 from packaging.requirements import Requirement
 
 from polyexport import ToolMissing
-from polyexport.workers import locks, toolchain
+from polyexport.workers import locks, provision, toolchain
 from polyexport.workers.locks import Lock, provided
 from polyexport.workers.process import Workers, environment
-from polyexport.workers.toolchain import HOST, Busy, Toolchain, find, parse
+from polyexport.workers.provision import Busy
+from polyexport.workers.toolchain import HOST, Toolchain, find, parse
 from users import another_user, shared as shared
 
 PIN = "six==1.16.0"
@@ -282,11 +283,11 @@ def test_what_no_route_reads_is_deleted_and_its_absence_is_no_damage(wheels, mon
     assert not [*site.glob("tiny*.py")]
     assert chain.ready
     said: list[str] = []
-    monkeypatch.setattr(toolchain, "_found_whole", set())  # as in another process
+    monkeypatch.setattr(provision, "_found_whole", set())  # as in another process
     chain.interpreter(said.append)
     assert said == [], "it is whole"
     (site / "tinytwo-1.0.dist-info" / "METADATA").unlink()
-    monkeypatch.setattr(toolchain, "_found_whole", set())
+    monkeypatch.setattr(provision, "_found_whole", set())
     chain.interpreter(said.append)
     assert len(said) == 1, "the rest of such a package is still looked at"
 
@@ -347,11 +348,11 @@ def test_a_damaged_toolchain_is_installed_again(cache, monkeypatch, what):
     chain = forced(Toolchain("damaged", (PIN,)))
     python = chain.interpreter()
     site = next(chain.folder.glob("lib/python*/site-packages"))
-    monkeypatch.setattr(toolchain, "_found_whole", set())  # as in another process
+    monkeypatch.setattr(provision, "_found_whole", set())  # as in another process
     said: list[str] = []
     assert chain.interpreter(said.append) == python
     assert said == [], "it is whole"
-    monkeypatch.setattr(toolchain, "_found_whole", set())
+    monkeypatch.setattr(provision, "_found_whole", set())
     if what == "its Python":
         python.unlink()
         python.symlink_to("/nowhere/python3")
@@ -388,7 +389,7 @@ def test_who_waits_for_another_process_says_so_and_gives_up(cache, monkeypatch):
             waiting = pool.submit(chain.interpreter, workers=workers)
             workers.end_all()
             assert str(waiting.exception(20)) == "cancelled"
-        monkeypatch.setattr(toolchain, "_PATIENCE_SECONDS", 0.5)
+        monkeypatch.setattr(provision, "PATIENCE_SECONDS", 0.5)
         for patience in (0.5, 600):  # the second job does not wait again
             with pytest.raises(Busy, match=r"after 0\.5 s"):
                 chain.interpreter(patience=patience)
@@ -402,10 +403,10 @@ HOLDS = """
 import sys
 from pathlib import Path
 from polyexport.workers.process import Workers
-from polyexport.workers.toolchain import _alone
+from polyexport.workers.provision import _locked
 folder = Path(sys.argv[1])
 folder.parent.mkdir(parents=True)
-with _alone("busy", folder, print, Workers(), 1):
+with _locked("busy", folder, print, Workers(), 1):
     print("held", flush=True)
     input()
 """

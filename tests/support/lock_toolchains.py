@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
-from polyexport.workers import disk, installer, locks, toolchain
+from polyexport.workers import disk, installer, locks, provision, toolchain
 from polyexport.workers.process import Workers
 from polyexport.workers.toolchain import Toolchain
 
@@ -49,7 +49,7 @@ def resolved(chain: Toolchain, folder: Path) -> str:
 def measured(chain: Toolchain, lock: locks.Lock, folder: Path) -> locks.Lock:
     """The lock with the disk that its environment takes, and what the packages in that ask of each other."""
     bare = replace(chain, lock=lock, delete=(), convert_imports=(), run_imports=())  # all that it ever takes
-    toolchain.provision(bare, folder, Workers(), print)
+    provision.provision(replace(bare.recipe, folder=folder), Workers(), print)
     packages = next(folder.glob("lib/python*/site-packages"))
     listed = subprocess.run([sys.executable, "-c", NEEDS, packages], check=True, capture_output=True, text=True).stdout
     below = ("torch",) if chain.layered else ()

@@ -42,7 +42,8 @@ from polyexport.report.folders import BEST, CAPTURE, discard, link, locked, shor
 from polyexport.report.outcome import Checkpoint, State
 from polyexport.report.report import Report
 from polyexport.serialization import writing
-from polyexport.workers.toolchain import Busy, Toolchain
+from polyexport.workers.provision import Busy
+from polyexport.workers.toolchain import Toolchain
 
 if TYPE_CHECKING:
     from torch import nn
