@@ -21,7 +21,8 @@ import written
 from fake_wandb import FakeWandb
 from polyexport import BadRequest, Checkpoint, Report
 from polyexport.cli import app
-from polyexport.publish.wandb import LINKS, Wandb, link, publish_into
+from polyexport.publish.wandb import Wandb, publish_into
+from polyexport.publish.wandb_registry import LINKS, link
 
 UNSET = ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "XDG_DATA_HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME")
 

@@ -140,7 +140,7 @@ def compare(
 
 def wandb_link(folder: Folder, as_json: Json = False) -> None:
     """Link the artifacts of offline runs to the W&B registry; run `wandb sync` first."""
-    from polyexport.publish.wandb import link
+    from polyexport.publish.wandb_registry import link
 
     with one_line_errors():
         linked = link(folder)

@@ -5,14 +5,9 @@ https://docs.wandb.ai/guides/artifacts, https://docs.wandb.ai/guides/registry
 Requirements:
 * W&B may be slow, refuse or be down: publishing takes at most `timeout` seconds, and what was not uploaded is reported.
   Uploads are waited for, since W&B reports a failure only to a caller that waits.
-* A table is logged whole each time: W&B shows only the first state of one that grows.
-* Nothing is logged with `step=`: Lightning's logger has its own steps, and W&B drops what comes late.
-* Nothing is left in the user's home, where W&B would stage a copy of each file. Online, artifacts are read from the
-  export. Offline the run's own folder gets hard links to them: `wandb sync` finds those after the export was pruned,
-  and they are removed with the run's folder. What W&B stages for tables is in the run's folder too, unless
-  `WANDB_DATA_DIR` is set; W&B's cache, which it prunes itself, keeps some kilobytes of tables.
-* Only `verified` artifacts are linked to the registry. W&B cannot link offline (it would log the artifact twice), so
-  the export stores its links for `link`.
+* What W&B stages for tables is in the run's folder, unless `WANDB_DATA_DIR` is set; its cache, which it prunes itself,
+  keeps some kilobytes of tables.
+* Only `verified` artifacts are linked to the registry.
 """
 
 from __future__ import annotations
@@ -23,28 +18,17 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
 from polyexport.errors import BadRequest, line
-from polyexport.report import folders
-from polyexport.report.card import description
+from polyexport.publish import wandb_artifacts as artifacts
+from polyexport.publish.wandb_artifacts import PAGE
+from polyexport.publish.wandb_figures import log_figures
+from polyexport.publish.wandb_registry import LINKS, Link, link_of, store
 from polyexport.report.compare import Bounds, compare
-from polyexport.report.manifest import MANIFEST
 from polyexport.report.outcome import Outcome
-from polyexport.report.report import Report, figures, history
-from polyexport.report.tables import Figure
-from polyexport.serialization import decode, encode, read_json, write_json
-
-LINKS = "wandb_links.json"
-"""File in an export's folder with the registry links of an offline run."""
-
-_PAGE = "report.html"
-_SUMMARY = ("state", "bytes", "max_abs_error", "batch", "p50_ms", "p95_ms", "batch_1_p50_ms", "speedup")
-_BARS = ("p50_ms", "batch_1_p50_ms", "bytes")
-_LINES = ("p50_ms", "max_abs_error")
+from polyexport.report.report import Report, history
 
 
 class Wandb:
@@ -145,48 +129,6 @@ class Wandb:
             raise ConnectionError("; ".join(f"{what}: {why}" for what, why in dict(left).items()))
 
 
-@dataclass(frozen=True, slots=True)
-class Link:
-    """A registry link that an offline run could not make. `digest` identifies the version, which has no number yet."""
-
-    artifact: str
-    digest: str
-    target: str
-    aliases: tuple[str, ...]
-    project: str
-    entity: str | None = None
-
-
-def link(folder: Path) -> tuple[str, ...]:
-    """Make the registry links that offline runs stored in the exports under `folder`, after `wandb sync`.
-
-    Returns:
-        Each link: `<collection>:<alias> <- <artifact>`.
-
-    Raises:
-        BadRequest: there are none, or an artifact is not in W&B, or was replaced there by a newer version.
-    """
-    import wandb as sdk
-
-    files = sorted({path.resolve() for path in (folder / LINKS, *folder.rglob(LINKS)) if path.exists()})
-    if not files:
-        raise BadRequest(f"{folder} has no stored registry links; an offline run writes {LINKS} into its export")
-    api, made = sdk.Api(), []
-    for file in files:
-        for each in [decode(Link, data) for data in read_json(file)]:
-            name = f"{each.entity or api.default_entity}/{each.project}/{each.artifact}:best"
-            try:
-                artifact = api.artifact(name, type="model")
-            except (sdk.errors.CommError, ValueError) as error:
-                raise BadRequest(f"W&B has no {name}; upload the run with `wandb sync` first ({error})") from error
-            if artifact.digest != each.digest:
-                raise BadRequest(f"{name} is not what was exported into {file.parent}, but a newer version")
-            artifact.link(each.target, aliases=list(each.aliases))
-            made.append(f"{each.target}:{each.aliases[0]} <- {name}")
-        file.unlink()
-    return tuple(made)
-
-
 def publish_into(report: Report, run: str, registry: str | None = None) -> None:
     """Publish a report to a finished run: after a proof from another machine, its artifacts are new versions.
 
@@ -226,10 +168,10 @@ def _publish(options: Wandb, run: Any, reports: Sequence[Report], left: dict[str
     newest = reports[-1]
     exports = {True: reports[-1:], False: [], "all": reports}[options.upload]
     uploads = _uploads(exports)
-    promised = ("figures", *uploads, *([_PAGE] if exports else []))
+    promised = ("figures", *uploads, *([PAGE] if exports else []))
     left |= dict.fromkeys(promised, f"not finished after {options.timeout:g} s")
     with _telling(left, "figures"), _staging(run):
-        _log_figures(run, reports)
+        log_figures(run, reports)
     if options.alert:
         with _telling(left, "alert"):
             _alert(run, reports)
@@ -237,10 +179,10 @@ def _publish(options: Wandb, run: Any, reports: Sequence[Report], left: dict[str
         return
     if options.source and not run.offline:
         with _telling(left, options.source):
-            options = options.replaced(source=_use_checkpoint(options.source, run, newest))
+            options = options.replaced(source=artifacts.use_checkpoint(options.source, run, newest))
     sent = _log_artifacts(options, run, uploads, newest, left)
     page = None
-    with _telling(left, _PAGE, done=False):
+    with _telling(left, PAGE, done=False):
         page = _log_page(options, run, newest)
     links: list[Link] = []
     for what, artifact in sent.items():
@@ -248,12 +190,11 @@ def _publish(options: Wandb, run: Any, reports: Sequence[Report], left: dict[str
         with _telling(left, what):
             links += _arrived(options, run, outcome, artifact, deadline, newest=report is newest)
     if page is not None:
-        with _telling(left, _PAGE):
+        with _telling(left, PAGE):
             if not run.offline:
                 _wait(page, deadline)
-    if links:
-        with _telling(left, LINKS):
-            write_json(newest.folder / LINKS, links)
+    with _telling(left, LINKS):
+        store(links, newest.folder)
 
 
 def _alert(run: Any, reports: Sequence[Report]) -> None:
@@ -285,17 +226,35 @@ def _log_artifacts(options: Wandb, run: Any, uploads: Uploads, newest: Report, l
     return sent
 
 
+def _log_artifact(options: Wandb, run: Any, report: Report, outcome: Outcome, *, newest: bool) -> Any:
+    """Start the upload of a format's files."""
+    artifact = artifacts.of_format(run, report, outcome, options.source)
+    artifacts.expire(artifact, options.ttl_days if newest else options.old_ttl_days or options.ttl_days)
+    aliases = ["latest", "best", "parity-passed"]
+    if newest:
+        aliases += [*options.aliases, *(["fastest"] if outcome is report.fastest else [])]
+    tags = [*map(artifacts.word, (outcome.format, outcome.precision, outcome.shown_state)), *options.tags]
+    return run.log_artifact(artifact, aliases=list(dict.fromkeys(aliases)), tags=list(dict.fromkeys(tags)))
+
+
+def _log_page(options: Wandb, run: Any, report: Report) -> Any:
+    """Start the upload of a report."""
+    artifact = artifacts.of_report(run, report)
+    artifacts.expire(artifact, options.ttl_days)
+    return run.log_artifact(artifact, aliases=["latest", "best"])
+
+
 def _arrived(
     options: Wandb, run: Any, outcome: Outcome, artifact: Any, deadline: float, *, newest: bool
 ) -> Iterator[Link]:
     """Wait for an artifact and link it; offline, yield the link to be stored."""
-    target = _link(options, run, outcome, artifact) if newest else None
+    target = link_of(options.registry, run, outcome, artifact) if newest else None
     if run.offline:
         yield from [target] if target else []
         return
     _wait(artifact, deadline)
     if newest and options.old_ttl_days is not None:
-        _expire_predecessor(artifact, options.old_ttl_days)
+        artifacts.expire_predecessor(artifact, options.old_ttl_days)
     if target:
         run.link_artifact(artifact, target.target, aliases=list(target.aliases))
 
@@ -327,204 +286,3 @@ def _staging(run: Any) -> Iterator[None]:
     finally:
         if os.environ["WANDB_DATA_DIR"] == ours:
             del os.environ["WANDB_DATA_DIR"]
-
-
-# --- figures ----------------------------------------------------------------------------------------------------------
-
-
-def _log_figures(run: Any, reports: Sequence[Report]) -> None:
-    import wandb as sdk
-
-    report = reports[-1]
-    newest = figures(report)
-    for row in newest:
-        for key in _SUMMARY:
-            name = f"export/{row['format']}/{key}"
-            if row[key] is not None or run.summary.get(name) is not None:  # of an earlier export, not of this one
-                run.summary[name] = row[key]
-    run.summary["export/notes"] = "\n".join(map(str, report.notes))
-    best = report.best()
-    run.summary["export/best_format"] = best.format if best else None
-
-    latency = [_about(each) | row for each in reports for row in figures(each)]
-    parity = [_about(each) | row for each in reports for row in _parity(each)]
-    step = report.checkpoint.global_step or 0
-    logged: dict[str, Any] = {"trainer/global_step": step, "export/latency": _table(latency)}
-    if parity:
-        logged["export/parity"] = _table(parity)
-    for key in _BARS:
-        bars = [{"format": row["format"], key: row[key]} for row in newest if row[key] is not None]
-        if bars:
-            batch = f" at batch {report.baseline.batch}" if key == "p50_ms" and report.baseline else ""
-            logged[f"export/{key}"] = sdk.plot.bar(_table(bars), "format", key, title=f"{key}{batch}, step {step}")
-    for key in _LINES:
-        lines: dict[str, list[tuple[Figure, Figure]]] = {}
-        for row in latency:
-            if row[key] is not None and row["global_step"] is not None:
-                lines.setdefault(str(row["format"]), []).append((row["global_step"], row[key]))
-        if lines:
-            xs, ys = ([[point[axis] for point in line] for line in lines.values()] for axis in (0, 1))
-            batch = f" at batch {report.baseline.batch}" if key == "p50_ms" and report.baseline else ""
-            title = f"{key}{batch} over checkpoints"
-            logged[f"export/{key}_by_step"] = sdk.plot.line_series(xs, ys, list(lines), title, "global_step")
-    run.log(logged)
-
-
-def _about(report: Report) -> dict[str, Figure]:
-    checkpoint = report.checkpoint
-    name = Path(checkpoint.path).name
-    score: float | None = encode(checkpoint.score)
-    return {"checkpoint": name, "global_step": checkpoint.global_step, "score": score}
-
-
-def _parity(report: Report) -> Iterator[dict[str, Figure]]:
-    """One row per format and output."""
-    for outcome in report.outcomes:
-        for output, parity in outcome.parity.outputs.items() if outcome.parity else ():
-            about = {
-                "format": outcome.format,
-                "precision": outcome.precision,
-                "state": outcome.shown_state,
-                "output": output,
-            }
-            yield about | encode(parity)
-
-
-def _table(rows: Sequence[Mapping[str, Figure]]) -> Any:
-    import wandb as sdk
-
-    # None if it is not a number, since a W&B column has one type
-    return sdk.Table(columns=list(rows[0]), data=[list(encode(row).values()) for row in rows])
-
-
-def _is_fastest(outcome: Outcome, report: Report) -> bool:
-    return outcome is report.fastest
-
-
-# --- artifacts --------------------------------------------------------------------------------------------------------
-
-
-def _log_artifact(options: Wandb, run: Any, report: Report, outcome: Outcome, *, newest: bool) -> Any:
-    import wandb as sdk
-
-    name = _word(f"model-{run.id}-{outcome.format}")
-    artifact = sdk.Artifact(name, "model", description(report), metadata=_metadata(options, report, outcome))
-    days = options.ttl_days if newest else options.old_ttl_days or options.ttl_days
-    if days is not None:
-        artifact.ttl = timedelta(days=days)
-    folder = report.folder / outcome.format
-    _add(artifact, run, report, folder, [path for path in folder.rglob("*") if path.is_file()])
-    aliases = ["latest", "best", "parity-passed"]
-    if newest:
-        aliases += options.aliases
-        if _is_fastest(outcome, report):
-            aliases.append("fastest")
-    tags = [_word(word) for word in (outcome.format, outcome.precision, outcome.shown_state)] + list(options.tags)
-    return run.log_artifact(artifact, aliases=list(dict.fromkeys(aliases)), tags=list(dict.fromkeys(tags)))
-
-
-def _log_page(options: Wandb, run: Any, report: Report) -> Any:
-    """Upload the report as a page, as Markdown and as JSON."""
-    import wandb as sdk
-
-    about = {"notes": list(map(str, report.notes)), "checkpoint_sha256": report.checkpoint.sha256}
-    artifact = sdk.Artifact(_word(f"report-{run.id}"), type="report", metadata=encode(about))
-    if options.ttl_days is not None:
-        artifact.ttl = timedelta(days=options.ttl_days)
-    files = [report.folder / name for name in (_PAGE, "report.md", "report.json", MANIFEST)]
-    _add(artifact, run, report, report.folder, [file for file in files if file.exists()])
-    return run.log_artifact(artifact, aliases=["latest", "best"])
-
-
-def _add(artifact: Any, run: Any, report: Report, folder: Path, files: Sequence[Path]) -> None:
-    """Add files under their paths in `folder`; offline as hard links, since finished exports never change."""
-    for file in sorted(files):
-        there = file
-        if run.offline:  # next to the run's `files`, which W&B uploads completely
-            there = Path(run.dir).parent / "exports" / report.folder.name / file.relative_to(report.folder)
-            there.parent.mkdir(parents=True, exist_ok=True)
-            there.unlink(missing_ok=True)
-            folders.link(file, there)
-        artifact.add_file(str(there), name=file.relative_to(folder).as_posix(), skip_cache=True, policy="immutable")
-
-
-def _word(text: str) -> str:
-    """`text` in characters that W&B allows in names, tags and aliases."""
-    return re.sub(r"[^A-Za-z0-9_-]+", "-", text).strip("-")[:128]
-
-
-def _use_checkpoint(source: str, run: Any, report: Report) -> str:
-    """Make the checkpoint's artifact an input of the run; returns its name, with its version if that is known.
-
-    A name without a version is an artifact of this run: its `best`, if that has this checkpoint. Lightning may log it
-    later, when the run ends; then there is no lineage.
-    """
-    import wandb as sdk
-
-    if ":" in source:
-        run.use_artifact(source)
-        return source
-    try:
-        found = sdk.Api().artifact(f"{run.entity}/{run.project}/{source}:best", type="model")
-    except (sdk.errors.CommError, ValueError):
-        return source
-    if found.metadata.get("original_filename") != Path(report.checkpoint.path).name:
-        return source
-    run.use_artifact(found)
-    return f"{run.entity}/{run.project}/{source}:{found.version}"
-
-
-def _expire_predecessor(artifact: Any, days: float) -> None:
-    """Set the time to live of the previous version."""
-    import wandb as sdk
-
-    number = int(artifact.version.removeprefix("v"))
-    if number:
-        name = artifact.name.partition(":")[0]
-        older = sdk.Api().artifact(f"{artifact.entity}/{artifact.project}/{name}:v{number - 1}")
-        older.ttl = timedelta(days=days)
-        older.save()
-
-
-def _link(options: Wandb, run: Any, outcome: Outcome, artifact: Any) -> Link | None:
-    """The registry link of an artifact; None if it has none."""
-    if options.registry is None or outcome.state != "verified":
-        return None
-    registry, _, collection = options.registry.partition("/")
-    target = f"wandb-registry-{registry}/{collection or _word(run.project)}-{_word(outcome.format)}"
-    return Link(artifact.name, artifact.digest, target, ("best",), run.project, run.entity or None)
-
-
-def _metadata(options: Wandb, report: Report, outcome: Outcome) -> dict[str, Any]:
-    """The metadata of an artifact: nested, since W&B allows 100 top-level keys, and without infinities."""
-    latency = encode(outcome.latency)
-    if latency is not None:
-        del latency["samples_ms"]  # report.json has them; here they would hide the rest
-    checkpoint = report.checkpoint
-    metadata: dict[str, Any] = encode(
-        {
-            "format": outcome.format,
-            "precision": outcome.precision,
-            "state": outcome.shown_state,
-            "reason": outcome.reason,
-            "remark": outcome.remark,
-            "outside": outcome.outside,
-            "route": outcome.route,
-            "bytes": outcome.artifact.bytes if outcome.artifact else None,
-            "sha256": outcome.artifact.sha256 if outcome.artifact else None,
-            "source_artifact": options.source,
-            "checkpoint_sha256": checkpoint.sha256,
-            "original_filename": Path(checkpoint.path).name,
-            "epoch": checkpoint.epoch,
-            "global_step": checkpoint.global_step,
-            "monitor": checkpoint.monitor,
-            "score": checkpoint.score,
-            "inputs": outcome.inputs,
-            "outputs": outcome.outputs,
-            "parity": outcome.parity,
-            "toolchain": outcome.toolchain,
-            "environment": report.environment,
-            "notes": list(map(str, report.notes)),
-        }
-    )
-    return metadata | {"latency": latency}
