@@ -124,3 +124,26 @@ def test_sums_and_selections_without_effect_are_removed_where_the_shape_stays() 
     assert aten.masked_fill.Scalar not in targets
     assert targets.count(aten.add.Tensor) == 2, "the wide one, and the one that is an output"
     assert targets.count(aten.where.self) == 1, "of another shape"
+
+
+class Written(nn.Module):
+    """Attention beside a constant mask, and sums with zeros, that operators in place write to."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        added = torch.zeros(4, 4)
+        added[:, 2:].chunk(2, 1)[1].fill_(float("-inf"))
+        allowed = torch.ones(4, 4, dtype=torch.bool)
+        allowed.view(16)[3:6].logical_not_()
+        ones = torch.zeros(4)
+        seen = ones.unsqueeze(0)
+        ones += 1
+        kept = x.clone()
+        before = kept + torch.zeros(4)
+        kept *= 2
+        answers = [functional.scaled_dot_product_attention(x, x, x, attn_mask=mask) for mask in (added, allowed)]
+        return answers[0] + answers[1] + (x + seen) + before
+
+
+def test_what_operators_in_place_write_to_is_not_constant() -> None:
+    program = program_of(Written(), torch.randn(2, 1, 4, 4))
+    assert None not in masks(program)

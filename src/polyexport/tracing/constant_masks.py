@@ -5,12 +5,14 @@ trace might see padding later: of a batch without a padding mask, comparisons of
 mask attention is slower in every runtime, and the rows without any key have to be handled.
 
 What a tensor may hold is followed as a range, from what a program makes by itself (`arange`, `full`) through
-views, sums, comparisons and selections.
+views, sums, comparisons and selections. A tensor that the program writes to afterward, itself or through a view, has
+none.
 """
 
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +37,7 @@ def remove_constant_masks(program: torch.export.ExportedProgram) -> None:
     aten = torch.ops.aten
     graph = program.graph
     ranges: dict[Node, Range | None] = {node: (value, value) for node, value in _numbers(program)}
-    kinds = _kinds()
+    kinds, written = _kinds(), _written(graph)
 
     def known(argument: Any) -> Range | None:
         if isinstance(argument, torch.fx.Node):
@@ -43,11 +45,14 @@ def remove_constant_masks(program: torch.export.ExportedProgram) -> None:
         return (float(argument), float(argument)) if isinstance(argument, bool | int | float) else None
 
     for node in graph.nodes:
+        if node in written:
+            continue
         if node.op == "call_function" and (find := kinds.get(node.target)):
             ranges[node] = find(node, known)
         if node.target is aten.scaled_dot_product_attention.default:
             _without_mask(node, known)
-        elif (same := _unchanged(node, known)) is not None and _alike(node, same) and not _is_output(node):
+        same = _unchanged(node, known)
+        if same is not None and same not in written and _alike(node, same) and not _is_output(node):
             node.replace_all_uses_with(same)
     graph.eliminate_dead_code()
     program.graph_module.recompile()
@@ -60,6 +65,37 @@ def _numbers(program: torch.export.ExportedProgram) -> Iterator[tuple[Node, floa
         constant = program.constants.get(names.get(node.name, ""))
         if constant is not None and constant.numel() == 1 and not constant.is_complex():
             yield node, float(constant)
+
+
+def _written(graph: torch.fx.Graph) -> Collection[Node]:
+    """The nodes whose memory an operator in place writes to: its argument, what that is a view of, and their views."""
+    together: dict[Node, set[Node]] = {node: {node} for node in graph.nodes}  # those that share memory
+    written: set[Node] = set()
+    for node in graph.nodes:
+        for each, is_write in _shared(node):
+            together[each] |= together[node]
+            for member in together[node]:
+                together[member] = together[each]
+            if is_write:
+                written.add(each)
+    return {each for node in written for each in together[node]}
+
+
+def _shared(node: Node) -> Iterator[tuple[Node, bool]]:
+    """The arguments whose memory an operator's result may be, or that it writes to, and whether it does."""
+    import torch
+
+    is_same = node.target is torch.ops.aten.detach_.default  # in place, and no element changes
+    if node.target is operator.getitem:
+        yield node.all_input_nodes[0], False
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return
+    for index, argument in enumerate(node.target._schema.arguments):
+        given = node.args[index] if index < len(node.args) else node.kwargs.get(argument.name)
+        if argument.alias_info is not None:
+            for each in given if isinstance(given, list | tuple) else [given]:
+                if isinstance(each, torch.fx.Node):
+                    yield each, argument.alias_info.is_write and not is_same
 
 
 def _without_mask(node: Node, known: Known) -> None:
