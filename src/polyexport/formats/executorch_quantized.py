@@ -26,6 +26,7 @@ from polyexport.measure.weights import in_float, in_four_bits, is_weight
 from polyexport.spec import Arrays, ExportSpec, calibration
 from polyexport.tracing.exported_program import load_program
 from polyexport.tracing.fake_quantization import with_trained_scales
+from polyexport.tracing.in_place import functional
 from polyexport.tracing.products import as_products
 from polyexport.tracing.unrolled import SUFFIX, is_unrolled, unrolled
 
@@ -278,7 +279,7 @@ def calibrated(
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
     from torchao.quantization.pt2e.quantizer import ComposableQuantizer
 
-    program = exported(module, spec).module()
+    program = functional(exported(module, spec)).module()
     _keep_integers(program)
     _keep_quantized(program)
     _keep_residuals(program)
@@ -411,15 +412,18 @@ def _copy_convolutions(module: torch.fx.GraphModule) -> None:
     for node in [node for node in module.graph.nodes if str(node.target).startswith("aten.conv")]:
         with module.graph.inserting_after(node):
             copy = module.graph.call_function(torch.ops.aten.clone.default, (node,))
-        copy.meta = dict(node.meta)
+        copy.meta = {**node.meta, _COPY: True}
         node.replace_all_uses_with(copy, delete_user_cb=lambda user, copy=copy: user is not copy)
     module.recompile()
 
 
-def _remove_copies(module: torch.fx.GraphModule) -> None:
-    import torch
+_COPY = "copy of a convolution's result"
+"""What the metadata of such a copy has, for `_remove_copies`."""
 
-    for node in module.graph.find_nodes(op="call_function", target=torch.ops.aten.clone.default):
+
+def _remove_copies(module: torch.fx.GraphModule) -> None:
+    """Remove the copies that `_copy_convolutions` made."""
+    for node in [node for node in module.graph.nodes if _COPY in node.meta]:
         node.replace_all_uses_with(node.args[0])
         module.graph.erase_node(node)
     module.recompile()

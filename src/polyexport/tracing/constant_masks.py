@@ -12,9 +12,10 @@ none.
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
+
+from polyexport.tracing.in_place import with_writes
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +38,7 @@ def remove_constant_masks(program: torch.export.ExportedProgram) -> None:
     aten = torch.ops.aten
     graph = program.graph
     ranges: dict[Node, Range | None] = {node: (value, value) for node, value in _numbers(program)}
-    kinds, written = _kinds(), _written(graph)
+    kinds, written = _kinds(), with_writes(graph)
 
     def known(argument: Any) -> Range | None:
         if isinstance(argument, torch.fx.Node):
@@ -65,37 +66,6 @@ def _numbers(program: torch.export.ExportedProgram) -> Iterator[tuple[Node, floa
         constant = program.constants.get(names.get(node.name, ""))
         if constant is not None and constant.numel() == 1 and not constant.is_complex():
             yield node, float(constant)
-
-
-def _written(graph: torch.fx.Graph) -> Collection[Node]:
-    """The nodes whose memory an operator in place writes to: its argument, what that is a view of, and their views."""
-    together: dict[Node, set[Node]] = {node: {node} for node in graph.nodes}  # those that share memory
-    written: set[Node] = set()
-    for node in graph.nodes:
-        for each, is_write in _shared(node):
-            together[each] |= together[node]
-            for member in together[node]:
-                together[member] = together[each]
-            if is_write:
-                written.add(each)
-    return {each for node in written for each in together[node]}
-
-
-def _shared(node: Node) -> Iterator[tuple[Node, bool]]:
-    """The arguments whose memory an operator's result may be, or that it writes to, and whether it does."""
-    import torch
-
-    is_same = node.target is torch.ops.aten.detach_.default  # in place, and no element changes
-    if node.target is operator.getitem:
-        yield node.all_input_nodes[0], False
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return
-    for index, argument in enumerate(node.target._schema.arguments):
-        given = node.args[index] if index < len(node.args) else node.kwargs.get(argument.name)
-        if argument.alias_info is not None:
-            for each in given if isinstance(given, list | tuple) else [given]:
-                if isinstance(each, torch.fx.Node):
-                    yield each, argument.alias_info.is_write and not is_same
 
 
 def _without_mask(node: Node, known: Known) -> None:

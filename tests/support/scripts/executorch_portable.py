@@ -3,9 +3,9 @@
 Prints the size of convolutions before a ReLU with weights in int8 as a share of that in float32. Asserts that XNNPACK
 and the portable kernels both take a permuted tensor that several operators read, and that quantized models compute the
 same where integers are computed with, where others than a convolution read its input, where a view of attention
-follows, where numbers are small, and in recurrent layers; and that embeddings are in integers too. Asserts that sums
-that a layer norm reads stay in float, that products of GPT-2's form do not, and that the runtime has as many threads as
-it is given.
+follows, where a result is overwritten after it was copied, where numbers are small, and in recurrent layers; and that
+embeddings are in integers too. Asserts that sums that a layer norm reads stay in float, that products of GPT-2's form
+do not, and that the runtime has as many threads as it is given.
 
 python executorch_portable.py FOLDER
 """
@@ -129,6 +129,30 @@ loaded = quantized.load_quantized(folder / "a.pte", spec, threads=1)
 assert (loaded.remark, loaded.shortfall) == ("", "")  # all weights are in int8
 found, expected = loaded({"x": x.numpy()})["y"], module(x).detach().numpy()
 np.testing.assert_allclose(found, expected, atol=0.05 * np.abs(expected).max())
+
+
+class Overwritten(torch.nn.Module):
+    """A layer's result is doubled in place after it was copied."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+
+    def forward(self, x):
+        y = self.first(x)
+        copy = y.clone()
+        y.mul_(2)
+        return self.second(y * copy)
+
+
+module = Overwritten().eval()
+with torch.no_grad():
+    torch.export.save(torch.export.export(module, (x,), dynamic_shapes=({0: free},)), folder / "o.pt2")
+expected = module(x).detach().numpy()
+for convert in (quantized.quantize, quantized.quantize_weights):
+    convert(folder / "o.pt2", folder / "o.pte", spec)
+    found = quantized.load_quantized(folder / "o.pte", spec, threads=1)({"x": x.numpy()})["y"]
+    np.testing.assert_allclose(found, expected, atol=0.05 * np.abs(expected).max())
 
 
 class Residual(torch.nn.Module):
