@@ -20,6 +20,7 @@ from polyexport.format import MODULE, Format, Loaded, OnDevice, Route, Snippet, 
 from polyexport.onnx_graph.names import generated_names, rename_inputs_outputs
 from polyexport.spec import Arrays, ExportSpec, Runner, example
 from polyexport.tracing.exported_program import load_program
+from polyexport.tracing.in_place import functional
 
 if TYPE_CHECKING:
     import onnx
@@ -38,7 +39,7 @@ def translate(program: torch.export.ExportedProgram, target: Path, spec: ExportS
     """`convert_program` for a program in memory."""
     import torch
 
-    program = _within_images(program)
+    program = _within_images(functional(program))
     size = sum(tensor.numel() * tensor.element_size() for tensor in program.state_dict.values())
     try:
         with _quickly():

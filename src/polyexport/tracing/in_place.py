@@ -26,13 +26,48 @@ def functional(program: torch.export.ExportedProgram) -> torch.export.ExportedPr
     """The program without operators in place, unless nothing sees what they write but through their results.
 
     So it is with `ReLU(inplace=True)`. Else batch norms become another operator too, which quantizers do not fold into
-    convolutions.
+    convolutions. A tensor that a slice was written to is a concatenation, which every runtime has; of PyTorch's own
+    operator for it, exporters make one that scatters elements by their indices.
     """
     together = _sharing(program.graph)
     if not any(_is_seen(node, together[written]) for node in program.graph.nodes for written in _written(node)):
         return program
-    made: torch.export.ExportedProgram = program.run_decompositions({})
+    import torch
+
+    aten = torch.ops.aten
+    table: dict[Any, Any] = {aten.slice_scatter.default: _with_slice, aten.select_scatter.default: _with_index}
+    made: torch.export.ExportedProgram = program.run_decompositions(table)
     return made
+
+
+_PIECES = 64
+"""How many elements at most a slice with a step has: each is a part of the concatenation."""
+
+
+def _with_slice(
+    x: torch.Tensor, part: torch.Tensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
+) -> torch.Tensor:
+    """`x` with `part` in place of a slice, whose end is known by its size."""
+    import torch
+
+    size, count = x.shape[dim], part.shape[dim]
+    if not (isinstance(size, int) and isinstance(count, int)) or (step > 1 and count > _PIECES):
+        return NotImplemented  # type: ignore[no-any-return]  # so that the operator stays
+    start = start or 0
+    start = min(start + size if start < 0 else start, size)
+    written = [part] if step == 1 else [part.narrow(dim, index, 1) for index in range(count)]
+    parts, end = [x.narrow(dim, 0, start)], start
+    for each in written:
+        stays = min(step - 1, size - end - each.shape[dim])
+        parts += [each, x.narrow(dim, end + each.shape[dim], stays)]
+        end += each.shape[dim] + stays
+    parts.append(x.narrow(dim, end, size - end))
+    return torch.cat([each for each in parts if each.shape[dim] != 0] or [part], dim)
+
+
+def _with_index(x: torch.Tensor, part: torch.Tensor, dim: int, index: int) -> torch.Tensor:
+    """`x` with `part` in place of what is at an index."""
+    return _with_slice(x, part.unsqueeze(dim), dim, index)
 
 
 def _is_seen(writer: Node, sharing: Collection[Node]) -> bool:
