@@ -104,7 +104,10 @@ NAMES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "formats/torchscript.py": ("torch._ops:OpOverload._schema",),
         "measure/size_branches.py": ("torch._subclasses.fake_tensor:FakeTensorMode",),
         "measure/noise.py": ("torch.utils._python_dispatch:TorchDispatchMode",),
-        "tracing/attention.py": ("torch.nn.modules.transformer:_detect_is_causal_mask",),
+        "tracing/attention.py": (
+            "torch.nn.modules.transformer:_detect_is_causal_mask",
+            "torch.nn.functional:_in_projection_packed",
+        ),
         "tracing/draws.py": (
             "torch._C:_get_tracing_state",
             "torch._C:_set_tracing_state",

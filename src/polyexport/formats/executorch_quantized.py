@@ -284,6 +284,7 @@ def calibrated(
     _keep_quantized(program)
     _keep_residuals(program)
     _keep_states(program)
+    _keep_volumes(program)
     if dynamic:
         _copy_convolutions(program)
     quantizer = XNNPACKQuantizer().set_global(_rules(dynamic=dynamic))
@@ -298,7 +299,8 @@ def calibrated(
     _remove_copies(quantized)
     if not any("quantize" in str(node.target) for node in quantized.graph.nodes):
         raise RuntimeError(
-            "XNNPACK supports int8 for products, convolutions and sums, and the model has none; use executorch"
+            "XNNPACK supports int8 for products, sums, and convolutions over one or two axes, and the model has none; "
+            "use executorch"
         )
     return quantized
 
@@ -398,6 +400,17 @@ def _keep_states(module: torch.fx.GraphModule) -> None:
 
     for node in module.graph.nodes:
         if is_unrolled(node) and node.target is not torch.ops.aten.linear.default:
+            _exclude(node)
+
+
+def _keep_volumes(module: torch.fx.GraphModule) -> None:
+    """Exclude convolutions over three axes: the quantizer takes them, and XNNPACK does not."""
+    import torch
+
+    aten = torch.ops.aten
+    convolutions = (aten.conv3d.default, aten.conv_transpose3d.input, aten.convolution.default)
+    for node in (node for node in module.graph.nodes if node.target in convolutions):
+        if node.args[1].meta["val"].dim() == 5:
             _exclude(node)
 
 

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from unittest import mock
+
+if TYPE_CHECKING:
+    import torch
 
 
 @contextlib.contextmanager
@@ -29,3 +33,32 @@ def plain_attention() -> Iterator[None]:
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
         transformer._detect_is_causal_mask = detect
+
+
+@contextlib.contextmanager
+def separate_projections() -> Iterator[None]:
+    """Split queries, keys and values off the last axis of their common product.
+
+    PyTorch makes them the first axis of a tensor with one axis more, and ncnn has four axes at most.
+    """
+    from torch.nn import functional
+
+    with mock.patch.object(functional, "_in_projection_packed", _projected):
+        yield
+
+
+def _projected(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> list[torch.Tensor]:
+    """Queries, keys and values, by one product for tensors that are the same one."""
+    import torch
+
+    width = query.shape[-1]
+    if query is key is value:  # the weight as it is, since quantizers do not know a part of one
+        made = [torch.nn.functional.linear(query, weight, bias)]
+    else:
+        tensors, counts = ([query, key], [1, 2]) if key is value else ([query, key, value], [1, 1, 1])
+        rows = [count * width for count in counts]
+        biases = [None] * len(counts) if bias is None else bias.split(rows)
+        made = [*map(torch.nn.functional.linear, tensors, weight.split(rows), biases)]
+    return [part.contiguous() for each in made for part in each.split(width, -1)]

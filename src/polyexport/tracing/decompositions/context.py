@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from polyexport.errors import line
-from polyexport.tracing.attention import plain_attention
+from polyexport.tracing.attention import plain_attention, separate_projections
 from polyexport.tracing.decompositions import (
     bits,
     einsum,
@@ -42,7 +42,7 @@ def functions() -> Mapping[Any, Callable[..., Any]]:
 
 @contextlib.contextmanager
 def decomposed() -> Iterator[None]:
-    """Plain attention, and every function of the tables decomposed."""
+    """Plain attention, its projections by themselves, and every function of the tables decomposed."""
     from torch.overrides import TorchFunctionMode
 
     replacements = functions()
@@ -62,7 +62,7 @@ def decomposed() -> Iterator[None]:
             with _errors_end_a_trace(function):
                 return function(*args, **given)
 
-    with plain_attention(), packed.sizes_unchecked(), Decomposed():
+    with plain_attention(), separate_projections(), packed.sizes_unchecked(), Decomposed():
         try:
             yield
         except _TraceEnded as error:
