@@ -100,15 +100,20 @@ def squash(x: torch.Tensor) -> torch.Tensor:
     return torch.tanh(x)
 
 
+class Größe(nn.Linear):
+    pass
+
+
 class Named(Holder):
     """Parts whose names Python keeps for itself, or TorchScript cannot read, under which forward finds them."""
 
     def __init__(self) -> None:
         super().__init__(lambda net: {})
-        self.heads = nn.ModuleDict({"class": nn.Linear(4, 4), "class_": nn.Tanh(), "größe": nn.Linear(4, 4)})
+        self.heads = nn.ModuleDict({"class": nn.Linear(4, 4), "class_": nn.Tanh(), "größe": Größe(4, 4)})
         self.gains = nn.ParameterDict({"global": nn.Parameter(torch.rand(4))})
         self.add_module("lambda", nn.Linear(4, 4))
         self.register_buffer("two\nlines", torch.rand(4))
+        self.register_buffer('"quoted\\", (and more', torch.rand(4))
 
     def forward(self, x):
         assert list(self.heads) == [name for name, _ in self.heads.items()] == ["class", "class_", "größe"]
@@ -116,7 +121,9 @@ class Named(Holder):
         assert "class__" not in self.heads
         for name in self.heads:
             x = self.heads[name](x)
-        return getattr(self, "lambda")(x) * self.gains["global"] + getattr(self, "two\nlines")
+        return getattr(self, "lambda")(x) * self.gains["global"] + getattr(self, "two\nlines") / getattr(
+            self, '"quoted\\", (and more'
+        )
 
 
 def slotted():
@@ -193,7 +200,8 @@ def test_a_module_is_restored_and_can_be_traced_despite_holding(name, tmp_path):
     loaded = snapshot.load(tmp_path)
     expected = net(x)
     assert torch.allclose(loaded(x), expected)
-    assert torch.allclose(torch.jit.trace(loaded, (torch.ones(2, 4),), check_trace=False)(x), expected)
+    torch.jit.save(torch.jit.trace(loaded, (torch.ones(2, 4),), check_trace=False), tmp_path / "trace.pt")
+    assert torch.allclose(torch.jit.load(tmp_path / "trace.pt")(x), expected)
 
 
 def test_an_attribute_that_cannot_be_pickled_is_named_and_the_module_is_traced(tmp_path):

@@ -1,7 +1,7 @@
-"""Names of submodules that tracers cannot write into code, such as the `class` of a `ModuleDict`.
+"""Names that tracers cannot write into code: of a submodule, such as the `class` of a `ModuleDict`, or of its class.
 
-Python's grammar keeps that one for itself, and what TorchScript writes of letters beyond ASCII, or of line breaks, it
-cannot read.
+Python's grammar keeps that one for itself, and what TorchScript writes of letters beyond ASCII, of line breaks, quotes
+and backslashes, it cannot read. In a program of `torch.export` commas, semicolons and brackets divide names.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import nn
 
+_MARKS = '"\\,;()'
 _TABLES = ("_modules", "_parameters", "_buffers")
 
 
 def make_writable(module: nn.Module) -> None:
-    """Rename submodules of `module` with such names; forward still finds them by their own."""
+    """Rename such submodules of `module`, and such classes; forward still finds submodules by their own names."""
     import torch
     from torch import nn
 
@@ -28,24 +29,30 @@ def make_writable(module: nn.Module) -> None:
         names = [name for table in _TABLES for name in getattr(each, table)]
         renamed: dict[str, str] = {}
         for name in names:
-            if keyword.iskeyword(name) or not (name.isascii() and name.isprintable()):
+            if keyword.iskeyword(name) or _writable(name) != name:
                 renamed[name] = _another(name, {*names, *renamed.values()})
-        if not renamed:
+        kind: Any = type(each)
+        own = {"__module__": _writable(kind.__module__), "__qualname__": _writable(kind.__qualname__)}
+        if not renamed and own == {name: getattr(kind, name) for name in own}:
             continue
         for table in _TABLES:
             content = dict(getattr(each, table))
             getattr(each, table).clear()
             getattr(each, table).update({renamed.get(name, name): part for name, part in content.items()})
-        kind: Any = type(each)
         changed: dict[str, Any] = {"__getattr__": functools.partialmethod(_attribute, kind, renamed)}
         if isinstance(each, nn.ModuleDict):
             changed |= _dictionary(kind, renamed)
-        names_of_kind = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__slots__": ()}
-        each.__class__ = type(kind.__name__, (kind,), names_of_kind | changed)
+        each.__class__ = type(_writable(kind.__name__), (kind,), own | {"__slots__": ()} | changed)
+
+
+def _writable(name: str) -> str:
+    return "".join(
+        letter if letter.isascii() and letter.isprintable() and letter not in _MARKS else "_" for letter in name
+    )
 
 
 def _another(name: str, taken: Collection[str]) -> str:
-    name = "".join(letter if letter.isascii() and letter.isprintable() else "_" for letter in name)
+    name = _writable(name)
     while name in taken:
         name += "_"
     return name
