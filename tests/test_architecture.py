@@ -132,6 +132,29 @@ def test_an_upstream_that_does_not_exist_is_an_error():
 CALLBACKS = Path(lightning_export.__file__).parent
 
 
+def without_encoding(source: str) -> list[int]:
+    """The lines that read or write text in the locale's encoding."""
+    found = []
+    for node in (each for each in ast.walk(ast.parse(source)) if isinstance(each, ast.Call)):
+        is_method = isinstance(node.func, ast.Attribute)
+        name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+        named = {word.arg: getattr(word.value, "value", None) for word in node.keywords}
+        args = [getattr(each, "value", None) for each in node.args]
+        mode = named.get("mode", "r") if is_method and not args else args[0] if is_method else (*args, "r", "r")[1]
+        opens = name == "open" and mode in ("r", "w", "a", "x", "r+", "w+")
+        texts = is_method and ((name == "read_text" and not args) or (name == "write_text" and len(args) == 1))
+        if (opens or texts or named.get("text")) and "encoding" not in named:
+            found.append(node.lineno)
+    return found
+
+
+def test_text_is_utf8_in_every_locale():
+    wrong = ["open(a)", "p.read_text()", "run([], text=True)", "p.open('w')", "open(a, mode='w')", "p.write_text('')"]
+    right = ["open(a, 'rb')", "p.open('rb')", "p.read_text('utf-8')", "open(a, encoding='utf-8')", "write_text(p, '')"]
+    assert without_encoding("\n".join([*wrong, *right])) == [1, 2, 3, 4, 5, 6]
+    assert {name: lines for name, file in files().items() if (lines := without_encoding(file.read_text("utf-8")))} == {}
+
+
 def files() -> dict[str, Path]:
     """Every Python file of the library by the name of its module."""
     found = {}

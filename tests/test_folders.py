@@ -14,6 +14,7 @@ from planted import GOOD
 from polyexport import BadRequest, Engine, Report
 from polyexport.report.folders import (
     BEST,
+    check_name,
     foreign,
     free_name,
     may_become_export,
@@ -148,3 +149,18 @@ def test_a_checkpoint_named_like_a_users_folder_is_exported_next_to_it(tmp_path)
         "is not an export and is left alone",
         "does not point to an export and is left alone",
     ]
+
+
+@pytest.mark.usefixtures("own_servers")
+def test_a_folder_may_have_letters_that_the_locale_lacks_and_bytes_that_are_no_text(tmp_path, monkeypatch):
+    for name, value in {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}.items():
+        monkeypatch.setenv(name, value)  # for workers
+    folder = tmp_path / os.fsdecode("größe-".encode() + b"\xe9")
+    report = polyexport.export(nn.Linear(2, 1), torch.rand(3, 2), ["torchscript"], folder, bench=False)
+    assert [outcome.state for outcome in report.outcomes] == ["verified"]
+    assert Report.load(folder).outcomes == report.outcomes
+
+
+def test_a_folder_that_this_locale_cannot_write_is_refused():
+    with pytest.raises(BadRequest, match="lacks; set PYTHONUTF8=1 or LC_ALL=C"):
+        check_name("exports-\ud800")

@@ -19,6 +19,7 @@ from polyexport.capture.selection import Select, selected
 from polyexport.engine.options import Options, check_whole
 from polyexport.measure.budget import directed
 from polyexport.publish.wandb import Wandb
+from polyexport.report.folders import check_name
 from polyexport.report.outcome import STATES
 
 
@@ -35,6 +36,8 @@ def check(
     """Refuse values that are impossible with any trainer."""
     if not isinstance(into, str | os.PathLike | None):
         raise BadRequest(f"into={into!r}; give a folder or a URL")
+    if into is not None:
+        check_name(into)
     if not isinstance(monitor, str | None):
         raise BadRequest(f"monitor={monitor!r}; give the name of a metric that a ModelCheckpoint monitors")
     if when not in ("improved", "fit_end"):

@@ -7,6 +7,7 @@ import dataclasses
 import io
 import json
 import math
+import os
 import sys
 import types
 import typing
@@ -28,7 +29,7 @@ def encode(value: Any) -> Any:
     if isinstance(value, list | tuple | set | frozenset):
         return [encode(item) for item in value]
     if isinstance(value, Path):
-        return value.as_posix()
+        return os.fsencode(value.as_posix()).decode("utf-8", "surrogateescape")
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
@@ -66,7 +67,8 @@ def _decode(kind: Any, data: Any, where: str) -> Any:
         entries = _checked(isinstance(data, Mapping), data, where, "an object").items()
         return {arguments[0](key): _decode(arguments[1], item, f"{where}.{key}") for key, item in entries}
     if kind is Path:
-        return Path(_checked(isinstance(data, str), data, where, "a path"))
+        text = _checked(isinstance(data, str), data, where, "a path")
+        return Path(os.fsdecode(text.encode("utf-8", "surrogateescape")))
     if kind is float:
         number = isinstance(data, int | float) and not isinstance(data, bool)
         _checked(data is None or (number and abs(data) <= _LARGEST), data, where, "a number")
@@ -222,7 +224,7 @@ def write_text(path: Path, text: str) -> None:
     """Write `text` atomically; a hard link to the old file keeps the old text."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with writing(path) as file:
-        file.write(text.encode())
+        file.write(text.encode(errors="replace"))
 
 
 def read_record(kind: type[T], path: Path, version: int | None = None) -> T:

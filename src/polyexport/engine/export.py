@@ -21,7 +21,7 @@ from polyexport.format import Format
 from polyexport.formats import resolve
 from polyexport.measure.budget import Budget, budgets, directed
 from polyexport.measure.dynamic_axes import Dynamic, plain
-from polyexport.report.folders import can_write, discard, foreign, is_export, may_become_export, unfinished
+from polyexport.report.folders import can_write, check_name, discard, foreign, is_export, may_become_export, unfinished
 from polyexport.report.outcome import Checkpoint
 from polyexport.report.report import Report
 from polyexport.serialization import writing
@@ -142,6 +142,7 @@ def requested(
     from polyexport.capture.flatten import as_call, check_dense, flattened_call
     from polyexport.capture.snapshot import save_module
 
+    check_name(into)
     final = Path(into).expanduser().resolve()
     if final.is_dir() and not can_write(final):
         raise BadRequest(f"{final} cannot be written; give another folder")

@@ -18,7 +18,7 @@ from platformdirs import user_cache_path
 def seal(folder: Path) -> str:
     """A seal that shows later that this user began the export in `folder`; empty if no key can be stored."""
     key = _key()
-    return hmac.new(key, os.path.realpath(folder).encode(), hashlib.sha256).hexdigest() if key else ""
+    return hmac.new(key, os.fsencode(os.path.realpath(folder)), hashlib.sha256).hexdigest() if key else ""
 
 
 def is_ours(folder: Path, sealed: str) -> bool:

@@ -97,7 +97,7 @@ def _compile(
         files: Any = inductor.aot_compile(module, inputs, options=settings)
         for file in files:
             if str(file).endswith(".cpp"):  # PyTorch up to 2.11 looks for the metadata next to a file of this name
-                Path(file).write_text("")
+                Path(file).write_text("", encoding="utf-8")
         package_aoti(str(target), files)
 
 
@@ -110,7 +110,9 @@ def _without_paths(folder: Path) -> tuple[str]:
     maps = [
         f"-ffile-prefix-map={path}={name}" for path, name in ((folder, "."), (Path(torch.__file__).parent, "torch"))
     ]
-    script.write_text(f'#!/bin/sh\nexec {shlex.join([program, *maps])} "$@"\n')
+    script.write_text(
+        f'#!/bin/sh\nexec {shlex.join([program, *maps])} "$@"\n', encoding="utf-8", errors="surrogateescape"
+    )
     script.chmod(0o700)
     return (str(script),)
 

@@ -156,7 +156,7 @@ def _compiled(source: Path, folder: Path) -> tuple[ctypes.CDLL, str]:
     _run(compiler.program("C"), *flags, "-c", str(source), "-o", str(compiled))
     _run(compiler.program("C"), "-shared", str(compiled), "-o", str(library), "-lm")
     flash = sum(map(int, _run("size", str(compiled)).splitlines()[1].split()[:2]))
-    functions = (line.split("\t") for line in compiled.with_suffix(".su").read_text().splitlines())
+    functions = (line.split("\t") for line in compiled.with_suffix(".su").read_text(encoding="utf-8").splitlines())
     stack = max(int(size) for name, size, _ in functions if name.endswith(":model"))
     heap = ", and buffers from the heap" if "malloc(" in source.read_text(encoding="utf-8") else ""
     took = f"{flash:,} bytes of flash and {stack:,} of stack{heap}, by {compiler.version('C')} for {platform.machine()}"
@@ -164,7 +164,7 @@ def _compiled(source: Path, folder: Path) -> tuple[ctypes.CDLL, str]:
 
 
 def _run(*words: str) -> str:
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    done = subprocess.run(words, capture_output=True, encoding="utf-8", errors="replace", check=False)
     if done.returncode:
         said = done.stderr.strip().splitlines()
         raise RuntimeError(f"{words[0]} fails: {next((line for line in said if ' error: ' in line), ' '.join(said))}")

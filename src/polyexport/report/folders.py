@@ -50,6 +50,21 @@ _LONGEST_NAME = 255  # of a file name, in bytes
 _HERE, _RENAME_EXCHANGE = -100, 2  # AT_FDCWD of fcntl.h, and a flag of renameat2
 
 
+def check_name(folder: str | os.PathLike[str]) -> None:
+    """Refuse a folder whose name the locale cannot write, as with LC_ALL=C where Python's UTF-8 mode is off.
+
+    Raises:
+        BadRequest: always then.
+    """
+    try:
+        os.fsencode(folder)
+    except UnicodeEncodeError as error:
+        raise BadRequest(
+            f"the folder {os.fspath(folder)!r} has characters that {error.encoding}, the encoding of this locale, "
+            "lacks; set PYTHONUTF8=1 or LC_ALL=C.UTF-8, or give another folder"
+        ) from None
+
+
 def unfinished(parent: Path) -> Path:
     """Make a locked folder in `parent` for a new export; see `discard`.
 

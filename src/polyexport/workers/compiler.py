@@ -35,5 +35,6 @@ def missing(language: Language) -> str:
 
 def version(language: Language) -> str:
     """The first line of the compiler's `--version`."""
-    said = subprocess.run([program(language), "--version"], capture_output=True, text=True, check=True).stdout
+    words = [program(language), "--version"]
+    said = subprocess.run(words, capture_output=True, encoding="utf-8", errors="replace", check=True).stdout
     return said.partition("\n")[0]

@@ -125,7 +125,10 @@ def compiled(source: Path, folder: Path, given: Sequence[int], made: Sequence[in
     (folder / "arrays.h").write_text(_arrays(given, made), encoding="utf-8")
     model, program = folder / "model.o", folder / "program.elf"
     _compile(*_FLAGS, "-c", str(source), "-o", str(model))
-    frames = {name: int(size) for name, size in re.findall(r":(\w+)\t(\d+)", model.with_suffix(".su").read_text())}
+    frames = {
+        name: int(size)
+        for name, size in re.findall(r":(\w+)\t(\d+)", model.with_suffix(".su").read_text(encoding="utf-8"))
+    }
     stack = frames.pop("model", 0) + max(frames.values(), default=0)
     if stack > _STACK_BYTES:
         raise CannotRun(f"it needs {stack:,} bytes of stack, and the program on QEMU's {_BOARD} has {_STACK_BYTES:,}")
@@ -149,7 +152,9 @@ static void run(void) {{ model({", ".join([*names, *answers])}); }}
 
 
 def _compile(*words: str) -> None:
-    done = subprocess.run([_COMPILER, *_TARGET, *words], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [_COMPILER, *_TARGET, *words], capture_output=True, encoding="utf-8", errors="replace", check=False
+    )
     if overflow := re.findall(r"region `(\w+)' overflowed by (\d+) bytes", done.stderr):
         region, count = overflow[0]
         sizes = {"FLASH": "4 MiB of flash", "RAM": "16 MiB of RAM"}
@@ -169,7 +174,8 @@ def _emulate(folder: Path) -> None:
             cwd=folder,
             stdin=subprocess.DEVNULL,
             capture_output=True,
-            text=True,
+            encoding="utf-8",
+            errors="replace",
             check=False,
             timeout=_SECONDS,
         )
@@ -184,4 +190,4 @@ def _emulate(folder: Path) -> None:
 
 
 def _said(*words: str) -> str:
-    return subprocess.run(words, capture_output=True, text=True, check=False).stdout.strip()
+    return subprocess.run(words, capture_output=True, encoding="utf-8", errors="replace", check=False).stdout.strip()

@@ -13,7 +13,7 @@ from pathlib import Path
 def set_oom_score(process: int) -> None:
     """Have the kernel kill this process, and those that it starts, before any other one."""
     with contextlib.suppress(OSError):
-        Path(f"/proc/{process}/oom_score_adj").write_text("1000")
+        Path(f"/proc/{process}/oom_score_adj").write_text("1000", encoding="utf-8")
 
 
 def free_bytes() -> int:
@@ -43,7 +43,7 @@ def _left_in(group: Path) -> int | None:
 
 def _lines(file: str | Path) -> list[str]:
     try:
-        return Path(file).read_text().splitlines()
+        return Path(file).read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:  # not on this system
         return []
 

@@ -36,7 +36,7 @@ def restore_priority(session: int) -> None:
     own, of_session = 0, 0
     with contextlib.suppress(OSError, AttributeError, ValueError, IndexError):  # see _nice
         own = os.getpriority(os.PRIO_PROCESS, 0)
-        of_session = int(Path("/proc/self/autogroup").read_text().split()[-1])
+        of_session = int(Path("/proc/self/autogroup").read_text(encoding="utf-8").split()[-1])
     _nice_session(session, of_session)
     for thread in _threads(session):
         _schedule(thread, idle=False)
@@ -58,7 +58,7 @@ def waited_seconds(session: int) -> float:
 def processor_seconds(process: int) -> float:
     """Processor time of a process; 0.0 if the system does not report it."""
     try:
-        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+        fields = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")  # utime and stime of proc_pid_stat(5)
     except OSError:
         return 0.0
@@ -73,13 +73,13 @@ def first_waited_seconds() -> float:
 
 
 def _waited_seconds(thread: Path) -> float:
-    return int((thread / "schedstat").read_text().split()[1]) / 1e9
+    return int((thread / "schedstat").read_text(encoding="utf-8").split()[1]) / 1e9
 
 
 def _nice_session(process: int, niceness: int) -> None:
     for _ in range(_TRIES):
         try:
-            Path(f"/proc/{process}/autogroup").write_text(str(niceness))
+            Path(f"/proc/{process}/autogroup").write_text(str(niceness), encoding="utf-8")
             return
         except BlockingIOError:
             time.sleep(_BETWEEN_SECONDS)

@@ -290,7 +290,7 @@ class Workers:
         process = start(
             dict(environment)
             | dict.fromkeys(("TMPDIR", "TEMP", "TMP", TEMPORARY), temporary)
-            | {PARENT: str(os.getpid()), "PYTHONSAFEPATH": "1"}
+            | {PARENT: str(os.getpid()), "PYTHONSAFEPATH": "1", "PYTHONUTF8": "1"}
         )
         oom.set_oom_score(process.pid)
         if self._background:

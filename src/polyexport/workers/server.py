@@ -68,7 +68,8 @@ def send(connection: socket.socket, order: Order, streams: Sequence[int], told: 
             `subprocess.Popen`; it is closed without them if the server ends first, or cannot fork.
     """
     with os.fdopen(os.memfd_create("order"), "wb") as file:
-        file.write(json.dumps([order.job, order.folder, dict(order.environment)]).encode())
+        text = json.dumps([order.job, order.folder, dict(order.environment)], ensure_ascii=False)
+        file.write(os.fsencode(text))  # paths and environment, which may be in the locale's encoding here
         file.flush()
         socket.send_fds(connection, [b"!"], [*streams, told, file.fileno()])
 
@@ -80,7 +81,7 @@ def _receive(connection: socket.socket) -> tuple[Order, list[int]] | None:
         return None
     with os.fdopen(files.pop(), "rb") as file:
         file.seek(0)
-        return Order(*json.loads(file.read())), files
+        return Order(*json.loads(os.fsdecode(file.read()))), files
 
 
 def run(imports: Sequence[str], work: Callable[[Path], int]) -> int:
@@ -267,10 +268,10 @@ def _further_threads() -> list[str]:
     for thread in Path("/proc/self/task").iterdir():
         with contextlib.suppress(OSError):  # it has just ended
             if thread.name != own:
-                names.append((thread / "comm").read_text().strip())
+                names.append((thread / "comm").read_text(encoding="utf-8", errors="replace").strip())
     return sorted(names)
 
 
 def _resident_bytes() -> int:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
     return pages * int(os.sysconf("SC_PAGE_SIZE"))
