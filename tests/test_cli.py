@@ -419,6 +419,12 @@ def test_help_has_a_short_name(words: tuple[str, ...]) -> None:
     assert "Usage" in CliRunner().invoke(app, words).stdout
 
 
+@pytest.mark.parametrize("words", [("-h",), ("formats",)])
+def test_a_terminal_may_have_ascii_only(words: tuple[str, ...]) -> None:
+    done = CliRunner(charset="ascii").invoke(app, words)
+    assert (done.exit_code, done.exception) == (0, None)
+
+
 def test_every_command_is_on_its_page() -> None:
     page = Path(__file__).parents[1] / "docs" / "command.md"
     names = [command.name for command in app.registered_commands]

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from polyexport.cli import artifact, export, exports, machine, toolchains
 from polyexport.versions import versions
@@ -34,9 +35,16 @@ Version = Annotated[
 
 def main(version: Version = False) -> None:
     """PyTorch models in deployment formats, proven against PyTorch."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # the terminal's encoding may lack characters
+
+
+class _Anywhere(TyperGroup):
+    """Commands for every terminal; the encoding of one may lack characters, of help pages too."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="replace")
+        return super().main(*args, **kwargs)
 
 
 def group(commands: Mapping[str, Callable[..., None]], **settings: Any) -> typer.Typer:
@@ -64,6 +72,7 @@ app = group(
         "wandb-link": exports.wandb_link,
     },
     callback=main,
+    cls=_Anywhere,
     pretty_exceptions_enable=False,
 )
 app.add_typer(
