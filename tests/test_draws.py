@@ -11,7 +11,7 @@ from torch import nn
 
 from polyexport.capture.flatten import flat
 from polyexport.errors import BadRequest
-from polyexport.tracing.draws import draws
+from polyexport.tracing.draws import advice, draws
 from polyexport.tracing.exportable import exportable
 from polyexport.tracing.exported_program import export_program
 
@@ -71,6 +71,7 @@ SIZED = {
 UNSEEDED = {
     "from the default generator": lambda self, x: x + torch.randn(5),
     "from one that is never seeded again": lambda self, x: x + torch.rand(5, generator=self.generator),
+    "by dropout in eval mode": lambda self, x: F.dropout(x),
     "before a seed": lambda self, x: x + torch.rand(5) + torch.rand(5, generator=torch.manual_seed(3)),
 }
 
@@ -113,7 +114,9 @@ def test_numbers_that_differ_between_sizes_are_constants_of_one_size(name):
 
 @pytest.mark.parametrize("name", UNSEEDED)
 def test_numbers_without_a_seed_are_found(name):
-    assert len(drawing(UNSEEDED[name]).draws.unseeded) == 1
+    found = drawing(UNSEEDED[name]).draws.unseeded
+    assert len(found) == 1
+    assert ("training=self.training" in advice(found)) == ("dropout" in name)
 
 
 def test_a_function_of_data_that_draws_is_refused_by_name():

@@ -537,14 +537,17 @@ class Drawing(nn.Module):
 
 
 def test_a_forward_that_draws_random_numbers_is_unverified(tmp_path):
-    wrong = plant("wrong", planted.wrong)
+    formats = plant("wrong", planted.wrong), plant("raises", planted.raises)
     with Engine(timeout=TIMEOUT) as engine:
-        report = engine.submit(request(tmp_path, (wrong,), module=Drawing())).result()
-    assert report["wrong"].state == "unverified"
-    assert report["wrong"].reason.startswith(
-        "nothing can be proven: forward returns different outputs for the same inputs in eval mode: it draws random "
-        "numbers without a seed (test_engine.py:"
-    )
+        report = engine.submit(request(tmp_path, formats, module=Drawing())).result()
+    assert [report[each.name].state for each in formats] == ["unverified", "failed"]
+    for each, begin in zip(formats, ("nothing can be proven: ", ".*; nor could it be proven: "), strict=True):
+        assert re.match(
+            f"{begin}forward returns different outputs for the same inputs in eval mode: it draws random numbers "
+            r"without a seed \(test_engine.py:\d+; draw them from torch.Generator\(\).manual_seed\(…\) in forward, or make "
+            "them an input",
+            report[each.name].reason,
+        )
 
 
 class Fixed(nn.Module):

@@ -211,6 +211,10 @@ class Build:
                 self._discard(built.path)
         retry = best.outcome.state in ("failed", "mismatch", "skipped") and any(built.retry for built in tried)
         outcome = replace(best.outcome, reason=_reason(best, tried))
+        if outcome.state == "failed" and self._reference.undecidable:
+            outcome = replace(
+                outcome, reason=f"{outcome.reason}; nor could it be proven: {self._reference.undecidable}"
+            )
         return replace(best, outcome=outcome, retry=retry, detour=_detour(best, tried), shortfall=_lost(best, tried))
 
     def _by_route(self, each: Format, route: Route, *, dynamic: bool) -> Built:

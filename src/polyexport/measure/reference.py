@@ -38,7 +38,7 @@ from polyexport.measure.tolerance import Tolerance
 from polyexport.serialization import writing
 from polyexport.spec import Arrays, Batch, ExportSpec, Runner, write_arrays
 from polyexport.tracing.attention import plain_attention
-from polyexport.tracing.draws import Draws, draws, lines
+from polyexport.tracing.draws import Draws, advice, draws, lines
 from polyexport.tracing.forward import uncompiled
 from polyexport.tracing.idle_reads import idle
 from polyexport.tracing.reads import named, site_of
@@ -301,7 +301,7 @@ def _undecidable(outputs: Arrays, later: Iterable[Arrays], drawn: Draws) -> str:
     """Why nothing can be verified, if later calls with the same inputs return other outputs; else empty."""
     because = "because of random numbers, or of a state that it keeps, which would have to be an input and an output"
     if drawn.unseeded:
-        because = f"it draws random numbers without a seed ({lines(drawn.unseeded)})"
+        because = f"it draws random numbers without a seed ({lines(drawn.unseeded)}; {advice(drawn.unseeded)})"
     for answer in later:
         found = compare(answer, outputs, Tolerance.for_precision("float32"))
         if not found.passed:
@@ -312,7 +312,8 @@ def _undecidable(outputs: Arrays, later: Iterable[Arrays], drawn: Draws) -> str:
 def _unlike(trained: str, drawn: Draws) -> str:
     """Why nothing can be verified, if the outputs in training were others, as `trained` says; else empty."""
     if trained and drawn.unseeded:
-        return f"forward draws random numbers without a seed ({lines(drawn.unseeded)}), and did so in training too"
+        where = f"{lines(drawn.unseeded)}; {advice(drawn.unseeded)}"
+        return f"forward draws random numbers without a seed ({where}), and did so in training too"
     return trained
 
 

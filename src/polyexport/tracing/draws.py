@@ -61,6 +61,13 @@ def lines(draws: Iterable[Draw]) -> str:
     return named({site for site, _ in draws})
 
 
+def advice(draws: Iterable[Draw]) -> str:
+    """What to change in forward, so that its outputs can be compared."""
+    if all("dropout" in name for _, name in draws):
+        return "dropout with training=self.training is off in eval mode"
+    return "draw them from torch.Generator().manual_seed(…) in forward, or make them an input"
+
+
 def draws(model: Any, batches: Sequence[Arrays]) -> Draws:
     """What the flat `model` draws on these inputs, the first of which is called twice."""
     with contextlib.suppress(Exception):  # it ran before, so that only the watching fails
