@@ -544,8 +544,8 @@ def test_a_forward_that_draws_random_numbers_is_unverified(tmp_path):
     for each, begin in zip(formats, ("nothing can be proven: ", ".*; nor could it be proven: "), strict=True):
         assert re.match(
             f"{begin}forward returns different outputs for the same inputs in eval mode: it draws random numbers "
-            r"without a seed \(test_engine.py:\d+; draw them from torch.Generator\(\).manual_seed\(…\) in forward, or make "
-            "them an input",
+            r"without a seed \(test_engine.py:\d+; draw them from torch.Generator\(\).manual_seed\(…\) in forward, or "
+            "make them an input",
             report[each.name].reason,
         )
 
