@@ -192,6 +192,17 @@ def test_a_thread_that_waits_for_another_one_is_refused():
         threading.Thread(target=queue.Queue().get).start()
 
 
+def test_a_selection_that_may_be_empty_is_named_where_an_artifact_is_wrong_on_other_data(tmp_path):
+    class Experts(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            rows = torch.where(x.sum(1) > 0)[0]
+            return torch.zeros(x.shape[0], 3).index_add(0, rows, super().forward(x[rows]))
+
+    found = prepared(tmp_path, Experts(5, 3), X)
+    why = routes.narrow("on shifted down: RuntimeError: no rows", (), found)
+    assert re.search(r"forward selects elements by their values \(test_truth.py:\d+\), of which there may be none", why)
+
+
 class Checked(Branch):
     """Raises where its data are wrong, and says how large they were."""
 

@@ -358,6 +358,11 @@ def narrow(elsewhere: str, frozen: Sequence[str] = (), reference: Reference | No
     kept = set(frozen) & set(reference.read_at if reference else ())
     if elsewhere:
         since = f"; forward branches on its data at {named(kept)}, and a trace keeps one branch" if kept else ""
+        if not kept and reference and reference.empty_at:
+            since = (
+                f"; forward selects elements by their values ({named(set(reference.empty_at))}), of which there may be "
+                "none; computing all of them and multiplying by the mask, or torch.where, needs no empty tensors"
+            )
         return f"right on data like the first batch only: {elsewhere}{since}"
     if one := kept & set(reference.one_side if reference else ()):
         return f"one branch only: forward branches on its data, and every batch took the same branch ({named(one)})"

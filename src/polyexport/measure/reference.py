@@ -68,6 +68,7 @@ class Reference:
         undecidable: Why nothing can be verified, since PyTorch does not agree with itself; else empty.
         read_at: The lines (`file:line`) at which forward reads numbers or booleans of its inputs into Python.
         one_side: Those lines at which every batch took the same branch.
+        empty_at: The lines at which a selection by values, such as `x[mask]`, had no elements for some batch.
         narrow: Why artifacts are right for some data only, because of arguments that are not tensors; else empty.
         unlabeled: Why the user's labels are in no artifact; else empty.
         notes: Notes for the report.
@@ -85,6 +86,7 @@ class Reference:
     undecidable: str = ""
     read_at: tuple[str, ...] = ()
     one_side: tuple[str, ...] = ()
+    empty_at: tuple[str, ...] = ()
     narrow: str = ""
     unlabeled: str = ""
     notes: tuple[str, ...] = ()
@@ -143,6 +145,7 @@ def make(root: Path, source: Path, dynamic: Dynamic, commit: str = "", *, sha256
         undecidable=undecidable,
         read_at=tuple(site for site in proofs.tried.values if site not in unused.values),
         one_side=tuple(site for site in proofs.tried.one_side() if site not in unused.values),
+        empty_at=tuple(sorted({site for site, size in proofs.tried.counts if not size})),
         narrow=narrow.narrow,
         notes=(
             *remarks.in_float32(model),
