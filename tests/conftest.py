@@ -58,6 +58,15 @@ def logs_stay_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
+def memory_is_empty() -> None:
+    """The files of fsspec's `memory://`, which are the process's."""
+    if "fsspec.implementations.memory" in sys.modules:
+        store = sys.modules["fsspec.implementations.memory"].MemoryFileSystem
+        store.store.clear()
+        store.pseudo_dirs[:] = [""]
+
+
+@pytest.fixture(autouse=True)
 def import_path_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder that a test puts there, with a `queue.py` in it, would be what other tests' processes import."""
     monkeypatch.setattr(sys, "path", sys.path.copy())

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 import polyexport
 import zoo
@@ -27,6 +29,17 @@ def test_a_recurrent_layer_agrees_with_pytorch_for_any_batch(tmp_path: Path) -> 
     assert report.model is not None
     assert set(signature["inputs"]) == {tensor.name for tensor in report.model.inputs}
     assert set(signature["outputs"]) == {tensor.name for tensor in report.model.outputs}
+
+
+@pytest.mark.slow
+def test_a_recurrent_layer_in_tflite_agrees_with_pytorch_for_any_length(tmp_path: Path) -> None:
+    """By a loop, which TFLite has over an unknown time if the batch is known, as in Encodec."""
+    layer, frames = torch.nn.LSTM(4, 5, bidirectional=True, batch_first=True), torch.rand(2, 7, 4)
+    options: dict[str, Any] = {"dynamic": {"input": {1: "time"}}, "bench": False}
+    outcome = polyexport.export(layer, frames, ["tflite"], tmp_path / "lstm", **options)["tflite"]
+    assert (outcome.state, outcome.route, outcome.reason) == ("verified", "tensorflow", "")
+    assert outcome.parity
+    assert len({sizes.get("time") for sizes in outcome.parity.batches}) > 1
 
 
 @pytest.mark.slow
