@@ -812,6 +812,19 @@ def test_an_output_computed_with_other_weights_is_not_compared_and_noted(tmp_pat
     assert [note for note in found.notes if "the checkpoint has other weights than the module had" in note]
 
 
+def test_buffers_that_changed_after_the_recorded_call_are_named(tmp_path):
+    class Counting(Cooled):
+        def __init__(self, count: float) -> None:
+            super().__init__()
+            self.register_buffer("count", torch.tensor(count))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) * (1 + self.count)
+
+    found = prepared(tmp_path, Counting(2.0), X, trained=Counting(1.0))
+    assert "buffers (count) had other values in that call than in the checkpoint" in found.undecidable
+
+
 def test_low_precision_in_training_is_rounding_and_a_temperature_is_not(tmp_path):
     for name, temperature, same in (("same", 1.0, True), ("other", 1.5, False)):
         (tmp_path / name).mkdir()

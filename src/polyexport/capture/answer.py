@@ -10,7 +10,7 @@ import contextlib
 import copy
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +51,7 @@ class Answer:
         changed: Whether it says something else by the time of the checkpoint.
         training: Whether the module, or a part of it, was in training mode.
         hooked: Whether hooks on all modules were registered (`register_module_forward_hook`), which no worker has.
+        buffers: One number of each of some buffers, by name, after the call.
     """
 
     call: Call
@@ -62,6 +63,7 @@ class Answer:
     changed: bool = False
     training: bool = False
     hooked: bool = False
+    buffers: Mapping[str, float] = field(default_factory=dict)
 
 
 def answer(root: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], returned: Any) -> Answer:
@@ -88,6 +90,7 @@ def answer(root: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], retu
         observed=any(map(_observes, root.modules())),
         training=any(each.training for each in root.modules()),
         hooked=_has_global_hooks(),
+        buffers=_probe(root.named_buffers()),
     )
 
 
@@ -111,7 +114,7 @@ def _has_global_hooks() -> bool:
 
 
 def _probe(parameters: Iterable[tuple[str, torch.Tensor]]) -> dict[str, float]:
-    """The middle element of some parameters, preferably trainable ones."""
+    """The middle element of some tensors, preferably trainable ones."""
     import torch
 
     from polyexport.capture.unwrap import clean_name
@@ -120,7 +123,8 @@ def _probe(parameters: Iterable[tuple[str, torch.Tensor]]) -> dict[str, float]:
     chosen = {name: tensor for name, tensor in named[:: max(1, len(named) // _PROBED)] if tensor.numel()}
     if not chosen:
         return {}
-    numbers = torch.stack([_middle(tensor).float() for tensor in chosen.values()]).tolist()
+    device = next(iter(chosen.values())).device
+    numbers = torch.stack([_middle(tensor).float().to(device) for tensor in chosen.values()]).tolist()
     return dict(zip(map(clean_name, chosen), numbers, strict=True))
 
 
@@ -233,6 +237,12 @@ def disagreement(folder: Path, model: Any) -> str:
     pairs = zip(found.items(), there.outputs, strict=True)
     exact = there.exact and not model.in_float32.asked_for
     return next(filter(None, (_apart(name, array, tensor, exact) for (name, array), tensor in pairs)), "")
+
+
+def other_buffers(folder: Path) -> list[str]:
+    """The buffers that have other values in the checkpoint of `folder` than they had in the recorded call."""
+    there, state = recorded(folder).buffers, load_weights(folder / WEIGHTS)
+    return [name for name, value in there.items() if name in state and not _same_weights({name: value}, state)]
 
 
 def recorded(folder: Path) -> Answer:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from polyexport.capture import sharded, snapshot, surroundings
-from polyexport.capture.answer import NotCompared, disagreement, left_as_it_is, recorded
+from polyexport.capture.answer import NotCompared, disagreement, left_as_it_is, other_buffers, recorded
 from polyexport.capture.calls import call_file, call_tensors, further_calls
 from polyexport.capture.changes import beside_weights
 from polyexport.capture.dtypes import fails, needs_float32
@@ -285,6 +285,12 @@ def _because(source: Path) -> str:
             "attributes, layers or buffers changed after that call, as a temperature in on_validation_epoch_end does; "
             "they are exported as they were at the checkpoint, for which polyexport.export(module, inputs, …) after "
             "fit has outputs to compare with"
+        )
+    if moved := other_buffers(source):
+        return (
+            f"buffers ({', '.join(moved[:3])}) had other values in that call than in the checkpoint, as where each "
+            "validation batch changes them; artifacts have the checkpoint's, for which polyexport.export(module, "
+            "inputs, …) after fit has outputs to compare with"
         )
     return "forward depends on something that is neither in the checkpoint nor an attribute of the module"
 
