@@ -185,6 +185,10 @@ def test_a_branch_on_data_that_a_trace_froze_is_reported_with_its_line(tmp_path,
     why = routes.narrow(verified["elsewhere"], frozen, found)
     assert why.startswith("right on data like the first batch only: on ")
     assert f"forward branches on its data at {Path(__file__).name}:" in why
+    assert routes.with_advice("ValueError", found).startswith(
+        "ValueError; forward branches on its data at test_truth.py"
+    )
+    assert routes.with_advice(why, found) == why
 
 
 def test_a_thread_that_waits_for_another_one_is_refused():

@@ -211,10 +211,8 @@ class Build:
                 self._discard(built.path)
         retry = best.outcome.state in ("failed", "mismatch", "skipped") and any(built.retry for built in tried)
         outcome = replace(best.outcome, reason=_reason(best, tried))
-        if outcome.state == "failed" and self._reference.undecidable:
-            outcome = replace(
-                outcome, reason=f"{outcome.reason}; nor could it be proven: {self._reference.undecidable}"
-            )
+        if outcome.state == "failed":
+            outcome = replace(outcome, reason=with_advice(outcome.reason, self._reference))
         return replace(best, outcome=outcome, retry=retry, detour=_detour(best, tried), shortfall=_lost(best, tried))
 
     def _by_route(self, each: Format, route: Route, *, dynamic: bool) -> Built:
@@ -367,6 +365,15 @@ def narrow(elsewhere: str, frozen: Sequence[str] = (), reference: Reference | No
     if one := kept & set(reference.one_side if reference else ()):
         return f"one branch only: forward branches on its data, and every batch took the same branch ({named(one)})"
     return reference.narrow if reference else ""
+
+
+def with_advice(reason: str, reference: Reference) -> str:
+    """Why a converter failed, in its own words, with what forward does that converters do not have."""
+    if (read := named(set(reference.read_at))) and read not in reason:
+        reason += f"; forward branches on its data at {read}: torch.where, or computing all, needs no branch"
+    if reference.undecidable:
+        reason += f"; nor could it be proven: {reference.undecidable}"
+    return reason
 
 
 def also_static(reason: str, static: str) -> str:
