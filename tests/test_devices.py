@@ -74,6 +74,7 @@ def test_a_default_device_that_an_import_sets_is_reset(tmp_path):
     try:
         restore(tmp_path / "x.pkl")
         assert torch.get_default_device().type == "cpu"
+        assert not torch.overrides._get_current_function_mode_stack()
     finally:
         torch.set_default_device(None)
 

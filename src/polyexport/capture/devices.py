@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+from collections.abc import Iterator
 from typing import Any
 
 _ACCELERATOR = re.compile(r"(cuda|xpu|mps|hpu|npu|xla|mtia|ipu)(:\d+)?")
@@ -27,11 +28,18 @@ def reduced(item: Any) -> Any:
     return (type(None), ()) if isinstance(item, torch.Stream | torch.Event) else NotImplemented
 
 
-def reset_default() -> None:
-    """Reset the default device to the CPU, since an imported module may have set another one."""
+@contextlib.contextmanager
+def on_the_cpu_by_default() -> Iterator[None]:
+    """New tensors are on the CPU within it, and after it too, though a module that is imported there sets a default.
+
+    `with torch.device("cpu")` would leave that default in place of itself.
+    """
     import torch
 
-    if torch.get_default_device().type != "cpu":
+    torch.set_default_device("cpu")
+    try:
+        yield
+    finally:
         torch.set_default_device(None)
 
 

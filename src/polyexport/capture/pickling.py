@@ -149,7 +149,8 @@ def restore(path: Path) -> Any:
             return made[index]
 
     file: BinaryIO = io.BytesIO(blob["pickle"])
-    with torch.device("cpu"), warnings.catch_warnings():  # the user's files may make them errors when imported
-        found = Unpickler(file).load()
-    devices.reset_default()
-    return found
+    with (
+        devices.on_the_cpu_by_default(),
+        warnings.catch_warnings(),
+    ):  # the user's files may make them errors when imported
+        return Unpickler(file).load()
