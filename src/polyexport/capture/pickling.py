@@ -149,8 +149,6 @@ def restore(path: Path) -> Any:
             return made[index]
 
     file: BinaryIO = io.BytesIO(blob["pickle"])
-    with (
-        devices.on_the_cpu_by_default(),
-        warnings.catch_warnings(),
-    ):  # the user's files may make them errors when imported
+    # the user's files may make warnings errors when imported
+    with devices.on_the_cpu_by_default(), warnings.catch_warnings():
         return Unpickler(file).load()
