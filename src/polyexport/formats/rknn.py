@@ -20,9 +20,10 @@ import pickle
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from importlib import metadata
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,8 @@ import numpy as np
 
 from polyexport.errors import CannotRun, ToolMissing, line
 from polyexport.format import Format, Loaded, Observed, OnDevice, Route, Snippet
+from polyexport.measure.drafts import Draft, distance, mended
+from polyexport.measure.weights import InFloat, in_float, is_weight
 from polyexport.spec import Arrays, ExportSpec, Precision, Runner, TensorSpec, calibration, in_rows, row_remark
 
 if TYPE_CHECKING:
@@ -43,7 +46,8 @@ _GRAPH = "model.onnx"
 _FLOAT = (_GRAPH,)
 _SETTINGS = "model.quantization.cfg"
 _DATA = "model.data"
-_QUANTIZED = ("model.model", _DATA, _SETTINGS)
+_GRAPH_QUANTIZED = "model.model"
+_QUANTIZED = (_GRAPH_QUANTIZED, _DATA, _SETTINGS)
 """What the toolkit keeps of a graph that it has quantized: the graph, its weights and its number ranges."""
 
 
@@ -100,34 +104,6 @@ def convert(source: Path, target: Path, spec: ExportSpec) -> None:
     with _workshop() as folder:
         _write_graph(source, spec, folder)
         _save(_FLOAT, folder, target)
-
-
-def quantize(source: Path, target: Path, spec: ExportSpec) -> None:
-    """Build it in int8, with number ranges from `spec.calibration`, and one scale for each channel of the weights."""
-    _quantize(source, target, spec, in_part=False)
-
-
-def quantize_in_part(source: Path, target: Path, spec: ExportSpec) -> None:
-    """The same, with the layers in float16 that the toolkit proposes, which are far off on the first row."""
-    _quantize(source, target, spec, in_part=True)
-
-
-def _quantize(source: Path, target: Path, spec: ExportSpec, *, in_part: bool) -> None:
-    with _workshop() as folder:
-        inputs = _write_graph(source, spec, folder)
-        _write_samples(folder, inputs, spec.one_row())
-        toolkit = _toolkit()
-        _must(toolkit.load_onnx(_GRAPH), "read the graph")
-        _must(toolkit.hybrid_quantization_step1(dataset=_SAMPLES, proposal=in_part), "quantize it")
-        toolkit.release()
-        _forget_folder(folder / _DATA)
-        _save(_QUANTIZED, folder, target)
-
-
-def _forget_folder(file: Path) -> None:
-    """The toolkit writes down where the graph lay, which is elsewhere each time."""
-    kept = pickle.loads(file.read_bytes())
-    file.write_bytes(pickle.dumps({**kept, "ori_model_path": _GRAPH}, protocol=4))
 
 
 @contextlib.contextmanager
@@ -200,7 +176,47 @@ def _write_graph(source: Path, spec: ExportSpec, folder: Path) -> list[str]:
     return [value.name for value in model.graph.input]
 
 
+def _save(kept: tuple[str, ...], folder: Path, target: Path) -> None:
+    toolkit = _built(kept)
+    _must(toolkit.export_rknn(str(target)), "write it")
+    toolkit.release()
+    for name in kept:
+        shutil.copyfile(folder / name, target.with_name(name))
+
+
+# --- int8 -------------------------------------------------------------------------------------------------------------
+
 _SAMPLES = "samples.txt"
+_ROWS, _FEW_ROWS = 32, 4
+"""How many rows a draft is compared on, and one of which a single layer is in int8."""
+
+
+def quantize(source: Path, target: Path, spec: ExportSpec) -> None:
+    """Build it in int8, with number ranges from `spec.calibration`, and one scale for each channel of the weights.
+
+    With the share `spec.in_float` of the layers in half precision, the costliest ones.
+    """
+    _quantize(source, target, spec, in_part=spec.in_float > 0)
+
+
+def quantize_in_part(source: Path, target: Path, spec: ExportSpec) -> None:
+    """The same, with the costliest layers in half precision, as many as bring the outputs near."""
+    _quantize(source, target, spec, in_part=True)
+
+
+def _quantize(source: Path, target: Path, spec: ExportSpec, *, in_part: bool) -> None:
+    with _workshop() as folder:
+        inputs = _write_graph(source, spec, folder)
+        _write_samples(folder, inputs, spec.one_row())
+        toolkit = _toolkit()
+        _must(toolkit.load_onnx(_GRAPH), "read the graph")
+        _must(toolkit.hybrid_quantization_step1(dataset=_SAMPLES), "quantize it")
+        toolkit.release()
+        _forget_folder(folder / _DATA)
+        if in_part:
+            text = _settled(folder, inputs, spec)
+            (folder / _SETTINGS).write_text(text, encoding="utf-8")
+        _save(_QUANTIZED, folder, target)
 
 
 def _write_samples(folder: Path, inputs: list[str], one: ExportSpec) -> None:
@@ -214,12 +230,65 @@ def _write_samples(folder: Path, inputs: list[str], one: ExportSpec) -> None:
     (folder / _SAMPLES).write_text("\n".join(lines), encoding="utf-8")
 
 
-def _save(kept: tuple[str, ...], folder: Path, target: Path) -> None:
+def _forget_folder(file: Path) -> None:
+    """The toolkit writes down where the graph lay, which is elsewhere each time."""
+    kept = pickle.loads(file.read_bytes())
+    file.write_bytes(pickle.dumps({**kept, "ori_model_path": _GRAPH}, protocol=4))
+
+
+def _settled(folder: Path, inputs: Sequence[str], spec: ExportSpec) -> str:
+    """The settings of a quantized model in the working folder, with the costliest layers in half precision."""
+    one = spec.one_row()
+    rows = [{name: arrays[name] for name in inputs} for arrays in islice(calibration(one), _ROWS)]
+    expected = _simulated(_FLOAT, one, rows)
+    settings = (folder / _SETTINGS).read_text(encoding="utf-8")
+    layers = _layers(folder / _GRAPH_QUANTIZED, settings)
+
+    def make(kept: Sequence[str], alone: Sequence[str]) -> Draft:
+        text = _with_half(settings, [name for name in layers if name not in alone] if alone else kept)
+        (folder / _SETTINGS).write_text(text, encoding="utf-8")
+        few = rows[:_FEW_ROWS] if alone else rows
+        return Draft(text, "", distance(expected[: len(few)], _simulated(_QUANTIZED, one, few)), tuple(kept))
+
+    chosen, note = mended([make((), ())], {name: name for name in layers}, make, spec.in_float)
+    print(note)
+    text: str = chosen.model
+    return text
+
+
+def _simulated(kept: tuple[str, ...], one: ExportSpec, rows: Iterable[Arrays]) -> list[Arrays]:
+    """What the model that is built from these files answers to each row."""
     toolkit = _built(kept)
-    _must(toolkit.export_rknn(str(target)), "write it")
-    toolkit.release()
-    for name in kept:
-        shutil.copyfile(folder / name, target.with_name(name))
+    try:
+        _must(toolkit.init_runtime(), "start its simulator")
+        read = tuple(tensor for tensor in one.inputs if tensor.name in _inputs(Path(kept[0])))
+        return list(map(_runner(toolkit, replace(one, inputs=read)), rows))
+    finally:
+        toolkit.release()
+
+
+def _layers(graph: Path, settings: str) -> list[str]:
+    """The layers of a quantized graph that may be in half precision instead, by the names of their outputs."""
+    import onnx
+
+    in_int8 = set(re.findall(r"^    (\S+):\n(?:      +.*\n)*?        dtype: int8$", settings, re.MULTILINE))
+    nodes = [node for node in onnx.load(graph).graph.node if node.op_type != _CONVERSION]
+    ends = {name for node in nodes for name in node.output}
+    return [name for name in re.findall(r"^    (\S+):$", settings, re.MULTILINE) if name in in_int8 & ends]
+
+
+_CONVERSION = "exDataConvert"
+"""The toolkit's own operator between two types, for which there is no choice."""
+
+
+def _with_half(settings: str, layers: Sequence[str]) -> str:
+    """The settings with these layers in half precision."""
+    rest = settings.partition(_PARAMETERS)[2]
+    chosen = "".join(f"\n    {name}: float16" for name in layers) or " {}"
+    return f"custom_quantize_layers:{chosen}\n{_PARAMETERS}{rest}"
+
+
+_PARAMETERS = "quantize_parameters:"
 
 
 # --- the simulator ----------------------------------------------------------------------------------------------------
@@ -231,19 +300,17 @@ def load(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
     Raises:
         RuntimeError: that is not the artifact, or the toolkit fails.
     """
-    import onnx
-
     runtime = simulator(path)
-    settings = path.with_name(_SETTINGS)
-    left = in_float16(settings.read_text(encoding="utf-8")) if settings.exists() else ""
-    read = [value.name for value in onnx.load(path.with_name(_beside(path)[0])).graph.input]
+    left = InFloat() if path.with_name(_GRAPH).exists() else in_float16(path)
+    read = _inputs(path.with_name(_beside(path)[0]))
     one = spec.one_row()
     signature = replace(one, inputs=tuple(tensor for tensor in one.inputs if tensor.name in read))
     name = f"the simulator of RKNN-Toolkit2 {metadata.version('rknn-toolkit2')} for {_CHIP.upper()}, on the CPU"
     return Loaded(
         in_rows(_runner(runtime, signature), one),
         signature,
-        remark="; ".join(filter(None, (row_remark(spec), left))),
+        shortfall=left.shortfall,
+        remark="; ".join(filter(None, (row_remark(spec), left.remark))),
         stand_in=f"what ran is {name}, which says nothing of an NPU's speed",
         observed=lambda: Observed(verified_by=name),
     )
@@ -264,10 +331,28 @@ def simulator(path: Path) -> Any:
     return toolkit
 
 
-def in_float16(settings: str) -> str:
-    """Which layers of a quantized model are not, by its settings, in a line."""
-    found = re.findall(r"^ +(\S+): float16\b", settings.partition("quantize_parameters:")[0], re.MULTILINE)
-    return f"in half precision: {', '.join(found)}" if found else ""
+def in_float16(path: Path) -> InFloat:
+    """What is in half precision in a quantized model, by the files beside it: layers, and a share of the weights."""
+    import onnx
+
+    layers = half_layers(path.with_name(_SETTINGS).read_text(encoding="utf-8"))
+    graph = onnx.load(path.with_name(_GRAPH_QUANTIZED), load_external_data=False).graph
+    sizes = {each.name: math.prod(each.dims) for each in graph.initializer if is_weight(each.dims)}
+    left = {name for node in graph.node if {*node.output} & {*layers} for name in node.input if name in sizes}
+    named = f"in half precision: {', '.join(layers)}" if layers else ""
+    return in_float(sum(map(sizes.__getitem__, left)), sum(sizes.values()), "", named)
+
+
+def half_layers(settings: str) -> list[str]:
+    """The layers that a model's settings have in half precision, by the names of their outputs."""
+    return re.findall(r"^ +(\S+): float16\b", settings.partition(_PARAMETERS)[0], re.MULTILINE)
+
+
+def _inputs(graph: Path) -> list[str]:
+    """The names of the inputs that a graph reads."""
+    import onnx
+
+    return [value.name for value in onnx.load(graph, load_external_data=False).graph.input]
 
 
 def _beside(path: Path) -> tuple[str, ...]:
@@ -380,8 +465,8 @@ FORMATS = (
         "rknn-int8",
         "int8",
         "RKNN model in int8, calibrated with validation batches",
-        Route("onnx", "onnx", "rknn", quantize),
-        Route("hybrid", "onnx", "rknn", quantize_in_part),
-        Route("opset15", "onnx-opset15", "rknn", quantize),
+        Route("onnx", "onnx", "rknn", quantize, mends=True),
+        Route("hybrid", "onnx", "rknn", quantize_in_part, mends=True),
+        Route("opset15", "onnx-opset15", "rknn", quantize, mends=True),
     ),
 )
