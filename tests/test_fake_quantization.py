@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import subprocess
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import nn
 from torch.ao import quantization
 from torch.ao.quantization.quantize_fx import prepare_qat_fx
 
+import environments
 import polyexport
 from polyexport.capture import answer, snapshot
 from polyexport.capture.calls import save_call
@@ -125,6 +127,15 @@ def test_a_convolution_with_its_batch_norm_answers_as_before():
     settle(module)
     with torch.no_grad():
         assert torch.allclose(module(IMAGES), expected, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_what_torchao_quantizes_in_training_is_exported_with_the_scales_from_training():
+    """In an environment that has it: where it is installed, every import of transformers imports it."""
+    python = environments.interpreter("torchao", "torchao==0.18.0")
+    script = Path(__file__).parent / "support" / "scripts" / "torchao_training.py"
+    done = subprocess.run([str(python), str(script)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.slow

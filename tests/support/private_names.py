@@ -46,7 +46,17 @@ NAMES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
             "torch.nn:Module._parameters",
             "torch.nn:Module._buffers",
         ),
+        "capture/exported_graph.py": (
+            "torch._ops:OpOverload",
+            "torch.fx:Graph._codegen",
+            "torch.export._unlift:_guards_fn",
+            *(
+                f"torch.nn:Module.{name}"
+                for name in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set")
+            ),
+        ),
         "capture/unwrap.py": (
+            "torch.utils._pytree:treespec_leaf",
             "torch.nn:Module._modules",
             "torch.nn:Module._parameters",
             "torch.nn:Module._backward_hooks",

@@ -19,7 +19,7 @@ from contextvars import ContextVar
 from types import FunctionType, MemberDescriptorType
 from typing import TYPE_CHECKING, Any
 
-from polyexport.capture import devices
+from polyexport.capture import devices, exported_graph
 
 if TYPE_CHECKING:
     import torch
@@ -50,6 +50,8 @@ def reduced(item: Any) -> Any:
         return found
     if type(item).__name__ == "DeviceMesh":
         return type(None), ()
+    if type(item).__name__ == "LeafSpec":  # of a traced graph's inputs; torch warns where pickle makes one
+        return torch.utils._pytree.treespec_leaf, ()
     if any(isinstance(each, ContextVar) for each in own_attributes(item).values()):
         return _named(item)
     if isinstance(item, torch.jit.ScriptModule | torch.jit.ScriptFunction):
@@ -59,6 +61,8 @@ def reduced(item: Any) -> Any:
     inner = _inner(item)
     if inner is not item:
         return _itself, (inner,)
+    if exported_graph.is_exported(item):
+        return exported_graph.reduced(item)
     kind: Any = type(item)
     if kind.__reduce__ is not object.__reduce__ or kind.__reduce_ex__ is not object.__reduce_ex__:
         return NotImplemented
@@ -304,6 +308,8 @@ def settle(module: torch.nn.Module) -> None:
                 setattr(each, name, fixed.setdefault(child, _rounding(child)))
         if all(hasattr(each, name) for name in ("weight_fake_quant", "bn", "_conv_forward")):
             each._forward = functools.partial(_with_batch_norm, each)  # type: ignore[assignment]  # torch.ao calls it
+        if exported_graph.is_exported(each):
+            exported_graph.fold_batch_norms(each)  # type: ignore[arg-type]  # it is a GraphModule
 
 
 def _with_batch_norm(conv: Any, x: torch.Tensor) -> torch.Tensor:
