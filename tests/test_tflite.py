@@ -174,7 +174,7 @@ def shadows(report: Report, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", ["wrong ranges", "swapped channels"])
+@pytest.mark.parametrize("fault", ["wrong ranges", "wrong zero points", "swapped channels"])
 def test_a_planted_error_in_int8_is_a_mismatch(shadows, fault):
     assert not shadows[fault]["parity"]["passed"]
 

@@ -68,6 +68,23 @@ def mnn_saturated(source: Path, target: Path, spec: ExportSpec) -> None:
         known()["mnn-int8"].routes[0].convert(source, target, narrow(spec, folder))
 
 
+def mnn_zero_points(source: Path, target: Path, spec: ExportSpec) -> None:
+    """Shift the numbers that are computed, behind the input, by a quarter of their range."""
+    from polyexport.formats import mnn
+
+    known()["mnn-int8"].routes[0].convert(source, target, spec)
+    with tempfile.TemporaryDirectory() as folder:
+        text = Path(folder, "model.json")
+        words = ("--framework", "MNN", "--modelFile", str(target), "--JsonFile", str(text))
+        mnn._run("mnnconvert", *words, writes=target)
+        model = json.loads(text.read_text())
+        for each in model["extraTensorDescribe"][2:]:
+            each["quantInfo"]["zero"] += 64
+        text.write_text(json.dumps(model))
+        target.unlink()
+        mnn._run_converter("JSON", text, target)
+
+
 # --- TensorFlow.js ----------------------------------------------------------------------------------------------------
 
 
@@ -220,6 +237,7 @@ WRONG = (
     wrong("mnn-w4", "swapped", mnn_swapped("mnn-w4"), "onnx", "mnn"),
     wrong("mnn-int8", "swapped", mnn_swapped("mnn-int8"), "onnx", "mnn"),
     wrong("mnn-int8", "saturated", mnn_saturated, "mnn", "mnn"),
+    wrong("mnn-int8", "zero-point", mnn_zero_points, "mnn", "mnn"),
     wrong("tfjs-w8", "swapped", tfjs_swapped, "tfjs", "tensorflow"),
     wrong("tfjs-w8", "zero-point", tfjs_changed(off_by_a_quarter), "tfjs", "tensorflow"),
     wrong("tfjs-w8", "saturated", tfjs_changed(of_half_the_scale), "tfjs", "tensorflow"),

@@ -205,12 +205,12 @@ outputs = program.load_method("forward").execute(inputs)
 
 def executorch_format(name: str, precision: Precision, description: str, *routes: Route, **more: Any) -> Format:
     """A format whose artifact is such a program."""
+    defaults: dict[str, Any] = {"slow_because": "a recurrent layer is unrolled to many small operators"}
     return Format(
         name=name,
         aliases=(name.replace("executorch", "pte"),),
         description=description,
         url="https://docs.pytorch.org/executorch/stable/",
-        slow_because="a recurrent layer is unrolled to many small operators",
         artifact="model.pte",
         graph="model.pte",
         precision=precision,
@@ -218,7 +218,7 @@ def executorch_format(name: str, precision: Precision, description: str, *routes
         targets=("phone", "microcontroller"),
         snippets=_SNIPPETS,
         on_device=OnDevice(("executorch",), load=load),
-        **more,
+        **(defaults | more),
     )
 
 

@@ -516,6 +516,7 @@ FORMATS = (
         "ExecuTorch program with int8 weights, for phones' CPUs",
         Route("xnnpack", "pt2", "executorch", quantize_weights),
         load=load_quantized,
+        slow_because="XNNPACK takes the ranges of activations at each call, and each convolution is a call of its own",
     ),
     executorch_format(
         "executorch-w4",
@@ -535,5 +536,7 @@ FORMATS = (
         Route("xnnpack", "pt2", "executorch", quantize),
         load=load_quantized,
         calibrated=True,
+        slow_because="what XNNPACK's quantizer leaves in float, as padding and clamping, converts numbers from int8 "
+        "and back at each place",
     ),
 )

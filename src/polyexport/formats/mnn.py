@@ -374,11 +374,11 @@ outputs = run(np.load("{{ batch }}"))
 
 def _format(name: str, precision: Precision, description: str, *routes: Route, **more: Any) -> Format:
     defaults: dict[str, Any] = {"load": load, "snippets": _SNIPPETS}
+    defaults |= {"slow_because": "its converter makes a loop of a recurrent layer"}
     return Format(
         name=name,
         description=description,
         url="https://mnn-docs.readthedocs.io/en/latest/",
-        slow_because="its converter makes a loop of a recurrent layer",
         artifact="model.mnn",
         graph="model.mnn",
         precision=precision,
@@ -407,6 +407,7 @@ FORMATS = (
         "w8",
         "MNN model with int8 weights, a quarter of the size",
         Route("converter", "mnn", "mnn", _with("--weightQuantBits", "8")),
+        slow_because="MNN makes float weights of them when it loads the file, and computes as in float32",
     ),
     _format(
         "mnn-w4",
@@ -425,5 +426,6 @@ FORMATS = (
         load=load_int8,
         snippets=_SNIPPETS_INT8,
         calibrated=True,
+        slow_because="MNN's package for Python has no code for the int8 instructions of x86 (AVX-512 VNNI)",
     ),
 )

@@ -385,6 +385,8 @@ FORMATS = (
         Route("onnxruntime-minmax", "onnx", "onnx", quantize_min_max, mends=True),
         precision="int8",
         calibrated=True,
+        slow_because="numbers are quantized and dequantized where an operator has no int8 kernel, and in a small model "
+        "that, and additions in int8, cost more than its products gain",
     ),
     onnx_format(
         "onnx-int8-symmetric",
@@ -401,5 +403,7 @@ FORMATS = (
         _URL,
         Route("onnxruntime", "onnx", "onnx", quantize_weights),
         precision="w8",
+        slow_because="ONNX Runtime dequantizes the weights of convolutions at each call and cannot arrange them in "
+        "advance, and it takes the ranges of activations of linear layers at each call",
     ),
 )

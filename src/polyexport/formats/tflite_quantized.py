@@ -426,6 +426,8 @@ FORMATS = (
         Route("quantizer", "tflite", "tflite", quantize_weights),
         Route("tensorflow", "saved_model", "tensorflow", quantize_weights_of_saved_model),
         load=load_weights,
+        slow_because="XNNPACK has no depthwise convolution with int8 weights alone, and takes the ranges of activations "
+        "of the others at each call",
     ),
     tflite_format(
         "tflite-w4",
@@ -450,7 +452,8 @@ FORMATS = (
         Route("tensorflow", "saved_model", "tensorflow", quantize_saved_model),
         load=load_int8,
         calibrated=True,
-        slow_because="LiteRT recommends static int8 for NPUs, and int8 weights only for CPUs",
+        slow_because="its caller converts inputs and outputs, which takes longer than a small model, and what XNNPACK "
+        "lacks in int8 interrupts it; LiteRT recommends it for NPUs, and int8 weights only for CPUs",
         targets=("phone", "microcontroller"),
     ),
 )
