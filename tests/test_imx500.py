@@ -47,6 +47,24 @@ def test_a_program_is_written_as_layers_that_compute_the_same():
     torch.testing.assert_close(found(x), module(x))
 
 
+@pytest.mark.parametrize(
+    ("module", "x"),
+    [
+        (torch.nn.Linear(4, 3), torch.rand(1, 5, 4)),
+        (torch.nn.Conv1d(4, 6, 3, 2, 1, 1, 2), torch.rand(1, 4, 9)),
+        (torch.nn.Linear(4, 3), torch.rand(1, 4)),
+    ],
+)
+def test_layers_have_as_many_axes_as_the_converter_takes(module: torch.nn.Module, x: torch.Tensor):
+    """Which has linear layers of two axes and of four, and convolutions of images alone."""
+    found = imx500.layers(export_program(module.eval(), (x,), [()]))
+    (layer,) = found.graph.find_nodes(op="call_module")
+    ranks: list[int] = []
+    found.get_submodule(layer.target).register_forward_hook(lambda *given: ranks.append(given[1][0].ndim))
+    torch.testing.assert_close(found(x), module(x))
+    assert ranks == [2 if x.ndim == 2 else 4]
+
+
 def test_an_operator_that_computes_its_own_weight_stays_a_function():
     class Computed(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -71,6 +89,15 @@ def test_what_the_toolkit_lacks_is_named(module: torch.nn.Module, x: torch.Tenso
     assert imx500.beyond(export_program(module.eval(), (x,), [()]), ExportSpec((tensor,), ())).endswith(why)
 
 
+LISTED = """\
+2026-11-27 22:25:11,942 ERROR : CODE: [INVOP] The network is not aligned with SDSP converter's restrictions. Errors are:
+Node [Framework.nnir] op: FullyConnected, id: /linear/layer/MatMul, [Framework.onnx] op: MatMul, id: /MatMul, errors:
+\tInput error - input index: 0, input node: /Transpose, reason: Only 2d input (N,D) or 4d input is supported
+--------------------------------------------------
+Node [Framework.nnir] op: Conv, id: /Conv, [Framework.onnx] op: Conv, id: /Conv, errors:
+\tOnly 2d Op is supported. [/opt/uni/common/logger.py:179]
+"""
+
 SAID = """\
 2026-11-26 20:07:02.443 INFO : CODE: [START] Starting SDSPconv
 2026-11-26 20:07:15.040 ERROR: CODE: [CNVE] Conversion Error: Allocation failed: it needs more than 8 MB .
@@ -80,6 +107,10 @@ SAID = """\
 
 def test_the_first_error_of_the_converter_is_the_reason():
     assert imx500._why(SAID) == "[CNVE] Conversion Error: Allocation failed: it needs more than 8 MB ."
+    listed = (
+        "FullyConnected /linear/layer/MatMul: Only 2d input (N,D) or 4d input is supported; Conv /Conv: Only 2d Op is"
+    )
+    assert imx500._why(LISTED).startswith(listed)
     assert imx500._why("killed") == "see its output in the log"
 
 

@@ -13,6 +13,7 @@ import sys
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,6 +22,7 @@ import zoo
 from isolated import many
 from polyexport.errors import CannotRun, ToolMissing
 from polyexport.formats import resolve, tensorrt, tensorrt_rtx
+from polyexport.onnx_graph.recurrent_weights import in_float32
 from polyexport.spec import ExportSpec, TensorSpec
 from polyexport.workers import gpu
 
@@ -240,3 +242,25 @@ def test_timings_of_the_first_build_serve_the_second(library, tmp_path):
 def test_what_the_parser_says_is_the_reason(library, tmp_path):
     with pytest.raises(RuntimeError, match="no importer for Frobnicate"):
         built(tmp_path, graph="another")
+
+
+def test_weights_of_a_gru_that_are_stored_in_int8_become_the_floats_that_they_stand_for():
+    """TensorRT's compiler fails on a loop with a `DequantizeLinear`."""
+    onnx = pytest.importorskip("onnx", reason="onnx is not installed; `pip install onnx`")
+    runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed; `pip install onnxruntime`")
+    model = onnx.parser.parse_model(
+        '<ir_version: 9, opset_import: ["" : 20]> g (float[3,2,4] x) => (float[3,1,2,5] y) { '
+        "weights = DequantizeLinear<axis = 1>(w, scales) hidden = DequantizeLinear<axis = 1>(r, scales) "
+        "y, last = GRU<hidden_size = 5>(x, weights, hidden) }"
+    )
+    draw = np.random.default_rng(0)
+    steps = {name: draw.integers(-127, 128, (1, 15, size)).astype(np.int8) for name, size in (("w", 4), ("r", 5))}
+    stored = steps | {"scales": draw.uniform(0.001, 0.01, 15).astype(np.float32)}
+    model.graph.initializer.extend(onnx.numpy_helper.from_array(array, name) for name, array in stored.items())
+    x = {"x": draw.standard_normal((3, 2, 4)).astype(np.float32)}
+    (expected,) = runtime.InferenceSession(model.SerializeToString()).run(None, x)
+    assert in_float32(model)
+    assert [node.op_type for node in model.graph.node] == ["GRU"]
+    (answer,) = runtime.InferenceSession(model.SerializeToString()).run(None, x)
+    np.testing.assert_allclose(answer, expected, rtol=1e-5, atol=1e-6)
+    assert not in_float32(model)

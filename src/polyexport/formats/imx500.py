@@ -166,6 +166,11 @@ def _pack(source: Path, target: Path) -> None:
 def _why(said: str) -> str:
     """The first error that the converter prints, without its time."""
     errors = re.findall(r"ERROR ?: (?:CODE: )?(.*?)\s*(?:\[/\S+\])?$", said, re.MULTILINE)
+    nodes = re.findall(
+        r"^Node \[\S+\] op: (\w+), id: (\S+),.*\n\s*(?:.*reason: )?(.*?)\s*(?:\[/\S+\])?$", said, re.MULTILINE
+    )
+    if errors and nodes:  # what it lists below its first line
+        return "; ".join(dict.fromkeys(f"{kind} {name}: {what}" for kind, name, what in nodes[:3]))
     return errors[0] if errors else "see its output in the log"
 
 
@@ -189,11 +194,29 @@ def layers(program: torch.export.ExportedProgram) -> torch.fx.GraphModule:
             continue
         graph.add_submodule(node.name, layer.eval())
         with graph.graph.inserting_before(node):
-            node.replace_all_uses_with(graph.graph.call_module(node.name, (node.args[0],)))
+            node.replace_all_uses_with(_call(node, layer, graph.graph))
         graph.graph.erase_node(node)
     graph.graph.eliminate_dead_code()
     graph.recompile()
     return graph
+
+
+def _call(node: torch.fx.Node, layer: torch.nn.Module, graph: torch.fx.Graph) -> torch.fx.Node:
+    """The call of the layer that replaces a node; with an axis more than the node has where the converter needs it.
+
+    It takes convolutions of two axes only, and linear layers of two axes or four.
+    """
+    import torch
+
+    x, shape = node.args[0], list(map(int, node.meta["val"].shape))
+    if len(shape) != 3 or not isinstance(layer, torch.nn.Linear | torch.nn.Conv2d):
+        return graph.call_module(node.name, (x,))
+    if isinstance(layer, torch.nn.Linear):
+        sizes = (shape[0], 1, shape[1], layer.in_features)
+    else:
+        sizes = (shape[0], layer.in_channels, 1, -1)
+    called = graph.call_module(node.name, (graph.call_function(torch.reshape, (x, sizes)),))
+    return graph.call_function(torch.reshape, (called, shape))
 
 
 _RENAMED = {"view": "reshape"}
@@ -247,6 +270,16 @@ def _convolution(arguments: dict[str, Any], *, transposed: bool = False) -> torc
     return _with(torch.nn.Conv2d(weight.shape[1] * groups, len(weight), weight.shape[2:], **settings), arguments)
 
 
+def _convolution_of_one_axis(arguments: dict[str, Any]) -> torch.nn.Module | None:
+    """As a convolution of two axes, the first of which has the size 1."""
+    weight = arguments["weight"]
+    if not _is_constant(weight) or isinstance(arguments["padding"], str):
+        return None
+    fill = {"stride": 1, "padding": 0, "dilation": 1}
+    sizes = {name: [fill[name], *arguments[name]] for name in fill}
+    return _convolution(arguments | sizes | {"weight": weight.unsqueeze(2)})
+
+
 def _linear(arguments: dict[str, Any]) -> torch.nn.Module | None:
     import torch
 
@@ -277,6 +310,7 @@ def _layer_norm(arguments: dict[str, Any]) -> torch.nn.Module | None:
 
 
 _LAYERS: dict[str, Callable[[dict[str, Any]], torch.nn.Module | None]] = {
+    "conv1d": _convolution_of_one_axis,
     "conv2d": _convolution,
     "conv_transpose2d": partial(_convolution, transposed=True),
     "linear": _linear,

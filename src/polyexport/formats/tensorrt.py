@@ -18,12 +18,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
 from polyexport.errors import CannotRun, ToolMissing
-from polyexport.format import Format, Loaded, Observed, OnDevice, Route, Snippet, Triton
+from polyexport.format import Convert, Format, Loaded, Observed, OnDevice, Route, Snippet, Triton
+from polyexport.onnx_graph.recurrent_weights import in_float32
 from polyexport.onnx_graph.uint8_inputs import cast_early
 from polyexport.spec import Arrays, ExportSpec, Precision
 from polyexport.workers import gpu
@@ -81,6 +83,25 @@ def _build_here(source: Path, target: Path, spec: ExportSpec, trt: Any) -> None:
     config = build(source, target, spec, trt, settle, {"tensorrt": trt.__version__, "gpu": asdict(here)})
     cache.parent.mkdir(parents=True, exist_ok=True)
     cache.write_bytes(bytes(config.get_timing_cache().serialize()))
+
+
+def with_float_loops(convert: Convert) -> Convert:
+    """The conversion of a graph in int8, whose recurrent layers TensorRT computes in float.
+
+    Its compiler fails on loops of GRUs with a `DequantizeLinear` of their weights (TensorRT for RTX 1.7).
+    """
+
+    def convert_int8(source: Path, target: Path, spec: ExportSpec) -> None:
+        import onnx
+
+        model = onnx.load(source)
+        with TemporaryDirectory() as folder:
+            if in_float32(model):
+                source = Path(folder, "model.onnx")
+                onnx.save(model, source)
+            convert(source, target, spec)
+
+    return convert_int8
 
 
 def build(
@@ -283,7 +304,7 @@ def _format(name: str, upstream: str, precision: Precision, description: str, **
         artifact="model.engine",
         precision=precision,
         # a layered environment sees the training environment's library
-        routes=(Route("onnx", upstream=upstream, toolchain="onnx", convert=convert),),
+        routes=(Route("onnx", upstream, "onnx", with_float_loops(convert) if precision == "int8" else convert),),
         load=load,
         targets=("GPU",),
         triton=Triton("tensorrt_plan", "model.plan", is_platform=True),

@@ -17,7 +17,7 @@ from typing import Any
 
 from polyexport.errors import CannotRun
 from polyexport.format import Format, Loaded, OnDevice, Route
-from polyexport.formats.tensorrt import SNIPPETS, build, run_engine
+from polyexport.formats.tensorrt import SNIPPETS, build, run_engine, with_float_loops
 from polyexport.spec import ExportSpec, Precision
 from polyexport.workers import gpu
 from polyexport.workers.gpu import device
@@ -79,7 +79,9 @@ def _format(name: str, upstream: str, precision: Precision, description: str, **
         url="https://docs.nvidia.com/deeplearning/tensorrt-rtx/latest/",
         artifact="model.engine",
         precision=precision,
-        routes=(Route("onnx", upstream=upstream, toolchain="tensorrt_rtx", convert=convert),),
+        routes=(
+            Route("onnx", upstream, "tensorrt_rtx", with_float_loops(convert) if precision == "int8" else convert),
+        ),
         load=load,
         targets=("GPU",),
         uses_gpu=True,

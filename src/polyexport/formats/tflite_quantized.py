@@ -426,8 +426,8 @@ FORMATS = (
         Route("quantizer", "tflite", "tflite", quantize_weights),
         Route("tensorflow", "saved_model", "tensorflow", quantize_weights_of_saved_model),
         load=load_weights,
-        slow_because="XNNPACK has no depthwise convolution with int8 weights alone, and takes the ranges of activations "
-        "of the others at each call",
+        slow_because="XNNPACK has no depthwise convolution with int8 weights alone, and takes the ranges of other "
+        "layers' activations at each call",
     ),
     tflite_format(
         "tflite-w4",
