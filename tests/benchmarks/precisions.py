@@ -6,7 +6,8 @@
 Trained on scikit-learn's handwritten digits, which takes a minute for each on two cores, and exported with a budget of
 1 % accuracy on images that training has not seen. Each table has a row a format: its state, its size, the median of a
 call with one image, and by how much its accuracy differs from PyTorch's; size and time beside those of the same runtime
-in float32, from the same rounds. With `--into`, weights and exports that lie there already are taken as they are.
+in float32, from the same rounds. Formats for NPUs are not timed here: they are run by simulators, or before they are
+compiled. With `--into`, weights and exports that lie there already are taken as they are.
 """
 
 from __future__ import annotations
@@ -169,10 +170,10 @@ def in_float32(name: str) -> str:
 
 
 def chosen() -> list[Format]:
-    """The formats that have lower precisions, and these, as far as this machine can make them."""
-    low = {name: each for name, each in FORMATS.items() if each.precision in LOW and in_float32(name)}
+    """The formats of lower precisions, and those in float32 beside them, as far as this machine can make them."""
+    low = {name: each for name, each in FORMATS.items() if each.precision in LOW}
     able = {name: each for name, each in low.items() if not each.uses_gpu and not each.lacks()}
-    return [FORMATS[name] for name in dict.fromkeys(part for low in able for part in (in_float32(low), low))]
+    return [FORMATS[name] for name in dict.fromkeys(part for low in able for part in (in_float32(low), low)) if name]
 
 
 def p50_ms(outcome: Outcome | None) -> float | None:
@@ -242,9 +243,17 @@ def section(name: str, report: Report) -> Iterator[str]:
         yield ""
 
 
+ABOUT = """\
+Written by `tests/benchmarks/precisions.py`, which trains each model.
+
+What is made for NPUs (`rknn`, `imx500`, `ethosu`) is run by a simulator, or on the CPU before it is
+compiled, and not timed. `edgetpu`, which is compiled from `tflite-int8-nhwc`, needs Coral's compiler, and TensorRT an
+NVIDIA GPU: they are not in the tables where there is none."""
+
+
 def page(reports: Mapping[str, Report]) -> str:
     """The whole page."""
-    head = ["# Precisions, measured", "", "Written by `tests/benchmarks/precisions.py`, which trains each model."]
+    head = ["# Precisions, measured", "", *ABOUT.splitlines()]
     lines = [*head, "", *(line for name, report in reports.items() for line in section(name, report))]
     return "\n".join(lines).rstrip() + "\n"
 
