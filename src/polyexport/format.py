@@ -200,7 +200,7 @@ class Format:
             where to get it, in a line; empty if nothing is missing.
         could_use: The same for what it is made and verified without, but would be verified further with.
         snippets: How applications load it; the most common language first.
-        slow_because: Why its runtime may be slower than PyTorch on the same threads, if known.
+        slow_because: Why its runtime may be slower than PyTorch on the same threads, or than in float32, if known.
         calibrated: Whether its routes calibrate with real batches (`ExportSpec.calibration`).
         triton: How Triton serves it; None if it does not.
         intermediates: Reads an artifact's intermediate tensors; None if its runtime cannot.
