@@ -166,6 +166,10 @@ NAMES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
             "executorch.backends.xnnpack.partition.graphs.bilinear_2d:get_graphs_dict",
             "executorch.backends.xnnpack.partition.graphs.sdpa:get_graphs",
             "executorch.exir._serialize._program:deserialize_pte_binary",
+            *(
+                f"executorch.exir.emit._emitter:_Emitter.{name}"
+                for name in ("_emit_scan", "_get_operator", "_emit_evalue")
+            ),
             "executorch.extension.pybindings.portable_lib:_threadpool_get_thread_count",
             "executorch.extension.pybindings.portable_lib:_unsafe_reset_threadpool",
             "torch.fx.traceback:NodeSource",
@@ -177,6 +181,7 @@ NAMES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
             "executorch.exir._serialize._program:deserialize_pte_binary",
             "torchao.quantization.pt2e.quantizer.quantizer:Q_ANNOTATION_KEY",
         ),
+        "tracing/looped.py": ("torch._higher_order_ops.scan:scan",),
         "tracing/unrolled.py": ("torch._decomp:decomposition_table",),
     },
     "onnx": {"formats/onnx_fp16.py": ("onnxruntime.transformers.float16:convert_float_to_float16",)},

@@ -5,7 +5,7 @@ and the portable kernels both take a permuted tensor that several operators read
 same where integers are computed with, where others than a convolution read its input, where a view of attention
 follows, where a result is overwritten after it was copied, where numbers are small, and in recurrent layers; and that
 embeddings are in integers too. Asserts that sums that a layer norm reads stay in float, that products of GPT-2's form
-do not, and that the runtime has as many threads as it is given.
+do not, that the runtime has as many threads as it is given, and that layers over long sequences are loops of any batch.
 
 python executorch_portable.py FOLDER
 """
@@ -16,6 +16,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from executorch.exir._serialize._program import deserialize_pte_binary
+from executorch.exir.schema import JumpFalseCall
 from executorch.extension.pybindings import portable_lib
 
 import bare  # noqa: F401  # before our package
@@ -194,6 +196,35 @@ for convert, near, remark in (
     assert (loaded.remark, loaded.shortfall) == (remark, "")
     found, expected = loaded({"x": x.numpy()})["y"], module(x).detach().numpy()
     np.testing.assert_allclose(found, expected, atol=near * np.abs(expected).max())
+
+
+class Long(torch.nn.Module):
+    """Layers over a sequence that is too long to be unrolled."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm, self.gru = torch.nn.LSTM(6, 8, bidirectional=True, batch_first=True), torch.nn.GRU(16, 8)
+        self.rnn = torch.nn.RNN(8, 8, bias=False, nonlinearity="relu")
+
+    def forward(self, x):
+        made, (_, cells) = self.lstm(x)
+        return self.rnn(self.gru(made.transpose(0, 1))[0])[0].transpose(0, 1), cells.transpose(0, 1)
+
+
+module, steps = Long().eval(), executorch.UNROLLED + 1
+with torch.no_grad():
+    x = torch.randn(3, steps, 6)
+    torch.export.save(torch.export.export(module, (x,), dynamic_shapes=({0: free},)), folder / "s.pt2")
+    ports = (TensorSpec("y", "float32", ("batch", steps, 8)), TensorSpec("z", "float32", ("batch", 2, 8)))
+    spec = ExportSpec((TensorSpec("x", "float32", ("batch", steps, 6)),), ports, {"batch": 3})
+    executorch.convert(folder / "s.pt2", folder / "s.pte", spec)
+    run = executorch.load(folder / "s.pte", spec, threads=1)
+    for batch in (3, 1, 5, 2):  # a loop's states and outputs have the sizes of the call
+        x = torch.randn(batch, steps, 6)
+        for found, expected in zip(run({"x": x.numpy()}).values(), module(x), strict=True):
+            np.testing.assert_allclose(found, expected.numpy(), atol=1e-5)
+(chain,) = deserialize_pte_binary((folder / "s.pte").read_bytes()).program.execution_plan[0].chains
+assert sum(isinstance(each.instr_args, JumpFalseCall) for each in chain.instructions) == 4  # two directions, two layers
 
 x = torch.randn(4, 8)
 module = torch.export.export(Residual().eval(), (x,), dynamic_shapes=({0: free},)).module()
