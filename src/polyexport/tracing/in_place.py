@@ -56,12 +56,13 @@ def _with_slice(
     start = start or 0
     start = min(start + size if start < 0 else start, size)
     written = [part] if step == 1 else [part.narrow(dim, index, 1) for index in range(count)]
-    parts, end = [x.narrow(dim, 0, start)], start
+    parts, done = [x.narrow(dim, 0, start)], start
     for each in written:
-        stays = min(step - 1, size - end - each.shape[dim])
-        parts += [each, x.narrow(dim, end + each.shape[dim], stays)]
-        end += each.shape[dim] + stays
-    parts.append(x.narrow(dim, end, size - end))
+        done += each.shape[dim]
+        stays = min(step - 1, size - done)
+        parts += [each, x.narrow(dim, done, stays)]
+        done += stays
+    parts.append(x.narrow(dim, done, size - done))
     return torch.cat([each for each in parts if each.shape[dim] != 0] or [part], dim)
 
 

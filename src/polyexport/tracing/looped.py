@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from polyexport.tracing.recurrent import recurrent_layers
+
 if TYPE_CHECKING:
     import torch
 
@@ -20,24 +22,13 @@ def looped(module: torch.fx.GraphModule, longer_than: int) -> torch.fx.GraphModu
 
     Layers with projections stay as they are, and those whose weights are computed.
     """
-    import torch
-
-    aten = torch.ops.aten
-    for operator in (aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input):
-        for node in module.graph.find_nodes(op="call_function", target=operator):
-            sequence, states, weights, *settings = node.args
-            steps = sequence.meta["val"].shape[1 if settings[-1] else 0]
-            constants = [_constant(module, weight) for weight in weights]
-            if (isinstance(steps, int) and steps <= longer_than) or None in constants:
-                continue
-            layer = _Layer(operator, settings, constants)
-            if layer.has_projections:
-                continue
-            name = f"{node.name}_looped"
-            module.add_submodule(name, layer.module())
-            with module.graph.inserting_before(node):
-                node.replace_all_uses_with(module.graph.call_module(name, (sequence, states)))
-            module.graph.erase_node(node)
+    for each in recurrent_layers(module):
+        constants = [_constant(module, weight) for weight in each.weights]
+        if (isinstance(each.steps, int) and each.steps <= longer_than) or None in constants:
+            continue
+        layer = _Layer(each.node.target, each.settings, constants)
+        if not layer.has_projections:
+            each.replace(module, "looped", layer.module(), each.sequence, each.states)
     module.recompile()
     return module
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
+
+from polyexport.tracing.recurrent import recurrent_layers
 
 if TYPE_CHECKING:
     import torch
@@ -20,19 +23,10 @@ def unrolled(module: torch.fx.GraphModule) -> torch.fx.GraphModule:
     Traced again, the submodule is linear layers and element-wise operators. Its arguments are the sequence, the initial
     states, and the list of the layer's weights.
     """
-    import torch
-
-    aten = torch.ops.aten
-    for operator in (aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input):
-        for node in module.graph.find_nodes(op="call_function", target=operator):
-            sequence, states, weights, *settings = node.args
-            steps = sequence.meta["val"].shape[1 if settings[-1] else 0]
-            if isinstance(steps, int) and steps <= STEPS:
-                name = f"{node.name}{SUFFIX}"
-                module.add_submodule(name, _layer(operator, settings))
-                with module.graph.inserting_before(node):
-                    node.replace_all_uses_with(module.graph.call_module(name, (sequence, states, weights)))
-                module.graph.erase_node(node)
+    for each in recurrent_layers(module):
+        if isinstance(each.steps, int) and each.steps <= STEPS:
+            layer = _layer(each.node.target, each.settings)
+            each.replace(module, "unrolled", layer, each.sequence, each.states, each.weights)
     module.recompile()
     return module
 
@@ -42,7 +36,7 @@ def is_unrolled(node: torch.fx.Node) -> bool:
     return any(path.endswith(SUFFIX) for path, _ in node.meta.get("nn_module_stack", {}).values())
 
 
-def _layer(operator: Any, settings: list[Any]) -> torch.nn.Module:
+def _layer(operator: Any, settings: Sequence[Any]) -> torch.nn.Module:
     """A module of a recurrent operator with these settings: whether it has biases, its number of layers, and so on."""
     import torch
     from torch._decomp import decomposition_table
