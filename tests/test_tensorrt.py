@@ -14,6 +14,7 @@ import types
 from pathlib import Path
 
 import numpy as np
+import onnx.parser
 import pytest
 import torch
 
@@ -21,7 +22,7 @@ import polyexport
 import zoo
 from isolated import many
 from polyexport.errors import CannotRun, ToolMissing
-from polyexport.formats import resolve, tensorrt, tensorrt_rtx
+from polyexport.formats import resolve, tensorrt
 from polyexport.onnx_graph.recurrent_weights import in_float32
 from polyexport.spec import ExportSpec, TensorSpec
 from polyexport.workers import gpu
@@ -80,7 +81,7 @@ def test_an_engine_for_rtx_is_built_without_a_gpu_and_not_called_verified(for_rt
     assert "it needs an NVIDIA GPU" in outcome.reason
     assert outcome.inputs[0].shape[0] == "batch"
     about = json.loads((for_rtx.folder / name / "model.json").read_text())
-    assert about["gpus"] == ["8.0", "8.6", "8.9", "12.0"]
+    assert about["gpus"] == ["8.0", "8.6", "8.9", "12.0 and later"]
     assert (about["metadata"]["by"], about["metadata"]["checkpoint_sha256"]) == ("us", for_rtx.checkpoint.sha256)
 
 
@@ -100,13 +101,6 @@ def test_every_model_is_parsed_and_built(exported):
     assert {Path(root).name: made["tensorrt-rtx"] for root, made in found.items()} == {
         Path(root).name: "made" for root in roots
     }
-
-
-def test_another_gpu_than_it_was_built_for_is_named(monkeypatch):
-    monkeypatch.setattr(gpu, "missing", str)
-    monkeypatch.setattr(tensorrt_rtx, "device", lambda: tensorrt.Device("NVIDIA H200", "9.0", 2 << 30))
-    with pytest.raises(CannotRun, match=r"NVIDIA H200 has compute capability 9\.0, but the engine is for 8\.0, 8\.6"):
-        tensorrt_rtx.load(Path("model.engine"), SPEC, threads=1)
 
 
 def test_yolov5_calls_it_engine():
@@ -143,7 +137,16 @@ def nothing(*given):
 @pytest.fixture
 def library(monkeypatch, tmp_path):
     """A stand-in for `tensorrt` 11: the names that its documentation has, and a list of what was called."""
-    calls = []
+    calls, loggers, read = [], [], []
+
+    def parse(path):
+        read[:] = [node.op_type for node in onnx.load(path).graph.node]
+        return "Frobnicate" not in read
+
+    def fails(why):
+        loggers[-1].log(Logger.ERROR, why)
+
+    runtime = Recorder(calls, "Runtime", deserialize_cuda_engine=lambda plan: fails("it is for another GPU"))
     timings = Recorder(calls, "ITimingCache", serialize=lambda: b"timings")
     profile = Recorder(calls, "IOptimizationProfile", set_shape=nothing)
     config = Recorder(
@@ -165,28 +168,27 @@ def library(monkeypatch, tmp_path):
         create_network=lambda flags: network,
         create_builder_config=lambda: config,
         create_optimization_profile=lambda: profile,
-        build_serialized_network=lambda network, config: b"plan",
+        build_serialized_network=lambda network, config: fails("no kernel for Rare") if "Rare" in read else b"plan",
     )
     error = types.SimpleNamespace(desc=lambda: "no importer for Frobnicate")
     parser = Recorder(
         calls,
         "OnnxParser",
-        parse_from_file=lambda path: Path(path).read_text() == "graph",
+        parse_from_file=parse,
         num_errors=1,
         get_error=lambda index: error,
     )
 
     class Logger:
-        WARNING = 2
+        ERROR, WARNING = 1, 2
 
-        def __init__(self, severity):
-            pass
-
-    stand_in = types.SimpleNamespace(
+    stand_in = types.ModuleType("tensorrt")
+    vars(stand_in).update(
         __version__="11.0.0",
         calls=calls,
-        Logger=Logger,
-        Builder=lambda logger: builder,
+        ILogger=Logger,
+        Builder=lambda logger: loggers.append(logger) or builder,
+        Runtime=lambda logger: loggers.append(logger) or runtime,
         OnnxParser=lambda network, logger: parser,
         NetworkDefinitionCreationFlag=types.SimpleNamespace(STRONGLY_TYPED=1),
         MemoryPoolType=types.SimpleNamespace(WORKSPACE="workspace"),
@@ -198,9 +200,10 @@ def library(monkeypatch, tmp_path):
     return stand_in
 
 
-def built(tmp_path, graph="graph"):
+def built(tmp_path, operator="Relu"):
     source, target = tmp_path / "model.onnx", tmp_path / "model.engine"
-    source.write_text(graph)
+    graph = f"g (float[batch,3,8,8] image) => (float[batch,3,8,8] scores) {{ scores = {operator}(image) }}"
+    onnx.save(onnx.parser.parse_model(f'<ir_version: 9, opset_import: ["" : 20]> {graph}'), source)
     tensorrt.convert(source, target, SPEC)
     return target
 
@@ -241,12 +244,22 @@ def test_timings_of_the_first_build_serve_the_second(library, tmp_path):
 
 def test_what_the_parser_says_is_the_reason(library, tmp_path):
     with pytest.raises(RuntimeError, match="no importer for Frobnicate"):
-        built(tmp_path, graph="another")
+        built(tmp_path, operator="Frobnicate")
 
 
-def test_weights_of_a_gru_that_are_stored_in_int8_become_the_floats_that_they_stand_for():
+def test_what_the_builder_says_is_the_reason_each_time(library, tmp_path):
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"built no engine: no kernel for Rare$"):
+            built(tmp_path, operator="Rare")
+
+
+def test_why_an_engine_is_refused_is_in_the_library_s_own_words(library, tmp_path):
+    with pytest.raises(CannotRun, match=r"refuses the engine on Some GPU: it is for another GPU$"):
+        tensorrt.load(built(tmp_path), SPEC, threads=1)
+
+
+def test_weights_of_a_gru_that_are_stored_in_int8_become_the_floats_that_they_stand_for(tmp_path):
     """TensorRT's compiler fails on a loop with a `DequantizeLinear`."""
-    onnx = pytest.importorskip("onnx", reason="onnx is not installed; `pip install onnx`")
     runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed; `pip install onnxruntime`")
     model = onnx.parser.parse_model(
         '<ir_version: 9, opset_import: ["" : 20]> g (float[3,2,4] x) => (float[3,1,2,5] y) { '
@@ -259,8 +272,8 @@ def test_weights_of_a_gru_that_are_stored_in_int8_become_the_floats_that_they_st
     model.graph.initializer.extend(onnx.numpy_helper.from_array(array, name) for name, array in stored.items())
     x = {"x": draw.standard_normal((3, 2, 4)).astype(np.float32)}
     (expected,) = runtime.InferenceSession(model.SerializeToString()).run(None, x)
-    assert in_float32(model)
+    assert in_float32(model, tmp_path)
     assert [node.op_type for node in model.graph.node] == ["GRU"]
     (answer,) = runtime.InferenceSession(model.SerializeToString()).run(None, x)
     np.testing.assert_allclose(answer, expected, rtol=1e-5, atol=1e-6)
-    assert not in_float32(model)
+    assert not in_float32(model, tmp_path)

@@ -13,6 +13,7 @@ Requirements:
 
 from __future__ import annotations
 
+import inspect
 import os
 import platform
 import shlex
@@ -87,7 +88,7 @@ def _compile(
     from torch._inductor.package.package import package_aoti
 
     by = f", by {compiler.version('C++')} and PyTorch {torch.__version__}"
-    module, inputs = program.module(), tuple(torch.from_numpy(each).to(on) for each in example(spec).values())
+    module, inputs = _unguarded(program), tuple(torch.from_numpy(each).to(on) for each in example(spec).values())
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache  # compiled again each time: the cache may be another user's
         settings |= {
@@ -99,6 +100,16 @@ def _compile(
             if str(file).endswith(".cpp"):  # PyTorch up to 2.11 looks for the metadata next to a file of this name
                 Path(file).write_text("", encoding="utf-8")
         package_aoti(str(target), files)
+
+
+def _unguarded(program: Any) -> Any:
+    """The program as a module that does not check the sizes of its inputs, as Inductor's own function makes it.
+
+    The package checks its inputs itself, and not every check can be compiled for a GPU.
+    """
+    if "check_guards" in inspect.signature(program.module).parameters:
+        return program.module(check_guards=False)
+    return program.module()  # PyTorch before it had such checks
 
 
 def _without_paths(folder: Path) -> tuple[str]:
@@ -182,7 +193,9 @@ def load_on_gpu(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
     torch.backends.cudnn.allow_tf32 = False  # by default it is on for convolutions: ten bits of mantissa
     package = _opened(path)
     metadata = package.get_metadata()
-    gpu.check_capability(here, (metadata[_CAPABILITY],), "package")
+    if here.capability != metadata[_CAPABILITY]:
+        found = f"{here.name} has compute capability {here.capability}"
+        raise CannotRun(f"{found}, and the package is for {metadata[_CAPABILITY]}")
 
     def on_gpu(*inputs: torch.Tensor) -> Any:
         return package(*(each.cuda() for each in inputs))

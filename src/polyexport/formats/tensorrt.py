@@ -14,17 +14,18 @@ Requirements:
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
 from polyexport.errors import CannotRun, ToolMissing
-from polyexport.format import Convert, Format, Loaded, Observed, OnDevice, Route, Snippet, Triton
+from polyexport.format import Format, Loaded, Observed, OnDevice, Route, Snippet, Triton
 from polyexport.onnx_graph.recurrent_weights import in_float32
 from polyexport.onnx_graph.uint8_inputs import cast_early
 from polyexport.spec import Arrays, ExportSpec, Precision
@@ -74,34 +75,15 @@ def lacks() -> str:
 def _build_here(source: Path, target: Path, spec: ExportSpec, trt: Any) -> None:
     """Build for this machine's GPU, with the timing cache of earlier builds."""
     here = device()
-    cache = _cache_file(here, trt)
+    timings = _timings_file(here, trt)
 
     def settle(config: Any) -> None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, min(_WORKSPACE, here.free_bytes // 2))
-        config.set_timing_cache(config.create_timing_cache(cache.read_bytes() if cache.exists() else b""), False)
+        config.set_timing_cache(config.create_timing_cache(timings.read_bytes() if timings.exists() else b""), False)
 
-    config = build(source, target, spec, trt, settle, {"tensorrt": trt.__version__, "gpu": asdict(here)})
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    cache.write_bytes(bytes(config.get_timing_cache().serialize()))
-
-
-def with_float_loops(convert: Convert) -> Convert:
-    """The conversion of a graph in int8, whose recurrent layers TensorRT computes in float.
-
-    Its compiler fails on loops of GRUs with a `DequantizeLinear` of their weights (TensorRT for RTX 1.7).
-    """
-
-    def convert_int8(source: Path, target: Path, spec: ExportSpec) -> None:
-        import onnx
-
-        model = onnx.load(source)
-        with TemporaryDirectory() as folder:
-            if in_float32(model):
-                source = Path(folder, "model.onnx")
-                onnx.save(model, source)
-            convert(source, target, spec)
-
-    return convert_int8
+    config = build(source, target, spec, trt, {"tensorrt": trt.__version__, "gpu": asdict(here)}, settle)
+    timings.parent.mkdir(parents=True, exist_ok=True)
+    timings.write_bytes(bytes(config.get_timing_cache().serialize()))
 
 
 def build(
@@ -109,8 +91,8 @@ def build(
     target: Path,
     spec: ExportSpec,
     trt: Any,
-    settle: Callable[[Any], None],
     about: Mapping[str, Any],
+    settle: Callable[[Any], None] = lambda config: None,
 ) -> Any:
     """Write the plan of an ONNX graph, and a JSON file next to it with what it was built for.
 
@@ -119,8 +101,8 @@ def build(
         target: The plan's file.
         spec: The signature; a dynamic axis gets a profile.
         trt: The library, TensorRT or one with its interface.
-        settle: Sets device-dependent options of the builder's configuration.
         about: Entries of the JSON file besides the metadata.
+        settle: Sets device-dependent options of the builder's configuration.
 
     Returns:
         The builder's configuration after the build.
@@ -128,9 +110,11 @@ def build(
     Raises:
         RuntimeError: the parser refuses the graph, or the builder fails.
     """
-    builder = trt.Builder(trt.Logger(trt.Logger.WARNING))
+    logger = _logger(trt)
+    logger.errors.clear()
+    builder = trt.Builder(logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    _parse(source, network, trt, spec)
+    _parse(source, network, trt, logger)
     config = builder.create_builder_config()
     config.clear_flag(trt.BuilderFlag.TF32)  # TF32 has only ten bits of mantissa
     settle(config)
@@ -138,16 +122,40 @@ def build(
         config.add_optimization_profile(_profile(builder.create_optimization_profile(), network, spec))
     plan = builder.build_serialized_network(network, config)
     if plan is None:
-        raise RuntimeError("TensorRT built no engine; see its messages in the log")
+        raise RuntimeError(f"TensorRT built no engine: {logger.said()}")
     target.write_bytes(bytes(plan))
     text = json.dumps({**about, "metadata": spec.embedded}, indent=2)
     target.with_suffix(".json").write_text(text, encoding="utf-8")
     return config
 
 
-def _parse(source: Path, network: Any, trt: Any, spec: ExportSpec) -> None:
-    parser = trt.OnnxParser(network, trt.Logger(trt.Logger.WARNING))
-    rewritten = _rewritten(source) if any(tensor.dtype == "uint8" for tensor in spec.inputs) else None
+@cache
+def _logger(trt: Any) -> Any:
+    """The logger of this process: TensorRT keeps the first that it is given, and says in no other way why it fails.
+
+    It writes warnings and errors to stderr, and keeps the errors.
+    """
+
+    class Logger(trt.ILogger):  # type: ignore[misc]  # a class of a library that is imported at run time
+        def __init__(self) -> None:
+            super().__init__()
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, text: str) -> None:
+            if severity <= trt.ILogger.WARNING:
+                print(text, file=sys.stderr, flush=True)
+            if severity <= trt.ILogger.ERROR:
+                self.errors.append(text)
+
+        def said(self) -> str:
+            return "; ".join(self.errors) or "it gives no reason"
+
+    return Logger()
+
+
+def _parse(source: Path, network: Any, trt: Any, logger: Any) -> None:
+    parser = trt.OnnxParser(network, logger)
+    rewritten = _rewritten(source)
     read = parser.parse_from_file(str(source)) if rewritten is None else parser.parse(rewritten, str(source))
     if not read:
         said = "; ".join(parser.get_error(index).desc() for index in range(parser.num_errors))
@@ -155,14 +163,16 @@ def _parse(source: Path, network: Any, trt: Any, spec: ExportSpec) -> None:
 
 
 def _rewritten(source: Path) -> bytes | None:
-    """The graph for TensorRT, of which only Cast takes uint8; None if it is so already.
+    """The graph without what TensorRT refuses; None if there is nothing of it.
 
-    https://docs.nvidia.com/deeplearning/tensorrt/latest/reference/data-types.html
+    * Only Cast takes uint8: https://docs.nvidia.com/deeplearning/tensorrt/latest/reference/data-types.html
+    * The compiler fails on loops of GRUs with a `DequantizeLinear` of their weights (TensorRT for RTX 1.7).
     """
     import onnx
 
     model = onnx.load(source, load_external_data=False)  # the parser finds it by the graph's path
-    return model.SerializeToString() if cast_early(model) else None
+    changed = [cast_early(model), in_float32(model, source.parent)]
+    return model.SerializeToString() if any(changed) else None
 
 
 def _profile(profile: Any, network: Any, spec: ExportSpec) -> Any:
@@ -179,7 +189,7 @@ def _bounds(spec: ExportSpec) -> tuple[Mapping[str, int], Mapping[str, int], Map
     return dict.fromkeys(spec.sizes, 1), spec.sizes, spec.upper_bounds(64)
 
 
-def _cache_file(device: Device, trt: Any) -> Path:
+def _timings_file(device: Device, trt: Any) -> Path:
     """Path of the timing cache, which is valid for one GPU and one version."""
     from polyexport.workers.toolchain import cache_folder
 
@@ -203,10 +213,12 @@ def run_engine(path: Path, spec: ExportSpec, trt: Any, on: Device) -> Loaded:
     """
     import torch
 
-    runtime = trt.Runtime(trt.Logger(trt.Logger.WARNING))
+    logger = _logger(trt)
+    logger.errors.clear()
+    runtime = trt.Runtime(logger)
     engine = runtime.deserialize_cuda_engine(path.read_bytes())
     if engine is None:
-        raise CannotRun(f"TensorRT refuses the engine on {on.name}: it was built for another GPU or by another version")
+        raise CannotRun(f"TensorRT refuses the engine on {on.name}: {logger.said()}")
     context = engine.create_execution_context()
     names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
     given = [name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
@@ -223,7 +235,7 @@ def run_engine(path: Path, spec: ExportSpec, trt: Any, on: Device) -> Loaded:
                     held[name] = torch.empty(_known(context, name), dtype=dtype, device="cuda")
                 context.set_tensor_address(name, held[name].data_ptr())
             if not context.execute_async_v3(stream.cuda_stream):
-                raise RuntimeError("TensorRT did not run the engine; see its messages in the log")
+                raise RuntimeError(f"TensorRT did not run the engine: {logger.said()}")
             answer = {name: held[name].cpu() for name in names if name not in given}
         stream.synchronize()
         return {tensor.name: answer[tensor.name].numpy() for tensor in spec.outputs}
@@ -304,7 +316,7 @@ def _format(name: str, upstream: str, precision: Precision, description: str, **
         artifact="model.engine",
         precision=precision,
         # a layered environment sees the training environment's library
-        routes=(Route("onnx", upstream, "onnx", with_float_loops(convert) if precision == "int8" else convert),),
+        routes=(Route("onnx", upstream, "onnx", convert),),
         load=load,
         targets=("GPU",),
         triton=Triton("tensorrt_plan", "model.plan", is_platform=True),

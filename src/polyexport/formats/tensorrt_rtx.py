@@ -4,7 +4,8 @@ https://docs.nvidia.com/deeplearning/tensorrt-rtx/latest/
 
 Requirements:
 * Builder, parser and engine have TensorRT's interface, so most of this is in `polyexport.formats.tensorrt`.
-* The engine is built for GPUs from Ampere on (compute capability 8.0) and compiled completely when it is first loaded.
+* The engine runs on GPUs from Ampere on (compute capability 8.0), but not on Hopper (9.0). It is compiled completely
+  when it is first loaded.
 * The library is NVIDIA's, under its own license; it is installed only if this format is asked for by name.
 * A GPU is only needed to run the engine: without one it is `unverified`.
 """
@@ -17,13 +18,13 @@ from typing import Any
 
 from polyexport.errors import CannotRun
 from polyexport.format import Format, Loaded, OnDevice, Route
-from polyexport.formats.tensorrt import SNIPPETS, build, run_engine, with_float_loops
+from polyexport.formats.tensorrt import SNIPPETS, build, run_engine
 from polyexport.spec import ExportSpec, Precision
 from polyexport.workers import gpu
 from polyexport.workers.gpu import device
 
-_CAPABILITIES = ("8.0", "8.6", "8.9", "12.0")
-"""The compute capabilities that the engine is built for: A100, and RTX cards from Ampere, Ada and Blackwell."""
+_CAPABILITIES = ("8.0", "8.6", "8.9", "12.0 and later")
+"""The compute capabilities that an engine runs on unless others are asked for: from Ampere on, but not Hopper."""
 
 
 def _library() -> Any:
@@ -45,26 +46,18 @@ def _library() -> Any:
 def convert(source: Path, target: Path, spec: ExportSpec) -> None:
     """Build an engine from the ONNX graph."""
     trt = _library()
-
-    def settle(config: Any) -> None:
-        config.num_compute_capabilities = len(_CAPABILITIES)
-        for index, name in enumerate(_CAPABILITIES):
-            config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{name.replace('.', '')}"), index)
-
-    build(source, target, spec, trt, settle, {"tensorrt_rtx": trt.__version__, "gpus": _CAPABILITIES})
+    build(source, target, spec, trt, {"tensorrt_rtx": trt.__version__, "gpus": _CAPABILITIES})
 
 
 def load(path: Path, spec: ExportSpec, *, threads: int) -> Loaded:
     """Run it on the first GPU.
 
     Raises:
-        CannotRun: there is no GPU, or the engine was not built for it.
+        CannotRun: there is no GPU, or the library does not support it.
     """
     if why := gpu.missing():
         raise CannotRun(f"cannot be run here: {why}")
-    here = device()
-    gpu.check_capability(here, _CAPABILITIES, "engine")
-    return run_engine(path, spec, _library(), here)
+    return run_engine(path, spec, _library(), device())
 
 
 def lacks() -> str:
@@ -79,9 +72,7 @@ def _format(name: str, upstream: str, precision: Precision, description: str, **
         url="https://docs.nvidia.com/deeplearning/tensorrt-rtx/latest/",
         artifact="model.engine",
         precision=precision,
-        routes=(
-            Route("onnx", upstream, "tensorrt_rtx", with_float_loops(convert) if precision == "int8" else convert),
-        ),
+        routes=(Route("onnx", upstream, "tensorrt_rtx", convert),),
         load=load,
         targets=("GPU",),
         uses_gpu=True,

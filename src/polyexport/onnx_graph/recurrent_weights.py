@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,8 +13,12 @@ if TYPE_CHECKING:
 _RECURRENT = ("GRU", "LSTM", "RNN")
 
 
-def in_float32(model: onnx.ModelProto) -> bool:
+def in_float32(model: onnx.ModelProto, folder: Path) -> bool:
     """Replace the `DequantizeLinear` of each stored weight that only recurrent layers read by its result, in place.
+
+    Args:
+        model: The graph; tensors in other files need not be loaded.
+        folder: The folder of those files.
 
     Returns:
         Whether there was any.
@@ -34,7 +39,8 @@ def in_float32(model: onnx.ModelProto) -> bool:
         and readers.get(node.output[0], {""}) <= {*_RECURRENT}
     ]
     for node in found:
-        steps, scale, *zero = (numpy_helper.to_array(constants[name]).astype(np.float32) for name in node.input)
+        stored = (numpy_helper.to_array(constants[name], base_dir=str(folder)) for name in node.input)
+        steps, scale, *zero = (array.astype(np.float32) for array in stored)
         axis = next((each.i for each in node.attribute if each.name == "axis"), 1)
         shape = [1] * steps.ndim
         if scale.ndim:

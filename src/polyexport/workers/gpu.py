@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from polyexport.errors import CannotRun, ToolMissing
+from polyexport.errors import ToolMissing
 
 _SIGNS = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/dxg", "/dev/nvhost-gpu")
 """Device nodes of the driver on Linux, under WSL, and on Jetson."""
@@ -41,15 +40,3 @@ def device() -> Device:
         raise ToolMissing("PyTorch sees no GPU: install its CUDA build, or check CUDA_VISIBLE_DEVICES")
     about = torch.cuda.get_device_properties(0)
     return Device(about.name, f"{about.major}.{about.minor}", torch.cuda.mem_get_info(0)[0])
-
-
-def check_capability(here: Device, known: Sequence[str], what: str) -> None:
-    """Check that `what` was made for this GPU.
-
-    Raises:
-        CannotRun: it was made for GPUs of other compute capabilities.
-    """
-    if here.capability not in known:
-        raise CannotRun(
-            f"{here.name} has compute capability {here.capability}, but the {what} is for {', '.join(known)}"
-        )
