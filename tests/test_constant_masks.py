@@ -109,6 +109,31 @@ def test_a_mask_of_positions_that_may_be_false_stays(name: str) -> None:
     assert None not in masks(program_of(Masked(FULL[name]), torch.rand(2, 6, 4)))
 
 
+OTHERWISE_IN_ITS_DTYPE: dict[str, Callable[[Tensor], Tensor]] = {
+    "NaN": lambda x: x + torch.where(x > 0, 0.0, float("nan")),
+    "a tensor of NaN": lambda x: x + torch.where(x > 0, torch.zeros_like(x), torch.tensor(float("nan"))),
+    "a narrow cast": lambda x: torch.where(torch.arange(300).to(torch.int8)[200:204] >= 0, x, -x),
+    "an unsigned difference": lambda x: torch.where(torch.zeros(4, dtype=torch.uint8) - 1 < 0, x, -x),
+    "an overflow": lambda x: torch.where(torch.full((4,), 2**31 - 1, dtype=torch.int32) + 1 > 0, x, -x),
+    "a sum of booleans": lambda x: torch.where(torch.ones(4).bool() + torch.ones(4).bool() == 1, x, -x),
+    "float16": lambda x: torch.where(torch.full((4,), 2049.0, dtype=torch.float16) > 2048, x, -x),
+    "beside float16": lambda x: torch.where(torch.tensor([2048.0]).half() < torch.full((4,), 2049), x, -x),
+    "a fraction": lambda x: torch.where(torch.full((4,), 0.1).double() == 0.1, x, -x),
+    "infinity": lambda x: torch.where(torch.full((4,), float("inf")).long() > 0, x, -x),
+}
+
+
+@pytest.mark.parametrize("name", OTHERWISE_IN_ITS_DTYPE)
+def test_numbers_are_what_their_dtype_makes_of_them(name: str) -> None:
+    class Chosen(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return OTHERWISE_IN_ITS_DTYPE[name](x) * 2
+
+    program = program_of(Chosen(), torch.ones(2, 4))
+    x = torch.randn(2, 4)
+    torch.testing.assert_close(program.module()(x), Chosen()(x), equal_nan=True)
+
+
 class Selecting(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         here = torch.arange(x.shape[1]) >= 0
@@ -140,8 +165,11 @@ class Written(nn.Module):
         kept = x.clone()
         before = kept + torch.zeros(4)
         kept *= 2
+        (grid,) = torch.meshgrid(torch.zeros(4), indexing="ij")
+        broadcast = torch.zeros(4)
+        torch.broadcast_tensors(broadcast, grid)[0].fill_(3)
         answers = [functional.scaled_dot_product_attention(x, x, x, attn_mask=mask) for mask in (added, allowed)]
-        return answers[0] + answers[1] + (x + seen) + before
+        return answers[0] + answers[1] + (x + seen) + before + broadcast
 
 
 def test_what_operators_in_place_write_to_is_not_constant() -> None:

@@ -6,7 +6,7 @@ mask attention is slower in every runtime, and the rows without any key have to 
 
 What a tensor may hold is followed as a range, from what a program makes by itself (`arange`, `full`) through
 views, sums, comparisons and selections. A tensor that the program writes to afterward, itself or through a view, has
-none.
+none, nor has one whose dtype rounds such numbers or lets them wrap around, nor one with NaN.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ def remove_constant_masks(program: torch.export.ExportedProgram) -> None:
 
     aten = torch.ops.aten
     graph = program.graph
-    ranges: dict[Node, Range | None] = {node: (value, value) for node, value in _numbers(program)}
     kinds, written = _kinds(), with_writes(graph)
+    ranges = {node: _held((value, value), node) for node, value in _numbers(program) if node not in written}
 
     def known(argument: Any) -> Range | None:
         if isinstance(argument, torch.fx.Node):
             return ranges.get(argument)
-        return (float(argument), float(argument)) if isinstance(argument, bool | int | float) else None
+        return (argument, argument) if isinstance(argument, int | float) and not math.isnan(argument) else None
 
     for node in graph.nodes:
         if node in written:
             continue
         if node.op == "call_function" and (find := kinds.get(node.target)):
-            ranges[node] = find(node, known)
+            ranges[node] = _held(find(node, known), node)
         if node.target is aten.scaled_dot_product_attention.default:
             _without_mask(node, known)
         same = _unchanged(node, known)
@@ -65,7 +65,7 @@ def _numbers(program: torch.export.ExportedProgram) -> Iterator[tuple[Node, floa
     for node in program.graph.find_nodes(op="placeholder"):
         constant = program.constants.get(names.get(node.name, ""))
         if constant is not None and constant.numel() == 1 and not constant.is_complex():
-            yield node, float(constant)
+            yield node, constant.item()
 
 
 def _without_mask(node: Node, known: Known) -> None:
@@ -161,11 +161,15 @@ def _selections() -> Collection[Any]:
     return (where.self, where.Scalar, where.ScalarSelf, where.ScalarOther)
 
 
+_LONGEST = 2**31 - 1
+"""Most elements of an axis whose size is symbolic."""
+
+
 def _counted(start: Any, end: Any) -> Range | None:
     """Of `arange` by steps of one; its end may be a symbolic size."""
     if not isinstance(start, int):
         return None
-    return (start, max(start, end - 1) if isinstance(end, int) else math.inf)
+    return (start, max(start, end - 1 if isinstance(end, int) else _LONGEST))
 
 
 def _cast(node: Node, known: Known) -> Range | None:
@@ -184,18 +188,43 @@ def _is_boolean(node: Any) -> bool:
 
 def _sum(node: Node, known: Known) -> Range | None:
     one, other = map(known, node.args[:2])
-    return _exact(one[0] + other[0], one[1] + other[1]) if one and other and not node.kwargs else None
+    return (one[0] + other[0], one[1] + other[1]) if one and other and not node.kwargs else None
 
 
 def _difference(node: Node, known: Known) -> Range | None:
     one, other = map(known, node.args[:2])
-    return _exact(one[0] - other[1], one[1] - other[0]) if one and other and not node.kwargs else None
+    return (one[0] - other[1], one[1] - other[0]) if one and other and not node.kwargs else None
 
 
-def _exact(least: float, most: float) -> Range | None:
-    """The range, unless tensors may have rounded where Python does not."""
-    exact = all(math.isinf(bound) or (float(bound).is_integer() and abs(bound) < 2**24) for bound in (least, most))
-    return (least, most) if exact else None
+def _held(found: Range | None, node: Node) -> Range | None:
+    """The range in the dtype of a node's result."""
+    made: Any = node.meta.get("val")
+    return _in_dtype(found, made.dtype) if found and hasattr(made, "dtype") else None
+
+
+def _in_dtype(found: Range, dtype: torch.dtype) -> Range | None:
+    """The range in a dtype, infinite beyond what floats have exactly; None where integers wrap around, and of NaN."""
+    import torch
+
+    least, most = found
+    if math.isnan(least) or math.isnan(most) or dtype.is_complex:
+        return None
+    if dtype is torch.bool:  # of which a sum is their `or`
+        return (least > 0, most > 0) if least >= 0 else None
+    if dtype.is_floating_point:
+        exact = 2 / torch.finfo(dtype).eps
+        return (
+            least if _is_exact(least, exact) else -math.inf,
+            most if _is_exact(most, exact) else math.inf,
+        )
+    limits = torch.iinfo(dtype)
+    fits = all(_is_exact(bound, math.inf) and limits.min <= bound <= limits.max for bound in found)
+    return found if fits else None
+
+
+def _is_exact(bound: float, limit: float) -> bool:
+    """Whether it is an integer up to a limit, or infinite."""
+    return math.isinf(bound) or (float(bound).is_integer() and abs(bound) <= limit)
 
 
 _COMPARISONS: Mapping[str, Callable[[float, float], Range]] = {
@@ -211,10 +240,24 @@ _COMPARISONS: Mapping[str, Callable[[float, float], Range]] = {
 
 def _compared(result: Callable[[float, float], Range]) -> Callable[[Node, Known], Range | None]:
     def find(node: Node, known: Known) -> Range | None:
-        difference = _difference(node, known)
-        return result(*difference) if difference else None
+        dtype = _common_dtype(node)
+
+        def converted(argument: Any) -> Range | None:
+            bounds = known(argument)
+            return _in_dtype(bounds, dtype) if bounds else None
+
+        difference = _difference(node, converted)
+        return result(*difference) if difference and not any(map(math.isnan, difference)) else None
 
     return find
+
+
+def _common_dtype(node: Node) -> torch.dtype:
+    """The dtype that the operands of a comparison are converted to."""
+    import torch
+
+    operands: Any = (each.meta["val"] if isinstance(each, torch.fx.Node) else each for each in node.args[:2])
+    return torch.result_type(*operands)
 
 
 def _combined(choose: Callable[[float, float], float]) -> Callable[[Node, Known], Range | None]:
