@@ -384,7 +384,7 @@ def _keep_residuals(module: torch.fx.GraphModule) -> None:
 
     aten = torch.ops.aten
     computed = {aten.add.Tensor, aten.add_.Tensor, aten.cat.default}
-    passed = {*computed, aten.dropout.default, aten.slice.Tensor}
+    passed = {*computed, aten.slice.Tensor}
     read: set[torch.fx.Node] = set()
     for node in reversed(module.graph.nodes):
         is_read = (user.target is aten.layer_norm.default or user in read for user in node.users)

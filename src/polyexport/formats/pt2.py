@@ -19,6 +19,7 @@ def convert(source: Path, target: Path, spec: ExportSpec) -> None:
     from polyexport.capture.calls import example_inputs
     from polyexport.tracing.constant_masks import remove_constant_masks
     from polyexport.tracing.decompositions import decomposed
+    from polyexport.tracing.dropouts import remove_dropouts
     from polyexport.tracing.exportable import exportable
     from polyexport.tracing.exported_program import export_program, subclasses_left_out
 
@@ -27,6 +28,7 @@ def convert(source: Path, target: Path, spec: ExportSpec) -> None:
     with decomposed(), exportable(loaded, dynamic=spec.is_dynamic) as traced, subclasses_left_out():
         traced.requires_grad_(False)  # else converters choose differentiable attention, which has other strides
         program = export_program(traced, inputs, [tensor.dynamic for tensor in spec.inputs])
+    remove_dropouts(program)
     remove_constant_masks(program)
     program.example_inputs = None  # real rows, in a pickle that loading the program would run
     for graph in filter(lambda part: isinstance(part, torch.fx.GraphModule), program.graph_module.modules()):

@@ -36,6 +36,9 @@ def functional(program: torch.export.ExportedProgram) -> torch.export.ExportedPr
 
     aten = torch.ops.aten
     table: dict[Any, Any] = {aten.slice_scatter.default: _with_slice, aten.select_scatter.default: _with_index}
+    undeclared = {node.target for node in program.graph.nodes if _packet(node) in _undeclared()}
+    defaults = torch.export.default_decompositions() if undeclared else {}
+    table |= {each: how for each, how in defaults.items() if each in undeclared}  # else functions without memory
     made: torch.export.ExportedProgram = program.run_decompositions(table)
     return made
 
@@ -50,11 +53,11 @@ def _with_slice(
     """`x` with `part` in place of a slice, whose end is known by its size."""
     import torch
 
-    size, count = x.shape[dim], part.shape[dim]
-    if not (isinstance(size, int) and isinstance(count, int)) or (step > 1 and count > _PIECES):
+    size, count, start = x.shape[dim], part.shape[dim], start or 0
+    if not all(isinstance(each, int) for each in (size, count, start)) or (step > 1 and count > _PIECES):
         return NotImplemented  # type: ignore[no-any-return]  # so that the operator stays
-    start = start or 0
-    start = min(start + size if start < 0 else start, size)
+    start = min(max(start + size, 0) if start < 0 else start, size)
+    part = part.to(x.dtype)
     written = [part] if step == 1 else [part.narrow(dim, index, 1) for index in range(count)]
     parts, done = [x.narrow(dim, 0, start)], start
     for each in written:
@@ -79,18 +82,39 @@ def _is_seen(writer: Node, sharing: Collection[Node]) -> bool:
 def _sharing(graph: Graph) -> dict[Node, set[Node]]:
     """The nodes that share memory with each node."""
     together: dict[Node, set[Node]] = {node: {node} for node in graph.nodes}
+    undeclared = _undeclared()
     for node in graph.nodes:
-        for each in _viewed(node):
+        for each in _viewed(node, undeclared):
             together[each] |= together[node]
             for member in together[node]:
                 together[member] = together[each]
     return together
 
 
-def _viewed(node: Node) -> Iterator[Node]:
+def _undeclared() -> Collection[Any]:
+    """Operators that may return an argument, or a view of it, of which their schemas say nothing."""
+    import torch
+
+    aten = torch.ops.aten
+    return {
+        *(aten.dropout, aten.feature_dropout, aten.alpha_dropout, aten.feature_alpha_dropout),  # in eval mode
+        *(aten.atleast_1d, aten.atleast_2d, aten.atleast_3d, aten.meshgrid, aten.cartesian_prod),
+        *(aten.broadcast_tensors, aten.sum_to_size, aten.conj_physical, aten.lift),
+        *(aten.unsafe_chunk, aten.unsafe_split, aten.unsafe_split_with_sizes),
+    }
+
+
+def _packet(node: Node) -> Any:
+    """An operator without its overload."""
+    return getattr(node.target, "overloadpacket", None)
+
+
+def _viewed(node: Node, undeclared: Collection[Any]) -> Iterator[Node]:
     """The arguments whose memory an operator's result may be."""
     if node.target is operator.getitem:
         yield node.all_input_nodes[0]
+    if _packet(node) in undeclared:
+        yield from node.all_input_nodes
     for each, alias in _aliases(node):
         if alias is not None:
             yield each
