@@ -75,6 +75,18 @@ def test_a_trace_ends_where_the_longest_sequence_does():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("padding", [1e4, float("nan")])
+@pytest.mark.parametrize("name", ["lstm, two layers, both ways", "gru, both ways"])
+def test_what_is_after_an_end_does_not_matter(name, padding):
+    net = Packed(LAYERS[name]).eval()
+    x, lengths = sequences(net.layer, [5, 7, 3])
+    x[tuple(torch.tensor([[0, 2], [5, 4]] if net.layer.batch_first else [[5, 4], [0, 2]]))] = padding
+    right = net(x, lengths)
+    with decomposed():
+        same(net(x, lengths), right)
+
+
+@torch.no_grad()
 def test_a_given_state_begins_each_sequence():
     net = Packed(LAYERS["rnn"]).eval()
     inputs = (*sequences(net.layer, [5, 7, 3]), torch.randn(1, 3, 5))

@@ -104,9 +104,10 @@ def _layers(
     """Run each layer and direction over padded rows; in reverse each sequence begins at its own end."""
     import torch
 
-    x, lengths = data, _lengths(data, sizes)
-    time = torch.arange(x.shape[0])[:, None]
+    lengths = _lengths(data, sizes)
+    time = torch.arange(data.shape[0])[:, None]
     inside = time < lengths
+    x = data.where(inside[..., None], torch.zeros((), dtype=data.dtype))  # any values, NaN too, may be after an end
     ways = [None, torch.where(inside, lengths - 1 - time, time)] if bidirectional else [None]
     each = len(weights) // (count * len(ways))
     initial, last = states if isinstance(states, list | tuple) else (states,), []
