@@ -3,13 +3,13 @@
 https://docs.pytorch.org/ao/stable/pt2e_quantization/pt2e_quant_qat.html
 
 Such a module has no forward in Python but a graph of PyTorch's operators, in which training is an argument of batch
-norm and dropout: it refuses `eval()` and cannot be pickled. Here it is pickled node by node, as it computes in eval
-mode, and becomes an ordinary `torch.fx.GraphModule` where it is loaded.
+norms, dropouts, attention and recurrent layers: it refuses `eval()` and cannot be pickled. Here it is pickled node by
+node, as it computes in eval mode, and becomes an ordinary `torch.fx.GraphModule` where it is loaded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import reduce
 from typing import TYPE_CHECKING, Any
@@ -63,7 +63,8 @@ def reduced(module: GraphModule) -> tuple[Any, ...]:
     from torch.fx.node import map_aggregate
 
     aten = torch.ops.aten
-    dropouts = (aten.dropout.default, aten.feature_dropout.default)
+    kinds = (aten.dropout, aten.feature_dropout, aten.alpha_dropout, aten.feature_alpha_dropout)
+    dropouts = {kind.default for kind in kinds}
     names: dict[Node, str] = {}
 
     def as_earlier(argument: Any) -> Any:
@@ -75,12 +76,28 @@ def reduced(module: GraphModule) -> tuple[Any, ...]:
             continue
         names[node] = names[node.args[0]] if node.target in dropouts else node.name
         if node.target not in dropouts:
-            given = (*node.args[:5], False, *node.args[6:]) if node.target is aten.batch_norm.default else node.args
-            args, kwargs = map_aggregate((given, node.kwargs), as_earlier)
+            args, kwargs = map_aggregate(_in_eval_mode(node), as_earlier)
             steps.append(Step(node.op, node.name, _named(node.target), args, kwargs))
     own = {name: vars(module)[name] for name in _OWN}
     own["_modules"] = {name: part for name, part in own["_modules"].items() if name != _GUARDS}
     return _rebuilt, (own, tuple(steps), module.graph._codegen)
+
+
+def _in_eval_mode(node: Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a node, those that are for training as they are in eval mode."""
+    import torch
+
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return node.args, node.kwargs
+    names = [argument.name for argument in node.target._schema.arguments]
+    given: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    if given.get("running_mean", ...) is not None:  # a norm without running statistics is the same in eval mode
+        given |= {name: _OFF[name] for name in given.keys() & _OFF}
+    return tuple(given[name] for name in names[: len(node.args)]), {name: given[name] for name in node.kwargs}
+
+
+_OFF: Mapping[str, Any] = {"train": False, "training": False, "use_input_stats": False, "dropout_p": 0.0}
+"""Arguments of operators that are for training, as they are in eval mode."""
 
 
 _GUARDS = "_guards_fn"
