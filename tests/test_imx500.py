@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from operator import attrgetter
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -13,6 +14,7 @@ from polyexport.errors import ToolMissing
 from polyexport.formats import imx500
 from polyexport.spec import ExportSpec, TensorSpec
 from polyexport.tracing.exported_program import export_program
+from polyexport.tracing.image_operators import with_image_operators
 
 
 class Layers(torch.nn.Module):
@@ -74,6 +76,69 @@ def test_an_operator_that_computes_its_own_weight_stays_a_function():
     found = imx500.layers(export_program(Computed(), (x,), [()]))
     assert not list(found.graph.find_nodes(op="call_module"))
     torch.testing.assert_close(found(x), Computed()(x))
+
+
+@pytest.mark.parametrize(
+    ("module", "shape"),
+    [
+        (torch.nn.BatchNorm1d(4), (1, 4, 6)),
+        (torch.nn.BatchNorm1d(4), (1, 4)),
+        (torch.nn.GroupNorm(2, 4), (1, 4, 6, 6)),
+        (torch.nn.GroupNorm(2, 4, affine=False), (1, 4, 6)),
+        (torch.nn.ELU(0.5), (1, 4, 6)),
+        (torch.nn.AdaptiveAvgPool1d(2), (1, 4, 6)),
+        (torch.nn.AvgPool1d(3, 2, 1), (1, 4, 6)),
+        (torch.nn.MaxPool1d(2, dilation=2), (1, 4, 6)),
+    ],
+)
+def test_what_the_toolkit_lacks_is_composed_of_what_it_has(module: torch.nn.Module, shape: tuple[int, ...]):
+    torch.manual_seed(0)
+    x = torch.randn(shape)
+    for name, weight in module.named_parameters():
+        torch.nn.init.normal_(weight, 1.0 if name == "weight" else 0.0)
+    for weight in module.buffers():
+        weight += torch.rand(weight.shape) if weight.ndim else 0
+    program = export_program(with_image_operators(export_program(module.eval(), (x,), [()]).module()), (x,), [()])
+    found = imx500.layers(program)
+    torch.testing.assert_close(found(x), module(x))
+    left = {node.target for node in found.graph.nodes if node.op == "call_function"}
+    assert not {target for target in left if "1d" in getattr(target, "__name__", "")}
+    assert not left & {torch.group_norm, torch.nn.functional.elu, torch.squeeze}
+    assert not [target for target in left if isinstance(target, torch._ops.OpOverload)]
+    assert all(weight.ndim > 1 for weight in read_directly(found))
+
+
+def read_directly(module: torch.fx.GraphModule) -> list[torch.Tensor]:
+    """The weights that nodes read which are no layers."""
+    return [attrgetter(str(node.target))(module) for node in module.graph.find_nodes(op="get_attr")]
+
+
+def test_a_batch_norm_that_was_decomposed_is_a_layer_again():
+    module, x = torch.nn.BatchNorm1d(4).eval(), torch.rand(1, 4, 6)
+    program = export_program(module, (x,), [()]).run_decompositions({})
+    found = imx500.layers(export_program(with_image_operators(program.module()), (x,), [()]))
+    assert [type(found.get_submodule(each.target)) for each in found.graph.find_nodes(op="call_module")] == [
+        torch.nn.BatchNorm2d
+    ]
+    torch.testing.assert_close(found(x), module(x))
+
+
+def test_a_slice_of_everything_is_left_out():
+    class Whole(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.ops.aten.slice.Tensor(x, 1, 0, 4).amax(-1)
+
+    x = torch.rand(1, 4, 6)
+    found = imx500.layers(export_program(Whole(), (x,), [()]))
+    assert [node.target for node in found.graph.nodes if node.op == "call_function"] == [torch.amax]
+    torch.testing.assert_close(found(x), Whole()(x))
+
+
+def test_what_the_toolkit_raises_is_one_line():
+    error = RuntimeError("ShapeProp error for: node=%embedding\n\nWhile executing %embedding\nOriginal traceback:\n")
+    said = "Sony's toolkit fails on it, with RuntimeError: ShapeProp error for: node=%embedding"
+    assert imx500._in_a_line(error) == said
+    assert imx500._in_a_line(ValueError()) == "Sony's toolkit fails on it, with ValueError: "
 
 
 @pytest.mark.parametrize(

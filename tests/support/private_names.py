@@ -141,6 +141,7 @@ NAMES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
             "torch.nn.modules.rnn:RNNBase.check_forward_args",
             "torch.nn.modules.rnn:LSTM.check_forward_args",
         ),
+        "tracing/image_operators.py": ("torch:ops.aten._native_batch_norm_legit_no_training",),
         "tracing/products.py": ("torch:ops.aten._unsafe_view",),
         "tracing/reads.py": ("torch:_assert", "torch:_check", "torch:_check_value", "torch:_check_with"),
         "tracing/sizes.py": ("torch._C:_get_value_trace", "torch._C:_is_tracing"),

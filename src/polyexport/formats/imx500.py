@@ -33,7 +33,9 @@ import numpy as np
 from polyexport.errors import ToolMissing
 from polyexport.format import Format, Loaded, Observed, Route, Snippet
 from polyexport.spec import Arrays, ExportSpec, calibration, in_rows, row_remark
+from polyexport.tracing.constants import constants, fold
 from polyexport.tracing.exported_program import export_program, load_program
+from polyexport.tracing.image_operators import with_image_operators
 from polyexport.workers import programs
 
 if TYPE_CHECKING:
@@ -74,9 +76,7 @@ def convert(source: Path, target: Path, spec: ExportSpec) -> None:
         try:
             quantize(source, graph, spec.one_row())
         except Exception as error:
-            if why := beyond(load_program(source), spec):
-                raise RuntimeError(why) from error
-            raise
+            raise RuntimeError(beyond(load_program(source), spec) or _in_a_line(error)) from error
     _compile(graph, target)
 
 
@@ -91,6 +91,12 @@ def beyond(program: torch.export.ExportedProgram, spec: ExportSpec) -> str:
     return ""
 
 
+def _in_a_line(error: Exception) -> str:
+    """What the toolkit raised; the first line of many, of which the others print its graph."""
+    first = next(iter(str(error).splitlines()), "")
+    return f"Sony's toolkit fails on it, with {type(error).__name__}: {first}"
+
+
 def quantize(source: Path, target: Path, one: ExportSpec) -> None:
     """Write the ONNX graph of the quantized program, which is for one row."""
     import torch
@@ -103,7 +109,8 @@ def quantize(source: Path, target: Path, one: ExportSpec) -> None:
     def rows() -> Iterator[list[torch.Tensor]]:
         yield from batches
 
-    program = export_program(load_program(source).module(), batches[0], [()] * len(batches[0]))
+    module = with_image_operators(load_program(source).module())
+    program = export_program(module, batches[0], [()] * len(batches[0]))
     quantized, _ = toolkit.ptq.pytorch_post_training_quantization(
         in_module=layers(program),
         representative_data_gen=rows,
@@ -182,15 +189,22 @@ def layers(program: torch.export.ExportedProgram) -> torch.fx.GraphModule:
     import torch
 
     module = program.module(check_guards=False)
+    fold(module, constants(module))  # the toolkit takes what it has to compute of weights for activations
     graph = torch.fx.GraphModule(module, module.graph)
+    graph.graph.eliminate_dead_code()
     for node in list(graph.graph.nodes):
         if not isinstance(node.target, torch._ops.OpOverload):
             continue
         name = node.target._schema.name.removeprefix("aten::")
+        if name == "slice" and node.args[0].meta["val"].shape == node.meta["val"].shape:
+            node.replace_all_uses_with(node.args[0])
+            continue
         make = _LAYERS.get(name)
         layer = make(_arguments(node, graph)) if make else None
         if layer is None:
-            node.target = _function(name) or node.target
+            node.target = _function(name, len(node.target._schema.returns)) or node.target
+            if name == "squeeze":  # TorchScript's exporter makes a branch of it where it does not know the sizes
+                node.target, node.args = torch.reshape, (node.args[0], list(map(int, node.meta["val"].shape)))
             continue
         graph.add_submodule(node.name, layer.eval())
         with graph.graph.inserting_before(node):
@@ -224,11 +238,15 @@ _FUNCTIONAL = ("max_pool2d", "prelu")
 """What the toolkit knows by its name in `torch.nn.functional` only, although `torch` has it too."""
 
 
-def _function(name: str) -> Callable[..., Any] | None:
+def _function(name: str, results: int) -> Callable[..., Any] | None:
     """The function that the toolkit knows an operator by, which takes the same arguments."""
     import torch
 
-    places = (torch.nn.functional, torch) if name in _FUNCTIONAL else (torch, torch.nn.functional)
+    places: list[Any] = [torch, torch.nn.functional]
+    if name in _FUNCTIONAL:
+        places.reverse()
+    if results > 1:
+        places.remove(torch.nn.functional)  # whose functions return no indices
     return next(filter(None, (getattr(place, _RENAMED.get(name, name), None) for place in places)), None)
 
 

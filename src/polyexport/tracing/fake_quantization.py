@@ -7,11 +7,11 @@ every format. Here such a rounding becomes `quantize` and `dequantize` with the 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from polyexport.spec import ExportSpec, example
+from polyexport.tracing.constants import buffer, constants, fold
 from polyexport.tracing.exported_program import export_program, load_program
 
 if TYPE_CHECKING:
@@ -72,15 +72,15 @@ def with_integers(module: GraphModule) -> bool:
     Unsigned integers are shifted to begin at -128. Nodes that depend only on constants become constants.
     Returns whether there was any; changes `module` in place.
     """
-    constants = _constants(module)
-    found = [rounding for node in module.graph.nodes if (rounding := _rounding(node, constants))]
+    values = constants(module)
+    found = [rounding for node in module.graph.nodes if (rounding := _rounding(node, values))]
     for rounding in found:
-        weight = constants.get(rounding.x)
+        weight = values.get(rounding.x)
         with module.graph.inserting_before(rounding.last):
             new = _quantized(module, rounding) if weight is None else _stored(module, rounding, weight)
         rounding.last.replace_all_uses_with(new)
     if found:
-        _fold(module, constants)
+        fold(module, values)
         _carry_on(module.graph)
         module.graph.eliminate_dead_code()
         module.recompile()
@@ -99,22 +99,14 @@ def quantize_in_graph(module: GraphModule) -> None:
         ops.dequantize_per_tensor.default: ops.quantize_per_tensor.default,
         ops.dequantize_per_channel.default: ops.quantize_per_channel.default,
     }
-    constants = _constants(module)
-    for node in [each for each in constants if each.target in quantize]:
+    values = constants(module)
+    for node in [each for each in values if each.target in quantize]:
         about = node.args[1:]
         with module.graph.inserting_before(node):
-            steps = module.graph.call_function(quantize[node.target], (_buffer(module, constants[node]), *about))
+            steps = module.graph.call_function(quantize[node.target], (buffer(module, values[node]), *about))
         node.args = (steps, *about)
     module.graph.eliminate_dead_code()
     module.recompile()
-
-
-def _fold(module: GraphModule, constants: dict[Node, Any]) -> None:
-    """Store nodes that depend only on constants and are read by others, such as a bias with a folded batch norm."""
-    for node, value in constants.items():
-        if node.op == "call_function" and node.users.keys() - constants.keys():
-            with module.graph.inserting_before(node):
-                node.replace_all_uses_with(_buffer(module, value))
 
 
 def _carry_on(graph: Graph) -> None:
@@ -134,30 +126,7 @@ def _carry_on(graph: Graph) -> None:
             node.replace_all_uses_with(back, delete_user_cb=steps.__ne__)
 
 
-def _buffer(module: GraphModule, tensor: torch.Tensor) -> Node:
-    """The node of a new buffer."""
-    name = f"folded_{sum(1 for _ in module.buffers())}"
-    module.register_buffer(name, tensor.detach().clone())
-    return module.graph.get_attr(name)
-
-
-def _constants(module: GraphModule) -> dict[Node, Any]:
-    """The values of nodes that depend on no input."""
-    import torch
-    from torch.fx.node import map_arg
-
-    found: dict[Node, Any] = {}
-    with torch.no_grad():
-        for node in module.graph.nodes:
-            if node.op == "get_attr":
-                found[node] = attrgetter(str(node.target))(module)
-            elif node.op == "call_function" and node.all_input_nodes and all(n in found for n in node.all_input_nodes):
-                arguments, named = map_arg((node.args, node.kwargs), found.__getitem__)
-                found[node] = node.target(*arguments, **named)
-    return found
-
-
-def _rounding(last: Node, constants: dict[Node, Any]) -> Rounding | None:
+def _rounding(last: Node, values: dict[Node, Any]) -> Rounding | None:
     import torch
 
     aten = torch.ops.aten
@@ -168,12 +137,9 @@ def _rounding(last: Node, constants: dict[Node, Any]) -> Rounding | None:
         path.append(node)
         node = node.args[0]  # type: ignore[assignment]  # an operation's first argument is a node
     product, difference, clamp, total, _ = path
-    if (
-        node.target is not aten.mul.Tensor
-        or not {product.args[1], difference.args[1], total.args[1]} <= constants.keys()
-    ):
+    if node.target is not aten.mul.Tensor or not {product.args[1], difference.args[1], total.args[1]} <= values.keys():
         return None
-    scale, zero = constants[product.args[1]], constants[difference.args[1]]  # type: ignore[index]  # they are nodes
+    scale, zero = values[product.args[1]], values[difference.args[1]]  # type: ignore[index]  # they are nodes
     return Rounding(node.args[0], last, scale, zero, int(clamp.args[1]), int(clamp.args[2]))  # type: ignore[arg-type]
 
 
@@ -199,11 +165,11 @@ def _stored(module: GraphModule, rounding: Rounding, weight: torch.Tensor) -> No
 
     ops, graph, scale = torch.ops.quantized_decomposed, module.graph, rounding.scale
     steps = torch.clamp(torch.round(weight * (1 / scale)) + rounding.zero, rounding.low, rounding.high)
-    integers = _buffer(module, (steps - _shift(rounding)).to(torch.int8))
+    integers = buffer(module, (steps - _shift(rounding)).to(torch.int8))
     zero = (rounding.zero - _shift(rounding)).to(torch.int64)
     if scale.numel() == 1:
         one = (float(scale), int(zero), -128, 127, torch.int8)
         return graph.call_function(ops.dequantize_per_tensor.default, (integers, *one))
     axis = max(range(scale.dim()), key=lambda axis: scale.shape[axis])
-    each = (_buffer(module, scale.flatten()), _buffer(module, zero.flatten()), axis, -128, 127, torch.int8)
+    each = (buffer(module, scale.flatten()), buffer(module, zero.flatten()), axis, -128, 127, torch.int8)
     return graph.call_function(ops.dequantize_per_channel.default, (integers, *each))
