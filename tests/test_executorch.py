@@ -61,3 +61,19 @@ def test_attention_without_a_mask_is_products_and_a_softmax(name: str) -> None:
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_attention_stays_pytorchs(name: str) -> None:
     assert ATTENTION in {node.target for node in decomposed(OTHERS[name]).graph.nodes}
+
+
+def test_masked_attention_by_position_is_decomposed_further() -> None:
+    """What PyTorch's kernel is decomposed into has another layout than it, of which a view was traced."""
+
+    class ByPosition(nn.Module):
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            heads = x.unflatten(-1, (2, 4)).transpose(1, 2)
+            return attention(heads, heads, heads, mask).transpose(1, 2).reshape(*x.shape).view(-1, 8)
+
+    module, inputs = ByPosition(), (torch.rand(2, 5, 8), torch.rand(2, 1, 5, 5) > 0.3)
+    program = export_program(module, inputs, [[0], [0]]).module()
+    _decompose_attention(program)
+    again = export_program(program, inputs, [[0], [0]]).run_decompositions()
+    assert ATTENTION not in {node.target for node in again.graph.nodes}
+    torch.testing.assert_close(again.module()(*inputs), module(*inputs))

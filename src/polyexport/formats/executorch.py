@@ -132,8 +132,14 @@ def _decompose_attention(module: torch.fx.GraphModule) -> None:
 
 
 def _attention_by_position(*args: Any, **kwargs: Any) -> torch.Tensor:
-    """With the heads of a position side by side in memory, as PyTorch's kernel has them: views of that were traced."""
-    return _attention(*args, **kwargs).transpose(1, 2).contiguous().transpose(1, 2)
+    """With the heads of a position side by side in memory, as PyTorch's kernel has them: views of that were traced.
+
+    A copy whatever the traced layout is: what the kernel is decomposed into has another one.
+    """
+    import torch
+
+    found = _attention(*args, **kwargs).transpose(1, 2)
+    return found.clone(memory_format=torch.contiguous_format).transpose(1, 2)
 
 
 def _attention(
