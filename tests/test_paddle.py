@@ -60,9 +60,14 @@ def test_our_own_lowering_of_the_whole_zoo_agrees_with_pytorch(roots):
         name: parity for name, parity in cells.items() if not isinstance(parity, dict) or not parity["passed"]
     } == {}
     assert all(len(parity["batches"]) > 1 for parity in cells.values())
-    (vit,) = [Path(root) for root in roots if Path(root).name == "vit"]
-    program = (vit / "many/paddle/inference_model/model.json").read_text()
-    assert ("1.layer_norm" in program, "1.rsqrt" in program) == (True, False), "one operator, and not its parts"
+    for name, whole, part in (
+        ("vit", "1.layer_norm", "1.rsqrt"),
+        ("lstm", "1.rnn", "1.tanh"),
+        ("gru", "1.rnn", "1.tanh"),
+    ):
+        (folder,) = [Path(root) for root in roots if Path(root).name == name]
+        program = (folder / "many/paddle/inference_model/model.json").read_text()
+        assert (whole in program, part in program) == (True, False), "one operator, and not its parts"
 
 
 @pytest.mark.slow
@@ -81,6 +86,11 @@ def test_a_weight_inside_a_loop_is_saved():
 def test_a_clip_to_0_and_6_is_what_runtimes_fuse_to_a_convolution():
     """MobileNetV2's: as two comparisons it left oneDNN after each convolution, and took three times as long."""
     assert answer("paddle", "clip_to_0_and_6") is None
+
+
+def test_a_recurrent_layer_of_any_length_is_paddles_own_operator():
+    """Every kind, direction and layout, with lengths and without, against the layer step by step."""
+    assert answer("paddle", "own_recurrent_layers") is None
 
 
 def test_copies_protect_programs_from_passes_of_paddle_inference():

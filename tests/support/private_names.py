@@ -198,6 +198,7 @@ NAMES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
             "paddle.autograd.backward_utils:get_real_op_outputs",
             "paddle.autograd.backward_utils:some_in_set",
         ),
+        "lowering/paddle/recurrent.py": ("paddle:_C_ops",),
         "lowering/paddle/weights.py": ("paddle:base.libpaddle.pir.create_shaped_type",),
     },
     "tensorflow": {

@@ -107,6 +107,9 @@ class Backend:
             else None.
         grid_sample: The same for GridSample: value, grid, mode, padding mode, whether corners are aligned.
         layer_norm: The same for LayerNormalization over the last axis: value, scale, bias or None, epsilon.
+        recurrent: The same for a recurrent layer: its kind and activation functions, in lower case; `(time, batch, n)`;
+            states `(directions, batch, width)`; ONNX's W, R, and B or None; lengths or None. Returns
+            `(time, batch, directions * width)` and the last states.
     """
 
     name: str
@@ -196,6 +199,10 @@ class Backend:
     resize: Callable[[Value, Any, Any], Value | None]
     grid_sample: Callable[[Value, Value, str, str, bool], Tensor | None]
     layer_norm: Callable[[Value, Value, Value | None, float], Tensor | None]
+    recurrent: Callable[
+        [tuple[str, ...], Tensor, State, tuple[Value, Value, Value | None], Tensor | None],
+        tuple[Tensor, State] | None,
+    ]
 
     def type_of(self, number: int) -> np.dtype[Any]:
         """The type of an ONNX element type number.

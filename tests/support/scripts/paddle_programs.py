@@ -3,6 +3,10 @@
 python scripts/paddle_programs.py FOLDER
 """
 
+import itertools
+from dataclasses import replace
+from unittest import mock
+
 import numpy as np
 from onnx import helper, numpy_helper
 from paddle import inference
@@ -11,6 +15,7 @@ from paddle.static import InputSpec
 import backend_suite
 import bare  # noqa: F401  # before our package
 import programs
+from polyexport.lowering import paddle as lowering
 from polyexport.lowering.paddle import lower_model
 
 
@@ -119,4 +124,52 @@ def clip_to_0_and_6(folder):
     np.testing.assert_allclose(predictor.get_output_handle("y").copy_to_cpu(), expected, rtol=1e-4, atol=1e-5)
 
 
-programs.run(clip_to_0_and_6, unknown_input, drawn, weight_in_a_loop, sum_of_nothing, outputs_of_one_value)
+GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
+
+
+def recurrent(kind, direction, lengths, layout):
+    """A layer of five units over sequences of three numbers, and its inputs."""
+    random, directions = np.random.default_rng(0), 2 if direction == "bidirectional" else 1
+    rows = GATES[kind] * 5
+    sizes = {"w": (directions, rows, 3), "r": (directions, rows, 5), "b": (directions, 2 * rows)}
+    weights = [numpy_helper.from_array(random.normal(size=size).astype("f4"), name) for name, size in sizes.items()]
+    given = {"x": random.normal(size=(4, 7, 3) if layout else (7, 4, 3)).astype("f4")}
+    if lengths:
+        given["lengths"] = np.array([7, 3, 1, 5], "i4")
+    state = random.normal(size=(4, directions, 5) if layout else (directions, 4, 5)).astype("f4")
+    states = ["h", "c"] if kind == "LSTM" else ["h"]
+    given |= dict.fromkeys(states, state)
+    more = {"layout": layout, "linear_before_reset": 1} if kind == "GRU" else {"layout": layout}
+    outputs = ["y", *(f"last_{name}" for name in states)]
+    inputs = ["x", "w", "r", "b", "lengths" if lengths else "", *states]
+    node = helper.make_node(kind, inputs, outputs, hidden_size=5, direction=direction, **more)
+    kinds = {name: helper.np_dtype_to_tensor_dtype(array.dtype) for name, array in given.items()}
+    ports = [helper.make_tensor_value_info(name, kinds[name], array.shape) for name, array in given.items()]
+    ends = [helper.make_tensor_value_info(name, 1, None) for name in outputs]
+    graph = helper.make_graph([node], "g", ports, ends, weights)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)]), given
+
+
+def own_recurrent_layers(folder):
+    plain = lowering.backend
+    for number, (kind, direction) in enumerate(itertools.product(GATES, ("forward", "reverse", "bidirectional"))):
+        model, given = recurrent(kind, direction, lengths=number % 2, layout=int(number % 4 > 1))
+        shapes = {name: list(array.shape) for name, array in given.items()}
+        dynamic = {name: [-1 if size in (4, 7) else size for size in shape] for name, shape in shapes.items()}
+        found = backend_suite.paddle(model, given, dynamic)
+        with mock.patch.object(lowering, "backend", lambda each: replace(plain(each), recurrent=lambda *_: None)):
+            stepwise = backend_suite.paddle(model, given, shapes)
+        for name, array in stepwise.items():
+            assert array.std() > 0.1, f"{kind}, {direction}: {name} says nothing"
+            np.testing.assert_allclose(found[name], array, atol=1e-5, err_msg=f"{kind}, {direction}: {name}")
+
+
+programs.run(
+    clip_to_0_and_6,
+    unknown_input,
+    drawn,
+    weight_in_a_loop,
+    sum_of_nothing,
+    outputs_of_one_value,
+    own_recurrent_layers,
+)

@@ -1,4 +1,4 @@
-"""LSTM, GRU and RNN: a loop over time for each direction, in any framework."""
+"""LSTM, GRU and RNN: the framework's own operator, or a loop over time for each direction, in any framework."""
 
 from __future__ import annotations
 
@@ -88,16 +88,13 @@ class _Layer:
         return self.ops.split(x, [self.width] * count, 1)
 
     def run(self, cell: Cell) -> tuple[Tensor, ...]:
-        """Run each direction.
+        """Run each direction, step by step.
 
         Returns:
             `(time, directions, batch, width)` and for each state `(directions, batch, width)`, or with `layout` 1
             `(batch, time, directions, width)` and `(batch, directions, width)`.
         """
-        ops = self.ops
-        data = self.x.permuted((1, 0, 2)).tensor if self.layout else self.x.tensor
-        batch = ops.sizes(self.x)[0 if self.layout else 1]
-        lengths = None if self.lengths is None else ops.cast(self.lengths.tensor, ops.index)
+        ops, data, lengths, batch = self.ops, self._rows, self._counts, self._batch
         outputs, ends = [], []
         for index in range(2 if self.direction == "bidirectional" else 1):
             backward = self.direction == "reverse" or index == 1
@@ -111,6 +108,42 @@ class _Layer:
         axis = 1 if self.layout else 0
         made = ops.transpose(ops.stack(outputs, 0), (2, 1, 0, 3) if self.layout else (1, 0, 2, 3))
         return made, *(ops.stack(each, axis) for each in zip(*ends, strict=True))
+
+    def by_own_operator(self, kind: str, w: Value, b: Value | None) -> tuple[Tensor, ...] | None:
+        """What `run` returns, by the framework's own operator if it has one that computes the same."""
+        ops, lengths, count = self.ops, self._counts, len(self.functions)
+        names = [name.lower() for name in self.activations or self.functions]
+        if self.clip is not None or names[:count] != names[-count:]:
+            return None
+        backward, directions = self.direction == "reverse", 2 if self.direction == "bidirectional" else 1
+        states = [
+            ops.stack([self._first(each, index, self._batch) for index in range(directions)], 0) for each in self.states
+        ]
+        data = _turned(ops, self._rows, lengths) if backward else self._rows
+        found = ops.recurrent((kind, *names[:count]), data, states, (w, self.r, b), lengths)
+        if found is None:
+            return None
+        output, ends = found
+        output = _turned(ops, output, lengths) if backward else output
+        time, batch, _ = ops.sizes(Value(ops, output))
+        made = ops.transpose(
+            ops.reshape(output, [time, batch, directions, self.width]), (1, 0, 2, 3) if self.layout else (0, 2, 1, 3)
+        )
+        return made, *(ops.transpose(each, (1, 0, 2)) if self.layout else each for each in ends)
+
+    @property
+    def _rows(self) -> Tensor:
+        """The input, time first."""
+        return self.x.permuted((1, 0, 2)).tensor if self.layout else self.x.tensor
+
+    @property
+    def _batch(self) -> Size:
+        return self.ops.sizes(self.x)[0 if self.layout else 1]
+
+    @property
+    def _counts(self) -> Tensor | None:
+        """The sequences' lengths in the type of indices."""
+        return None if self.lengths is None else self.ops.cast(self.lengths.tensor, self.ops.index)
 
     def _first(self, value: Value | None, index: int, batch: Size) -> Tensor:
         """One direction's first state `(batch, width)`, zeros where it is not given."""
@@ -202,7 +235,9 @@ def lstm(
         return _ahead(_part(w, index, True), both), step
 
     states, functions = [initial_h, initial_c], ("Sigmoid", "Tanh", "Tanh")
-    return _Layer(ops, x, r, lengths, states, functions, **attributes).run(cell)
+    layer = _Layer(ops, x, r, lengths, states, functions, **attributes)
+    own = None if p is not None or input_forget else layer.by_own_operator("lstm", w, b)
+    return own or layer.run(cell)
 
 
 @SHARED.op("GRU", since=7)
@@ -243,7 +278,8 @@ def gru(
 
         return _ahead(_part(w, index, True), given), step
 
-    return _Layer(ops, x, r, lengths, [initial_h], ("Sigmoid", "Tanh"), **attributes).run(cell)
+    layer = _Layer(ops, x, r, lengths, [initial_h], ("Sigmoid", "Tanh"), **attributes)
+    return (layer.by_own_operator("gru", w, b) if linear_before_reset else None) or layer.run(cell)
 
 
 @SHARED.op("RNN", since=7)
@@ -269,4 +305,5 @@ def rnn(
 
         return _ahead(_part(w, index, True), both), step
 
-    return _Layer(ops, x, r, lengths, [initial_h], ("Tanh",), **attributes).run(cell)
+    layer = _Layer(ops, x, r, lengths, [initial_h], ("Tanh",), **attributes)
+    return layer.by_own_operator("rnn", w, b) or layer.run(cell)

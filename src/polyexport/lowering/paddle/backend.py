@@ -11,6 +11,7 @@ from polyexport.lowering.operators import SHARED
 from polyexport.lowering.operators.resize import Axis, Mode, native_kind
 from polyexport.lowering.paddle import primitives
 from polyexport.lowering.paddle.loops import cond, loop, steps
+from polyexport.lowering.paddle.recurrent import recurrent
 from polyexport.lowering.paddle.weights import (
     TYPES,
     Weights,
@@ -126,4 +127,5 @@ def backend(weights: Weights) -> Backend:
         resize=resize,
         grid_sample=grid_sample,
         layer_norm=primitives.layer_norm,
+        recurrent=recurrent,
     )

@@ -110,4 +110,5 @@ def backend(weights: Weights) -> Backend:
         resize=resize,
         grid_sample=lambda *_: None,
         layer_norm=lambda *_: None,
+        recurrent=lambda *_: None,
     )
