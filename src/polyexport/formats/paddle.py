@@ -159,7 +159,8 @@ FORMAT = Format(
         Route("x2paddle", upstream="onnx-opset15", toolchain="paddle", convert=convert),
     ),
     load=load,
-    slow_because="attention is several operators on CPUs, and each transpose and reshape is a copy",
+    slow_because="attention is several operators on CPUs, each transpose and reshape is a copy, and its kernel of "
+    "recurrent layers takes longer than PyTorch's",
     targets=("server CPU",),
     snippets=_SNIPPETS,
 )
