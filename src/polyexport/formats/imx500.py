@@ -30,7 +30,7 @@ from zipfile import ZIP_DEFLATED, ZipFile, ZipInfo
 
 import numpy as np
 
-from polyexport.errors import ToolMissing
+from polyexport.errors import ToolMissing, line
 from polyexport.format import Format, Loaded, Observed, Route, Snippet
 from polyexport.spec import Arrays, ExportSpec, calibration, in_rows, row_remark
 from polyexport.tracing.constants import constants, fold
@@ -61,6 +61,10 @@ def lacks() -> str:
 # --- conversion -------------------------------------------------------------------------------------------------------
 
 
+_SAID = 200
+"""Characters of what the toolkit raised that are told: it prints its graph behind the cause."""
+
+
 def convert(source: Path, target: Path, spec: ExportSpec) -> None:
     """Quantize the program for one row, and compile it.
 
@@ -76,7 +80,8 @@ def convert(source: Path, target: Path, spec: ExportSpec) -> None:
         try:
             quantize(source, graph, spec.one_row())
         except Exception as error:
-            raise RuntimeError(beyond(load_program(source), spec) or _in_a_line(error)) from error
+            why = beyond(load_program(source), spec) or f"Sony's toolkit fails on it, with {line(error, _SAID)}"
+            raise RuntimeError(why) from error
     _compile(graph, target)
 
 
@@ -89,12 +94,6 @@ def beyond(program: torch.export.ExportedProgram, spec: ExportSpec) -> str:
     if whole := [f"{each.name} ({each.dtype})" for each in spec.inputs if np.dtype(each.dtype).kind in "iub"]:
         return f"Sony's toolkit makes every input float32, and the model reads integers: {', '.join(whole)}"
     return ""
-
-
-def _in_a_line(error: Exception) -> str:
-    """What the toolkit raised; the first line of many, of which the others print its graph."""
-    first = next(iter(str(error).splitlines()), "")
-    return f"Sony's toolkit fails on it, with {type(error).__name__}: {first}"
 
 
 def quantize(source: Path, target: Path, one: ExportSpec) -> None:

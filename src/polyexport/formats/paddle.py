@@ -2,9 +2,10 @@
 
 https://www.paddlepaddle.org.cn/inference/
 
-Our own lowering comes first, and X2Paddle if it fails or its result disagrees: artifacts of the lowering are as fast or
-faster, are made sooner, and have forward's own names. X2Paddle has its limits: no opset above 15, no `dilations` of all
-ones on a pool, no weight that two layers share, and one conversion per process. Its telemetry is off.
+Our own lowering comes first, and X2Paddle if it fails or its result disagrees: artifacts of the lowering are about as
+fast or faster, are made sooner, and have forward's own names. X2Paddle has its limits: no opset above 15, no
+`dilations` of all ones on a pool, no weight that two layers share, and one conversion per process. Its telemetry is
+off.
 """
 
 from __future__ import annotations
