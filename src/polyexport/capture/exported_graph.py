@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from functools import reduce
 from typing import TYPE_CHECKING, Any
 
+from polyexport.tracing.dropouts import dropouts
+
 if TYPE_CHECKING:
     from torch.fx import GraphModule, Node
 
@@ -62,9 +64,7 @@ def reduced(module: GraphModule) -> tuple[Any, ...]:
     import torch
     from torch.fx.node import map_aggregate
 
-    aten = torch.ops.aten
-    kinds = (aten.dropout, aten.feature_dropout, aten.alpha_dropout, aten.feature_alpha_dropout)
-    dropouts = {kind.default for kind in kinds}
+    removed = {operator.default for operator in dropouts()}
     names: dict[Node, str] = {}
 
     def as_earlier(argument: Any) -> Any:
@@ -74,8 +74,8 @@ def reduced(module: GraphModule) -> tuple[Any, ...]:
     for node in module.graph.nodes:
         if node in left_out:
             continue
-        names[node] = names[node.args[0]] if node.target in dropouts else node.name
-        if node.target not in dropouts:
+        names[node] = names[node.args[0]] if node.target in removed else node.name
+        if node.target not in removed:
             args, kwargs = map_aggregate(_in_eval_mode(node), as_earlier)
             steps.append(Step(node.op, node.name, _named(node.target), args, kwargs))
     own = {name: vars(module)[name] for name in _OWN}

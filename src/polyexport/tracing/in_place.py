@@ -11,6 +11,8 @@ import operator
 from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
+from polyexport.tracing.dropouts import dropouts
+
 if TYPE_CHECKING:
     import torch
     from torch.fx import Graph, Node
@@ -97,7 +99,7 @@ def _undeclared() -> Collection[Any]:
 
     aten = torch.ops.aten
     return {
-        *(aten.dropout, aten.feature_dropout, aten.alpha_dropout, aten.feature_alpha_dropout),  # in eval mode
+        *dropouts(),  # in eval mode
         *(aten.atleast_1d, aten.atleast_2d, aten.atleast_3d, aten.meshgrid, aten.cartesian_prod),
         *(aten.broadcast_tensors, aten.sum_to_size, aten.conj_physical, aten.lift),
         *(aten.unsafe_chunk, aten.unsafe_split, aten.unsafe_split_with_sizes),
