@@ -30,9 +30,9 @@ class Recurrent:
     settings: tuple[Any, ...]
     steps: Any
 
-    def replace(self, module: torch.fx.GraphModule, how: str, layer: torch.nn.Module, *arguments: Any) -> None:
-        """Put the call of a submodule in place of the node, named after it and `how`: `lstm_unrolled`."""
-        name = f"{self.node.name}_{how}"
+    def replace(self, module: torch.fx.GraphModule, suffix: str, layer: torch.nn.Module, *arguments: Any) -> None:
+        """Put the call of a submodule in place of the node, with its name and `suffix`: `lstm_unrolled`."""
+        name = f"{self.node.name}{suffix}"
         module.add_submodule(name, layer)
         with module.graph.inserting_before(self.node):
             self.node.replace_all_uses_with(module.graph.call_module(name, arguments))

@@ -26,7 +26,7 @@ def unrolled(module: torch.fx.GraphModule) -> torch.fx.GraphModule:
     for each in recurrent_layers(module):
         if isinstance(each.steps, int) and each.steps <= STEPS:
             layer = _layer(each.node.target, each.settings)
-            each.replace(module, "unrolled", layer, each.sequence, each.states, each.weights)
+            each.replace(module, SUFFIX, layer, each.sequence, each.states, each.weights)
     module.recompile()
     return module
 
