@@ -40,10 +40,10 @@ session-%: export OMP_NUM_THREADS := 1
 session-%:
 	$(BIN)/python -m pytest tests --share $(SHARED)
 
-FAST := architecture devices escape folders latency module outcome_table parity pickling records slices
+FAST := architecture devices escape folders latency module outcome_table parity pickling private_names records slices
 
 test-fast: $(VENV)/test
-	$(BIN)/python -m pytest -q $(FAST:%=tests/test_%.py)
+	$(BIN)/python -m pytest -q -m "not slow" $(FAST:%=tests/test_%.py)
 
 # an environment of its own without constraints, brought up to date at each call, beyond the bounds of pyproject.toml too
 test-newest:

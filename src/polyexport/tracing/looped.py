@@ -28,7 +28,7 @@ def looped(module: torch.fx.GraphModule, longer_than: int) -> torch.fx.GraphModu
             continue
         layer = _Layer(each.node.target, each.settings, constants)
         if not layer.has_projections:
-            each.replace(module, "_looped", layer.module(), each.sequence, each.states)
+            each.replace(module, "looped", layer.module(), each.sequence, each.states)
     module.recompile()
     return module
 

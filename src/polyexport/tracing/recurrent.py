@@ -31,8 +31,8 @@ class Recurrent:
     steps: Any
 
     def replace(self, module: torch.fx.GraphModule, suffix: str, layer: torch.nn.Module, *arguments: Any) -> None:
-        """Put the call of a submodule in place of the node, with its name and `suffix`: `lstm_unrolled`."""
-        name = f"{self.node.name}{suffix}"
+        """Put the call of a submodule in place of the node, named after it and `suffix`: `lstm_unrolled`."""
+        name = f"{self.node.name}_{suffix}"
         module.add_submodule(name, layer)
         with module.graph.inserting_before(self.node):
             self.node.replace_all_uses_with(module.graph.call_module(name, arguments))

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 STEPS = 32
 """Longest sequence that is unrolled: each step is a copy of the layer's operators."""
 
-SUFFIX = "_unrolled"
+SUFFIX = "unrolled"
 """What the name of a submodule ends with that computes a recurrent layer."""
 
 
