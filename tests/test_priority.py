@@ -16,26 +16,22 @@ from polyexport.workers.process import Workers
 WAITS = [sys.executable, "-c", "input()"]
 
 
-def priority(process: int) -> tuple[int, int | None]:
-    """Niceness of a process and of its session; None where that session is in no group of its own.
-
-    So it is in init's session, and everywhere where the system does not group by sessions.
-    """
-    group = Path(f"/proc/{process}/autogroup")
-    of_session = group.read_text().split() if group.exists() else []
-    return os.getpriority(os.PRIO_PROCESS, process), int(of_session[-1]) if of_session else None
-
-
 def test_a_worker_has_low_priority_until_training_is_over():
-    workers = Workers(background=True)
+    own, workers = os.getpriority(os.PRIO_PROCESS, 0), Workers(background=True)
     with workers._spawned(WAITS, subprocess.DEVNULL, subprocess.DEVNULL, os.environ) as process:
-        assert priority(process.pid) in ((19, 19), (19, None))
+        assert os.getpriority(os.PRIO_PROCESS, process.pid) == 19
         workers.hurry()
-        own, of_session = priority(process.pid)
-        assert (of_session or 0) == (priority(os.getpid())[1] or 0)
-        assert own == os.getpriority(os.PRIO_PROCESS, 0) or os.geteuid() != 0, "only root may take it back"
+        assert os.getpriority(os.PRIO_PROCESS, process.pid) == own or os.geteuid() != 0, "only root may take it back"
     with workers._spawned(WAITS, subprocess.DEVNULL, subprocess.DEVNULL, os.environ) as process:
-        assert priority(process.pid)[0] == os.getpriority(os.PRIO_PROCESS, 0)
+        assert os.getpriority(os.PRIO_PROCESS, process.pid) == own
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/autogroup"), reason="only Linux schedules sessions as groups")
+def test_a_worker_is_scheduled_in_the_group_of_training_and_leaves_its_priority():
+    own = Path("/proc/self/autogroup").read_text()
+    with Workers(background=True)._spawned(WAITS, subprocess.DEVNULL, subprocess.DEVNULL, os.environ) as process:
+        assert Path(f"/proc/{process.pid}/autogroup").read_text() == own
+    assert Path("/proc/self/autogroup").read_text() == own
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has the policy")
@@ -74,8 +70,7 @@ def test_waiting_for_a_processor_is_distinguished_from_sleeping(tmp_path):
     spin = f"import os; os.sched_setaffinity(0, {{{core}}})\nwhile True: pass"
     programs = [spin, spin, "input()"]
     processes = [
-        subprocess.Popen([sys.executable, "-c", each], stdin=subprocess.PIPE, start_new_session=True)
-        for each in programs
+        subprocess.Popen([sys.executable, "-c", each], stdin=subprocess.PIPE, process_group=0) for each in programs
     ]
     try:
         while min(waited_seconds(process.pid) for process in processes[:2]) < 0.5:

@@ -86,7 +86,13 @@ def run(workers: Workers, tmp_path: Path) -> Run:
 
 def tells(source: Path, target: Path, spec: ExportSpec) -> None:
     """Says who and where it is."""
-    known = {"pid": os.getpid(), "parent": os.getppid(), "session": os.getsid(0), "folder": os.getcwd()}
+    known = {
+        "pid": os.getpid(),
+        "parent": os.getppid(),
+        "group": os.getpgid(0),
+        "session": os.getsid(0),
+        "folder": os.getcwd(),
+    }
     known |= {"temporary": tempfile.mkdtemp(), "given": os.environ.get("GIVEN"), "nice": os.nice(0)}
     known |= {"files": len(os.listdir("/proc/self/fd")), "collects": gc.isenabled()}
     print(json.dumps(known), flush=True)
@@ -127,7 +133,8 @@ def test_a_child_is_what_a_new_process_would_be(run: Run, tmp_path: Path, monkey
     one, two, new = (told(tmp_path / f"{name}.log") for name in ("one", "two", "new"))
     assert one["parent"] == two["parent"] not in (os.getpid(), one["pid"], two["pid"]), "one server"
     assert new["parent"] == os.getpid()
-    assert [each["session"] == each["pid"] for each in (one, two, new)] == [True] * 3
+    assert [each["group"] == each["pid"] for each in (one, two, new)] == [True] * 3
+    assert {each["session"] for each in (one, two, new)} == {os.getsid(0)}, "scheduled beside training's threads"
     assert (one["given"], two["given"]) == ("1", "2")
     assert (one["folder"], two["folder"]) == (str(tmp_path), str(tmp_path / "elsewhere"))
     assert Path(one["temporary"]).parent != Path(two["temporary"]).parent

@@ -17,9 +17,10 @@ def outlive_signals() -> None:
     """Ignore signals that a scheduler sends to all processes of a job, since they are meant for the training.
 
     A worker ends with the process that started it, which also kills it where needed; and a conversion that a SIGTERM
-    had ended would be reported as `failed`.
+    had ended would be reported as `failed`. One that reads the terminal would be stopped by SIGTTIN, since it is no
+    foreground process; so it gets an error.
     """
-    for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2"):
+    for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGTTIN", "SIGTTOU"):
         if hasattr(signal, name):  # Windows has two of them
             signal.signal(getattr(signal, name), signal.SIG_IGN)
 

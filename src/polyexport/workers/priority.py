@@ -4,10 +4,10 @@ Requirements:
 * A thread of training that wakes gets a processor at once. On Linux it would wait for up to a time slice of a nice
   worker that runs there, at each parallel operator of PyTorch. A worker of the policy SCHED_IDLE it preempts, and a
   processor that runs only such ones counts as free (sched(7)).
-* If the kernel groups processes by session (autogroup in sched(7)), niceness counts within the session only, and a
-  worker has its own session. So the session's niceness is set too.
-* When training is over, workers that still run get normal priority, as far as the system allows it: anyone may raise a
-  session's priority, but only privileged users a thread's. One that stays at the lowest has all that others leave.
+* Policy and niceness count within a session only, where the kernel groups processes by session (autogroup in sched(7)).
+  So a worker leads a process group, and no session of its own.
+* When training is over, workers that still run get normal priority, as far as the system allows it: only privileged
+  users may raise a thread's. One that stays at the lowest has all that others leave.
 * Time without a processor does not count toward a timeout.
 """
 
@@ -16,40 +16,35 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 _LOWEST = 19
-_BETWEEN_SECONDS, _TRIES = 0.1, 20  # the kernel allows ten changes per second from all unprivileged users
 
 
 def step_back(process: int) -> None:
-    """Give a process that leads a new session the lowest priority, which its children inherit."""
-    _nice_session(process, _LOWEST)
+    """Give a process the lowest priority, which its children inherit."""
     _nice(process, _LOWEST)
     _schedule(process, idle=True)
 
 
-def restore_priority(session: int) -> None:
-    """Give the processes of a session the priority of this process."""
-    own, of_session = 0, 0
-    with contextlib.suppress(OSError, AttributeError, ValueError, IndexError):  # see _nice
+def restore_priority(group: int) -> None:
+    """Give the processes of a group the priority of this process."""
+    own = 0
+    with contextlib.suppress(OSError, AttributeError):  # see _nice
         own = os.getpriority(os.PRIO_PROCESS, 0)
-        of_session = int(Path("/proc/self/autogroup").read_text(encoding="utf-8").split()[-1])
-    _nice_session(session, of_session)
-    for thread in _threads(session):
+    for thread in _threads(group):
         _schedule(thread, idle=False)
         _nice(thread, own)
 
 
-def waited_seconds(session: int) -> float:
-    """How long the processes of a session waited for a processor: the maximum over their threads.
+def waited_seconds(group: int) -> float:
+    """How long the processes of a group waited for a processor: the maximum over their threads.
 
     0.0 if the system does not report it (https://docs.kernel.org/scheduler/sched-stats.html).
     """
     waited = 0.0
-    for thread in _threads(session):
+    for thread in _threads(group):
         with contextlib.suppress(OSError, IndexError):  # it ended meanwhile
             waited = max(waited, _waited_seconds(Path(f"/proc/{thread}")))
     return waited
@@ -76,17 +71,6 @@ def _waited_seconds(thread: Path) -> float:
     return int((thread / "schedstat").read_text(encoding="utf-8").split()[1]) / 1e9
 
 
-def _nice_session(process: int, niceness: int) -> None:
-    for _ in range(_TRIES):
-        try:
-            Path(f"/proc/{process}/autogroup").write_text(str(niceness), encoding="utf-8")
-            return
-        except BlockingIOError:
-            time.sleep(_BETWEEN_SECONDS)
-        except OSError:  # the file exists on Linux only
-            return
-
-
 def _nice(process: int, niceness: int) -> None:
     with contextlib.suppress(OSError, AttributeError):  # not allowed, or Windows, which has no such call
         os.setpriority(os.PRIO_PROCESS, process, niceness)
@@ -99,15 +83,15 @@ def _schedule(thread: int, *, idle: bool) -> None:
             os.sched_setscheduler(thread, os.SCHED_IDLE if idle else os.SCHED_OTHER, os.sched_param(0))
 
 
-def _threads(session: int) -> Iterator[int]:
-    """The threads of a session's processes: on Linux each has a priority of its own."""
-    for process in _of(session):
+def _threads(group: int) -> Iterator[int]:
+    """The threads of a group's processes: on Linux each has a priority of its own."""
+    for process in _of(group):
         with contextlib.suppress(OSError):  # the process ended meanwhile
             yield from [int(each.name) for each in Path(f"/proc/{process}/task").iterdir()]
 
 
-def _of(session: int) -> Iterator[int]:
+def _of(group: int) -> Iterator[int]:
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # the process ended meanwhile
-            if os.getsid(int(folder.name)) == session:
+            if os.getpgid(int(folder.name)) == group:
                 yield int(folder.name)

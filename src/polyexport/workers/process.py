@@ -1,7 +1,6 @@
 """Worker processes: starting, watching and ending them, and describing how they ended.
 
-Workers are processes of their own sessions, never multiprocessing, which would run a user's script without a `__main__`
-guard again.
+Each worker leads a process group. Multiprocessing would run a user's script without a `__main__` guard again.
 """
 
 from __future__ import annotations
@@ -273,7 +272,7 @@ class Workers:
 
     @contextlib.contextmanager
     def _started(self, start: Callable[[Mapping[str, str]], P], environment: Mapping[str, str]) -> Iterator[P | None]:
-        """A process in its own session, killed with its children when the context exits; None after `end_all`.
+        """A process that leads a group, killed with its children when the context exits; None after `end_all`.
 
         It has its own folder for temporary files: converters leave gigabytes, and a killed one all of its files.
         """
@@ -311,9 +310,7 @@ def _spawn(
     command: Sequence[str], stdin: int, stdout: Any, stderr: Any, environment: Mapping[str, str]
 ) -> subprocess.Popen[bytes]:
     folder, around = working_folder(), dict(environment)
-    return subprocess.Popen(
-        command, stdin=stdin, stdout=stdout, stderr=stderr, env=around, cwd=folder, start_new_session=True
-    )
+    return subprocess.Popen(command, stdin=stdin, stdout=stdout, stderr=stderr, env=around, cwd=folder, process_group=0)
 
 
 class Conversation:

@@ -5,8 +5,8 @@
 Requirements:
 * Nothing is ever converted or run here, so a child is as fresh as a new process. What is imported here is named on the
   command line; a user's modules are imported in the child.
-* A child has its own session, standard streams, environment and temporary folder; it ends with this process, and this
-  process ends with the one that started it.
+* A child has its own process group, standard streams, environment and temporary folder; it ends with this process, and
+  this process ends with the one that started it.
 * Only the thread that forks survives in a child: if an import starts another, the server starts again without that and
   those between it and `LATER`. It reports the threads that it has in spite of this, and the engine forks no more.
 * The first jobs need not wait for all imports: those after `LATER` are done one by one, whenever no job waits.
@@ -222,7 +222,7 @@ class _Forked:
 
 def _become(order: Order, files: Sequence[int]) -> None:
     """Make this forked process like a new one."""
-    os.setsid()
+    os.setpgid(0, 0)
     os.write(files[-1], f"{os.getpid()}\n".encode())
     for number, file in enumerate(files[:-1]):
         os.dup2(file, number)

@@ -45,7 +45,7 @@ class Child:
     """A job's process that a server forked, with the interface of `subprocess.Popen`.
 
     Attributes:
-        pid: The id of the process, its session and its process group.
+        pid: The id of the process and of its process group.
         stdin: Its standard input.
         stdout: Its standard output, if that is a pipe.
         returncode: Its exit code, or the negative number of the signal that ended it; None while it runs.
