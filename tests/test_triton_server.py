@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sysconfig
@@ -80,13 +81,13 @@ def server(site: Path, small: Report, tmp_path: Path) -> Iterator[str]:
     libraries = (str(site / "nvidia_pytriton.libs"), sysconfig.get_config_var("LIBDIR"))
     around = {**os.environ, "LD_LIBRARY_PATH": os.pathsep.join(libraries)}
     with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(list(map(str, words)), env=around, stdout=log, stderr=log)
+        process = subprocess.Popen(list(map(str, words)), env=around, stdout=log, stderr=log, process_group=0)
     try:
         address = f"http://127.0.0.1:{port}/v2"
         wait_for(f"{address}/health/ready", process, tmp_path / "log")
         yield address
     finally:
-        process.kill()
+        os.killpg(process.pid, signal.SIGKILL)  # with its processes for Python, which would go on without it
         process.wait()
 
 
