@@ -6,7 +6,7 @@ PolyexportError
 ├── BadRequest         an argument, a module or an input that cannot be used
 ├── ToolMissing        a program, package or device is missing here         -> state `skipped`
 ├── CannotRun          made, but nothing here can run it                    -> state `unverified`
-├── NothingToDo        a route that would make the same as an earlier one   -> the next route
+├── NothingToDo        a route that would make the same as another one      -> the next route
 ├── NotSigned          an export that differs from what was signed
 └── ExportFailed       raised after `fit`, only where `fail_on` asks for it
 ```
@@ -182,7 +182,7 @@ class CannotRun(PolyexportError, RuntimeError):
 
 
 class NothingToDo(PolyexportError, RuntimeError):
-    """A route would make the same as an earlier one; it is left out of the format's reason."""
+    """A route would make the same as another one; it is left out of the format's reason."""
 
 
 class NotSigned(PolyexportError, RuntimeError):

@@ -42,6 +42,11 @@ def narrow(spec: ExportSpec, folder: str) -> ExportSpec:
 # --- MNN --------------------------------------------------------------------------------------------------------------
 
 
+def _of_mnn(name: str) -> Convert:
+    """The first conversion of a model of MNN to the format `name`."""
+    return next(route.convert for route in known()[name].routes if route.upstream == "mnn")
+
+
 def mnn_swapped(name: str) -> Convert:
     """The format `name`, which is made of a model of MNN, with two channels of the last layer swapped."""
 
@@ -58,21 +63,21 @@ def mnn_swapped(name: str) -> Convert:
         with tempfile.TemporaryDirectory() as folder:
             onnx.save(model, Path(folder, "model.onnx"))
             known()["mnn"].routes[0].convert(Path(folder, "model.onnx"), Path(folder, "model.mnn"), spec)
-            known()[name].routes[0].convert(Path(folder, "model.mnn"), target, spec)
+            _of_mnn(name)(Path(folder, "model.mnn"), target, spec)
 
     return convert
 
 
 def mnn_saturated(source: Path, target: Path, spec: ExportSpec) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        known()["mnn-int8"].routes[0].convert(source, target, narrow(spec, folder))
+        _of_mnn("mnn-int8")(source, target, narrow(spec, folder))
 
 
 def mnn_zero_points(source: Path, target: Path, spec: ExportSpec) -> None:
     """Shift the numbers that are computed, behind the input, by a quarter of their range."""
     from polyexport.formats import mnn
 
-    known()["mnn-int8"].routes[0].convert(source, target, spec)
+    _of_mnn("mnn-int8")(source, target, spec)
     with tempfile.TemporaryDirectory() as folder:
         text = Path(folder, "model.json")
         words = ("--framework", "MNN", "--modelFile", str(target), "--JsonFile", str(text))

@@ -11,7 +11,8 @@ operators it supports better: it crashes on some LSTMs in the newer one.
 Lower precisions are made from the float32 file by the same converter: weights of convolutions, products and LSTMs only.
 For weights in four bits that disagree, scales are fitted to blocks half as large by HQQ, for a slightly larger file;
 outside a budget, the costliest layers go back to float.
-int8 comes from its quantizer, which has three methods; each fails, or is far off, on some models.
+int8 comes from its quantizer, which has three methods; each fails, or is far off, on some models. It crashes on loops,
+so recurrent layers over few steps are unrolled first.
 """
 
 from __future__ import annotations
@@ -30,11 +31,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from polyexport.errors import ended
+from polyexport.errors import NothingToDo, ended
 from polyexport.format import Convert, Format, Loaded, Route, Snippet
 from polyexport.measure.drafts import Draft, distance, mended
 from polyexport.measure.weights import in_four_bits
 from polyexport.onnx_graph.decompose import decomposed
+from polyexport.onnx_graph.unrolled import STEPS, unrolled
 from polyexport.spec import Arrays, ExportSpec, Precision, Runner, calibration
 from polyexport.workers import programs
 
@@ -161,7 +163,8 @@ def _quantized(method: str) -> Convert:
     def quantize(source: Path, target: Path, spec: ExportSpec) -> None:
         if has_loops(source.read_bytes()):
             raise RuntimeError(
-                "MNN's quantizer crashes on loops, which MNN's converter makes of recurrent layers; use mnn-w8"
+                "MNN's quantizer crashes on loops, which MNN's converter makes of recurrent layers over more than "
+                f"{STEPS} steps or an unknown number of them; use mnn-w8"
             )
         with TemporaryDirectory() as folder:
             samples, config = Path(folder, "samples"), Path(folder, "config.json")
@@ -176,6 +179,24 @@ def _quantized(method: str) -> Convert:
         target.with_name(f"{target.name}.json").unlink(missing_ok=True)  # its own notes
 
     return quantize
+
+
+def quantize_unrolled(source: Path, target: Path, spec: ExportSpec) -> None:
+    """Quantize the ONNX graph to int8 with its recurrent layers unrolled.
+
+    Raises:
+        NothingToDo: it has none, or one that cannot be.
+    """
+    import onnx
+
+    model = unrolled(onnx.load(source))
+    if model is None:
+        raise NothingToDo(f"it has no recurrent layers over up to {STEPS} steps alone")
+    with TemporaryDirectory() as folder:
+        graph, made = Path(folder, "unrolled.onnx"), Path(folder, "unrolled.mnn")
+        onnx.save(model, graph)
+        convert(graph, made, spec)
+        _quantized("EMA")(made, target, spec)
 
 
 _SUBGRAPHS = 10
@@ -425,6 +446,7 @@ FORMATS = (
         "mnn-int8",
         "int8",
         "MNN model in int8, calibrated with validation batches",
+        Route("unrolled", "onnx", "mnn", quantize_unrolled),
         *(Route(method, "mnn", "mnn", _quantized(method)) for method in ("EMA", "ADMM", "KL")),
         load=load_int8,
         snippets=_SNIPPETS_INT8,

@@ -12,7 +12,7 @@ import onnx
 
 import bare  # noqa: F401  # before our package
 from polyexport.formats import known
-from polyexport.formats.mnn import convert, has_loops, load, load_int8, load_w4
+from polyexport.formats.mnn import convert, has_loops, load, load_int8, load_w4, quantize_unrolled
 from polyexport.measure.drafts import distance
 from polyexport.spec import ExportSpec, TensorSpec, write_arrays
 
@@ -61,6 +61,25 @@ onnx.save(model, folder / "r.onnx")
 convert(folder / "r.onnx", folder / "r.mnn", spec)
 assert has_loops((folder / "r.mnn").read_bytes())
 
+RECURRENT = """
+<ir_version: 10, opset_import: ["": 20]>
+graph (float[5, n, 3] x, float[1, n, 4] first) => (float[5, 1, n, 4] y)
+{ y = GRU<hidden_size = 4, linear_before_reset = 1>(x, w, r, b, , first) }
+"""
+given = (TensorSpec("x", "float32", (5, "n", 3)), TensorSpec("first", "float32", (1, "n", 4)))
+spec = ExportSpec(given, (TensorSpec("y", "float32", (5, 1, "n", 4)),), {"n": 8}, calibration=(folder / "x.npz",))
+batch = {"x": random.normal(size=(5, 8, 3)), "first": random.normal(size=(1, 8, 4))}
+batch = {name: array.astype(np.float32) for name, array in batch.items()}
+write_arrays(folder / "x.npz", batch)
+model = onnx.parser.parse_model(RECURRENT)
+model.graph.initializer.extend(onnx.numpy_helper.from_array(array, name) for name, array in weights.items())
+onnx.save(model, folder / "g.onnx")
+convert(folder / "g.onnx", folder / "g.mnn", spec)
+quantize_unrolled(folder / "g.onnx", folder / "q.mnn", spec)  # which the quantizer crashes on in a loop
+assert not has_loops((folder / "q.mnn").read_bytes())
+exact = load(folder / "g.mnn", spec, threads=1)(batch)["y"]
+assert np.abs(load_int8(folder / "q.mnn", spec, threads=1)(batch)["y"] - exact).max() < 0.05 * np.abs(exact).max()
+
 LAYERS = """
 <ir_version: 10, opset_import: ["": 20]>
 graph (float[n, 10] x) => (float[n, 12] hidden, float[n, 3] y)
@@ -81,7 +100,8 @@ write_arrays(folder / "x.npz", {"x": batch})
 outputs = tuple(TensorSpec(name, "float32", ("n", size)) for name, size in (("hidden", 12), ("y", 3)))
 spec = ExportSpec((TensorSpec("x", "float32", ("n", 10)),), outputs, {"n": 4}, calibration=(folder / "x.npz",))
 convert(folder / "l.onnx", folder / "l.mnn", spec)
-known()["mnn-int8"].routes[0].convert(folder / "l.mnn", folder / "i.mnn", spec)
+unrolled, from_mnn, *_ = known()["mnn-int8"].routes
+from_mnn.convert(folder / "l.mnn", folder / "i.mnn", spec)
 run = load_int8(folder / "i.mnn", spec, threads=1)
 for rows in (4, 1, 7, 1):  # one module that is resized so crashes
     x = {"x": np.concatenate([batch, batch])[:rows]}
