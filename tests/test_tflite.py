@@ -236,34 +236,79 @@ def test_a_model_for_the_ethos_u_is_compiled_and_its_memory_and_time_are_estimat
     assert b"ethos-u" in (report.folder / "ethosu" / "model_vela.tflite").read_bytes()
 
 
+class Strided(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = torch.nn.Conv2d(3, 8, 7, stride=4, padding=3)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return self.patches(image).mean((2, 3))
+
+
+class Masked(torch.nn.Module):
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return x * mask
+
+
+@pytest.mark.slow
+def test_a_padding_that_vela_fails_on_is_on_the_cpu(tmp_path):
+    report = polyexport.export(Strided(), torch.randn(4, 3, 64, 64), ["ethosu"], tmp_path / "e", bench=False)
+    assert "1 × PAD (before a convolution, which Vela fails on)" in report["ethosu"].parity.verified_by
+
+
+@pytest.mark.slow
+def test_an_input_of_bool_is_named_where_vela_fails_on_it(tmp_path):
+    inputs = torch.randn(4, 9), torch.randn(4, 9) > 0
+    outcome = polyexport.export(Masked(), inputs, ["ethosu"], tmp_path / "e", bench=False)["ethosu"]
+    assert outcome.state == "failed"
+    assert "compares inputs of bool with zero, which the Ethos-U55 cannot; give mask as another type" in outcome.reason
+
+
 SAID = """
-Warning (supported operators) operator: SIN, ofm: 'y'
+Warning (supported operators) operator: None, ofm: 'y'
 Reason: Unsupported opType
 
-Warning (supported operators) operator: SIN, ofm: 'y'
-Reason: Unsupported opType
+Warning (supported operators) operator: EXP, ofm: 'x'
+Reason: Operation has tensor with unsupported DataType Float32 (x)
+Feature-map dataTypes must be one of {"INT8"}
 
-CPU operators = 1 (25.0%)
+CPU operators = 4 (50.0%)
    CPU: Passthrough = y (outputs [1, 1, 1, 3])
-NPU operators = 3 (75.0%)
+   CPU: Passthrough = x (outputs [1, 1, 1, 3])
+   CPU: Passthrough = padded (outputs [1, 1, 1, 3])
+   CPU: Passthrough = made by Vela (outputs [1, 1, 1, 3])
+NPU operators = 4 (50.0%)
 """
 
 
 def test_what_vela_leaves_on_the_microcontroller_is_counted_by_name() -> None:
-    assert ethosu.placement(SAID) == {"operations": 4, "on_cpu": {"SIN": 1}}
+    kinds = {"y": "BROADCAST_TO", "x": "EXP", "padded": "PAD", "z": "ADD"}
+    on_cpu = {
+        **{"BROADCAST_TO (not supported)": 1, "EXP (in float32)": 1},
+        **{"PAD (before a convolution, which Vela fails on)": 1, "operations without a name": 1},
+    }
+    assert ethosu.placement(SAID, kinds, "PAD") == {"operations": 8, "on_cpu": on_cpu}
     with pytest.raises(ValueError, match="does not say how many operations"):
-        ethosu.placement("Network summary for model")
+        ethosu.placement("Network summary for model", {})
     unlisted = "CPU operators = 2 (50.0%)\nNPU operators = 2 (50.0%)\n"
-    assert ethosu.placement(unlisted) == {"operations": 4, "on_cpu": {"operations without a name": 2}}
+    assert ethosu.placement(unlisted, kinds) == {"operations": 4, "on_cpu": {"operations without a name": 2}}
 
 
 def test_a_fault_of_vela_itself_is_told_from_its_refusals():
+    chip = ethosu.CHIPS["ethosu"]
     traced = 'Traceback (most recent call last):\n  File "stats_writer.py", line 525, in f\n'
-    assert ethosu._why(f"{traced}KeyError: '0'\n") == "it fails by itself, with KeyError: '0'"
-    assert ethosu._why("Error: Non-passthrough operation (Sin) could\nnot run\n") == (
-        "Non-passthrough operation (Sin) could not run"
+    assert ethosu._why(f"{traced}KeyError: '0'\n", chip) == "it fails by itself, with KeyError: '0'"
+    assert ethosu._why("Error: Invalid accelerator\nconfiguration\n", chip) == "Invalid accelerator configuration"
+    assert ethosu._why("killed", chip) == "killed"
+
+
+def test_an_operation_that_vela_plans_and_the_accelerator_lacks_is_told():
+    said = "RuntimeError: Non-passthrough operation ({}) could not run on NPU\n"
+    chip = ethosu.CHIPS["ethosu-u65"]
+    assert ethosu._why(said.format("Sin"), chip).startswith("it plans an operation Sin for the Ethos-U65 that this ")
+    assert ethosu._why(said.format("NotEqual"), chip, ["mask"]) == (
+        "it compares inputs of bool with zero, which the Ethos-U65 cannot; give mask as another type, such as float32"
     )
-    assert ethosu._why("killed") == "killed"
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ Requirements:
 * Vela, Arm's compiler, is a wheel. It estimates memory and time by a model of the chip, and the report repeats that.
 * Nothing here runs a compiled model, so what is verified is the int8 model before compilation, on the CPU.
 * What the accelerator does not support runs on the microcontroller by TensorFlow Lite Micro; with more than a tenth of
-  the operations there, the outcome is `degraded`. Vela itself refuses some models, with its words as the reason.
+  the operations there, the outcome is `degraded`. Vela itself refuses some models.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ import csv
 import json
 import re
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,37 +67,93 @@ def compile_for(chip: Chip) -> Convert:
         """Run Vela, and write its model next to a copy of the int8 one, with its estimates in `vela.json`.
 
         Raises:
-            RuntimeError: Vela refuses the model; the message is Vela's.
+            RuntimeError: Vela refuses the model; the message says what Vela does.
         """
         shutil.copyfile(source, target.with_name(_MODEL))
         with tempfile.TemporaryDirectory() as folder:
             words = [sys.executable, "-P", "-m", "ethosu.vela", *chip.words(), "--output-dir", folder, str(source)]
-            done = programs.run([*words, "--show-cpu-operations"])
-            if done.returncode and _LISTING in done.stderr:
-                done = programs.run(words)
+            done = _run(words)
+            ignored = _PAD if done.returncode and _UNFIT.search(done.stderr) else ""
+            if ignored:
+                again = _run([*words, "--ignore-ops", ignored])
+                done, ignored = (done, "") if again.returncode else (again, ignored)
             if done.returncode:
-                raise RuntimeError(f"Vela refuses it: {_why(done.stderr or done.stdout)}")
+                bools = [each.name for each in spec.inputs if each.dtype == "bool"]
+                raise RuntimeError(f"Vela refuses it: {_why(done.stderr or done.stdout, chip, bools)}")
             shutil.copyfile(Path(folder, f"{source.stem}_vela.tflite"), target)
             (summary,) = Path(folder).glob("*_summary_*.csv")
-            found = {**placement(done.stdout), **estimates(summary.read_text(encoding="utf-8"))}
+            placed = placement(done.stdout, _kinds(source), ignored)
+            found = {**placed, **estimates(summary.read_text(encoding="utf-8"))}
         target.with_name(_SUMMARY).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
     return convert
 
 
+def _run(words: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run Vela, with a list of the operations on the CPU if it can make one."""
+    done = programs.run([*words, "--show-cpu-operations"])
+    return programs.run(words) if done.returncode and _LISTING in done.stderr else done
+
+
 _LISTING = "in regor_operations_from_database"
 """In the traceback if Vela fails after compiling, as it lists an operation that it made itself."""
 
+_UNFIT = re.compile(r"Non-passthrough operation \((\w+)\) could not run on NPU")
+"""What Vela raises where it has planned an operation for the accelerator, which does not have it like that.
 
-def _why(said: str) -> str:
-    """Vela's own error, or the exception that it did not expect, from the end of its output."""
+One cause is a padding that it makes part of the convolution behind it. Strides over 3, which it rewrites for lack of
+them, it rewrites of convolutions without padding only. With the padding on the CPU they remain on the accelerator.
+"""
+
+_PAD = "PAD"
+
+
+def _why(said: str, chip: Chip, bools: Sequence[str] = ()) -> str:
+    """Why Vela ends without a model, from the end of its output."""
+    if unfit := _UNFIT.search(said):
+        if bools and unfit[1] == "NotEqual":
+            return (
+                f"it compares inputs of bool with zero, which the {chip.title} cannot; give {', '.join(bools)} as "
+                "another type, such as float32"
+            )
+        return (
+            f"it plans an operation {unfit[1]} for the {chip.title} that this does not have like that, and ends there, "
+            "which is a fault of Vela's"
+        )
     before, _, error = said.rpartition("Error: ")
     kind, words = re.split(r"\W", before)[-1], " ".join(error.split())
     return f"it fails by itself, with {kind}Error: {words}" if kind else words
 
 
-def placement(said: str) -> dict[str, object]:
-    """How many operations Vela left on the CPU, by TensorFlow Lite's names, and how many there are.
+def _kinds(source: Path) -> dict[str, str]:
+    """The kind of each operation of a TensorFlow Lite model by the name of its output."""
+    from ethosu.vela.tflite.BuiltinOperator import BuiltinOperator
+    from ethosu.vela.tflite.Model import Model
+
+    names = {value: name for name, value in vars(BuiltinOperator).items()}
+    model = Model.GetRootAs(source.read_bytes())
+    codes = [model.OperatorCodes(i) for i in range(model.OperatorCodesLength())]
+    kinds = [names[max(each.BuiltinCode(), each.DeprecatedBuiltinCode())] for each in codes]
+    graph = model.Subgraphs(0)
+    operations = [graph.Operators(i) for i in range(graph.OperatorsLength())]
+    return {graph.Tensors(each.Outputs(0)).Name().decode(): kinds[each.OpcodeIndex()] for each in operations}
+
+
+_REASONS = {
+    r"Unsupported opType": "not supported",
+    r"Operation has tensor with unsupported DataType Float32.*": "in float32",
+    r"Unsupported depth-reduction.*": "over channels, with none of height, width and channels 1",
+}
+"""Vela's reasons, as far as they hold for several operations, and how they are told."""
+
+
+def placement(said: str, kinds: Mapping[str, str], ignored: str = "") -> dict[str, object]:
+    """How many operations Vela left on the CPU, by TensorFlow Lite's names with the reason, and how many there are.
+
+    Args:
+        said: Vela's output. By its end it has rewritten the operations, and calls most of those `Passthrough`.
+        kinds: The kind of each operation by the name of its output.
+        ignored: The kind that it was told to leave there.
 
     Raises:
         ValueError: the output has no such numbers.
@@ -104,15 +161,20 @@ def placement(said: str) -> dict[str, object]:
     counts = dict(re.findall(r"^(CPU|NPU) operators = (\d+)", said, re.MULTILINE))
     if counts.keys() != {"CPU", "NPU"}:
         raise ValueError("Vela's output does not say how many operations are on the accelerator")
-    refused = dict.fromkeys(
-        re.findall(r"^Warning \(supported operators\) operator: (\w+), ofm: '(.*)'$", said, re.MULTILINE)
-    )
-    on_cpu = Counter(name for name, _ in refused)
-    if on_cpu.total() != int(counts["CPU"]):  # Vela has rewritten them by then, and calls most `Passthrough`
-        on_cpu = Counter(re.findall(r"^\s+CPU: (\w+) = ", said, re.MULTILINE))
+    refused = dict(re.findall(r"^Warning .* operator: \w+, ofm: '(.*)'\nReason: (.*)$", said, re.MULTILINE))
+    listed = re.findall(r"^\s+CPU: \w+ = (.*) \(outputs ", said, re.MULTILINE) or list(refused)
+    on_cpu = Counter(_described(kinds[name], refused.get(name, ""), ignored) for name in listed if name in kinds)
     if (unnamed := int(counts["CPU"]) - on_cpu.total()) > 0:
         on_cpu["operations without a name"] += unnamed
     return {"operations": sum(map(int, counts.values())), "on_cpu": on_cpu}
+
+
+def _described(kind: str, reason: str, ignored: str) -> str:
+    """An operation on the CPU, with the reason if it is known."""
+    if kind == ignored:
+        return f"{kind} (before a convolution, which Vela fails on)"
+    told = next((re.sub(known, words, reason) for known, words in _REASONS.items() if re.match(known, reason)), reason)
+    return f"{kind} ({told})" if told else kind
 
 
 def estimates(text: str) -> dict[str, float | str]:
