@@ -108,6 +108,14 @@ def test_what_the_toolkit_lacks_is_composed_of_what_it_has(module: torch.nn.Modu
     assert all(weight.ndim > 1 for weight in read_directly(found))
 
 
+def test_a_softplus_is_a_series_that_is_near_for_any_number():
+    x = torch.cat([torch.linspace(-4, 4, 801), torch.tensor([-1e4, -90.0, 90.0, 1e4])])[None]
+    module = torch.nn.Softplus(beta=2)
+    found = imx500.layers(export_program(with_image_operators(export_program(module, (x,), [()]).module()), (x,), [()]))
+    assert torch.nn.functional.softplus not in {node.target for node in found.graph.nodes}
+    torch.testing.assert_close(found(x), module(x), rtol=1e-6, atol=1.4e-4)
+
+
 def read_directly(module: torch.fx.GraphModule) -> list[torch.Tensor]:
     """The weights that nodes read which are no layers."""
     return [attrgetter(str(node.target))(module) for node in module.graph.find_nodes(op="get_attr")]
