@@ -28,7 +28,7 @@ from torch import nn
 import planted
 import polyexport
 from planted import GOOD, planted as plant
-from polyexport import BadRequest, Engine, Report, Request, Toolchain
+from polyexport import BadRequest, Engine, Report, Request, Toolchain, export
 from polyexport.capture import snapshot
 from polyexport.capture.calls import save_call
 from polyexport.capture.code import importable, script
@@ -305,6 +305,26 @@ def test_the_same_checkpoint_is_not_exported_twice_but_another_is(tmp_path, monk
     assert again == first
     assert other.checkpoint.sha256 != first.checkpoint.sha256
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "epoch=1"]
+
+
+def test_the_same_weights_are_exported_again_for_other_inputs_or_another_forward(tmp_path):
+    """A report of inputs that were never run, or of a forward that was edited since, would be wrong."""
+    linear, batch = nn.Linear(5, 5), torch.ones(4, 5)
+    asked = [
+        (nn.Sequential(linear, nn.LeakyReLU(0.1)), batch),
+        (nn.Sequential(linear, nn.LeakyReLU(0.1)), batch),
+        (nn.Sequential(linear, nn.LeakyReLU(0.1)), torch.ones(4, 3, 5)),
+        (nn.Sequential(linear, nn.LeakyReLU(0.9)), torch.ones(4, 3, 5)),
+    ]
+    reports = [export(module, inputs, ["pt2"], tmp_path / "export", bench=False) for module, inputs in asked]
+    one, same, other_inputs, other_forward = reports
+    assert len({each.checkpoint.sha256 for each in reports}) == 1, "the weights are the same"
+    assert same == one
+    assert other_inputs != same
+    assert other_forward != other_inputs
+    outputs = polyexport.load(other_forward.folder / "pt2")({"input": np.ones((4, 3, 5), np.float32)})
+    expected = asked[-1][0](asked[-1][1]).detach().numpy()
+    np.testing.assert_allclose(next(iter(outputs.values())), expected, rtol=1e-5)
 
 
 def test_a_skipped_format_is_tried_again_once_its_tool_is_installed(tmp_path, monkeypatch):

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
 
 from polyexport.engine.request import Request
 from polyexport.errors import BadRequest
 from polyexport.formats import known
+from polyexport.measure.reference import Reference
 from polyexport.report import manifest
 from polyexport.report.folders import BEST, can_write, free_name, is_export, may_become_export, may_point_best
 from polyexport.report.outcome import Outcome
@@ -37,8 +41,11 @@ def beside_what_is_there(request: Request) -> Request:
     return replace(request, name=free, notes=found)
 
 
-def finished_before(request: Request, sha256: str) -> Report | None:
-    """The finished export of the same weights, name and request, if every format in it agreed."""
+def finished_before(request: Request, reference: Reference) -> Report | None:
+    """The finished export of the same name, request, weights, inputs and outputs, if every format in it agreed.
+
+    The outputs are compared since forward may have changed, which the weights do not show.
+    """
     if not all(known().get(each.name) is each for each in request.formats):
         return None  # a user's own format may have changed under the same name
     for folder in (request.final, *(parent / request.name for parent in request.former)):
@@ -46,10 +53,24 @@ def finished_before(request: Request, sha256: str) -> Report | None:
             before, report = manifest.load(folder), Report.load(folder)
         except (OSError, BadRequest):
             continue  # no report, or another version's
-        same = before.checkpoint.sha256 == sha256 and before.question == encode(request.question)
-        if same and all(outcome.publishable or _is_still_out_of_reach(outcome) for outcome in report.outcomes):
+        same = before.checkpoint.sha256 == reference.checkpoint_sha256 and before.question == encode(request.question)
+        if not (same and all(outcome.publishable or _is_still_out_of_reach(outcome) for outcome in report.outcomes)):
+            continue
+        if _have_equal_arrays(folder / before.batches[0].path, request.work / reference.batches[0].path):
             return report
     return None
+
+
+def _have_equal_arrays(one: Path, other: Path) -> bool:
+    """Whether two files have equal arrays of the same names; not if one is gone, as where data must not stay."""
+    if not (one.exists() and other.exists()):
+        return False
+    with np.load(one) as ours, np.load(other) as theirs:
+        return set(ours) == set(theirs) and all(_is_same(ours[name], theirs[name]) for name in ours)
+
+
+def _is_same(one: np.ndarray, other: np.ndarray) -> bool:
+    return one.dtype == other.dtype and one.shape == other.shape and one.tobytes() == other.tobytes()
 
 
 def _is_still_out_of_reach(outcome: Outcome) -> bool:

@@ -3,8 +3,9 @@
 Requirements:
 * `submit` returns at once. One request is built at a time; a newer one replaces one that still waits.
 * A folder appears under its name only when it is complete; `best` points to the newest complete one.
-* An earlier export of the same checkpoint with the same request is reused if every format agreed, or was skipped for
-  hardware that is still missing. Otherwise the export is repeated, since what failed or was missing may work now.
+* An earlier export of the same checkpoint with the same request, validation batch and outputs of PyTorch is reused if
+  every format agreed, or was skipped for hardware that is still missing. Otherwise the export is repeated, since what
+  failed or was missing may work now.
 * Nothing is left running after `close`. The newest export that it interrupts stays, for `resume`.
 * At most two checkpoints are kept for exports at any time: the one that is exported, and the newest that waits.
 """
@@ -240,7 +241,7 @@ class Engine:
         reference = decode(Reference, ended.value)
         # the shards are joined by now, here or on another machine
         shutil.rmtree(request.work / "source" / SHARDS, ignore_errors=True)
-        if (earlier := finished_before(request, reference.checkpoint_sha256)) is not None:
+        if (earlier := finished_before(request, reference)) is not None:
             return self._in_place_of(request, earlier)
         reference = with_labels(request, reference)
         watch = functools.partial(self._watch, of=f"{request.name} ")

@@ -56,8 +56,8 @@ class Manifest:
 
     Attributes:
         checkpoint: The checkpoint of the weights.
-        question: What has to be equal for an export of the same weights to be reused: formats, dynamic axes,
-            calibration.
+        question: What has to be equal, beside the validation batch and its outputs, for an export of the same weights
+            to be reused: formats, dynamic axes, calibration.
         spec: PyTorch's own signature.
         batches: Inputs with PyTorch's outputs, the validation batch first.
         noise: File with the noise floor of each element of the validation batch's outputs; empty if it is unknown.
