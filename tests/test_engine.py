@@ -112,7 +112,7 @@ def faults(tmp_path_factory) -> Report:
         ("behind-static", "degraded", "static shapes only; with dynamic axes: made from static, which is failed"),
         ("behind-a-fault", "skipped", "made from raises, which is failed: NotImplementedError"),
         ("fixed-first", "verified", ""),
-        ("fixed-only", "degraded", "static shapes only; with dynamic axes: replay takes static shapes only"),
+        ("fixed-only", "degraded", "static shapes only; with dynamic axes: replay: for static shapes only"),
         ("lacks-half", "degraded", "half of its weights in float; raises: failed: NotImplementedError: no rule for"),
         ("nothing-to-do", "failed", "NotImplementedError: no rule for aten::frobnicate"),
         ("good", "verified", ""),

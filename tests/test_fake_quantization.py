@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -20,8 +21,10 @@ from polyexport.capture import answer, snapshot
 from polyexport.capture.calls import save_call
 from polyexport.capture.unwrap import settle
 from polyexport.capture.weights import WEIGHTS
+from polyexport.spec import ExportSpec, TensorSpec
 from polyexport.tracing.exported_program import export_program
-from polyexport.tracing.fake_quantization import with_integers
+from polyexport.tracing.fake_quantization import quantize_in_graph, with_integers
+from polyexport.tracing.missing_scales import module_with_all_scales
 
 IMAGES = torch.randn(4, 3, 12, 12, generator=torch.Generator().manual_seed(0))
 
@@ -122,6 +125,68 @@ def test_a_module_without_fake_quantization_stays_as_it_is():
     assert [str(node.target) for node in graph.graph.nodes] == before
 
 
+def saved(module: nn.Module, folder: Path) -> tuple[Path, ExportSpec]:
+    """The program of a module, and its signature."""
+    settle(module)
+    torch.export.save(export_program(module, (IMAGES,), [[0]]), folder / "model.pt2")
+    np.savez(folder / "batch.npz", images=IMAGES.numpy())
+    inputs, outputs = TensorSpec("images", "float32", ("batch", 3, 12, 12)), TensorSpec("y", "float32", ("batch", 5))
+    return folder / "model.pt2", ExportSpec((inputs,), (outputs,), {"batch": 4}, calibration=(folder / "batch.npz",))
+
+
+def without_scales_of_outputs(*layers: str) -> nn.Module:
+    """As a quantizer for x86 leaves the outputs of these layers."""
+    module = eager("qnnpack")
+    for name in layers:
+        module.get_submodule(name).activation_post_process = nn.Identity()
+    module(2 * IMAGES + 0.5)
+    return module.eval().apply(quantization.disable_observer)
+
+
+def test_a_layer_without_a_scale_for_its_output_is_named_or_calibrated(tmp_path: Path):
+    module = without_scales_of_outputs("1.8")
+    expected = copy.deepcopy(module)(IMAGES)
+    source, spec = saved(module, tmp_path)
+    with pytest.raises(
+        RuntimeError, match="left 1 of the tensors that layers read and return without a scale: linear_1"
+    ):
+        module_with_all_scales(source, spec, calibrated=False)
+    graph = module_with_all_scales(source, spec, calibrated=True)
+    (back,) = (node.args[0][0] for node in graph.graph.find_nodes(op="output"))
+    assert back.target is torch.ops.quantized_decomposed.dequantize_per_tensor.default
+    assert (graph(IMAGES) - expected).abs().max() <= 0.51 * back.args[1]
+
+
+def test_the_scale_behind_a_max_pool_is_that_of_the_layer_before_it(tmp_path: Path):
+    """Both round and clip in order, so nothing changes."""
+    module = without_scales_of_outputs("1.4")
+    module[1][4] = nn.Sequential(module[1][4], nn.MaxPool2d(1), module[1][0].activation_post_process)
+    expected = copy.deepcopy(module)(IMAGES)
+    source, spec = saved(module, tmp_path)
+    graph = module_with_all_scales(source, spec, calibrated=False)
+    torch.testing.assert_close(graph(IMAGES), expected, rtol=0, atol=1e-6)
+    layers = [node for node in graph.graph.nodes if str(node.target) == "aten.conv2d.default"]
+    quantize = torch.ops.quantized_decomposed.quantize_per_tensor.default
+    assert [[user.target for user in node.users] for node in layers[1:]] == [[quantize]]
+
+
+def test_of_two_roundings_in_a_row_the_narrower_one_is_kept():
+    """Converters that make integers themselves drop the second; after a move of elements both are kept."""
+    module, expected = trained(eager, "qnnpack")
+    module[1][5] = nn.Sequential(quantization.FakeQuantize(), module[1][5], quantization.FakeQuantize())
+    module[1][5][0](expected * 10), module[1][5][2](expected * 20)
+    module.apply(quantization.disable_observer)
+    graph = traced(module)
+    with_integers(graph)
+    quantize_in_graph(graph)
+    ops = torch.ops.quantized_decomposed
+    steps = graph.graph.find_nodes(op="call_function", target=ops.quantize_per_tensor.default)
+    in_a_row = [node for node in steps if node.args[0].target is ops.dequantize_per_tensor.default]
+    assert not in_a_row
+    (moved,) = (node for node in steps if str(node.args[0].target) == "aten.flatten.using_ints")
+    assert moved.args[1] == pytest.approx(float(module[1][5][2].scale))
+
+
 def test_a_convolution_with_its_batch_norm_answers_as_before():
     module, expected = trained(eager, "qnnpack")
     settle(module)
@@ -160,7 +225,10 @@ def test_tensorflow_lite_computes_in_integers_with_the_scales_that_were_trained(
         assert outcome.parity is not None
         assert (outcome.parity.max_abs_error or 0.0) <= 0.02 * float(expected.abs().max())
     assert report["tflite-int8"].state == "degraded"
-    assert "with dynamic axes: trained scales takes static shapes only" in report["tflite-int8"].reason
+    assert (
+        "with dynamic axes: trained scales, trained and calibrated scales: for static shapes only"
+        in report["tflite-int8"].reason
+    )
     assert report["tflite-int8-nhwc"].state == "verified"
 
 

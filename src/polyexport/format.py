@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -113,6 +114,7 @@ class Route:
         static: Whether it takes static shapes only; it is then not tried with dynamic axes.
         trained: Whether it uses the scales that the model was trained with, instead of calibration; it is then tried
             only with models that were trained with fake quantization.
+        completes: Whether such a route calibrates the scales that training left out.
         mends: Whether it follows `ExportSpec.in_float`, so that a missed budget can be met with more layers in float.
     """
 
@@ -122,7 +124,18 @@ class Route:
     convert: Convert
     static: bool = False
     trained: bool = False
+    completes: bool = False
     mends: bool = False
+
+
+def trained_routes(toolchain: str, convert: Callable[..., None], *, static: bool = False) -> tuple[Route, Route]:
+    """The route for models with all of their scales from training, and one that calibrates those that are missing.
+
+    `convert` takes the argument `calibrated`; if that is false, it fails where a scale is missing.
+    """
+    route = Route("trained scales", "pt2", toolchain, convert, static=static, trained=True)
+    completed = partial(convert, calibrated=True)
+    return route, replace(route, name="trained and calibrated scales", convert=completed, completes=True)
 
 
 @dataclass(frozen=True, slots=True)

@@ -166,7 +166,8 @@ def convert(root: Path, job: Convert) -> Any:
     route = next(route for route in each.routes if route.name == job.route)
     target = root / job.target  # an absolute target stays as it is
     target.parent.mkdir(parents=True, exist_ok=True)
-    made_from = _calibration(root, job.spec) if each.calibrated and not route.trained else None
+    calibrates = each.calibrated and (route.completes or not route.trained)
+    made_from = _calibration(root, job.spec) if calibrates else None
     taken = job.spec.calibration if made_from is None else map(Path, made_from.batches)
     spec = replace(job.spec, calibration=tuple(root / path for path in taken))
     from polyexport.tracing.reads import frozen_sites

@@ -203,7 +203,7 @@ class Build:
             if built.outcome.state == "verified" and not built.shortfall:
                 break
         if not tried:
-            why = f"{', '.join(route.name for route in static)} takes static shapes only"
+            why = f"{', '.join(route.name for route in static)}: for static shapes only"
             return Built(Outcome(each.name, each.precision, "failed", why), "", retry=True)
         best = min(tried, key=lambda built: (STATES.index(built.outcome.state), bool(built.shortfall)))
         for built in tried:

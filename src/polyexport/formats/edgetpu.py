@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from polyexport.errors import CannotRun, ToolMissing, line
-from polyexport.format import Format, Loaded, Observed, OnDevice, Route, Snippet
+from polyexport.format import Format, Loaded, Observed, OnDevice, Route, Snippet, trained_routes
 from polyexport.formats import tflite, tflite_quantized
 from polyexport.measure.weights import counted
 from polyexport.spec import Arrays, ExportSpec, TensorSpec, in_rows, row_remark
@@ -50,9 +50,9 @@ def convert(source: Path, target: Path, spec: ExportSpec) -> None:
     print(prediction(target))
 
 
-def keep_trained_scales(source: Path, target: Path, spec: ExportSpec) -> None:
+def keep_trained_scales(source: Path, target: Path, spec: ExportSpec, *, calibrated: bool = False) -> None:
     """Lower the program for one row and channels last, with the scales that it was trained with."""
-    tflite_quantized.keep_trained_scales(source, target, spec.one_row(), channels_last=True)
+    tflite_quantized.keep_trained_scales(source, target, spec.one_row(), calibrated=calibrated, channels_last=True)
     print(prediction(target))
 
 
@@ -309,7 +309,7 @@ FORMATS = (
         "TensorFlow Lite model in int8, channels last, one row at a time, as an Edge TPU needs it",
         _MODEL,
         load_int8,
-        tflite.packed(Route("trained scales", "pt2", "litert", keep_trained_scales, trained=True)),
+        *map(tflite.packed, trained_routes("litert", keep_trained_scales)),
         tflite.packed(Route("litert-torch", "pt2", "litert", convert)),
         on_device=OnDevice(("ai-edge-litert",)),
         snippets=_snippets("ai_edge_litert.interpreter", "Interpreter"),

@@ -19,14 +19,14 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from polyexport.format import Loaded, Route
+from polyexport.format import Loaded, Route, trained_routes
 from polyexport.formats.executorch import executorch_format, exported, load, lower
 from polyexport.measure.drafts import Draft, distance, partly
 from polyexport.measure.weights import in_float, in_four_bits, is_weight
 from polyexport.spec import Arrays, ExportSpec, calibration
 from polyexport.tracing.exported_program import load_program
-from polyexport.tracing.fake_quantization import with_trained_scales
 from polyexport.tracing.in_place import functional
+from polyexport.tracing.missing_scales import module_with_all_scales
 from polyexport.tracing.products import as_products
 from polyexport.tracing.unrolled import SUFFIX, is_unrolled, unrolled
 
@@ -42,9 +42,16 @@ def quantize(source: Path, target: Path, spec: ExportSpec) -> None:
     lower(calibrated(module, spec, dynamic=False), target, spec)
 
 
-def keep_trained_scales(source: Path, target: Path, spec: ExportSpec) -> None:
-    """Like `quantize`, with the scales of the fake quantization that the model was trained with."""
-    lower(with_trained_scales(source, spec).module(), target, spec)
+def keep_trained_scales(source: Path, target: Path, spec: ExportSpec, *, calibrated: bool = False) -> None:
+    """Like `quantize`, with the scales of the fake quantization that the model was trained with.
+
+    Args:
+        source: The program.
+        target: The file.
+        spec: Its signature, with batches to calibrate with.
+        calibrated: Whether scales that training left out are calibrated.
+    """
+    lower(module_with_all_scales(source, spec, calibrated=calibrated), target, spec)
 
 
 def quantize_weights(source: Path, target: Path, spec: ExportSpec) -> None:
@@ -532,7 +539,7 @@ FORMATS = (
         "executorch-int8",
         "int8",
         "ExecuTorch program in int8, calibrated with validation batches, for phones' CPUs",
-        Route("trained scales", "pt2", "executorch", keep_trained_scales, trained=True),
+        *trained_routes("executorch", keep_trained_scales),
         Route("xnnpack", "pt2", "executorch", quantize),
         load=load_quantized,
         calibrated=True,

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from polyexport.format import Loaded, Route
+from polyexport.format import Loaded, Route, trained_routes
 from polyexport.formats.saved_model import SIGNATURE
 from polyexport.formats.tflite import (
     apply_recipe,
@@ -39,7 +39,8 @@ from polyexport.formats.tflite import (
 from polyexport.measure.drafts import Draft, best, distance, partly
 from polyexport.measure.weights import counted, in_float, in_four_bits, is_weight
 from polyexport.spec import Arrays, ExportSpec, calibration
-from polyexport.tracing.fake_quantization import quantize_in_graph, quantized_module
+from polyexport.tracing.fake_quantization import quantize_in_graph
+from polyexport.tracing.missing_scales import module_with_all_scales
 
 # --- weights in integers ----------------------------------------------------------------------------------------------
 
@@ -328,12 +329,22 @@ def _read_integers(model: Any) -> None:
         ]
 
 
-def keep_trained_scales(source: Path, target: Path, spec: ExportSpec, *, channels_last: bool = False) -> None:
-    """Lower the program with the scales of the fake quantization that it was trained with; static shapes only."""
+def keep_trained_scales(
+    source: Path, target: Path, spec: ExportSpec, *, calibrated: bool = False, channels_last: bool = False
+) -> None:
+    """Lower the program with the scales of the fake quantization that it was trained with; static shapes only.
+
+    Args:
+        source: The program.
+        target: The file.
+        spec: Its signature, with batches to calibrate with.
+        calibrated: Whether scales that training left out are calibrated.
+        channels_last: Whether images have channels last in the artifact.
+    """
     from litert_torch.quantize.pt2e_quantizer import PT2EQuantizer, get_symmetric_quantization_config
     from litert_torch.quantize.quant_config import QuantConfig
 
-    module = quantized_module(source)
+    module = module_with_all_scales(source, spec, calibrated=calibrated)
     quantize_in_graph(module)
     settings = QuantConfig(PT2EQuantizer().set_global(get_symmetric_quantization_config()))
     lower(module, target, spec, channels_last=channels_last, quantized=settings)
@@ -447,7 +458,7 @@ FORMATS = (
         "tflite-int8",
         "int8",
         "TensorFlow Lite model in int8, calibrated with validation batches",
-        Route("trained scales", "pt2", "litert", keep_trained_scales, static=True, trained=True),
+        *trained_routes("litert", keep_trained_scales, static=True),
         Route("quantizer", "tflite", "tflite", quantize),
         Route("tensorflow", "saved_model", "tensorflow", quantize_saved_model),
         load=load_int8,

@@ -81,8 +81,8 @@ def with_integers(module: GraphModule) -> bool:
         rounding.last.replace_all_uses_with(new)
     if found:
         fold(module, values)
-        _carry_on(module.graph)
         module.graph.eliminate_dead_code()
+        _carry_on(module.graph)
         module.recompile()
     return bool(found)
 
@@ -90,11 +90,14 @@ def with_integers(module: GraphModule) -> bool:
 def quantize_in_graph(module: GraphModule) -> None:
     """Store weights as float32 with `quantize` before their `dequantize`, for converters that make integers themselves.
 
-    They are multiples of their scale, so nothing is rounded. Changes `module` in place.
+    They are multiples of their scale, so nothing is rounded. Of two quantizations in a row such converters keep the
+    first; here the one with the narrower range is kept, so that what is clipped stays the same. Changes `module` in
+    place.
     """
     import torch
 
     ops = torch.ops.quantized_decomposed
+    _once(module.graph)
     quantize: dict[Any, Any] = {
         ops.dequantize_per_tensor.default: ops.quantize_per_tensor.default,
         ops.dequantize_per_channel.default: ops.quantize_per_channel.default,
@@ -109,21 +112,51 @@ def quantize_in_graph(module: GraphModule) -> None:
     module.recompile()
 
 
-def _carry_on(graph: Graph) -> None:
-    """Repeat the quantization after nodes that only move elements, since layers need integers right before them."""
+def _once(graph: Graph) -> None:
+    """Keep one quantization of two in a row."""
     import torch
 
-    ops, aten = torch.ops.quantized_decomposed, torch.ops.aten
-    moving = {aten.flatten.using_ints, aten.view.default, aten.reshape.default, aten.permute.default}
-    moving |= {aten.transpose.int, aten.squeeze.dim, aten.unsqueeze.default}
+    ops = torch.ops.quantized_decomposed
+    for second in graph.find_nodes(op="call_function", target=ops.quantize_per_tensor.default):
+        between: Any = second.args[0]
+        if between.target is not ops.dequantize_per_tensor.default or [*between.users] != [second]:
+            continue
+        first = between.args[0]
+        if first.target is ops.quantize_per_tensor.default and [*first.users] == [between]:
+            about = min(first.args[1:], second.args[1:], key=lambda about: about[0])  # all of them have 256 steps
+            second.args = (first.args[0], *about)
+            for reader in tuple(second.users):
+                reader.args = (second, *about)
+    graph.eliminate_dead_code()
+
+
+def _carry_on(graph: Graph) -> None:
+    """Repeat the quantization after nodes that only move elements, since layers need integers right before them.
+
+    Not if each reader has a quantization of its own: of two in a row some converters lose the second.
+    """
+    import torch
+
+    ops, moves = torch.ops.quantized_decomposed, moving()
     for node in tuple(graph.nodes):
-        if node.target in moving and node.args[0].target is ops.dequantize_per_tensor.default:
+        if all(user.target is ops.quantize_per_tensor.default for user in node.users):
+            continue
+        if node.target in moves and node.args[0].target is ops.dequantize_per_tensor.default:
             about = node.args[0].args[1:]
             with graph.inserting_after(node):
                 steps = graph.call_function(ops.quantize_per_tensor.default, (node, *about))
             with graph.inserting_after(steps):
                 back = graph.call_function(ops.dequantize_per_tensor.default, (steps, *about))
             node.replace_all_uses_with(back, delete_user_cb=steps.__ne__)
+
+
+def moving() -> set[Any]:
+    """Operators that only move elements."""
+    import torch
+
+    aten = torch.ops.aten
+    shapes = {aten.flatten.using_ints, aten.view.default, aten.reshape.default, aten.permute.default}
+    return shapes | {aten.transpose.int, aten.squeeze.dim, aten.unsqueeze.default}
 
 
 def _rounding(last: Node, values: dict[Node, Any]) -> Rounding | None:
