@@ -18,11 +18,12 @@ from typing import Any
 
 import numpy as np
 
-from polyexport.coreml.program import read, weights
+from polyexport.coreml.program import Name, read, weights
 from polyexport.format import Convert, Loaded, Route
 from polyexport.formats.coreml import coreml_format, load, package, save
 from polyexport.formats.onnx import REMARK
 from polyexport.measure.drafts import Draft, distance, mended, partly
+from polyexport.measure.ranges import Step, too_narrow
 from polyexport.measure.weights import InFloat, in_float, in_four_bits
 from polyexport.spec import Arrays, ExportSpec, calibration
 
@@ -69,6 +70,7 @@ def quantize(source: Path, target: Path, spec: ExportSpec) -> None:
     from coremltools.optimize import coreml as optimize
 
     found, expected = ranges(source, spec)
+    _widen(found, source)
     fewest = _fewest(source)
     layers = {
         operation.outputs[0].name: operation.outputs[0].name
@@ -95,6 +97,22 @@ def quantize(source: Path, target: Path, spec: ExportSpec) -> None:
     if mending:
         chosen.model.user_defined_metadata[REMARK] = mending
     save(chosen.model, target)
+
+
+def _widen(found: dict[str, dict[str, float]], source: Path) -> None:
+    """Widen the ranges of tensors that are 0 in all batches, whose scale would be 0."""
+    steps = [
+        Step(
+            [value.name for value in operation.arguments.values() if isinstance(value, Name)],
+            operation.outputs[0].name,
+            operation.kind in ("add", "sub"),
+        )
+        for operation in read(source).main.operations
+        if operation.outputs
+    ]
+    known = {name: (each["rmin"], each["rmax"]) for name, each in found.items()}
+    for name, most in too_narrow(known, steps).items():
+        found[name]["rmax"] = most
 
 
 _QUANTIZED = ("conv", "linear", "add", "avg_pool", "max_pool")

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from polyexport.format import Loaded, Route, trained_routes
 from polyexport.formats.executorch import executorch_format, exported, load, lower
 from polyexport.measure.drafts import Draft, distance, partly
+from polyexport.measure.ranges import Step, too_narrow
 from polyexport.measure.weights import in_float, in_four_bits, is_weight
 from polyexport.spec import Arrays, ExportSpec, calibration
 from polyexport.tracing.exported_program import load_program
@@ -302,6 +303,7 @@ def calibrated(
     observed = prepare_pt2e(program, quantizer)
     for arrays in calibration(spec):
         observed(*(torch.from_numpy(arrays[name]) for name in spec.input_names))
+    _widen(observed)
     quantized: torch.fx.GraphModule = convert_pt2e(observed)
     _remove_copies(quantized)
     if not any("quantize" in str(node.target) for node in quantized.graph.nodes):
@@ -310,6 +312,32 @@ def calibrated(
             "use executorch"
         )
     return quantized
+
+
+def _widen(observed: torch.fx.GraphModule) -> None:
+    """Let observers of tensors that are 0 in all batches see more, since XNNPACK refuses the scales of such ranges."""
+    import torch
+
+    aten = torch.ops.aten
+    sums = {aten.add.Tensor, aten.add_.Tensor, aten.sub.Tensor, aten.sub_.Tensor}
+    modules = dict(observed.named_modules())
+    seen = {
+        node: modules[str(node.target)]
+        for node in observed.graph.nodes
+        if node.op == "call_module" and hasattr(modules[str(node.target)], "min_val")
+    }
+    seen = {node: each for node, each in seen.items() if each.min_val.numel() == 1 and node.args[0].op != "get_attr"}
+    name_of = {node: node.args[0].name for node in seen}
+    steps = [
+        Step([name_of.get(each, each.name) for each in node.all_input_nodes], node.name, node.target in sums)
+        for node in observed.graph.nodes
+        if node.op == "call_function"
+    ]
+    ranges = {name_of[node]: (float(each.min_val), float(each.max_val)) for node, each in seen.items()}
+    wider = too_narrow(ranges, steps)
+    for node, each in seen.items():
+        if name_of[node] in wider:
+            each(torch.linspace(0.0, wider[name_of[node]], 256))
 
 
 def _weight_of(node: torch.fx.Node) -> str:

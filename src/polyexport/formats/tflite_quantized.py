@@ -37,6 +37,7 @@ from polyexport.formats.tflite import (
     to_artifact,
 )
 from polyexport.measure.drafts import Draft, best, distance, partly
+from polyexport.measure.ranges import Step, too_narrow
 from polyexport.measure.weights import counted, in_float, in_four_bits, is_weight
 from polyexport.spec import Arrays, ExportSpec, calibration
 from polyexport.tracing.fake_quantization import quantize_in_graph
@@ -270,9 +271,24 @@ def _quantize(source: Path, target: Path, batches: Sequence[Arrays], update: Any
     manager.load_quantization_recipe(recipe.static_wi8_ai8())
     ranges = Calibrator(str(source), num_threads=1, qsv_update_func=update)
     ranges.calibrate({signature: [to_artifact(arrays, details) for arrays in batches]}, manager)
+    found = ranges.get_model_qsvs()
+    _widen(found, source)
     work = quantizer.Quantizer(str(source), manager.get_quantization_recipe())
-    target.write_bytes(work.quantize(ranges.get_model_qsvs()).quantized_model)  # its own writer makes it executable
+    target.write_bytes(work.quantize(found).quantized_model)  # its own writer makes it executable
     _settle_outputs(target)
+
+
+def _widen(found: dict[str, Any], source: Path) -> None:
+    """Widen the ranges of tensors that are 0 in all batches, whose scales XNNPACK refuses."""
+    steps = [
+        Step([tensor["name"] for tensor in each.tensors[:-1]], each.tensors[-1]["name"], each.kind in ("ADD", "SUB"))
+        for each in operations(source)
+        if each.tensors
+    ]
+    computed = {tensor["name"] for each in operations(source) for tensor in each.tensors} & found.keys()
+    known = {name: (float(np.min(found[name]["min"])), float(np.max(found[name]["max"]))) for name in computed}
+    for name, most in too_narrow(known, steps).items():
+        found[name]["max"] = np.full_like(found[name]["max"], most)
 
 
 def _answers(path: Path, batches: Sequence[Arrays]) -> list[Arrays]:
