@@ -31,9 +31,8 @@ def test_a_dead_layer_comes_out_in_int8(tmp_path: Path):
     formats = ["onnx-int8", "openvino-int8", "coreml-int8", "executorch-int8", "mnn-int8", "tflite-int8-nhwc"]
     report = polyexport.export(Dead().eval(), torch.randn(8, 16), formats, tmp_path / "x", bench=False)
     for outcome in report.outcomes:
-        assert outcome.parity is not None, (
-            outcome.reason
-        )  # how near it is depends on how a format rounds so few numbers
+        assert outcome.parity is not None, outcome.reason
+        # how near it is depends on how a format rounds so few numbers
         assert (outcome.parity.outputs["output_0"].cosine or 0.0) > 0.97, outcome
 
 
