@@ -142,6 +142,20 @@ def test_a_slice_of_everything_is_left_out():
     torch.testing.assert_close(found(x), Whole()(x))
 
 
+def test_the_sizes_of_a_layers_output_are_known():
+    class Sliced(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.norm = torch.nn.Linear(6, 6), torch.nn.LayerNorm(6)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.norm(self.linear(x)[:, 1:])[:, 1:].squeeze(1)
+
+    x = torch.rand(1, 3, 6)
+    module = Sliced().eval()
+    torch.testing.assert_close(imx500.layers(export_program(module, (x,), [()]))(x), module(x))
+
+
 def test_what_the_toolkit_raises_is_one_line(monkeypatch):
     def fails(*given):
         raise RuntimeError("ShapeProp error for: node=%embedding\n\nWhile executing %embedding\n" + "node\n" * 100)

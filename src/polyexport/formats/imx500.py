@@ -207,7 +207,7 @@ def layers(program: torch.export.ExportedProgram) -> torch.fx.GraphModule:
             continue
         graph.add_submodule(node.name, layer.eval())
         with graph.graph.inserting_before(node):
-            node.replace_all_uses_with(_call(node, layer, graph.graph))
+            node.replace_all_uses_with(_call(node, layer, graph.graph), propagate_meta=True)
         graph.graph.erase_node(node)
     graph.graph.eliminate_dead_code()
     graph.recompile()
