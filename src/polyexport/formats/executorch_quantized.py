@@ -320,13 +320,14 @@ def _widen(observed: torch.fx.GraphModule) -> None:
 
     aten = torch.ops.aten
     sums = {aten.add.Tensor, aten.add_.Tensor, aten.sub.Tensor, aten.sub_.Tensor}
-    modules = dict(observed.named_modules())
-    seen = {
-        node: modules[str(node.target)]
-        for node in observed.graph.nodes
-        if node.op == "call_module" and hasattr(modules[str(node.target)], "min_val")
+    called: dict[Any, Any] = {
+        node: observed.get_submodule(str(node.target)) for node in observed.graph.find_nodes(op="call_module")
     }
-    seen = {node: each for node, each in seen.items() if each.min_val.numel() == 1 and node.args[0].op != "get_attr"}
+    seen = {
+        node: each
+        for node, each in called.items()
+        if hasattr(each, "min_val") and each.min_val.numel() == 1 and node.args[0].op != "get_attr"
+    }
     name_of = {node: node.args[0].name for node in seen}
     steps = [
         Step([name_of.get(each, each.name) for each in node.all_input_nodes], node.name, node.target in sums)
