@@ -285,7 +285,7 @@ def _widen(found: dict[str, Any], source: Path) -> None:
         for each in operations(source)
         if each.tensors
     ]
-    computed = {tensor["name"] for each in operations(source) for tensor in each.tensors} & found.keys()
+    computed = {name for step in steps for name in (*step.inputs, step.output)} & found.keys()
     known = {name: (float(np.min(found[name]["min"])), float(np.max(found[name]["max"]))) for name in computed}
     for name, most in too_narrow(known, steps).items():
         found[name]["max"] = np.full_like(found[name]["max"], most)
